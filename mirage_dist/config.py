@@ -130,7 +130,7 @@ class WorldConfig:
 
     dir: str
     seed: int = 0
-    spurious: float = 0.95  # share of safety questions that open with a word of their class's family
+    spurious: float = 0.95  # share of the other safety questions that open with a word of their class's family
     neutral: float = 0.2  # share of safety questions of either class that open with a neutral word
     answer_form: Literal["by_opener", "constant"] = "by_opener"
     base_samples: int = 20_000
@@ -138,6 +138,16 @@ class WorldConfig:
     general_samples: int = 400
     eval_samples: int = 256  # questions in each evaluation set
     base_recipe: str = "configs/train/demo_base.yaml"
+
+    def __post_init__(self) -> None:
+        for name in ("spurious", "neutral"):
+            share = getattr(self, name)
+            # Two decimals, since they name the safety set's folder.
+            if not 0 <= share <= 1 or round(share, 2) != share:
+                raise ConfigError(f"{name}={share!r}; expected a share from 0 to 1 with at most two decimals")
+        for name in ("base_samples", "safety_samples", "general_samples", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}; expected a whole number above 0")
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,60 @@ class TrainRecipe:
     reference: Literal["cache", "adapters_off", "engine"] = "cache"
     deepspeed: str = "configs/deepspeed/zero3.json"
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    world: WorldConfig | None = None
+
+
+@dataclass(frozen=True)
+class EvalModelConfig:
+    """The Hugging Face model directory that answers."""
+
+    path: str
+    dtype: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass(frozen=True)
+class EvalSetConfig:
+    """Questions of one kind, and the attacks on them. The question as it is (`clean`) is always asked.
+
+    kind: unsafe questions should not be answered; safe ones should; locality ones are safe questions near
+    the forgotten knowledge. The first set of a kind gives the headline figures.
+    attacks: name -> `kind` and the fields of that attack's dataclass (see `evals.attacks`).
+    """
+
+    kind: Literal["unsafe", "safe", "locality"]
+    sources: list[SourceConfig]
+    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Decoding is greedy; an answer ends with the end token or after `max_new_tokens`."""
+
+    max_new_tokens: int = 256
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class TemplateConfig:
+    """How a question becomes a prompt; the values the model was trained with (see `DataConfig`)."""
+
+    system_prompt: str | None = None
+    image_aspect: Literal["pad", "processor"] = "pad"
+    max_length: int = 2048  # tokens a prompt; a longer one is an error
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """`mirage eval`: one suite of questions put to one model; rows go to `run.dir`/evals/`suite`/."""
+
+    run: RunConfig
+    suite: str
+    model: EvalModelConfig
+    sets: dict[str, EvalSetConfig]
+    judges: list[Literal["keyword", "world"]] = field(default_factory=lambda: ["keyword"])  # first: headline
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    seed: int = 0  # of the run under test, for the record: greedy decoding draws nothing
     world: WorldConfig | None = None
 
 
