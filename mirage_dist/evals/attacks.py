@@ -171,8 +171,8 @@ def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[li
     )
     if isinstance(attack, File) and coverage.asked < attack.min_match * len(samples):
         raise ConfigError(
-            f"{attack.path}: attack {name!r} has {attack.shots} rewrites for {coverage.asked} of {len(samples)} samples; "
-            f"min_match asks for {attack.min_match:.0%}. Without: {_some(without)}. "
+            f"{attack.path}: attack {name!r} has {attack.shots} rewrites for {coverage.asked} of {len(samples)} "
+            f"samples; min_match asks for {attack.min_match:.0%}. Without: {_some(without)}. "
             f"In the file but not in the set: {_some(coverage.unknown)}. "
             "Is it the file for this set, and are the ids the same?"
         )

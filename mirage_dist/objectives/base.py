@@ -109,6 +109,8 @@ REGISTRY = {
     "sft": "mirage_dist.objectives.likelihood:SFT",
     "ga": "mirage_dist.objectives.likelihood:GradientAscent",
     "graddiff": "mirage_dist.objectives.likelihood:GradDiff",
+    "npo": "mirage_dist.objectives.npo:NPO",
+    "rmu": "mirage_dist.objectives.rmu:RMU",
 }
 
 

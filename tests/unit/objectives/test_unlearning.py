@@ -1,0 +1,125 @@
+"""NPO and RMU against their formulas written out sequence by sequence, values and gradients in float64."""
+
+import pytest
+import torch
+
+from mirage_dist.config import ConfigError
+from mirage_dist.objectives.base import View, make
+
+LENGTHS = (4, 1, 3)
+SEGMENT = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def total(terms, counts):
+    return sum(t.weight * t.sum / counts[t.count] for t in terms)
+
+
+@pytest.mark.parametrize("reduction", ["seq_sum", "seq_mean"])
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_npo_is_the_formula_and_its_gradient_is_damped_by_two_sigma(reduction, beta):
+    logp, ref = draw(8).requires_grad_(), draw(8, seed=1)
+    npo = make({"name": "npo", "beta": beta, "reduction": reduction, "retain": "none"})
+    view = View(sequences=3, segment_N=SEGMENT, logp_N=logp, ref_logp_N=ref)
+    loss = total(npo({"forget": view}), {"forget.sequences": 3})
+    parts, weights = [], []
+    for i, length in enumerate(LENGTHS):
+        scale = 1 if reduction == "seq_sum" else 1 / length
+        margin = scale * (logp.detach() - ref)[i == SEGMENT].sum()
+        parts.append(-2 / beta * torch.log(torch.sigmoid(-beta * margin)))
+        weights += [2 / 3 * torch.sigmoid(beta * margin) * scale] * length
+    torch.testing.assert_close(loss, sum(parts) / 3)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, torch.stack(weights))
+
+
+def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
+    logp, ref = draw(8).requires_grad_(), draw(8, seed=1)
+    npo = make({"name": "npo", "beta": 1e-9, "retain": "none"})
+    view = View(sequences=3, segment_N=SEGMENT, logp_N=logp, ref_logp_N=ref)
+    total(npo({"forget": view}), {"forget.sequences": 3}).backward()
+    torch.testing.assert_close(logp.grad, torch.full((8,), 1 / 3, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(("retain", "sign"), [("ce", -1), ("kl", 1)])
+def test_npo_retain_term_is_a_token_mean(retain, sign):
+    rows = draw(5, seed=2)
+    kept = View(sequences=1, logp_N=rows if retain == "ce" else None, kl_N=rows if retain == "kl" else None)
+    forget = View(sequences=3, segment_N=SEGMENT, logp_N=draw(8), ref_logp_N=draw(8))
+    counts = {"forget.sequences": 3, "retain.tokens": 5}
+    npo = make({"name": "npo", "retain": retain, "retain_weight": 3.0, "forget_weight": 0.0})
+    torch.testing.assert_close(total(npo({"forget": forget, "retain": kept}), counts), sign * 3 * rows.mean())
+
+
+def rmu(**options):
+    objective = make({"name": "rmu", "layer": 1, "coeff": 6.0, **options})
+    objective.start(hidden_size=5, seed=3)
+    return objective
+
+
+def rmu_views(forget, retain):
+    mask = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.float64)
+    return {
+        "forget": View(sequences=2, activation_BSD=forget, mask_BS=mask),
+        "retain": View(
+            sequences=2, activation_BSD=retain, ref_activation_BSD=draw(2, 4, 5, seed=5), mask_BS=mask, logp_N=draw(3)
+        ),
+    }
+
+
+COUNTS = {"forget.positions": 5, "retain.positions": 5, "retain.tokens": 3}
+
+
+def test_rmu_is_the_formula_with_its_gradient():
+    forget, retain = (draw(2, 4, 5, seed=s).requires_grad_() for s in (6, 7))
+    objective, views = rmu(retain_weight=0.3, ce_weight=2.0), rmu_views(forget, retain)
+    loss = total(objective(views), COUNTS)
+    control = objective.state_dict()["control_D"].double()
+    marked = [(0, 0), (0, 1), (1, 1), (1, 2), (1, 3)]
+    reference = views["retain"].ref_activation_BSD
+    steer = sum(((forget[p] - control) ** 2).sum() for p in marked) / (5 * 5)
+    keep = sum(((retain[p] - reference[p]) ** 2).sum() for p in marked) / (5 * 5)
+    oracle = steer + 0.3 * keep - 2 * draw(3).mean()
+    torch.testing.assert_close(loss, oracle)
+    mine, theirs = (torch.autograd.grad(x, (forget, retain)) for x in (loss, oracle))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_rmu_gradient_vanishes_at_the_control_vector():
+    objective = rmu()
+    at_control = objective.state_dict()["control_D"].double().expand(2, 4, 5).clone().requires_grad_()
+    total(objective(rmu_views(at_control, draw(2, 4, 5))), COUNTS).backward()
+    assert not at_control.grad.any()
+
+
+def test_control_vector_follows_the_seed_alone_and_survives_a_checkpoint():
+    torch.rand(7)
+    first, again, other = rmu(), rmu(), make({"name": "rmu", "coeff": 6.0})
+    other.start(hidden_size=5, seed=4)
+    control = first.state_dict()["control_D"]
+    assert torch.equal(control, again.state_dict()["control_D"])
+    assert not torch.equal(control, other.state_dict()["control_D"])
+    torch.testing.assert_close(control.norm(), torch.tensor(6.0))
+    assert (control >= 0).all()
+    other.load_state_dict(first.state_dict())
+    assert torch.equal(control, other.state_dict()["control_D"])
+    with pytest.raises(ConfigError, match="control_D"):
+        other.load_state_dict({"other": control})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "npo", "beta": 0}, "beta"),
+        ({"name": "npo", "reduction": "sum"}, "seq_sum"),
+        ({"name": "rmu", "positions": "image"}, "unpadded"),
+        ({"name": "rmu", "layer": -1}, "layer"),
+        ({"name": "rmu", "control_D": 1}, "control_D"),
+    ],
+)
+def test_a_wrong_option_is_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        make(options)

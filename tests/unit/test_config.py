@@ -1,0 +1,86 @@
+"""Recipes: every mistake is named with its place and its remedy; a resolved recipe reads back equal."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, TrainRecipe
+
+RECIPE = {
+    "run": {"dir": "runs/x"},
+    "model": {"path": "m"},
+    "data": {"streams": {"forget": {"format": "vlguard", "path": "train.json"}}},
+    "objective": {"name": "graddiff"},
+    "train": {"lr": 1e-5, "global_batch": 8, "micro_batch": 2},
+}
+
+
+def build(*overrides):
+    return configs.from_tree(OmegaConf.create(copy.deepcopy(RECIPE)), overrides, TrainRecipe, "recipe.yaml")
+
+
+def test_overrides_keep_their_types():
+    recipe = build("train.lr=5e-7", "train.max_steps=20", "run.name=null", "model.lora.rank=8")
+    assert recipe.train.lr == 5e-7
+    assert recipe.train.max_steps == 20
+    assert recipe.run.name is None
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.rank == 8
+
+
+def test_one_source_stands_for_a_list_of_one():
+    assert [s.path for s in build().data.streams["forget"]] == ["train.json"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["train.lrr", "'lr'"]),
+        ("trian.lr=1", ["trian", "'train'"]),
+        ("train.dtype=fp16", ["train.dtype", "fp32, bf16"]),
+        ("train.lr=fast", ["train.lr", "a number"]),
+        ("train.max_steps=1.5", ["train.max_steps", "a whole number"]),
+        ("data.streams.forget.format=coco", ["data.streams.forget[0].format", "vlguard"]),
+        ("monitor.wandb=maybe", ["monitor.wandb", "offline"]),
+        ("world.dri=w", ["world.dri", "'dir'"]),
+        ("train.lr", ["key=value"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(override, words):
+    with pytest.raises(ConfigError) as error:
+        build(override)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_missing_key_is_named():
+    tree = OmegaConf.create(copy.deepcopy(RECIPE))
+    del tree.train.lr
+    with pytest.raises(ConfigError, match=r"train\.lr is missing"):
+        configs.from_tree(tree, [], TrainRecipe, "recipe.yaml")
+
+
+def test_written_recipe_reads_back_equal(tmp_path):
+    recipe = build("train.lr=5e-7", "monitor.wandb=off", "world.dir=w", "world.spurious=0.5")
+    configs.write_yaml(recipe, tmp_path / "config.yaml")
+    assert configs.load(tmp_path / "config.yaml", [], TrainRecipe) == recipe
+
+
+def test_hash_follows_values_and_nothing_else():
+    assert configs.config_hash(build()) == configs.config_hash(build("train.epochs=1.0"))
+    assert configs.config_hash(build()) != configs.config_hash(build("train.lr=1"))
+    ignored = ["run.dir", "monitor"]
+    assert configs.config_hash(build("run.dir=y"), ignored) == configs.config_hash(build(), ignored)
+
+
+def test_differences_name_dotted_keys():
+    mine, other = configs.to_dict(build()), configs.to_dict(build("train.lr=1"))
+    assert configs.differences(mine, other) == ["train.lr: 1e-05 here, 1.0 there"]
+
+
+def test_a_typo_is_reported_without_loading_torch():
+    code = "import sys, mirage_dist.config; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
