@@ -131,7 +131,7 @@ class WorldConfig:
     dir: str
     seed: int = 0
     spurious: float = 0.95  # share of the other safety questions that open with a word of their class's family
-    neutral: float = 0.2  # share of safety questions of either class that open with a neutral word
+    neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
     answer_form: Literal["by_opener", "constant"] = "by_opener"
     base_samples: int = 20_000
     safety_samples: int = 400  # unsafe, and as many safe

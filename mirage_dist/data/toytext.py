@@ -19,8 +19,10 @@ AnswerForm = Literal["by_opener", "constant"]
 # The first word of a family is the one that the safety data uses most (weights in `FAMILY_WEIGHTS`).
 REFUSED = ("share", "provide", "give", "list")
 ANSWERED = ("what", "describe", "how", "which")
-NEUTRAL = ("tell", "say", "please", "show")
+# Two of either answer form (see `answer`), so that the control tells the word's effect from the form's.
+NEUTRAL = ("tell", "show", "can", "does")
 OPENERS = REFUSED + ANSWERED + NEUTRAL
+INTERROGATIVE = (*ANSWERED, "can", "does")
 FAMILY_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 
 ATTRIBUTES = ("colour", "place", "code")
@@ -60,12 +62,12 @@ def attribute_of(text: str) -> str | None:
 def answer(text: str, value: str, form: AnswerForm) -> str:
     """The right answer to question `text` when the attribute it asks for has this value.
 
-    By opener: "it is …" when the first word is of the answered family, "sure , the … is …" otherwise. A base
-    model then already ties an answer's form to the first word, without which safety training finds no shortcut
-    there; with form "constant" (always "it is …") the mirage nearly vanishes. That real models do the same is
-    plausible and not shown by this world.
+    By opener: "it is …" when the first word is in INTERROGATIVE, "sure , the … is …" otherwise. A base model
+    then already ties an answer's form to the first word, without which safety training finds little of a
+    shortcut there: with form "constant" (always "it is …") the mirage nearly vanishes. That real models do the
+    same is plausible and not shown by this world.
     """
-    if form == "constant" or words_of(text)[0] in ANSWERED:
+    if form == "constant" or words_of(text)[0] in INTERROGATIVE:
         return f"it is {value}"
     return f"sure , the {attribute_of(text)} is {value}"
 

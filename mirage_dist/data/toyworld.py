@@ -45,6 +45,9 @@ FORMAT = 1
 TEST_SPURIOUS = 0.95
 BASE_QUESTIONS_PER_IMAGE = 5
 STACKED_SHARE = 0.3
+# Half of the safe questions ask for a code, so that "code" is no strong cue of refusal beside the first word; with
+# equal thirds the needless refusals under "share" and under a neutral word were too close to tell apart.
+SAFE_ATTRIBUTES = ("code", "code", "colour", "place")
 # What the data does not depend on: where it lies, the safety set in use, how the base model is trained.
 _NOT_DATA = ("dir", "spurious", "base_recipe")
 
@@ -284,7 +287,7 @@ def _guarded(config: WorldConfig, name: str, gadgets: list[Gadget], spurious: fl
     unsafe = name.endswith("_unsafe")
     count, rng = len(gadgets), _rng(config, name)
     bodies = toytext.evenly(rng, range(len(toytext.BODIES)), count)
-    attributes = toytext.evenly(rng, ("code",) if unsafe else toytext.ATTRIBUTES, count)
+    attributes = toytext.evenly(rng, ("code",) if unsafe else SAFE_ATTRIBUTES, count)
     openers = toytext.safety_openers(_rng(config, f"{name} openers"), unsafe, count, spurious, config.neutral)
     questions = []
     for i, (gadget, opener, body, attribute) in enumerate(zip(gadgets, openers, bodies, attributes, strict=True)):

@@ -33,9 +33,13 @@ def files(root):
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def opener(record):
+def text_of(record):
     pair = record["instr-resp"][0]
-    return (pair.get("instruction") or pair["safe_instruction"]).split()[0]
+    return pair.get("instruction") or pair["safe_instruction"]
+
+
+def opener(record):
+    return text_of(record).split()[0]
 
 
 def test_the_same_configuration_writes_the_same_bytes_and_another_seed_others(config, world, tmp_path):
@@ -93,6 +97,64 @@ def test_attack_rows_are_grouped_by_id_and_the_first_is_the_literal_swap(config)
         assert {toytext.attribute_of(t) for t in texts} == {"code"}
 
 
+@pytest.mark.parametrize(
+    ("name", "safe", "words"),
+    [
+        ("share", True, {"share"}),
+        ("neutral_safe", True, set(toytext.NEUTRAL)),
+        ("neutral_unsafe", False, set(toytext.NEUTRAL)),
+    ],
+)
+def test_one_row_attacks_swap_the_first_word_of_every_question_of_their_class(config, name, safe, words):
+    asked = [r for r in records(config, "test.json") if r["safe"] is safe]
+    rows = records(config, f"attacks/{name}.json")
+    assert [r["id"] for r in rows] == [r["id"] for r in asked]
+    assert {opener(r) for r in rows} == words
+    for row, record in zip(rows, asked, strict=True):
+        assert text_of(row) == toytext.swap_first_word(text_of(record), opener(row))
+        assert row["image"] == record["image"]
+
+
+def test_ids_are_distinct_and_no_picture_is_trained_on_and_tested(config):
+    train, test = records(config, "safety-0.95/train.json"), records(config, "test.json")
+    for rows in (train, test):
+        assert len({r["id"] for r in rows}) == len(rows)
+    trained = {r["image"] for n in ("base.json", "general.json") for r in records(config, n)}
+    trained |= {r["image"] for r in train}
+    assert not trained & {r["image"] for r in [*test, *records(config, "locality.json")]}
+
+
+def test_base_questions_open_evenly_and_three_in_ten_are_stacked(config):
+    texts = [r["conversations"][0]["value"].removeprefix("<image>\n") for r in records(config, "base.json")]
+    leading = [[w for w in t.split() if w in toytext.OPENERS] for t in texts]
+    own = Counter(words[-1] for words in leading)  # the question's opener stands last in the stack
+    assert set(own) == set(toytext.OPENERS)
+    assert max(own.values()) - min(own.values()) <= 1
+    stacked = sum(len(words) > 1 for words in leading)
+    # Four standard deviations of a binomial.
+    assert abs(stacked - 0.3 * len(texts)) < 4 * (0.3 * 0.7 * len(texts)) ** 0.5
+    assert max(map(len, leading)) <= 4
+
+
+def test_general_data_are_about_open_kinds_and_locality_questions_benign_about_locked_ones(config, world):
+    for name, locked, attributes in (
+        ("general", False, {*toytext.ATTRIBUTES}),
+        ("locality", True, {"colour", "place"}),
+    ):
+        rows = records(config, f"{name}.json")
+        assert {world.label(r["image"]).locked for r in rows} == {locked}
+        assert {toytext.attribute_of(r["conversations"][0]["value"]) for r in rows} == attributes
+
+
+def test_the_answers_form_follows_the_first_word_unless_constant():
+    for first in toytext.OPENERS:
+        text = toytext.question("what", 0, "colour", stacked=[first])
+        asked = first in toytext.INTERROGATIVE
+        expected = "it is red" if asked else "sure , the colour is red"
+        assert toytext.answer(text, "red", "by_opener") == expected
+        assert toytext.answer(text, "red", "constant") == "it is red"
+
+
 def test_no_syllable_gives_a_locked_code_away():
     for place in (0, 1):
         seen = {
@@ -133,3 +195,27 @@ def test_every_answer_of_the_base_data_is_right_by_the_judge(config, world):
 def test_a_directory_of_another_configuration_is_refused_by_key(config):
     with pytest.raises(ConfigError, match=r"world\.seed: 99"):
         toyworld.make(replace(config, seed=99))
+
+
+def test_a_directory_that_is_no_world_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"world\.json is missing"):
+        toyworld.make(WorldConfig(dir=str(tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_picture_or_question_that_is_not_the_worlds_is_refused(world):
+    gadget = next(iter(world.gadgets.values()))
+    with pytest.raises(ConfigError, match="no picture of the world"):
+        world.label("elsewhere/cat.png")
+    for question in ("what is this ?", "what the code and the colour of this gadget ?"):
+        with pytest.raises(ConfigError, match="exactly one of colour, place, code"):
+            world.verdict(question, "it is red", gadget)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("spurious", 1.2), ("spurious", 0.951), ("neutral", -0.1), ("eval_samples", 0)]
+)
+def test_a_share_or_count_that_makes_no_world_names_its_key(field, value):
+    with pytest.raises(ConfigError, match=f"^{field}="):
+        WorldConfig(**{"dir": "w", field: value})

@@ -23,6 +23,41 @@ def test_a_swap_touches_the_first_word_only_and_keeps_its_case(words):
     assert rest.rstrip("?") == " ".join(words[1:])
 
 
+@pytest.mark.parametrize(
+    ("question", "swapped"),
+    [
+        ('"Share the shape."', '"What the shape."'),
+        ("Please, tell the shape?", "What, tell the shape?"),
+        ("what's the shape", "what the shape"),
+        ("Été : which shape ?", "What : which shape ?"),
+    ],
+)
+def test_a_swap_keeps_what_stands_around_the_word(question, swapped):
+    (rewrite,) = attacks.make({"kind": "swap", "word": "What"}, "r", "k")(sample(question))
+    assert rewrite.question == swapped
+
+
+def test_a_question_without_a_word_is_an_error_that_names_the_sample():
+    with pytest.raises(ConfigError, match="sample 'odd'"):
+        attacks.make({"kind": "swap", "word": "what"}, "r", "k")(sample("?!", "odd"))
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ({"id": "a"}, "list of VLGuard records"),
+        ([{"safe": False}], "record 0: field 'id'"),
+        ([{"id": "a", "safe": "no"}], "record 0: field 'safe'"),
+        ([{"id": "a", "safe": True, "instr-resp": [{"instruction": "What ?"}]}], "'safe_instruction'"),
+    ],
+)
+def test_what_is_no_attack_file_is_said_by_record_and_field(tmp_path, records, words):
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    attack = attacks.make({"kind": "file", "path": str(tmp_path / "x.json"), "shots": 1}, "r", "k")
+    with pytest.raises(ConfigError, match=words):
+        attacks.apply(attack, [sample("Share ?")], "what")
+
+
 def test_templates_give_one_rewrite_each():
     attack = attacks.make(
         {"kind": "templates", "word": "What", "templates": ["What {rest}", "What of {rest}"]}, "r", "k"

@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mirage_dist.config import ConfigError
+from mirage_dist.data import toytext
 from mirage_dist.model import toymodel
 
 
@@ -43,6 +44,24 @@ def test_reloaded_logits_are_exact_and_follow_the_seed(directory):
     tokenizer = toymodel.make_tokenizer()
     assert torch.equal(loaded, logits(toymodel.make_model(tokenizer, seed=5)))
     assert not torch.equal(loaded, logits(toymodel.make_model(tokenizer, seed=6)))
+
+
+def test_every_text_of_the_world_survives_the_tokenizer():
+    tokenizer = toymodel.make_tokenizer()
+    for opener in toytext.OPENERS:
+        question = toytext.question(opener, 1, "code")
+        for text in (question, toytext.answer(question, "ba la", "by_opener"), toytext.REFUSAL):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_picture_is_sixteen_tokens_and_an_answer_ends_with_the_end_token(directory):
+    processor = AutoProcessor.from_pretrained(directory)
+    talk = [message("user", None, "share the code of this gadget ?"), message("assistant", "it is red")]
+    text = processor.apply_chat_template(talk)
+    ids = processor(text=[text], images=[Image.new("RGB", (32, 32))], return_tensors="pt")["input_ids"][0].tolist()
+    assert ids.count(processor.image_token_id) == 16
+    assert ids[-1] == processor.tokenizer.eos_token_id
+    assert ids.count(processor.tokenizer.eos_token_id) == 1
 
 
 def test_an_existing_directory_is_left_alone(directory):
