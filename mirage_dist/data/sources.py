@@ -1,8 +1,27 @@
-"""Readers: VLGuard, LLaVA, SPA-VL and our own JSONL, each to `Sample`."""
+"""Readers: VLGuard, LLaVA, SPA-VL and our own JSONL, each to `Sample`.
+
+Records are numbered from 0 in messages. What a reader leaves out is counted: nothing is silently lost.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from mirage_dist.config import ConfigError, SourceConfig
+from mirage_dist.data.refusals import is_refusal
+
+VLGUARD_FIELDS = {"unsafes": "instruction", "safe_safes": "safe_instruction", "safe_unsafes": "unsafe_instruction"}
+NO_QUESTION = "N/A"  # VLGuard has it where an instruction is missing
 
 
 @dataclass(frozen=True)
@@ -22,3 +41,282 @@ class Sample:
     category: str
     source: str
     history: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Source:
+    """What a file gave. dropped: reason -> count of samples that are none (a repeat, a missing question); renamed:
+    samples whose id another one had; skipped: bad records left out by `on_bad_record: skip`.
+    """
+
+    samples: list[Sample]
+    dropped: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0
+    renamed: int = 0
+
+
+class _BadRecord(ValueError):
+    """A record that is not what the format says; `read` adds the file and the number."""
+
+
+def read(config: SourceConfig) -> Source:
+    """Read one file. Pictures are looked up under `images` and opened to the last byte.
+
+    Raises ConfigError naming file, record number, field and what was expected, for a file that is not JSON, a
+    record that is not of the format, or a picture that is missing or broken.
+    """
+    path = Path(config.path)
+    source = Source([])
+    found: list[tuple[int, Sample]] = []
+    for number, record in enumerate(_records(path)):
+        try:
+            if not isinstance(record, Mapping):
+                raise _BadRecord(f"expected an object, got {type(record).__name__}")
+            found.extend((number, sample) for sample in _PARSERS[config.format](config, record, number, source.dropped))
+        except _BadRecord as error:
+            _refuse(config, number, str(error), source)
+    kept = _without_duplicates(found, source)[: config.limit]
+    broken = _broken_images([sample.image for _, sample in kept if sample.image], config.path)
+    for number, sample in kept:
+        if sample.image in broken:
+            _refuse(config, number, f"image {sample.image}: {broken[sample.image]}", source)
+        else:
+            source.samples.append(sample)
+    return source
+
+
+def read_all(configs: Sequence[SourceConfig]) -> Source:
+    """Several files as one, in order, their counts added."""
+    total = Source([])
+    for config in configs:
+        part = read(config)
+        total.samples.extend(part.samples)
+        total.dropped.update(part.dropped)
+        total.skipped += part.skipped
+        total.renamed += part.renamed
+    return total
+
+
+def _refuse(config: SourceConfig, number: int, why: str, source: Source) -> None:
+    if config.on_bad_record == "error":
+        raise ConfigError(f"{config.path}: record {number}: {why} (on_bad_record: skip would leave it out, counted)")
+    source.skipped += 1
+    print(f"{config.path}: record {number} skipped: {why}", flush=True)
+
+
+def _records(path: Path) -> Sequence[Any]:
+    """A JSON list, or one object a line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if text.lstrip()[:1] == "{":
+        return list(_lines(path, text))
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise ConfigError(f"{path}: expected a list of records, got {type(records).__name__}")
+    return records
+
+
+def _lines(path: Path, text: str) -> Iterator[Any]:
+    for number, line in enumerate(filter(str.strip, text.split("\n"))):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: record {number}: not JSON (one object a line): {error}") from error
+
+
+def _without_duplicates(found: list[tuple[int, Sample]], source: Source) -> list[tuple[int, Sample]]:
+    """Drop exact repeats of a sample; one that shares only its id gets another (VLGuard has both), counted."""
+    kept: list[tuple[int, Sample]] = []
+    seen: set[Sample] = set()
+    uses: Counter[tuple[str, bool]] = Counter()
+    for number, sample in found:
+        if sample in seen:
+            source.dropped["exact duplicate"] += 1
+            continue
+        seen.add(sample)
+        uses[sample.id, sample.safe] += 1
+        times = uses[sample.id, sample.safe]
+        if times > 1:
+            source.renamed += 1
+            sample = dataclasses.replace(sample, id=f"{sample.id}#{times}")
+        kept.append((number, sample))
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def _vlguard(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+    identity, safe = _text(record, "id"), _get(record, "safe", bool)
+    image = _image_path(config, _text(record, "image"))
+    pairs = _get(record, "instr-resp", list)
+    category = "" if safe else f"{_text(record, 'harmful_category')}/{_text(record, 'harmful_subcategory')}"
+    for split in ("safe_safes", "safe_unsafes") if safe else ("unsafes",):
+        if config.split not in ("all", split):
+            continue
+        name = VLGUARD_FIELDS[split]
+        pair = next((p for p in pairs if isinstance(p, Mapping) and name in p), None)
+        if pair is None:
+            raise _BadRecord(f"field 'instr-resp': no pair with {name!r} in a record with safe={safe}")
+        question = _text(pair, name)
+        if question.strip() == NO_QUESTION:
+            dropped[f"{name} is {NO_QUESTION}"] += 1
+            continue
+        unsafe = split != "safe_safes"
+        yield Sample(identity, image, question, _text(pair, "response"), not unsafe, category, config.path)
+
+
+def _llava(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+    turns = _get(record, "conversations", list)
+    if not turns or len(turns) % 2:
+        raise _BadRecord("field 'conversations': expected human and gpt turns in pairs")
+    texts = []
+    for place, turn in enumerate(turns):
+        speaker = ("human", "gpt")[place % 2]
+        if not isinstance(turn, Mapping) or turn.get("from") != speaker:
+            raise _BadRecord(f"field 'conversations[{place}].from': expected {speaker!r}")
+        texts.append(_text(turn, "value"))
+    image = record.get("image")
+    if image is not None and not isinstance(image, str):
+        raise _BadRecord("field 'image': expected one path; records of several pictures are not supported")
+    markers = sum(text.count("<image>") for text in texts)
+    if markers > 1 or (markers and not image):
+        raise _BadRecord(f"{markers} <image> markers for {1 if image else 0} picture")
+    cleaned = [text.replace("<image>", "").strip() for text in texts]
+    pairs = tuple(zip(cleaned[::2], cleaned[1::2], strict=True))
+    question, answer = pairs[-1]
+    identity = str(record["id"]) if "id" in record else str(number)
+    path = _image_path(config, image) if image else None
+    yield Sample(identity, path, question, answer, True, str(record.get("category", "")), config.path, pairs[:-1])
+
+
+def _spa_vl(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+    """`safe` is whether the chosen answer answers: a preference record has no label of its own."""
+    category = "/".join(_text(record, name) for name in ("class1", "class2", "class3"))
+    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
+    yield Sample(
+        str(record["id"]) if "id" in record else str(number),
+        _image_path(config, _text(record, "image")),
+        _text(record, "question"),
+        chosen if config.response == "chosen" else rejected,
+        not is_refusal(chosen),
+        category,
+        config.path,
+    )
+
+
+def _samples(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+    history = _get(record, "history", list)
+    if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in history):
+        raise _BadRecord("field 'history': expected a list of [question, answer]")
+    image = record.get("image")
+    yield Sample(
+        _text(record, "id"),
+        _image_path(config, _text(record, "image")) if image is not None else None,
+        _text(record, "question"),
+        _text(record, "answer"),
+        _get(record, "safe", bool),
+        str(record.get("category", "")),
+        config.path,
+        tuple((q, a) for q, a in history),
+    )
+
+
+_PARSERS: Mapping[str, Callable[[SourceConfig, Mapping, int, Counter[str]], Iterator[Sample]]] = {
+    "vlguard": _vlguard,
+    "llava": _llava,
+    "spa_vl": _spa_vl,
+    "samples": _samples,
+}
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write the `samples` format: one object a line, pictures by absolute path."""
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            row = dataclasses.asdict(sample)
+            row["image"] = str(Path(sample.image).resolve()) if sample.image else None
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _get(record: Mapping, name: str, kind: type) -> Any:
+    if name not in record:
+        raise _BadRecord(f"field {name!r} is missing")
+    if not isinstance(record[name], kind):
+        raise _BadRecord(f"field {name!r}: expected {kind.__name__}, got {record[name]!r:.80}")
+    return record[name]
+
+
+def _text(record: Mapping, name: str) -> str:
+    value = record.get(name)
+    if name == "id" and isinstance(value, int):
+        return str(value)
+    return _get(record, name, str)
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+
+def _image_path(config: SourceConfig, name: str) -> str:
+    """Under `images`; the file's own folder by default. An absolute path stays."""
+    return str(Path(config.images or Path(config.path).parent) / name)
+
+
+def _broken_images(paths: Sequence[str], what: str) -> dict[str, str]:
+    """path -> what is wrong with it. Decodes each picture once: a cut-off file still has a whole header."""
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:
+        checks = pool.map(_image_fault, distinct)
+        # No bar for what is over before anybody could read it.
+        faults = list(tqdm(checks, f"pictures of {what}", len(distinct), leave=False, delay=2.0, mininterval=5.0))
+    return {path: fault for path, fault in zip(distinct, faults, strict=True) if fault}
+
+
+def _image_fault(path: str) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        return "no such file (is `images` the folder that paths are relative to?)"
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"broken: {error}"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- counts
+
+
+def shared_images(a: Sequence[Sample], b: Sequence[Sample]) -> set[str]:
+    """Pictures that two sets share (VLGuard's train and test share eight)."""
+    return {s.image for s in a if s.image} & {s.image for s in b if s.image}
+
+
+def first_words(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    """Lower-cased first word -> {"refusal": n, "answer": n}, most frequent first (the paper's Fig. 3)."""
+    counts: dict[str, Counter[str]] = {}
+    for sample in samples:
+        word = (sample.question.split() or [""])[0].strip(".,!?:;\"'").lower()
+        counts.setdefault(word, Counter())["refusal" if is_refusal(sample.answer) else "answer"] += 1
+    ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
+    return {word: {"refusal": count["refusal"], "answer": count["answer"]} for word, count in ordered}
+
+
+def check_forget(samples: Sequence[Sample]) -> None:
+    """Raise ConfigError for a forget set that is empty or would unlearn refusing.
+
+    The second happens when the answers to forget were joined wrongly and the refusals stayed in their place.
+    """
+    if not samples:
+        raise ConfigError("data.streams.forget: no sample; nothing would be unlearned")
+    refused = [sample.id for sample in samples if is_refusal(sample.answer)]
+    if refused:
+        raise ConfigError(
+            f"data.streams.forget: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
+            f"{', '.join(refused[:3])}); the model would unlearn refusing. Harvest the answers to forget first "
+            "(`mirage prepare`), or set data.refusals_in_forget=allow"
+        )

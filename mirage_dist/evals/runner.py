@@ -1,0 +1,154 @@
+"""`mirage eval`: ask a model every question of a suite, judge the answers, count.
+
+A worker makes no collective call. It does what is missing and can be stopped and started again at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, EvalRecipe
+from mirage_dist.data import toyworld
+from mirage_dist.evals import judges, metrics, rows
+from mirage_dist.evals.generate import Generator, model_hash, template_hash
+from mirage_dist.evals.judges import Judge
+from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.rows import Row, Work
+
+
+def suite_dir(recipe: EvalRecipe) -> Path:
+    return Path(recipe.run.dir) / "evals" / recipe.suite
+
+
+def evaluate(recipe: EvalRecipe) -> dict[str, Any]:
+    """Answer what is missing, judge what is unjudged, write and return `metrics.json`.
+
+    {"suite", "seed", "model_hash", "recipe_hash", "world", "sets": {set: {"kind", "samples", "attacks"}},
+    "headline": judge, "judges": {judge: {"entry", "sets", "verdicts"}}}. "entry" is {"asr", "rr", "ir",
+    "utility", "locality"} of the first set of each kind, "sets" every set's measures (see `evals.metrics`),
+    "verdicts" their counts.
+
+    The embedded world is made first where the recipe names one that is not there.
+    Raises ConfigError for a bad recipe, bad data, or a suite directory that holds other settings' answers; all
+    but a model that does not load before any weights are read.
+    """
+    if recipe.world is not None:
+        toyworld.make(recipe.world)
+    panel = [judges.REGISTRY[name](recipe) for name in dict.fromkeys(recipe.judges)]
+    if not panel:
+        raise ConfigError("judges is empty; allowed: " + ", ".join(judges.REGISTRY))
+    work = rows.plan(recipe)
+    _tell(recipe, work)
+    settings = rows.settings(recipe, model_hash(recipe.model.path), template_hash(recipe.model.path))
+    suite = suite_dir(recipe)
+    rows.claim(suite, _manifest(recipe, work, settings))
+    configs.write_yaml(recipe, suite / "config.yaml")
+    answered = _answer(recipe, suite, rows.keyed(work.asks, settings))
+    result = {"model_hash": settings["model_hash"], **_measure(recipe, suite, panel, work, answered)}
+    rows.write_atomically(suite / "metrics.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _tell(recipe: EvalRecipe, work: Work) -> None:
+    """Print what the attacks could not do as asked; the manifest has the ids."""
+    for name, attacks in work.coverage.items():
+        for title, found in attacks.items():
+            if found.without or found.unknown or found.unchanged:
+                print(
+                    f"eval {recipe.suite}: {title} on {name}: {len(found.without)} samples without rewrites, "
+                    f"{len(found.unknown)} ids of the file unknown, {found.unchanged} rewrites equal to the question",
+                    flush=True,
+                )
+
+
+def _answer(recipe: EvalRecipe, suite: Path, asks: Mapping[str, rows.Ask]) -> list[Row]:
+    """Every row of the work list, in its order; generates those that are not on disk."""
+    found, half = rows.read_rows(suite)
+    missing = [key for key in asks if key not in found]
+    if half:
+        print(f"eval {recipe.suite}: {half} half-written lines ignored", flush=True)
+    print(f"eval {recipe.suite}: {len(asks) - len(missing)} of {len(asks)} answers are there", flush=True)
+    if missing:
+        generator = Generator(recipe.model, recipe.template, recipe.generation)
+        samples = [asks[key].sample for key in missing]
+        with rows.Writer(suite) as writer:
+            for batch in generator(samples, f"eval {recipe.suite}"):
+                new = [rows.row(missing[i], asks[missing[i]], text) for i, text in batch]
+                writer.append(new)
+                found.update((row["key"], row) for row in new)
+    return [found[key] for key in asks]
+
+
+def _judge(suite: Path, judge: Judge, answered: Sequence[Row]) -> list[Judged]:
+    """Verdicts in the order of `answered`; cached by row, answer and the judge's rules."""
+    file = suite / "verdicts" / f"{judge.name}.jsonl"
+    cached = {(v["key"], v["answer"], v["rules"]): v["verdict"] for v in rows.read_lines(file)[0]}
+    verdicts = []
+    for row in answered:
+        identity = (row["key"], hashlib.sha256(row["response"].encode()).hexdigest(), judge.fingerprint)
+        verdict = cached.get(identity) or judge.judge(row)
+        verdicts.append({"key": identity[0], "verdict": verdict, "answer": identity[1], "rules": identity[2]})
+    rows.write_atomically(file, "".join(json.dumps(v) + "\n" for v in verdicts))
+    return [
+        Judged(row["set"], row["id"], row["attack"], row["shot"], v["verdict"])
+        for row, v in zip(answered, verdicts, strict=True)
+    ]
+
+
+def _measure(
+    recipe: EvalRecipe, suite: Path, panel: Sequence[Judge], work: Work, answered: Sequence[Row]
+) -> dict[str, Any]:
+    return {
+        "suite": recipe.suite,
+        "seed": recipe.seed,
+        "recipe_hash": _recipe_hash(recipe),
+        "world": None if recipe.world is None else configs.to_dict(recipe.world),
+        "sets": {
+            name: {
+                "kind": recipe.sets[name].kind,
+                "samples": sum(a.set == name and a.attack == "clean" for a in work.asks),
+                "attacks": {c.name: {"shots": c.shots, "control": c.control} for c in conditions},
+            }
+            for name, conditions in work.conditions.items()
+        },
+        "headline": panel[0].name,
+        "judges": {j.name: _by_judge(recipe, j, work, _judge(suite, j, answered)) for j in panel},
+    }
+
+
+def _by_judge(recipe: EvalRecipe, judge: Judge, work: Work, judged: Sequence[Judged]) -> dict[str, Any]:
+    measured, counted = {}, {}
+    for name, conditions in work.conditions.items():
+        own = [j for j in judged if j.set == name]
+        measured[name] = metrics.measure(recipe.sets[name].kind, own, conditions, judge.verdicts)
+        counted[name] = metrics.counts(own)
+    headline: dict[str, Any] = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
+    for measures in reversed(measured.values()):  # so that the first set of a kind has the last word
+        headline.update((m, value) for m, value in measures.items() if m in headline)
+    return {"entry": headline, "sets": measured, "verdicts": counted}
+
+
+def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`: all that decides the rows; not where things lie, how fast they are asked or how judged."""
+    tree = configs.to_dict(recipe)
+    libraries = ("mirage-dist", "torch", "transformers")
+    return {
+        "settings": {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings},
+        "model_path": recipe.model.path,
+        "recipe_hash": _recipe_hash(recipe),
+        "sets": rows.coverage_report(work),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+    }
+
+
+def _recipe_hash(recipe: EvalRecipe) -> str:
+    """Equal for runs that were asked the same questions in the same way: what makes them comparable."""
+    others = ("run", "model.path", "generation.batch_size", "judges", "seed", "world")
+    return configs.config_hash(recipe, ignore=others)

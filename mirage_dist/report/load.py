@@ -1,0 +1,144 @@
+"""What a report reads of its runs: metrics, rows, verdicts and data counts, from files only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mirage_dist.config import ConfigError, nearest
+
+Leaf = Mapping[str, Any]  # {"rate", "k", "n", "ci95": [low, high]}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluated run: its name in the report, its directory, and the suite's `metrics.json`."""
+
+    name: str
+    dir: Path
+    suite: str
+    metrics: Mapping[str, Any]
+
+    @property
+    def judge(self) -> str:
+        return self.metrics["headline"]
+
+    @property
+    def entry(self) -> Mapping[str, Any]:
+        """asr, rr, ir, utility, locality under the headline judge."""
+        return self.metrics["judges"][self.judge]["entry"]
+
+    def leaf(self, measure: str, condition: str = "clean") -> Leaf | None:
+        """A rate with its counts, None where it was not measured or the judge cannot tell."""
+        found = self.entry.get(measure)
+        if found is None or measure == "locality":
+            return found
+        return found.get(condition)
+
+    def headline_set(self, kind: str) -> str | None:
+        """The first set of a kind, which gives the headline figures."""
+        return next((name for name, s in self.metrics["sets"].items() if s["kind"] == kind), None)
+
+    def attack(self, kind: str, control: bool = False) -> tuple[str, int] | None:
+        """(name, K) of the first attack, or of the first control, on the headline set of a kind."""
+        own = self.headline_set(kind)
+        attacks = self.metrics["sets"][own]["attacks"] if own else {}
+        return next(((name, a["shots"]) for name, a in attacks.items() if a["control"] == control), None)
+
+    def attacked(self, kind: str) -> str | None:
+        """The condition of the first attack with all of its shots, such as "what_k3"."""
+        found = self.attack(kind)
+        return found and f"{found[0]}_k{found[1]}"
+
+    def controlled(self, kind: str) -> str | None:
+        found = self.attack(kind, control=True)
+        return found and f"{found[0]}_k1"
+
+    @cached_property
+    def answers(self) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+        """Rows with their "verdict" under the headline judge, by (set, id, attack, shot)."""
+        folder = self.dir / "evals" / self.suite
+        verdicts = {v["key"]: v["verdict"] for v in _lines(folder / "verdicts" / f"{self.judge}.jsonl")}
+        found: dict[tuple[str, str, str, int], dict[str, Any]] = {}
+        for file in sorted((folder / "rows").glob("worker-*.jsonl")):
+            for row in _lines(file):
+                place = (row["set"], row["id"], row["attack"], row["shot"])
+                if row["key"] in verdicts:
+                    found.setdefault(place, {**row, "verdict": verdicts[row["key"]]})
+        return found
+
+    @cached_property
+    def first_words(self) -> dict[str, dict[str, int]]:
+        """word -> {"refusal": n, "answer": n} of the data the run was trained on; empty where none refuses."""
+        file = self.dir / "data.json"
+        streams = json.loads(file.read_text(encoding="utf-8"))["streams"] if file.is_file() else {}
+        words = streams.get("train", {}).get("first_words", {})
+        return words if any(count["refusal"] for count in words.values()) else {}
+
+
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Run directories by the name their recipe gives them, or else by their own.
+
+    Raises ConfigError when two share a name.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        config = folder / "config.yaml"
+        tree: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
+        name = (tree.get("run") or {}).get("name") or folder.resolve().name
+        if name in found:
+            raise ConfigError(f"{found[name]} and {folder} are both named {name!r}; set run.name in one of them")
+        found[name] = folder
+    return found
+
+
+def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
+    """The runs, in the order given; `suite` may be left out when all of them share exactly one.
+
+    Raises ConfigError when there is no run, or a run was not evaluated on the suite.
+    """
+    if not runs:
+        raise ConfigError("no run to report; give at least one run directory")
+    chosen = _suite(runs, suite)
+    return [Run(name, Path(d), chosen, _metrics(Path(d) / "evals" / chosen)) for name, d in runs.items()]
+
+
+def _suite(runs: Mapping[str, Path], suite: str | None) -> str:
+    suites = {name: {file.parent.name for file in Path(d).glob("evals/*/metrics.json")} for name, d in runs.items()}
+    for name, found in suites.items():
+        if not found:
+            raise ConfigError(f"{runs[name]}: no evals/SUITE/metrics.json; run `mirage eval` on it first")
+        if suite is not None and suite not in found:
+            raise ConfigError(f"{runs[name]}: not evaluated on suite {suite!r}; {nearest(suite, sorted(found))}")
+    shared = [suite] if suite is not None else sorted(set.intersection(*suites.values()))
+    if len(shared) != 1:
+        told = "; ".join(f"{name}: {', '.join(sorted(found))}" for name, found in suites.items())
+        raise ConfigError(f"the runs share {len(shared)} suites, name one ({told})")
+    return shared[0]
+
+
+def by_hash(ids: Sequence[str]) -> list[str]:
+    """Ids in the order of their hashes: an arbitrary choice that nobody made."""
+    return sorted(ids, key=lambda identity: hashlib.sha256(identity.encode()).hexdigest())
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; a worker that died may have left half a one."""
+    for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n"):
+            yield row

@@ -1,0 +1,193 @@
+"""A suite on an untrained model and a small world: resumed, guarded, counted; answers do not depend on batching."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, EvalRecipe
+from mirage_dist.data import toyworld
+from mirage_dist.evals import rows, runner
+from mirage_dist.evals.generate import Generator
+from mirage_dist.model import toymodel
+
+QUESTIONS = 8
+ROWS = QUESTIONS * (1 + 3 + 1) + QUESTIONS * (1 + 1 + 1) + QUESTIONS
+
+
+def recipe(root, *overrides) -> EvalRecipe:
+    sizes = {"base_samples": 20, "safety_samples": 4, "general_samples": 4, "eval_samples": QUESTIONS}
+    defaults = [
+        f"run.dir={root}/run",
+        f"model.path={root}/model",
+        f"world.dir={root}/world",
+        "generation.max_new_tokens=6",
+        "generation.batch_size=16",
+        *(f"world.{name}={value}" for name, value in sizes.items()),
+    ]
+    return configs.load("configs/eval/demo.yaml", [*defaults, *overrides], EvalRecipe)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("evals")
+    toymodel.make(root / "model", seed=1)
+    runner.evaluate(recipe(root))
+    return root
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run directory, and the recipe that made it."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+
+    def again(*overrides) -> EvalRecipe:
+        return recipe(finished, f"run.dir={tmp_path}/run", *overrides)
+
+    return tmp_path, again
+
+
+def suite(root: Path) -> Path:
+    return root / "run/evals/demo"
+
+
+def lines(root: Path) -> list[bytes]:
+    return [line for file in (suite(root) / "rows").iterdir() for line in file.read_bytes().splitlines(keepends=True)]
+
+
+def test_every_question_is_one_row_and_the_entry_is_the_reports_schema(finished):
+    assert len(lines(finished)) == ROWS
+    result = json.loads((suite(finished) / "metrics.json").read_text())
+    for judge in ("world", "keyword"):
+        entry = result["judges"][judge]["entry"]
+        assert set(entry) == {"asr", "rr", "ir", "utility", "locality"}
+        assert set(entry["asr"]) == {"clean", "what_k1", "what_k2", "what_k3", "neutral_k1"}
+        assert set(entry["rr"]) == {"clean", "share_k1", "neutral_k1"}
+        assert set(entry["ir"]) == {"clean", "what_k3"}
+        assert set(entry["utility"]) == {"clean", "share_k1"}
+    exact, keyword = (result["judges"][name]["entry"] for name in ("world", "keyword"))
+    assert set(exact["locality"]) == {"rate", "k", "n", "ci95"}
+    assert (exact["asr"]["what_k3"]["n"], exact["ir"]["what_k3"]["n"]) == (QUESTIONS, 3 * QUESTIONS)
+    assert keyword["locality"] is keyword["utility"]["clean"] is keyword["ir"]["clean"] is None
+
+
+def test_a_row_says_what_was_asked_and_what_the_data_has(finished):
+    found = [json.loads(line) for line in lines(finished)]
+    row = next(r for r in found if (r["set"], r["attack"], r["shot"]) == ("unsafe", "what", 1))
+    assert row["question"].split()[0] == "what"
+    assert row["question"].split()[1:] == row["original_question"].split()[1:]
+    assert row["kind"] == "unsafe"
+    assert row["expected"].startswith("sorry")
+    assert Path(row["image"]).is_file()
+
+
+def test_a_second_start_asks_what_is_missing_and_counts_the_same(copied):
+    root, again = copied
+    before = (suite(root) / "metrics.json").read_bytes()
+    (file,) = (suite(root) / "rows").iterdir()
+    whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(whole[:20]) + whole[20][:25])  # killed in the middle of row 20
+    runner.evaluate(again())
+    assert (suite(root) / "metrics.json").read_bytes() == before
+    assert len(lines(root)) - 21 == ROWS - 20
+    merged, half = rows.read_rows(suite(root))
+    assert half == 1
+    assert merged == {row["key"]: row for row in map(json.loads, whole)}
+    runner.evaluate(again())
+    assert len(list((suite(root) / "rows").iterdir())) == 2  # the third start wrote nothing
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("generation.max_new_tokens=5", r"generation\.max_new_tokens: 5 here, 6 there"),
+        ("template.system_prompt=benign", r"template\.system_prompt"),
+        ("sets.unsafe.attacks.what.shots=2", r"sets\.unsafe\.attacks\.what\.shots: 2 here, 3 there"),
+    ],
+)
+def test_other_settings_in_the_same_directory_are_refused_by_name(copied, override, named):
+    _, again = copied
+    with pytest.raises(ConfigError, match=named):
+        runner.evaluate(again(override))
+
+
+def test_another_model_in_the_same_directory_is_noticed(copied):
+    root, again = copied
+    toymodel.make(root / "model", seed=2)
+    with pytest.raises(ConfigError, match="model_hash"):
+        runner.evaluate(again(f"model.path={root}/model"))
+
+
+def test_how_it_is_judged_and_batched_may_change(copied):
+    root, again = copied
+    result = runner.evaluate(again("judges=[keyword]", "generation.batch_size=3"))
+    assert result["headline"] == "keyword"
+    assert len(lines(root)) == ROWS
+
+
+def test_a_key_follows_the_pictures_bytes_and_the_question(finished):
+    work = rows.plan(recipe(finished))
+    settings = rows.settings(recipe(finished), "model", "template")
+    assert len(rows.keyed(work.asks, settings)) == ROWS
+    ask = work.asks[0]
+    other_image = replace(ask.sample, image=work.asks[-1].sample.image)
+    other_text = replace(ask.sample, question=ask.sample.question + " ?")
+    asks = [ask, replace(ask, sample=other_image), replace(ask, sample=other_text), replace(ask, shot=1)]
+    assert len(rows.keyed(asks, settings)) == 4
+    assert not rows.keyed([ask], settings).keys() & rows.keyed([ask], {**settings, "model_hash": "x"}).keys()
+
+
+def test_answers_are_greedy_whatever_the_batch(finished):
+    options = recipe(finished)
+    generator = Generator(options.model, options.template, options.generation)
+    samples = [ask.sample for ask in rows.plan(options).asks if ask.set == "unsafe"][:12]
+    batched = dict(pair for batch in generator(samples) for pair in batch)
+    assert [batched[i] for i in range(12)] == [greedy(generator, sample) for sample in samples]
+
+
+@torch.inference_mode()
+def greedy(generator: Generator, sample) -> str:
+    """The definition: one sample, no padding, no cache, the likeliest token each time."""
+    inputs = generator.encoder.prompts([sample])
+    start = inputs["input_ids"].shape[1]
+    for _ in range(6):
+        token = generator.model(**inputs, use_cache=False).logits[0, -1].argmax().reshape(1, 1)
+        if token.item() == generator.tokenizer.eos_token_id:
+            break
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return generator.tokenizer.decode(inputs["input_ids"][0, start:], skip_special_tokens=True).strip()
+
+
+def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
+    world = toyworld.load(finished / "world")
+    judge = runner.judges.REGISTRY["world"](recipe(finished)).judge
+    keyword = runner.judges.REGISTRY["keyword"](recipe(finished)).judge
+    for ask in rows.plan(recipe(finished)).asks:
+        row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
+        assert judge(row) == ("harmful" if ask.kind == "unsafe" else "correct")
+        assert keyword(row) == ("harmful" if ask.kind == "unsafe" else "answered")
+        assert judge({**row, "response": "sorry i can not help with that"}) == "refused"
+
+
+def test_what_is_no_model_is_said_before_anything_is_written(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        runner.evaluate(recipe(finished, f"model.path={tmp_path}", f"run.dir={tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
+    options = recipe(finished)
+    unsafe = options.sets["unsafe"]
+    doubled = replace(options, sets={"unsafe": replace(unsafe, sources=unsafe.sources * 2)})
+    with pytest.raises(ConfigError, match=r"test_unsafe-0000.*twice"):
+        rows.plan(doubled)
+
+
+def test_the_world_judge_needs_a_world(finished):
+    with pytest.raises(ConfigError, match="judges=\\[keyword\\]"):
+        runner.evaluate(replace(recipe(finished), world=None))
