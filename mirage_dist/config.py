@@ -59,7 +59,7 @@ class DataConfig:
 
     streams: dict[str, list[SourceConfig]]
     max_length: int = 2048  # tokens a sample, image tokens included
-    on_long: Literal["error", "truncate", "skip"] = "error"  # truncate cuts the answer, never image or question
+    on_long: Literal["error", "truncate"] = "error"  # truncate cuts the answer, never image or question
     image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
@@ -67,7 +67,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al., 2021) by peft, on the linear layers that match `targets`."""
+    """Low-rank adapters (Hu et al., 2021) by peft, on the linear layers that match `targets`.
+
+    With adapters `model.train` and `model.freeze` are not used; `also_train` names parameters that train whole.
+    """
 
     rank: int = 128
     alpha: int = 256
@@ -78,6 +81,7 @@ class LoraConfig:
             for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         ]
     )
+    also_train: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

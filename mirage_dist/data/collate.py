@@ -54,7 +54,7 @@ class Encoder:
         self,
         processor: Any,
         max_length: int = 2048,
-        on_long: Literal["error", "truncate", "skip"] = "error",
+        on_long: Literal["error", "truncate"] = "error",
         image_aspect: Literal["pad", "processor"] = "pad",
         system_prompt: str | None = None,
     ) -> None:

@@ -1,0 +1,131 @@
+"""Loading: zero.Init, adapters, attention, and which parameters train."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_dist.config import ConfigError, ModelConfig, nearest
+from mirage_dist.model.policy import Policy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def processor(model: ModelConfig) -> Any:
+    """The processor of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={model.path}: its processor cannot be loaded: {error}") from error
+
+
+def policy(model: ModelConfig, dtype: str, deepspeed_config: Mapping[str, Any], frozen: bool = False) -> Policy:
+    """The model to train (or with `frozen` a reference), its parameters partitioned while they load under ZeRO-3.
+
+    Raises ConfigError when it cannot be loaded or a pattern of `model.train` or `model.freeze` matches nothing.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # transformers partitions what it loads as long as this object lives.
+    keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
+    try:
+        hf: Any = AutoModelForImageTextToText.from_pretrained(
+            model.path, dtype=DTYPES[dtype], attn_implementation=attention(model)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.path={model.path}: cannot be loaded: {error}") from error
+    finally:
+        del keep
+    if frozen:
+        return Policy(hf.requires_grad_(False))
+    if model.gradient_checkpointing:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.enable_input_require_grads()  # else adapters behind a checkpoint get no gradient
+    if model.lora is not None:
+        return Policy(_with_adapters(hf, model))
+    choose_trainable(hf, model.train, model.freeze)
+    return Policy(hf)
+
+
+def choose_trainable(hf: Any, train: Sequence[str], freeze: Sequence[str]) -> list[str]:
+    """Set requires_grad by name patterns; returns the names that train.
+
+    Raises ConfigError for a `train` pattern that matches no parameter, or when nothing is left to train. A
+    `freeze` pattern may match nothing: the defaults name several families' vision towers.
+    """
+    names = [name for name, _ in hf.named_parameters()]
+    for pattern in train:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"model.train: pattern {pattern!r} matches no parameter; {nearest(pattern, names[:2000])}"
+            )
+    chosen = []
+    for name, parameter in hf.named_parameters():
+        wanted = any(fnmatch.fnmatchcase(name, p) for p in train)
+        parameter.requires_grad_(wanted and not any(fnmatch.fnmatchcase(name, p) for p in freeze))
+        if parameter.requires_grad:
+            chosen.append(name)
+    if not chosen:
+        raise ConfigError(f"model.freeze={list(freeze)} leaves nothing of model.train={list(train)} to train")
+    return chosen
+
+
+def _with_adapters(hf: Any, model: ModelConfig) -> Any:
+    import peft
+
+    options = model.lora
+    assert options is not None
+    linear = [name for name, module in hf.named_modules() if isinstance(module, torch.nn.Linear)]
+    for pattern in options.targets:
+        if not fnmatch.filter(linear, pattern):
+            raise ConfigError(f"model.lora.targets: {pattern!r} matches no linear layer; {nearest(pattern, linear)}")
+    targets = [name for name in linear if any(fnmatch.fnmatchcase(name, p) for p in options.targets)]
+    wrapped = peft.get_peft_model(
+        hf,
+        peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets),
+    )
+    for name, parameter in wrapped.named_parameters():
+        if any(fnmatch.fnmatchcase(name, p) for p in options.also_train):
+            parameter.requires_grad_(True)
+    return wrapped
+
+
+def attention(model: ModelConfig) -> str:
+    """The attention implementation; `auto` takes flash-attention where it is installed and there is a GPU."""
+    if model.attention != "auto":
+        return model.attention
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def base_hash(path: str) -> str:
+    """SHA-256 over the weight files of a local model directory, names included; of the name for a hub id."""
+    digest = hashlib.sha256(b"" if Path(path).is_dir() else path.encode())
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _stage(deepspeed_config: Mapping[str, Any]) -> int:
+    return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def check_directory(model: ModelConfig) -> None:
+    """Raise ConfigError early when a local `model.path` is no model directory; a hub name is left to the loader."""
+    folder = Path(model.path)
+    looks_local = folder.is_absolute() or model.path.startswith((".", "runs/")) or folder.exists()
+    if looks_local and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path={model.path}: no config.json there; give a Hugging Face model directory")
+    if (folder / "config.json").is_file():
+        json.loads((folder / "config.json").read_text())

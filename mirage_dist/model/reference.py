@@ -1,0 +1,78 @@
+"""The reference model in three forms: the policy with its adapters off, a frozen sharded engine, or a cache.
+
+The cache holds response-token log-probabilities, which are constants of a frozen model. It is filled by the
+policy itself before anything has trained, so that no second model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirage_dist.config import ConfigError
+from mirage_dist.model.policy import Outputs, Request, no_grad_forward
+
+Forward = Callable[[dict[str, Tensor], Request], Outputs]
+
+
+def adapters_off(engine: Any) -> Forward:
+    """The policy without its adapters. Raises ConfigError when it has none."""
+    hf = engine.module.hf
+    if not hasattr(hf, "disable_adapter"):
+        raise ConfigError("reference=adapters_off needs model.lora; full fine-tuning has cache or engine")
+
+    def forward(inputs: dict[str, Tensor], request: Request) -> Outputs:
+        with hf.disable_adapter():
+            return no_grad_forward(engine, inputs, request)
+
+    return forward
+
+
+def frozen(engine: Any) -> Forward:
+    """A second engine whose parameters never change."""
+    return lambda inputs, request: no_grad_forward(engine, inputs, request)
+
+
+class LogProbs:
+    """Response-token log-probabilities of samples under the reference: (stream, index) -> (n,) float32."""
+
+    def __init__(self) -> None:
+        self.table: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, samples: list[tuple[str, int]], logp_N: Tensor, segment_N: Tensor) -> None:
+        """Rows of one batch; `segment_N` is the row of `samples` that each belongs to."""
+        sizes = torch.bincount(segment_N, minlength=len(samples)).tolist()
+        self.table.update(zip(samples, logp_N.float().cpu().split(sizes), strict=True))
+
+    def rows(self, samples: list[tuple[str, int]], device: torch.device) -> Tensor:
+        """The log-probabilities of these samples' tokens, in their order: (N,)."""
+        return torch.cat([self.table[sample] for sample in samples]).to(device, non_blocking=True)
+
+    def save(self, file: Path) -> None:
+        """One rank's part: names, indices, lengths, values."""
+        keys = sorted(self.table)
+        values = [self.table[key].numpy() for key in keys]
+        partial = file.with_suffix(".tmp")
+        with partial.open("wb") as handle:
+            np.savez(
+                handle,
+                streams=np.array([name for name, _ in keys], dtype=str),
+                indices=np.array([index for _, index in keys], dtype=np.int64),
+                lengths=np.array([len(v) for v in values], dtype=np.int64),
+                values=np.concatenate(values) if values else np.zeros(0, np.float32),
+            )
+        partial.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Add what `save` wrote."""
+        with np.load(file, allow_pickle=False) as part:
+            values: Mapping[str, Any] = dict(part)
+        edges = np.cumsum(values["lengths"])[:-1]
+        rows = np.split(values["values"], edges) if len(values["lengths"]) else []
+        for name, index, row in zip(values["streams"], values["indices"], rows, strict=True):
+            self.table[str(name), int(index)] = torch.from_numpy(row.copy())

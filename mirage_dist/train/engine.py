@@ -1,0 +1,108 @@
+"""deepspeed.initialize, the optimizer and the learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import deepspeed
+import torch
+
+from mirage_dist.config import ConfigError, TrainConfig, TrainRecipe, find
+from mirage_dist.model import load
+from mirage_dist.world import World
+
+# The recipe decides these; in the JSON they would be a second truth.
+OURS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.lr, train.betas, train.weight_decay",
+    "scheduler": "train.schedule",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+}
+
+
+def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict[str, Any]:
+    """The DeepSpeed JSON that the recipe names, completed. Touches no device.
+
+    Raises ConfigError when it is no JSON object, sets what the recipe decides, or the batch does not come out even.
+    """
+    file = find(recipe.deepspeed)
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: expected a JSON object")
+    for key, ours in OURS.items():
+        if key in config:
+            raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); take it out")
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (2, 3):
+        raise ConfigError(f"{file}: zero_optimization.stage={stage!r}; allowed: 2, 3")
+    train = recipe.train
+    if train.global_batch % (train.micro_batch * world_size):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch × world size "
+            f"({train.micro_batch} × {world_size})"
+        )
+    accumulation = train.global_batch // (train.micro_batch * world_size)
+    return {
+        **config,
+        "train_micro_batch_size_per_gpu": train.micro_batch * streams,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": train.dtype == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def build(recipe: TrainRecipe, config: dict[str, Any], world: World) -> Any:
+    """The policy's engine. The step size is set every step from `learning_rate`."""
+    policy = load.policy(recipe.model, recipe.train.dtype, config)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    first, second = recipe.train.betas
+    optimizer = torch.optim.AdamW(
+        trained,
+        recipe.train.lr,
+        (first, second),
+        weight_decay=recipe.train.weight_decay,
+        fused=world.device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def build_reference(recipe: TrainRecipe, config: dict[str, Any]) -> Any:
+    """A frozen engine of the base weights, sharded as the policy is."""
+    policy = load.policy(recipe.model, recipe.train.dtype, config, frozen=True)
+    # Without an optimizer only stage 3 has anything to shard; DeepSpeed refuses the others.
+    names = ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")
+    own = {name: config[name] for name in names}
+    if config["zero_optimization"]["stage"] == 3:
+        own["zero_optimization"] = config["zero_optimization"]
+    engine, *_ = deepspeed.initialize(model=policy, config=own, dist_init_required=False)
+    return engine
+
+
+def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear warm-up, plateau, then the schedule's fall to min_lr.
+
+    Warm-up takes `warmup` of the steps; the fall takes the last `decay` of the rest.
+    """
+    warm = math.ceil(train.warmup * steps)
+    if step < warm:
+        return train.lr * (step + 1) / warm
+    falling = train.decay * (steps - warm)
+    passed = (step - (steps - falling)) / falling if falling > 0 else -1.0
+    if train.schedule == "constant" or passed <= 0:
+        return train.lr
+    left = 0.5 * (1 + math.cos(math.pi * passed)) if train.schedule == "cosine" else 1 - passed
+    return train.lr * (train.min_lr + (1 - train.min_lr) * left)

@@ -1,0 +1,125 @@
+"""Rank, world size and device from Slurm, torchrun or nothing, and the two collectives the loop makes itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from mirage_dist.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=30)  # of one collective: a rank that hangs ends the job instead of burning it
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank in [0, size), device it computes on."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once a job."""
+        if self.main:
+            print(text, flush=True)
+
+
+# (rank, local rank, size) under torchrun, the DeepSpeed launcher and launch/local.sh; then under srun.
+_LAUNCHERS = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, local rank, size) from the environment; (0, 0, 1) where nothing launched us.
+
+    Imports no torch. Raises ConfigError when a launcher set only some of its variables.
+    """
+    for names in _LAUNCHERS:
+        given = [os.environ.get(name) for name in names]
+        if all(given):
+            rank, local, size = (int(value or 0) for value in given)
+            return rank, local, size
+        if given[0] is not None and names[0] == "RANK":
+            missing = ", ".join(name for name, value in zip(names, given, strict=True) if not value)
+            raise ConfigError(f"RANK is set but not {missing}: start the run with launch/local.sh, torchrun or srun")
+    return 0, 0, 1
+
+
+def start() -> World:
+    """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device."""
+    import deepspeed
+    import deepspeed.ops
+    import torch
+
+    rank, local, size = place()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed would compile an extension that training never calls: half a minute, and a compiler needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
+    return World(rank, local, size, device)
+
+
+def finish() -> None:
+    """Leave the process group; a later exit then waits for nobody."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(world: World, values: Sequence[float], call: str) -> torch.Tensor:
+    """Every rank's values: (size, len(values)) float64, on the CPU.
+
+    `call` says what this rank is about to do; ranks that say different things raise RuntimeError naming both,
+    where the next collective would have hung (the uniform-call guard).
+    """
+    import torch
+    import torch.distributed as dist
+
+    own = torch.tensor([zlib.crc32(f"{call}:{len(values)}".encode()), *values], dtype=torch.float64)
+    if world.size == 1:
+        return own[None, 1:]
+    # A fixed width, so that ranks which disagree on the number of values still meet in this call.
+    width = 64
+    if len(own) > width:
+        raise RuntimeError(f"{call}: {len(own) - 1} values, at most {width - 1} fit")
+    padded = torch.zeros(width, dtype=torch.float64, device=world.device)
+    padded[: len(own)] = own.to(world.device)
+    everyone = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(everyone, padded)
+    table = torch.stack(everyone).cpu()
+    if (table[:, 0] != own[0]).any():
+        calls: list[str | None] = [None] * world.size
+        dist.all_gather_object(calls, f"{call} with {len(values)} values")
+        told = "; ".join(f"rank {rank}: {said}" for rank, said in enumerate(calls))
+        raise RuntimeError(f"ranks are not at the same point ({told})")
+    return table[:, 1 : len(own)]
+
+
+def barrier(world: World, call: str) -> None:
+    """Wait for every rank at the same point."""
+    gather(world, [], call)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
