@@ -22,6 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+# ${fixed2:0.5} is 0.50: how folders that are named by a number spell it.
+OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import sys
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +67,7 @@ def start() -> World:
     import torch
 
     rank, local, size = place()
+    quieten(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if size == 1:
@@ -75,6 +79,17 @@ def start() -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
     return World(rank, local, size, device)
+
+
+def quieten(rank: int) -> None:
+    """Leave the log to what a user can act on: libraries warn of their own deprecations at every step."""
+    import deepspeed.utils
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.utils.logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    if rank or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
 
 
 def finish() -> None:

@@ -40,6 +40,11 @@ class MicroBatch:
         chosen = [part for name, part in parts if name in streams]
         return torch.cat(chosen) if chosen else None
 
+    def segment(self, stream: str) -> Tensor | None:
+        """The sequence of the stream (from 0) that each of its response rows belongs to: (N,)."""
+        index_N = self.index([stream])
+        return None if index_N is None else index_N // self.batch.labels_BS.shape[1] - self.rows[stream].start
+
 
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
     """The samples of every stream that the objective needs.

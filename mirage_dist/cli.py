@@ -1,0 +1,97 @@
+"""The command `mirage`: one subcommand a verb, parsing only. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, EvalRecipe, TrainRecipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; 2 for bad input, whose message is one paragraph without a traceback."""
+    parsed = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = parsed.run
+    try:
+        run(parsed)
+    except ConfigError as error:
+        print(f"mirage: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
+    _recipe(train)
+    train.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
+
+    _recipe(_verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count"))
+
+    report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    report.add_argument("--out", type=Path, help="default: report/ in the first run")
+    report.add_argument("--suite", help="needed when the runs share several")
+
+    export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
+    export.add_argument("run_dir", type=Path, metavar="RUN")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--step", type=int, help="default: the newest checkpoint")
+    return parser
+
+
+def _verb(
+    verbs: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", help="a YAML recipe")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=5e-7")
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+    from mirage_dist.train import run
+
+    if parsed.check:
+        _, streams, _ = run.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
+        print(f"{parsed.config}: recipe, DeepSpeed JSON and data are in order (samples: {counts})")
+        return
+    run.train(recipe)
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
+    from mirage_dist.evals import runner
+
+    runner.evaluate(recipe)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from mirage_dist import report
+
+    out = parsed.out or parsed.runs[0] / "report"
+    report.print_table(report.report(report.named(parsed.runs), out, suite=parsed.suite))
+    print(out / "index.html")
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from mirage_dist.model import export
+
+    export.export(parsed.run_dir, parsed.out, parsed.step)
+    print(parsed.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""From a committed checkpoint to an ordinary Hugging Face model directory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, TrainRecipe
+from mirage_dist.model import load
+
+CARD = """---
+library_name: transformers
+base_model: {base}
+---
+# {name}
+
+`{base}` after `{objective}` training with mirage_dist: step {step}, recipe hash `{hash}`.
+Attack success and rejection rates belong beside this model; a low rate is behaviour, not proof of erasure.
+"""
+
+
+def export(run: Path, out: Path, step: int | None = None) -> None:
+    """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; needs no process group.
+
+    Weights come in the dtype of training; adapters are merged. The result loads with
+    `AutoModelForImageTextToText.from_pretrained`. Raises ConfigError when there is no such checkpoint or `out` exists.
+    """
+    recipe = configs.load(run / "config.yaml", [], TrainRecipe)
+    if out.exists():
+        raise ConfigError(f"{out} exists; export to a new directory")
+    folder = run / "checkpoints"
+    name = f"step-{step:06d}" if step is not None else _latest(folder)
+    if not (folder / name / "manifest.json").is_file():
+        there = ", ".join(sorted(f.name for f in folder.glob("step-*[0-9]"))) or "none"
+        raise ConfigError(f"{run}: no checkpoint {name} (there: {there})")
+    hf = load.policy(recipe.model, recipe.train.dtype, {}).hf
+    _put(hf, _trained(folder, name))
+    if recipe.model.lora is not None:
+        hf = hf.merge_and_unload()
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    _as_plain_linear(hf)
+    hf.save_pretrained(partial)
+    load.processor(recipe.model).save_pretrained(partial)
+    told = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
+    step_number = int(name.removeprefix("step-"))
+    (partial / "README.md").write_text(CARD.format(**told, step=step_number, hash=configs.config_hash(recipe)[:16]))
+    partial.rename(out)
+
+
+def _latest(folder: Path) -> str:
+    try:
+        return (folder / "latest").read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"{folder}: no committed checkpoint yet") from error
+
+
+def _trained(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The trained parameters in float32, whatever the world size that saved them."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars within a second
+        state: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name, exclude_frozen_parameters=True)
+    return {key.removeprefix("hf."): value for key, value in state.items()}
+
+
+def _put(hf: Any, state: dict[str, torch.Tensor]) -> None:
+    parameters = dict(hf.named_parameters())
+    missing = [n for n, p in parameters.items() if p.requires_grad and n not in state]
+    unknown = [n for n in state if n not in parameters]
+    if missing or unknown:
+        raise ConfigError(f"the checkpoint is not of this model: missing {missing[:3]}, unknown {unknown[:3]}")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def _as_plain_linear(hf: Any) -> None:
+    """Saved models are what transformers knows: the loss head's class stays ours."""
+    head = hf.get_output_embeddings()
+    head.__class__ = torch.nn.Linear

@@ -1,0 +1,138 @@
+"""The step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_dist.config import TrainRecipe
+from mirage_dist.model.policy import Outputs, Request
+from mirage_dist.model.reference import Forward, LogProbs
+from mirage_dist.objectives.base import Objective, Term, View
+from mirage_dist.train.engine import learning_rate
+from mirage_dist.train.feed import Feed, MicroBatch
+from mirage_dist.world import World, gather
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is no number."""
+
+
+class Loop:
+    """One optimizer step at a time, the same loss and gradient for every micro-batch, accumulation and world size."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        engine: Any,
+        objective: Objective,
+        feed: Feed,
+        world: World,
+        reference: Forward | None,
+        cache: LogProbs | None,
+    ) -> None:
+        self.train, self.engine, self.objective, self.feed, self.world = recipe.train, engine, objective, feed, world
+        self.needs, self.reference, self.cache = objective.needs, reference, cache
+        self.skipped_in_a_row = 0
+
+    def step(self, number: int) -> dict[str, Any]:
+        """Step `number` (from 0) of the run: its record for the log. Raises NonFinite."""
+        window = self.feed.window(number, self.world)
+        counts = self.agree(number, self.feed.counts(window))
+        rate = learning_rate(self.train, number, self.feed.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        sums: dict[str, Tensor] = {}
+        for micro in window:
+            terms = self.objective(self.views(micro))
+            loss = sum((t.weight / counts[t.count] * t.sum for t in terms), torch.zeros((), device=self.world.device))
+            # DeepSpeed averages gradients over ranks; the counts are global already.
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            self.engine.step()  # clips, checks and steps behind the last micro-batch of the window
+            for t in terms:
+                sums[t.name] = sums.get(t.name, 0) + t.sum.detach()
+        return self.record(number, rate, counts, terms, sums)
+
+    def agree(self, number: int, own: Mapping[str, float]) -> dict[str, float]:
+        """Global counts of the whole window, before its first forward; every rank must be at the same step."""
+        total = gather(self.world, list(own.values()), f"step {number}: {' '.join(own)}").sum(0)
+        return dict(zip(own, total.tolist(), strict=True))
+
+    def views(self, micro: MicroBatch) -> dict[str, View]:
+        """One forward over all rows, cut into the streams' views."""
+        needs, batch = self.needs, micro.batch
+        index_N, kl_index_M = micro.index(needs.logp), micro.index(needs.kl)
+        labels_N = None if index_N is None else batch.labels_BS.flatten().index_select(0, index_N + 1)
+        request = Request(index_N, labels_N, kl_index_M, layer=needs.layer if needs.activation else None)
+        told = self.reference(batch.inputs, request) if self.reference else Outputs()
+        out = self.engine(batch.inputs, Request(index_N, labels_N, kl_index_M, told.logits_MV, request.layer))
+        logp, ref_logp = (_cut(x, micro, needs.logp) for x in (out.logp_N, told.logp_N))
+        kl = _cut(out.kl_M, micro, needs.kl)
+        if self.cache is not None:
+            ref_logp = {name: self.cached(micro, name) for name in needs.ref_logp}
+        return {
+            name: View(
+                sequences=rows.stop - rows.start,
+                segment_N=micro.segment(name),
+                logp_N=logp.get(name),
+                ref_logp_N=ref_logp.get(name) if name in needs.ref_logp else None,
+                kl_N=kl.get(name),
+                activation_BSD=_rows(out.activation_BSD, rows) if name in needs.activation else None,
+                ref_activation_BSD=_rows(told.activation_BSD, rows) if name in needs.ref_activation else None,
+                mask_BS=micro.mask_BS[rows],
+            )
+            for name, rows in micro.rows.items()
+        }
+
+    def cached(self, micro: MicroBatch, name: str) -> Tensor:
+        assert self.cache is not None
+        return self.cache.rows(micro.samples[micro.rows[name]], self.world.device)
+
+    def record(
+        self, number: int, rate: float, counts: Mapping[str, float], terms: Sequence[Term], sums: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Global values of a finished step; counts a step that DeepSpeed skipped because of its gradient."""
+        local = torch.stack([sums[t.name].double() for t in terms]).tolist()
+        total = gather(self.world, local, f"terms of step {number}").sum(0).tolist()
+        values = {t.name: value / counts[t.count] for t, value in zip(terms, total, strict=True)}
+        loss = sum(t.weight * values[t.name] for t in terms)
+        skipped = bool(self.engine.optimizer.overflow)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= self.train.nonfinite_patience:
+            raise NonFinite(
+                f"step {number + 1}: loss {loss}, and the gradient was not finite in {self.skipped_in_a_row} steps "
+                "in a row (train.nonfinite_patience); lower train.lr or look at the data of these steps"
+            )
+        norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
+        return {
+            "step": number + 1,
+            "loss": _finite(loss),
+            "terms": {name: _finite(value) for name, value in values.items()},
+            "grad_norm": _finite(norm),
+            "lr": rate,
+            "skipped": skipped,
+            "tokens": int(counts["input_tokens"]),
+            "cut": int(counts["cut"]),
+        }
+
+
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """A stream's rows of an activation, in float32: errors are squared and summed over thousands of positions."""
+    return None if tensor is None else tensor[rows].float()
+
+
+def _cut(values_N: Tensor | None, micro: MicroBatch, streams: Sequence[str]) -> dict[str, Tensor]:
+    """Values of the rows that `micro.index(streams)` named, by stream."""
+    if values_N is None:
+        return {}
+    names = [name for name in micro.rows if name in streams]
+    return dict(zip(names, values_N.split([micro.tokens[name] for name in names]), strict=True))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a value that is no number is null."""
+    return value if math.isfinite(value) else None
