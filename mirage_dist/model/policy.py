@@ -1,10 +1,12 @@
-"""The module that DeepSpeed wraps: one forward that gives everything an objective asked for."""
+"""The module that DeepSpeed wraps: one forward that gives everything an objective asked for.
+
+What goes in and comes out are named tuples and dicts, because ZeRO-3's hooks look for tensors in no other type.
+"""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,7 @@ from torch import Tensor, nn
 from mirage_dist.model import activations, head
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What to compute; positions are flat (b·S + t) into the hidden states.
 
     index_N, labels_N: rows whose log-probability is wanted, and what they predict. kl_index_M: rows whose KL to
@@ -28,8 +29,7 @@ class Request:
     layer: int | None = None
 
 
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """logp_N, kl_M, logits_MV in float32; activation_BSD in the model's dtype. None where not asked for."""
 
     logp_N: Tensor | None = None
