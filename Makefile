@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint types clean
+.PHONY: setup demo test test-gpu lint types clean
 
 setup: $(VENV)/.installed
 
@@ -15,8 +15,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+demo: setup
+	$(BIN)/mirage demo
+
 test: setup
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

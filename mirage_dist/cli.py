@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
+
+    _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
@@ -59,8 +65,26 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=5e-7")
 
 
+def _demo(parsed: argparse.Namespace) -> None:
+    from mirage_dist import demo
+
+    demo.demo(parsed.out, parsed.overrides)
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
+    from mirage_dist.data import prepare, toyworld
+
+    if recipe.world is not None:
+        toyworld.make(recipe.world)
+    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe))}")
+
+
 def _train(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+    from mirage_dist import demo
+
+    demo.ensure(recipe)
     from mirage_dist.train import run
 
     if parsed.check:

@@ -173,6 +173,22 @@ class TrainRecipe:
 
 
 @dataclass(frozen=True)
+class PrepareRecipe:
+    """`mirage prepare`: forget and retain sets (see `data.prepare`)."""
+
+    out: str  # a new folder
+    safety: list[SourceConfig]
+    answers: Literal["harvest", "as_given"] = "harvest"  # as_given: the unsafe records hold the answers to forget
+    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) with id, question, response
+    min_match: float = 0.9  # share of the unsafe questions that must have a harvested answer
+    fill: list[SourceConfig] = field(default_factory=list)
+    retain_size: int | None = None  # default: the safe pairs alone
+    unsafe_questions_on_safe_images: bool = False  # retain their refusals too
+    seed: int = 0
+    world: WorldConfig | None = None
+
+
+@dataclass(frozen=True)
 class EvalModelConfig:
     """The Hugging Face model directory that answers."""
 

@@ -6,7 +6,9 @@ Records are numbered from 0 in messages. What a reader leaves out is counted: no
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ from mirage_dist.data.refusals import is_refusal
 
 VLGUARD_FIELDS = {"unsafes": "instruction", "safe_safes": "safe_instruction", "safe_unsafes": "unsafe_instruction"}
 NO_QUESTION = "N/A"  # VLGuard has it where an instruction is missing
+PICTURE = "<image>"  # marks the picture's place in LLaVA's records
+FIRST_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -59,29 +63,29 @@ class _BadRecord(ValueError):
     """A record that is not what the format says; `read` adds the file and the number."""
 
 
-def read(config: SourceConfig) -> Source:
-    """Read one file. Pictures are looked up under `images` and opened to the last byte.
+def read(config: SourceConfig, check_images: bool = True) -> Source:
+    """Read one file. Pictures are looked up under `images` and decoded to the last byte.
 
     Raises ConfigError naming file, record number, field and what was expected, for a file that is not JSON, a
-    record that is not of the format, or a picture that is missing or broken.
+    record that is not of the format, or a picture that is missing or broken (not looked at without `check_images`).
     """
-    path = Path(config.path)
+    if config.limit is not None and config.limit < 1:
+        raise ConfigError(f"{config.path}: limit={config.limit}; expected a whole number above 0")
     source = Source([])
     found: list[tuple[int, Sample]] = []
-    for number, record in enumerate(_records(path)):
+    for number, record in enumerate(_records(Path(config.path))):
         try:
-            if not isinstance(record, Mapping):
-                raise _BadRecord(f"expected an object, got {type(record).__name__}")
-            found.extend((number, sample) for sample in _PARSERS[config.format](config, record, number, source.dropped))
+            found.extend((number, sample) for sample in _parse(config, record, number, source.dropped))
         except _BadRecord as error:
-            _refuse(config, number, str(error), source)
+            _refuse(config, number, str(error))
+            source.skipped += 1
     kept = _without_duplicates(found, source)[: config.limit]
-    broken = _broken_images([sample.image for _, sample in kept if sample.image], config.path)
-    for number, sample in kept:
-        if sample.image in broken:
-            _refuse(config, number, f"image {sample.image}: {broken[sample.image]}", source)
-        else:
-            source.samples.append(sample)
+    faults = image_faults([sample for _, sample in kept], config.path) if check_images else {}
+    bad = {number: sample.image for number, sample in kept if sample.image in faults}
+    for number, image in bad.items():
+        _refuse(config, number, f"image {image}: {faults[image or '']}")
+    source.skipped += len(bad)
+    source.samples = [sample for number, sample in kept if number not in bad]
     return source
 
 
@@ -97,19 +101,20 @@ def read_all(configs: Sequence[SourceConfig]) -> Source:
     return total
 
 
-def _refuse(config: SourceConfig, number: int, why: str, source: Source) -> None:
+def _refuse(config: SourceConfig, number: int, why: str) -> None:
     if config.on_bad_record == "error":
         raise ConfigError(f"{config.path}: record {number}: {why} (on_bad_record: skip would leave it out, counted)")
-    source.skipped += 1
     print(f"{config.path}: record {number} skipped: {why}", flush=True)
 
 
 def _records(path: Path) -> Sequence[Any]:
     """A JSON list, or one object a line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty")
     if text.lstrip()[:1] == "{":
         return list(_lines(path, text))
     try:
@@ -126,49 +131,65 @@ def _lines(path: Path, text: str) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: record {number}: not JSON (one object a line): {error}") from error
+            raise ConfigError(
+                f"{path}: record {number}: not JSON: {error} (expected a list of records, or one object a line)"
+            ) from error
 
 
 def _without_duplicates(found: list[tuple[int, Sample]], source: Source) -> list[tuple[int, Sample]]:
     """Drop exact repeats of a sample; one that shares only its id gets another (VLGuard has both), counted."""
     kept: list[tuple[int, Sample]] = []
     seen: set[Sample] = set()
+    taken: set[tuple[str, bool]] = set()
     uses: Counter[tuple[str, bool]] = Counter()
     for number, sample in found:
         if sample in seen:
             source.dropped["exact duplicate"] += 1
             continue
         seen.add(sample)
-        uses[sample.id, sample.safe] += 1
-        times = uses[sample.id, sample.safe]
-        if times > 1:
-            source.renamed += 1
-            sample = dataclasses.replace(sample, id=f"{sample.id}#{times}")
-        kept.append((number, sample))
+        wanted = identity = (sample.id, sample.safe)
+        while identity in taken:
+            uses[wanted] += 1
+            identity = (f"{sample.id}#{uses[wanted] + 1}", sample.safe)
+        taken.add(identity)
+        source.renamed += identity != wanted
+        kept.append((number, dataclasses.replace(sample, id=identity[0])))
     return kept
 
 
 # ------------------------------------------------------------------------------------------------ formats
 
 
+def _parse(config: SourceConfig, record: Any, number: int, dropped: Counter[str]) -> list[Sample]:
+    if not isinstance(record, Mapping):
+        raise _BadRecord(f"expected an object, got {type(record).__name__}")
+    samples = list(_PARSERS[config.format](config, record, number, dropped))
+    for sample in samples:
+        if any(PICTURE in text for turn in [*sample.history, (sample.question, sample.answer)] for text in turn):
+            raise _BadRecord(f"a text holds {PICTURE}, which a processor would take for another picture")
+    return samples
+
+
 def _vlguard(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
     identity, safe = _text(record, "id"), _get(record, "safe", bool)
     image = _image_path(config, _text(record, "image"))
     pairs = _get(record, "instr-resp", list)
+    if not all(isinstance(pair, Mapping) for pair in pairs):
+        raise _BadRecord("field 'instr-resp': expected a list of objects")
     category = "" if safe else f"{_text(record, 'harmful_category')}/{_text(record, 'harmful_subcategory')}"
     for split in ("safe_safes", "safe_unsafes") if safe else ("unsafes",):
         if config.split not in ("all", split):
             continue
         name = VLGUARD_FIELDS[split]
-        pair = next((p for p in pairs if isinstance(p, Mapping) and name in p), None)
-        if pair is None:
+        own = [pair for pair in pairs if name in pair]
+        if not own:
             raise _BadRecord(f"field 'instr-resp': no pair with {name!r} in a record with safe={safe}")
-        question = _text(pair, name)
-        if question.strip() == NO_QUESTION:
-            dropped[f"{name} is {NO_QUESTION}"] += 1
-            continue
-        unsafe = split != "safe_safes"
-        yield Sample(identity, image, question, _text(pair, "response"), not unsafe, category, config.path)
+        for pair in own:
+            question, response = _text(pair, name), _text(pair, "response")
+            if question.strip() == NO_QUESTION:
+                dropped[f"{name} is {NO_QUESTION}"] += 1
+                continue
+            yield Sample(identity, image, question, response, split == "safe_safes", category, config.path)
 
 
 def _llava(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
@@ -184,13 +205,13 @@ def _llava(config: SourceConfig, record: Mapping, number: int, dropped: Counter[
     image = record.get("image")
     if image is not None and not isinstance(image, str):
         raise _BadRecord("field 'image': expected one path; records of several pictures are not supported")
-    markers = sum(text.count("<image>") for text in texts)
+    markers = sum(text.count(PICTURE) for text in texts)
     if markers > 1 or (markers and not image):
-        raise _BadRecord(f"{markers} <image> markers for {1 if image else 0} picture")
-    cleaned = [text.replace("<image>", "").strip() for text in texts]
+        raise _BadRecord(f"field 'conversations': {markers} {PICTURE} markers for {1 if image else 0} picture")
+    cleaned = [text.replace(PICTURE, "").strip() for text in texts]
     pairs = tuple(zip(cleaned[::2], cleaned[1::2], strict=True))
     question, answer = pairs[-1]
-    identity = str(record["id"]) if "id" in record else str(number)
+    identity = _text(record, "id") if record.get("id") is not None else str(number)
     path = _image_path(config, image) if image else None
     yield Sample(identity, path, question, answer, True, str(record.get("category", "")), config.path, pairs[:-1])
 
@@ -200,7 +221,7 @@ def _spa_vl(config: SourceConfig, record: Mapping, number: int, dropped: Counter
     category = "/".join(_text(record, name) for name in ("class1", "class2", "class3"))
     chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
     yield Sample(
-        str(record["id"]) if "id" in record else str(number),
+        _text(record, "id") if record.get("id") is not None else str(number),
         _image_path(config, _text(record, "image")),
         _text(record, "question"),
         chosen if config.response == "chosen" else rejected,
@@ -267,9 +288,9 @@ def _image_path(config: SourceConfig, name: str) -> str:
     return str(Path(config.images or Path(config.path).parent) / name)
 
 
-def _broken_images(paths: Sequence[str], what: str) -> dict[str, str]:
+def image_faults(samples: Sequence[Sample], what: str) -> dict[str, str]:
     """path -> what is wrong with it. Decodes each picture once: a cut-off file still has a whole header."""
-    distinct = list(dict.fromkeys(paths))
+    distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
     with ThreadPoolExecutor() as pool:
         checks = pool.map(_image_fault, distinct)
         # No bar for what is over before anybody could read it.
@@ -283,7 +304,7 @@ def _image_fault(path: str) -> str | None:
             image.load()
     except FileNotFoundError:
         return "no such file (is `images` the folder that paths are relative to?)"
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # on damaged bytes a decoder may raise anything
         return f"broken: {error}"
     return None
 
@@ -292,16 +313,27 @@ def _image_fault(path: str) -> str | None:
 
 
 def shared_images(a: Sequence[Sample], b: Sequence[Sample]) -> set[str]:
-    """Pictures that two sets share (VLGuard's train and test share eight)."""
-    return {s.image for s in a if s.image} & {s.image for s in b if s.image}
+    """Pictures of `a` that `b` has too, by their bytes: VLGuard's splits share some, in folders of their own."""
+    theirs = set(_digests(b).values())
+    return {path for path, digest in _digests(a).items() if digest in theirs}
+
+
+def _digests(samples: Sequence[Sample]) -> dict[str, bytes]:
+    """Picture -> SHA-256 of its file."""
+    distinct = {sample.image for sample in samples if sample.image}
+    return {path: hashlib.sha256(Path(path).read_bytes()).digest() for path in distinct}
 
 
 def first_words(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Lower-cased first word -> {"refusal": n, "answer": n}, most frequent first (the paper's Fig. 3)."""
+    """Lower-cased first word -> {"refusal": n, "answer": n} answers, most frequent first (the paper's Fig. 3).
+
+    A question without a word counts under "".
+    """
     counts: dict[str, Counter[str]] = {}
     for sample in samples:
-        word = (sample.question.split() or [""])[0].strip(".,!?:;\"'").lower()
-        counts.setdefault(word, Counter())["refusal" if is_refusal(sample.answer) else "answer"] += 1
+        word = FIRST_WORD.search(sample.question)
+        count = counts.setdefault(word[0].lower() if word else "", Counter())
+        count["refusal" if is_refusal(sample.answer) else "answer"] += 1
     ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
     return {word: {"refusal": count["refusal"], "answer": count["answer"]} for word, count in ordered}
 

@@ -1,0 +1,157 @@
+"""The whole story on the embedded world, and what a recipe of that world needs before it can start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
+from mirage_dist.data import toyworld
+from mirage_dist.world import place
+
+# Model -> its recipe, and what the stage sets beside what the user sets. The base is made by `ensure`.
+STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "sft": ("configs/train/demo_sft.yaml", ()),
+    "sft_control": ("configs/train/demo_sft.yaml", ("world.spurious=0.5", "run.name=sft_control")),
+    "npo": ("configs/train/demo_npo.yaml", ()),
+    "rmu": ("configs/train/demo_rmu.yaml", ()),
+}
+RANKS = 2
+LAUNCHER = configs.REPOSITORY / "launch" / "local.sh"
+WAIT_SECONDS = 2 * 3600
+# Variables by which a process knows that it is one of many; a run started from within is not one of them.
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def demo(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run every stage that is not there yet, evaluate all models, write the report; returns its summary.
+
+    A stage lives in a folder named by the hash of its resolved recipe, which names the stages before it: a changed
+    setting runs again what depends on it, and nothing else.
+    """
+    start = time.monotonic()
+    base = _base(out, overrides)
+    assert base.world is not None
+    here = [f"world.dir={base.world.dir}"]
+    runs, recipes = {"base": Path(base.run.dir)}, [base]
+    total = len(STAGES) + 2
+    _say(1, total, "base: world, model, and what it answers")
+    ensure(_stage("configs/train/demo_npo.yaml", [*overrides, *here], out, "npo"))
+    for number, (name, (file, own)) in enumerate(STAGES.items(), start=2):
+        recipe = _stage(file, [*overrides, *own, *here], out, name)
+        ensure(recipe)
+        _say(number, total, f"{name}: {recipe.run.dir}")
+        runs[name] = Path(recipe.run.dir)
+        recipes.append(recipe)
+        if not (runs[name] / "export").is_dir():
+            launch(file, [*overrides, *own, *here, f"run.dir={recipe.run.dir}"])
+    _say(total, total, "evaluation: every model, as asked and attacked")
+    for name, folder in runs.items():
+        evaluate("configs/eval/demo.yaml", [*shared(overrides), *here, f"run.dir={folder}", f"run.name={name}"])
+    from mirage_dist import report
+
+    told = {
+        "seed": base.seed,
+        "world": {**configs.to_dict(base.world), "spurious": recipes[1].world and recipes[1].world.spurious},
+        "wall_seconds": round(time.monotonic() - start, 1),
+        "config_hash": configs.config_hash([configs.config_hash(recipe, ("run", "monitor")) for recipe in recipes]),
+    }
+    summary = report.report(runs, out / "report", told, suite="demo")
+    report.print_table(summary)
+    print(f"{told['wall_seconds']} s; report: {out / 'report' / 'index.html'}", flush=True)
+    return summary
+
+
+def ensure(recipe: TrainRecipe) -> None:
+    """Make the world, the base model and the prepared sets that a recipe of the embedded world names, once.
+
+    Rank 0 makes them before there is a process group; the others wait for the files. A recipe without a world, or
+    whose inputs are there, is left alone. Raises ConfigError when rank 0 does not get it done in time.
+    """
+    world = recipe.world
+    if world is None:
+        return
+    inputs = [Path(s.path) for part in recipe.data.streams.values() for s in part]
+    wanted = [Path(recipe.model.path) / "config.json", *inputs]
+    if place()[0]:
+        return _wait_for(wanted)
+    toyworld.make(world)
+    init = Path(world.dir) / "init"
+    if not init.is_dir():
+        from mirage_dist.model import toymodel
+
+        toymodel.make(init, world.seed)
+    base = Path(world.dir) / "base" / "export"
+    if Path(recipe.model.path) == base and not base.is_dir():
+        launch(world.base_recipe, _of_world(world))
+    prepared = toyworld.safety_dir(world) / "prepared"
+    if any(path.parent == prepared for path in inputs) and not prepared.is_dir():
+        _prepare(world)
+
+
+def launch(file: str, overrides: Sequence[str]) -> None:
+    """Train on RANKS processes of this machine. Raises ConfigError when the run ends with an error."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    environment["MIRAGE_PYTHON"] = sys.executable
+    command = [str(LAUNCHER), str(RANKS), "train", file, *overrides]
+    if subprocess.run(command, env=environment).returncode:
+        raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
+
+
+def evaluate(file: str, overrides: Sequence[str]) -> None:
+    """One suite, in this process."""
+    from mirage_dist.evals import runner
+
+    runner.evaluate(configs.load(file, overrides, EvalRecipe))
+
+
+def shared(overrides: Sequence[str]) -> list[str]:
+    """The overrides that every kind of recipe knows; the others are about training."""
+    return [o for o in overrides if o.startswith(("seed=", "world."))]
+
+
+def _base(out: Path, overrides: Sequence[str]) -> TrainRecipe:
+    """The base's recipe with the world's folder named by its hash."""
+    file = "configs/train/demo_base.yaml"
+    unplaced = configs.load(file, overrides, TrainRecipe)
+    told = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir", "world.spurious"))
+    return configs.load(file, [*overrides, f"world.dir={out}/world-{told[:8]}"], TrainRecipe)
+
+
+def _stage(file: str, overrides: Sequence[str], out: Path, name: str) -> TrainRecipe:
+    recipe = configs.load(file, overrides, TrainRecipe)
+    told = configs.config_hash(recipe, ("run", "monitor"))
+    return configs.load(file, [*overrides, f"run.dir={out}/{name}-{told[:8]}"], TrainRecipe)
+
+
+def _of_world(world: WorldConfig) -> list[str]:
+    """Overrides that give another recipe this world."""
+    fields = {name: value for name, value in configs.to_dict(world).items() if name not in ("seed", "spurious")}
+    return [f"seed={world.seed}", *(f"world.{name}={value}" for name, value in fields.items())]
+
+
+def _prepare(world: WorldConfig) -> None:
+    from mirage_dist.data import prepare
+
+    told = [*_of_world(world), f"world.spurious={world.spurious}"]
+    evaluate("configs/eval/demo_harvest.yaml", told)
+    result = prepare.prepare(configs.load("configs/prepare/demo.yaml", told, PrepareRecipe))
+    print(f"prepared: {prepare.summary(result)}", flush=True)
+
+
+def _wait_for(files: Sequence[Path]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while missing := [file for file in files if not file.exists()]:
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{missing[0]}: not there after {WAIT_SECONDS} s; rank 0 was to make it")
+        time.sleep(0.2)
+
+
+def _say(number: int, total: int, text: str) -> None:
+    print(f"[{number}/{total}] {text}", flush=True)
