@@ -13,7 +13,7 @@ from typing import Any
 from mirage_dist import config as configs
 from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 from mirage_dist.data import toyworld
-from mirage_dist.world import place
+from mirage_dist.world import no_bars_in_logs, place
 
 # Model -> its recipe, and what the stage sets beside what the user sets. The base is made by `ensure`.
 STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -86,6 +86,7 @@ def ensure(recipe: TrainRecipe) -> None:
     if not init.is_dir():
         from mirage_dist.model import toymodel
 
+        no_bars_in_logs()
         toymodel.make(init, world.seed)
     base = Path(world.dir) / "base" / "export"
     if Path(recipe.model.path) == base and not base.is_dir():

@@ -62,9 +62,12 @@ def place() -> tuple[int, int, int]:
 
 def start() -> World:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # told, DeepSpeed does not warn that it had to guess
     import deepspeed
     import deepspeed.ops
-    import torch
 
     rank, local, size = place()
     quieten(rank)
@@ -84,10 +87,16 @@ def start() -> World:
 def quieten(rank: int) -> None:
     """Leave the log to what a user can act on: libraries warn of their own deprecations at every step."""
     import deepspeed.utils
-    import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.utils.logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    no_bars_in_logs(rank)
+
+
+def no_bars_in_logs(rank: int = 0) -> None:
+    """transformers draws bars for reading and writing weights; a log would keep every state of them."""
+    import transformers
+
     if rank or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 

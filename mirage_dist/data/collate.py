@@ -1,7 +1,8 @@
 """From samples to tensors: chat template, label mask, response index, padding, placeholder picture.
 
-The same code makes training batches and generation prompts, so both see one template and one picture
-transform. Prompt and answer are tokenised apart: training sees exactly the tokens that generation continues.
+The same code makes training batches and generation prompts, so both see one template and one picture transform,
+and a training row starts with exactly the tokens that generation continues. A text-only row holds no picture
+tokens at all; a batch without any picture ends in a hidden placeholder, so that every batch runs the same modules.
 
 Shapes: B rows, S positions.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,10 @@ from mirage_dist.config import ConfigError
 from mirage_dist.data.sources import Sample
 
 IGNORE = -100
+# What a processor may tell of each token; 0 is text in both.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+# One value a token: input_ids, attention_mask, labels, and the token types that the processor tells.
+Row = dict[str, list[int]]
 
 
 class TooLong(ConfigError):
@@ -32,8 +38,8 @@ class Batch:
 
     inputs: the model's keyword arguments (input_ids (B, S), attention_mask, pixel_values …).
     labels_BS: token ids on answers and their end tokens, -100 elsewhere. index_N: flat positions b·S + t of
-    the hidden rows that predict a label. text_BS: 1 on positions of question and answer, without picture,
-    template marks excluded only where they are padding. cut: rows whose answer was truncated.
+    the hidden rows that predict a label. text_BS: 1 on every token but padding and pictures. cut: rows whose answer
+    was truncated.
     """
 
     inputs: dict[str, Tensor]
@@ -46,8 +52,8 @@ class Batch:
 class Encoder:
     """Chat template and processor of one model, for any Hugging Face image-text-to-text processor.
 
-    Raises ConfigError when the template does not let a prompt be a prefix of its conversation, or there is no end
-    token.
+    Raises ConfigError when the tokenizer has no end token, or the processor no token that stands for a picture; and,
+    by sample, when the template does not let a prompt be a prefix of its conversation or rewrites the answer.
     """
 
     def __init__(
@@ -63,99 +69,143 @@ class Encoder:
         self.image_aspect, self.system_prompt = image_aspect, system_prompt
         if self.tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end token (eos_token); answers would never end")
-        self.pad = (
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        )
-        self.image_token = getattr(processor, "image_token_id", None)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token will do
+        self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.placeholder, self.placeholder_picture = self._placeholder()
 
-    # -------------------------------------------------------------------------------------- generation
+    # ------------------------------------------------------------------------------------------ batches
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Keyword arguments of `generate` for these questions, left-padded. Raises TooLong."""
-        rows, pictures = self._prompt_rows(samples)
+        rows, pictures = self._rows(samples, answered=False)
         for sample, row in zip(samples, rows, strict=True):
-            if len(row) > self.max_length:
-                raise TooLong(f"{_name(sample)}: the prompt has {len(row)} tokens, max_length is {self.max_length}")
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return {"input_ids": ids, "attention_mask": self._hide_placeholders(samples, ids, mask), **pictures}
-
-    # ---------------------------------------------------------------------------------------- training
+            if (length := len(row["input_ids"])) > self.max_length:
+                raise TooLong(f"{_name(sample)}: the prompt has {length} tokens, max_length is {self.max_length}")
+        tensors = self._stack(rows, left=True)
+        del tensors["labels"]
+        return {**tensors, **pictures}
 
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """One training batch. Raises TooLong for a row over max_length unless `on_long` is truncate."""
-        prompts, pictures = self._prompt_rows(samples, first_turn=True)
-        rows, labels, cut = [], [], 0
-        for sample, prompt in zip(samples, prompts, strict=True):
-            ids, label = self._conversation(sample, prompt)
-            if len(ids) > self.max_length:
-                ids, label, cut = *self._truncate(sample, ids, label), cut + 1
-            rows.append(ids)
-            labels.append(label)
-        width = max(map(len, rows))
-        ids_BS = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows])
-        labels_BS = torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels])
-        filled_BS = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        mask_BS = self._hide_placeholders(samples, ids_BS, filled_BS)
+        rows, pictures = self._rows(samples, answered=True)
+        cut = sum(self._truncate(sample, row) for sample, row in zip(samples, rows, strict=True))
+        if not pictures:
+            # Behind the last row, where no token that counts attends to it and its position moves none.
+            pictures = dict(self.placeholder_picture)
+            for name, values in rows[-1].items():
+                values += self.placeholder[name]
+        tensors = self._stack(rows, left=False)
+        labels_BS = tensors.pop("labels")
+        text_BS = tensors["attention_mask"] * (tensors["input_ids"] != self.processor.image_token_id)
         predicts_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
         predicts_BS[:, :-1] = labels_BS[:, 1:] != IGNORE
-        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, **pictures}
-        if any(sample.image is None for sample in samples):
-            # A hidden placeholder must not move the words behind it: positions count what is attended to.
-            inputs["position_ids"] = (mask_BS.cumsum(1) - 1).clamp(min=0)
-        text_BS = mask_BS if self.image_token is None else mask_BS * (ids_BS != self.image_token)
-        return Batch(inputs, labels_BS, predicts_BS.flatten().nonzero().squeeze(1), text_BS, cut)
+        index_N = predicts_BS.flatten().nonzero().squeeze(1)
+        return Batch({**tensors, **pictures}, labels_BS, index_N, text_BS, cut)
 
-    def _truncate(self, sample: Sample, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        """Cut the last answer's end; never the picture or a question."""
-        last_question = max(i for i, label in enumerate(labels) if label == IGNORE)
-        if self.on_long != "truncate" or last_question + 1 >= self.max_length:
+    def _stack(self, rows: Sequence[Row], left: bool) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
+
+        def padded(name: str, values: list[int]) -> list[int]:
+            gap = [fill.get(name, 0)] * (width - len(values))
+            return gap + values if left else values + gap
+
+        return {name: torch.tensor([padded(name, row[name]) for row in rows]) for name in rows[0]}
+
+    def _truncate(self, sample: Sample, row: Row) -> bool:
+        """Cut the last answer's end where the row is too long; never the picture or a question."""
+        length = len(row["input_ids"])
+        if length <= self.max_length:
+            return False
+        before = 1 + max(i for i, label in enumerate(row["labels"]) if label == IGNORE)
+        if self.on_long != "truncate" or before >= self.max_length:
             raise TooLong(
-                f"{_name(sample)}: {len(ids)} tokens, {last_question + 1} of them before the answer; "
-                f"data.max_length is {self.max_length} (data.on_long={self.on_long})"
+                f"{_name(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
+                f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only)"
             )
-        return ids[: self.max_length], labels[: self.max_length]
+        for values in row.values():
+            del values[self.max_length :]
+        return True
 
-    def _conversation(self, sample: Sample, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a whole conversation whose first prompt is already tokenised."""
+    # --------------------------------------------------------------------------------------------- rows
+
+    def _rows(self, samples: Sequence[Sample], answered: bool) -> tuple[list[Row], dict[str, Tensor]]:
+        """Unpadded rows, through the last answer or up to it, and the picture tensors in the order of their rows."""
+        conversations = [self._pieces(sample, answered) for sample in samples]
+        shown = [i for i, sample in enumerate(samples) if sample.image is not None]
+        seen, pictures = self._see([conversations[i][0] for i in shown], [self._picture(samples[i]) for i in shown])
+        starts = dict(zip(shown, seen, strict=True))
+        rows = []
+        for i, pieces in enumerate(conversations):
+            row = starts[i] if i in starts else self._text_row(pieces[0])
+            for number, (before, piece) in enumerate(pairwise(pieces)):
+                _extend(row, self._ids_behind(before, piece), answer=number % 2 == 0)
+            rows.append(row)
+        return rows, pictures
+
+    def _see(self, texts: list[str], images: list[Image.Image]) -> tuple[list[Row], dict[str, Tensor]]:
+        """First prompts with their pictures: picture tokens expanded, padding taken off."""
+        if not texts:
+            return [], {}
+        encoded = dict(
+            self.processor(
+                text=texts,
+                images=images,
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=self._adds_start(texts[0]),
+            )
+        )
+        mask_BS = encoded.pop("attention_mask").bool()
+        tokens = {name: encoded.pop(name) for name in ("input_ids", *TOKEN_TYPES) if name in encoded}
+        rows = []
+        for number, mask_S in enumerate(mask_BS):
+            row = {name: values_BS[number][mask_S].tolist() for name, values_BS in tokens.items()}
+            length = len(row["input_ids"])
+            rows.append({**row, "attention_mask": [1] * length, "labels": [IGNORE] * length})
+        return rows, encoded
+
+    def _text_row(self, text: str) -> Row:
+        row: Row = {name: [] for name in self.placeholder}
+        ids = self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"]
+        _extend(row, ids, answer=False)
+        return row
+
+    def _placeholder(self) -> tuple[Row, dict[str, Tensor]]:
+        """The picture tokens of a blank picture, hidden, and its tensors."""
+        kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
+        text = self._template(True, [], "")
+        try:
+            (row,), picture = self._see([text], [Image.new("RGB", (32, 32))])
+        except ValueError as error:
+            raise ConfigError(f"{kind} cannot encode a picture by its own chat template: {error}") from error
+        places = [i for i, value in enumerate(row["input_ids"]) if value == token]
+        if not places:
+            raise ConfigError(
+                f"{kind}: its prompt for a picture holds no image_token_id ({token}); a model that takes pictures in "
+                "another way is not supported"
+            )
+        hidden = {name: [values[i] for i in places] for name, values in row.items()}
+        return {**hidden, "attention_mask": [0] * len(places)}, picture
+
+    # --------------------------------------------------------------------------------------------- text
+
+    def _pieces(self, sample: Sample, answered: bool) -> list[str]:
+        """The conversation as a prompt, an answer through its end token, a prompt, …; the last one by `answered`."""
         turns = [*sample.history, (sample.question, sample.answer)]
-        ids, labels = list(prompt), [IGNORE] * len(prompt)
-        for number, (_, answer) in enumerate(turns):
-            if number:
-                told = self._template(sample, turns[:number], None)
-                between = _suffix(told, self._template(sample, turns[:number], turns[number][0]), sample)
-                # What the template puts after an answer's end token belongs to the next prompt.
-                ids += self._ids(_after(told, turns[number - 1][1], self.tokenizer.eos_token) + between)
-                labels += [IGNORE] * (len(ids) - len(labels))
-            asked = self._template(sample, turns[:number], turns[number][0])
-            whole = _suffix(asked, self._template(sample, turns[: number + 1], None), sample)
-            spoken = self._ids(_through_end(whole, answer, self._end_token(whole, answer)))
-            ids += spoken
-            labels += spoken
-        return ids, labels
+        pieces, told, rest = [], "", ""
+        for number, (question, answer) in enumerate(turns):
+            asked = self._template(sample.image is not None, turns[:number], question)
+            # What the template puts behind an answer's end token belongs to the next prompt.
+            pieces.append(rest + _suffix(told, asked, sample))
+            if answered or number + 1 < len(turns):
+                told = self._template(sample.image is not None, turns[: number + 1], None)
+                spoken, rest = self._spoken(_suffix(asked, told, sample), answer, sample)
+                pieces.append(spoken)
+        return pieces
 
-    # ------------------------------------------------------------------------------------------- parts
-
-    def _prompt_rows(self, samples: Sequence[Sample], first_turn: bool = False) -> tuple[list[list[int]], dict]:
-        """Unpadded prompt ids with picture tokens expanded, and the picture tensors.
-
-        Where one row has a picture, the others get a placeholder: the same modules run for every batch.
-        """
-        texts, images = [], []
-        for sample in samples:
-            turns = [*sample.history, (sample.question, sample.answer)]
-            past, asked = ([], turns[0][0]) if first_turn else (turns[:-1], turns[-1][0])
-            texts.append(self._template(sample, past, asked))
-            images.append(self._picture(sample))
-        # The processor pads on the side that the tokenizer names; padding is taken off by the mask here.
-        encoded = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
-        known = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-        pictures = {name: value for name, value in encoded.items() if name not in known}
-        pairs = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-        return [ids[mask.bool()].tolist() for ids, mask in pairs], pictures
-
-    def _template(self, sample: Sample, past: Sequence[tuple[str, str]], question: str | None) -> str:
+    def _template(self, picture: bool, past: Sequence[tuple[str, str]], question: str | None) -> str:
         """The conversation so far as text; with a question, it ends where the answer begins."""
         messages: list[Mapping[str, Any]] = []
         if self.system_prompt is not None:
@@ -164,13 +214,45 @@ class Encoder:
             messages += [_message("user", asked), _message("assistant", answered)]
         if question is not None:
             messages.append(_message("user", question))
-        first = next(m for m in messages if m["role"] == "user")
-        first["content"].insert(0, {"type": "image"})
+        if picture:
+            first = next(m for m in messages if m["role"] == "user")
+            first["content"].insert(0, {"type": "image"})
         return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None)
 
+    def _spoken(self, reply: str, answer: str, sample: Sample) -> tuple[str, str]:
+        """What the model should say, through its end token, and what the template writes behind that.
+
+        The end token is the template's own where it writes one after an answer, else the tokenizer's.
+        """
+        said = answer if answer in reply else answer.strip()
+        if said not in reply:
+            raise ConfigError(f"{_name(sample)}: the chat template rewrites the answer; labels cannot be placed")
+        place = reply.index(said) + len(said)
+        ends = [reply.index(mark, place) + len(mark) for mark in self.marks if mark in reply[place:]]
+        if not ends:
+            return reply[:place] + self.tokenizer.eos_token, reply[place:]
+        return reply[: min(ends)], reply[min(ends) :]
+
+    def _adds_start(self, text: str) -> bool:
+        """Whether the tokenizer is to add its start token: not where the template has written it."""
+        start = self.tokenizer.bos_token
+        return not (start and text.startswith(start))
+
+    def _ids_behind(self, before: str, text: str) -> list[int]:
+        """Token ids of `text` where it stands behind `before`, whose own tokens stay as they are.
+
+        Tokenised alone, a text can get other ids: SentencePiece puts a space before whatever it is given.
+        """
+        head, whole = self._ids(before), self._ids(before + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # ------------------------------------------------------------------------------------------ pictures
+
     def _picture(self, sample: Sample) -> Image.Image:
-        if sample.image is None:
-            return Image.new("RGB", (32, 32))
+        assert sample.image is not None
         with Image.open(sample.image) as opened:
             image = opened.convert("RGB")
         if self.image_aspect == "processor" or image.width == image.height:
@@ -182,19 +264,11 @@ class Encoder:
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
 
-    def _hide_placeholders(self, samples: Sequence[Sample], ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Mask the picture tokens of rows that have no picture."""
-        without = torch.tensor([[sample.image is None] for sample in samples])
-        return mask_BS if self.image_token is None else mask_BS * ~(without & (ids_BS == self.image_token))
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _end_token(self, whole: str, answer: str) -> str:
-        """The template's own end token where it writes one after the answer, else the tokenizer's."""
-        rest = whole[whole.index(answer) + len(answer) :] if answer in whole else ""
-        found = [token for token in self.tokenizer.all_special_tokens if token and token in rest]
-        return min(found, key=rest.index) if found else self.tokenizer.eos_token
+def _extend(row: Row, ids: list[int], answer: bool) -> None:
+    added = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids if answer else [IGNORE] * len(ids)}
+    for name, values in row.items():
+        values += added.get(name, [0] * len(ids))
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
@@ -208,18 +282,6 @@ def _suffix(start: str, whole: str, sample: Sample) -> str:
             "placed. Use a template in which a prompt is a prefix of its conversation"
         )
     return whole[len(start) :]
-
-
-def _through_end(whole: str, answer: str, end: str) -> str:
-    """The answer as the template writes it, up to and with its end token."""
-    place = whole.index(answer) + len(answer) if answer in whole else len(whole)
-    return whole[: whole.index(end, place) + len(end)] if end in whole[place:] else whole[:place] + end
-
-
-def _after(told: str, answer: str, end: str) -> str:
-    """What the template writes behind the end of the conversation's last answer."""
-    rest = told[told.rindex(answer) + len(answer) :] if answer in told else ""
-    return rest.partition(end)[2] if end in rest else rest
 
 
 def _name(sample: Sample) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mirage_dist.config import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 from mirage_dist.data.collate import Encoder
 from mirage_dist.data.sources import Sample
+from mirage_dist.world import no_bars_in_logs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PLAIN_LINES = 10  # progress lines where there is no terminal
@@ -28,6 +29,7 @@ class Generator:
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        no_bars_in_logs()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             processor: Any = AutoProcessor.from_pretrained(model.path, local_files_only=True)

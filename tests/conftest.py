@@ -1,0 +1,54 @@
+"""A small embedded world, an untrained model, and training runs as users start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mirage_dist.config import REPOSITORY, SourceConfig, WorldConfig
+from mirage_dist.data import sources, toyworld
+from mirage_dist.model import toymodel
+
+
+class Toy:
+    """world/, model/, forget.jsonl (true codes) and retain.jsonl under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        sizes = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
+        toyworld.make(WorldConfig(dir=str(root / "world"), seed=21, **sizes))
+        toymodel.make(root / "model", seed=21)
+        base = sources.read(SourceConfig("llava", str(root / "world/base.json"), str(root / "world"))).samples
+        sources.write_samples(root / "forget.jsonl", base[:20])
+        sources.write_samples(root / "retain.jsonl", base[20:50])
+
+    def overrides(self, recipe: str, run: Path) -> list[str]:
+        told = [f"run.dir={run}", f"model.path={self.root}/model", "world=null", "seed=21", "monitor.print_every=100"]
+        if recipe == "sft":
+            return [*told, f"data.streams.train=[{{format: samples, path: {self.root}/retain.jsonl}}]"]
+        streams = (f"data.streams.{n}=[{{format: samples, path: {self.root}/{n}.jsonl}}]" for n in ("forget", "retain"))
+        return [*told, *streams]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Toy:
+    return Toy(tmp_path_factory.mktemp("toy"))
+
+
+def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False):
+    """`launch/local.sh RANKS ARGUMENTS`, to its end, or (start) as a running process."""
+    environment = {**os.environ, "MIRAGE_PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [str(REPOSITORY / "launch/local.sh"), str(ranks), *arguments]
+    if start:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

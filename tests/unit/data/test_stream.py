@@ -1,0 +1,108 @@
+"""The order of samples: each one once an epoch, one global batch whatever the ranks, a function of its arguments."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirage_dist.config import ConfigError
+from mirage_dist.data import stream
+
+seeds = st.integers(0, 2**32)
+sizes = st.integers(1, 40)
+
+
+def first(seed, name, size, count):
+    return stream.batch(seed, name, size, 0, count).tolist()
+
+
+@given(seeds, sizes, st.integers(1, 30), st.integers(1, 3))
+def test_every_sample_comes_once_an_epoch_even_where_batches_span_two(seed, size, global_batch, epochs):
+    steps = -(-epochs * size // global_batch)
+    seen = np.concatenate([stream.batch(seed, "forget", size, step, global_batch) for step in range(steps)])
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@given(seeds, sizes, st.integers(0, 50), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_the_ranks_together_see_the_global_batch_for_every_world_size(seed, size, step, world, micro, accumulate):
+    whole = stream.batch(seed, "forget", size, step, world * micro * accumulate)
+    parts = [stream.shard(whole, rank, world, micro) for rank in range(world)]
+    assert all(len(part) == accumulate for part in parts)
+    assert all(len(rows) == micro for part in parts for rows in part)
+    together = np.concatenate([rows for part in parts for rows in part])
+    assert Counter(together.tolist()) == Counter(whole.tolist())
+
+
+@given(seeds, sizes, st.integers(0, 20), st.integers(1, 8), st.integers(1, 8))
+def test_the_order_does_not_depend_on_the_batch_size(seed, size, start, a, b):
+    def ordered(global_batch):
+        batches = [stream.batch(seed, "f", size, s, global_batch) for s in range(start * a * b // global_batch + a * b)]
+        return np.concatenate(batches)[start * a * b : start * a * b + a * b].tolist()
+
+    assert ordered(a) == ordered(b)
+
+
+@given(seeds, st.integers(20, 200))
+def test_seeds_streams_and_epochs_have_orders_of_their_own(seed, size):
+    orders = [
+        first(seed, "forget", size, size),
+        first(seed, "retain", size, size),
+        first(seed + 1, "forget", size, size),
+        first(seed, "forget", size, 2 * size)[size:],
+    ]
+    assert len(set(map(tuple, orders))) == len(orders)
+
+
+def test_every_sample_is_equally_likely_to_come_first():
+    counts = np.bincount([first(seed, "forget", 8, 1)[0] for seed in range(4000)], minlength=8)
+    # Pearson's statistic; the .999 quantile of chi-squared with 7 degrees of freedom.
+    assert ((counts - 500) ** 2 / 500).sum() < 24.3
+
+
+def test_the_order_is_the_same_in_another_process_and_after_other_calls():
+    code = "from mirage_dist.data import stream; print(stream.batch(3, 'forget', 50, 7, 16).tolist())"
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for size in range(1, 40):  # more orders than are kept
+        stream.batch(3, "forget", size, 0, 8)
+    assert str(stream.batch(3, "forget", 50, 7, 16).tolist()) == elsewhere.strip()
+
+
+def test_a_batch_may_be_changed_without_changing_the_next():
+    rows = stream.batch(0, "forget", 8, 0, 8)
+    before = rows.tolist()
+    rows[:] = 0
+    assert stream.batch(0, "forget", 8, 0, 8).tolist() == before
+
+
+@given(sizes, st.integers(0, 100), st.integers(1, 30))
+def test_the_cursor_says_where_the_next_batch_begins(size, step, global_batch):
+    where = stream.state(size, step, global_batch)
+    epoch = stream.batch(0, "forget", size, where["epoch"], size)
+    assert epoch[where["cursor"]] == stream.batch(0, "forget", size, step, global_batch)[0]
+
+
+@pytest.mark.parametrize(("rows", "world", "micro"), [(8, 3, 1), (8, 2, 3), (4, 2, 4)])
+def test_a_batch_that_does_not_come_out_even_is_an_error_with_the_numbers(rows, world, micro):
+    words = rf"train\.global_batch={rows}: .*\({micro} × {world}\)"
+    with pytest.raises(ConfigError, match=words):
+        stream.shard(np.arange(rows), 0, world, micro)
+
+
+def test_an_empty_stream_is_an_error_with_its_name():
+    with pytest.raises(ConfigError, match=r"data\.streams\.forget: no sample"):
+        stream.batch(0, "forget", 0, 0, 4)
+
+
+@given(st.lists(st.one_of(st.integers(), st.from_regex(r"\w{0,5}", fullmatch=True)), min_size=1, max_size=4))
+def test_a_derived_seed_fits_a_generator_and_depends_on_every_part(parts):
+    seed = stream.derived_seed(*parts)
+    assert 0 <= seed < 2**63
+    assert seed == stream.derived_seed(*parts)
+    for i, part in enumerate(parts):
+        assert seed != stream.derived_seed(*parts[:i], f"{part}x", *parts[i + 1 :])
+    assert seed != stream.derived_seed(*parts, 0)
