@@ -9,18 +9,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; 2 for bad input, whose message is one paragraph without a traceback."""
-    parsed = _parser().parse_args(arguments)
+    """Parse and run; 2 for bad input, 1 for a run that cannot go on: one paragraph each, without a traceback."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    # key=value may stand anywhere; argparse takes positional arguments in one run only.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     run: Callable[[argparse.Namespace], None] = parsed.run
     try:
         run(parsed)
     except ConfigError as error:
         print(f"mirage: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunError as error:
+        print(f"mirage: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -31,6 +31,10 @@ class ConfigError(ValueError):
     """A recipe, an override or a data file does not say what it must; the message says where and what to do."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, through no fault of its recipe; the message says what happened and what is left whole."""
+
+
 # ----------------------------------------------------------------------------------------------- schema
 
 

@@ -50,6 +50,8 @@ def place() -> tuple[int, int, int]:
     Imports no torch. Raises ConfigError when a launcher set only some of its variables.
     """
     for names in _LAUNCHERS:
+        if names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
+            continue  # in a job, but not started by srun: a process alone
         given = [os.environ.get(name) for name in names]
         if all(given):
             rank, local, size = (int(value or 0) for value in given)

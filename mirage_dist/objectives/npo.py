@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,32 +15,59 @@ from mirage_dist.config import ConfigError
 from mirage_dist.objectives.base import Needs, Stateless, Term, View, sum_by_sequence
 from mirage_dist.objectives.likelihood import cross_entropy, require_positive, require_weight, wanted
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class NPO(Stateless):
     """L = forget_weight · (2/β) · mean_i softplus(β Δ_i) + retain_weight · retain term.
 
     Δ_i = log π(y_i|x_i) − log π_ref(y_i|x_i) over the response tokens of sequence i: their sum (`seq_sum`, the
-    paper's formula) or their mean (`seq_mean`). β does not carry over between the two. The retain term is the
-    token mean of the cross entropy (`ce`) or of KL(reference ‖ policy) (`kl`), or `none`.
+    paper's formula) or their mean (`seq_mean`). β does not carry over between them. The retain term is the token mean
+    of the cross entropy (`ce`) or of KL(reference ‖ policy) (`kl`), or `none`.
     The collator guarantees a response token in every sequence, so that a mean has a denominator.
+
+    `batch_mean` is what the paper's code for vision-language models computes, for comparison with it: CE is the token
+    mean over a *micro-batch*, so the loss depends on how a batch is cut up, by definition. Then retain must be `ce`:
+    L = −(2/β) log σ(β (CE − CE_ref)) on forget, + retain_weight · (2/β) log σ(β (CE − CE_ref)) on retain, which
+    weakens as retain degrades, + ce_weight · CE on a further batch of retained samples, the stream `retain_ce`.
     """
 
     beta: float = 0.1
-    reduction: Literal["seq_sum", "seq_mean"] = "seq_sum"
+    reduction: Literal["seq_sum", "seq_mean", "batch_mean"] = "seq_sum"
     forget_weight: float = 1.0
     retain: Literal["ce", "kl", "none"] = "ce"
     retain_weight: float = 1.0
+    ce_weight: float | None = None
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta)
         require_weight("forget_weight", self.forget_weight)
         require_weight("retain_weight", self.retain_weight)
-        if self.reduction not in ("seq_sum", "seq_mean"):
-            raise ConfigError(f"reduction={self.reduction!r}; allowed: seq_sum, seq_mean")
+        if not self.parity:
+            if self.ce_weight is not None:
+                raise ConfigError(f"ce_weight={self.ce_weight}; belongs to reduction=batch_mean, leave it out")
+            return
+        if self.retain != "ce" or self.ce_weight is None:
+            raise ConfigError(
+                f"reduction=batch_mean; needs retain=ce and a ce_weight (got {self.retain}, {self.ce_weight})"
+            )
+        require_weight("ce_weight", self.ce_weight)
+        log.warning(
+            "NPO with reduction=batch_mean: the loss is a function of the micro-batch by definition, so it changes "
+            "with train.micro_batch and the number of ranks; and its retain term weakens as retain degrades"
+        )
+
+    @property
+    def parity(self) -> bool:
+        return self.reduction == "batch_mean"
 
     @property
     def needs(self) -> Needs:
+        if self.parity:
+            own = ("forget", "retain") if self.retain_weight else ("forget",)
+            streams = (*own, "retain_ce") if self.ce_weight else own
+            return Needs(streams=streams, logp=streams, ref_logp=own)
         return Needs(
             streams=("forget",) if self.retain == "none" else ("forget", "retain"),
             logp=("forget", "retain") if self.retain == "ce" else ("forget",),
@@ -48,6 +76,8 @@ class NPO(Stateless):
         )
 
     def __call__(self, views: Mapping[str, View]) -> list[Term]:
+        if self.parity:
+            return self._batch_mean(views)
         margin_B = self._margin(views["forget"])
         forget = (2 / self.beta) * F.softplus(self.beta * margin_B).sum()
         terms = [Term("forget", self.forget_weight, forget, "forget.sequences")]
@@ -65,3 +95,16 @@ class NPO(Stateless):
         if self.reduction == "seq_sum":
             return margin_B
         return margin_B / sum_by_sequence(torch.ones_like(difference_N), segment_N, view.sequences)
+
+    def _batch_mean(self, views: Mapping[str, View]) -> list[Term]:
+        terms = [Term("forget", self.forget_weight, -self._log_sigmoid(views["forget"]), "micro_batches")]
+        if self.retain_weight:
+            terms.append(Term("retain", self.retain_weight, self._log_sigmoid(views["retain"]), "micro_batches"))
+        if self.ce_weight:
+            terms.append(Term("retain_ce", self.ce_weight, -wanted(views["retain_ce"].logp_N).mean(), "micro_batches"))
+        return terms
+
+    def _log_sigmoid(self, view: View) -> Tensor:
+        """(2/β) · log σ(β (CE − CE_ref)) of a micro-batch."""
+        rise = (wanted(view.ref_logp_N) - wanted(view.logp_N)).mean()
+        return (2 / self.beta) * F.logsigmoid(self.beta * rise)

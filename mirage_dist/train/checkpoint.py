@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mirage_dist.config import ConfigError
+from mirage_dist.config import ConfigError, RunError
 from mirage_dist.world import World, barrier, gather
 
 PARTIAL = ".tmp"
@@ -30,7 +31,7 @@ PARTIAL = ".tmp"
 def save(engine: Any, folder: Path, manifest: Mapping[str, Any], objective: Mapping[str, Tensor], world: World) -> Path:
     """Commit the checkpoint of `manifest["step"]`; every rank calls this. Returns its directory.
 
-    Raises RuntimeError when it cannot be written (no space left); earlier checkpoints are as they were.
+    Raises RunError when it cannot be written (no space left); earlier checkpoints are as they were.
     """
     name = f"step-{manifest['step']:06d}"
     partial, final = folder / (name + PARTIAL), folder / name
@@ -38,14 +39,17 @@ def save(engine: Any, folder: Path, manifest: Mapping[str, Any], objective: Mapp
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
     barrier(world, f"checkpoint {name}")
-    try:
+    with _told(partial):
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
         if world.main:
             save_file({key: value.contiguous() for key, value in objective.items()}, partial / "objective.safetensors")
-        barrier(world, f"shards of {name}")
-        parts = _gathered(_digests(partial, world), world)
-        if world.main:
-            _write_synced(partial / "manifest.json", json.dumps({**manifest, "files": parts}, indent=1))
+    barrier(world, f"shards of {name}")
+    with _told(partial):
+        own = _digests(partial, world)
+    files = _gathered(own, world)
+    if world.main:
+        with _told(partial):
+            _write_synced(partial / "manifest.json", json.dumps({**manifest, "files": files}, indent=1))
             _sync_folder(partial)
             if final.exists():  # saved again after a resume from an older one
                 shutil.rmtree(final)
@@ -53,11 +57,17 @@ def save(engine: Any, folder: Path, manifest: Mapping[str, Any], objective: Mapp
             _write_synced(folder / ("latest" + PARTIAL), name)
             os.replace(folder / ("latest" + PARTIAL), folder / "latest")
             _sync_folder(folder)
-    except OSError as error:
-        # torch reports a failed write as RuntimeError; both reach the caller, who ends the job.
-        raise RuntimeError(f"{partial}: cannot be written ({error}); checkpoints before it are whole") from error
     barrier(world, f"commit of {name}")
     return final
+
+
+@contextmanager
+def _told(partial: Path) -> Iterator[None]:
+    """Say what a failed write means. The rank that fails ends, and its launcher ends the others."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as errors of their own
+        raise RunError(f"{partial}: cannot be written ({error}); every checkpoint before it is whole") from error
 
 
 def newest(folder: Path, world: World) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_dist.config import TrainRecipe
+from mirage_dist.config import RunError, TrainRecipe
 from mirage_dist.model.policy import Outputs, Request
 from mirage_dist.model.reference import Forward, LogProbs
 from mirage_dist.objectives.base import Objective, Term, View
@@ -18,7 +18,7 @@ from mirage_dist.train.feed import Feed, MicroBatch
 from mirage_dist.world import World, gather
 
 
-class NonFinite(RuntimeError):
+class NonFinite(RunError):
     """Too many steps in a row had a loss or gradient that is no number."""
 
 

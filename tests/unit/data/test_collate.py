@@ -145,9 +145,9 @@ def test_an_answer_is_tokenised_as_where_it_stands_not_as_if_a_text_began_there(
     assert torch.equal(batch.inputs["input_ids"], whole)
 
 
-def test_pieces_put_together_are_the_whole_conversation_tokenised_at_once(processor, pictures):
-    if "<end>" not in processor.chat_template:
-        pytest.skip("its template writes no end token; see the test before")
+@pytest.mark.parametrize("name", ["world", "chatml"])  # whose templates write the end token themselves
+def test_pieces_put_together_are_the_whole_conversation_tokenised_at_once(pictures, name):
+    processor = PROCESSORS[name]
     one = sample(pictures["red"], history=TURNS)
     messages = []
     for question, answer in [*one.history, (one.question, one.answer)]:
@@ -450,9 +450,9 @@ def test_a_processor_without_picture_tokens_and_a_tokenizer_without_end_token_ar
     processor = wrap(toymodel.make_tokenizer().backend_tokenizer, no_picture, pad_token="<pad>")
     with pytest.raises(ConfigError, match="cannot encode a picture by its own chat template"):
         Encoder(processor)
-    processor = typed()
-    processor.image_token_id = 10_000
-    with pytest.raises(ConfigError, match=r"holds no image_token_id \(10000\)"):
+    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, toymodel.CHAT_TEMPLATE, pad_token="<pad>")
+    del processor.image_token_id
+    with pytest.raises(ConfigError, match=r"holds no image_token_id \(None\)"):
         Encoder(processor)
     processor = wrap(toymodel.make_tokenizer().backend_tokenizer, toymodel.CHAT_TEMPLATE, eos_token=None)
     with pytest.raises(ConfigError, match="no end token"):

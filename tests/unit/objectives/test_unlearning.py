@@ -123,3 +123,49 @@ def test_control_vector_follows_the_seed_alone_and_survives_a_checkpoint():
 def test_a_wrong_option_is_named(options, words):
     with pytest.raises(ConfigError, match=words):
         make(options)
+
+
+def parity(**options):
+    return make({"name": "npo", "reduction": "batch_mean", "beta": 0.9, "ce_weight": 1.0, **options})
+
+
+def parity_views(rows: slice, grad: bool = False):
+    """Forget, retain and retain_ce rows `rows` of a batch of eight tokens each."""
+    views = {}
+    for seed, name in enumerate(("forget", "retain", "retain_ce")):
+        logp = draw(8, seed=seed)[rows].requires_grad_(grad)
+        views[name] = View(sequences=1, logp_N=logp, ref_logp_N=draw(8, seed=seed + 10)[rows])
+    return views
+
+
+def test_parity_mode_is_the_published_codes_loss():
+    views = parity_views(slice(None), grad=True)
+    loss = total(parity(retain_weight=0.7, forget_weight=1.5)(views), {"micro_batches": 1})
+    rise = {name: -v.logp_N.mean() + v.ref_logp_N.mean() for name, v in views.items()}
+    sigma = {name: torch.log(torch.sigmoid(0.9 * x)) * 2 / 0.9 for name, x in rise.items()}
+    oracle = -1.5 * sigma["forget"] + 0.7 * sigma["retain"] - views["retain_ce"].logp_N.mean()
+    torch.testing.assert_close(loss, oracle)
+    leaves = [v.logp_N for v in views.values()]
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(oracle, leaves))
+
+
+def test_parity_mode_depends_on_the_micro_batch_and_the_formula_does_not():
+    whole = total(parity()(parity_views(slice(None))), {"micro_batches": 1})
+    halves = [total(parity()(parity_views(part)), {"micro_batches": 2}) for part in (slice(0, 4), slice(4, 8))]
+    assert not torch.isclose(whole, sum(halves), rtol=1e-3)
+
+    logp, ref = draw(8), draw(8, seed=1)
+    npo = make({"name": "npo", "retain": "none"})
+
+    def view(keep, first, count):
+        return {"forget": View(count, SEGMENT[keep] - first, logp[keep], ref[keep])}
+
+    counts = {"forget.sequences": 3}
+    parts = total(npo(view(SEGMENT < 2, 0, 2)), counts) + total(npo(view(SEGMENT == 2, 2, 1)), counts)
+    torch.testing.assert_close(parts, total(npo(view(SEGMENT < 3, 0, 3)), counts))
+
+
+@pytest.mark.parametrize("options", [{"retain": "kl"}, {"ce_weight": None}, {"reduction": "seq_sum", "ce_weight": 1.0}])
+def test_options_that_belong_to_another_mode_are_refused(options):
+    with pytest.raises(ConfigError, match="batch_mean"):
+        parity(**options)

@@ -1,0 +1,40 @@
+"""Every recipe that we ship is one that the code accepts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mirage_dist import config as configs
+from mirage_dist.config import REPOSITORY, EvalRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.evals import attacks
+from mirage_dist.objectives.base import make
+from mirage_dist.train.engine import deepspeed_config
+from mirage_dist.train.run import _check_reference
+
+SCHEMAS = {"train": TrainRecipe, "eval": EvalRecipe, "prepare": PrepareRecipe}
+FILES = [(kind, file) for kind in SCHEMAS for file in sorted((REPOSITORY / "configs" / kind).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("kind", "file"), FILES, ids=[f"{kind}/{file.name}" for kind, file in FILES])
+def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
+    recipe = configs.load(file, [], SCHEMAS[kind])
+    if isinstance(recipe, TrainRecipe):
+        needs = make(recipe.objective).needs
+        assert set(recipe.data.streams) == set(needs.streams)
+        _check_reference(recipe, needs)
+        ranks = 8 if recipe.world is None else 2
+        assert deepspeed_config(recipe, ranks, len(needs.streams))["gradient_accumulation_steps"] >= 1
+    if isinstance(recipe, EvalRecipe):
+        for name, options in recipe.sets.items():
+            for title, fields in options.attacks.items():
+                attacks.make(fields, str(file), f"sets.{name}.attacks.{title}")
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs/deepspeed").glob("*.json")), ids=lambda f: f.name)
+def test_a_shipped_deepspeed_config_leaves_the_recipes_part_alone(file: Path):
+    recipe = configs.load("configs/train/npo.yaml", [f"deepspeed={file}"], TrainRecipe)
+    merged = deepspeed_config(recipe, 8, 2)
+    assert merged["train_micro_batch_size_per_gpu"] == 4  # rows of both streams
+    assert merged["bf16"] == {"enabled": True}
+    assert json.loads(file.read_text()).items() <= merged.items()

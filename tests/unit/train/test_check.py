@@ -1,0 +1,102 @@
+"""What can be wrong before weights load is said before weights load, with its place and its remedy."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from mirage_dist import config as configs
+from mirage_dist.cli import main
+from mirage_dist.config import ConfigError, TrainRecipe
+from mirage_dist.data import sources
+from mirage_dist.train import run
+
+
+@pytest.fixture
+def recipe(toy, tmp_path):
+    def build(*overrides, name="npo") -> TrainRecipe:
+        told = [*toy.overrides(name, tmp_path / "run"), *overrides]
+        return configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective.name=nop"], "npo"),
+        (["objective.betta=1"], "beta"),
+        (["reference=adapters_off"], "model.lora"),
+        (["objective.retain=kl"], "use engine"),
+        (["train.global_batch=6", "train.micro_batch=4"], "multiple of train.micro_batch"),
+        (["deepspeed=nowhere.json"], "no such file"),
+        (["model.path=./nowhere"], "config.json"),
+        (["data.streams.train=[{format: samples, path: x.jsonl}]"], "needs"),
+        (["data.streams.forget=[{format: samples, path: nowhere.jsonl}]"], "cannot be read"),
+    ],
+)
+def test_a_wrong_recipe_is_named(recipe, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        run.check(recipe(*overrides), 2)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"train_batch_size": 8, "zero_optimization": {"stage": 3}}, "train.global_batch"),
+        ({"zero_optimization": {"stage": 1}}, "allowed: 2, 3"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, "train.dtype"),
+        ([1], "JSON object"),
+    ],
+)
+def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_path, tree, words):
+    (tmp_path / "ds.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=words):
+        run.check(recipe(f"deepspeed={tmp_path}/ds.json"), 2)
+
+
+def forget_of(tmp_path, samples):
+    sources.write_samples(tmp_path / "f.jsonl", samples)
+    return f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"
+
+
+def test_an_empty_forget_set_is_an_error(recipe, tmp_path):
+    with pytest.raises(ConfigError, match="the file is empty"):
+        run.check(recipe(forget_of(tmp_path, [])), 2)
+    (tmp_path / "f.jsonl").write_text("[]")
+    with pytest.raises(ConfigError, match="no sample; nothing would be unlearned"):
+        run.check(recipe(f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"), 2)
+
+
+def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp_path):
+    source = configs.SourceConfig("samples", str(toy.root / "forget.jsonl"))
+    samples = [replace(s, answer="sorry i can not help with that") for s in sources.read(source).samples]
+    with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
+        run.check(recipe(forget_of(tmp_path, samples)), 2)
+    run.check(recipe(forget_of(tmp_path, samples), "data.refusals_in_forget=allow"), 2)
+
+
+def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    configs.write_yaml(recipe(), tmp_path / "run/config.yaml")
+    run.check(recipe("monitor.print_every=3", "train.save_every=2", "train.micro_batch=1"), 2)
+    with pytest.raises(ConfigError, match=r"train\.lr: 0\.5 here"):
+        run.check(recipe("train.lr=0.5"), 2)
+
+
+def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
+    told = toy.overrides("npo", tmp_path / "run")
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 0
+    assert "forget 20, retain 30" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_typo_ends_with_one_line_and_status_2():
+    command = [sys.executable, "-m", "mirage_dist.cli", "train", "configs/train/npo.yaml", "train.lrr=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        f"mirage: {configs.find('configs/train/npo.yaml')}: unknown key 'train.lrr'; did you mean 'lr'?"
+    ]
