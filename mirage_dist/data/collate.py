@@ -120,13 +120,30 @@ class Encoder:
             return False
         before = 1 + max(i for i, label in enumerate(row["labels"]) if label == IGNORE)
         if self.on_long != "truncate" or before >= self.max_length:
-            raise TooLong(
-                f"{_name(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
-                f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only)"
-            )
+            raise TooLong(self._told(sample, length, before))
         for values in row.values():
             del values[self.max_length :]
         return True
+
+    def check(self, sample: Sample) -> bool:
+        """Whether a training row will be cut; opens no picture. Raises TooLong where `encode` will.
+
+        A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5); with
+        others `encode` has the last word.
+        """
+        lengths = [len(self._ids(piece)) for piece in self._pieces(sample, answered=True)]
+        if sample.image is not None:
+            lengths[0] += len(self.placeholder["input_ids"]) - 1  # its mark is in the text already
+        total, before = sum(lengths), sum(lengths[:-1])
+        if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
+            raise TooLong(self._told(sample, total, before))
+        return total > self.max_length
+
+    def _told(self, sample: Sample, length: int, before: int) -> str:
+        return (
+            f"{_name(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
+            f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only)"
+        )
 
     # --------------------------------------------------------------------------------------------- rows
 

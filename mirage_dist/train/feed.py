@@ -91,6 +91,11 @@ class Feed:
         data = recipe.data
         self.encoder = Encoder(processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt)
 
+    def check_lengths(self, world: World) -> int:
+        """How many of this rank's share of the samples will be cut. Raises TooLong for one that does not fit."""
+        own = (s for samples in self.samples.values() for s in samples[world.rank :: world.size])
+        return sum(self.encoder.check(sample) for sample in own)
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run: `max_steps`, or `epochs` passes over the first stream."""

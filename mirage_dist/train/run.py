@@ -78,6 +78,11 @@ def _train(
     world.say(f"{root.name}: {objective} on {world.size} × {world.device.type}, {feed.steps} steps")
     for name, source in streams.items():
         world.say(f"{root.name}: stream {name}: {len(source.samples)} samples, left out {dict(source.dropped)}")
+    cut = int(worlds.gather(world, [feed.check_lengths(world)], "lengths").sum())
+    if cut:
+        world.say(
+            f"{root.name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut"
+        )
     torch.manual_seed(recipe.seed)
     engine = engines.build(recipe, config, world)
     if needs.layer is not None:
