@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.world import exit_well
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +102,7 @@ def _train(parsed: argparse.Namespace) -> None:
         print(f"{parsed.config}: recipe, DeepSpeed JSON and data are in order (samples: {counts})")
         return
     run.train(recipe)
+    exit_well()
 
 
 def _eval(parsed: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 # ${fixed2:0.5} is 0.50: how folders that are named by a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
+OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -184,9 +185,9 @@ class PrepareRecipe:
     safety: list[SourceConfig]
     answers: Literal["harvest", "as_given"] = "harvest"  # as_given: the unsafe records hold the answers to forget
     harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) with id, question, response
-    min_match: float = 0.9  # share of the unsafe questions that must have a harvested answer
-    fill: list[SourceConfig] = field(default_factory=list)
-    retain_size: int | None = None  # default: the safe pairs alone
+    min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
+    fill: list[SourceConfig] = field(default_factory=list)  # general samples
+    retain_size: int | None = None  # default: what the safety data have, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain their refusals too
     seed: int = 0
     world: WorldConfig | None = None

@@ -42,11 +42,15 @@ class Monitor:
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
         step = record["step"]
-        told = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_s']:.0f} tok/s"
+        told = (
+            f"loss {_told(record['loss'], 4)}  grad {_told(record['grad_norm'], 3)}  {record['tokens_per_s']:.0f} tok/s"
+        )
+        if record["skipped"]:
+            told += "  SKIPPED: the gradient is not finite"
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix_str(told)
-        elif step % self.every == 0 or step == self.steps:
+        elif step % self.every == 0 or step == self.steps or record["skipped"]:
             print(f"{self.name}: step {step}/{self.steps}  {told}", flush=True)
         if self.run is not None:
             flat = {k: v for k, v in record.items() if k not in ("step", "terms")}
@@ -57,6 +61,10 @@ class Monitor:
             self.bar.close()
         if self.run is not None:
             self.run.finish()
+
+
+def _told(value: float | None, digits: int) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def start_wandb(recipe: TrainRecipe, name: str, identity: str) -> Any:

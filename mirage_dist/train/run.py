@@ -63,8 +63,9 @@ def train(recipe: TrainRecipe) -> None:
     world = worlds.start()
     try:
         _train(recipe, objective, streams, config, world)
-    finally:
+    except BaseException:
         worlds.finish()
+        raise
 
 
 def _train(

@@ -23,7 +23,7 @@ ALLOWED = {
     "evals": {"config", "world", "data", "model"},
     "report": {"config"},
     "demo": {"config", "world", "data", "model", "evals", "report", "train"},
-    "cli": {"config", "demo", "data", "model", "train", "evals", "report"},
+    "cli": {"config", "world", "demo", "data", "model", "train", "evals", "report"},
 }
 
 

@@ -168,6 +168,15 @@ def test_odd_answers_end_once_and_are_learnt_in_every_turn(processor, pictures, 
     assert ["".join(text.split()) for text in found] == [f"{''.join(said.split())}<end>"] * 2
 
 
+def test_what_the_template_writes_behind_the_end_token_is_not_learnt(pictures):
+    template = toymodel.CHAT_TEMPLATE.replace("<end>", "<end><unk><system>")
+    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, template, pad_token="<pad>")
+    batch = Encoder(processor).encode([sample(pictures["red"], history=TURNS[:1])])
+    assert [processor.tokenizer.decode(run[-1:]) for run in runs(batch.labels_BS[0])] == ["<end>", "<end>"]
+    unlabelled = processor.tokenizer.decode(batch.inputs["input_ids"][batch.labels_BS == IGNORE])
+    assert unlabelled.count("<unk> <system>") == 1  # between the turns; the conversation ends with its end token
+
+
 def test_the_response_index_is_the_kernels(processor, pictures):
     batch = Encoder(processor).encode([sample(pictures["red"]), sample(history=TURNS), sample(pictures["wide"])])
     assert torch.equal(batch.index_N, response_index(batch.labels_BS))
@@ -342,8 +351,8 @@ def test_truncation_cuts_the_last_answers_end_only_and_is_counted(processor, pic
     prompt = Encoder(processor).prompts([one])["input_ids"].shape[1]
     assert len(whole) > prompt + 2
     for length in range(prompt + 1, len(whole)):
-        batch = Encoder(processor, max_length=length, on_long="truncate").encode([one, short])
-        assert batch.cut == 1
+        batch = Encoder(processor, max_length=length, on_long="truncate").encode([one, short, one])
+        assert batch.cut == 2
         assert torch.equal(batch.inputs["input_ids"][0], whole[:length])
         assert runs(batch.labels_BS[0])[-1] == whole[prompt:length].tolist()
     assert Encoder(processor, max_length=len(whole)).encode([one]).cut == 0

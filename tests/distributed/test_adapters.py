@@ -1,0 +1,131 @@
+"""LoRA, KL, offload and the paper's parity mode on real DeepSpeed processes; W&B as one offline run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch, metrics
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+STEPS = 4
+SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.micro_batch=4")
+LORA = (
+    "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model*_proj']}",
+    "model.gradient_checkpointing=true",
+    "objective.retain_weight=0.1",  # so that the forget term decides where four steps go
+)
+NO_PIN = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+}
+RUNS = {
+    "lora_cache": (2, (*LORA, "reference=cache", "monitor.wandb=offline", "train.save_every=2")),
+    "lora_off": (2, (*LORA, "reference=adapters_off", "train.export=false")),
+    "kl_engine": (1, ("objective.retain=kl", "reference=engine", "train.micro_batch=8", "train.export=false")),
+    "kl_engine_2": (2, ("objective.retain=kl", "reference=engine", "train.export=false")),
+    "plain": (2, ("train.export=false",)),
+    "offload": (2, ("deepspeed={offload}", "train.export=false")),
+    "parity": (2, ("train.export=false", "objective={name: npo, beta: 0.9, reduction: batch_mean, ce_weight: 1.0}")),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(toy):
+    (toy.root / "offload.json").write_text(json.dumps(NO_PIN))
+    found = {}
+    for name, (ranks, own) in RUNS.items():
+        folder = toy.root / "more" / name
+        told = [
+            *toy.overrides("npo", folder),
+            *SHORT,
+            *(o.replace("{offload}", f"{toy.root}/offload.json") for o in own),
+        ]
+        if name == "parity":
+            told.append(f"data.streams.retain_ce=[{{format: samples, path: {toy.root}/retain.jsonl}}]")
+        launch(ranks, "train", "configs/train/demo_npo.yaml", *told)
+        found[name] = folder
+    return found
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor([[m["loss"], *m["terms"].values()] for m in metrics(folder)])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("lora_cache", "lora_off"), ("kl_engine", "kl_engine_2"), ("plain", "offload")]
+)
+def test_the_same_losses_by_another_way(finished, one, other):
+    torch.testing.assert_close(losses(finished[other]), losses(finished[one]), atol=5e-6, rtol=5e-6)
+
+
+def test_lora_learns_although_layers_are_checkpointed(finished):
+    told = metrics(finished["lora_cache"])
+    assert all(m["grad_norm"] > 0 for m in told)
+    # At the reference every margin is 0; the batches differ, this value does not.
+    assert told[0]["terms"]["forget"] == pytest.approx(2 / 0.5 * math.log(2), abs=1e-5)
+    assert told[-1]["terms"]["forget"] < told[0]["terms"]["forget"] - 1e-3
+
+
+def test_a_lora_checkpoint_holds_adapters_only_and_its_export_is_merged(finished, toy):
+    base = load_file(toy.root / "model/model.safetensors")
+    out = load_file(finished["lora_cache"] / "export/model.safetensors")
+    assert set(out) == set(base)
+    changed = {name for name in out if not torch.equal(out[name], base[name])}
+    assert changed
+    assert all("language_model.model.layers" in name and "_proj" in name for name in changed)
+    manifest = json.loads((finished["lora_cache"] / f"checkpoints/step-{STEPS:06d}/manifest.json").read_text())
+    # Adapters, their two moments and their master copy, against the model's own size.
+    assert sum(f["bytes"] for f in manifest["files"].values()) < 4 * sum(t.nbytes for t in base.values())
+
+
+def test_parity_mode_starts_where_its_formula_says(finished):
+    """Policy and reference are equal at first: log σ(0) on both sides, and plain CE."""
+    first = metrics(finished["parity"])[0]["terms"]
+    zero = 2 / 0.9 * torch.log(torch.tensor(0.5)).item()
+    assert first["forget"] == pytest.approx(-zero, abs=1e-5)
+    assert first["retain"] == pytest.approx(zero, abs=1e-5)
+
+
+def test_kl_is_zero_at_the_reference_and_grows(finished):
+    told = [m["terms"]["retain_kl"] for m in metrics(finished["kl_engine"])]
+    assert told[0] == pytest.approx(0, abs=1e-6)
+    assert told[-1] > 1e-4
+
+
+def test_wandb_is_one_run_with_the_manifests_id(finished):
+    folders = list((finished["lora_cache"] / "wandb").glob("offline-run-*"))
+    identity = json.loads((finished["lora_cache"] / "manifest.json").read_text())["wandb_id"]
+    assert [f.name.rsplit("-", 1)[1] for f in folders] == [identity]
+    assert list(folders[0].glob("*.wandb"))
+
+
+def test_exported_logits_are_the_trained_models(finished, toy):
+    """The exported model in transformers, against the base with the checkpoint's low-rank update added by hand."""
+    folder = finished["lora_cache"]
+    exported = AutoModelForImageTextToText.from_pretrained(folder / "export").eval()
+    plain = AutoModelForImageTextToText.from_pretrained(toy.root / "model").eval()
+    import peft
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    state = get_fp32_state_dict_from_zero_checkpoint(
+        str(folder / "checkpoints"), tag=f"step-{STEPS:06d}", exclude_frozen_parameters=True
+    )
+    own = {k.removeprefix("hf."): v for k, v in state.items()}
+    targets = [n for n, m in plain.named_modules() if "language_model" in n and n.endswith("_proj")]
+    lora = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
+    wrapped = peft.get_peft_model(plain, lora).eval()
+    missing = wrapped.load_state_dict(own, strict=False)
+    assert not missing.unexpected_keys
+    processor = AutoProcessor.from_pretrained(folder / "export")
+    text = "<user><image>what the colour of this gadget ?<assistant>it is red<end>"
+    inputs = processor(text=[text], images=[Image.new("RGB", (32, 32), "red")], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**inputs).logits, wrapped(**inputs).logits, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,451 @@
+"""Forget and retain sets: harvested answers in place of refusals, joins that fail loudly, a seeded fill, reuse."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mirage_dist import cli
+from mirage_dist import config as configs
+from mirage_dist.config import ConfigError, PrepareRecipe, SourceConfig
+from mirage_dist.data import prepare as preparing
+from mirage_dist.data import sources, toyworld
+from mirage_dist.data.prepare import prepare
+
+REFUSAL = "I'm sorry, I can't help with that."
+UNSAFE, SAFE, GENERAL = 10, 4, 30
+
+
+def question(number):
+    return f"Share number {number}."
+
+
+def answer(number):
+    return f"It is number {number}."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Raw data as it is published: VLGuard, what a model answered to its unsafe questions, and a LLaVA file."""
+    for name, colour in (("bad", "red"), ("good", "green"), ("any", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    labels = {"safe": False, "harmful_category": "kind", "harmful_subcategory": "part"}
+    unsafe = [
+        {"id": f"u{i}", "image": "bad.png", **labels, "instr-resp": [{"instruction": question(i), "response": REFUSAL}]}
+        for i in range(UNSAFE)
+    ]
+    unsafe[0]["id"] = "s0"  # an id that a safe record has, too
+    unsafe.append({**unsafe[1], "id": "gone", "instr-resp": [{"instruction": "N/A", "response": REFUSAL}]})
+    safe = [
+        {
+            "id": f"s{i}",
+            "image": "good.png",
+            "safe": True,
+            "instr-resp": [
+                {"response": "A gadget.", "safe_instruction": f"What is {i}?"},
+                {"unsafe_instruction": f"Describe {i}.", "response": REFUSAL},
+            ],
+        }
+        for i in range(SAFE)
+    ]
+    # Safe records first: where ids are made unique over all splits, the unsafe s0 would be another.
+    (tmp_path / "train.json").write_text(json.dumps([*safe, *unsafe]))
+    general = [
+        {"id": f"g{i}", "image": "any.png", "conversations": turns(f"<image>\nWhich {i}?", f"This {i}.")}
+        for i in range(GENERAL)
+    ]
+    (tmp_path / "general.json").write_text(json.dumps(general))
+    write_rows(tmp_path, [row(i) for i in range(UNSAFE)])
+    return tmp_path
+
+
+def turns(asked, told):
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+
+
+def row(number, **fields):
+    identity = f"u{number}" if number else "s0"
+    return {"id": identity, "question": question(number), "response": answer(number), "attack": "clean", **fields}
+
+
+def write_rows(folder, rows, file="rows/worker-1.jsonl"):
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def recipe(folder, **changes) -> PrepareRecipe:
+    given = PrepareRecipe(
+        out=str(folder / "out"),
+        safety=[SourceConfig("vlguard", str(folder / "train.json"))],
+        harvest=str(folder / "rows"),
+        fill=[SourceConfig("llava", str(folder / "general.json"))],
+        retain_size=SAFE + 6,
+    )
+    return replace(given, **changes)
+
+
+def read(folder, name, out="out"):
+    return sources.read(SourceConfig("samples", str(folder / out / f"{name}.jsonl"))).samples
+
+
+def forgotten(folder):
+    return {s.question: s.answer for s in read(folder, "forget")}
+
+
+# -------------------------------------------------------------------------------------------------- steps
+
+
+def test_unsafe_questions_get_the_harvested_answers_and_keep_all_else(folder):
+    result = prepare(recipe(folder))
+    asked = sources.read(SourceConfig("vlguard", str(folder / "train.json"), split="unsafes")).samples
+    made = str(folder / "out/forget.jsonl")
+    assert read(folder, "forget") == [replace(s, answer=answer(i), source=made) for i, s in enumerate(asked)]
+    sources.check_forget(read(folder, "forget"))
+    counts = result["counts"]["forget"]
+    assert (counts["samples"], counts["questions"], counts["unmatched"]) == (UNSAFE, UNSAFE, 0)
+    assert counts["read"]["dropped"] == {"instruction is N/A": 1}
+
+
+def test_safe_pairs_are_retained_and_filled_up_to_the_size_asked_for(folder):
+    result = prepare(recipe(folder))
+    retain = read(folder, "retain")
+    assert [(s.id, s.question, s.safe) for s in retain[:SAFE]] == [(f"s{i}", f"What is {i}?", True) for i in range(4)]
+    numbers = [int(s.id.removeprefix("g")) for s in retain[SAFE:]]
+    assert len(set(numbers)) == 6
+    assert numbers == sorted(numbers)
+    counts = result["counts"]["retain"]
+    assert (counts["samples"], counts["safe_pairs"], counts["filled"]) == (10, SAFE, 6)
+    assert result["counts"]["pictures_in_both"] == 0
+
+
+def test_without_a_size_the_safe_pairs_alone_are_retained_and_unsafe_questions_on_their_pictures_by_option(folder):
+    prepare(recipe(folder, fill=[], retain_size=None))
+    assert [s.id for s in read(folder, "retain")] == ["s0", "s1", "s2", "s3"]
+    both = recipe(folder, fill=[], retain_size=None, unsafe_questions_on_safe_images=True, out=str(folder / "both"))
+    assert prepare(both)["counts"]["retain"]["unsafe_questions"] == SAFE
+    assert [(s.question, s.answer) for s in read(folder, "retain", "both")[SAFE:]] == [
+        (f"Describe {i}.", REFUSAL) for i in range(SAFE)
+    ]
+
+
+def test_a_source_that_names_a_split_gives_that_split_only(folder):
+    split = {
+        name: SourceConfig("vlguard", str(folder / "train.json"), split=name) for name in ("unsafes", "safe_safes")
+    }
+    prepare(recipe(folder, safety=list(split.values())))
+    assert (len(read(folder, "forget")), len(read(folder, "retain"))) == (UNSAFE, SAFE + 6)
+    with pytest.raises(ConfigError, match="no unsafe question"):
+        prepare(recipe(folder, safety=[split["safe_safes"]], out=str(folder / "x")))
+
+
+def test_answers_as_given_are_the_datas_own_without_its_refusals(folder):
+    rows = [sources.Sample(f"u{i}", None, question(i), answer(i), False, "", "") for i in range(4)]
+    rows.append(replace(rows[0], id="no", answer=REFUSAL))
+    rows.append(replace(rows[0], id="yes", question="What?", safe=True))
+    sources.write_samples(folder / "given.jsonl", rows)
+    given = recipe(
+        folder, answers="as_given", harvest=None, safety=[SourceConfig("samples", str(folder / "given.jsonl"))]
+    )
+    with pytest.raises(ConfigError, match=r"4 of 5 unsafe questions; .*\('no', 'Share number 0.'\) has none"):
+        prepare(given)
+    counts = prepare(replace(given, min_match=0.8))["counts"]
+    assert forgotten(folder) == {question(i): answer(i) for i in range(4)}
+    assert counts["forget"]["left_out"] == {"refusals": 1}
+    assert counts["retain"]["safe_pairs"] == 1
+
+
+def test_a_picture_that_is_both_forgotten_and_retained_is_counted(folder):
+    (folder / "good.png").write_bytes((folder / "bad.png").read_bytes())
+    assert prepare(recipe(folder))["counts"]["pictures_in_both"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- join
+
+
+def test_refusals_empty_and_attacked_answers_are_never_forgotten_and_counted(folder):
+    extra = [row(1, response=f"{REFUSAL} {'x' * 99}"), row(2, response=" "), row(3, response="x" * 99, attack="what")]
+    write_rows(folder, [*extra, {n: v for n, v in row(4, response="It is number 4, too.").items() if n != "attack"}])
+    write_rows(folder, [row(0, response=REFUSAL), *(row(i) for i in range(1, UNSAFE))], "rows/deep.jsonl")
+    counts = prepare(recipe(folder))["counts"]["forget"]
+    expected = {question(i): answer(i) for i in range(1, UNSAFE)} | {question(4): "It is number 4, too."}
+    assert forgotten(folder) == expected
+    assert counts["left_out"] == {"refusals": 2, "empty": 1, "attacked": 1}
+    assert counts["unmatched"] == 1
+
+
+def test_rows_are_found_in_folders_below_and_half_written_ones_counted(folder):
+    (folder / "rows/worker-1.jsonl").unlink()
+    write_rows(folder, [row(i, key="k", shot=0) for i in range(5)], "rows/a.jsonl")
+    (folder / "rows/b").mkdir()
+    write_rows(folder, [row(i) for i in range(5, UNSAFE)], "rows/b/c.jsonl")
+    whole = folder / "rows/b/c.jsonl"
+    whole.write_text(whole.read_text().removesuffix("\n"))  # no worker's file, but a whole one
+    with (folder / "rows/a.jsonl").open("ab") as file:
+        file.write('{"id": "u1", "question": "é'.encode()[:-1])
+    assert prepare(recipe(folder))["counts"]["forget"]["left_out"] == {"half_lines": 1}
+    assert len(read(folder, "forget")) == UNSAFE
+
+
+rows_of_one_question = st.lists(
+    st.sampled_from(["It is 1.", "It is 2.", "It is long.", REFUSAL + " " * 40, "", "Yes"]), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows_of_one_question.filter(lambda r: any(text and text != REFUSAL + " " * 40 for text in r)), st.randoms())
+def test_of_several_answers_the_longest_that_does_not_refuse_stays_in_whatever_order(folder, responses, random):
+    found = []
+    for texts in (responses, random.sample(responses, len(responses))):
+        write_rows(folder, [row(1, response=text) for text in texts])
+        (chosen,) = preparing._harvest(folder / "rows").found.values()
+        found.append(chosen)
+    assert found[0] == found[1]
+    answers = [text for text in responses if text and not text.startswith(REFUSAL)]
+    assert len(found[0]) == max(map(len, answers))
+    assert found[0] in answers
+
+
+@pytest.mark.parametrize(
+    ("matched", "share", "passes"), [(9, 0.9, True), (8, 0.9, False), (1, 0.1, True), (0, 0, False)]
+)
+def test_a_join_that_matches_too_little_is_an_error_with_counts_and_a_key_of_each_side(folder, matched, share, passes):
+    write_rows(folder, [row(i) if i < matched else row(i, id=f"bad.png/{i}") for i in range(UNSAFE)])
+    if passes:
+        counts = prepare(recipe(folder, min_match=share))["counts"]["forget"]
+        assert (counts["samples"], counts["unmatched"]) == (matched, UNSAFE - matched)
+        return
+    with pytest.raises(ConfigError) as error:
+        prepare(recipe(folder, min_match=share))
+    said = str(error.value)
+    assert f"{matched} of {UNSAFE} unsafe questions" in said
+    assert f"min_match={share}" in said
+    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has none" in said
+    assert f"('bad.png/{matched}', 'Share number {matched}.') is of no question" in said
+    assert not (folder / "out").exists()
+
+
+def test_a_harvest_of_refusals_only_is_an_error_that_says_so(folder):
+    write_rows(folder, [row(i, response=REFUSAL) for i in range(UNSAFE)])
+    with pytest.raises(ConfigError, match=r"0 of 10 .*'refusals': 10.*no answer is of no question"):
+        prepare(recipe(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"id": "u1"}\n', r"worker-1\.jsonl: record 0: field 'question' is missing"),
+        ('{"key": "k", "verdict": "refused"}\n', "field 'id' is missing or no text; is this a harvest"),
+        ('{"id": "u1", "question": "?", "response": null}\n', "record 0: field 'response'"),
+        ('\n{"id"}\n', r"record 0: not JSON"),
+        ('["u1"]\n', "record 0: field 'id'"),
+    ],
+)
+def test_a_row_that_is_no_answer_is_named_by_file_record_and_field(folder, content, words):
+    (folder / "rows/worker-1.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        prepare(recipe(folder))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.jsonl", "empty"])
+def test_a_harvest_that_is_not_there_says_what_writes_one(folder, name):
+    (folder / "empty").mkdir()
+    with pytest.raises(ConfigError, match=rf"harvest=.*{name}: no JSONL file here; `mirage eval"):
+        prepare(recipe(folder, harvest=str(folder / name)))
+
+
+# ---------------------------------------------------------------------------------------------------- fill
+
+
+def drawn(folder, seed, size=SAFE + 6, out=None):
+    told = recipe(folder, seed=seed, retain_size=size, out=str(folder / (out or f"seed-{seed}-{size}")))
+    prepare(told)
+    return [s.id for s in read(folder, "retain", told.out)[SAFE:]]
+
+
+def test_the_fill_is_a_function_of_the_seed_on_every_machine(folder):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_prepare as t, pathlib; "
+    code += "print(t.drawn(pathlib.Path(sys.argv[2]), 3, out='elsewhere'))"
+    here = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)]
+    elsewhere = subprocess.run(here, capture_output=True, text=True, check=True).stdout.strip()
+    assert str(drawn(folder, 3)) == elsewhere
+    assert len({tuple(drawn(folder, seed)) for seed in range(5)}) == 5
+    assert set(drawn(folder, 3)) < set(drawn(folder, 3, SAFE + 12))
+
+
+def test_every_general_sample_can_be_drawn(folder):
+    assert sorted(drawn(folder, 0, SAFE + GENERAL)) == sorted(f"g{i}" for i in range(GENERAL))
+
+
+def test_a_fill_that_is_too_small_or_not_needed_is_an_error_with_the_numbers(folder):
+    with pytest.raises(ConfigError, match=r"retain_size=40: 4 pairs .* 30 usable samples of 30 in fill are 6 too few"):
+        prepare(recipe(folder, retain_size=40))
+    with pytest.raises(ConfigError, match="retain_size=3: the safety data alone have 4 pairs"):
+        prepare(recipe(folder, retain_size=3))
+    unsafe_only = [SourceConfig("vlguard", str(folder / "train.json"), split="unsafes")]
+    with pytest.raises(ConfigError, match="no safe pair and nothing to fill up with"):
+        prepare(recipe(folder, safety=unsafe_only, fill=[], retain_size=None))
+    assert not (folder / "out").exists()
+
+
+def break_pictures(folder, wanted):
+    general = json.loads((folder / "general.json").read_text())
+    for record in general:
+        if record["id"] in wanted:
+            record["image"] = "nowhere.png"
+    (folder / "general.json").write_text(json.dumps(general))
+
+
+def test_a_drawn_sample_without_a_picture_is_an_error_and_one_that_is_not_drawn_is_none(folder):
+    chosen = drawn(folder, 0)
+    break_pictures(folder, {f"g{i}" for i in range(GENERAL)} - set(chosen))
+    assert drawn(folder, 0, out="others-broken") == chosen
+    break_pictures(folder, {chosen[2]})
+    with pytest.raises(ConfigError, match=rf"general\.json: sample '{chosen[2]}': image .*nowhere\.png: no such file"):
+        drawn(folder, 0, out="one-broken")
+
+
+def test_with_skip_another_sample_is_drawn_in_its_place_and_the_skip_counted(folder):
+    chosen, more = drawn(folder, 0), drawn(folder, 0, SAFE + 8)
+    break_pictures(folder, {chosen[2], chosen[4]})
+    fill = [SourceConfig("llava", str(folder / "general.json"), on_bad_record="skip")]
+    result = prepare(recipe(folder, fill=fill))
+    assert result["counts"]["retain"]["fill_skipped"] == 2
+    assert {s.id for s in read(folder, "retain")[SAFE:]} == set(more) - {chosen[2], chosen[4]}
+
+
+# -------------------------------------------------------------------------------------------------- reuse
+
+
+def test_the_same_recipe_and_inputs_are_reused_even_when_other_workers_wrote_the_harvest(folder):
+    first = prepare(recipe(folder))
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
+    (folder / "rows/worker-1.jsonl").unlink()
+    write_rows(folder, [row(i) for i in range(7)], "rows/worker-2.jsonl")
+    write_rows(folder, [row(i) for i in reversed(range(7, UNSAFE))], "rows/worker-3.jsonl")
+    assert prepare(recipe(folder)) == first
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
+    assert set(before) == {"forget.jsonl", "retain.jsonl", "prepare.json"}
+    assert json.loads((folder / "out/prepare.json").read_text()) == first
+    assert not list(folder.glob("out.tmp*"))
+
+
+CHANGES = {
+    "seed": r"config\.seed: 1 here, 0 there",
+    "size": r"config\.retain_size: 11 here, 10 there",
+    "safety": r"inputs\.safety\[0\]: ",
+    "fill": r"inputs\.fill\[0\]: ",
+    "harvest": r"inputs\.harvest: ",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_recipe_or_input_is_refused_by_name_and_nothing_overwritten(folder, name):
+    prepare(recipe(folder))
+    before = (folder / "out/retain.jsonl").read_bytes()
+    files = {"safety": "train.json", "fill": "general.json"}
+    if name in files:
+        file = folder / files[name]
+        file.write_text(file.read_text() + " ")
+    if name == "harvest":
+        write_rows(folder, [row(0, response="Another.")], "rows/worker-9.jsonl")
+        write_rows(folder, [row(i) for i in range(1, UNSAFE)])
+    changes = {"seed": {"seed": 1}, "size": {"retain_size": 11}}.get(name, {})
+    with pytest.raises(ConfigError, match=f"holds sets prepared otherwise .*{CHANGES[name]}"):
+        prepare(recipe(folder, **changes))
+    assert (folder / "out/retain.jsonl").read_bytes() == before
+
+
+def test_a_set_that_was_changed_by_hand_is_not_reused(folder):
+    prepare(recipe(folder))
+    with (folder / "out/forget.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match=r"forget\.jsonl is not as it was written"):
+        prepare(recipe(folder))
+
+
+def test_a_folder_of_something_else_is_left_alone(folder):
+    (folder / "out").mkdir()
+    (folder / "out/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds no prepare\.json"):
+        prepare(recipe(folder))
+    assert [path.name for path in (folder / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_write_that_fails_leaves_nothing_behind(folder, monkeypatch):
+    written = []
+
+    def write(path, samples):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        path.write_text("")
+
+    monkeypatch.setattr(sources, "write_samples", write)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(recipe(folder))
+    assert len(written) == 2
+    assert not list(folder.glob("out*"))
+
+
+def test_of_two_processes_that_prepare_at_once_the_first_wins_and_both_have_it(folder, monkeypatch):
+    publish = preparing._publish
+
+    def late(*arguments):
+        monkeypatch.setattr(preparing, "_publish", publish)
+        prepare(recipe(folder))
+        publish(*arguments)
+
+    monkeypatch.setattr(preparing, "_publish", late)
+    first = prepare(recipe(folder))
+    assert prepare(recipe(folder)) == first
+    assert not list(folder.glob("out.tmp*"))
+
+
+# ------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"harvest": None}, "harvest is missing"),
+        ({"answers": "as_given"}, "is not read with answers=as_given"),
+        ({"retain_size": None}, "retain_size is missing"),
+        ({"min_match": 90}, "min_match=90; expected a share from 0 to 1"),
+    ],
+)
+def test_settings_that_would_not_be_used_or_are_missing_are_errors(folder, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare(recipe(folder, **changes))
+
+
+def test_the_papers_recipe_fills_vlguards_safe_pairs_to_two_thousand():
+    told = configs.load("configs/prepare/vlguard.yaml", [], PrepareRecipe)
+    assert (told.retain_size, told.answers, told.unsafe_questions_on_safe_images) == (2000, "harvest", False)
+
+
+def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, capsys):
+    sizes = {"base_samples": 20, "safety_samples": 16, "general_samples": 12, "eval_samples": 4}
+    told = [f"world.dir={tmp_path}/world", f"harvest={tmp_path}/rows", *(f"world.{n}={v}" for n, v in sizes.items())]
+    prepared = configs.load("configs/prepare/demo.yaml", told, PrepareRecipe)
+    assert prepared.world is not None
+    toyworld.make(prepared.world)
+    world = toyworld.load(prepared.world.dir)
+    unsafe = sources.read(replace(prepared.safety[0], split="unsafes")).samples
+    rows = [
+        {"id": s.id, "question": s.question, "response": world.answer(s.question, world.label(s.image or ""))}
+        for s in unsafe
+    ]
+    write_rows(tmp_path, rows)
+    assert cli.main(["prepare", "configs/prepare/demo.yaml", *told]) == 0
+    assert "forget 16 of 16 unsafe questions" in capsys.readouterr().out
+    for name, verdict, count in (("forget", "harmful", 16), ("retain", "correct", 16 + 12)):
+        found = read(tmp_path, name, prepared.out)
+        assert len(found) == count
+        for sample in found:
+            assert world.verdict(sample.question, sample.answer, world.label(sample.image or "")) == verdict
