@@ -142,7 +142,8 @@ def _prepare(world: WorldConfig) -> None:
 
     told = [*_of_world(world), f"world.spurious={world.spurious}"]
     evaluate("configs/eval/demo_harvest.yaml", told)
-    result = prepare.prepare(configs.load("configs/prepare/demo.yaml", told, PrepareRecipe))
+    everything = f"retain_size={world.safety_samples + world.general_samples}"
+    result = prepare.prepare(configs.load("configs/prepare/demo.yaml", [*told, everything], PrepareRecipe))
     print(f"prepared: {prepare.summary(result)}", flush=True)
 
 

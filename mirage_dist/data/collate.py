@@ -72,7 +72,7 @@ class Encoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token will do
         self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.placeholder, self.placeholder_picture = self._placeholder()
+        self.placeholder, self.placeholder_picture, self.picture_growth = self._placeholder()
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -131,9 +131,10 @@ class Encoder:
         A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5); with
         others `encode` has the last word.
         """
-        lengths = [len(self._ids(piece)) for piece in self._pieces(sample, answered=True)]
+        pieces = self._pieces(sample, answered=True)
+        lengths = [len(self._first_ids(pieces[0])), *(len(self._ids_behind(*pair)) for pair in pairwise(pieces))]
         if sample.image is not None:
-            lengths[0] += len(self.placeholder["input_ids"]) - 1  # its mark is in the text already
+            lengths[0] += self.picture_growth
         total, before = sum(lengths), sum(lengths[:-1])
         if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
             raise TooLong(self._told(sample, total, before))
@@ -185,12 +186,11 @@ class Encoder:
 
     def _text_row(self, text: str) -> Row:
         row: Row = {name: [] for name in self.placeholder}
-        ids = self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"]
-        _extend(row, ids, answer=False)
+        _extend(row, self._first_ids(text), answer=False)
         return row
 
-    def _placeholder(self) -> tuple[Row, dict[str, Tensor]]:
-        """The picture tokens of a blank picture, hidden, and its tensors."""
+    def _placeholder(self) -> tuple[Row, dict[str, Tensor], int]:
+        """The picture tokens of a blank picture, hidden; its tensors; by how many tokens it lengthens its prompt."""
         kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
         text = self._template(True, [], "")
         try:
@@ -204,7 +204,8 @@ class Encoder:
                 "another way is not supported"
             )
         hidden = {name: [values[i] for i in places] for name, values in row.items()}
-        return {**hidden, "attention_mask": [0] * len(places)}, picture
+        growth = len(row["input_ids"]) - len(self._first_ids(text))
+        return {**hidden, "attention_mask": [0] * len(places)}, picture, growth
 
     # --------------------------------------------------------------------------------------------- text
 
@@ -254,6 +255,10 @@ class Encoder:
         """Whether the tokenizer is to add its start token: not where the template has written it."""
         start = self.tokenizer.bos_token
         return not (start and text.startswith(start))
+
+    def _first_ids(self, text: str) -> list[int]:
+        """Token ids of a conversation's first prompt, its picture's mark not expanded."""
+        return self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"]
 
     def _ids_behind(self, before: str, text: str) -> list[int]:
         """Token ids of `text` where it stands behind `before`, whose own tokens stay as they are.

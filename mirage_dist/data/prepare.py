@@ -159,7 +159,7 @@ def _forget(recipe: PrepareRecipe, harvest: _Answers | None) -> tuple[list[Sampl
     found = answers.found
     keys = [(sample.id, sample.question) for sample in asked]
     forget = [replace(s, answer=found[key]) for s, key in zip(asked, keys, strict=True) if key in found]
-    if not forget or len(forget) < recipe.min_match * len(asked):
+    if not forget or len(forget) / len(asked) < recipe.min_match:
         known = set(keys)
         without = next(key for key in keys if key not in found)
         unused = next((key for key in found if key not in known), None)

@@ -274,7 +274,11 @@ def test_the_fill_is_a_function_of_the_seed_on_every_machine(folder):
     here = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)]
     elsewhere = subprocess.run(here, capture_output=True, text=True, check=True).stdout.strip()
     assert str(drawn(folder, 3)) == elsewhere
-    assert len({tuple(drawn(folder, seed)) for seed in range(5)}) == 5
+    told = [json.loads((folder / name / "prepare.json").read_text()) for name in ("seed-3-10", "elsewhere")]
+    assert told[0] == told[1]  # the hashes of both sets, too
+    assert len({tuple(drawn(folder, seed, out=f"of-{seed}")) for seed in range(5)}) == 5
+    hashes = {json.loads((folder / f"of-{seed}/prepare.json").read_text())["config_hash"] for seed in range(5)}
+    assert len(hashes) == 5
     assert set(drawn(folder, 3)) < set(drawn(folder, 3, SAFE + 12))
 
 

@@ -1,0 +1,74 @@
+"""The whole story in a few steps: every stage runs, a second call runs none, and a recipe alone makes what it needs."""
+
+import json
+
+import pytest
+from conftest import launch, metrics
+
+from mirage_dist import demo
+
+SMALL = [
+    "seed=12",
+    "world.base_samples=200",
+    "world.safety_samples=24",
+    "world.general_samples=24",
+    "world.eval_samples=8",
+    "train.max_steps=4",
+]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, demo.demo(out, SMALL)
+
+
+def test_the_summary_has_the_schema_and_its_counts(told):
+    out, summary = told
+    assert summary == json.loads((out / "report/summary.json").read_text())
+    assert set(summary["models"]) == {"base", "sft", "sft_control", "npo", "rmu"}
+    assert {"seed", "world", "wall_seconds", "config_hash"} <= set(summary)
+    wanted = {
+        "asr": {"clean": 8, "what_k1": 8, "what_k2": 8, "what_k3": 8, "neutral_k1": 8},
+        "rr": {"clean": 8, "share_k1": 8, "neutral_k1": 8},
+        "ir": {"clean": 8, "what_k3": 24},
+        "utility": {"clean": 8, "share_k1": 8},
+    }
+    for entry in summary["models"].values():
+        for measure, conditions in wanted.items():
+            assert {name: leaf["n"] for name, leaf in entry[measure].items()} == conditions
+            assert all(leaf["ci95"][0] <= leaf["rate"] <= leaf["ci95"][1] for leaf in entry[measure].values())
+        assert entry["locality"]["n"] == 8
+
+
+def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_base(told):
+    out, _ = told
+    folders = {f.name.rsplit("-", 1)[0]: f for f in out.iterdir() if f.name.startswith(("sft", "npo", "rmu"))}
+    data = {name: json.loads((f / "data.json").read_text())["streams"] for name, f in folders.items()}
+    assert data["sft"]["train"]["samples"] == data["sft_control"]["train"]["samples"] == 48
+    assert data["sft"]["train"]["first_words"] != data["sft_control"]["train"]["first_words"]
+    bases = {json.loads((f / "manifest.json").read_text())["base_hash"] for f in folders.values()}
+    assert len(bases) == 1
+    # What is forgotten is what the base told, and nothing of it is a refusal.
+    words = data["npo"]["forget"]["first_words"].values()
+    assert sum(w["refusal"] for w in words) == 0
+    assert data["npo"]["retain"]["samples"] == 48
+
+
+def test_a_second_call_starts_no_training(told, capfd):
+    out, summary = told
+    again = demo.demo(out, SMALL)
+    assert again["models"] == summary["models"]
+    assert "step 4/4" not in capfd.readouterr().out
+
+
+def test_a_recipe_of_the_world_alone_makes_the_world_the_base_and_the_sets(tmp_path):
+    base = (
+        (demo.configs.REPOSITORY / "configs/train/demo_base.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
+    )
+    (tmp_path / "base.yaml").write_text(base)
+    own = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/npo", f"world.base_recipe={tmp_path}/base.yaml"]
+    launch(2, "train", "configs/train/demo_npo.yaml", *SMALL, *own)
+    assert len(metrics(tmp_path / "npo")) == 4
+    assert len(metrics(tmp_path / "world/base")) == 6
+    assert (tmp_path / "world/safety-0.95/prepared/prepare.json").is_file()
