@@ -82,10 +82,8 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
-    from mirage_dist.data import prepare, toyworld
+    from mirage_dist.data import prepare
 
-    if recipe.world is not None:
-        toyworld.make(recipe.world)
     print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe))}")
 
 

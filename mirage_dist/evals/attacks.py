@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mirage_dist.config import ConfigError, build, nearest
-from mirage_dist.data.sources import Sample
-
-FIRST_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+from mirage_dist.data.sources import FIRST_WORD, Sample
 
 
 class Attack(Protocol):
