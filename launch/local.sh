@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # launch/local.sh N COMMAND …: N processes of `mirage COMMAND …` on this machine, one a GPU (or CPU ranks).
-# When one ends with an error the others are stopped at once, and its exit status is ours.
+# SIGTERM, SIGINT and SIGUSR1 are passed on: the ranks stop in order and the exit status is 75 (see mirage_dist/signals.py).
+# When a rank ends with an error it is named, the others are stopped, and its exit status is ours.
 set -uo pipefail
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2
@@ -10,6 +11,7 @@ size=$1
 shift
 python=${MIRAGE_PYTHON:-$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/python}
 [[ -x $python ]] || python=python3
+grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another has failed, and killing it
 
 export MASTER_ADDR=127.0.0.1 WORLD_SIZE=$size
 export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
@@ -17,17 +19,32 @@ export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.sock
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > size ? cores / size : 1))}
 
-pids=()
+declare -A rank_of=()
 for ((rank = 0; rank < size; rank++)); do
   RANK=$rank LOCAL_RANK=$rank "$python" -m mirage_dist.cli "$@" &
-  pids+=($!)
+  rank_of[$!]=$rank
 done
-stop() { kill "${pids[@]}" 2>/dev/null; }
-trap 'stop; wait; exit 143' TERM
-trap 'stop; wait; exit 130' INT
+tell() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
+trap 'tell TERM' TERM INT
+trap 'tell USR1' USR1
+
 status=0
-for _ in "${pids[@]}"; do
-  wait -n || { status=$?; stop; break; }
+while ((${#rank_of[@]})); do
+  wait -n -p ended "${!rank_of[@]}"
+  code=$?
+  # A signal to this script ends a wait, too; then no process has ended.
+  [[ -n ${ended:-} ]] || continue
+  if ((code && !status)); then
+    status=$code
+    if ((code != 75)); then
+      echo "launch/local.sh: rank ${rank_of[$ended]} ended with status $code; stopping the others" >&2
+      tell TERM
+      # A rank that hangs, or waits for the one that is gone, does not end by asking.
+      (sleep "$grace" && kill -KILL "${!rank_of[@]}") >/dev/null 2>&1 &
+      killer=$!
+    fi
+  fi
+  unset "rank_of[$ended]" ended
 done
-wait
+[[ -z ${killer:-} ]] || kill "$killer" 2>/dev/null
 exit "$status"

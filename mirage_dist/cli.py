@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mirage_dist import config as configs
+from mirage_dist import signals
 from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 from mirage_dist.world import exit_well
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; 2 for bad input, 1 for a run that cannot go on: one paragraph each, without a traceback."""
+    """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
+    order: one paragraph each, without a traceback.
+    """
     parsed, rest = _parser().parse_known_args(arguments)
     # key=value may stand anywhere; argparse takes positional arguments in one run only.
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
@@ -30,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"mirage: {error}", file=sys.stderr, flush=True)
         return 1
+    except signals.StopRequested as stop:
+        print(f"mirage: {stop}", flush=True)
+        exit_well(signals.STOPPED)
     return 0
 
 
@@ -88,6 +94,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> None:
+    signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
     from mirage_dist import demo
 
@@ -104,6 +111,7 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _eval(parsed: argparse.Namespace) -> None:
+    signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     from mirage_dist.evals import runner
 

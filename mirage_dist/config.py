@@ -121,8 +121,22 @@ class TrainConfig:
     decay: float = 1.0  # fraction of the steps after warm-up over which the rate falls; .1 is warm-up-stable-decay
     min_lr: float = 0.0  # fraction of `lr` at the end
     save_every: int | None = None  # steps; the last step is always saved
+    save_in_background: bool = True  # a step waits for a copy to host memory only, not for the disk
+    keep_last: int | None = 3  # checkpoints; null keeps all
+    keep_every: int | None = None  # and those whose step is a multiple of this
+    keep_best: str | None = None  # and the one with the least of this metric, such as loss or terms.retain_ce
+    max_restarts: int = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
+    hang_seconds: float = 1800.0  # a rank that does not move for so long ends the run, named
     nonfinite_patience: int = 5  # stop after this many skipped steps in a row
     export: bool = True  # write `export/`, a Hugging Face model directory, at the end
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep_last", "keep_every", "max_restarts", "nonfinite_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value!r}; expected a whole number above 0")
+        if self.hang_seconds <= 0:
+            raise ConfigError(f"hang_seconds={self.hang_seconds!r}; expected a number of seconds above 0")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
+from mirage_dist import signals
 from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 from mirage_dist.data import toyworld
 from mirage_dist.world import no_bars_in_logs, place
@@ -101,7 +102,14 @@ def launch(file: str, overrides: Sequence[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
     environment["MIRAGE_PYTHON"] = sys.executable
     command = [str(LAUNCHER), str(RANKS), "train", file, *overrides]
-    if subprocess.run(command, env=environment).returncode:
+    process = subprocess.Popen(command, env=environment)
+    while process.poll() is None:
+        if signals.received():
+            process.terminate()
+            process.wait()
+        time.sleep(0.1)
+    _stop_if_asked()
+    if process.returncode:
         raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
 
 
@@ -152,7 +160,13 @@ def _wait_for(files: Sequence[Path]) -> None:
     while missing := [file for file in files if not file.exists()]:
         if time.monotonic() > deadline:
             raise ConfigError(f"{missing[0]}: not there after {WAIT_SECONDS} s; rank 0 was to make it")
+        _stop_if_asked()
         time.sleep(0.2)
+
+
+def _stop_if_asked() -> None:
+    if name := signals.received():
+        raise signals.StopRequested(f"{name} came while the embedded world was being made; what is whole of it is kept")
 
 
 def _say(number: int, total: int, text: str) -> None:

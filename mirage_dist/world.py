@@ -11,14 +11,19 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from mirage_dist import signals
 from mirage_dist.config import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-TIMEOUT = timedelta(minutes=30)  # of one collective: a rank that hangs ends the job instead of burning it
+T = TypeVar("T")
+# Of one collective, beyond the watchdog's limit: the watchdog knows which rank is missing, so it shall speak first.
+COLLECTIVE_GRACE = 120.0  # seconds
+
+_calls: list[Any] = [0, "the start"]  # how many agreements this process has entered, and the last one's name
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,11 @@ def place() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def start() -> World:
-    """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device."""
+def start(hang_seconds: float = 1800.0) -> World:
+    """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device.
+
+    hang_seconds: after which a rank that does not move ends the run (see `train.watchdog`).
+    """
     import torch
 
     name_accelerator()
@@ -81,7 +89,8 @@ def start() -> World:
         torch.cuda.set_device(device)
     # DeepSpeed would compile an extension that training never calls: half a minute, and a compiler needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
+    timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
     return World(rank, local, size, device)
 
 
@@ -119,15 +128,15 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-def exit_well() -> NoReturn:
-    """End this process with status 0, without the interpreter's teardown.
+def exit_well(status: int = 0) -> NoReturn:
+    """End this process with a status that says it did what it was to do, without the interpreter's teardown.
 
     Threads of the communication backend now and then abort there ("terminate called without an active exception",
-    once in some sixty runs), after all is committed; the exit status has to say that the run succeeded.
+    once in some sixty runs), after all is committed; the exit status has to say how the run ended.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def gather(world: World, values: Sequence[float], call: str) -> torch.Tensor:
@@ -139,6 +148,7 @@ def gather(world: World, values: Sequence[float], call: str) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
+    _calls[:] = [_calls[0] + 1, call]
     own = torch.tensor([zlib.crc32(f"{call}:{len(values)}".encode()), *values], dtype=torch.float64)
     if world.size == 1:
         return own[None, 1:]
@@ -157,6 +167,36 @@ def gather(world: World, values: Sequence[float], call: str) -> torch.Tensor:
         told = "; ".join(f"rank {rank}: {said}" for rank, said in enumerate(calls))
         raise RuntimeError(f"ranks are not at the same point ({told})")
     return table[:, 1 : len(own)]
+
+
+def last_call() -> tuple[int, str]:
+    """How many agreements (`gather`, `barrier`) this process has entered, and the name of the last one."""
+    return _calls[0], _calls[1]
+
+
+def store() -> Any:
+    """The process group's key-value store."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def from_main(world: World, value: T) -> T:
+    """Rank 0's value on every rank; what the others pass is not used."""
+    import torch.distributed as dist
+
+    barrier(world, "what rank 0 has to tell")
+    if world.size == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=world.device)
+    return told[0]
+
+
+def stop_here(world: World, call: str) -> None:
+    """Raise StopRequested on every rank when a signal reached any of them; a place where nothing is left to commit."""
+    if gather(world, [signals.received() is not None], call).any():
+        raise signals.StopRequested(f"stopped on request at {call!r}; nothing was left to commit")
 
 
 def barrier(world: World, call: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from mirage_dist import config as configs
 from mirage_dist.config import ConfigError, TrainRecipe
 from mirage_dist.model import load
+from mirage_dist.model.shards import Shards
 
 CARD = """---
 library_name: transformers
@@ -25,11 +24,12 @@ Attack success and rejection rates belong beside this model; a low rate is behav
 """
 
 
-def export(run: Path, out: Path, step: int | None = None) -> None:
+def export(run: Path, out: Path, step: int | None = None, workspace: Path | None = None) -> None:
     """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; needs no process group.
 
     Weights come in the dtype of training; adapters are merged. The result loads with
-    `AutoModelForImageTextToText.from_pretrained`. Raises ConfigError when there is no such checkpoint or `out` exists.
+    `AutoModelForImageTextToText.from_pretrained`. It is written in `workspace` (default: beside `out`) and renamed.
+    Raises ConfigError when there is no such checkpoint or `out` exists.
     """
     recipe = configs.load(run / "config.yaml", [], TrainRecipe)
     if out.exists():
@@ -40,10 +40,10 @@ def export(run: Path, out: Path, step: int | None = None) -> None:
         there = ", ".join(sorted(f.name for f in folder.glob("step-*[0-9]"))) or "none"
         raise ConfigError(f"{run}: no checkpoint {name} (there: {there})")
     hf = load.policy(recipe.model, recipe.train.dtype, {}).hf
-    _put(hf, _trained(folder, name))
+    _put(hf, folder / name)
     if recipe.model.lora is not None:
         hf = hf.merge_and_unload()
-    partial = out.with_name(out.name + ".tmp")
+    partial = (workspace or out.parent) / f"{out.name}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     _as_plain_linear(hf)
     hf.save_pretrained(partial)
@@ -61,24 +61,16 @@ def _latest(folder: Path) -> str:
         raise ConfigError(f"{folder}: no committed checkpoint yet") from error
 
 
-def _trained(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The trained parameters in float32, whatever the world size that saved them."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # bars within a second
-        state: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name, exclude_frozen_parameters=True)
-    return {key.removeprefix("hf."): value for key, value in state.items()}
-
-
-def _put(hf: Any, state: dict[str, torch.Tensor]) -> None:
+def _put(hf: Any, checkpoint: Path) -> None:
+    """Put the trained parameters into the model, whatever world size saved them."""
     parameters = dict(hf.named_parameters())
-    missing = [n for n, p in parameters.items() if p.requires_grad and n not in state]
-    unknown = [n for n in state if n not in parameters]
-    if missing or unknown:
-        raise ConfigError(f"the checkpoint is not of this model: missing {missing[:3]}, unknown {unknown[:3]}")
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
+    with Shards(checkpoint) as shards, torch.no_grad():
+        missing = [n for n, p in parameters.items() if p.requires_grad and n not in shards.shapes]
+        unknown = [n for n in shards.shapes if n not in parameters]
+        if missing or unknown:
+            raise ConfigError(f"{checkpoint}: is not of this model: missing {missing[:3]}, unknown {unknown[:3]}")
+        for name in shards.shapes:
+            parameters[name].copy_(shards.whole(name))
 
 
 def _as_plain_linear(hf: Any) -> None:

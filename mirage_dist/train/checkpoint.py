@@ -1,10 +1,12 @@
 """Sharded checkpoints: a directory is one if and only if its manifest is there.
 
-    checkpoints/step-000100/   DeepSpeed's shards, objective.safetensors, manifest.json
+    checkpoints/step-000100/   rank-00000-of-00002.safetensors …, objective.safetensors, manifest.json
     checkpoints/latest         the newest one's name
 
-Shards go to `step-000100.tmp`, are synced and hashed; the manifest is written last; then one rename makes it a
-checkpoint. A process may die at any moment: what was committed before stays whole.
+Every rank writes its fragments (`model.shards`) into the owner's workspace, synced and hashed; the manifest comes
+last; then one rename makes it a checkpoint. A process may die at any moment: what was committed before stays whole.
+In the background the step pays for a copy to host memory only; the commit follows at the first step boundary at
+which all ranks have written.
 """
 
 from __future__ import annotations
@@ -13,84 +15,190 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mirage_dist.config import ConfigError, RunError
+from mirage_dist.config import ConfigError, RunError, TrainConfig
+from mirage_dist.model.shards import Fragment, Shards, write
+from mirage_dist.train import fragments as held
 from mirage_dist.world import World, barrier, gather
 
-PARTIAL = ".tmp"
+FORMAT = 1
+Digests = dict[str, dict[str, Any]]  # file -> {"bytes", "sha256"}
 
 
-def save(engine: Any, folder: Path, manifest: Mapping[str, Any], objective: Mapping[str, Tensor], world: World) -> Path:
-    """Commit the checkpoint of `manifest["step"]`; every rank calls this. Returns its directory.
+@dataclass
+class _Pending:
+    """A checkpoint that is being written: `digests` resolves to this rank's files."""
 
-    Raises RunError when it cannot be written (no space left); earlier checkpoints are as they were.
+    name: str
+    partial: Path
+    manifest: Mapping[str, Any]
+    digests: Future[Digests]
+
+
+class Saver:
+    """Writes and commits the checkpoints of one run; every rank makes the same calls.
+
+    workspace: the lease's folder (see `train.lease`), from which a commit is one rename.
     """
-    name = f"step-{manifest['step']:06d}"
-    partial, final = folder / (name + PARTIAL), folder / name
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-    barrier(world, f"checkpoint {name}")
-    with _told(partial):
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
-        if world.main:
-            save_file({key: value.contiguous() for key, value in objective.items()}, partial / "objective.safetensors")
-    barrier(world, f"shards of {name}")
-    with _told(partial):
-        own = _digests(partial, world)
-    files = _gathered(own, world)
-    if world.main:
-        with _told(partial):
-            _write_synced(partial / "manifest.json", json.dumps({**manifest, "files": files}, indent=1))
-            _sync_folder(partial)
-            if final.exists():  # saved again after a resume from an older one
-                shutil.rmtree(final)
-            os.rename(partial, final)
-            _write_synced(folder / ("latest" + PARTIAL), name)
-            os.replace(folder / ("latest" + PARTIAL), folder / "latest")
-            _sync_folder(folder)
-    barrier(world, f"commit of {name}")
-    return final
+
+    def __init__(self, folder: Path, workspace: Path, train: TrainConfig, world: World) -> None:
+        self.folder, self.workspace, self.train, self.world = folder, workspace, train, world
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._buffer: Tensor | None = None
+        self._pending: _Pending | None = None
+
+    def save(self, engine: Any, manifest: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
+        """Write the checkpoint of `manifest["step"]`, in the background where `train.save_in_background` says so.
+
+        Raises RunError when it cannot be written (no space left); earlier checkpoints are as they were.
+        """
+        self.finish()
+        name = f"step-{manifest['step']:06d}"
+        partial = self.workspace / f"{name}.tmp"
+        if self.world.main:
+            with _told(partial):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+        barrier(self.world, f"checkpoint {name}")
+        fragments = held.fragments(engine)
+        steps = held.steps_taken(engine)
+        told = {"format": FORMAT, **manifest, "adamw_steps": steps, "zero_stage": engine.zero_optimization_stage()}
+        state = {key: value.clone().contiguous() for key, value in objective.items()} if self.world.main else None
+        if self.train.save_in_background:
+            fragments, self._buffer = held.snapshot(fragments, self._buffer)
+        digests = self._writer.submit(_write, partial, self.world, fragments, state)
+        self._pending = _Pending(name, partial, told, digests)
+        if not self.train.save_in_background:
+            self.finish()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write of the pending checkpoint; what failed is done, too."""
+        return self._pending is None or self._pending.digests.done()
+
+    def step_ended(self, all_written: bool) -> None:
+        """Commit the pending checkpoint when every rank has written its part."""
+        if all_written:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the pending checkpoint, if there is one, and commit it. Raises RunError."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        with _told(pending.partial):
+            own = pending.digests.result()
+        files = _gathered(own, self.world)
+        if self.world.main:
+            with _told(pending.partial):
+                self._commit(pending, files)
+                self._retain(pending.name)
+
+    def _commit(self, pending: _Pending, files: Digests) -> None:
+        manifest = json.dumps({**pending.manifest, "files": files}, indent=1)
+        _write_synced(pending.partial / "manifest.json", manifest.encode())
+        _sync_folder(pending.partial)
+        final = self.folder / pending.name
+        if final.exists():  # a damaged one that was passed over, or one made again after a resume from an older one
+            self._take_away(final)
+        os.rename(pending.partial, final)
+        _sync_folder(self.folder)
+        beside = self.workspace / "latest"
+        _write_synced(beside, pending.name.encode())
+        os.replace(beside, self.folder / "latest")
+        _sync_folder(self.folder)
+
+    def _retain(self, newest: str) -> None:
+        """Take away what retention does not keep. The commit is done: what cannot be removed is only reported."""
+        keep = kept({step_of(f): read_manifest(f).get("metrics", {}) for f in committed(self.folder)}, self.train)
+        for checkpoint in committed(self.folder):
+            if step_of(checkpoint) not in keep and checkpoint.name != newest:
+                gone = self._take_away(checkpoint)
+                self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
+
+    def _take_away(self, checkpoint: Path) -> Path:
+        """Out of the folder in one rename: a checkpoint is there whole or not at all."""
+        gone = self.workspace / f"{checkpoint.name}.gone"
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(checkpoint, gone)
+        return gone
+
+    def close(self) -> None:
+        """Commit what is pending and end the writer's thread."""
+        self.finish()
+        self._writer.shutdown()
 
 
-@contextmanager
-def _told(partial: Path) -> Iterator[None]:
-    """Say what a failed write means. The rank that fails ends, and its launcher ends the others."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as errors of their own
-        raise RunError(f"{partial}: cannot be written ({error}); every checkpoint before it is whole") from error
+def kept(checkpoints: Mapping[int, Mapping[str, float]], train: TrainConfig) -> set[int]:
+    """Which of these steps retention keeps; `checkpoints` gives each one's metrics (means since the one before).
+
+    The last `keep_last`, every multiple of `keep_every`, and the one with the least `keep_best`; all when `keep_last`
+    is None.
+    """
+    steps = sorted(checkpoints)
+    if train.keep_last is None:
+        return set(steps)
+    keep = set(steps[-train.keep_last :])
+    if train.keep_every is not None:
+        keep |= {step for step in steps if step % train.keep_every == 0}
+    measured = {step: m[train.keep_best] for step, m in checkpoints.items() if train.keep_best in m}
+    if measured:
+        keep.add(min(measured, key=lambda step: (measured[step], -step)))
+    return keep
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoint directories, oldest first, whole or damaged."""
+    return sorted(folder.glob("step-*[0-9]"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest(folder: Path, world: World) -> Path | None:
-    """The newest whole checkpoint, the same on every rank; damaged ones are reported and passed over."""
-    step = -1
-    if world.main:
-        for candidate in sorted(folder.glob("step-*[0-9]"), reverse=True):
-            fault = damage(candidate)
-            if fault is None:
-                step = int(candidate.name.removeprefix("step-"))
-                break
-            world.say(f"{candidate} is passed over: {fault}")
-    step = int(gather(world, [step], "newest checkpoint")[0, 0])
-    return None if step < 0 else folder / f"step-{step:06d}"
+    """The newest whole checkpoint, the same on every rank; damaged ones are reported and passed over.
+
+    The ranks share the reading: each compares size and SHA-256 of its part of the files.
+    """
+    steps = [step_of(f) for f in committed(folder)] if world.main else []
+    last = -1
+    while True:
+        candidates = [s for s in steps if last < 0 or s < last]
+        last = int(gather(world, [max(candidates, default=-1)], "newest checkpoint")[0, 0])
+        if last < 0:
+            return None
+        checkpoint = folder / f"step-{last:06d}"
+        fault = damage(checkpoint, world.rank, world.size)
+        faulty = gather(world, [fault is not None], f"check of {checkpoint.name}")[:, 0]
+        if not faulty.any():
+            return checkpoint
+        if fault is not None and world.rank == int(faulty.argmax()):
+            print(f"{checkpoint} is passed over: {fault}", flush=True)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole: manifest, each file's size and SHA-256."""
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None when it is whole: manifest, each file's size and SHA-256.
+
+    Of the files, those with number `part` modulo `parts` are read.
+    """
     try:
         files = read_manifest(checkpoint)["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"no readable manifest ({error})"
-    for name, told in files.items():
+    for name, told in sorted(files.items())[part::parts]:
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
@@ -102,20 +210,21 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Put parameters and moments back; returns the manifest and the objective's state.
+    """Put parameters and moments back, whatever world size and ZeRO stage saved them; returns the manifest and the
+    objective's state.
 
-    Raises ConfigError when the checkpoint is of another recipe, other base weights, or another world size.
+    Raises ConfigError when the checkpoint is of another recipe, other base weights or another format.
     """
     manifest = read_manifest(checkpoint)
-    for key, what in (("config_hash", "recipe"), ("base_hash", "base weights"), ("world_size", "number of ranks")):
-        if manifest[key] != expected[key]:
+    wanted = {"format": FORMAT, **expected}
+    for key, what in (("format", "format"), ("config_hash", "recipe"), ("base_hash", "base weights")):
+        if manifest.get(key) != wanted[key]:
             raise ConfigError(
-                f"{checkpoint}: saved with another {what} ({key} {manifest[key]}, now {expected[key]}); "
+                f"{checkpoint}: saved with another {what} ({key} {manifest.get(key)}, now {wanted[key]}); "
                 "resume with the one it was saved with, or choose another run.dir"
             )
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
-    if path is None:
-        raise RuntimeError(f"{checkpoint}: DeepSpeed found no checkpoint there")
+    with Shards(checkpoint) as shards:
+        held.load(engine, shards, manifest["adamw_steps"])
     return manifest, load_file(checkpoint / "objective.safetensors")
 
 
@@ -124,18 +233,29 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
 
 
-def _digests(partial: Path, world: World) -> dict[str, dict[str, Any]]:
-    """This rank's share of the files, synced to disk and hashed."""
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    found = {}
-    for file in files[world.rank :: world.size]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        found[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    return found
+@contextmanager
+def _told(partial: Path) -> Iterator[None]:
+    """Say what a failed write means. The rank that fails ends, and its launcher ends the others."""
+    try:
+        yield
+    except OSError as error:
+        if not partial.parent.is_dir():
+            raise RunError(f"{partial}: another job has taken this run directory over; nothing is written") from error
+        raise RunError(f"{partial}: cannot be written ({error}); every checkpoint before it is whole") from error
 
 
-def _gathered(own: dict[str, Any], world: World) -> dict[str, Any]:
+def _write(partial: Path, world: World, fragments: Sequence[Fragment], objective: dict[str, Tensor] | None) -> Digests:
+    """This rank's files; rank 0 has the objective's state as well. Runs in the writer's thread."""
+    name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
+    digests = {name: write(partial / name, fragments)}
+    if objective is not None:
+        content = serialize(objective)
+        _write_synced(partial / "objective.safetensors", content)
+        digests["objective.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return digests
+
+
+def _gathered(own: Digests, world: World) -> Digests:
     if world.size == 1:
         return own
     everyone: list[Any] = [None] * world.size
@@ -148,9 +268,9 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as handle:
-        handle.write(text)
+def _write_synced(file: Path, content: bytes) -> None:
+    with file.open("wb") as handle:
+        handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
 

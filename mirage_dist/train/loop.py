@@ -39,8 +39,12 @@ class Loop:
         self.needs, self.reference, self.cache = objective.needs, reference, cache
         self.skipped_in_a_row = 0
 
-    def step(self, number: int) -> dict[str, Any]:
-        """Step `number` (from 0) of the run: its record for the log. Raises NonFinite."""
+    def step(self, number: int, flags: Sequence[bool] = ()) -> tuple[dict[str, Any], Tensor]:
+        """Step `number` (from 0) of the run: its record for the log. Raises NonFinite.
+
+        flags: what this rank has to tell the others; every rank gets all of them, (ranks, flags), with the values that
+        are gathered anyway.
+        """
         window = self.feed.window(number, self.world)
         counts = self.agree(number, self.feed.counts(window))
         rate = learning_rate(self.train, number, self.feed.steps)
@@ -55,7 +59,9 @@ class Loop:
             self.engine.step()  # clips, checks and steps behind the last micro-batch of the window
             for t in terms:
                 sums[t.name] = sums.get(t.name, 0) + t.sum.detach()
-        return self.record(number, rate, counts, terms, sums)
+        local = [sums[t.name].double() for t in terms]
+        table = gather(self.world, [*torch.stack(local).tolist(), *flags], f"terms of step {number}")
+        return self.record(number, rate, counts, terms, table[:, : len(terms)].sum(0)), table[:, len(terms) :]
 
     def agree(self, number: int, own: Mapping[str, float]) -> dict[str, float]:
         """Global counts of the whole window, before its first forward; every rank must be at the same step."""
@@ -93,12 +99,10 @@ class Loop:
         return self.cache.rows(micro.samples[micro.rows[name]], self.world.device)
 
     def record(
-        self, number: int, rate: float, counts: Mapping[str, float], terms: Sequence[Term], sums: Mapping[str, Tensor]
+        self, number: int, rate: float, counts: Mapping[str, float], terms: Sequence[Term], sums: Tensor
     ) -> dict[str, Any]:
         """Global values of a finished step; counts a step that DeepSpeed skipped because of its gradient."""
-        local = torch.stack([sums[t.name].double() for t in terms]).tolist()
-        total = gather(self.world, local, f"terms of step {number}").sum(0).tolist()
-        values = {t.name: value / counts[t.count] for t, value in zip(terms, total, strict=True)}
+        values = {t.name: value / counts[t.count] for t, value in zip(terms, sums.tolist(), strict=True)}
         loss = sum(t.weight * values[t.name] for t in terms)
         skipped = bool(self.engine.optimizer.overflow)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0

@@ -6,20 +6,24 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from mirage_dist import config as configs
-from mirage_dist.config import TrainRecipe
+from mirage_dist.config import ConfigError, TrainRecipe
+from mirage_dist.signals import STOPPED
 
 
 class Monitor:
     """Rank 0's records of a run from `first_step` on; on other ranks it does nothing.
 
-    `metrics.jsonl` holds one object a step, each step once: a resumed run drops the lines from where it resumes.
+    `metrics.jsonl` holds one object a step, each step once: a resumed run drops the lines from where it resumes. W&B
+    keeps what it has, so steps that are made again are not sent again.
     """
 
     def __init__(self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, wandb_id: str) -> None:
@@ -28,8 +32,10 @@ class Monitor:
         self.run: Any = None
         if not main:
             return
-        self.file = Path(recipe.run.dir) / "metrics.jsonl"
-        drop_from(self.file, first_step)
+        file = Path(recipe.run.dir) / "metrics.jsonl"
+        self.sent = drop_from(file, first_step)
+        # Open all along: a process that another took over from writes to the file that its successor has replaced.
+        self.file = file.open("a", encoding="utf-8")
         bar = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=first_step, desc=self.name, unit="step") if bar else None
         if recipe.monitor.wandb != "off":
@@ -39,8 +45,8 @@ class Monitor:
         """One step's record; `step` counts from 1."""
         if not self.main:
             return
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
         step = record["step"]
         told = (
             f"loss {_told(record['loss'], 4)}  grad {_told(record['grad_norm'], 3)}  {record['tokens_per_s']:.0f} tok/s"
@@ -52,15 +58,21 @@ class Monitor:
             self.bar.set_postfix_str(told)
         elif step % self.every == 0 or step == self.steps or record["skipped"]:
             print(f"{self.name}: step {step}/{self.steps}  {told}", flush=True)
-        if self.run is not None:
+        if self.run is not None and step > self.sent:
             flat = {k: v for k, v in record.items() if k not in ("step", "terms")}
             self.run.log({**flat, **{f"terms/{k}": v for k, v in record["terms"].items()}}, step=step)
 
-    def close(self) -> None:
-        if self.main and self.bar is not None:
+    def close(self, preempted: bool = False) -> None:
+        """End the records; `preempted` tells W&B that the run will go on."""
+        if not self.main:
+            return
+        self.file.close()
+        if self.bar is not None:
             self.bar.close()
         if self.run is not None:
-            self.run.finish()
+            if preempted:
+                self.run.mark_preempting()
+            self.run.finish(exit_code=STOPPED if preempted else 0)
 
 
 def _told(value: float | None, digits: int) -> str:
@@ -68,20 +80,30 @@ def _told(value: float | None, digits: int) -> str:
 
 
 def start_wandb(recipe: TrainRecipe, name: str, identity: str) -> Any:
-    """One run for all ranks, the same one after a resume."""
+    """One run for all ranks, the same one after a resume; recorded on disk where W&B cannot be reached."""
     import wandb
 
     options = recipe.monitor
-    return wandb.init(
-        project=options.project,
-        entity=options.entity,
-        name=name,
-        id=identity,
-        resume="allow",
-        mode="online" if options.wandb == "online" else "offline",
-        dir=recipe.run.dir,
-        config=configs.to_dict(recipe),
-    )
+    given: dict[str, Any] = {
+        "project": options.project,
+        "entity": options.entity,
+        "name": name,
+        "id": identity,
+        "resume": "allow",
+        "dir": recipe.run.dir,
+        "config": configs.to_dict(recipe),
+    }
+    if options.wandb == "online":
+        try:
+            return wandb.init(mode="online", **given)
+        except (wandb.Error, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            print(
+                f"{name}: W&B cannot be reached ({reason}); this part of the run is recorded under "
+                f"{recipe.run.dir}/wandb, to be sent later with `wandb sync`",
+                flush=True,
+            )
+    return wandb.init(mode="offline", **given)
 
 
 def new_wandb_id() -> str:
@@ -89,21 +111,49 @@ def new_wandb_id() -> str:
     return secrets.token_hex(4)
 
 
-def drop_from(file: Path, first_step: int) -> None:
-    """Keep the records of steps up to `first_step`; those after it will be made again."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+def drop_from(file: Path, first_step: int) -> int:
+    """Keep the records of steps up to `first_step`, in a new file; those after it will be made again.
+
+    Returns the last step that there was.
+    """
+    kept, last = [], 0
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
         try:
-            record = json.loads(line)
+            step = json.loads(line)["step"]
         except ValueError:
             continue  # a killed run's last line may be cut off
-        if record["step"] <= first_step:
+        last = max(last, step)
+        if step <= first_step:
             kept.append(line)
     beside = file.with_suffix(".tmp")
     beside.write_text("".join(kept), encoding="utf-8")
     beside.replace(file)
+    return last
+
+
+class Means:
+    """Means of loss and terms over the steps since the last checkpoint, by which retention chooses the best one.
+
+    best: the metric that it is to go by. Raises ConfigError at the first step when there is none of that name.
+    """
+
+    def __init__(self, best: str | None) -> None:
+        self.best = best
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        told = {"loss": record["loss"], **{f"terms.{name}": value for name, value in record["terms"].items()}}
+        if self.best is not None and self.best not in told:
+            raise ConfigError(f"train.keep_best={self.best}: {configs.nearest(self.best, list(told))}")
+        for name, value in told.items():
+            if value is not None:  # a step that was skipped
+                self.values.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        """The means, and a new beginning."""
+        told = {name: fmean(values) for name, values in self.values.items()}
+        self.values.clear()
+        return told
 
 
 class Clock:

@@ -14,16 +14,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Part -> the parts that it may import besides itself.
 ALLOWED = {
     "config": set(),
-    "world": {"config"},
+    "signals": set(),
+    "world": {"config", "signals"},
     "data": {"config", "world"},
     "kernels": {"config"},
     "model": {"config", "world", "data", "kernels"},
     "objectives": {"config", "kernels"},
-    "train": {"config", "world", "data", "kernels", "model", "objectives"},
-    "evals": {"config", "world", "data", "model"},
+    "train": {"config", "signals", "world", "data", "kernels", "model", "objectives"},
+    "evals": {"config", "signals", "world", "data", "model"},
     "report": {"config"},
-    "demo": {"config", "world", "data", "model", "evals", "report", "train"},
-    "cli": {"config", "world", "demo", "data", "model", "train", "evals", "report"},
+    "demo": {"config", "signals", "world", "data", "model", "evals", "report", "train"},
+    "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "report"},
 }
 
 

@@ -1,0 +1,103 @@
+"""Reference log-probabilities of a whole stream, computed once by the policy while it still is the base model.
+
+    reference/KEY/rank-00000-of-00002-width-16-part-003-of-010.npz
+
+KEY is the hash of all that decides the values. Parts are whole or absent: a run that is stopped goes on with the
+missing ones, cut into the same batches, so that it gets bitwise the same values. A whole set of parts serves every
+other number of ranks as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mirage_dist import config as configs
+from mirage_dist import world as worlds
+from mirage_dist.config import TrainRecipe
+from mirage_dist.model import reference
+from mirage_dist.model.policy import Request, no_grad_forward
+from mirage_dist.train.feed import Feed, MicroBatch
+from mirage_dist.world import World
+
+BATCHES_A_PART = 16
+
+
+def fill(
+    recipe: TrainRecipe, engine: Any, feed: Feed, world: World, base_hash: str, workspace: Path
+) -> reference.LogProbs:
+    """The log-probabilities of every sample that needs them; each rank computes its share of what is missing.
+
+    workspace: the lease's folder (see `train.lease`). Every rank calls this. Raises StopRequested between two parts.
+    """
+    folder = Path(recipe.run.dir) / "reference" / _key(recipe, feed, base_hash)
+    files = worlds.from_main(world, _whole_set(folder) if world.main else None)
+    if files is None:
+        if world.main:
+            folder.mkdir(parents=True, exist_ok=True)
+        worlds.barrier(world, "reference cache")
+        files = _compute(recipe, engine, feed, world, folder, workspace)
+    cache = reference.LogProbs()
+    for name in files:
+        cache.load(folder / name)
+    return cache
+
+
+def _compute(recipe: TrainRecipe, engine: Any, feed: Feed, world: World, folder: Path, workspace: Path) -> list[str]:
+    width = recipe.train.micro_batch
+    batches = feed.every_sample(feed.needs.ref_logp, world)
+    parts = list(iter(lambda: list(islice(batches, BATCHES_A_PART)), []))  # until there is an empty one
+    name = f"{Path(recipe.run.dir).name}: reference log-probabilities"
+    told = 0
+    for number, part in enumerate(parts):
+        files = [
+            folder / f"rank-{rank:05d}-of-{world.size:05d}-width-{width}-part-{number:03d}-of-{len(parts):03d}.npz"
+            for rank in range(world.size)
+        ]
+        # Under ZeRO-3 every rank makes each forward, so a part that one rank lacks is computed by all.
+        if worlds.gather(world, [not files[world.rank].is_file()], f"part {number} of the reference cache").any():
+            own = reference.LogProbs()
+            for rows in part:
+                _add(own, engine, feed.collate(rows, world.device), next(iter(rows)))
+            beside = workspace / files[world.rank].name
+            own.save(beside)
+            beside.replace(files[world.rank])
+        if (number + 1) * 10 // len(parts) > told:
+            told = (number + 1) * 10 // len(parts)
+            world.say(f"{name}: {number + 1} of {len(parts)} parts")
+        worlds.stop_here(world, f"part {number} of the reference cache is written")
+    names = worlds.from_main(world, _whole_set(folder) if world.main else None)
+    assert names is not None
+    return names
+
+
+def _add(cache: reference.LogProbs, engine: Any, micro: MicroBatch, stream: str) -> None:
+    index_N, segment_N = micro.index([stream]), micro.segment(stream)
+    assert index_N is not None
+    assert segment_N is not None
+    labels_N = micro.batch.labels_BS.flatten().index_select(0, index_N + 1)
+    out = no_grad_forward(engine, micro.batch.inputs, Request(index_N, labels_N))
+    assert out.logp_N is not None
+    cache.add(micro.samples, out.logp_N, segment_N)
+
+
+def _key(recipe: TrainRecipe, feed: Feed, base_hash: str) -> str:
+    told = [base_hash, configs.to_dict(recipe)["data"], recipe.train.dtype]
+    samples = {name: [repr(s) for s in feed.samples[name]] for name in feed.needs.ref_logp}
+    return hashlib.sha256(json.dumps([told, samples], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _whole_set(folder: Path) -> list[str] | None:
+    """The parts of a set that has all of them, whatever number of ranks wrote it; None for none."""
+    sets: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("rank-*.npz")):
+        _, _, _, ranks, _, width, _, _, _, parts = file.stem.split("-")
+        sets.setdefault(f"{ranks} {width} {parts}", []).append(file.name)
+    for kind, names in sets.items():
+        ranks, _, parts = map(int, kind.split())
+        if len(names) == ranks * parts:
+            return names
+    return None

@@ -1,0 +1,111 @@
+"""A rank that dies or hangs ends the run within a set time, by name, where the others would wait in a collective.
+
+Each rank tells the process group's store two counters: *beats*, the collectives that its main thread has entered, and
+*ticks*, which its watchdog thread counts whatever the main thread does. Ticks that stand still: the process is dead
+or stopped. Beats that stand still and are behind the others': that rank is what everyone waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import NoReturn
+
+from mirage_dist import world as worlds
+from mirage_dist.world import World
+
+CHECKS = 8  # a time limit
+
+
+@dataclass
+class _Seen:
+    """What a rank told last, and when (on our clock) its beats and its ticks changed."""
+
+    beats: int
+    ticks: int
+    where: str
+    host: str
+    beat_at: float
+    tick_at: float
+
+
+class Watchdog:
+    """Watches from `start` to `stop`; silent unless a rank stands still for `seconds`."""
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self.world, self.seconds, self.every = world, seconds, min(5.0, seconds / CHECKS)
+        self._seen: dict[int, _Seen] = {}
+        self._answered = time.monotonic()  # when the store did last
+        self._stop = threading.Event()
+        # Two, because a store whose process is stopped holds whoever asks it.
+        self._threads = [threading.Thread(target=t, name=t.__name__, daemon=True) for t in (self._talk, self._judge)]
+
+    def start(self) -> Watchdog:
+        if self.world.size > 1:
+            self._answered = time.monotonic()
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End watching; every rank calls this at the same point, since a silent watchdog looks like a dead process."""
+        self._stop.set()
+
+    def _talk(self) -> None:
+        store, ticks = worlds.store(), 0
+        # The first rank watches all; the others watch it.
+        watched = range(self.world.size) if self.world.main else (0,)
+        while not self._stop.wait(self.every):
+            ticks += 1
+            beats, where = worlds.last_call()
+            try:
+                store.set(f"watchdog/{self.world.rank}", f"{beats}|{ticks}|{socket.gethostname()}|{where}")
+                told = {r: store.get(f"watchdog/{r}") for r in watched if store.check([f"watchdog/{r}"])}
+            except RuntimeError:
+                return  # the judge will miss the answers
+            self._answered = time.monotonic()
+            for rank, text in told.items():
+                self._seen[rank] = _seen(self._seen.get(rank), text.decode(), self._answered)
+
+    def _judge(self) -> None:
+        while not self._stop.wait(self.every):
+            now = time.monotonic()
+            fault = verdict(dict(self._seen), now, self.seconds)
+            if now - self._answered > self.seconds:
+                fault = "rank 0 is dead or stopped: its store does not answer"
+            if fault and not self._stop.is_set():
+                self._end(fault)
+
+    def _end(self, fault: str) -> NoReturn:
+        """The main thread waits in a collective that cannot be left, so the process ends here."""
+        print(f"mirage: {fault}; the run ends (train.hang_seconds={self.seconds:g})", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _seen(last: _Seen | None, text: str, now: float) -> _Seen:
+    beats, ticks, host, where = text.split("|", 3)
+    moved, ticked = last is None or last.beats != int(beats), last is None or last.ticks != int(ticks)
+    beat_at, tick_at = (now, now) if last is None else (last.beat_at, last.tick_at)
+    return _Seen(int(beats), int(ticks), where, host, now if moved else beat_at, now if ticked else tick_at)
+
+
+def verdict(seen: dict[int, _Seen], now: float, seconds: float) -> str | None:
+    """Which rank everyone waits for, None while all move."""
+    silent = [rank for rank, s in seen.items() if now - s.tick_at > seconds]
+    if silent:
+        return f"{_name(silent[0], seen)} is dead or stopped: it has not answered for {seconds:g} s"
+    # Who sees one rank only cannot tell whether that rank is waited for or waits itself.
+    if len(seen) < 2 or any(now - s.beat_at <= seconds for s in seen.values()):
+        return None
+    behind = min(seen, key=lambda rank: seen[rank].beats)
+    if seen[behind].beats == max(s.beats for s in seen.values()):
+        return f"all ranks have stood still behind {seen[behind].where!r} for {seconds:g} s"
+    return f"{_name(behind, seen)} hangs: it has not moved for {seconds:g} s"
+
+
+def _name(rank: int, seen: dict[int, _Seen]) -> str:
+    return f"rank {rank} on {seen[rank].host}, last at {seen[rank].where!r},"
