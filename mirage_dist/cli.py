@@ -11,7 +11,7 @@ from pathlib import Path
 from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
-from mirage_dist.world import exit_well
+from mirage_dist.world import exit_well, place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mirage: {error}", file=sys.stderr, flush=True)
         return 1
     except signals.StopRequested as stop:
-        print(f"mirage: {stop}", flush=True)
+        if place()[0] == 0:
+            print(f"mirage: {stop}", flush=True)
         exit_well(signals.STOPPED)
     return 0
 

@@ -148,7 +148,7 @@ def gather(world: World, values: Sequence[float], call: str) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
-    _calls[:] = [_calls[0] + 1, call]
+    _calls[:] = [_calls[0] + 1, call.partition(":")[0]]
     own = torch.tensor([zlib.crc32(f"{call}:{len(values)}".encode()), *values], dtype=torch.float64)
     if world.size == 1:
         return own[None, 1:]
