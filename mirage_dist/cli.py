@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     _recipe(train)
     train.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
 
-    _recipe(_verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count"))
+    evaluate = _verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count")
+    _recipe(evaluate)
+    evaluate.add_argument(
+        "--worker", type=_share, default=(0, 1), metavar="I/N", help="answer share I (from 0) of N only"
+    )
 
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -66,6 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--step", type=int, help="default: the newest checkpoint")
     return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    try:
+        number, of = map(int, text.split("/"))
+    except ValueError:
+        number, of = 1, 0
+    if not 0 <= number < of:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 <= I < N, such as 0/4")
+    return number, of
 
 
 def _verb(
@@ -98,15 +111,16 @@ def _train(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
     from mirage_dist import demo
-
-    demo.ensure(recipe)
     from mirage_dist.train import run
 
+    run.check_recipe(recipe, place()[2])
     if parsed.check:
-        _, streams, _ = run.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-        counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
-        print(f"{parsed.config}: recipe, DeepSpeed JSON and data are in order (samples: {counts})")
+        if not demo.missing(recipe):
+            print(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({run.dry(recipe)})")
+        else:
+            print(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start")
         return
+    demo.ensure(recipe)
     run.train(recipe)
     exit_well()
 
@@ -116,7 +130,7 @@ def _eval(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     from mirage_dist.evals import runner
 
-    runner.evaluate(recipe)
+    runner.evaluate(recipe, parsed.worker)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +35,14 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on, through no fault of its recipe; the message says what happened and what is left whole."""
+
+
+def _require(config: Any, names: Sequence[str], expected: str, right: Callable[[Any], bool]) -> None:
+    """Raise ConfigError for a field that is given and not right; the recipe's key is put before it by `load`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not right(value):
+            raise ConfigError(f"{name}={value!r}; expected {expected}")
 
 
 # ----------------------------------------------------------------------------------------------- schema
@@ -71,6 +80,9 @@ class DataConfig:
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
 
+    def __post_init__(self) -> None:
+        _require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -89,6 +101,10 @@ class LoraConfig:
         ]
     )
     also_train: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _require(self, ("rank",), "a whole number above 0", lambda x: x >= 1)
+        _require(self, ("dropout",), "a share from 0 to below 1", lambda x: 0 <= x < 1)
 
 
 @dataclass(frozen=True)
@@ -131,12 +147,14 @@ class TrainConfig:
     export: bool = True  # write `export/`, a Hugging Face model directory, at the end
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep_last", "keep_every", "max_restarts", "nonfinite_patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value!r}; expected a whole number above 0")
-        if self.hang_seconds <= 0:
-            raise ConfigError(f"hang_seconds={self.hang_seconds!r}; expected a number of seconds above 0")
+        whole = ("global_batch", "micro_batch", "max_steps", "save_every", "keep_last", "keep_every", "max_restarts")
+        _require(self, (*whole, "nonfinite_patience"), "a whole number above 0", lambda x: x >= 1)
+        _require(self, ("lr", "epochs", "hang_seconds"), "a number above 0", lambda x: 0 < x < math.inf)
+        _require(self, ("weight_decay", "clip"), "a number of at least 0", lambda x: 0 <= x < math.inf)
+        _require(self, ("warmup", "decay", "min_lr"), "a share from 0 to 1", lambda x: 0 <= x <= 1)
+        _require(
+            self, ("betas",), "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x)
+        )
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,9 @@ class MonitorConfig:
     project: str = "mirage_dist"
     entity: str | None = None
     print_every: int = 10  # steps between lines where there is no terminal
+
+    def __post_init__(self) -> None:
+        _require(self, ("print_every",), "a whole number above 0", lambda x: x >= 1)
 
 
 @dataclass(frozen=True)
@@ -170,9 +191,8 @@ class WorldConfig:
             # Two decimals, since they name the safety set's folder.
             if not 0 <= share <= 1 or round(share, 2) != share:
                 raise ConfigError(f"{name}={share!r}; expected a share from 0 to 1 with at most two decimals")
-        for name in ("base_samples", "safety_samples", "general_samples", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}; expected a whole number above 0")
+        samples = ("base_samples", "safety_samples", "general_samples", "eval_samples")
+        _require(self, samples, "a whole number above 0", lambda x: x >= 1)
 
 
 @dataclass(frozen=True)
@@ -235,6 +255,9 @@ class GenerationConfig:
 
     max_new_tokens: int = 256
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _require(self, ("max_new_tokens", "batch_size"), "a whole number above 0", lambda x: x >= 1)
 
 
 @dataclass(frozen=True)

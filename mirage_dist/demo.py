@@ -37,7 +37,7 @@ def demo(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
     setting runs again what depends on it, and nothing else.
     """
     start = time.monotonic()
-    base = _base(out, overrides)
+    base = _base(out, shared(overrides))
     assert base.world is not None
     here = [f"world.dir={base.world.dir}"]
     runs, recipes = {"base": Path(base.run.dir)}, [base]
@@ -78,10 +78,9 @@ def ensure(recipe: TrainRecipe) -> None:
     world = recipe.world
     if world is None:
         return
-    inputs = [Path(s.path) for part in recipe.data.streams.values() for s in part]
-    wanted = [Path(recipe.model.path) / "config.json", *inputs]
     if place()[0]:
-        return _wait_for(wanted)
+        return _wait_for(recipe)
+    inputs = [Path(s.path) for part in recipe.data.streams.values() for s in part]
     toyworld.make(world)
     init = Path(world.dir) / "init"
     if not init.is_dir():
@@ -97,10 +96,18 @@ def ensure(recipe: TrainRecipe) -> None:
         _prepare(world)
 
 
+def missing(recipe: TrainRecipe) -> list[Path]:
+    """What `ensure` would have to make."""
+    if recipe.world is None:
+        return []
+    inputs = (Path(s.path) for part in recipe.data.streams.values() for s in part)
+    return [file for file in (Path(recipe.model.path) / "config.json", *inputs) if not file.exists()]
+
+
 def launch(file: str, overrides: Sequence[str]) -> None:
     """Train on RANKS processes of this machine. Raises ConfigError when the run ends with an error."""
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
-    environment["MIRAGE_PYTHON"] = sys.executable
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
+    environment.update(MIRAGE_PYTHON=sys.executable, **gpus_for(RANKS))
     command = [str(LAUNCHER), str(RANKS), "train", file, *overrides]
     process = subprocess.Popen(command, env=environment)
     while process.poll() is None:
@@ -111,6 +118,13 @@ def launch(file: str, overrides: Sequence[str]) -> None:
     _stop_if_asked()
     if process.returncode:
         raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
+
+
+def gpus_for(ranks: int) -> dict[str, str]:
+    """The variable that keeps processes off the GPUs where there are fewer than one each."""
+    import torch
+
+    return {} if torch.cuda.device_count() >= ranks else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def evaluate(file: str, overrides: Sequence[str]) -> None:
@@ -155,11 +169,11 @@ def _prepare(world: WorldConfig) -> None:
     print(f"prepared: {prepare.summary(result)}", flush=True)
 
 
-def _wait_for(files: Sequence[Path]) -> None:
+def _wait_for(recipe: TrainRecipe) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
-    while missing := [file for file in files if not file.exists()]:
+    while files := missing(recipe):
         if time.monotonic() > deadline:
-            raise ConfigError(f"{missing[0]}: not there after {WAIT_SECONDS} s; rank 0 was to make it")
+            raise ConfigError(f"{files[0]}: not there after {WAIT_SECONDS} s; rank 0 was to make it")
         _stop_if_asked()
         time.sleep(0.2)
 

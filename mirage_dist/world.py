@@ -79,6 +79,11 @@ def start(hang_seconds: float = 1800.0) -> World:
     import deepspeed.ops
 
     rank, local, size = place()
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local}: this machine shows {torch.cuda.device_count()} GPUs; start one process a GPU, or all "
+            "of them without (CUDA_VISIBLE_DEVICES=)"
+        )
     quieten(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

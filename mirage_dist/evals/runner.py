@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
+from mirage_dist import signals
 from mirage_dist.config import ConfigError, EvalRecipe
 from mirage_dist.data import toyworld
 from mirage_dist.evals import judges, metrics, rows
@@ -21,14 +22,18 @@ from mirage_dist.evals.generate import Generator, model_hash, template_hash
 from mirage_dist.evals.judges import Judge
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.rows import Row, Work
+from mirage_dist.signals import StopRequested
 
 
 def suite_dir(recipe: EvalRecipe) -> Path:
     return Path(recipe.run.dir) / "evals" / recipe.suite
 
 
-def evaluate(recipe: EvalRecipe) -> dict[str, Any]:
+def evaluate(recipe: EvalRecipe, share: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
     """Answer what is missing, judge what is unjudged, write and return `metrics.json`.
+
+    share: (i, n), this worker's part of the work list: every n-th question from the i-th on. None is returned while
+    answers of other workers are missing; whoever finds all of them there judges and measures.
 
     {"suite", "seed", "model_hash", "recipe_hash", "world", "sets": {set: {"kind", "samples", "attacks"}},
     "headline": judge, "judges": {judge: {"entry", "sets", "verdicts"}}}. "entry" is {"asr", "rr", "ir",
@@ -36,9 +41,11 @@ def evaluate(recipe: EvalRecipe) -> dict[str, Any]:
     "verdicts" their counts.
 
     The embedded world is made first where the recipe names one that is not there.
-    Raises ConfigError for a bad recipe, bad data, or a suite directory that holds other settings' answers; all
-    but a model that does not load before any weights are read.
+    Raises ConfigError for a bad recipe, bad data, a template that is not the one the run was trained with, or a suite
+    directory that holds other settings' answers; all but a model that does not load before any weights are read. Raises
+    StopRequested behind the batch in which a signal came (see `signals`).
     """
+    _check_template(recipe)
     if recipe.world is not None:
         toyworld.make(recipe.world)
     panel = [judges.REGISTRY[name](recipe) for name in dict.fromkeys(recipe.judges)]
@@ -50,7 +57,9 @@ def evaluate(recipe: EvalRecipe) -> dict[str, Any]:
     suite = suite_dir(recipe)
     rows.claim(suite, _manifest(recipe, work, settings))
     configs.write_yaml(recipe, suite / "config.yaml")
-    answered = _answer(recipe, suite, rows.keyed(work.asks, settings))
+    answered = _answer(recipe, suite, rows.keyed(work.asks, settings), share)
+    if answered is None:
+        return None
     result = {"model_hash": settings["model_hash"], **_measure(recipe, suite, panel, work, answered)}
     rows.write_atomically(suite / "metrics.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -68,22 +77,49 @@ def _tell(recipe: EvalRecipe, work: Work) -> None:
                 )
 
 
-def _answer(recipe: EvalRecipe, suite: Path, asks: Mapping[str, rows.Ask]) -> list[Row]:
-    """Every row of the work list, in its order; generates those that are not on disk."""
+def _answer(recipe: EvalRecipe, suite: Path, asks: Mapping[str, rows.Ask], share: tuple[int, int]) -> list[Row] | None:
+    """Every row of the work list, in its order; generates those of this worker's share that are not on disk.
+
+    None while rows of other shares are missing.
+    """
     found, half = rows.read_rows(suite)
-    missing = [key for key in asks if key not in found]
+    missing = [key for key in list(asks)[share[0] :: share[1]] if key not in found]
     if half:
         print(f"eval {recipe.suite}: {half} half-written lines ignored", flush=True)
-    print(f"eval {recipe.suite}: {len(asks) - len(missing)} of {len(asks)} answers are there", flush=True)
-    if missing:
+    there = sum(key in found for key in asks)
+    print(f"eval {recipe.suite}: {there} of {len(asks)} answers are there", flush=True)
+    if missing and signals.received() is None:
         generator = Generator(recipe.model, recipe.template, recipe.generation)
         samples = [asks[key].sample for key in missing]
         with rows.Writer(suite) as writer:
             for batch in generator(samples, f"eval {recipe.suite}"):
                 new = [rows.row(missing[i], asks[missing[i]], text) for i, text in batch]
                 writer.append(new)
-                found.update((row["key"], row) for row in new)
+                if name := signals.received():
+                    raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
+        found, _ = rows.read_rows(suite)
+    elif missing:
+        raise StopRequested(f"eval {recipe.suite}: stopped by {signals.received()} before the first answer")
+    if lacking := sum(key not in found for key in asks):
+        print(
+            f"eval {recipe.suite}: this share is done; {lacking} of {len(asks)} answers are still missing", flush=True
+        )
+        return None
     return [found[key] for key in asks]
+
+
+def _check_template(recipe: EvalRecipe) -> None:
+    """Training and evaluation must see one template: in the paper's code they differed, unnoticed."""
+    trained = Path(recipe.run.dir) / "config.yaml"
+    if not trained.is_file() or Path(recipe.run.dir) not in Path(recipe.model.path).parents:
+        return
+    data = configs.load(trained, [], configs.TrainRecipe).data
+    for key in ("system_prompt", "image_aspect"):
+        mine, its = getattr(recipe.template, key), getattr(data, key)
+        if mine != its:
+            raise ConfigError(
+                f"template.{key}={mine!r}, but {trained} trained with data.{key}={its!r}; give it here too"
+            )
 
 
 def _judge(suite: Path, judge: Judge, answered: Sequence[Row]) -> list[Judged]:

@@ -11,7 +11,7 @@ import torch
 from mirage_dist import config as configs
 from mirage_dist.config import ConfigError, TrainRecipe
 from mirage_dist.model import load
-from mirage_dist.model.shards import Shards
+from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
 
 CARD = """---
 library_name: transformers
@@ -29,18 +29,16 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
 
     Weights come in the dtype of training; adapters are merged. The result loads with
     `AutoModelForImageTextToText.from_pretrained`. It is written in `workspace` (default: beside `out`) and renamed.
-    Raises ConfigError when there is no such checkpoint or `out` exists.
+    Raises ConfigError when there is no such checkpoint, it is damaged, or `out` exists.
     """
     recipe = configs.load(run / "config.yaml", [], TrainRecipe)
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
-    folder = run / "checkpoints"
-    name = f"step-{step:06d}" if step is not None else _latest(folder)
-    if not (folder / name / "manifest.json").is_file():
-        there = ", ".join(sorted(f.name for f in folder.glob("step-*[0-9]"))) or "none"
-        raise ConfigError(f"{run}: no checkpoint {name} (there: {there})")
+    chosen = _chosen(run / "checkpoints", step)
+    if load.base_hash(recipe.model.path) != read_manifest(chosen)["base_hash"]:
+        raise ConfigError(f"{recipe.model.path}: its weights changed since {run} was trained on them")
     hf = load.policy(recipe.model, recipe.train.dtype, {}).hf
-    _put(hf, folder / name)
+    _put(hf, chosen)
     if recipe.model.lora is not None:
         hf = hf.merge_and_unload()
     partial = (workspace or out.parent) / f"{out.name}.tmp"
@@ -49,16 +47,23 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     hf.save_pretrained(partial)
     load.processor(recipe.model).save_pretrained(partial)
     told = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
-    step_number = int(name.removeprefix("step-"))
-    (partial / "README.md").write_text(CARD.format(**told, step=step_number, hash=configs.config_hash(recipe)[:16]))
+    (partial / "README.md").write_text(CARD.format(**told, step=step_of(chosen), hash=configs.config_hash(recipe)[:16]))
     partial.rename(out)
 
 
-def _latest(folder: Path) -> str:
-    try:
-        return (folder / "latest").read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"{folder}: no committed checkpoint yet") from error
+def _chosen(folder: Path, step: int | None) -> Path:
+    """The checkpoint of a step, or the newest whole one."""
+    there = committed(folder)
+    wanted = [c for c in there if step in (None, step_of(c))]
+    if not wanted:
+        names = ", ".join(c.name for c in there) or "none"
+        raise ConfigError(f"{folder}: no checkpoint{'' if step is None else f' step-{step:06d}'} (there: {names})")
+    for checkpoint in reversed(wanted):
+        fault = damage(checkpoint)
+        if fault is None:
+            return checkpoint
+        print(f"{checkpoint} is passed over: {fault}", flush=True)
+    raise ConfigError(f"{folder}: {', '.join(c.name for c in wanted)} is damaged; nothing was exported")
 
 
 def _put(hf: Any, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mirage_dist.config import ConfigError, ModelConfig, nearest
+from mirage_dist.model import activations
 from mirage_dist.model.policy import Policy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +41,7 @@ def policy(model: ModelConfig, dtype: str, deepspeed_config: Mapping[str, Any], 
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(
-            model.path, dtype=DTYPES[dtype], attn_implementation=attention(model)
+            model.path, dtype=DTYPES[dtype], attn_implementation=attention(model, dtype), use_safetensors=True
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path={model.path}: cannot be loaded: {error}") from error
@@ -90,6 +91,9 @@ def _with_adapters(hf: Any, model: ModelConfig) -> Any:
         if not fnmatch.filter(linear, pattern):
             raise ConfigError(f"model.lora.targets: {pattern!r} matches no linear layer; {nearest(pattern, linear)}")
     targets = [name for name in linear if any(fnmatch.fnmatchcase(name, p) for p in options.targets)]
+    for pattern in options.also_train:
+        if not fnmatch.filter((name for name, _ in hf.named_parameters()), pattern):
+            raise ConfigError(f"model.lora.also_train: {pattern!r} matches no parameter")
     wrapped = peft.get_peft_model(
         hf,
         peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets),
@@ -100,18 +104,32 @@ def _with_adapters(hf: Any, model: ModelConfig) -> Any:
     return wrapped
 
 
-def attention(model: ModelConfig) -> str:
-    """The attention implementation; `auto` takes flash-attention where it is installed and there is a GPU."""
+def attention(model: ModelConfig, dtype: str) -> str:
+    """The attention implementation; `auto` takes flash-attention for bf16 where it is installed and there is a GPU."""
     if model.attention != "auto":
         return model.attention
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else "sdpa"
 
 
 def base_hash(path: str) -> str:
-    """SHA-256 over the weight files of a local model directory, names included; of the name for a hub id."""
-    digest = hashlib.sha256(b"" if Path(path).is_dir() else path.encode())
-    for file in sorted(Path(path).glob("*.safetensors")):
+    """SHA-256 over the weight files of a model directory or of a hub name's snapshot in the cache, names included.
+
+    Raises ConfigError when there is no safetensors file: other weights are never loaded.
+    """
+    from transformers.utils import cached_file
+
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(str(cached_file(path, "config.json"))).parent
+        except OSError as error:
+            raise ConfigError(f"model.path={path}: neither a directory nor in the model cache: {error}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model.path={path}: no *.safetensors in {folder}; other weights are never loaded")
+    digest = hashlib.sha256()
+    for file in files:
         with file.open("rb") as handle:
             digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
@@ -128,4 +146,28 @@ def check_directory(model: ModelConfig) -> None:
     if looks_local and not (folder / "config.json").is_file():
         raise ConfigError(f"model.path={model.path}: no config.json there; give a Hugging Face model directory")
     if (folder / "config.json").is_file():
-        json.loads((folder / "config.json").read_text())
+        try:
+            json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
+
+
+def check_names(model: ModelConfig, layer: int | None) -> None:
+    """Raise ConfigError for a name pattern or a layer that the model does not have, from its configuration alone.
+
+    The model is built without memory (on the meta device), which takes a second where weights take minutes.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(model.path)
+        with torch.device("meta"):
+            hf: Any = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
+    wanted = _with_adapters(hf, model) if model.lora is not None else hf
+    if model.lora is None:
+        choose_trainable(hf, model.train, model.freeze)
+    policy = Policy(wanted)
+    if layer is not None:
+        activations.check_layer(policy.backbone, layer)

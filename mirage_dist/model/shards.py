@@ -1,4 +1,4 @@
-"""Sharded parameters on disk: safetensors files of flat fragments, readable on any number of ranks.
+"""A checkpoint directory on disk: safetensors files of flat fragments, readable on any number of ranks.
 
 A shard holds one rank's fragments. The tensor `KEY/NAME` is the flat, contiguous part of parameter NAME that begins at
 element `starts[NAME]`; KEY is `param` (the float32 master copy), `exp_avg` or `exp_avg_sq` (AdamW's moments). Starts
@@ -131,3 +131,42 @@ class Shards:
             low, high = max(start, begin), min(stop, begin + part.get_shape()[0])
             if low < high:
                 yield part[low - begin : high - begin], low
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoint directories, oldest first, whole or damaged."""
+    return sorted(folder.glob("step-*[0-9]"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory."""
+    return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None when it is whole: manifest, each file's size and SHA-256.
+
+    Of the files, those with number `part` modulo `parts` are read.
+    """
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"no readable manifest ({error})"
+    for name, told in sorted(files.items())[part::parts]:
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != told["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, the manifest says {told['bytes']}"
+        if _sha256(file) != told["sha256"]:
+            return f"{name} does not have the SHA-256 of the manifest"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

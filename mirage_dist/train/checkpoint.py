@@ -28,7 +28,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mirage_dist.config import ConfigError, RunError, TrainConfig
-from mirage_dist.model.shards import Fragment, Shards, write
+from mirage_dist.model.shards import Fragment, Shards, committed, damage, read_manifest, step_of, write
 from mirage_dist.train import fragments as held
 from mirage_dist.world import World, barrier, gather
 
@@ -159,15 +159,6 @@ def kept(checkpoints: Mapping[int, Mapping[str, float]], train: TrainConfig) -> 
     return keep
 
 
-def committed(folder: Path) -> list[Path]:
-    """Checkpoint directories, oldest first, whole or damaged."""
-    return sorted(folder.glob("step-*[0-9]"), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def newest(folder: Path, world: World) -> Path | None:
     """The newest whole checkpoint, the same on every rank; damaged ones are reported and passed over.
 
@@ -189,26 +180,6 @@ def newest(folder: Path, world: World) -> Path | None:
             print(f"{checkpoint} is passed over: {fault}", flush=True)
 
 
-def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole: manifest, each file's size and SHA-256.
-
-    Of the files, those with number `part` modulo `parts` are read.
-    """
-    try:
-        files = read_manifest(checkpoint)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"no readable manifest ({error})"
-    for name, told in sorted(files.items())[part::parts]:
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != told["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {told['bytes']}"
-        if _sha256(file) != told["sha256"]:
-            return f"{name} does not have the SHA-256 of the manifest"
-    return None
-
-
 def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put parameters and moments back, whatever world size and ZeRO stage saved them; returns the manifest and the
     objective's state.
@@ -226,11 +197,6 @@ def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[di
     with Shards(checkpoint) as shards:
         held.load(engine, shards, manifest["adamw_steps"])
     return manifest, load_file(checkpoint / "objective.safetensors")
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory."""
-    return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -261,11 +227,6 @@ def _gathered(own: Digests, world: World) -> Digests:
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, own)
     return dict(sorted(item for part in everyone for item in part.items()))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _write_synced(file: Path, content: bytes) -> None:

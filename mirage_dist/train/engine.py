@@ -41,9 +41,14 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
     for key, ours in OURS.items():
         if key in config:
             raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); take it out")
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage")
     if stage not in (2, 3):
         raise ConfigError(f"{file}: zero_optimization.stage={stage!r}; allowed: 2, 3")
+    for key in ("offload_optimizer", "offload_param"):
+        device = zero.get(key, {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
     train = recipe.train
     if train.global_batch % (train.micro_batch * world_size):
         raise ConfigError(
@@ -77,6 +82,9 @@ def build(recipe: TrainRecipe, config: dict[str, Any], world: World) -> Any:
         fused=world.device.type == "cuda",
     )
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)
+    # A loaded model is in evaluation mode, and DeepSpeed's wrapper does not pass its own mode on: without this,
+    # gradient checkpointing would silently do nothing.
+    engine.train()
     return engine
 
 

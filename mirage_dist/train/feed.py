@@ -46,18 +46,21 @@ class MicroBatch:
         return None if index_N is None else index_N // self.batch.labels_BS.shape[1] - self.rows[stream].start
 
 
-def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
-    """The samples of every stream that the objective needs.
-
-    Raises ConfigError for a stream that is missing or not needed, an empty one, bad data, or forget answers that
-    look like refusals.
-    """
+def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
+    """Raise ConfigError for a stream that the objective needs and the recipe lacks, or the other way round."""
     given, wanted = list(recipe.data.streams), list(needs.streams)
     if sorted(given) != sorted(wanted):
         raise ConfigError(
             f"data.streams: {', '.join(given)} given; objective {recipe.objective['name']} needs {wanted}"
         )
-    streams = {name: sources.read_all(recipe.data.streams[name]) for name in wanted}
+
+
+def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
+    """The samples of every stream that the objective needs.
+
+    Raises ConfigError for an empty stream, bad data, or forget answers that look like refusals.
+    """
+    streams = {name: sources.read_all(recipe.data.streams[name]) for name in needs.streams}
     for name, source in streams.items():
         if name == "forget" and recipe.data.refusals_in_forget == "error":
             sources.check_forget(source.samples)

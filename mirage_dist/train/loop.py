@@ -73,11 +73,11 @@ class Loop:
         needs, batch = self.needs, micro.batch
         index_N, kl_index_M = micro.index(needs.logp), micro.index(needs.kl)
         labels_N = None if index_N is None else batch.labels_BS.flatten().index_select(0, index_N + 1)
-        request = Request(index_N, labels_N, kl_index_M, layer=needs.layer if needs.activation else None)
-        told = self.reference(batch.inputs, request) if self.reference else Outputs()
-        out = self.engine(batch.inputs, Request(index_N, labels_N, kl_index_M, told.logits_MV, request.layer))
-        logp, ref_logp = (_cut(x, micro, needs.logp) for x in (out.logp_N, told.logp_N))
-        kl = _cut(out.kl_M, micro, needs.kl)
+        told = self.reference(batch.inputs, self.asked_of_reference(micro)) if self.reference else Outputs()
+        layer = needs.layer if needs.activation else None
+        out = self.engine(batch.inputs, Request(index_N, labels_N, kl_index_M, told.logits_MV, layer))
+        logp, kl = _cut(out.logp_N, micro, needs.logp), _cut(out.kl_M, micro, needs.kl)
+        ref_logp = _cut(told.logp_N, micro, needs.ref_logp)
         if self.cache is not None:
             ref_logp = {name: self.cached(micro, name) for name in needs.ref_logp}
         return {
@@ -85,7 +85,7 @@ class Loop:
                 sequences=rows.stop - rows.start,
                 segment_N=micro.segment(name),
                 logp_N=logp.get(name),
-                ref_logp_N=ref_logp.get(name) if name in needs.ref_logp else None,
+                ref_logp_N=ref_logp.get(name),
                 kl_N=kl.get(name),
                 activation_BSD=_rows(out.activation_BSD, rows) if name in needs.activation else None,
                 ref_activation_BSD=_rows(told.activation_BSD, rows) if name in needs.ref_activation else None,
@@ -93,6 +93,13 @@ class Loop:
             )
             for name, rows in micro.rows.items()
         }
+
+    def asked_of_reference(self, micro: MicroBatch) -> Request:
+        """No more than the objective compares with: for RMU alone the reference's forward ends at the tapped layer."""
+        needs = self.needs
+        index_N = micro.index(needs.ref_logp)
+        labels_N = None if index_N is None else micro.batch.labels_BS.flatten().index_select(0, index_N + 1)
+        return Request(index_N, labels_N, micro.index(needs.kl), layer=needs.layer if needs.ref_activation else None)
 
     def cached(self, micro: MicroBatch, name: str) -> Tensor:
         assert self.cache is not None

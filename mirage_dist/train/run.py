@@ -15,13 +15,13 @@ from mirage_dist import world as worlds
 from mirage_dist.config import ConfigError, TrainRecipe
 from mirage_dist.data import stream
 from mirage_dist.data.sources import Source
-from mirage_dist.model import activations, export, load, reference
+from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.signals import StopRequested
 from mirage_dist.train import checkpoint, refcache, rundir
 from mirage_dist.train import engine as engines
 from mirage_dist.train.checkpoint import Saver
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed, check_streams, read_streams
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
@@ -29,18 +29,38 @@ from mirage_dist.train.watchdog import Watchdog
 from mirage_dist.world import World
 
 
+def check_recipe(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
+    """What can be wrong in a recipe by itself: objective, streams, reference, DeepSpeed JSON, batch, run directory.
+
+    Reads neither data nor model, so that it comes before the embedded world makes either. Raises ConfigError.
+    """
+    objective = objectives.base.make(recipe.objective)
+    check_streams(recipe, objective.needs)
+    _check_reference(recipe, objective.needs)
+    config = engines.deepspeed_config(recipe, world_size, len(objective.needs.streams))
+    rundir.check_directory(recipe)
+    return objective, config
+
+
 def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, Source], dict[str, Any]]:
-    """Everything that can be wrong before weights load: objective, reference, data, DeepSpeed JSON, run directory.
+    """Everything that can be wrong before weights load: the recipe, the model's parts that it names, and the data.
 
     Raises ConfigError.
     """
-    objective = objectives.base.make(recipe.objective)
-    needs = objective.needs
-    _check_reference(recipe, needs)
-    config = engines.deepspeed_config(recipe, world_size, len(needs.streams))
+    objective, config = check_recipe(recipe, world_size)
     load.check_directory(recipe.model)
-    rundir.check_directory(recipe)
-    return objective, read_streams(recipe, needs), config
+    load.check_names(recipe.model, objective.needs.layer)
+    return objective, read_streams(recipe, objective.needs), config
+
+
+def dry(recipe: TrainRecipe) -> str:
+    """`check`, and every sample's length; what there is, in words. Raises ConfigError."""
+    world = World(0, 0, worlds.place()[2], torch.device("cpu"))
+    objective, streams, _ = check(recipe, world.size)
+    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    cut = feed.check_lengths(World(0, 0, 1, world.device))
+    counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
+    return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps"
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -76,8 +96,6 @@ def _train(
         worlds.stop_here(world, "data are checked")
         engine = engines.build(recipe, config, world)
         worlds.stop_here(world, "the model is loaded")
-        if needs.layer is not None:
-            activations.check_layer(engine.module.backbone, needs.layer)
         objective.start(engine.module.hidden_size, recipe.seed)
         watchdog = Watchdog(world, recipe.train.hang_seconds).start()
         forward, cache = _reference(recipe, engine, config, feed, world, manifest["base_hash"], lease)
@@ -113,6 +131,7 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
         if stop or done == feed.steps or (recipe.train.save_every and done % recipe.train.save_every == 0):
             saved = {**manifest, "step": done, "seed": recipe.seed, "streams": _cursors(feed, recipe, done)}
             saver.save(loop.engine, {**saved, "metrics": means.take()}, loop.objective.state_dict())
+            clock.skip()
         if stop:
             break
     saver.close()
@@ -145,6 +164,11 @@ def _check_reference(recipe: TrainRecipe, needs: Needs) -> None:
         return
     if kind == "adapters_off" and not adapters:
         raise ConfigError("reference=adapters_off needs model.lora; full fine-tuning has cache or engine")
+    if kind == "adapters_off" and recipe.model.lora is not None and recipe.model.lora.also_train:
+        raise ConfigError(
+            f"reference=adapters_off: model.lora.also_train={recipe.model.lora.also_train} trains what switching the "
+            "adapters off does not put back; use cache or engine"
+        )
     if kind == "cache" and (needs.kl or needs.ref_activation):
         raise ConfigError(
             "reference=cache holds log-probabilities only; this objective compares whole distributions or activations: "

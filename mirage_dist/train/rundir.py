@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mirage_dist import config as configs
+from mirage_dist import objectives
 from mirage_dist.config import ConfigError, RunError, TrainRecipe
 from mirage_dist.data.sources import Source
 from mirage_dist.train import checkpoint
@@ -37,9 +38,17 @@ NOT_THE_RUN = (
     "train.hang_seconds",
     "train.export",
     "train.nonfinite_patience",
-    "train.micro_batch",
     "world",
 )
+
+
+def not_the_run(recipe: TrainRecipe) -> tuple[str, ...]:
+    """The keys that a continued run may change. The micro-batch is one of them unless the loss depends on it: NPO's
+    `batch_mean` by definition, RMU over all positions through its padding.
+    """
+    objective = objectives.base.make(recipe.objective)
+    by_batch = getattr(objective, "parity", False) or getattr(objective, "positions", "") == "all"
+    return NOT_THE_RUN if by_batch else (*NOT_THE_RUN, "train.micro_batch")
 
 
 def check_directory(recipe: TrainRecipe) -> None:
@@ -48,9 +57,9 @@ def check_directory(recipe: TrainRecipe) -> None:
     if not file.is_file():
         return
     there = configs.load(file, [], TrainRecipe)
-    if configs.config_hash(there, NOT_THE_RUN) != configs.config_hash(recipe, NOT_THE_RUN):
+    if configs.config_hash(there, not_the_run(recipe)) != configs.config_hash(recipe, not_the_run(recipe)):
         changed = configs.differences(configs.to_dict(recipe), configs.to_dict(there))
-        kept = [line for line in changed if not line.startswith(NOT_THE_RUN)]
+        kept = [line for line in changed if not line.startswith(not_the_run(recipe))]
         raise ConfigError(f"{recipe.run.dir} holds a run of another recipe ({'; '.join(kept)}); choose another run.dir")
 
 
@@ -106,7 +115,7 @@ def _manifest(recipe: TrainRecipe, streams: Mapping[str, Source], base_hash: str
     libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
     cuda = torch.cuda.is_available()
     return {
-        "config_hash": configs.config_hash(recipe, NOT_THE_RUN),
+        "config_hash": configs.config_hash(recipe, not_the_run(recipe)),
         "data_hash": hashlib.sha256(samples.encode()).hexdigest(),
         "base_hash": base_hash,
         "seed": recipe.seed,

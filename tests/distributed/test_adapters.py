@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mirage_dist.model.shards import Shards
+
 STEPS = 4
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.micro_batch=4")
 LORA = (
@@ -113,12 +115,9 @@ def test_exported_logits_are_the_trained_models(finished, toy):
     exported = AutoModelForImageTextToText.from_pretrained(folder / "export").eval()
     plain = AutoModelForImageTextToText.from_pretrained(toy.root / "model").eval()
     import peft
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    state = get_fp32_state_dict_from_zero_checkpoint(
-        str(folder / "checkpoints"), tag=f"step-{STEPS:06d}", exclude_frozen_parameters=True
-    )
-    own = {k.removeprefix("hf."): v for k, v in state.items()}
+    with Shards(folder / f"checkpoints/step-{STEPS:06d}") as shards:
+        own = {name: shards.whole(name) for name in shards.shapes}
     targets = [n for n, m in plain.named_modules() if "language_model" in n and n.endswith("_proj")]
     lora = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
     wrapped = peft.get_peft_model(plain, lora).eval()

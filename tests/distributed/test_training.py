@@ -163,22 +163,6 @@ def test_exported_bf16_model_loads_as_it_was_trained(finished):
     assert not torch.equal(frozen["language_model.lm_head.weight"], base["language_model.lm_head.weight"].bfloat16())
 
 
-def tensors(folder: Path):
-    for file in sorted(folder.glob("*optim_states.pt")):
-        yield torch.load(file, weights_only=False)["optimizer_state_dict"]
-
-
-def flat(tree, key=""):
-    if isinstance(tree, torch.Tensor):
-        yield key, tree
-    elif isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from flat(value, f"{key}.{name}")
-    elif isinstance(tree, (list, tuple)):
-        for index, value in enumerate(tree):
-            yield from flat(value, f"{key}[{index}]")
-
-
 def test_a_killed_run_resumes_bitwise(finished, toy, tmp_path):
     """SIGKILL of both ranks some time after the first checkpoint; the second start ends where the whole run ended."""
     folder = tmp_path / "killed"
@@ -199,9 +183,10 @@ def test_a_killed_run_resumes_bitwise(finished, toy, tmp_path):
     done = launch(2, *command)
     assert "resumed from" in done.stdout
     whole, again = (f / "checkpoints" / f"step-{STEPS:06d}" for f in (finished["npo_2"], folder))
-    for mine, other in zip(tensors(again), tensors(whole), strict=True):
-        for (key, a), (_, b) in zip(flat(mine), flat(other), strict=True):
-            assert torch.equal(a, b), key
+    files = sorted(f.name for f in whole.glob("*.safetensors"))
+    assert len(files) == 3  # parameters and moments of two ranks, and the objective's state
+    for name in files:
+        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
     strip = ("tokens_per_s", "step_seconds", "memory_mib")
     clean = [[{k: v for k, v in m.items() if k not in strip} for m in metrics(f)] for f in (folder, finished["npo_2"])]
     assert clean[0] == clean[1]

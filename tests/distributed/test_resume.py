@@ -1,0 +1,201 @@
+"""A stopped run goes on as if it had not stopped: on other world sizes and ZeRO stages, and after a signal."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch, metrics
+from safetensors.torch import load_file, save_file
+
+from mirage_dist.model.shards import MOMENTS, PARAM, Shards
+
+STEPS = 8
+SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.save_every=4", "train.export=false")
+SHARDED = {"zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0}}
+LORA = "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model*_proj']}"
+ZERO2 = "deepspeed=configs/deepspeed/zero2.json"
+# How a run was saved -> (ranks, overrides); "half" ones are what later starts go on from.
+SAVED = {
+    "two": (2, ("train.micro_batch=4",)),
+    "one_zero2": (1, ("train.micro_batch=8", ZERO2)),
+    "bf16": (2, ("train.micro_batch=4", "train.dtype=bf16")),
+    "lora": (2, ("train.micro_batch=4", LORA, "reference=adapters_off")),
+}
+# (saved as, gone on with: ranks, overrides)
+CONTINUED = {
+    "2 to 1": ("two", 1, ("train.micro_batch=8",)),
+    "2 to 4": ("two", 4, ("train.micro_batch=2",)),
+    "ZeRO-3 to ZeRO-2": ("two", 2, ("train.micro_batch=4", ZERO2)),
+    "1 to 2, ZeRO-2 to ZeRO-3": ("one_zero2", 2, ("train.micro_batch=4", "{sharded}")),
+    "bf16, 2 to 1 in ZeRO-2": ("bf16", 1, ("train.micro_batch=8", "train.dtype=bf16", ZERO2)),
+    "LoRA, 2 to 1": ("lora", 1, ("train.micro_batch=8", LORA, "reference=adapters_off")),
+}
+
+
+def command(toy, folder, own, recipe="npo"):
+    sharded = f"deepspeed={toy.root}/resume.json"
+    given = [o.replace("{sharded}", sharded) for o in own]
+    if not any(o.startswith("deepspeed=") for o in given):
+        given.append(sharded)
+    return ("train", f"configs/train/demo_{recipe}.yaml", *toy.overrides(recipe, folder), *SHORT, *given)
+
+
+@pytest.fixture(scope="module")
+def saved(toy):
+    (toy.root / "resume.json").write_text(json.dumps(SHARDED))
+    found = {}
+    for name, (ranks, own) in SAVED.items():
+        found[name] = toy.root / "resume" / name
+        launch(ranks, *command(toy, found[name], own))
+    return found
+
+
+def half(run: Path, folder: Path) -> Path:
+    """A copy of the run as it was behind step 4."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / f"checkpoints/step-{STEPS:06d}")
+    return folder
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor([[m["loss"], m["grad_norm"]] for m in metrics(folder)])
+
+
+@pytest.mark.parametrize("case", CONTINUED)
+def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(saved, toy, tmp_path, case):
+    name, ranks, own = CONTINUED[case]
+    folder = half(saved[name], tmp_path / "run")
+    done = launch(ranks, *command(toy, folder, own))
+    assert "resumed from" in done.stdout
+    assert "computing" not in done.stdout  # the reference cache serves every world size
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if name != "bf16" else {"atol": 0, "rtol": 2e-2}
+    torch.testing.assert_close(losses(folder), losses(saved[name]), **tolerance)
+    # No element of a parameter or moment is lost or put elsewhere; both runs hold every one of them.
+    with (
+        Shards(saved[name] / f"checkpoints/step-{STEPS:06d}") as a,
+        Shards(folder / f"checkpoints/step-{STEPS:06d}") as b,
+    ):
+        assert a.shapes == b.shapes
+        for parameter, shape in a.shapes.items():
+            count = torch.Size(shape).numel()
+            for key in (PARAM, *MOMENTS):
+                one, other = (s.read(key, parameter, 0, count) for s in (a, b))
+                distance = (one - other).norm() / one.norm().clamp(min=1e-12)
+                assert distance < (1e-3 if name != "bf16" else 0.2), (key, parameter)
+
+
+def test_a_lora_checkpoint_is_refused_on_another_base(saved, toy, tmp_path):
+    """The weights of the base are changed under a run that was saved on them."""
+    folder = half(saved["lora"], tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(toy.root / "model", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({n: t + 1e-3 for n, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    _, ranks, own = ("lora", *SAVED["lora"])
+    done = launch(ranks, *command(toy, folder, own), f"model.path={other}", check=False)
+    assert done.returncode == 2
+    assert "model.path" in done.stderr  # another path is another recipe
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(f"{toy.root}/model", str(other)))
+    done = launch(ranks, *command(toy, folder, own), f"model.path={other}", check=False)
+    assert done.returncode == 2
+    assert "weights" in done.stderr
+    assert "changed since this run began" in done.stderr
+
+
+@pytest.mark.parametrize(("key", "words"), [("config_hash", "another recipe"), ("base_hash", "another base weights")])
+def test_a_checkpoint_that_came_from_another_run_is_refused(saved, toy, tmp_path, key, words):
+    folder = half(saved["two"], tmp_path / "run")
+    manifest = folder / "checkpoints/step-000004/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: "0" * 64}))
+    done = launch(2, *command(toy, folder, SAVED["two"][1]), check=False)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(("number", "receiver"), [(signal.SIGUSR1, "launcher"), (signal.SIGTERM, "rank")])
+def test_a_signal_ends_in_a_commit_and_the_next_start_goes_on_bitwise(saved, toy, tmp_path, number, receiver):
+    """To the launcher, or to one rank only: all agree, commit the step they are in, and exit with 75."""
+    folder = tmp_path / "run"
+    # So many saves would hide a commit on request, so this run has none of its own.
+    told = [*command(toy, folder, SAVED["two"][1]), "train.save_every=null"]
+    process = launch(2, *told, start=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {p: dict(v.split("=", 1) for v in environ(p) if "=" in v).get("RANK") for p in map(int, children)}
+    os.kill(process.pid if receiver == "launcher" else next(p for p, r in ranks.items() if r == "1"), number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    done = int((folder / "checkpoints/latest").read_text().removeprefix("step-"))
+    assert f"step {done} of {STEPS} is committed" in output
+    assert [m["step"] for m in metrics(folder)] == list(range(1, done + 1))
+    assert not list(folder.glob("work-*"))
+    launch(2, *told)
+    whole, again = (f / f"checkpoints/step-{STEPS:06d}" for f in (saved["two"], folder))
+    for file in whole.glob("*.safetensors"):
+        assert (again / file.name).read_bytes() == file.read_bytes()
+    assert [m["loss"] for m in metrics(folder)] == [m["loss"] for m in metrics(saved["two"])]
+
+
+def environ(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def test_retention_keeps_what_was_asked_for(saved, toy, tmp_path):
+    folder = tmp_path / "run"
+    kept = ["train.save_every=1", "train.keep_last=2", "train.keep_every=3", "train.keep_best=loss"]
+    launch(2, *command(toy, folder, SAVED["two"][1]), *kept)
+    values = {m["step"]: m["loss"] for m in metrics(folder)}
+    best = min(values, key=lambda step: values[step])
+    there = {int(f.name.removeprefix("step-")) for f in (folder / "checkpoints").glob("step-*")}
+    assert there == {3, 6, STEPS - 1, STEPS, best}
+    done = launch(2, *command(toy, tmp_path / "other", SAVED["two"][1]), "train.keep_best=los", check=False)
+    assert done.returncode == 2
+    assert "did you mean 'loss'?" in done.stderr
+
+
+COUNT_LAYERS = """
+import sys
+from mirage_dist import config, world
+from mirage_dist.train import engine, feed, loop, run
+from mirage_dist.model import load
+recipe = config.load(sys.argv[1], sys.argv[2:], config.TrainRecipe)
+objective, streams, ds = run.check(recipe, 1)
+here = world.start()
+built = engine.build(recipe, ds, here)
+objective.start(built.module.hidden_size, 0)
+calls = []
+for layer in built.module.backbone.language_model.layers:
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+loop.Loop(recipe, built, objective, source, here, None, None).step(0)
+print("layer forwards", len(calls))
+world.exit_well()
+"""
+
+
+def test_layers_are_computed_again_in_the_backward_pass_where_that_was_asked_for(toy, tmp_path):
+    """Gradient checkpointing works in training mode only, which a loaded model is not in; and no reference cache or
+    other forward has to put it there first.
+    """
+    (tmp_path / "count.py").write_text(COUNT_LAYERS)
+    told = [*toy.overrides("sft", tmp_path / "run"), "train.global_batch=4", "train.micro_batch=4"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    counts = {}
+    for asked in ("false", "true"):
+        command = [sys.executable, str(tmp_path / "count.py"), "configs/train/demo_sft.yaml", *told]
+        command.append(f"model.gradient_checkpointing={asked}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        counts[asked] = int(done.stdout.rpartition("layer forwards ")[2])
+    assert counts == {"false": 4, "true": 8}
