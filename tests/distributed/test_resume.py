@@ -177,7 +177,7 @@ built = engine.build(recipe, ds, here)
 objective.start(built.module.hidden_size, 0)
 calls = []
 for layer in built.module.backbone.language_model.layers:
-    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
 loop.Loop(recipe, built, objective, source, here, None, None).step(0)
 print("layer forwards", len(calls))
