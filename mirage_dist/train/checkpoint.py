@@ -88,6 +88,11 @@ class Saver:
         """Whether this rank has nothing left to write of the pending checkpoint; what failed is done, too."""
         return self._pending is None or self._pending.digests.done()
 
+    @property
+    def committed(self) -> bool:
+        """Whether no checkpoint is pending."""
+        return self._pending is None
+
     def step_ended(self, all_written: bool) -> None:
         """Commit the pending checkpoint when every rank has written its part."""
         if all_written:

@@ -1,0 +1,200 @@
+"""What saving costs the training step: in the background against waiting for the disk, in one run.
+
+    python benchmarks/checkpoint.py --ranks 2 --parameters 60e6
+
+The same ZeRO-3 engine steps on; every few steps a checkpoint is saved, by turns in one way and the other. Two figures
+for each: the stall, how long the calls that save and that commit hold the step up; and the whole cost, by how much the
+steps from one save to its commit take longer than undisturbed ones (in the background the disk's work competes with
+training for the cores; on a GPU training leaves them idle). Writes benchmarks/results/checkpoint.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROUNDS, BETWEEN = 5, 6  # saves of each kind; steps between two saves
+TARGET = 0.10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--parameters", type=float, default=60e6)
+    parser.add_argument("--out", type=Path, help="a folder on the disk to measure; default: the temporary one")
+    parsed = parser.parse_args()
+    if "RANK" in os.environ:
+        return rank(int(parsed.parameters), parsed.out)
+    with tempfile.TemporaryDirectory(dir=parsed.out) as folder:
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(parsed.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+        }
+        from mirage_dist.world import _free_port
+
+        environment["MASTER_PORT"] = str(_free_port())
+        command = [sys.executable, __file__, "--parameters", str(parsed.parameters), "--out", folder]
+        ranks = [
+            subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(parsed.ranks)
+        ]
+        statuses = [process.wait() for process in ranks]
+        if any(statuses):
+            raise SystemExit("a rank failed (see above)")
+        told = json.loads((Path(folder) / "told.json").read_text())
+    result = {
+        "command": " ".join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": {"cpus": os.cpu_count(), "cpu": platform.machine(), "gpu": told.pop("gpu")},
+        "versions": {name: version(name) for name in ("torch", "deepspeed")},
+        "ranks": parsed.ranks,
+        **told,
+    }
+    file = Path(__file__).parent / "results" / "checkpoint.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def rank(parameters: int, folder: Path) -> None:
+    import torch
+
+    from mirage_dist import world as worlds
+    from mirage_dist.config import TrainConfig
+    from mirage_dist.train.checkpoint import Saver
+
+    world = worlds.start()
+    engine = build(parameters, world)
+    workspace = folder / "work"
+    workspace.mkdir(exist_ok=True)
+    savers = {
+        way: Saver(
+            folder / way,
+            workspace,
+            TrainConfig(lr=1e-5, global_batch=1, micro_batch=1, save_in_background=way == "background", keep_last=1),
+            world,
+        )
+        for way in ("background", "waiting")
+    }
+    inputs = torch.randn(8, engine.module.hf.width, device=world.device)
+
+    def step(saver: Saver | None = None) -> float:
+        """The seconds that a commit behind the step took, if there was one."""
+        engine.backward(engine(inputs).square().mean())
+        engine.step()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        written = bool(worlds.gather(world, [saver is None or saver.written], "written").all())
+        start = time.perf_counter()
+        if saver is not None:
+            saver.step_ended(written)
+        return time.perf_counter() - start
+
+    def seconds_of_a_step() -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    for _ in range(BETWEEN):
+        step()
+    plain = median(seconds_of_a_step() for _ in range(3 * BETWEEN))
+    stalls: dict[str, list[float]] = {way: [] for way in savers}
+    costs: dict[str, list[float]] = {way: [] for way in savers}
+    number = 0
+    for _ in range(ROUNDS + 1):
+        for way, saver in savers.items():
+            number += 1
+            start = time.perf_counter()
+            saver.save(engine, {"step": number}, {})
+            stall, steps = time.perf_counter() - start, 0
+            while steps < BETWEEN or not worlds.gather(world, [saver.committed], "committed").all():
+                stall += step(saver)
+                steps += 1
+            stalls[way].append(stall)
+            costs[way].append(time.perf_counter() - start - steps * plain)
+    if world.main:
+        told: dict[str, Any] = {
+            "gpu": torch.cuda.get_device_name() if world.device.type == "cuda" else None,
+            "parameters": sum(p.ds_numel for p in engine.module.parameters()),
+            "checkpoint_mib": sum(f.stat().st_size for f in (folder / "waiting").rglob("rank-*")) / 2**20,
+            "step_seconds": plain,
+            # The first of each kind pays for the host copy's memory pages and for cold caches; it is told apart.
+            "first_stall_seconds": {way: values[0] for way, values in stalls.items()},
+            "stall_seconds": {way: median(values[1:]) for way, values in stalls.items()},
+            "cost_seconds": {way: median(values[1:]) for way, values in costs.items()},
+        }
+        (folder / "told.json").write_text(json.dumps(told))
+    for way, saver in savers.items():
+        saver.close()
+        if world.main:
+            shutil.rmtree(folder / way)
+    worlds.barrier(world, "end")
+    worlds.exit_well()
+
+
+def build(parameters: int, world: Any) -> Any:
+    """A ZeRO-3 engine on square linear layers with so many parameters in all."""
+    import deepspeed
+    import torch
+    from torch import nn
+
+    width = 1024
+    layers = max(1, round(parameters / width**2))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hf: Any = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+            self.hf.width = width
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.hf(x)
+
+    module = Model()
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-5, fused=world.device.type == "cuda")
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def table(result: dict[str, Any]) -> str:
+    stall, cost = result["stall_seconds"], result["cost_seconds"]
+    share = stall["background"] / stall["waiting"]
+    return "\n".join(
+        [
+            f"{result['parameters'] / 1e6:.0f} M parameters, {result['checkpoint_mib']:.0f} MiB a checkpoint, "
+            f"{result['ranks']} ranks, {result['step_seconds'] * 1e3:.0f} ms a step",
+            "| | stall | first stall | whole cost |",
+            "|---|---|---|---|",
+            *(
+                f"| {way} | {stall[way]:.3f} s | {result['first_stall_seconds'][way]:.3f} s | {cost[way]:.3f} s |"
+                for way in stall
+            ),
+            f"{'met   ' if share <= TARGET else 'MISSED'}  stall in the background is {share:.1%} of the stall of "
+            f"waiting (target: at most {TARGET:.0%}); of the whole cost {cost['background'] / cost['waiting']:.0%}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
