@@ -56,6 +56,35 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(override, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        *(
+            ("train", f"{name}={v}", "above 0")
+            for name in ("global_batch", "micro_batch", "max_steps")
+            for v in (0, -3)
+        ),
+        *(("train", f"{name}=0", "above 0") for name in ("save_every", "keep_last", "keep_every", "max_restarts")),
+        *(("train", f"{name}={v}", "above 0") for name in ("lr", "epochs", "hang_seconds") for v in (0, -1, ".inf")),
+        *(("train", f"{name}=-1", "at least 0") for name in ("weight_decay", "clip")),
+        *(("train", f"{name}={v}", "from 0 to 1") for name in ("warmup", "decay", "min_lr") for v in (-0.1, 3)),
+        *(("train", f"betas={v}", "two numbers") for v in ("[0.9]", "[0.9, 1.0]")),
+        ("data", "max_length=0", "above 0"),
+        ("monitor", "print_every=0", "above 0"),
+        ("model", "lora={rank: 0}", "above 0"),
+        ("model", "lora={dropout: 1.0}", "below 1"),
+        ("world", "eval_samples=0", "above 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_the_range(key, value, allowed):
+    with pytest.raises(ConfigError) as error:
+        build("world.dir=w", f"{key}.{value}")
+    name = value.partition("=")[0].partition("={")[0]
+    assert f"{key}." in str(error.value)
+    assert name in str(error.value)
+    assert allowed in str(error.value)
+
+
 def test_a_missing_key_is_named():
     tree = OmegaConf.create(copy.deepcopy(RECIPE))
     del tree.train.lr

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, EvalRecipe
+from mirage_dist import signals
+from mirage_dist.config import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.data import toyworld
 from mirage_dist.evals import rows, runner
 from mirage_dist.evals.generate import Generator
@@ -191,3 +193,42 @@ def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
 def test_the_world_judge_needs_a_world(finished):
     with pytest.raises(ConfigError, match="judges=\\[keyword\\]"):
         runner.evaluate(replace(recipe(finished), world=None))
+
+
+def test_shares_together_are_the_whole_and_the_last_one_measures(finished, tmp_path):
+    again = recipe(finished, f"run.dir={tmp_path}/run")
+    assert runner.evaluate(again, (0, 3)) is None
+    assert not (suite(tmp_path) / "metrics.json").exists()
+    assert runner.evaluate(again, (2, 3)) is None
+    assert runner.evaluate(again, (1, 3)) == json.loads((suite(finished) / "metrics.json").read_text())
+    assert len(lines(tmp_path)) == ROWS
+
+
+def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(finished, tmp_path, monkeypatch):
+    again = recipe(finished, f"run.dir={tmp_path}/run")
+    monkeypatch.setattr(signals, "_received", [])
+    answer = Generator.answer
+
+    def interrupted(self, samples):
+        signals._note(signal.SIGTERM, None)
+        return answer(self, samples)
+
+    with monkeypatch.context() as during:
+        during.setattr(Generator, "answer", interrupted)
+        with pytest.raises(signals.StopRequested):
+            runner.evaluate(again)
+    assert len(lines(tmp_path)) == again.generation.batch_size
+    monkeypatch.setattr(signals, "_received", [])
+    assert runner.evaluate(again) == json.loads((suite(finished) / "metrics.json").read_text())
+
+
+def test_a_template_other_than_the_trained_one_is_refused(finished, tmp_path):
+    """The paper's code trained and evaluated with different system prompts and pictures."""
+    shutil.copytree(finished / "model", tmp_path / "run/export")
+    trained = ["run.dir=x", "data.system_prompt=be brief", "data.image_aspect=processor"]
+    configs.write_yaml(configs.load("configs/train/demo_sft.yaml", trained, TrainRecipe), tmp_path / "run/config.yaml")
+    own = [f"run.dir={tmp_path}/run", f"model.path={tmp_path}/run/export"]
+    with pytest.raises(ConfigError, match=r"template\.system_prompt=None, .* data\.system_prompt='be brief'"):
+        runner.evaluate(recipe(finished, *own))
+    with pytest.raises(ConfigError, match=r"template\.image_aspect='pad', .* data\.image_aspect='processor'"):
+        runner.evaluate(recipe(finished, *own, "template.system_prompt=be brief"))

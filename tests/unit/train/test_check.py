@@ -1,6 +1,7 @@
 """What can be wrong before weights load is said before weights load, with its place and its remedy."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,6 +92,66 @@ def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
     assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 0
     assert "forget 20, retain 30" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.train=['*nothing*']"], r"model\.train: pattern '\*nothing\*' matches no parameter"),
+        (["model.freeze=['*']"], "leaves nothing"),
+        (["model.lora={targets: ['*q_porj']}"], "matches no linear layer"),
+        (["model.lora={also_train: ['*projctor*']}"], "also_train: '\\*projctor\\*' matches no parameter"),
+        (["model.lora={targets: ['lm_head']}"], "lm_head is a .*; the loss head needs a plain linear layer"),
+        (
+            ["model.lora={also_train: ['*projector*']}", "reference=adapters_off"],
+            "trains what switching the adapters off does not put back",
+        ),
+    ],
+)
+def test_a_name_that_the_model_does_not_have_is_told_from_its_configuration(recipe, toy, tmp_path, overrides, words):
+    """The weights are out of reach: what is wrong is told all the same."""
+    model = tmp_path / "model"
+    shutil.copytree(toy.root / "model", model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=words):
+        run.check(recipe(f"model.path={model}", *overrides), 2)
+
+
+def test_a_layer_that_the_model_does_not_have_is_named(recipe):
+    with pytest.raises(ConfigError, match="layer=4: the model has decoder layers 0 to 3"):
+        run.check(recipe("objective.layer=4", name="rmu"), 2)
+
+
+def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(toy.root / "model", model)
+    (model / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON"):
+        run.check(recipe(f"model.path={model}"), 2)
+
+
+@pytest.mark.parametrize("wrong", [[], ["objective.name=nop"], ["objective.betta=3"], ["reference=adapters_off"]])
+def test_neither_a_check_nor_a_wrong_recipe_makes_the_embedded_world(tmp_path, capsys, wrong):
+    told = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/run", *wrong]
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == (2 if wrong else 0)
+    if wrong:
+        assert main(["train", "configs/train/demo_npo.yaml", *told]) == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_check_counts_the_answers_that_will_be_cut_and_refuses_those_that_may_not(toy, tmp_path, capsys):
+    told = [*toy.overrides("npo", tmp_path / "run"), "data.max_length=30"]
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 2
+    assert "max_length" in capsys.readouterr().err
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told, "data.on_long=truncate"]) == 0
+    assert "; 0 answers to be cut" not in capsys.readouterr().out
+
+
+def test_the_micro_batch_may_change_only_where_the_loss_does_not_depend_on_it(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    configs.write_yaml(recipe("objective.positions=all", name="rmu"), tmp_path / "run/config.yaml")
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
+        run.check(recipe("objective.positions=all", "train.micro_batch=1", name="rmu"), 2)
 
 
 def test_a_typo_ends_with_one_line_and_status_2():
