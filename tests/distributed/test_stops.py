@@ -1,0 +1,135 @@
+"""Stops where no step is running, and what W&B gets to know: set-up, the reference cache, a preempted run's records."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import launch, metrics
+from wandb.proto import wandb_internal_pb2
+
+SHORT = ("train.max_steps=8", "train.global_batch=8", "train.micro_batch=4", "train.export=false")
+
+
+def command(toy, folder, *own):
+    return ("train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), *SHORT, *own)
+
+
+def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(toy, tmp_path):
+    process = launch(2, *command(toy, tmp_path / "run"), start=True)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "stream forget" in line:
+            process.send_signal(signal.SIGUSR1)
+            break
+    said += process.communicate(timeout=120)[0]
+    assert process.returncode == 75, said
+    assert "nothing was left to commit" in said
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    assert not list((tmp_path / "run").glob("work-*"))
+
+
+FILL = """
+import sys
+from mirage_dist import config, signals, world
+from mirage_dist.data import stream
+from mirage_dist.model import load
+from mirage_dist.train import engine, feed, lease, refcache, run
+refcache.BATCHES_A_PART = 1
+recipe = config.load(sys.argv[1], sys.argv[2:], config.TrainRecipe)
+objective, streams, ds = run.check(recipe, 1)
+here = world.start()
+built = engine.build(recipe, ds, here)
+source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+calls = []
+built.module.register_forward_hook(lambda *_: calls.append(1))
+from pathlib import Path
+held = lease.acquire(Path(recipe.run.dir))
+told = []
+for stops in (2, None, None):
+    signals._received.clear()
+    calls.clear()
+    save = refcache.reference.LogProbs.save
+    def interrupted(self, file):
+        save(self, file)
+        if len(calls) == stops:
+            signals._note(10, None)
+    refcache.reference.LogProbs.save = interrupted
+    try:
+        cache = refcache.fill(recipe, built, source, here, "hash", held.workspace)
+        told.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
+    except signals.StopRequested:
+        told.append(len(calls))
+    refcache.reference.LogProbs.save = save
+held.release()
+whole = refcache.reference.LogProbs()
+for rows in source.every_sample(("forget",), here):
+    refcache._add(whole, built, source.collate(rows, here.device), "forget")
+print("TOLD", told, sum(float(v.double().sum()) for v in whole.table.values()))
+world.exit_well()
+"""
+
+
+def test_a_stopped_reference_cache_goes_on_with_what_is_missing_and_is_the_same(toy, tmp_path):
+    (tmp_path / "fill.py").write_text(FILL)
+    told = [*toy.overrides("npo", tmp_path / "run"), *SHORT]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    line = [sys.executable, str(tmp_path / "fill.py"), "configs/train/demo_npo.yaml", *told]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (stopped, resumed, again), whole = eval(done.stdout.rpartition("TOLD ")[2].strip().replace("] ", "], "))
+    # 20 samples in batches of 4: two parts before the stop, three after it, none in a third call; bitwise as in one go.
+    assert stopped == 2
+    assert resumed == (3, whole, 20)
+    assert again == (0, whole, 20)
+
+
+def records(file: Path):
+    """The protobuf records of an offline run: blocks of 32 KiB, each record in one or several chunks."""
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if kind == 0:
+            return
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last chunk
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def test_wandb_gets_one_run_marked_preempted_and_each_step_once(toy, tmp_path):
+    folder = tmp_path / "run"
+    told = command(toy, folder, "monitor.wandb=offline", "train.save_every=2")
+    process = launch(2, *told, start=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 3:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    # The newest checkpoint is lost: steps that W&B has are made again and must not be sent again.
+    stopped = len(metrics(folder))
+    newest = folder / f"checkpoints/step-{stopped:06d}"
+    newest.rename(tmp_path / "lost")
+    launch(2, *told)
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime)
+    first, second = (list(records(file)) for file in files)
+    assert {r.run.run_id for r in [*first, *second] if r.WhichOneof("record_type") == "run"} == {files[0].stem[4:]}
+    kinds = [[r.WhichOneof("record_type") for r in part] for part in (first, second)]
+    assert "preempting" in kinds[0]
+    assert "preempting" not in kinds[1]
+    steps = [r.history.step.num for part in (first, second) for r in part if r.WhichOneof("record_type") == "history"]
+    assert steps == list(range(1, 9))
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
