@@ -63,10 +63,18 @@ class SourceConfig:
     format: Literal["vlguard", "llava", "spa_vl", "samples"]
     path: str
     images: str | None = None  # folder that image paths are relative to; default: the file's own folder
-    split: Literal["all", "unsafes", "safe_safes", "safe_unsafes"] = "all"  # vlguard only
-    response: Literal["chosen", "rejected"] = "chosen"  # spa_vl only
+    split: Literal["all", "unsafes", "safe_safes", "safe_unsafes"] | None = None  # vlguard only; default: all
+    response: Literal["chosen", "rejected"] | None = None  # spa_vl only; default: chosen
     on_bad_record: Literal["error", "skip"] = "error"
     limit: int | None = None  # the first N samples, in file order
+
+    def __post_init__(self) -> None:
+        for name, format, default in (("split", "vlguard", "all"), ("response", "spa_vl", "chosen")):
+            value = getattr(self, name)
+            if self.format != format and value not in (None, default):
+                raise ConfigError(f"{name}={value!r}; belongs to format={format}, with {self.format} leave it out")
+            # One spelling each, so that a recipe that says the default and one that leaves it out are equal.
+            object.__setattr__(self, name, (value or default) if self.format == format else None)
 
 
 @dataclass(frozen=True)

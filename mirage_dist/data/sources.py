@@ -10,16 +10,13 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from tqdm import tqdm
-
 from mirage_dist.config import ConfigError, SourceConfig
+from mirage_dist.data import pictures
 from mirage_dist.data.refusals import is_refusal
 
 VLGUARD_FIELDS = {"unsafes": "instruction", "safe_safes": "safe_instruction", "safe_unsafes": "unsafe_instruction"}
@@ -50,13 +47,15 @@ class Sample:
 @dataclass
 class Source:
     """What a file gave. dropped: reason -> count of samples that are none (a repeat, a missing question); renamed:
-    samples whose id another one had; skipped: bad records left out by `on_bad_record: skip`.
+    samples whose id another one had; skipped: bad records left out by `on_bad_record: skip`. unchecked: (file, record
+    number, picture) for every picture that nobody has decoded yet.
     """
 
     samples: list[Sample]
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     renamed: int = 0
+    unchecked: list[tuple[SourceConfig, int, str]] = field(default_factory=list)
 
 
 class _BadRecord(ValueError):
@@ -66,8 +65,9 @@ class _BadRecord(ValueError):
 def read(config: SourceConfig, check_images: bool = True) -> Source:
     """Read one file. Pictures are looked up under `images` and decoded to the last byte.
 
+    Without `check_images` no picture is looked at: they are listed in `unchecked`, for `check_pictures`.
     Raises ConfigError naming file, record number, field and what was expected, for a file that is not JSON, a
-    record that is not of the format, or a picture that is missing or broken (not looked at without `check_images`).
+    record that is not of the format, or a picture that is missing or broken.
     """
     if config.limit is not None and config.limit < 1:
         raise ConfigError(f"{config.path}: limit={config.limit}; expected a whole number above 0")
@@ -80,31 +80,64 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
             _refuse(config, number, str(error))
             source.skipped += 1
     kept = _without_duplicates(found, source)[: config.limit]
-    faults = image_faults([sample for _, sample in kept], config.path) if check_images else {}
-    bad = {number: sample.image for number, sample in kept if sample.image in faults}
-    for number, image in bad.items():
-        _refuse(config, number, f"image {image}: {faults[image or '']}")
-    source.skipped += len(bad)
-    source.samples = [sample for number, sample in kept if number not in bad]
+    source.samples = [sample for _, sample in kept]
+    source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
+    if check_images:
+        _settle(source, image_faults(source.samples, config.path))
     return source
 
 
-def read_all(configs: Sequence[SourceConfig]) -> Source:
+def read_all(configs: Sequence[SourceConfig], check_images: bool = True) -> Source:
     """Several files as one, in order, their counts added."""
     total = Source([])
     for config in configs:
-        part = read(config)
+        part = read(config, check_images)
         total.samples.extend(part.samples)
+        total.unchecked.extend(part.unchecked)
         total.dropped.update(part.dropped)
         total.skipped += part.skipped
         total.renamed += part.renamed
     return total
 
 
-def _refuse(config: SourceConfig, number: int, why: str) -> None:
+def check_pictures(
+    streams: Mapping[str, Source],
+    rank: int = 0,
+    size: int = 1,
+    exchange: Callable[[dict[str, str]], Iterable[Mapping[str, str]]] = lambda own: [own],
+) -> None:
+    """Do what `read` does about pictures, for streams that were read without it: `size` ranks share the decoding.
+
+    exchange: from what this rank found (path -> fault) to what every rank found. So all ranks raise the same error,
+    or leave the same samples out and count them.
+    Raises ConfigError as `read` does, and for a stream of which no sample is left.
+    """
+    left = [image for source in streams.values() for _, _, image in source.unchecked]
+    faults: dict[str, str] = {}
+    for found in exchange(pictures.faults(left, "pictures", rank, size)):
+        faults.update(found)
+    for name, source in streams.items():
+        before = len(source.samples)
+        _settle(source, faults, told=rank == 0)
+        if before and not source.samples:
+            raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are no good")
+
+
+def _settle(source: Source, faults: Mapping[str, str], told: bool = True) -> None:
+    """Refuse the records of pictures that have a fault, or leave their samples out; nothing is unchecked then."""
+    bad = dict.fromkeys(place for place in source.unchecked if place[2] in faults)
+    for config, number, image in bad:
+        _refuse(config, number, f"image {image}: {faults[image]}", told)
+    source.skipped += len(bad)
+    source.samples = [sample for sample in source.samples if sample.image not in faults]
+    source.unchecked = []
+
+
+def _refuse(config: SourceConfig, number: int, why: str, told: bool = True) -> None:
     if config.on_bad_record == "error":
         raise ConfigError(f"{config.path}: record {number}: {why} (on_bad_record: skip would leave it out, counted)")
-    print(f"{config.path}: record {number} skipped: {why}", flush=True)
+    if told:
+        print(f"{config.path}: record {number} skipped: {why}", flush=True)
 
 
 def _records(path: Path) -> Sequence[Any]:
@@ -289,24 +322,8 @@ def _image_path(config: SourceConfig, name: str) -> str:
 
 
 def image_faults(samples: Sequence[Sample], what: str) -> dict[str, str]:
-    """path -> what is wrong with it. Decodes each picture once: a cut-off file still has a whole header."""
-    distinct = list(dict.fromkeys(sample.image for sample in samples if sample.image))
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(_image_fault, distinct)
-        # No bar for what is over before anybody could read it.
-        faults = list(tqdm(checks, f"pictures of {what}", len(distinct), leave=False, delay=2.0, mininterval=5.0))
-    return {path: fault for path, fault in zip(distinct, faults, strict=True) if fault}
-
-
-def _image_fault(path: str) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        return "no such file (is `images` the folder that paths are relative to?)"
-    except Exception as error:  # on damaged bytes a decoder may raise anything
-        return f"broken: {error}"
-    return None
+    """path -> what is wrong with it, for the pictures of these samples."""
+    return pictures.faults((sample.image for sample in samples if sample.image), f"pictures of {what}")
 
 
 # -------------------------------------------------------------------------------------------------- counts

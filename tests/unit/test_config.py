@@ -45,6 +45,8 @@ def test_one_source_stands_for_a_list_of_one():
         ("train.lr=fast", ["train.lr", "a number"]),
         ("train.max_steps=1.5", ["train.max_steps", "a whole number"]),
         ("data.streams.forget.format=coco", ["data.streams.forget[0].format", "vlguard"]),
+        ("data.streams.forget.response=rejected", ["data.streams.forget[0].response", "format=spa_vl"]),
+        ("data.streams.forget={format: llava, path: x, split: unsafes}", ["forget[0].split", "format=vlguard"]),
         ("monitor.wandb=maybe", ["monitor.wandb", "offline"]),
         ("world.dri=w", ["world.dri", "'dir'"]),
         ("train.lr", ["key=value"]),
@@ -103,6 +105,15 @@ def test_hash_follows_values_and_nothing_else():
     assert configs.config_hash(build()) != configs.config_hash(build("train.lr=1"))
     ignored = ["run.dir", "monitor"]
     assert configs.config_hash(build("run.dir=y"), ignored) == configs.config_hash(build(), ignored)
+
+
+def test_a_default_that_is_said_is_the_default():
+    said, plain = build("data.streams.forget.split=all"), build()
+    assert said == plain
+    assert said.data.streams["forget"][0].split == "all"
+    # Recipes that were written out before these keys were of one format only say them for every format.
+    other = build("data.streams.forget={format: llava, path: x, split: all, response: chosen}")
+    assert (other.data.streams["forget"][0].split, other.data.streams["forget"][0].response) == (None, None)
 
 
 def test_differences_name_dotted_keys():

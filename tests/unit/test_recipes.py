@@ -1,6 +1,7 @@
 """Every recipe that we ship is one that the code accepts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
         for name, options in recipe.sets.items():
             for title, fields in options.attacks.items():
                 attacks.make(fields, str(file), f"sets.{name}.attacks.{title}")
+
+
+@pytest.mark.parametrize(("kind", "file"), FILES, ids=[f"{kind}/{file.name}" for kind, file in FILES])
+def test_the_files_of_ours_that_a_recipe_names_exist(kind: str, file: Path):
+    named = re.findall(r"(?:configs|launch|slurm)/[\w/]+\.(?:json|sh|yaml)", file.read_text())
+    assert named
+    assert [name for name in named if not (REPOSITORY / name).is_file()] == []
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs/deepspeed").glob("*.json")), ids=lambda f: f.name)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mirage_dist.config import ConfigError, SourceConfig
-from mirage_dist.data import sources
+from mirage_dist.data import pictures, sources
 from mirage_dist.data.sources import Sample
 
 REFUSAL = "I'm sorry, I can't help with that."
@@ -311,11 +313,77 @@ def test_a_picture_too_large_to_decode_is_a_bad_record(read, folder, monkeypatch
         read([unsafe()])
 
 
+def ranks(size, streams):
+    """`check_pictures` on so many ranks, each with streams of its own: what each came to, its streams or its error."""
+    barrier, table = threading.Barrier(size), [{}] * size
+
+    def one(rank):
+        def exchange(own):
+            table[rank] = own
+            barrier.wait(timeout=60)
+            return table
+
+        read = streams()
+        try:
+            sources.check_pictures(read, rank, size, exchange)
+        except ConfigError as error:
+            return str(error)
+        return read
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, monkeypatch, size):
+    damage(folder, "missing")
+    records = {
+        "x": [safe("s"), safe("t", image="a.png"), unsafe("u", image="c.jpg")],
+        "y": [unsafe("v", image="b.png")],
+    }
+    for name, own in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(own))
+    decoded = []
+    monkeypatch.setattr(pictures, "_fault", lambda path, whole=pictures._fault: decoded.append(path) or whole(path))
+
+    def streams(on_bad_record, check_images=False):
+        found = {n: [SourceConfig("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
+        return {n: sources.read_all(configs, check_images) for n, configs in found.items()}
+
+    alone = streams("skip", check_images=True)
+    assert alone["x"].skipped == 1
+    decoded.clear()
+    assert ranks(size, lambda: streams("skip")) == [alone] * size
+    assert sorted(decoded) == [f"{folder}/{name}" for name in ("a.png", "b.png", "c.jpg")]  # each once, among all
+    with pytest.raises(ConfigError, match=r"x\.json: record 1: image .*a\.png: no such file") as error:
+        streams("error", check_images=True)
+    assert ranks(size, lambda: streams("error")) == [str(error.value)] * size
+
+
+def test_a_stream_that_loses_every_sample_is_an_error(folder):
+    (folder / "x.json").write_text(json.dumps([unsafe(image="nowhere.png")]))
+    config = SourceConfig("vlguard", f"{folder}/x.json", on_bad_record="skip")
+    with pytest.raises(ConfigError, match=r"data\.streams\.train: no sample is left"):
+        sources.check_pictures({"train": sources.read(config, check_images=False)})
+
+
+def test_a_long_check_says_how_far_it_is_once_for_all_ranks(folder, monkeypatch, capsys):
+    monkeypatch.setattr(pictures, "AT_ONCE", 2)
+    monkeypatch.setattr(pictures, "LINE_SECONDS", 0.0)
+    names = [f"{folder}/{name}" for name in ("a.png", "b.png", "c.jpg")]
+    assert pictures.faults([*names, *names], "pictures", part=1, parts=2) == {}
+    assert capsys.readouterr().out == ""
+    assert pictures.faults([*names, *names], "pictures") == {}
+    assert capsys.readouterr().out.splitlines() == ["pictures: 2 of 3 decoded", "pictures: 3 of 3 decoded"]
+
+
 def test_pictures_are_not_looked_at_when_told_so(folder):
     (folder / "data.json").write_text(json.dumps([unsafe(image="nowhere.png")]))
     config = SourceConfig("vlguard", str(folder / "data.json"))
-    (found,) = sources.read(config, check_images=False).samples
+    source = sources.read(config, check_images=False)
+    (found,) = source.samples
     assert set(sources.image_faults([found], "test")) == {found.image}
+    assert source.unchecked == [(config, 0, found.image)]
 
 
 def test_a_shared_picture_is_known_by_its_bytes_in_whatever_folder_it_lies(folder):

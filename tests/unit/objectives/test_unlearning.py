@@ -44,14 +44,24 @@ def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
     torch.testing.assert_close(logp.grad, torch.full((8,), 1 / 3, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize(("retain", "sign"), [("ce", -1), ("kl", 1)])
-def test_npo_retain_term_is_a_token_mean(retain, sign):
-    rows = draw(5, seed=2)
+@pytest.mark.parametrize("retain", ["ce", "kl"])
+def test_npo_retain_term_is_a_token_mean_with_its_gradient(retain):
+    """Of the logits z with p = softmax(z): (p − onehot(y)) / N for CE, (p − p_ref) / N for KL(reference ‖ policy)."""
+    logits, ref = draw(5, 7, seed=2).requires_grad_(), draw(5, 7, seed=3).softmax(-1)
+    labels = torch.tensor([3, 0, 6, 2, 2])
+    logp = logits.log_softmax(-1)
+    rows = logp.gather(1, labels[:, None]).squeeze(1) if retain == "ce" else (ref * (ref.log() - logp)).sum(-1)
     kept = View(sequences=1, logp_N=rows if retain == "ce" else None, kl_N=rows if retain == "kl" else None)
-    forget = View(sequences=3, segment_N=SEGMENT, logp_N=draw(8), ref_logp_N=draw(8))
+    forgotten = draw(8).requires_grad_()
+    forget = View(sequences=3, segment_N=SEGMENT, logp_N=forgotten, ref_logp_N=draw(8))
     counts = {"forget.sequences": 3, "retain.tokens": 5}
     npo = make({"name": "npo", "retain": retain, "retain_weight": 3.0, "forget_weight": 0.0})
-    torch.testing.assert_close(total(npo({"forget": forget, "retain": kept}), counts), sign * 3 * rows.mean())
+    loss = total(npo({"forget": forget, "retain": kept}), counts)
+    torch.testing.assert_close(loss, (-3 if retain == "ce" else 3) * rows.mean())
+    loss.backward()
+    target = torch.nn.functional.one_hot(labels, 7) if retain == "ce" else ref
+    torch.testing.assert_close(logits.grad, 3 * (logits.detach().softmax(-1) - target) / 5)
+    assert not forgotten.grad.any()
 
 
 def rmu(**options):
