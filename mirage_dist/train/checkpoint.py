@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,14 @@ class Saver:
                 self._commit(pending, files)
                 self._retain(pending.name)
 
+    def settle(self, step: int) -> None:
+        """Do what a commit that was cut off left undone: `latest` and retention, as of the checkpoint resumed from."""
+        if step and self.world.main:
+            name = f"step-{step:06d}"
+            with _told(self.workspace / name):
+                self._point_to(name)
+                self._retain(name)
+
     def _commit(self, pending: _Pending, files: Digests) -> None:
         manifest = json.dumps({**pending.manifest, "files": files}, indent=1)
         _write_synced(pending.partial / "manifest.json", manifest.encode())
@@ -115,18 +123,36 @@ class Saver:
             self._take_away(final)
         os.rename(pending.partial, final)
         _sync_folder(self.folder)
+        self._point_to(pending.name)
+
+    def _point_to(self, name: str) -> None:
         beside = self.workspace / "latest"
-        _write_synced(beside, pending.name.encode())
+        _write_synced(beside, name.encode())
         os.replace(beside, self.folder / "latest")
         _sync_folder(self.folder)
 
     def _retain(self, newest: str) -> None:
-        """Take away what retention does not keep. The commit is done: what cannot be removed is only reported."""
-        keep = kept({step_of(f): read_manifest(f).get("metrics", {}) for f in committed(self.folder)}, self.train)
+        """Take away what retention does not keep. The commit is done: what cannot be removed is only reported.
+
+        Damaged checkpoints take nobody's place: what lies behind the newest was passed over and will be made again,
+        and what has no readable manifest stays for someone to look at.
+        """
+        there = {}
         for checkpoint in committed(self.folder):
+            with suppress(ValueError, OSError):
+                there[checkpoint] = read_manifest(checkpoint).get("metrics", {})
+        there = {c: metrics for c, metrics in there.items() if step_of(c) <= step_of(self.folder / newest)}
+        keep = kept({step_of(c): metrics for c, metrics in there.items()}, self.train)
+        for checkpoint in there:
             if step_of(checkpoint) not in keep and checkpoint.name != newest:
-                gone = self._take_away(checkpoint)
-                self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
+                try:
+                    gone = self._take_away(checkpoint)
+                except OSError as error:
+                    if not self.workspace.is_dir():
+                        raise
+                    print(f"{checkpoint}: retention cannot remove it ({error})", flush=True)
+                else:
+                    self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def _take_away(self, checkpoint: Path) -> Path:
         """Out of the folder in one rename: a checkpoint is there whole or not at all."""

@@ -95,7 +95,8 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
     """From step `first` (from 0) to the end, or to the step in which a rank was asked to stop."""
     world, feed = loop.world, loop.feed
     saver = Saver(lease.root / "checkpoints", lease.workspace, recipe.train, world)
-    monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"])
+    saver.settle(first)
+    monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"], lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(world.device)
     done, stop = first, False
     for number in range(first, feed.steps):
@@ -128,12 +129,15 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) ->
     lease = acquire(root) if world.main else None
     try:
         if lease is not None:
-            rundir.count_start(lease, recipe.train.max_restarts)
-            rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
+            with lease.told():
+                rundir.count_start(lease, recipe.train.max_restarts)
+                rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
         token = worlds.from_main(world, lease.token if lease else "")
+        held = lease or Lease(root, token)
         manifest = json.loads((root / "manifest.json").read_text())
         told = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
-        yield lease or Lease(root, token), {**told, "world_size": world.size}
+        with held.told():
+            yield held, {**told, "world_size": world.size}
     finally:
         if lease is not None:
             lease.release()
