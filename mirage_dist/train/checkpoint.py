@@ -115,8 +115,7 @@ class Saver:
                 self._retain(name)
 
     def _commit(self, pending: _Pending, files: Digests) -> None:
-        manifest = json.dumps({**pending.manifest, "files": files}, indent=1)
-        _write_synced(pending.partial / "manifest.json", manifest.encode())
+        _write_synced(pending.partial / "manifest.json", sealed({**pending.manifest, "files": files}).encode())
         _sync_folder(pending.partial)
         final = self.folder / pending.name
         if final.exists():  # a damaged one that was passed over, or one made again after a resume from an older one
@@ -255,8 +254,20 @@ def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[di
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory."""
-    return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    """The manifest of a checkpoint directory. Raises OSError, or ValueError when it is not what was written."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
+        raise ValueError("manifest.json does not have the SHA-256 that stands in it")
+    return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """A manifest as it is written, with its own SHA-256: a flipped byte in it is found out like one in a shard."""
+    return json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
