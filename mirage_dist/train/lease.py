@@ -139,8 +139,8 @@ def _superseded(owner: Mapping[str, Any]) -> bool:
 
 
 def _alive(root: Path, owner: Mapping[str, Any]) -> bool:
-    """On this host the process table tells; of another host only a beat that moves does, on our own clock."""
-    if owner["host"] == socket.gethostname() and owner["boot"] == _boot():
+    """On this host the process table tells, where there is one to read; else a beat that moves, on our own clock."""
+    if owner["host"] == socket.gethostname() and owner["boot"] == _boot() != "":
         return _process(owner["pid"]) == owner["process"]
     workspace = root / f"work-{owner['token']}.tmp"
     first = _beats(workspace)
