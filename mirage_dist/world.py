@@ -198,6 +198,18 @@ def from_main(world: World, value: T) -> T:
     return told[0]
 
 
+def everyones(world: World, value: T) -> list[T]:
+    """Every rank's value, in the order of ranks."""
+    import torch.distributed as dist
+
+    barrier(world, "what every rank has to tell")
+    told: list[Any] = [value]
+    if world.size > 1:
+        told = [None] * world.size
+        dist.all_gather_object(told, value)
+    return told
+
+
 def stop_here(world: World, call: str) -> None:
     """Raise StopRequested on every rank when a signal reached any of them; a place where nothing is left to commit."""
     if gather(world, [signals.received() is not None], call).any():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, TrainRecipe
+from mirage_dist.config import ConfigError, RunError, TrainRecipe
 from mirage_dist.model import load
 from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
 
@@ -43,11 +43,16 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
         hf = hf.merge_and_unload()
     partial = (workspace or out.parent) / f"{out.name}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
+    # save_pretrained makes the folders that are missing: a workspace that another job has removed would come back.
+    partial.mkdir(parents=workspace is None)
+    told = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
+    card = partial / "README.md"
+    card.write_text(CARD.format(**told, step=step_of(chosen), hash=configs.config_hash(recipe)[:16]))
     _as_plain_linear(hf)
     hf.save_pretrained(partial)
     load.processor(recipe.model).save_pretrained(partial)
-    told = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
-    (partial / "README.md").write_text(CARD.format(**told, step=step_of(chosen), hash=configs.config_hash(recipe)[:16]))
+    if not card.is_file():
+        raise RunError(f"{partial}: was removed while it was written; nothing was exported")
     partial.rename(out)
 
 

@@ -143,8 +143,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory."""
-    return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    """The manifest of a checkpoint directory. Raises OSError, or ValueError when it is not what was written."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
+        raise ValueError("manifest.json does not have the SHA-256 that stands in it")
+    return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """A manifest as it is written, with its own SHA-256: a flipped byte in it is found out like one in a shard."""
+    return json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -12,25 +12,23 @@ which all ranks have written.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mirage_dist.config import ConfigError, RunError, TrainConfig
-from mirage_dist.model.shards import Fragment, Shards, committed, damage, read_manifest, step_of, write
+from mirage_dist.model.shards import Fragment, Shards, committed, damage, read_manifest, sealed, step_of, write
 from mirage_dist.train import fragments as held
-from mirage_dist.world import World, barrier, gather
+from mirage_dist.world import World, barrier, everyones, gather
 
 FORMAT = 1
 Digests = dict[str, dict[str, Any]]  # file -> {"bytes", "sha256"}
@@ -105,33 +103,58 @@ class Saver:
         pending, self._pending = self._pending, None
         with _told(pending.partial):
             own = pending.digests.result()
-        files = _gathered(own, self.world)
+        files = dict(sorted(item for part in everyones(self.world, own) for item in part.items()))
         if self.world.main:
             with _told(pending.partial):
                 self._commit(pending, files)
                 self._retain(pending.name)
 
+    def settle(self, step: int) -> None:
+        """Do what a commit that was cut off left undone: `latest` and retention, as of the checkpoint resumed from."""
+        if step and self.world.main:
+            name = f"step-{step:06d}"
+            with _told(self.workspace / name):
+                self._point_to(name)
+                self._retain(name)
+
     def _commit(self, pending: _Pending, files: Digests) -> None:
-        manifest = json.dumps({**pending.manifest, "files": files}, indent=1)
-        _write_synced(pending.partial / "manifest.json", manifest.encode())
+        _write_synced(pending.partial / "manifest.json", sealed({**pending.manifest, "files": files}).encode())
         _sync_folder(pending.partial)
         final = self.folder / pending.name
         if final.exists():  # a damaged one that was passed over, or one made again after a resume from an older one
             self._take_away(final)
         os.rename(pending.partial, final)
         _sync_folder(self.folder)
+        self._point_to(pending.name)
+
+    def _point_to(self, name: str) -> None:
         beside = self.workspace / "latest"
-        _write_synced(beside, pending.name.encode())
+        _write_synced(beside, name.encode())
         os.replace(beside, self.folder / "latest")
         _sync_folder(self.folder)
 
     def _retain(self, newest: str) -> None:
-        """Take away what retention does not keep. The commit is done: what cannot be removed is only reported."""
-        keep = kept({step_of(f): read_manifest(f).get("metrics", {}) for f in committed(self.folder)}, self.train)
+        """Take away what retention does not keep. The commit is done: what cannot be removed is only reported.
+
+        Damaged checkpoints take nobody's place: what lies behind the newest was passed over and will be made again,
+        and what has no readable manifest stays for someone to look at.
+        """
+        there = {}
         for checkpoint in committed(self.folder):
+            with suppress(ValueError, OSError):
+                there[checkpoint] = read_manifest(checkpoint).get("metrics", {})
+        there = {c: metrics for c, metrics in there.items() if step_of(c) <= step_of(self.folder / newest)}
+        keep = kept({step_of(c): metrics for c, metrics in there.items()}, self.train)
+        for checkpoint in there:
             if step_of(checkpoint) not in keep and checkpoint.name != newest:
-                gone = self._take_away(checkpoint)
-                self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
+                try:
+                    gone = self._take_away(checkpoint)
+                except OSError as error:
+                    if not self.workspace.is_dir():
+                        raise
+                    print(f"{checkpoint}: retention cannot remove it ({error})", flush=True)
+                else:
+                    self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def _take_away(self, checkpoint: Path) -> Path:
         """Out of the folder in one rename: a checkpoint is there whole or not at all."""
@@ -224,14 +247,6 @@ def _write(partial: Path, world: World, fragments: Sequence[Fragment], objective
         _write_synced(partial / "objective.safetensors", content)
         digests["objective.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return digests
-
-
-def _gathered(own: Digests, world: World) -> Digests:
-    if world.size == 1:
-        return own
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, own)
-    return dict(sorted(item for part in everyone for item in part.items()))
 
 
 def _write_synced(file: Path, content: bytes) -> None:

@@ -56,11 +56,11 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
 
 
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
-    """The samples of every stream that the objective needs.
+    """The samples of every stream that the objective needs, their pictures not looked at (`sources.check_pictures`).
 
     Raises ConfigError for an empty stream, bad data, or forget answers that look like refusals.
     """
-    streams = {name: sources.read_all(recipe.data.streams[name]) for name in needs.streams}
+    streams = {name: sources.read_all(recipe.data.streams[name], check_images=False) for name in needs.streams}
     for name, source in streams.items():
         if name == "forget" and recipe.data.refusals_in_forget == "error":
             sources.check_forget(source.samples)

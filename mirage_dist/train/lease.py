@@ -10,6 +10,7 @@ of the predecessor fails, however late it comes. Liveness is a counter that move
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -27,6 +28,7 @@ from mirage_dist.config import RunError
 
 BEAT_SECONDS = 5.0
 BEATS_MISSED = 3  # how many silent beats make an owner on another host dead
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk that takes nothing more
 
 
 class Fenced(RunError):
@@ -48,6 +50,28 @@ class Lease:
             owner = _read(self.root / "owner.json")
             raise Fenced(f"{self.root} was taken over by {_told(owner)}; this process stops and writes nothing more")
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Say what a failed write under the run directory means. Raises Fenced, or RunError where the disk refused."""
+        try:
+            yield
+        except OSError as error:
+            self.check()
+            if error.errno in REFUSALS:
+                raise RunError(f"{self.root}: cannot be written ({error}); every checkpoint in it is whole") from error
+            raise
+
+    def publish(self, name: str, text: str) -> None:
+        """Put a file of this name into the run directory."""
+        (self.workspace / name).write_text(text, encoding="utf-8")
+        self.put(name)
+
+    def put(self, name: str) -> None:
+        """Move a file from the workspace into the run directory: the old one or the whole new one is there."""
+        with (self.workspace / name).open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(self.workspace / name, self.root / name)
+
     def start(self) -> Lease:
         self._thread.start()
         return self
@@ -57,8 +81,8 @@ class Lease:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        if self.workspace.is_dir() and (_read(self.root / "owner.json") or {}).get("token") == self.token:
-            (self.root / "owner.json").unlink(missing_ok=True)
+        with suppress(OSError):  # another job took over: the file is its own
+            os.rename(self.root / "owner.json", self.workspace / "owner.json")
         _remove(self.workspace)
 
     def _beat(self) -> None:
@@ -86,12 +110,11 @@ def acquire(root: Path) -> Lease:
                 )
             lease = Lease(root, secrets.token_hex(6))
             lease.workspace.mkdir()
-            beside = lease.workspace / "owner.json"
-            beside.write_text(json.dumps({"token": lease.token, **_self()}, indent=1) + "\n")
-            os.replace(beside, root / "owner.json")
+            # The predecessor is fenced before our name stands there, so that it cannot take that away.
             for other in root.glob("work-*"):
                 if other != lease.workspace:
                     _remove(other)
+            lease.publish("owner.json", json.dumps({"token": lease.token, **_self()}, indent=1) + "\n")
     except OSError as error:
         raise RunError(f"{root}: the run directory cannot be written: {error}") from error
     return lease.start()
@@ -116,8 +139,8 @@ def _superseded(owner: Mapping[str, Any]) -> bool:
 
 
 def _alive(root: Path, owner: Mapping[str, Any]) -> bool:
-    """On this host the process table tells; of another host only a beat that moves does, on our own clock."""
-    if owner["host"] == socket.gethostname() and owner["boot"] == _boot():
+    """On this host the process table tells, where there is one to read; else a beat that moves, on our own clock."""
+    if owner["host"] == socket.gethostname() and owner["boot"] == _boot() != "":
         return _process(owner["pid"]) == owner["process"]
     workspace = root / f"work-{owner['token']}.tmp"
     first = _beats(workspace)

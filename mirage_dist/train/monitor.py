@@ -26,16 +26,20 @@ class Monitor:
     keeps what it has, so steps that are made again are not sent again.
     """
 
-    def __init__(self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, wandb_id: str) -> None:
+    def __init__(
+        self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, wandb_id: str, workspace: Path
+    ) -> None:
         self.main, self.steps, self.every = main, steps, recipe.monitor.print_every
         self.name = recipe.run.name or Path(recipe.run.dir).name
         self.run: Any = None
         if not main:
             return
         file = Path(recipe.run.dir) / "metrics.jsonl"
-        self.sent = drop_from(file, first_step)
-        # Open all along: a process that another took over from writes to the file that its successor has replaced.
-        self.file = file.open("a", encoding="utf-8")
+        beside = workspace / file.name
+        self.sent = drop_from(file, first_step, beside)
+        # Opened before it is put in place: a process that another took over from has no way to its successor's file.
+        self.file = beside.open("a", encoding="utf-8")
+        beside.replace(file)
         bar = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=first_step, desc=self.name, unit="step") if bar else None
         if recipe.monitor.wandb != "off":
@@ -103,6 +107,8 @@ def start_wandb(recipe: TrainRecipe, name: str, identity: str) -> Any:
                 f"{recipe.run.dir}/wandb, to be sent later with `wandb sync`",
                 flush=True,
             )
+            # Its service still holds the id, and would refuse it.
+            wandb.teardown()
     return wandb.init(mode="offline", **given)
 
 
@@ -111,8 +117,8 @@ def new_wandb_id() -> str:
     return secrets.token_hex(4)
 
 
-def drop_from(file: Path, first_step: int) -> int:
-    """Keep the records of steps up to `first_step`, in a new file; those after it will be made again.
+def drop_from(file: Path, first_step: int, out: Path) -> int:
+    """Write the records of steps up to `first_step` to `out`; those after it will be made again.
 
     Returns the last step that there was.
     """
@@ -125,9 +131,7 @@ def drop_from(file: Path, first_step: int) -> int:
         last = max(last, step)
         if step <= first_step:
             kept.append(line)
-    beside = file.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(file)
+    out.write_text("".join(kept), encoding="utf-8")
     return last
 
 

@@ -13,7 +13,7 @@ import torch
 from mirage_dist import objectives, signals
 from mirage_dist import world as worlds
 from mirage_dist.config import ConfigError, TrainRecipe
-from mirage_dist.data import stream
+from mirage_dist.data import sources, stream
 from mirage_dist.data.sources import Source
 from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
@@ -57,6 +57,7 @@ def dry(recipe: TrainRecipe) -> str:
     """`check`, and every sample's length; what there is, in words. Raises ConfigError."""
     world = World(0, 0, worlds.place()[2], torch.device("cpu"))
     objective, streams, _ = check(recipe, world.size)
+    sources.check_pictures(streams)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     cut = feed.check_lengths(World(0, 0, 1, world.device))
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
@@ -82,6 +83,7 @@ def _train(
 ) -> None:
     root, needs = Path(recipe.run.dir), objective.needs
     processor = load.processor(recipe.model)
+    sources.check_pictures(streams, world.rank, world.size, lambda own: worlds.everyones(world, own))
     feed = Feed(recipe, needs, streams, processor)
     with _leased(recipe, streams, world) as (lease, manifest):
         world.say(f"{root.name}: {objective} on {world.size} × {world.device.type}, {feed.steps} steps")
@@ -113,7 +115,8 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
     """From step `first` (from 0) to the end, or to the step in which a rank was asked to stop."""
     world, feed = loop.world, loop.feed
     saver = Saver(lease.root / "checkpoints", lease.workspace, recipe.train, world)
-    monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"])
+    saver.settle(first)
+    monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"], lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(world.device)
     done, stop = first, False
     for number in range(first, feed.steps):
@@ -147,12 +150,15 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) ->
     lease = acquire(root) if world.main else None
     try:
         if lease is not None:
-            rundir.count_start(lease, recipe.train.max_restarts)
-            rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
+            with lease.told():
+                rundir.count_start(lease, recipe.train.max_restarts)
+                rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
         token = worlds.from_main(world, lease.token if lease else "")
+        held = lease or Lease(root, token)
         manifest = json.loads((root / "manifest.json").read_text())
         told = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
-        yield lease or Lease(root, token), {**told, "world_size": world.size}
+        with held.told():
+            yield held, {**told, "world_size": world.size}
     finally:
         if lease is not None:
             lease.release()

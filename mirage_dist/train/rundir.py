@@ -71,11 +71,10 @@ def open_run(recipe: TrainRecipe, streams: Mapping[str, Source], base_hash: str,
     root = lease.root
     file = root / "manifest.json"
     if not file.is_file():
-        configs.write_yaml(recipe, root / "config.yaml")
-        (root / "data.json").write_text(json.dumps(describe(streams), indent=1))
-        beside = lease.workspace / "manifest.json"
-        beside.write_text(json.dumps(_manifest(recipe, streams, base_hash), indent=1))
-        beside.replace(file)
+        configs.write_yaml(recipe, lease.workspace / "config.yaml")
+        lease.put("config.yaml")
+        lease.publish("data.json", json.dumps(describe(streams), indent=1))
+        lease.publish("manifest.json", json.dumps(_manifest(recipe, streams, base_hash), indent=1))
     if json.loads(file.read_text())["base_hash"] != base_hash:
         raise ConfigError(
             f"{root}: the weights of {recipe.model.path} changed since this run began; choose another run.dir"
@@ -105,9 +104,7 @@ def count_start(lease: Lease, limit: int) -> None:
             f"{lease.root}: Slurm job {job} has started {in_vain} times from step {step} without a new checkpoint "
             f"(train.max_restarts={limit}); see its log for what ended it, then submit it again"
         )
-    beside = lease.workspace / "starts.jsonl"
-    beside.write_text("".join(json.dumps(start) + "\n" for start in [*before, told]))
-    beside.replace(file)
+    lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, told]))
 
 
 def _manifest(recipe: TrainRecipe, streams: Mapping[str, Source], base_hash: str) -> dict[str, Any]:

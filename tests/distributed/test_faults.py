@@ -1,104 +1,318 @@
-"""What goes wrong in a run: numbers that are none, a full disk, a damaged checkpoint, another recipe, unequal ranks."""
+"""What goes wrong in a run: numbers that are none, full disks, damage, other jobs, ranks that die, hang or disagree."""
 
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import launch, metrics
+from faults.check import differences
+from faults.processes import ranks_of, send
+from safetensors.torch import load_file, save_file
 
 from mirage_dist.config import REPOSITORY
+from mirage_dist.model import export
 from mirage_dist.world import _free_port
 
-SHORT = ("train.max_steps=6", "train.global_batch=8", "train.micro_batch=4", "train.save_every=2", "train.export=false")
+SHORT = ("train.max_steps=6", "train.global_batch=8", "train.save_every=1", "train.keep_last=null")
+TWO, ONE = "train.micro_batch=4", "train.micro_batch=8"
+DEADLINE = 180.0  # seconds, on a busy machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_environment():
+    """Not a job of the Slurm that these tests may run in; a rank that does not end by asking is killed soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("SLURM_")]:
+            patch.delenv(name)
+        patch.setenv("MIRAGE_KILL_SECONDS", "2")
+        yield
+
+
+def command(toy, folder: Path, *own: str) -> tuple[str, ...]:
+    return ("train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), *SHORT, *own)
 
 
 @pytest.fixture(scope="module")
 def whole(toy):
-    """A finished run with checkpoints at 2, 4 and 6."""
+    """A finished run on two ranks with a checkpoint at each of its six steps."""
     folder = toy.root / "faults/whole"
-    launch(2, "train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), *SHORT)
+    launch(2, *command(toy, folder, TWO, "run.name=npo"))
     return folder
 
 
 @pytest.fixture
-def copy(whole, toy, tmp_path):
-    """A copy without the last checkpoint, and the command that goes on with it."""
+def copy(whole, tmp_path):
+    """A copy of it without the last checkpoint and the export."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    shutil.rmtree(folder / "checkpoints/step-000006")
-    return folder, ("train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), *SHORT)
+    for gone in ("checkpoints/step-000006", "export"):
+        shutil.rmtree(folder / gone)
+    return folder
 
 
-def digests(checkpoint: Path) -> dict[str, str]:
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    return {name: f["sha256"] for name, f in manifest["files"].items()}
+def until(seen, process: subprocess.Popen):
+    """Wait until `seen()` is true while a run goes on."""
+    deadline = time.monotonic() + DEADLINE
+    while not seen():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_a_damaged_checkpoint_is_reported_and_an_older_one_used(copy, whole):
-    folder, command = copy
-    shard = next((folder / "checkpoints/step-000004").glob("*optim_states.pt"))
+def steps_done(folder: Path) -> int:
+    try:
+        return len((folder / "metrics.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below, when it was written and what it holds."""
+    files = (f for f in folder.rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+# ------------------------------------------------------------------------------------------ damage on disk
+
+
+def test_damaged_checkpoints_are_told_each_with_its_fault_and_the_newest_whole_one_used(whole, copy, toy):
+    (copy / "checkpoints/step-000006").mkdir()  # without a manifest it is no checkpoint
+    five, four, three = (copy / f"checkpoints/step-{step:06d}" for step in (5, 4, 3))
+    shard = five / "rank-00001-of-00002.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    (folder / "checkpoints/step-000006.tmp").mkdir()  # a save that did not get to its commit
-    told = launch(2, *command).stdout
-    assert re.search(r"step-000004 is passed over: .* does not have the SHA-256", told)
-    assert re.search(r"resumed from .*step-000002", told)
-    assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5, 6]
-    assert [m["loss"] for m in metrics(folder)] == [m["loss"] for m in metrics(whole)]
-    assert (folder / "checkpoints/latest").read_text() == "step-000006"
+    os.truncate(four / "rank-00000-of-00002.safetensors", 1000)
+    (three / "rank-00000-of-00002.safetensors").unlink()
+    two = copy / "checkpoints/step-000002/manifest.json"
+    two.write_text(two.read_text().replace('"step": 2', '"step": 3'))
+    # What a dead start left, and a clock that was years ahead when it did.
+    stale = copy / "work-0123456789ab.tmp/step-000006.tmp"
+    stale.mkdir(parents=True)
+    (stale / "manifest.json").write_text("{}")
+    (copy / "checkpoints/latest").write_text("step-000006")
+    future = time.time() + 10 * 365 * 86400
+    for file in copy.rglob("*"):
+        os.utime(file, (future, future))
+    told = launch(2, *command(toy, copy, TWO, "run.name=npo")).stdout
+    for step, fault in (
+        (6, "no readable manifest"),
+        (5, r"rank-00001-of-00002\.safetensors does not have the SHA-256 of the manifest"),
+        (4, r"rank-00000-of-00002\.safetensors has 1000 bytes, the manifest says \d+"),
+        (3, r"rank-00000-of-00002\.safetensors is missing"),
+        (2, "no readable manifest .*SHA-256"),
+    ):
+        assert re.search(rf"step-00000{step} is passed over: {fault}", told), told
+    assert re.search(r"resumed from .*step-000001 at step 1", told)
+    assert differences(copy, whole) == []
 
 
-def test_a_full_disk_while_saving_leaves_what_was_committed(copy, whole):
-    folder, command = copy
-    before = digests(folder / "checkpoints/step-000004")
-    # No file may grow beyond 256 KiB: logs still can be written, shards can not.
-    limited = f"ulimit -f 256; trap '' XFSZ; exec {REPOSITORY}/launch/local.sh 2 \"$@\""
-    environment = {
-        "MIRAGE_PYTHON": sys.executable,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin:/bin",
-    }
-    done = subprocess.run(["bash", "-c", limited, "x", *command], env=environment, capture_output=True, text=True)
+# ----------------------------------------------------------------------- disks that take nothing (more)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 24 MiB; None where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_while_saving_leaves_what_was_committed(whole, copy, toy, small_disk):
+    told = command(toy, copy, TWO, "run.name=npo")
+    if small_disk is None:
+        # No file may grow beyond 256 KiB: logs still can be written, shards can not.
+        limited = f"ulimit -f 256; trap '' XFSZ; exec {REPOSITORY}/launch/local.sh 2 \"$@\""
+        environment = {**os.environ, "MIRAGE_PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(["bash", "-c", limited, "x", *told], env=environment, capture_output=True, text=True)
+    else:
+        shutil.rmtree(copy / "checkpoints/step-000001")
+        copy = Path(shutil.move(copy, small_disk / "run"))
+        told = command(toy, copy, TWO, "run.name=npo")
+        space = shutil.disk_usage(small_disk).free
+        (small_disk / "others").write_bytes(bytes(space - 2**20))
+        done = launch(2, *told, check=False)
+        (small_disk / "others").unlink()
+    before = contents(copy / "checkpoints/step-000005")
     assert done.returncode == 1
     assert re.search(r"step-000006\.tmp: cannot be written .* every checkpoint before it is whole", done.stderr)
-    assert digests(folder / "checkpoints/step-000004") == before
-    assert (folder / "checkpoints/latest").read_text() == "step-000006"  # named by the copy; its directory is gone
-    assert not (folder / "checkpoints/step-000006").exists()
-    launch(2, *command)
-    assert [m["loss"] for m in metrics(folder)] == [m["loss"] for m in metrics(whole)]
+    assert contents(whole / "checkpoints/step-000005").keys() == before.keys()
+    assert (copy / "checkpoints/latest").read_text() == "step-000005"
+    assert not (copy / "checkpoints/step-000006").exists()
+    launch(2, *told)
+    # The first step's checkpoint had to make room on the small disk.
+    shutil.copytree(whole / "checkpoints/step-000001", copy / "checkpoints/step-000001", dirs_exist_ok=True)
+    assert differences(copy, whole) == []
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(toy, copy, small_disk):
+    told = command(toy, copy, ONE, "run.name=npo")
+    if small_disk is None:
+        copy.chmod(0o500)
+    else:
+        copy = Path(shutil.move(copy, small_disk / "run"))
+        told = command(toy, copy, ONE, "run.name=npo")
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    before = contents(copy)
+    done = launch(1, *told, check=False)
+    assert done.returncode == 1
+    assert re.search(rf"mirage: {copy}: the run directory cannot be written: .*(Read-only|denied)", done.stderr)
+    assert contents(copy) == before
+    copy.chmod(0o700) if small_disk is None else None
+
+
+# ------------------------------------------------------------------ other jobs, and ranks that die or hang
+
+
+@pytest.fixture(scope="module")
+def struck(toy):
+    """One long run: a second job wants its directory, then rank 1 is killed; started again, rank 1 stands still;
+    and once more, rank 0 does. name -> (exit status, output, seconds from the blow to the end).
+    """
+    folder, found = toy.root / "faults/struck", {}
+    told = command(toy, folder, TWO, "train.max_steps=2000", "train.hang_seconds=6", "train.keep_last=2")
+    for name, rank, blow in (
+        ("killed", 1, signal.SIGKILL),
+        ("stopped", 1, signal.SIGSTOP),
+        ("first", 0, signal.SIGSTOP),
+    ):
+        run = launch(2, *told, start=True)
+        there = steps_done(folder)
+        # The first steps behind a resume may be made again: wait until the file grows beyond what was there.
+        until(lambda there=there: steps_done(folder) > there + 2, run)
+        ranks = ranks_of(run.pid)
+        if name == "killed":
+            found["second job"] = (ranks[0], launch(1, *told, ONE, check=False), run.poll())
+        send(ranks[rank], blow)
+        begin = time.monotonic()
+        found[name] = (run.wait(DEADLINE), run.stdout.read(), time.monotonic() - begin)
+        run.stdout.close()
+    return found
+
+
+def test_a_second_job_on_a_run_directory_is_refused_with_the_owners_name(struck):
+    owner, second, first = struck["second job"]
+    assert second.returncode == 1
+    assert f"belongs to a job on {socket.gethostname()}, process {owner}, since " in second.stderr
+    assert "Wait for it or cancel it" in second.stderr
+    assert first is None  # the owner goes on
+
+
+def test_a_rank_that_dies_ends_the_run_by_name(struck):
+    status, told, seconds = struck["killed"]
+    assert status == 128 + signal.SIGKILL
+    assert "rank 1 ended with status 137; stopping the others" in told
+    assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("stopped", r"rank 1 on \S+, last at '.*', is dead or stopped: it has not answered for 6 s"),
+        ("first", r"rank 0 .*is dead or stopped"),
+    ],
+)
+def test_a_rank_that_stands_still_ends_the_run_by_name_within_the_limit(struck, name, words):
+    status, told, seconds = struck[name]
+    assert status == 1
+    assert "resumed from" in told
+    assert re.search(rf"mirage: {words}.*the run ends \(train\.hang_seconds=6\)", told), told
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("moment", ["reference", "steps"])
+def test_an_orphan_of_a_requeued_job_that_comes_back_writes_nothing(toy, tmp_path, monkeypatch, moment):
+    """Stopped in the reference cache or between two steps; its successor has finished when it goes on."""
+    folder = tmp_path / "run"
+    told = command(toy, folder, TWO)
+    seen = {"reference": lambda: (folder / "reference").is_dir(), "steps": lambda: steps_done(folder) >= 2}
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    orphan = launch(2, *told, start=True)
+    until(seen[moment], orphan)
+    ranks = ranks_of(orphan.pid).values()
+    for number in ranks:
+        send(number, signal.SIGSTOP)
+    try:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        launch(2, *told)
+        assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+        before = contents(folder)
+    finally:
+        for number in ranks:
+            send(number, signal.SIGCONT)
+    out, _ = orphan.communicate(timeout=DEADLINE)
+    assert orphan.returncode == 1
+    assert re.search(r"was taken over by|another job has taken this run directory over", out), out
+    assert contents(folder) == before
+
+
+def test_an_export_does_not_bring_a_removed_workspace_back(whole, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        export.export(whole, tmp_path / "export", workspace=tmp_path / "work-gone.tmp")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_slurm_restarts_in_vain_is_stopped(toy, copy, monkeypatch):
+    parts = len(list(copy.glob("reference/*/*.npz")))
+    for number in range(3):
+        with (copy / "starts.jsonl").open("a") as file:
+            start = {"job": "4242", "restart": str(number), "step": 5, "reference_parts": parts}
+            file.write(json.dumps(start) + "\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "4242")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    done = launch(1, *command(toy, copy, ONE, "run.name=npo"), check=False)
+    assert done.returncode == 1
+    assert "Slurm job 4242 has started 3 times from step 5 without a new checkpoint" in done.stderr
+    assert "submit it again" in done.stderr
+
+
+# -------------------------------------------------------------------------------- what a run depends on
+
+
+def test_without_wandb_a_run_goes_on_says_so_and_is_recorded(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{_free_port()}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    folder = tmp_path / "run"
+    done = launch(1, *command(toy, folder, ONE, "monitor.wandb=online", "train.max_steps=2", "train.export=false"))
+    assert re.search(
+        r"W&B cannot be reached \(.*connection refused\); .* to be sent later with `wandb sync`", done.stdout
+    )
+    assert [m["step"] for m in metrics(folder)] == [1, 2]
+    (record,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert b"terms/forget" in record.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [(["train.lr=0.5"], r"train\.lr: 0\.5 here"), (["seed=5"], r"seed: 5 here")],
 )
-def test_a_run_of_another_recipe_is_not_continued(copy, change, words):
-    _, command = copy
-    done = launch(2, *command, *change, check=False)
+def test_a_run_of_another_recipe_is_not_continued(copy, toy, change, words):
+    done = launch(2, *command(toy, copy, TWO, "run.name=npo"), *change, check=False)
     assert done.returncode == 2
     assert re.search(words, done.stderr)
 
 
-def test_another_number_of_ranks_is_refused_by_name(copy):
-    _, command = copy
-    done = launch(1, *command, check=False)
-    assert done.returncode == 2
-    assert "another number of ranks" in done.stderr
-
-
 @pytest.mark.parametrize("stage", ["zero3", "zero2"])
 def test_steps_without_a_finite_gradient_are_skipped_and_too_many_stop_the_run(toy, tmp_path, stage):
-    told = [*toy.overrides("npo", tmp_path / "run"), *SHORT, "train.nonfinite_patience=3", "train.warmup=0"]
+    told = [*command(toy, tmp_path / "run", TWO), "train.nonfinite_patience=3", "train.warmup=0"]
     # The first step moves so far that nothing after it is a number.
     told += ["train.lr=1e30", "train.clip=0", f"deepspeed=configs/deepspeed/{stage}.json"]
-    done = launch(2, "train", "configs/train/demo_npo.yaml", *told, check=False)
+    done = launch(2, *told, check=False)
     assert done.returncode == 1
     assert "not finite in 3 steps in a row" in done.stderr
     records = metrics(tmp_path / "run")
@@ -121,3 +335,44 @@ def test_ranks_at_different_points_are_told_apart_instead_of_hanging(tmp_path):
     ]
     for rank in ranks:
         assert "rank 0: step 3 with 2 values; rank 1: save with 2 values" in rank.communicate(timeout=120)[1]
+
+
+# --------------------------------------------------------------------------------------------- the harness
+
+
+def test_the_harness_finds_what_is_wrong(whole, tmp_path):
+    """It would be worth nothing if it passed these."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    assert differences(folder, whole) == []
+    shard = folder / "checkpoints/step-000006/rank-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    name = next(n for n in tensors if n.startswith("param/"))
+    tensors[name][0] += 1e-7
+    save_file(tensors, shard)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, lines[-1]]))
+    shutil.rmtree(folder / "checkpoints/step-000003")
+    (folder / "checkpoints/latest").write_text("step-000005")
+    (folder / "work-1.tmp").mkdir()
+    (folder / "data.json").write_text("")
+    told = "\n".join(differences(folder, whole))
+    for words in (
+        "metrics.jsonl has steps [1, 2, 3, 4, 5, 6, 6]",
+        "checkpoints ['step-000001', 'step-000002', 'step-000004'",
+        "latest names step-000005, wanted step-000006",
+        "step-000006/rank-00001-of-00002.safetensors is not that of the never-stopped run",
+        "data.json is missing or empty",
+        "work-1.tmp was left behind",
+    ):
+        assert words in told
+
+
+def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
+    out = tmp_path / "faults.json"
+    harness = [sys.executable, "-m", "tests.faults", "--runs", "2", "--seed", "3", "--out", str(out)]
+    done = subprocess.run(harness, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(out.read_text())
+    assert (told["runs"], told["could_not_resume"], told["differ"]) == (2, 0, 0)
+    assert told["kills"] == sum(sum(row.values()) for row in told["kills_by_phase"].values()) >= 2

@@ -14,7 +14,7 @@ import torch
 from conftest import launch, metrics
 from safetensors.torch import load_file, save_file
 
-from mirage_dist.model.shards import MOMENTS, PARAM, Shards
+from mirage_dist.model.shards import MOMENTS, PARAM, Shards, read_manifest, sealed
 
 STEPS = 8
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.save_every=4", "train.export=false")
@@ -113,8 +113,8 @@ def test_a_lora_checkpoint_is_refused_on_another_base(saved, toy, tmp_path):
 @pytest.mark.parametrize(("key", "words"), [("config_hash", "another recipe"), ("base_hash", "another base weights")])
 def test_a_checkpoint_that_came_from_another_run_is_refused(saved, toy, tmp_path, key, words):
     folder = half(saved["two"], tmp_path / "run")
-    manifest = folder / "checkpoints/step-000004/manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: "0" * 64}))
+    checkpoint = folder / "checkpoints/step-000004"
+    (checkpoint / "manifest.json").write_text(sealed({**read_manifest(checkpoint), key: "0" * 64}))
     done = launch(2, *command(toy, folder, SAVED["two"][1]), check=False)
     assert done.returncode == 2
     assert words in done.stderr

@@ -16,10 +16,11 @@ from mirage_dist.train.monitor import drop_from
 def test_a_resumed_run_drops_what_it_will_write_again_and_a_half_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 8)) + '{"step": 8, "lo')
-    drop_from(file, 4)
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
-    drop_from(tmp_path / "absent.jsonl", 4)
-    assert not (tmp_path / "absent.jsonl").exists()
+    out = tmp_path / "out.jsonl"
+    assert drop_from(file, 4, out) == 7
+    assert [json.loads(line)["step"] for line in out.read_text().splitlines()] == [1, 2, 3, 4]
+    assert drop_from(tmp_path / "absent.jsonl", 4, out) == 0
+    assert out.read_text() == ""
 
 
 def config(**options) -> TrainConfig:

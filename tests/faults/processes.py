@@ -1,0 +1,87 @@
+"""A run as its user starts it, found in the process table, and SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+VICTIMS = ("a rank", "all ranks", "the launcher")
+
+
+class Start:
+    """One `launch/local.sh`, its output in a file, and the ranks that it started."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self, victim: str, rank: int) -> list[int]:
+        """SIGKILL, as soon as there is such a process; the ranks that nobody waits for any more."""
+        ranks = ranks_of(self.process.pid)
+        while self.alive() and rank not in ranks:
+            time.sleep(0.001)
+            ranks = ranks_of(self.process.pid)
+        victims = {"a rank": [ranks.get(rank)], "all ranks": list(ranks.values()), "the launcher": [self.process.pid]}
+        for number in victims[victim]:
+            if number is not None:
+                send(number, signal.SIGKILL)
+        return list(ranks.values()) if victim == "the launcher" else []
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status; None, with all its processes killed, when it does not end in time."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for number in (*ranks_of(self.process.pid).values(), self.process.pid):
+                send(number, signal.SIGKILL)
+            self.process.wait()
+            return None
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """rank -> process id, of those that a launcher has started and that run."""
+    found = {}
+    with suppress(OSError):
+        for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
+            if _running(child) and (rank := _rank(child)) is not None:
+                found[rank] = child
+    return found
+
+
+def send(number: int, name: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(number, name)
+
+
+def end(orphans: Sequence[int]) -> bool:
+    """SIGKILL, and wait until they are gone (they are not our children); whether one of them still ran."""
+    alive = any(_running(number) for number in orphans)
+    for number in orphans:
+        send(number, signal.SIGKILL)
+    while any(_running(number) for number in orphans):
+        time.sleep(0.005)
+    return alive
+
+
+def _rank(number: int) -> int | None:
+    """Which rank a process is; the launcher's own helpers are none."""
+    if b"mirage_dist.cli" not in Path(f"/proc/{number}/cmdline").read_bytes():
+        return None
+    told = dict(v.split(b"=", 1) for v in Path(f"/proc/{number}/environ").read_bytes().split(b"\0") if b"=" in v)
+    return int(told[b"RANK"]) if b"RANK" in told else None
+
+
+def _running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -1,0 +1,254 @@
+"""One job owns a run directory; one that another took over from can write nothing any more."""
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from mirage_dist.config import RunError
+from mirage_dist.train import lease as leases
+from mirage_dist.train import rundir
+from mirage_dist.train.lease import Fenced, acquire
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Beats come every 50 ms, and this is no Slurm job."""
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def forge(root, **changes):
+    """An owner.json and a workspace as another process left them."""
+    owner = {"token": "forged", **leases._self(), **changes}
+    (root / "work-forged.tmp").mkdir(parents=True, exist_ok=True)
+    (root / "owner.json").write_text(json.dumps(owner))
+    return root / "work-forged.tmp"
+
+
+def names(root):
+    return sorted(f.name for f in root.iterdir())
+
+
+def test_what_is_released_leaves_nothing_behind(tmp_path):
+    lease = acquire(tmp_path / "run")
+    lease.publish("told.json", "{}")
+    lease.release()
+    assert names(tmp_path / "run") == ["owner.lock", "told.json"]
+    acquire(tmp_path / "run").release()
+
+
+def test_a_living_owner_on_this_host_is_named(tmp_path):
+    lease = acquire(tmp_path)
+    with pytest.raises(
+        RunError, match=rf"belongs to a job on {socket.gethostname()}, process {os.getpid()}, .* running"
+    ):
+        acquire(tmp_path)
+    lease.check()
+    lease.release()
+
+
+def test_a_slurm_job_is_named(tmp_path):
+    forge(tmp_path, job="77", restart=2)
+    with pytest.raises(RunError, match=r"belongs to Slurm job 77 \(restart 2\) on"):
+        acquire(tmp_path)
+
+
+def test_the_number_of_a_dead_owner_may_be_used_again_by_another_process(tmp_path):
+    forge(tmp_path, process="1")  # a process of this number, started at another time
+    acquire(tmp_path).release()
+    other = subprocess.Popen(["sleep", "60"])
+    forge(tmp_path, pid=other.pid, process=leases._process(other.pid))
+    with pytest.raises(RunError, match=f"process {other.pid},"):
+        acquire(tmp_path)
+    other.kill()  # and not waited for: a zombie is dead
+    while leases._process(other.pid) is not None:
+        time.sleep(0.01)
+    acquire(tmp_path).release()
+    other.wait()
+
+
+def test_a_host_that_has_started_anew_runs_nothing_of_before(tmp_path):
+    forge(tmp_path, boot="before")  # alive by its number, but of another boot: only a beat could tell
+    acquire(tmp_path).release()
+
+
+def test_where_no_process_table_can_be_read_the_beat_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "_boot", lambda: "")
+    monkeypatch.setattr(leases, "_process", lambda _: None)
+    forge(tmp_path)  # dead: nobody beats in its workspace
+    lease = acquire(tmp_path)
+    with pytest.raises(RunError, match="which is running"):
+        acquire(tmp_path)
+    lease.release()
+
+
+def test_an_owner_on_another_host_whose_beat_moves_is_named_and_keeps_its_workspace(tmp_path):
+    workspace = forge(tmp_path, host="node7", pid=4242)
+    stop = threading.Event()
+
+    def beat():
+        count = 0
+        while not stop.wait(0.02):
+            count += 1
+            (workspace / "beat").write_text(str(count))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(RunError, match="belongs to a job on node7, process 4242"):
+            acquire(tmp_path)
+    finally:
+        stop.set()
+        thread.join()
+    assert names(tmp_path) == ["owner.json", "owner.lock", "work-forged.tmp"]
+
+
+@pytest.mark.parametrize("beat", [None, "", "41"])
+def test_an_owner_on_another_host_whose_beat_stands_still_is_taken_over_from(tmp_path, beat):
+    workspace = forge(tmp_path, host="node7")
+    if beat is not None:
+        (workspace / "beat").write_text(beat)
+    begin = time.monotonic()
+    lease = acquire(tmp_path)
+    assert time.monotonic() - begin >= leases.BEATS_MISSED * leases.BEAT_SECONDS
+    assert not workspace.exists()
+    lease.release()
+
+
+def test_clocks_decide_nothing(tmp_path):
+    """An owner from the future, by its own word and by every file's time, is alive or not by its process alone."""
+    future = time.time() + 10 * 365 * 86400
+    for alive in (True, False):
+        workspace = forge(tmp_path, since="2036-01-01 00:00:00 +0000", **({} if alive else {"process": "1"}))
+        (workspace / "beat").write_text("7")
+        for file in (tmp_path / "owner.json", workspace / "beat", workspace, tmp_path):
+            os.utime(file, (future, future))
+        if alive:
+            with pytest.raises(RunError, match="since 2036-01-01"):
+                acquire(tmp_path)
+        else:
+            acquire(tmp_path).release()
+
+
+def test_a_requeued_job_takes_over_from_what_is_left_of_its_last_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    orphan = acquire(tmp_path)
+    with pytest.raises(RunError, match=r"Slurm job 77 \(restart 0\)"):
+        acquire(tmp_path)  # the same start once more
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    successor = acquire(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != "beat"}
+    with pytest.raises(Fenced, match=r"was taken over by Slurm job 77 \(restart 1\)"):
+        orphan.check()
+    with pytest.raises(Fenced), orphan.told():
+        orphan.publish("manifest.json", "{}")
+    orphan.release()
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != "beat"} == before
+    successor.check()
+    successor.release()
+
+
+def test_another_job_with_a_higher_restart_count_is_not_the_successor(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    orphan = acquire(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
+    with pytest.raises(RunError, match="belongs to Slurm job 77"):
+        acquire(tmp_path)
+    orphan.release()
+
+
+def test_stale_workspaces_go_even_half_removed_ones(tmp_path):
+    for name in ("work-old.tmp/step-000004.tmp", "work-older.gone/step-000002.gone"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "rank-00000-of-00001.safetensors").write_bytes(b"half")
+    acquire(tmp_path).release()
+    assert names(tmp_path) == ["owner.lock"]
+
+
+def test_of_many_that_start_at_once_one_wins(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from mirage_dist.config import RunError\n"
+        "from mirage_dist.train.lease import acquire\n"
+        "try: acquire(Path(sys.argv[1]))\n"
+        "except RunError as error: sys.exit(f'{error}')\n"
+        "print('owner', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        deadline = time.monotonic() + 60
+        while sum(job.poll() is not None for job in jobs) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (winner,) = [job for job in jobs if job.poll() is None]
+        for job in jobs:
+            if job is not winner:
+                assert f"process {winner.pid}," in job.communicate()[1]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.communicate()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_more_is_told(tmp_path, number):
+    lease = acquire(tmp_path)
+    with pytest.raises(RunError, match=r"cannot be written .* every checkpoint in it is whole"), lease.told():
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(FileNotFoundError), lease.told():  # somebody else's file
+        (tmp_path / "nowhere").read_text()
+    lease.release()
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="the run directory cannot be written"):
+        acquire(tmp_path / "file/run")
+
+
+def start(lease, root):
+    """One start of Slurm job 77 that makes nothing."""
+    rundir.count_start(lease, 3)
+    return [json.loads(line) for line in (root / "starts.jsonl").read_text().splitlines()]
+
+
+def test_a_job_that_starts_over_without_getting_on_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    lease = acquire(tmp_path)
+    for number in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        assert len(start(lease, tmp_path)) == number + 1
+    with pytest.raises(RunError, match=r"Slurm job 77 has started 3 times from step 0 without .* submit it again"):
+        start(lease, tmp_path)
+    # A part of the reference cache is a step forward, and so is a checkpoint, and a new submission.
+    part = tmp_path / "reference/key/rank-00000-of-00001-width-4-part-000-of-002.npz"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    assert len(start(lease, tmp_path)) == 4
+    for number in range(3):
+        (tmp_path / f"checkpoints/step-{number + 1:06d}").mkdir(parents=True)
+        start(lease, tmp_path)
+    for _ in range(2):
+        start(lease, tmp_path)
+    with pytest.raises(RunError, match="from step 3"):
+        start(lease, tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert start(lease, tmp_path)[-1]["job"] == "78"
+    lease.release()
+
+
+def test_starts_by_hand_are_not_counted(tmp_path):
+    lease = acquire(tmp_path)
+    for _ in range(6):
+        start(lease, tmp_path)
+    lease.release()

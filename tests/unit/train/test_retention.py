@@ -1,0 +1,117 @@
+"""Retention keeps what the recipe asks for; a commit that was cut off is settled; damage takes nobody's place."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirage_dist.config import TrainConfig
+from mirage_dist.train import checkpoint
+from mirage_dist.train.checkpoint import Saver, committed, damage, kept, read_manifest, sealed, step_of
+from mirage_dist.world import World
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def config(**options) -> TrainConfig:
+    return TrainConfig(lr=1.0, global_batch=1, micro_batch=1, **options)
+
+
+def metrics(steps, values):
+    return {step: {"loss": value} for step, value in zip(steps, values, strict=True)}
+
+
+def test_by_hand():
+    there = metrics(range(10, 80, 10), [5.0, 1.0, 4.0, 3.0, 1.0, 2.0, 6.0])
+    assert kept(there, config(keep_last=None)) == set(there)
+    assert kept(there, config(keep_last=2)) == {60, 70}
+    assert kept(there, config(keep_last=1, keep_every=30)) == {30, 60, 70}
+    assert kept(there, config(keep_last=1, keep_best="loss")) == {50, 70}  # of equal ones the newest
+    assert kept({}, config()) == set()
+    assert kept({10: {}, 20: {}}, config(keep_last=1, keep_best="loss")) == {20}  # no step had a finite loss
+
+
+@given(
+    st.dictionaries(st.integers(1, 500), st.floats(-1e6, 1e6), max_size=30),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 40),
+    st.booleans(),
+)
+def test_nothing_that_is_asked_for_goes_and_nothing_else_stays(losses, last, every, best):
+    train = config(keep_last=last, keep_every=every, keep_best="loss" if best else None)
+    keep = kept(metrics(losses, losses.values()), train)
+    assert keep <= set(losses)
+    assert set(sorted(losses)[-last:]) <= keep
+    assert {s for s in losses if every and s % every == 0} <= keep
+    others = keep - set(sorted(losses)[-last:]) - {s for s in losses if every and s % every == 0}
+    assert len(others) <= best
+    if best and losses:
+        assert min(losses.values()) == min(losses[s] for s in keep)
+    # Retention goes on from what it left: taking away twice is taking away once.
+    assert kept({s: {"loss": losses[s]} for s in keep}, train) == keep
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Committed steps 2, 4, 6 and 8, a workspace, and `latest` as it was before the last one's commit was cut off."""
+    for step in (2, 4, 6, 8):
+        made = tmp_path / f"checkpoints/step-{step:06d}"
+        made.mkdir(parents=True)
+        (made / "manifest.json").write_text(sealed({"step": step, "files": {}, "metrics": {"loss": float(step)}}))
+    (tmp_path / "checkpoints/latest").write_text("step-000006")
+    (tmp_path / "work-1.tmp").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def saver(folder: Path, **options) -> Saver:
+    return Saver(folder, folder.parent / "work-1.tmp", config(**options), ALONE)
+
+
+def steps(folder: Path) -> list[int]:
+    return [step_of(c) for c in committed(folder)]
+
+
+def test_a_commit_that_was_cut_off_is_settled(folder):
+    saver(folder, keep_last=2).settle(8)
+    assert (folder / "latest").read_text() == "step-000008"
+    assert steps(folder) == [6, 8]
+
+
+def test_a_resume_from_an_older_checkpoint_points_to_it_and_leaves_the_damaged_one(folder):
+    saver(folder, keep_last=2).settle(6)
+    assert (folder / "latest").read_text() == "step-000006"
+    assert steps(folder) == [4, 6, 8]
+
+
+def test_a_checkpoint_without_a_readable_manifest_ends_no_save_and_takes_no_place(folder):
+    (folder / "step-000006/manifest.json").write_text("{")
+    saver(folder, keep_last=2).settle(8)
+    assert steps(folder) == [4, 6, 8]
+
+
+def test_what_cannot_be_removed_is_reported(folder, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(checkpoint.os, "rename", refused)
+    saver(folder, keep_last=3).settle(8)
+    assert "step-000002: retention cannot remove it (not yours)" in capsys.readouterr().out
+
+
+def test_a_manifest_with_any_byte_changed_is_damaged_or_says_the_same(folder):
+    manifest = folder / "step-000004/manifest.json"
+    content, told = manifest.read_bytes(), read_manifest(manifest.parent)
+    assert damage(manifest.parent) is None
+    for place in range(len(content)):
+        for change in (1, 2, 32, 255):
+            manifest.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
+            assert damage(manifest.parent) is not None or read_manifest(manifest.parent) == told
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", json.dumps({"files": {}}), "\x00" * 40])
+def test_a_manifest_that_is_none_is_damage(folder, text):
+    (folder / "step-000004/manifest.json").write_text(text)
+    assert "no readable manifest" in str(damage(folder / "step-000004"))
