@@ -74,7 +74,7 @@ def rank(parameters: int, folder: Path) -> None:
     import torch
 
     from mirage_dist import world as worlds
-    from mirage_dist.config import TrainConfig
+    from mirage_dist.schema import TrainConfig
     from mirage_dist.train.checkpoint import Saver
 
     world = worlds.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 from mirage_dist.world import exit_well, place
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.config import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 from mirage_dist.data import toyworld
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 from mirage_dist.world import no_bars_in_logs, place
 
 # Model -> its recipe, and what the stage sets beside what the user sets. The base is made by `ensure`.

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mirage_dist import signals
-from mirage_dist.config import ConfigError
+from mirage_dist.schema import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mirage_dist.config import REPOSITORY, SourceConfig, WorldConfig
+from mirage_dist.config import REPOSITORY
 from mirage_dist.data import sources, toyworld
 from mirage_dist.model import toymodel
+from mirage_dist.schema import SourceConfig, WorldConfig
 
 
 class Toy:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mirage_dist.config import ConfigError
 from mirage_dist.data.sources import Sample
+from mirage_dist.schema import ConfigError
 
 IGNORE = -100
 # What a processor may tell of each token; 0 is text in both.

@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mirage_dist.config import ConfigError, PrepareRecipe, config_hash, differences, to_dict
+from mirage_dist.config import config_hash, differences, to_dict
 from mirage_dist.data import sources, stream, toyworld
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sources import Sample, Source
+from mirage_dist.schema import ConfigError, PrepareRecipe
 
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
 SETS = ("forget.jsonl", "retain.jsonl")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.config import ConfigError, SourceConfig
 from mirage_dist.data import pictures
 from mirage_dist.data.refusals import is_refusal
+from mirage_dist.schema import ConfigError, SourceConfig
 
 VLGUARD_FIELDS = {"unsafes": "instruction", "safe_safes": "safe_instruction", "safe_unsafes": "unsafe_instruction"}
 NO_QUESTION = "N/A"  # VLGuard has it where an instruction is missing

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mirage_dist.config import ConfigError
+from mirage_dist.schema import ConfigError
 
 Indices = NDArray[np.int64]
 

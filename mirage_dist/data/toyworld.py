@@ -37,9 +37,9 @@ import numpy as np
 from PIL import Image
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, WorldConfig
 from mirage_dist.data import toyimages, toytext
 from mirage_dist.data.toyimages import Gadget
+from mirage_dist.schema import ConfigError, WorldConfig
 
 FORMAT = 1
 TEST_SPURIOUS = 0.95

@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from mirage_dist.config import ConfigError, build, nearest
+from mirage_dist.config import build, nearest
 from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.schema import ConfigError
 
 
 class Attack(Protocol):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mirage_dist.config import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 from mirage_dist.data.collate import Encoder
 from mirage_dist.data.sources import Sample
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 from mirage_dist.world import no_bars_in_logs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mirage_dist.config import ConfigError, EvalRecipe
 from mirage_dist.data import refusals, toytext, toyworld
 from mirage_dist.evals.metrics import Verdict
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 
 @dataclass(frozen=True)

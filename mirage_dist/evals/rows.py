@@ -19,12 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.config import ConfigError, EvalRecipe, differences
+from mirage_dist.config import differences
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Coverage
 from mirage_dist.evals.metrics import Condition
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 Row = dict[str, Any]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.config import ConfigError, EvalRecipe
 from mirage_dist.data import toyworld
 from mirage_dist.evals import judges, metrics, rows
 from mirage_dist.evals.generate import Generator, model_hash, template_hash
 from mirage_dist.evals.judges import Judge
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.rows import Row, Work
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.signals import StopRequested
 
 
@@ -113,7 +113,7 @@ def _check_template(recipe: EvalRecipe) -> None:
     trained = Path(recipe.run.dir) / "config.yaml"
     if not trained.is_file() or Path(recipe.run.dir) not in Path(recipe.model.path).parents:
         return
-    data = configs.load(trained, [], configs.TrainRecipe).data
+    data = configs.load(trained, [], TrainRecipe).data
     for key in ("system_prompt", "image_aspect"):
         mine, its = getattr(recipe.template, key), getattr(data, key)
         if mine != its:

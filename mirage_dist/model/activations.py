@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mirage_dist.config import ConfigError
+from mirage_dist.schema import ConfigError
 
 
 def decoder(backbone: Any) -> Any:

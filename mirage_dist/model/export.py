@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, RunError, TrainRecipe
 from mirage_dist.model import load
 from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 
 CARD = """---
 library_name: transformers

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mirage_dist.config import ConfigError
 from mirage_dist.kernels.logprob import linear_logits, linear_token_kl, linear_token_logps
+from mirage_dist.schema import ConfigError
 
 
 class TokenLogProbHead(nn.Linear):

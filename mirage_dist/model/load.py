@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from mirage_dist.config import ConfigError, ModelConfig, nearest
+from mirage_dist.config import nearest
 from mirage_dist.model import activations
 from mirage_dist.model.policy import Policy
+from mirage_dist.schema import ConfigError, ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

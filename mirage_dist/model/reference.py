@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_dist.config import ConfigError
 from mirage_dist.model.policy import Outputs, Request, no_grad_forward
+from mirage_dist.schema import ConfigError
 
 Forward = Callable[[dict[str, Tensor], Request], Outputs]
 

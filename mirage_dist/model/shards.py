@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mirage_dist.config import RunError
+from mirage_dist.schema import RunError
 
 PARAM = "param"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mirage_dist.config import ConfigError
 from mirage_dist.data import toyimages, toytext
+from mirage_dist.schema import ConfigError
 
 SPECIAL = ("<pad>", "<end>", "<unk>", "<image>", "<system>", "<user>", "<assistant>")
 PATCH = toyimages.CELL

@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mirage_dist.config import ConfigError, build, nearest
+from mirage_dist.config import build, nearest
+from mirage_dist.schema import ConfigError
 
 Positions = Literal["all", "unpadded", "response", "text"]
 

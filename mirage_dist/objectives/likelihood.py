@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mirage_dist.config import ConfigError
 from mirage_dist.objectives.base import Needs, Stateless, Term, View
+from mirage_dist.schema import ConfigError
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage_dist.config import ConfigError
 from mirage_dist.objectives.base import Needs, Stateless, Term, View, sum_by_sequence
 from mirage_dist.objectives.likelihood import cross_entropy, require_positive, require_weight, wanted
+from mirage_dist.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mirage_dist.config import ConfigError
 from mirage_dist.objectives.base import Needs, Positions, Term, View
 from mirage_dist.objectives.likelihood import cross_entropy, require_positive, require_weight, wanted
+from mirage_dist.schema import ConfigError
 
 
 @dataclass

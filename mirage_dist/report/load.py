@@ -12,7 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mirage_dist.config import ConfigError, nearest
+from mirage_dist.config import nearest
+from mirage_dist.schema import ConfigError
 
 Leaf = Mapping[str, Any]  # {"rate", "k", "n", "ci95": [low, high]}
 

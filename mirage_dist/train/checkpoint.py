@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mirage_dist.config import ConfigError, RunError, TrainConfig
 from mirage_dist.model.shards import Fragment, Shards, committed, damage, read_manifest, sealed, step_of, write
+from mirage_dist.schema import ConfigError, RunError, TrainConfig
 from mirage_dist.train import fragments as held
 from mirage_dist.world import World, barrier, everyones, gather
 

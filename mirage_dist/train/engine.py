@@ -9,8 +9,9 @@ from typing import Any
 import deepspeed
 import torch
 
-from mirage_dist.config import ConfigError, TrainConfig, TrainRecipe, find
+from mirage_dist.config import find
 from mirage_dist.model import load
+from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.world import World
 
 # The recipe decides these; in the JSON they would be a second truth.

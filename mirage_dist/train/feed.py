@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_dist.config import ConfigError, TrainRecipe
 from mirage_dist.data import sources, stream
 from mirage_dist.data.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.objectives.base import Needs, Positions
+from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.world import World
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.config import RunError
+from mirage_dist.schema import RunError
 
 BEAT_SECONDS = 5.0
 BEATS_MISSED = 3  # how many silent beats make an owner on another host dead

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_dist.config import RunError, TrainRecipe
 from mirage_dist.model.policy import Outputs, Request
 from mirage_dist.model.reference import Forward, LogProbs
 from mirage_dist.objectives.base import Objective, Term, View
+from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, MicroBatch
 from mirage_dist.world import World, gather

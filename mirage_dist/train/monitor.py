@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.signals import STOPPED
 
 

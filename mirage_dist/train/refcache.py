@@ -17,9 +17,9 @@ from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import world as worlds
-from mirage_dist.config import TrainRecipe
 from mirage_dist.model import reference
 from mirage_dist.model.policy import Request, no_grad_forward
+from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.feed import Feed, MicroBatch
 from mirage_dist.world import World
 

@@ -12,11 +12,11 @@ import torch
 
 from mirage_dist import objectives, signals
 from mirage_dist import world as worlds
-from mirage_dist.config import ConfigError, TrainRecipe
 from mirage_dist.data import sources, stream
 from mirage_dist.data.sources import Source
 from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
+from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.signals import StopRequested
 from mirage_dist.train import checkpoint, refcache, rundir
 from mirage_dist.train import engine as engines

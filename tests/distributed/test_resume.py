@@ -167,10 +167,10 @@ def test_retention_keeps_what_was_asked_for(saved, toy, tmp_path):
 
 COUNT_LAYERS = """
 import sys
-from mirage_dist import config, world
+from mirage_dist import config, schema, world
 from mirage_dist.train import engine, feed, loop, run
 from mirage_dist.model import load
-recipe = config.load(sys.argv[1], sys.argv[2:], config.TrainRecipe)
+recipe = config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe)
 objective, streams, ds = run.check(recipe, 1)
 here = world.start()
 built = engine.build(recipe, ds, here)

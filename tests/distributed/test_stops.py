@@ -35,12 +35,12 @@ def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(
 
 FILL = """
 import sys
-from mirage_dist import config, signals, world
+from mirage_dist import config, schema, signals, world
 from mirage_dist.data import stream
 from mirage_dist.model import load
 from mirage_dist.train import engine, feed, lease, refcache, run
 refcache.BATCHES_A_PART = 1
-recipe = config.load(sys.argv[1], sys.argv[2:], config.TrainRecipe)
+recipe = config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe)
 objective, streams, ds = run.check(recipe, 1)
 here = world.start()
 built = engine.build(recipe, ds, here)

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
-from mirage_dist.config import TrainRecipe
 from mirage_dist.data import stream
 from mirage_dist.data.sources import read
 from mirage_dist.model import export, load
 from mirage_dist.objectives.base import make
+from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import run as runs
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed
@@ -204,7 +204,7 @@ def test_export_of_an_earlier_step_and_of_one_that_is_not_there(finished, tmp_pa
     four, last = (load_file(p / "model.safetensors") for p in (tmp_path / "four", finished["npo_2"] / "export"))
     assert set(four) == set(last)
     assert any(not torch.equal(four[n], last[n]) for n in four)
-    with pytest.raises(configs.ConfigError, match="step-000004"):
+    with pytest.raises(ConfigError, match="step-000004"):
         export.export(finished["npo_2"], tmp_path / "five", step=5)
 
 

@@ -19,8 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.config import REPOSITORY, SourceConfig
+from mirage_dist.config import REPOSITORY
 from mirage_dist.data import sources
+from mirage_dist.schema import SourceConfig
 from tests.conftest import Toy
 from tests.faults import moments
 from tests.faults.check import differences

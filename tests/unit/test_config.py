@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainRecipe
 
 RECIPE = {
     "run": {"dir": "runs/x"},

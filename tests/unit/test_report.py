@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from mirage_dist import report
-from mirage_dist.config import ConfigError
 from mirage_dist.evals import metrics
 from mirage_dist.evals.metrics import Condition, Judged
 from mirage_dist.report import style
 from mirage_dist.report.load import read
+from mirage_dist.schema import ConfigError
 
 NASTY = "</td><script>alert('x')</script><img src=http://example.invalid/a.png onerror=alert(1)> & \"quoted\""
 EXACT = frozenset({"refused", "harmful", "irrelevant", "correct"})

@@ -14,12 +14,12 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from mirage_dist.config import ConfigError
 from mirage_dist.data import toyimages, toytext
 from mirage_dist.data.collate import IGNORE, Encoder, TooLong
 from mirage_dist.data.sources import Sample
 from mirage_dist.kernels.logprob import response_index
 from mirage_dist.model import toymodel
+from mirage_dist.schema import ConfigError
 
 LLAVA_TEMPLATE = """\
 {%- for m in messages -%}{%- if m.role != "system" -%}{{ m.role.upper() + ": " }}{%- endif -%}

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from transformers import AutoProcessor
 
-from mirage_dist.config import SourceConfig
 from mirage_dist.data import sources
 from mirage_dist.data.collate import Encoder, TooLong
+from mirage_dist.schema import SourceConfig
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from PIL import Image
 
 from mirage_dist import cli
 from mirage_dist import config as configs
-from mirage_dist.config import ConfigError, PrepareRecipe, SourceConfig
 from mirage_dist.data import prepare as preparing
 from mirage_dist.data import sources, toyworld
 from mirage_dist.data.prepare import prepare
+from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
 REFUSAL = "I'm sorry, I can't help with that."
 UNSAFE, SAFE, GENERAL = 10, 4, 30

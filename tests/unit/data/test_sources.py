@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist.config import ConfigError, SourceConfig
 from mirage_dist.data import pictures, sources
 from mirage_dist.data.sources import Sample
+from mirage_dist.schema import ConfigError, SourceConfig
 
 REFUSAL = "I'm sorry, I can't help with that."
 

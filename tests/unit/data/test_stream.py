@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.config import ConfigError
 from mirage_dist.data import stream
+from mirage_dist.schema import ConfigError
 
 seeds = st.integers(0, 2**32)
 sizes = st.integers(1, 40)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from mirage_dist.config import ConfigError, WorldConfig
 from mirage_dist.data import toytext, toyworld
+from mirage_dist.schema import ConfigError, WorldConfig
 
 
 @pytest.fixture(scope="module")

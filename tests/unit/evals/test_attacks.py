@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.config import ConfigError
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals import attacks
+from mirage_dist.schema import ConfigError
 
 
 def sample(question, identity="a"):

@@ -11,11 +11,11 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.config import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.data import toyworld
 from mirage_dist.evals import rows, runner
 from mirage_dist.evals.generate import Generator
 from mirage_dist.model import toymodel
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
 QUESTIONS = 8
 ROWS = QUESTIONS * (1 + 3 + 1) + QUESTIONS * (1 + 1 + 1) + QUESTIONS

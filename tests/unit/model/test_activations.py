@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mirage_dist.config import ConfigError
 from mirage_dist.model import activations, toymodel
+from mirage_dist.schema import ConfigError
 
 DEPTH = 4
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mirage_dist.config import RunError
 from mirage_dist.model import shards
 from mirage_dist.model.shards import MOMENTS, PARAM, Fragment, Shards, write
+from mirage_dist.schema import RunError
 
 KEYS = (PARAM, *MOMENTS)
 

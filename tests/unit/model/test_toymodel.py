@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mirage_dist.config import ConfigError
 from mirage_dist.data import toytext
 from mirage_dist.model import toymodel
+from mirage_dist.schema import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mirage_dist.config import ConfigError
 from mirage_dist.objectives.base import View, make
+from mirage_dist.schema import ConfigError
 
 
 def total(terms, counts):

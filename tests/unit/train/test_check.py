@@ -10,8 +10,8 @@ import pytest
 
 from mirage_dist import config as configs
 from mirage_dist.cli import main
-from mirage_dist.config import ConfigError, TrainRecipe
 from mirage_dist.data import sources
+from mirage_dist.schema import ConfigError, SourceConfig, TrainRecipe
 from mirage_dist.train import run
 
 
@@ -72,7 +72,7 @@ def test_an_empty_forget_set_is_an_error(recipe, tmp_path):
 
 
 def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp_path):
-    source = configs.SourceConfig("samples", str(toy.root / "forget.jsonl"))
+    source = SourceConfig("samples", str(toy.root / "forget.jsonl"))
     samples = [replace(s, answer="sorry i can not help with that") for s in sources.read(source).samples]
     with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
         run.check(recipe(forget_of(tmp_path, samples)), 2)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mirage_dist.config import RunError
+from mirage_dist.schema import RunError
 from mirage_dist.train import lease as leases
 from mirage_dist.train import rundir
 from mirage_dist.train.lease import Fenced, acquire
@@ -177,7 +177,7 @@ def test_stale_workspaces_go_even_half_removed_ones(tmp_path):
 
 def test_of_many_that_start_at_once_one_wins(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from mirage_dist.config import RunError\n"
+        "import sys, time; from pathlib import Path; from mirage_dist.schema import RunError\n"
         "from mirage_dist.train.lease import acquire\n"
         "try: acquire(Path(sys.argv[1]))\n"
         "except RunError as error: sys.exit(f'{error}')\n"

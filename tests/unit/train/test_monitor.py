@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.config import TrainConfig
+from mirage_dist.schema import TrainConfig
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.monitor import drop_from
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.config import TrainConfig
+from mirage_dist.schema import TrainConfig
 from mirage_dist.train import checkpoint
 from mirage_dist.train.checkpoint import Saver, committed, damage, kept, read_manifest, sealed, step_of
 from mirage_dist.world import World
