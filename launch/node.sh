@@ -1,8 +1,133 @@
 #!/usr/bin/env bash
-# launch/node.sh COMMAND …: what srun starts once per GPU. Rank and world size come from Slurm's variables
-# (mirage_dist/world.py reads them); slurm/common.sh sets the address.
+# launch/node.sh COMMAND …: `mirage COMMAND …` as a process of a Slurm step, and the environment it runs in.
+#   srun launch/node.sh train …                                one task a GPU: what slurm/*.sh do
+#   MIRAGE_LAUNCHER=torchrun srun --ntasks-per-node=1 …        one task a node; torchrun starts the ranks
+#   MIRAGE_LAUNCHER=deepspeed srun --ntasks-per-node=1 …       the same with DeepSpeed's launcher
+# Rank and world size come from Slurm's variables or from the launcher's (mirage_dist/world.py reads either).
+# Everything about the environment is here; each variable can be set from outside, such as
+# `NCCL_DEBUG=INFO sbatch slurm/sft.sh`, since sbatch and srun pass the environment on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=.venv/bin/python
+# Asked to stop before there is a process: 75, as it would say.
+trap 'exit 75' USR1 TERM
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+: "${SLURM_STEP_NODELIST:?launch/node.sh is started by srun; on one machine use launch/local.sh}"
+
+# The Python that has this project's packages; it runs this checkout, whatever the working directory is.
+python=${MIRAGE_PYTHON:-$repository/.venv/bin/python}
 [[ -x $python ]] || python=python3
-exec "$python" -m mirage_dist.cli "$@"
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+# Lines reach the log when they are written, not when a buffer is full.
+export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
+
+# Rendezvous: the step's first node, and a port from the job id, below the ephemeral ones, so that two jobs on a node
+# do not meet. Names of their own to override them, as MASTER_* may be left over from the shell that submitted.
+read -r first < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
+export MASTER_ADDR=${MIRAGE_MASTER_ADDR:-$first}
+export MASTER_PORT=${MIRAGE_MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
+# The network interface between nodes (such as ib0 or eth0), where NCCL's or gloo's own choice is wrong.
+if [[ ${MIRAGE_INTERFACE:-} ]]; then
+  export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$MIRAGE_INTERFACE}
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$MIRAGE_INTERFACE}
+fi
+# NCCL says what went wrong; INFO also says which interfaces and transports it chose.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A process whose NCCL watchdog is stuck ends after this many seconds instead of holding the nodes.
+export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}
+
+# Compute nodes have no internet on most clusters: models and data come from the cache, without a try to download.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+# Where that cache is: a file system that all nodes see; often the home directory is too small.
+export HF_HOME=${HF_HOME:-${HOME:-/tmp}/.cache/huggingface}
+# Temporary files stay on the node's own disk.
+export TMPDIR=${TMPDIR:-${SLURM_TMPDIR:-/tmp}}
+mkdir -p "$TMPDIR"
+# Threads of a process: the cores that Slurm gave it, shared by what a launcher starts.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# run TRAP COMMAND …: to its end, and out with its status. srun tells the batch script the largest status of all tasks.
+# When one fails, srun tells the others to stop, and they say 75 (stopped on request): a failure has to be larger, or it
+# would be taken for that and started again. Whom a signal killed had nothing to save yet, or had saved.
+run() {
+  local status=0
+  # Slurm signals this script as well as the process: `:` leaves it to that one, '' has both go on.
+  # shellcheck disable=SC2064
+  trap "$1" USR1 TERM
+  shift
+  "$@" || status=$?
+  case $status in
+    0) ;;
+    138 | 143) status=75 ;;
+    *) if ((status < 75)); then status=$((100 + (status < 27 ? status : 27))); fi ;;
+  esac
+  exit "$status"
+}
+
+# One task a node: the launcher `$1` starts a worker a GPU, each of which is this script again.
+start_workers() {
+  local launcher=$1 gpus=() nodes=() world node
+  shift
+  IFS=, read -ra gpus <<<"${MIRAGE_GPUS:-${CUDA_VISIBLE_DEVICES:-}}"
+  if ((${#gpus[@]} == 0)); then
+    echo "node.sh: this node has no GPU: set MIRAGE_GPUS=0,1 to start two workers on the CPU" >&2
+    exit 2
+  fi
+  export MIRAGE_LAUNCHER=worker OMP_NUM_THREADS=$((OMP_NUM_THREADS > ${#gpus[@]} ? OMP_NUM_THREADS / ${#gpus[@]} : 1))
+  # Slurm signals the launcher as well as the workers: these stop in good order, and it has to wait for them.
+  case $launcher in
+    torchrun)
+      # A static rendezvous keeps rank 0 on the first node, where MASTER_ADDR is. torchrun exits with 1 whatever a
+      # worker's status was, but the batch script has to know a 75: hence its main function and not its command.
+      run '' "$python" -c "$torchrun" --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
+        --nproc-per-node="${#gpus[@]}" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+        --signals-to-handle=SIGINT --no-python "$0" "$@"
+      ;;
+    deepspeed)
+      mapfile -t nodes < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
+      for node in "${nodes[@]}"; do world+="${world:+, }\"$node\": [$(IFS=, && echo "${gpus[*]}")]"; done
+      run '' "$python" -m deepspeed.launcher.launch --world_info="$(base64 -w 0 <<<"{$world}" | tr '+/' '-_')" \
+        --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --log_level=warning \
+        --no_python --no_local_rank "$0" "$@"
+      ;;
+  esac
+}
+torchrun='
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except ChildFailedError as error:
+    status = error.get_first_failure()[1].exitcode
+    sys.exit(status if status >= 0 else 128 - status)
+'
+
+case ${MIRAGE_LAUNCHER:-srun} in
+  srun)
+    # Left over from a shell that was itself a rank, these would be believed before Slurm's.
+    unset RANK LOCAL_RANK WORLD_SIZE
+    ;;
+  torchrun | deepspeed) start_workers "$MIRAGE_LAUNCHER" "$@" ;;
+  worker) ;;
+  *)
+    echo "node.sh: MIRAGE_LAUNCHER=$MIRAGE_LAUNCHER; allowed: srun, torchrun, deepspeed" >&2
+    exit 2
+    ;;
+esac
+
+local_rank=${LOCAL_RANK:-${SLURM_LOCALID:-0}}
+# A compiler cache of each process: on a shared one, ranks wait for each other's locks or read half-written files.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$TMPDIR/triton-$UID/$local_rank}
+# DeepSpeed's compiled ops likewise, and anew at each start: nobody ever frees the lock of a killed build.
+extensions=$TMPDIR/torch_extensions-$UID/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}/$local_rank
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
+
+# An evaluation has no process group: every task of every element of the job array answers a share of the questions.
+if [[ ${1:-} == eval ]]; then
+  tasks=${SLURM_NTASKS:-1}
+  share=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks + SLURM_PROCID))
+  set -- "$@" --worker "$share/$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))"
+  # One GPU each, where the node's are not dealt out by Slurm.
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
+  if ((${#gpus[@]} > 1)); then export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}; fi
+fi
+run : "$python" -m mirage_dist.cli "$@"

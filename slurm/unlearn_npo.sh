@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Unlearning with NPO, from the prepared forget and retain sets (mirage prepare configs/prepare/vlguard.yaml).
-#   sbatch slurm/unlearn_npo.sh [key=value …]            e.g. sbatch --nodes 4 slurm/unlearn_npo.sh train.lr=5e-7
-# Change first: --gres (GPUs a node) with --ntasks-per-node, --time, and model.path and the data in configs/train/npo.yaml.
+# Unlearning with NPO, from the prepared forget and retain sets (slurm/mirage.sh prepare configs/prepare/vlguard.yaml).
+#   sbatch slurm/unlearn_npo.sh [RECIPE.yaml] [key=value …]
+#   sbatch --nodes=4 slurm/unlearn_npo.sh train.lr=5e-7 run.dir=runs/npo-4
+# Change first: --gres (GPUs a node) with --ntasks-per-node, --time; model.path and the data in configs/train/npo.yaml.
+# --signal: this many seconds before the time limit the run stops, saves and is requeued. A save has to fit twice.
 #SBATCH --job-name=unlearn_npo
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-source "${SLURM_SUBMIT_DIR:-.}/slurm/common.sh"
-run_ranks train configs/train/npo.yaml "$@"
+source "${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+run_recipe train configs/train/npo.yaml "$@"

@@ -1,0 +1,176 @@
+"""What the scripts ask of Slurm and what they tell its processes; a stand-in takes the place of the training."""
+
+import sys
+
+import pytest
+from cluster import HERE, cluster
+
+from mirage_dist.config import REPOSITORY
+
+pytestmark = pytest.mark.slurm
+TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage")
+# A partition as sites have them whose preemption first asks, and waits.
+GRACE = "PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20"
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:0", "--cpus-per-task=1")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    for started in cluster(tmp_path_factory.mktemp("slurm"), LAB_CONF=GRACE):
+        started.environment |= {"MIRAGE_PYTHON": str(HERE / "standin.py"), "STANDIN_PYTHON": sys.executable}
+        yield started
+
+
+@pytest.mark.parametrize("script", TEMPLATES)
+def test_slurm_accepts_the_script_as_it_is(slurm, script):
+    slurm.ask("sbatch", "--test-only", f"{REPOSITORY}/slurm/{script}.sh")
+    assert slurm.ask("sbatch", "--test-only", "--nodes=99", f"{REPOSITORY}/slurm/{script}.sh", check=False).returncode
+
+
+@pytest.mark.parametrize("script", TEMPLATES)
+def test_every_value_can_be_overridden_on_the_command_line(slurm, script):
+    options = ("--hold", "--job-name=mine", "--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=2", "--gres=gpu:4")
+    more = ("--time=00:07:00", "--output=there.txt", "--partition=high", "--no-requeue", "--array=5", "--mem=2G")
+    job = slurm.submit(script, options=(*options, *more))
+    found = slurm.job(job)
+    slurm.ask("scancel", job)
+    wanted = {"JobName": "mine", "NumNodes": "2-2", "NumTasks": "6", "CPUs/Task": "2", "TresPerNode": "gres:gpu:4"}
+    wanted |= {"TimeLimit": "00:07:00", "Partition": "high", "Requeue": "0", "ArrayTaskId": "5", "MinMemoryNode": "2G"}
+    assert {name: found[name] for name in wanted} == wanted
+    assert found["StdOut"].endswith("there.txt")
+
+
+def test_ranks_and_overrides_arrive(slurm):
+    words = (
+        "train.lr=5e-7",
+        "data.streams.forget=[{format: samples, path: /a b/forget.jsonl}]",
+        "run.name='$HOME * \"'",
+    )
+    job = slurm.submit(
+        "unlearn_npo",
+        *words,
+        options=("--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2", "--cpus-per-task=3"),
+        # Left over from a shell that was itself a rank.
+        **{"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7", "MASTER_ADDR": "elsewhere", "NCCL_DEBUG": "INFO"},
+    )
+    slurm.ended(job)
+    starts = slurm.starts(job)
+    assert [start["words"] for start in starts] == [["train", "configs/train/npo.yaml", *words]] * 4
+    env = [start["env"] for start in starts]
+    assert sorted(e["SLURM_PROCID"] for e in env) == ["0", "1", "2", "3"]
+    first = next(e["SLURMD_NODENAME"] for e in env if e["SLURM_PROCID"] == "0")
+    for e in env:
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(e)
+        assert (e["SLURM_NTASKS"], e["SLURM_CPUS_PER_TASK"], e["CUDA_VISIBLE_DEVICES"]) == ("4", "3", "0,1")
+        assert (e["MASTER_ADDR"], e["MASTER_PORT"]) == (first, str(10000 + int(job) % 20000))
+        assert (e["NCCL_DEBUG"], e["GLOO_SOCKET_IFNAME"], e["HF_HUB_OFFLINE"]) == ("INFO", "lo", "1")
+    assert len({(e["SLURM_NODEID"], e["TRITON_CACHE_DIR"]) for e in env}) == 4
+
+
+def test_a_job_from_the_repository_needs_no_variable_and_export_hides_nothing(slurm):
+    told = ",".join(f"{name}={slurm.environment[name]}" for name in ("MIRAGE_PYTHON", "TMPDIR", "PATH"))
+    options = (*SMALL, f"--output={slurm.work}/%x-%j.log", f"--export={told}")
+    command = ("sbatch", "--parsable", *options, "slurm/sft.sh", "configs/train/demo_sft.yaml", "seed=3")
+    job = slurm.ask("env", "-C", str(REPOSITORY), "-u", "MIRAGE_HOME", *command).stdout.strip()
+    assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert [s["words"] for s in slurm.starts(job)] == [["train", "configs/train/demo_sft.yaml", "seed=3"]] * 2
+
+
+def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):
+    options = ("--array=2-4%2", "--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2", "--cpus-per-task=1")
+    job = slurm.submit("eval_attacks", "run.dir=runs/x", options=options)
+    slurm.until(lambda: len(slurm.starts(job)) == 6, "six workers", job)
+    starts = slurm.starts(job)
+    assert sorted(start["words"][-1] for start in starts) == [f"{i}/6" for i in range(6)]
+    assert {tuple(start["words"][:-1]) for start in starts} == {
+        ("eval", "configs/eval/vlguard.yaml", "run.dir=runs/x", "--worker")
+    }
+    assert {start["env"]["CUDA_VISIBLE_DEVICES"] for start in starts} <= set("01234567")
+    assert len({(start["env"]["SLURM_JOB_ID"], start["env"]["CUDA_VISIBLE_DEVICES"]) for start in starts}) == 6
+
+
+def test_an_array_with_gaps_is_refused(slurm):
+    job = slurm.submit("eval_attacks", options=("--array=1,5", "--nodes=1", "--gres=gpu:0"))
+    slurm.until(lambda: slurm.log(f"{job}_*").count("must be one range") == 2, "the message", job)
+
+
+# How a job is told to stop; whether it starts again; the state it ends in and the status of the batch script.
+# The first line of each that says `batch` reaches the batch script only, `step` the ranks only, `job` all.
+STOPS = {
+    "batch USR1": (("scancel", "--batch", "--signal=USR1", "{job}"), 1, "COMPLETED", "0:0"),
+    "step USR1": (("scancel", "--signal=USR1", "{job}"), 1, "COMPLETED", "0:0"),
+    "step TERM": (("scancel", "--signal=TERM", "{job}"), 1, "COMPLETED", "0:0"),
+    "batch TERM": (("scancel", "--batch", "--signal=TERM", "{job}"), 0, "FAILED", "75:0"),
+    "job scancel": (("scancel", "{job}"), 0, "CANCELLED", "75:0"),
+    "job requeue": (("scontrol", "requeue", "{job}"), 1, "COMPLETED", "0:0"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(slurm):
+    """Every way at once, for the nodes are wide: name -> job."""
+    jobs = {name: slurm.submit("unlearn_npo", "seconds=8", options=SMALL) for name in STOPS}
+    for job in jobs.values():
+        slurm.until(lambda job=job: len(slurm.starts(job)) == 2, "two ranks", job)
+    for name, job in jobs.items():
+        slurm.ask(*(word.format(job=job) for word in STOPS[name][0]))
+    return jobs
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_a_job_that_is_asked_to_stop(slurm, stopped, how):
+    _, restarts, state, status = STOPS[how]
+    found = slurm.ended(stopped[how])
+    log = slurm.log(stopped[how])
+    assert (found["Restarts"], found["JobState"], found["ExitCode"]) == (str(restarts), state, status), log
+    assert "stopped on request" in log
+    assert len(slurm.starts(stopped[how])) == 2 * (1 + restarts)
+
+
+def test_a_stop_before_the_ranks_are_there_is_requeued(slurm):
+    job = slurm.submit("unlearn_npo", "seconds=3", options=SMALL)
+    slurm.until(lambda: "mirage train" in slurm.log(job), "the batch script", job)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    assert (slurm.ended(job)["JobState"], slurm.job(job)["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+
+
+def test_preemption_with_a_grace_time_signals_only_the_ranks_and_is_requeued(slurm):
+    job = slurm.submit("unlearn_npo", "seconds=4", options=(*SMALL, "--partition=grace"))
+    slurm.until(lambda: len(slurm.starts(job)) == 2, "two ranks", job)
+    other = slurm.ask(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true"
+    ).stdout.strip()
+    assert (slurm.ended(job)["JobState"], slurm.job(job)["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+    assert slurm.ended(other)["JobState"] == "COMPLETED"
+
+
+@pytest.mark.parametrize(("fail", "status"), [("0:1", "1:0"), ("1:2", "2:0")])
+def test_a_rank_that_fails_ends_the_job_which_is_not_started_again(slurm, fail, status):
+    # The other rank is told to stop, says 75 like a rank that saved, and would run for two minutes.
+    job = slurm.submit("unlearn_npo", "seconds=120", f"fail={fail}", options=SMALL)
+    found = slurm.ended(job, seconds=30)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", status, "0"), slurm.log(job)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_places_the_ranks_and_passes_on_the_stop_and_its_status(slurm, launcher):
+    options = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:2", "--cpus-per-task=4")
+    job = slurm.submit("unlearn_npo", "seconds=5", options=options, MIRAGE_LAUNCHER=launcher)
+    slurm.until(lambda: len(slurm.starts(job)) == 4, "four workers", job)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    found = slurm.ended(job)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("COMPLETED", "0:0", "1"), slurm.log(job)
+    env = [start["env"] for start in slurm.starts(job)]
+    assert sorted(e["RANK"] for e in env) == sorted("01230123")
+    for e in env:
+        assert (int(e["RANK"]) // 2, int(e["RANK"]) % 2) == (int(e["SLURM_NODEID"]), int(e["LOCAL_RANK"]))
+        assert (e["WORLD_SIZE"], e["MASTER_PORT"]) == ("4", str(10000 + int(job) % 20000))
+        assert e["MASTER_ADDR"] == min(e["SLURMD_NODENAME"] for e in env)
+
+
+def test_a_rank_that_fails_under_a_launcher_ends_the_job(slurm):
+    options = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1")
+    job = slurm.submit("unlearn_npo", "seconds=120", "fail=1:1", options=options, MIRAGE_LAUNCHER="torchrun")
+    found = slurm.ended(job, seconds=60)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "1:0", "0"), slurm.log(job)
+    assert len(slurm.starts(job)) == 2
