@@ -104,6 +104,7 @@ def quieten(rank: int) -> None:
     import deepspeed.utils
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     deepspeed.utils.logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
     no_bars_in_logs(rank)
 

@@ -118,7 +118,7 @@ def base_hash(path: str) -> str:
 
     Raises ConfigError when there is no safetensors file: other weights are never loaded.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     folder = Path(path)
     if not folder.is_dir():

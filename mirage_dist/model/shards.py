@@ -80,7 +80,7 @@ def _write_all(handle: Any, part: memoryview) -> int:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().to("cpu", torch.float32).contiguous().numpy()).cast("B")
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B")
 
 
 class Shards:

@@ -181,7 +181,8 @@ def kept(checkpoints: Mapping[int, Mapping[str, float]], train: TrainConfig) -> 
     keep = set(steps[-train.keep_last :])
     if train.keep_every is not None:
         keep |= {step for step in steps if step % train.keep_every == 0}
-    measured = {step: m[train.keep_best] for step, m in checkpoints.items() if train.keep_best in m}
+    measured = {step: m.get(train.keep_best or "") for step, m in checkpoints.items()}
+    measured = {step: value for step, value in measured.items() if value is not None}
     if measured:
         keep.add(min(measured, key=lambda step: (measured[step], -step)))
     return keep

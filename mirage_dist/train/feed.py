@@ -16,7 +16,7 @@ from mirage_dist.data.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.world import World
+from mirage_dist.world import World, everyones
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,21 @@ class Feed:
         self.encoder = Encoder(processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt)
 
     def check_lengths(self, world: World) -> int:
-        """How many of this rank's share of the samples will be cut. Raises TooLong for one that does not fit."""
+        """How many samples will be cut; each rank looks at its share.
+
+        Every rank raises ConfigError when any has a sample that does not fit, or that the chat template rewrites.
+        """
         own = (s for samples in self.samples.values() for s in samples[world.rank :: world.size])
-        return sum(self.encoder.check(sample) for sample in own)
+        cut, fault = 0, None
+        try:
+            cut = sum(self.encoder.check(sample) for sample in own)
+        except ConfigError as error:
+            fault = str(error)
+        told = everyones(world, (cut, fault))
+        for _, fault in told:
+            if fault is not None:
+                raise ConfigError(fault)
+        return sum(cut for cut, _ in told)
 
     @property
     def steps(self) -> int:

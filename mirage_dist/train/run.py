@@ -85,11 +85,11 @@ def _train(
     processor = load.processor(recipe.model)
     sources.check_pictures(streams, world.rank, world.size, lambda own: worlds.everyones(world, own))
     feed = Feed(recipe, needs, streams, processor)
+    cut = feed.check_lengths(world)  # before the directory is claimed: what is wrong here changes the recipe
     with _leased(recipe, streams, world) as (lease, manifest):
         world.say(f"{root.name}: {objective} on {world.size} × {world.device.type}, {feed.steps} steps")
         for name, source in streams.items():
             world.say(f"{root.name}: stream {name}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-        cut = int(worlds.gather(world, [feed.check_lengths(world)], "lengths").sum())
         if cut:
             world.say(
                 f"{root.name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut"

@@ -95,14 +95,14 @@ class Harness:
         rng, begin = random.Random(f"{self.seed}/{number}"), time.monotonic()
         out = Outcome(number, background=rng.random() > 0.25)
         run = self.folder / f"run-{number:03d}"
-        kills = rng.choices((1, 2, 3), (16, 3, 1))[0]
-        finished = False
-        for _ in range(kills):
+        kills, finished = rng.choices((1, 2, 3), (16, 3, 1))[0], False
+        while len(out.kills) < kills and not finished and not out.not_resumed:
             moment = moments.draw(rng, number % 2 == 1, self.life, SAVE_EVERY, STEPS, KEEP)
             victim = rng.choices(VICTIMS, (2, 2, 1))[0]
             finished = self.killed(run, out, moment, victim, rng.randrange(RANKS), freeze=rng.random() < 0.5)
-            if finished or out.not_resumed:
-                break
+            if finished and not out.kills and not out.not_resumed:
+                self.forget(number)  # it was quicker than its moment: once more from the beginning
+                finished = False
         # A finished run is started again as well: there must be nothing left to do or to spoil.
         if not out.not_resumed:
             self.unkilled(run, out)
@@ -113,18 +113,20 @@ class Harness:
 
     def killed(self, run: Path, out: Outcome, moment: moments.Moment, victim: str, rank: int, freeze: bool) -> bool:
         """One start and its end by SIGKILL; whether the run has finished nevertheless."""
-        before, start = moments.look(run), self.start(run, out.background, self.log(out))
+        before, start, begin = moments.look(run), self.start(run, out.background, self.log(out)), time.monotonic()
         try:
-            moment.wait(run, start.alive, time.monotonic() + LIMIT)
+            moment.wait(run, start.alive, begin + LIMIT)
         except TimeoutError as error:
             start.wait(0)
             out.not_resumed.append(str(error))
             return False
-        alive, now = start.alive(), moments.look(run)
-        orphans = start.kill(victim, rank) if alive else []
+        if not start.alive():
+            return self.ended(start, out, time.monotonic() - begin)
+        now = moments.look(run)
+        orphans = start.kill(victim, rank)
         if victim == "all ranks" or (victim == "a rank" and rank == 0):
             now = moments.look(run)  # nobody writes there any more: what is seen is what there was
-        out.kills.append(self.told(now, before, alive, victim, str(moment)))
+        out.kills.append(self.told(now, before, victim, str(moment)))
         if freeze:
             for number in orphans:
                 send(number, signal.SIGSTOP)
@@ -144,10 +146,18 @@ class Harness:
             out.refused += 1
         elif status != 0:
             out.not_resumed.append(f"{start.log}: ended with status {status} beside the orphans {orphans}")
-        alive = end(orphans)
-        if alive:
-            out.kills.append(self.told(moments.look(run), before, True, ORPHANS, "behind a refused start"))
+        if end(orphans) and status != 0:
+            out.kills.append(self.told(moments.look(run), before, ORPHANS, "behind a refused start"))
         return status == 0
+
+    def ended(self, start: Start, out: Outcome, seconds: float) -> bool:
+        """A start that was quicker than its moment."""
+        status = start.wait(LIMIT)
+        if status != 0:
+            out.not_resumed.append(f"{start.log}: ended with status {status}")
+        if not out.kills:
+            self.life = min(self.life, seconds)
+        return True
 
     def unkilled(self, run: Path, out: Outcome) -> None:
         start = self.start(run, out.background, self.log(out))
@@ -159,9 +169,8 @@ class Harness:
         out.starts += 1
         return f"run-{out.run:03d}-start-{out.starts}.log"
 
-    def told(self, now: moments.Now, before: moments.Now, alive: bool, victim: str, moment: str) -> dict[str, str]:
-        phase = moments.phase(now, before, KEEP, STEPS, alive)
-        return {"victim": victim, "phase": phase, "moment": moment}
+    def told(self, now: moments.Now, before: moments.Now, victim: str, moment: str) -> dict[str, str]:
+        return {"victim": victim, "phase": moments.phase(now, before, KEEP, STEPS), "moment": moment}
 
     def forget(self, number: int) -> None:
         """Remove a run in which nothing was wrong."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("set-up", "caching", "between", "in save", "in commit", "in retention", "in export", "after the end")
+PHASES = ("set-up", "caching", "between", "in save", "in commit", "in retention", "in export")
 # What a kill is aimed at, by the first thing that shows it.
 TARGETS = ("save", "shards", "manifest", "renamed", "retention")
 POLL = 0.0002  # seconds
@@ -58,10 +58,8 @@ def look(run: Path) -> Now:
     )
 
 
-def phase(now: Now, before: Now, keep: int, last_step: int, alive: bool = True) -> str:
+def phase(now: Now, before: Now, keep: int, last_step: int) -> str:
     """The name of what a run is doing. before: the directory at this start's begin."""
-    if not alive:
-        return "after the end"
     if now.manifest or (now.newest is not None and now.newest != now.latest):
         return "in commit"
     if now.gone or now.committed > keep:

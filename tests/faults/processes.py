@@ -30,11 +30,11 @@ class Start:
         while self.alive() and rank not in ranks:
             time.sleep(0.001)
             ranks = ranks_of(self.process.pid)
-        victims = {"a rank": [ranks.get(rank)], "all ranks": list(ranks.values()), "the launcher": [self.process.pid]}
-        for number in victims[victim]:
-            if number is not None:
-                send(number, signal.SIGKILL)
-        return list(ranks.values()) if victim == "the launcher" else []
+        if victim == "the launcher":
+            send(self.process.pid, signal.SIGKILL)
+            return list(ranks.values())
+        end([number for r, number in ranks.items() if victim == "all ranks" or r == rank])
+        return []
 
     def wait(self, seconds: float) -> int | None:
         """The exit status; None, with all its processes killed, when it does not end in time."""
