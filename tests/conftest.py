@@ -14,7 +14,6 @@ from mirage_dist.data import sources, toyworld
 from mirage_dist.model import toymodel
 from mirage_dist.schema import SourceConfig, WorldConfig
 
-
 settings.register_profile("untimed", deadline=None)  # tests state properties; a busy machine has none of its own
 settings.load_profile("untimed")
 

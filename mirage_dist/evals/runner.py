@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -21,8 +22,10 @@ from mirage_dist.evals.generate import Generator, model_hash, template_hash
 from mirage_dist.evals.judges import Judge
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.rows import Row, Work
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
+
+MAX_RESTARTS = 3
 
 
 def suite_dir(recipe: EvalRecipe) -> Path:
@@ -86,6 +89,7 @@ def _answer(recipe: EvalRecipe, suite: Path, asks: Mapping[str, rows.Ask], share
     missing = [key for key in list(asks)[share[0] :: share[1]] if key not in found]
     if half:
         print(f"eval {recipe.suite}: {half} half-written lines ignored", flush=True)
+    _bound_restarts(suite, len(missing))
     there = sum(key in found for key in asks)
     print(f"eval {recipe.suite}: {there} of {len(asks)} answers are there", flush=True)
     if missing and signals.received() is None:
@@ -106,6 +110,23 @@ def _answer(recipe: EvalRecipe, suite: Path, asks: Mapping[str, rows.Ask], share
         )
         return None
     return [found[key] for key in asks]
+
+
+def _bound_restarts(suite: Path, missing: int) -> None:
+    """Raise RunError when the same Slurm job has started MAX_RESTARTS times in a row without one new answer."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    file = suite / "starts" / f"{job}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    before = [json.loads(line)["missing"] for line in file.read_text().splitlines()] if file.exists() else []
+    if missing and before[-MAX_RESTARTS:] == [missing] * MAX_RESTARTS:
+        raise RunError(
+            f"{suite}: Slurm job {job} has started {MAX_RESTARTS} times with {missing} answers missing; see its log "
+            "for what ended it, then submit it again"
+        )
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps({"missing": missing}) + "\n")
 
 
 def _check_template(recipe: EvalRecipe) -> None:

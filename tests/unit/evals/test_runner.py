@@ -15,7 +15,7 @@ from mirage_dist.data import toyworld
 from mirage_dist.evals import rows, runner
 from mirage_dist.evals.generate import Generator
 from mirage_dist.model import toymodel
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
 
 QUESTIONS = 8
 ROWS = QUESTIONS * (1 + 3 + 1) + QUESTIONS * (1 + 1 + 1) + QUESTIONS
@@ -232,3 +232,17 @@ def test_a_template_other_than_the_trained_one_is_refused(finished, tmp_path):
         runner.evaluate(recipe(finished, *own))
     with pytest.raises(ConfigError, match=r"template\.image_aspect='pad', .* data\.image_aspect='processor'"):
         runner.evaluate(recipe(finished, *own, "template.system_prompt=be brief"))
+
+
+def test_a_slurm_job_that_answers_nothing_is_stopped_after_three_starts(finished, tmp_path, monkeypatch):
+    again = recipe(finished, f"run.dir={tmp_path}/run")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(signals, "_received", ["SIGTERM"])
+    for _ in range(3):
+        with pytest.raises(signals.StopRequested):
+            runner.evaluate(again)
+    with pytest.raises(RunError, match=f"job 7 has started 3 times with {ROWS} answers missing"):
+        runner.evaluate(again)
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again
+    assert runner.evaluate(again) is not None
