@@ -32,8 +32,13 @@ status=0
 while ((${#rank_of[@]})); do
   wait -n -p ended "${!rank_of[@]}"
   code=$?
-  # A signal to this script ends a wait, too; then no process has ended.
-  [[ -n ${ended:-} ]] || continue
+  if [[ -z ${ended:-} ]]; then
+    # A rank that ended together with the last one is not found by `wait -n`, but its status is kept.
+    for pid in "${!rank_of[@]}"; do
+      kill -0 "$pid" 2>/dev/null || { wait "$pid"; code=$?; ended=$pid; break; }
+    done
+    [[ -n ${ended:-} ]] || continue # a signal to this script ended the wait
+  fi
   if ((code && !status)); then
     status=$code
     if ((code != 75)); then
