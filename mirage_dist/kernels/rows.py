@@ -1,0 +1,141 @@
+"""Row kernels over one chunk of logits: the eager twins, and the choice between them and Triton.
+
+A chunk z (N, C) holds the columns `start` to `start + C` of the raw products W h. Bias and soft cap are applied where
+z is read, logit = softcap · tanh((z + bias) / softcap), so that nobody writes the logits a second time.
+The twins go over a few rows at a time: their temporaries stay in the cache and do not grow with N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mirage_dist.kernels.backend import uses_triton
+
+IGNORE = -100  # label of a position that carries no loss, as in Hugging Face models
+_BLOCK = 1 << 18  # elements a twin handles at a time: 1 MiB in float32
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Running softmax statistics of N rows, in float32 (float64 for float64 logits).
+
+    max_N and sum_N = Σ exp(logit − max) over the columns seen so far; label_N is the label's logit, NaN until its
+    column was seen, so that a label outside the vocabulary shows in the loss. The two parts of the log-sum-exp stay
+    apart: (label − max) − log(sum) keeps the digits of a log-probability near 0 that label − lse would cancel.
+    """
+
+    max_N: Tensor
+    sum_N: Tensor
+    label_N: Tensor
+
+    @classmethod
+    def start(cls, rows: int, like: Tensor) -> Softmax:
+        filled = (like.new_full((rows,), value) for value in (-torch.inf, 0.0, torch.nan))
+        return cls(*filled)
+
+    @property
+    def lse_N(self) -> Tensor:
+        return self.max_N + self.sum_N.log()
+
+    def logp(self, labels_N: Tensor) -> Tensor:
+        """Log-probability of the labels (N,); 0 where the label is −100."""
+        logp_N = (self.label_N - self.max_N) - self.sum_N.log()
+        return torch.where(labels_N == IGNORE, 0.0, logp_N)
+
+
+def lse_update(
+    z_NC: Tensor, softmax: Softmax, labels_N: Tensor, start: int, bias_C: Tensor | None, softcap: float | None
+) -> None:
+    """K1: take one chunk of logits into the running statistics, in place."""
+    if not len(z_NC):
+        return
+    if uses_triton(z_NC):
+        from mirage_dist.kernels import triton_rows
+
+        return triton_rows.lse_update(z_NC, softmax, labels_N, start, bias_C, softcap)
+    for rows in _blocks(z_NC):
+        logit = _logit(z_NC[rows], bias_C, softcap)
+        seen, total = softmax.max_N[rows], softmax.sum_N[rows]
+        top = torch.maximum(seen, logit.amax(1))
+        part = (logit - top[:, None]).exp_().sum(1)
+        softmax.sum_N[rows] = total * (seen - top).exp() + part
+        softmax.max_N[rows] = top
+        column, inside = _place(labels_N[rows], start, z_NC.shape[1])
+        picked = logit.gather(1, column[:, None]).squeeze(1)
+        softmax.label_N[rows] = torch.where(inside, picked, softmax.label_N[rows])
+
+
+def dlogits(
+    z_NC: Tensor,
+    softmax: Softmax,
+    labels_N: Tensor,
+    start: int,
+    bias_C: Tensor | None,
+    softcap: float | None,
+    grad_logp_N: Tensor,
+    grad_lse_N: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """K2: dz = g·(onehot − p) + e·p of one chunk, (N, C) in `dtype`, written over z.
+
+    g and e are the upstream gradients of the label's log-probability and of the log-sum-exp. In a 16-bit dtype the
+    result fills the first half of each row's bytes: a strided view, which the matrix products take as it is.
+    """
+    grad_lse_N = torch.zeros_like(grad_logp_N) if grad_lse_N is None else grad_lse_N
+    if not len(z_NC):
+        return z_NC.to(dtype)
+    if uses_triton(z_NC):
+        from mirage_dist.kernels import triton_rows
+
+        dz_NC = z_NC if dtype == z_NC.dtype else z_NC.view(dtype)[:, : z_NC.shape[1]]
+        # An upstream gradient is often a scalar expanded to rows, which has no memory of its own.
+        upstream = (grad_logp_N.contiguous(), grad_lse_N.contiguous())
+        triton_rows.dlogits(z_NC, dz_NC, softmax, labels_N, start, bias_C, softcap, *upstream)
+        return dz_NC
+    log_sum_N, grad_p_N = softmax.sum_N.log(), grad_lse_N - grad_logp_N
+    for rows in _blocks(z_NC):
+        logit = _logit(z_NC[rows], bias_C, softcap)
+        slope = None if softcap is None else 1 - (logit / softcap).square_()
+        dz = torch.sub(logit, softmax.max_N[rows, None], out=z_NC[rows])
+        dz.sub_(log_sum_N[rows, None]).exp_().mul_(grad_p_N[rows, None])
+        column, inside = _place(labels_N[rows], start, z_NC.shape[1])
+        dz.scatter_add_(1, column[:, None], torch.where(inside, grad_logp_N[rows], 0.0)[:, None])
+        if slope is not None:
+            dz.mul_(slope)
+    return z_NC.to(dtype)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by a scalar on the tensor's device, in place. Nothing is read or written when it is 1, and the host
+    never waits to know: a gradient formed in forward is often scaled by exactly 1.
+    """
+    if uses_triton(tensor) and tensor.numel():
+        from mirage_dist.kernels import triton_rows
+
+        triton_rows.scale_(tensor, factor)
+    elif tensor.is_cuda or factor.item() != 1.0:
+        tensor.mul_(factor)
+    return tensor
+
+
+def _logit(z: Tensor, bias_C: Tensor | None, softcap: float | None) -> Tensor:
+    """The logits of raw products; z itself when there is neither bias nor soft cap."""
+    if bias_C is not None:
+        z = z + bias_C
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _place(labels_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Column of each label in a chunk, and whether it is there; a column inside the chunk in any case."""
+    column_N = labels_N - start
+    inside_N = (column_N >= 0) & (column_N < columns)
+    return column_N.clamp(0, columns - 1), inside_N
+
+
+def _blocks(z_NC: Tensor) -> Iterator[slice]:
+    rows = max(1, _BLOCK // z_NC.shape[1])
+    return (slice(first, first + rows) for first in range(0, len(z_NC), rows))
