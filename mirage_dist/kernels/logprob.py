@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from mirage_dist.kernels import passes
 from mirage_dist.kernels.losses import linear_ce, linear_npo
-from mirage_dist.kernels.passes import Gradients, Wanted
-from mirage_dist.kernels.projection import Projection
+from mirage_dist.kernels.passes import Wanted
+from mirage_dist.kernels.projection import Projection, cut
 from mirage_dist.kernels.rows import IGNORE, Softmax
 
 __all__ = [
@@ -128,7 +128,7 @@ def linear_token_logps(
     fits the workspace; where weight and bias train not, it forms each row's gradient in forward, for backward to
     scale, and keeps neither: 4NVD.
 
-    Raises ValueError for a label outside the vocabulary (NaN on a GPU, see `passes.check_labels`) and a mode that is
+    Raises ValueError for a label outside the vocabulary (−∞ on a GPU, see `passes.check_labels`) and a mode that is
     none of these.
     """
     if mode not in ("auto", "cached", "recompute"):
@@ -174,7 +174,7 @@ class _TokenLogProbs(torch.autograd.Function):
             rows = hidden.to(projection.row_dtype)
             wanted = Wanted(*ctx.needs_input_grad[:3])
             found = passes.gradients(projection, rows, labels, softmax, grad_logp, grad_lse, room_NC, kept, wanted)
-        return *_rounded(found, hidden, bias), None, None, None, None
+        return *found.rounded(hidden, weight, bias), None, None, None, None
 
 
 class _FrozenTokenLogProbs(torch.autograd.Function):
@@ -184,7 +184,7 @@ class _FrozenTokenLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, bias, labels, softcap, workspace_mb):  # type: ignore[override]
         with passes.exact(hidden):
             projection = Projection(hidden, weight, bias, softcap)
-            parts = passes.cut(len(labels), passes.rows_that_fit(projection, workspace_mb))
+            parts = cut(len(labels), passes.rows_that_fit(projection, workspace_mb))
             rows, wanted = hidden.to(projection.row_dtype), Wanted(hidden=True, weight=False, bias=False)
             logp, found = passes.single_pass(
                 projection, rows, labels, parts, lambda _, logp: torch.ones_like(logp), wanted
@@ -198,13 +198,6 @@ class _FrozenTokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_logp: Tensor):  # type: ignore[override]
         (unit,) = ctx.saved_tensors
         return (unit * grad_logp[:, None]).to(ctx.dtype), None, None, None, None, None
-
-
-def _rounded(found: Gradients, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients in the dtypes of the tensors they belong to."""
-    dhidden = None if found.hidden_ND is None else found.hidden_ND.to(hidden.dtype)
-    dbias = None if found.bias_V is None or bias is None else found.bias_V.to(bias.dtype)
-    return dhidden, found.weight_VD, dbias
 
 
 def linear_token_kl(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from mirage_dist.kernels import passes
 from mirage_dist.kernels.passes import Gradients, Wanted
-from mirage_dist.kernels.projection import Projection
+from mirage_dist.kernels.projection import Projection, cut
 from mirage_dist.kernels.rows import scale_
 
 Reduction = Literal["seq_sum", "seq_mean", "batch_mean"]
@@ -34,8 +34,9 @@ def linear_ce(
 ) -> Tensor:
     """−Σ log softmax(W h)[label] / n_items, a scalar in float32 (float64 for float64 input).
 
-    `n_items` is a number, or a scalar on the rows' device. Logits of at most `workspace_mb` MiB exist at a time; a
-    weight gradient in 16 bits is rounded once for each time. Raises ValueError for labels outside the vocabulary.
+    `n_items` is a number, or a scalar on the rows' device. Logits of at most `workspace_mb` MiB exist at a time, and a
+    16-bit weight takes a float32 gradient besides where that means more than four times. Raises ValueError for labels
+    outside the vocabulary.
     """
     loss, _ = _apply(hidden_ND, weight_VD, labels_N, bias, softcap, workspace_mb, None, _CrossEntropy(n_items))
     return loss
@@ -179,9 +180,7 @@ class _SinglePass(torch.autograd.Function):
         for each in (found.hidden_ND, found.weight_VD, found.bias_V):
             if each is not None:
                 scale_(each, factor)
-        dhidden = None if found.hidden_ND is None else found.hidden_ND.to(hidden.dtype)
-        dbias = None if found.bias_V is None else found.bias_V.to(bias.dtype)
-        return dhidden, found.weight_VD, dbias, None, None, None, None, None
+        return *found.rounded(hidden, weight, bias), None, None, None, None, None
 
 
 def _run(
@@ -198,6 +197,6 @@ def _run(
     with passes.exact(hidden_ND):
         projection = Projection(hidden_ND, weight_VD, bias_V, softcap)
         size = passes.rows_that_fit(projection, workspace_mb)
-        parts = passes.cut(len(labels_N), size) if lengths is None else passes.cut_between(lengths, size)
+        parts = cut(len(labels_N), size) if lengths is None else passes.cut_between(lengths, size)
         rows_ND = hidden_ND.to(projection.row_dtype)
         return passes.single_pass(projection, rows_ND, labels_N, parts, loss.weigh, wanted)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CONVERTED = 32 << 20  # bytes of the weight that are converted at a time
+_CONVERTED = 32 << 20  # bytes of the weight, or of its gradient, in the wider dtype at a time
 
 
 def widening_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -24,6 +24,11 @@ def widening_mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def multiplies_in_16_bits(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+
+
+def cut(length: int, size: int) -> list[slice]:
+    """0 … length in slices of at most `size`."""
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 class Projection:
@@ -67,21 +72,20 @@ class Projection:
             out_ND.addmm_(dz_NC[:, part], weight_CD, beta=0 if first and part.start == 0 else 1)
 
     def add_weight_grad_(self, out_CD: Tensor, dz_NC: Tensor, hidden_ND: Tensor, first: bool) -> None:
-        """out = dzᵀ H, or with `first` false out += dzᵀ H, in the weight's dtype: rounded once a call."""
+        """out = dzᵀ H, or with `first` false out += dzᵀ H: rounded once a call, to the dtype of `out_CD`."""
         if out_CD.dtype == dz_NC.dtype:
             out_CD.addmm_(dz_NC.T, hidden_ND, beta=0 if first else 1)
             return
-        for part in self._blocks(dz_NC.shape[1]):
-            product = dz_NC[:, part].T @ hidden_ND
+        multiply = widening_mm if self.narrow else torch.mm
+        for part in cut(dz_NC.shape[1], self._converted_rows):
+            product = multiply(dz_NC[:, part].T, hidden_ND)
             out_CD[part] = product if first else product.add_(out_CD[part])
 
-    def _converted(self, start: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
-        for part in self._blocks(columns):
-            yield part, self.weight_VD[start + part.start : start + part.stop].to(self.row_dtype)
+    @property
+    def _converted_rows(self) -> int:
+        return max(64, _CONVERTED // (self.weight_VD.shape[1] * self.logit_dtype.itemsize))
 
-    def _blocks(self, columns: int) -> Iterator[slice]:
-        """The columns in one piece, or where they must be converted in pieces of bounded size."""
-        size = columns
-        if self.weight_VD.dtype != self.row_dtype:
-            size = max(64, _CONVERTED // (self.weight_VD.shape[1] * self.row_dtype.itemsize))
-        return (slice(first, min(first + size, columns)) for first in range(0, columns, size))
+    def _converted(self, start: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns and their rows of the weight as operands: all at once, or in pieces where they are converted."""
+        for part in cut(columns, columns if self.weight_VD.dtype == self.row_dtype else self._converted_rows):
+            yield part, self.weight_VD[start + part.start : start + part.stop].to(self.row_dtype)

@@ -16,35 +16,48 @@ from torch import Tensor
 from mirage_dist.kernels.backend import uses_triton
 
 IGNORE = -100  # label of a position that carries no loss, as in Hugging Face models
-_BLOCK = 1 << 18  # elements a twin handles at a time: 1 MiB in float32
+_BLOCK = 1 << 19  # elements a twin handles at a time: 2 MiB in float32
 
 
 @dataclass(frozen=True)
 class Softmax:
     """Running softmax statistics of N rows, in float32 (float64 for float64 logits).
 
-    max_N and sum_N = Σ exp(logit − max) over the columns seen so far; label_N is the label's logit, NaN until its
-    column was seen, so that a label outside the vocabulary shows in the loss. The two parts of the log-sum-exp stay
-    apart: (label − max) − log(sum) keeps the digits of a log-probability near 0 that label − lse would cancel.
+    Of the columns seen so far: max_N; rest_N = Σ exp(logit − max) over all but the label's; label_N, the label's logit,
+    −∞ until its column was seen, so that a label outside the vocabulary shows in the loss. The label stays out of the
+    sum because 1 − p = rest / sum then keeps its digits where p is near 1: as a difference it loses two of the seven
+    at p = 0.99.
     """
 
     max_N: Tensor
-    sum_N: Tensor
+    rest_N: Tensor
     label_N: Tensor
 
     @classmethod
     def start(cls, rows: int, like: Tensor) -> Softmax:
-        filled = (like.new_full((rows,), value) for value in (-torch.inf, 0.0, torch.nan))
+        filled = (like.new_full((rows,), value) for value in (-torch.inf, 0.0, -torch.inf))
         return cls(*filled)
 
     @property
+    def log_sum_N(self) -> Tensor:
+        """log Σ exp(logit − max) over all columns."""
+        return (self.rest_N + (self.label_N - self.max_N).exp()).log()
+
+    @property
     def lse_N(self) -> Tensor:
-        return self.max_N + self.sum_N.log()
+        return self.max_N + self.log_sum_N
 
     def logp(self, labels_N: Tensor) -> Tensor:
         """Log-probability of the labels (N,); 0 where the label is −100."""
-        logp_N = (self.label_N - self.max_N) - self.sum_N.log()
+        below_N = self.label_N - self.max_N
+        near_N = -torch.log1p(self.rest_N * (-below_N).exp())  # for a label near the top, where log_sum is near 0
+        logp_N = torch.where(below_N > -1, near_N, below_N - self.log_sum_N)
         return torch.where(labels_N == IGNORE, 0.0, logp_N)
+
+    def label_grad(self, grad_logp_N: Tensor, grad_lse_N: Tensor) -> Tensor:
+        """g·(1 − p) + e·p of the label's own column (N,)."""
+        label_N = (self.label_N - self.max_N).exp()
+        return (grad_logp_N * self.rest_N + grad_lse_N * label_N) / (self.rest_N + label_N)
 
 
 def lse_update(
@@ -59,14 +72,15 @@ def lse_update(
         return triton_rows.lse_update(z_NC, softmax, labels_N, start, bias_C, softcap)
     for rows in _blocks(z_NC):
         logit = _logit(z_NC[rows], bias_C, softcap)
-        seen, total = softmax.max_N[rows], softmax.sum_N[rows]
+        seen = softmax.max_N[rows]
         top = torch.maximum(seen, logit.amax(1))
-        part = (logit - top[:, None]).exp_().sum(1)
-        softmax.sum_N[rows] = total * (seen - top).exp() + part
-        softmax.max_N[rows] = top
         column, inside = _place(labels_N[rows], start, z_NC.shape[1])
-        picked = logit.gather(1, column[:, None]).squeeze(1)
+        picked = logit.gather(1, column).squeeze(1)
         softmax.label_N[rows] = torch.where(inside, picked, softmax.label_N[rows])
+        share = (logit - top[:, None]).exp_()
+        share.scatter_(1, column, share.gather(1, column).masked_fill_(inside[:, None], 0.0))
+        softmax.rest_N[rows] = softmax.rest_N[rows] * (seen - top).exp() + share.sum(1)
+        softmax.max_N[rows] = top
 
 
 def dlogits(
@@ -88,22 +102,21 @@ def dlogits(
     grad_lse_N = torch.zeros_like(grad_logp_N) if grad_lse_N is None else grad_lse_N
     if not len(z_NC):
         return z_NC.to(dtype)
+    log_sum_N, label_grad_N = softmax.log_sum_N, softmax.label_grad(grad_logp_N, grad_lse_N)
     if uses_triton(z_NC):
         from mirage_dist.kernels import triton_rows
 
         dz_NC = z_NC if dtype == z_NC.dtype else z_NC.view(dtype)[:, : z_NC.shape[1]]
-        # An upstream gradient is often a scalar expanded to rows, which has no memory of its own.
-        upstream = (grad_logp_N.contiguous(), grad_lse_N.contiguous())
-        triton_rows.dlogits(z_NC, dz_NC, softmax, labels_N, start, bias_C, softcap, *upstream)
+        about = (softmax.max_N, log_sum_N, label_grad_N, grad_lse_N - grad_logp_N)
+        triton_rows.dlogits(z_NC, dz_NC, labels_N, start, bias_C, softcap, *about)
         return dz_NC
-    log_sum_N, grad_p_N = softmax.sum_N.log(), grad_lse_N - grad_logp_N
     for rows in _blocks(z_NC):
         logit = _logit(z_NC[rows], bias_C, softcap)
         slope = None if softcap is None else 1 - (logit / softcap).square_()
         dz = torch.sub(logit, softmax.max_N[rows, None], out=z_NC[rows])
-        dz.sub_(log_sum_N[rows, None]).exp_().mul_(grad_p_N[rows, None])
+        dz.sub_(log_sum_N[rows, None]).exp_().mul_((grad_lse_N - grad_logp_N)[rows, None])
         column, inside = _place(labels_N[rows], start, z_NC.shape[1])
-        dz.scatter_add_(1, column[:, None], torch.where(inside, grad_logp_N[rows], 0.0)[:, None])
+        dz.scatter_(1, column, torch.where(inside[:, None], label_grad_N[rows, None], dz.gather(1, column)))
         if slope is not None:
             dz.mul_(slope)
     return z_NC.to(dtype)
@@ -130,10 +143,10 @@ def _logit(z: Tensor, bias_C: Tensor | None, softcap: float | None) -> Tensor:
 
 
 def _place(labels_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each label in a chunk, and whether it is there; a column inside the chunk in any case."""
+    """Column (N, 1) of each label in a chunk, and whether it is there (N,); a column inside the chunk in any case."""
     column_N = labels_N - start
     inside_N = (column_N >= 0) & (column_N < columns)
-    return column_N.clamp(0, columns - 1), inside_N
+    return column_N.clamp(0, columns - 1)[:, None], inside_N
 
 
 def _blocks(z_NC: Tensor) -> Iterator[slice]:

@@ -56,7 +56,7 @@ class _SteerMSE(torch.autograd.Function):
         if found is None:
             act, target, index, weight = ctx.saved_tensors
             _, found = _errors(act, target, index, weight, ctx.coef, True)
-        return scale_(found, grad), None, None, None, None
+        return None if found is None else scale_(found, grad), None, None, None, None
 
 
 def _errors(

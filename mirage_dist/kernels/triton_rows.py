@@ -5,7 +5,7 @@ same. Everything is float32 inside. tanh is written out: the interpreter has no 
 """
 
 # Triton comes with CUDA builds of torch and with the `dev` extra; this file is imported only where it is used.
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -28,7 +28,7 @@ def lse_update(
         labels_N,
         z_NC if bias_C is None else bias_C,
         softmax.max_N,
-        softmax.sum_N,
+        softmax.rest_N,
         softmax.label_N,
         start,
         columns,
@@ -43,13 +43,14 @@ def lse_update(
 def dlogits(
     z_NC: Tensor,
     dz_NC: Tensor,
-    softmax: Softmax,
     labels_N: Tensor,
     start: int,
     bias_C: Tensor | None,
     softcap: float | None,
-    grad_logp_N: Tensor,
-    grad_lse_N: Tensor,
+    max_N: Tensor,
+    log_sum_N: Tensor,
+    label_grad_N: Tensor,
+    grad_p_N: Tensor,
 ) -> None:
     """`dz_NC` may lie over `z_NC`: in its dtype exactly, in a narrower one from each row's first byte on."""
     columns = z_NC.shape[1]
@@ -60,10 +61,10 @@ def dlogits(
         dz_NC.stride(0),
         labels_N,
         z_NC if bias_C is None else bias_C,
-        softmax.max_N,
-        softmax.sum_N.log(),
-        grad_logp_N,
-        grad_lse_N,
+        max_N,
+        log_sum_N,
+        label_grad_N,
+        grad_p_N,
         start,
         columns,
         softcap or 1.0,
@@ -100,7 +101,7 @@ def _lse_update(
     label_ptr,
     bias_ptr,
     max_ptr,
-    sum_ptr,
+    rest_ptr,
     found_ptr,
     start,
     columns,
@@ -112,7 +113,8 @@ def _lse_update(
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride
     top = tl.load(max_ptr + row)
-    total = tl.load(sum_ptr + row)
+    rest = tl.load(rest_ptr + row)
+    label = tl.load(label_ptr + row) - start
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         here = column < columns
@@ -123,11 +125,11 @@ def _lse_update(
             z = _capped(z, softcap)
         z = tl.where(here, z, -float("inf"))
         higher = tl.maximum(top, tl.max(z, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
+        share = tl.where(column == label, 0.0, tl.exp(z - higher))
+        rest = rest * tl.exp(top - higher) + tl.sum(share, 0)
         top = higher
     tl.store(max_ptr + row, top)
-    tl.store(sum_ptr + row, total)
-    label = tl.load(label_ptr + row) - start
+    tl.store(rest_ptr + row, rest)
     inside = (label >= 0) & (label < columns)
     z = tl.load(z_row + label, mask=inside, other=0.0)
     if HAS_BIAS:
@@ -147,8 +149,8 @@ def _dlogits(
     bias_ptr,
     max_ptr,
     log_sum_ptr,
-    grad_logp_ptr,
-    grad_lse_ptr,
+    label_grad_ptr,
+    grad_p_ptr,
     start,
     columns,
     softcap,
@@ -161,8 +163,8 @@ def _dlogits(
     dz_row = dz_ptr + row * dz_stride
     top = tl.load(max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
-    grad_logp = tl.load(grad_logp_ptr + row)
-    grad_p = tl.load(grad_lse_ptr + row) - grad_logp
+    label_grad = tl.load(label_grad_ptr + row)
+    grad_p = tl.load(grad_p_ptr + row)
     label = tl.load(label_ptr + row) - start
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -172,7 +174,7 @@ def _dlogits(
             z += tl.load(bias_ptr + column, mask=here, other=0.0)
         if HAS_CAP:
             z = _capped(z, softcap)
-        dz = grad_p * tl.exp((z - top) - log_sum) + tl.where(column == label, grad_logp, 0.0)
+        dz = tl.where(column == label, label_grad, grad_p * tl.exp((z - top) - log_sum))
         if HAS_CAP:
             dz *= 1.0 - (z / softcap) * (z / softcap)
         # dz may lie over z in a narrower dtype: the bytes this tile writes end before those that a later tile reads,

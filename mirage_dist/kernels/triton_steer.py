@@ -1,7 +1,7 @@
 """K3 as a Triton kernel; its eager twin and its meaning are in steer.py."""
 
 # Triton comes with CUDA builds of torch and with the `dev` extra; this file is imported only where it is used.
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch
