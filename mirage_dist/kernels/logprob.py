@@ -166,14 +166,16 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_logp = torch.zeros_like(softmax.max_N) if grad_logp is None else grad_logp
         with passes.exact(hidden):
             projection = Projection(hidden, weight, bias, ctx.softcap)
-            # The first backward uses the kept logits up; a further one of the same graph makes them again, in one piece
-            # as before, so that its bits are the same.
-            room_NC, ctx.logits = ctx.logits, None
-            kept = room_NC is not None
-            room_NC = room_NC if kept else projection.workspace(len(hidden), ctx.columns)
             rows = hidden.to(projection.row_dtype)
+            room_NC, ctx.logits = ctx.logits, None
+            if room_NC is None:
+                room_NC = projection.workspace(len(hidden), ctx.columns)
+                if ctx.kept:
+                    # The first backward used the kept logits up: a further one of the same graph makes them again, the
+                    # same way, so that its bits are the same.
+                    passes.statistics(projection, rows, labels, room_NC)
             wanted = Wanted(*ctx.needs_input_grad[:3])
-            found = passes.gradients(projection, rows, labels, softmax, grad_logp, grad_lse, room_NC, kept, wanted)
+            found = passes.gradients(projection, rows, labels, softmax, grad_logp, grad_lse, room_NC, ctx.kept, wanted)
         return *found.rounded(hidden, weight, bias), None, None, None, None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mirage_dist.kernels.projection import Projection
-from mirage_dist.kernels.rows import IGNORE, Softmax, dlogits, lse_update
+from mirage_dist.kernels.rows import IGNORE, Softmax, dlogits, leaves_shares, lse_update
 
 # Sums of a 16-bit gradient that are rounded in place. Each costs 1.6e-3 rms of the sum so far: four stay under the
 # 5e-3 that a bfloat16 gradient may be off by, fourteen do not. More are summed in a float32 tensor of V x D.
@@ -68,7 +68,9 @@ def rows_that_fit(projection: Projection, workspace_mb: int) -> int:
 
 
 def statistics(projection: Projection, hidden_ND: Tensor, labels_N: Tensor, room_NC: Tensor) -> Softmax:
-    """Softmax statistics, the vocabulary in chunks of the room's width; the last chunk stays in the room."""
+    """Softmax statistics, the vocabulary in chunks of the room's width. Afterwards a room that has all columns holds
+    logits, or what `leaves_shares` says.
+    """
     softmax = Softmax.start(len(hidden_ND), like=room_NC)
     for start, z_NC in _chunks(projection, room_NC):
         projection.logits_(z_NC, hidden_ND, start)
@@ -88,7 +90,8 @@ def gradients(
     kept: bool,
     wanted: Wanted,
 ) -> Gradients:
-    """Gradients for known statistics. `kept`: the room has all columns and holds the logits, which are used up."""
+    """Gradients for known statistics. `kept`: the room is as `statistics` left it, with all columns, and is used up."""
+    shares = kept and leaves_shares(room_NC, projection.softcap)
     out = Gradients.room(projection, hidden_ND, wanted)
     if not len(hidden_ND):
         return out
@@ -98,7 +101,7 @@ def gradients(
         if not kept:
             projection.logits_(z_NC, hidden_ND, start)
         about = (projection.bias(columns), projection.softcap, grad_logp_N, grad_lse_N, projection.row_dtype)
-        dz_NC = dlogits(z_NC, softmax, labels_N, start, *about)
+        dz_NC = dlogits(z_NC, softmax, labels_N, start, *about, shares)
         if out.hidden_ND is not None:
             projection.add_hidden_grad_(out.hidden_ND, dz_NC, start, first=start == 0)
         if out.weight_VD is not None:
@@ -131,7 +134,7 @@ def single_pass(
         logp_N[rows] = softmax.logp(labels_N[rows])
         grad_N = torch.where(labels_N[rows] == IGNORE, 0.0, weigh(rows, logp_N[rows]))
         about = (projection.bias(slice(None)), projection.softcap, grad_N, None, projection.row_dtype)
-        dz_NV = dlogits(z_NV, softmax, labels_N[rows], 0, *about)
+        dz_NV = dlogits(z_NV, softmax, labels_N[rows], 0, *about, leaves_shares(z_NV, projection.softcap))
         if out.hidden_ND is not None:
             projection.add_hidden_grad_(out.hidden_ND[rows], dz_NV, 0, first=True)
         if out.weight_VD is not None:

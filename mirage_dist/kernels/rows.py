@@ -1,8 +1,9 @@
 """Row kernels over one chunk of logits: the eager twins, and the choice between them and Triton.
 
 A chunk z (N, C) holds the columns `start` to `start + C` of the raw products W h. Bias and soft cap are applied where
-z is read, logit = softcap · tanh((z + bias) / softcap), so that nobody writes the logits a second time.
-The twins go over a few rows at a time: their temporaries stay in the cache and do not grow with N.
+z is read, logit = softcap · tanh((z + bias) / softcap), so that a GPU never writes the logits a second time. The twins
+work in place, in as few operations as they can, because each is a meeting of all threads. Only a soft cap, whose slope
+needs the logits again, makes them go over a few rows at a time, with temporaries that do not grow with N.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from mirage_dist.kernels.backend import uses_triton
 
 IGNORE = -100  # label of a position that carries no loss, as in Hugging Face models
-_BLOCK = 1 << 19  # elements a twin handles at a time: 2 MiB in float32
+_BLOCK = 1 << 19  # elements a twin with temporaries handles at a time: 2 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,32 @@ class Softmax:
 def lse_update(
     z_NC: Tensor, softmax: Softmax, labels_N: Tensor, start: int, bias_C: Tensor | None, softcap: float | None
 ) -> None:
-    """K1: take one chunk of logits into the running statistics, in place."""
+    """K1: take one chunk of logits into the running statistics, in place. Where `leaves_shares`, z is used up."""
     if not len(z_NC):
         return
     if uses_triton(z_NC):
         from mirage_dist.kernels import triton_rows
 
         return triton_rows.lse_update(z_NC, softmax, labels_N, start, bias_C, softcap)
-    for rows in _blocks(z_NC):
-        logit = _logit(z_NC[rows], bias_C, softcap)
+    for rows in _blocks(z_NC, softcap):
+        logit = _logit_(z_NC[rows], bias_C, softcap)
         seen = softmax.max_N[rows]
         top = torch.maximum(seen, logit.amax(1))
         column, inside = _place(labels_N[rows], start, z_NC.shape[1])
-        picked = logit.gather(1, column).squeeze(1)
-        softmax.label_N[rows] = torch.where(inside, picked, softmax.label_N[rows])
-        share = (logit - top[:, None]).exp_()
-        share.scatter_(1, column, share.gather(1, column).masked_fill_(inside[:, None], 0.0))
+        picked = logit.gather(1, column)
+        softmax.label_N[rows] = torch.where(inside, picked.squeeze(1), softmax.label_N[rows])
+        share = logit.sub_(top[:, None]).exp_()
+        label_share = share.gather(1, column)
+        share.scatter_(1, column, label_share.masked_fill(inside[:, None], 0.0))
         softmax.rest_N[rows] = softmax.rest_N[rows] * (seen - top).exp() + share.sum(1)
         softmax.max_N[rows] = top
+
+
+def leaves_shares(z_NC: Tensor, softcap: float | None) -> bool:
+    """Whether `lse_update` of the whole vocabulary leaves exp(logit − max) in z, which saves the gradient an exp. The
+    label's own element does not matter to the gradient.
+    """
+    return softcap is None and not uses_triton(z_NC)
 
 
 def dlogits(
@@ -93,32 +102,40 @@ def dlogits(
     grad_logp_N: Tensor,
     grad_lse_N: Tensor | None,
     dtype: torch.dtype,
+    shares: bool = False,
 ) -> Tensor:
     """K2: dz = g·(onehot − p) + e·p of one chunk, (N, C) in `dtype`, written over z.
 
-    g and e are the upstream gradients of the label's log-probability and of the log-sum-exp. In a 16-bit dtype the
-    result fills the first half of each row's bytes: a strided view, which the matrix products take as it is.
+    g and e are the upstream gradients of the label's log-probability and of the log-sum-exp. `shares` says that z holds
+    what `leaves_shares` describes. In a 16-bit dtype the result of the Triton kernel fills the first half of each row's
+    bytes: a strided view, which the matrix products take as it is.
     """
     grad_lse_N = torch.zeros_like(grad_logp_N) if grad_lse_N is None else grad_lse_N
     if not len(z_NC):
         return z_NC.to(dtype)
     log_sum_N, label_grad_N = softmax.log_sum_N, softmax.label_grad(grad_logp_N, grad_lse_N)
+    grad_p_N = grad_lse_N - grad_logp_N
     if uses_triton(z_NC):
         from mirage_dist.kernels import triton_rows
 
         dz_NC = z_NC if dtype == z_NC.dtype else z_NC.view(dtype)[:, : z_NC.shape[1]]
-        about = (softmax.max_N, log_sum_N, label_grad_N, grad_lse_N - grad_logp_N)
+        about = (softmax.max_N, log_sum_N, label_grad_N, grad_p_N)
         triton_rows.dlogits(z_NC, dz_NC, labels_N, start, bias_C, softcap, *about)
         return dz_NC
-    for rows in _blocks(z_NC):
-        logit = _logit(z_NC[rows], bias_C, softcap)
-        slope = None if softcap is None else 1 - (logit / softcap).square_()
-        dz = torch.sub(logit, softmax.max_N[rows, None], out=z_NC[rows])
-        dz.sub_(log_sum_N[rows, None]).exp_().mul_((grad_lse_N - grad_logp_N)[rows, None])
+    for rows in _blocks(z_NC, softcap):
+        z, slope = z_NC[rows], None
         column, inside = _place(labels_N[rows], start, z_NC.shape[1])
-        dz.scatter_(1, column, torch.where(inside[:, None], label_grad_N[rows, None], dz.gather(1, column)))
+        if shares:
+            z.mul_((grad_p_N[rows] * (-log_sum_N[rows]).exp())[:, None])
+        else:
+            logit = _logit_(z, bias_C, softcap)
+            if softcap is not None:
+                slope = 1 - (logit / softcap).square_()
+            torch.sub(logit, softmax.max_N[rows, None], out=z)
+            z.sub_(log_sum_N[rows, None]).exp_().mul_(grad_p_N[rows, None])
+        z.scatter_(1, column, torch.where(inside[:, None], label_grad_N[rows, None], z.gather(1, column)))
         if slope is not None:
-            dz.mul_(slope)
+            z.mul_(slope)
     return z_NC.to(dtype)
 
 
@@ -135,11 +152,12 @@ def scale_(tensor: Tensor, factor: Tensor) -> Tensor:
     return tensor
 
 
-def _logit(z: Tensor, bias_C: Tensor | None, softcap: float | None) -> Tensor:
-    """The logits of raw products; z itself when there is neither bias nor soft cap."""
-    if bias_C is not None:
-        z = z + bias_C
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+def _logit_(z: Tensor, bias_C: Tensor | None, softcap: float | None) -> Tensor:
+    """The logits of raw products: in place, but with a soft cap a new tensor."""
+    if softcap is None:
+        return z if bias_C is None else z.add_(bias_C)
+    z = z / softcap if bias_C is None else (z + bias_C).div_(softcap)
+    return z.tanh_().mul_(softcap)
 
 
 def _place(labels_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +167,6 @@ def _place(labels_N: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     return column_N.clamp(0, columns - 1)[:, None], inside_N
 
 
-def _blocks(z_NC: Tensor) -> Iterator[slice]:
-    rows = max(1, _BLOCK // z_NC.shape[1])
+def _blocks(z_NC: Tensor, softcap: float | None) -> Iterator[slice]:
+    rows = len(z_NC) if softcap is None else max(1, _BLOCK // z_NC.shape[1])
     return (slice(first, first + rows) for first in range(0, len(z_NC), rows))

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from mirage_dist.kernels.backend import uses_triton
 from mirage_dist.kernels.rows import scale_
 
-_BLOCK = 1 << 18  # elements the eager twin handles at a time: 1 MiB in float32
+_BLOCK = 1 << 21  # elements the eager twin handles at a time: 8 MiB in float32
 
 
 def steer_mse(
@@ -83,17 +83,23 @@ def _errors(
 def _eager_errors(
     act_PD: Tensor, target: Tensor, index_R: Tensor | None, weight_R: Tensor, grad_PD: Tensor | None
 ) -> Tensor:
-    """The twin: weighted errors (R,), gradients written to their rows of `grad_PD`; some rows at a time."""
+    """The twin: weighted errors (R,), gradients written to their rows of `grad_PD`."""
     rows, width = len(weight_R), act_PD.shape[1]
     error_R = torch.empty_like(weight_R)
-    size = max(1, _BLOCK // width)
+    # Where the gradient's own rows can hold the differences, nothing needs to be cut.
+    in_place = grad_PD is not None and index_R is None and grad_PD.dtype == weight_R.dtype
+    size = max(rows, 1) if in_place else max(1, _BLOCK // width)
     for first in range(0, rows, size):
         part = slice(first, min(first + size, rows))
         place = part if index_R is None else index_R[part]
-        wanted = target if target.dim() == 1 else target[part]
+        wanted = (target if target.dim() == 1 else target[part]).to(weight_R.dtype)
+        act = act_PD[place].to(weight_R.dtype)
+        off = torch.sub(act, wanted, out=grad_PD[part]) if in_place and grad_PD is not None else act - wanted
         # Masked rows may hold anything: infinity times 0 is no 0.
-        off = (act_PD[place].to(weight_R.dtype) - wanted).masked_fill_((weight_R[part] == 0)[:, None], 0.0)
-        error_R[part] = weight_R[part] * off.square().mean(1)
+        off.index_fill_(0, (weight_R[part] == 0).nonzero().squeeze(1), 0.0)
+        error_R[part] = weight_R[part] * torch.linalg.vector_norm(off, dim=1).square() / width
         if grad_PD is not None:
-            grad_PD[place] = off.mul_((2 / width * weight_R[part])[:, None]).to(grad_PD.dtype)
+            off.mul_((2 / width * weight_R[part])[:, None])
+            if not in_place:
+                grad_PD[place] = off.to(grad_PD.dtype)
     return error_R
