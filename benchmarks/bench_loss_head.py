@@ -62,7 +62,7 @@ class Case:
 
 CASES = {
     "cpu": [
-        Case("response", 2048, 184, 32_000, 512, torch.float32, 6),
+        Case("response", 2048, 184, 32_000, 512, torch.float32, 12),
         Case("all", 2048, 2048, 32_000, 512, torch.float32, 64),
     ],
     "cuda": [
