@@ -266,23 +266,24 @@ def step(batch: Batch, loss: Loss) -> None:
 
 def times(function: Callable[[], object], device: str, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` calls, after a first one that does not count."""
-    found = []
-    for number in range(repeats + 1):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.empty(256 * MIB, dtype=torch.int8, device=device).zero_()  # the cache's contents are another's
-            begin.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            spent = begin.elapsed_time(end)
-        else:
+    function()
+    if device == "cpu":
+        found = []
+        for _ in range(repeats):
             start = time.perf_counter()
             function()
-            spent = 1000 * (time.perf_counter() - start)
-        if number:
-            found.append(spent)
-    return found
+            found.append(1000 * (time.perf_counter() - start))
+        return found
+    # The host only queues, so that it is the device that is timed; between calls the cache fills with other contents.
+    flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in events:
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def extra_memory(batch: Batch, loss: Loss, device: str) -> float | None:
@@ -323,7 +324,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     chosen = versions(case)
     exact = reference(batch)
     for version in chosen:
-        told[version.name] = {"rounds_ms": [], "all_ms": []}
+        told[version.name] = {"rounds_ms": [], "all_ms": []}  # in the order of the table
         try:
             losses[version.name] = version.make(batch)
             step(batch, losses[version.name])
@@ -331,7 +332,8 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
                 told[version.name]["gradient_error"] = worst(batch, exact)
         except Exception as error:  # a peer that fails is a row of the table, not the end of the run
             losses.pop(version.name, None)
-            told[version.name]["missing"] = f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("Missing: ")
+            why = f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("Missing: ")
+            told[version.name] = {"missing": why}
         batch.clear()
     del exact
     products = floors(batch)
@@ -486,6 +488,8 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", help="only these; " + ", ".join(c.name for d in CASES.values() for c in d))
     parser.add_argument("--repeats", type=int, default=None, help="calls timed in a round: 7 on a CPU, 30 on a GPU")
     parsed = parser.parse_args()
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     repeats = parsed.repeats or (30 if parsed.device == "cuda" else 7)
     result: dict[str, Any] = {
         "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -148,8 +148,10 @@ def check_labels(labels_N: Tensor, vocabulary: int) -> None:
     """Raise ValueError for a label that is neither in the vocabulary nor −100. On a GPU, where the answer would stall
     the host, such a label's log-probability is −∞ instead.
     """
+    if labels_N.is_cuda:
+        return
     wrong_N = ((labels_N < 0) | (labels_N >= vocabulary)) & (labels_N != IGNORE)
-    if not labels_N.is_cuda and wrong_N.any():
+    if wrong_N.any():
         raise ValueError(f"label {int(labels_N[wrong_N][0])} is not in a vocabulary of {vocabulary}, nor {IGNORE}")
 
 
