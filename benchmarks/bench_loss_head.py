@@ -17,10 +17,10 @@ cut-cross-entropy` adds the peers.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -286,8 +286,8 @@ def times(function: Callable[[], object], device: str, repeats: int) -> list[flo
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def extra_memory(batch: Batch, loss: Loss, device: str) -> float | None:
-    """Peak MiB of a step beyond what was there before and the gradients; None where it cannot be known."""
+def extra_memory(batch: Batch, loss: Loss, device: str) -> float:
+    """Peak MiB of tensors that a step makes, beyond what was there before and the gradients."""
     step(batch, loss)
     batch.clear()
     gc.collect()
@@ -297,23 +297,15 @@ def extra_memory(batch: Batch, loss: Loss, device: str) -> float | None:
         torch.cuda.reset_peak_memory_stats()
         step(batch, loss)
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - before
     else:
-        if not Path("/proc/self/clear_refs").exists():
-            return None
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 64 << 10)  # M_MMAP_THRESHOLD: what is freed goes back to the system, and is seen to
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-        before = resident("VmRSS")
-        step(batch, loss)
-        peak = resident("VmHWM")
-    return (peak - before - batch.gradient_bytes) / MIB
-
-
-def resident(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) << 10
+        # The allocator's own record: what the process has resident depends on what malloc keeps.
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step(batch, loss)
+        told = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((e.start_ns(), number, e.nbytes()) for number, e in enumerate(told) if e.name() == "[memory]")
+        peak = max(itertools.accumulate(size for _, _, size in changes))
+    return (peak - batch.gradient_bytes) / MIB
 
 
 def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
@@ -414,7 +406,7 @@ def table(result: dict[str, Any]) -> str:
             " / ".join(f"{x:.1f}" for x in entry["rounds_ms"]),
             "" if baseline is None else f"{baseline / entry['ms']:.2f} faster",
             f"{entry['ms'] / entry['floor_ms']:.2f}",
-            "" if entry["extra_mib"] is None else f"{entry['extra_mib']:.1f}",
+            f"{entry['extra_mib']:.1f}",
             f"{entry['gradient_error']:.1e}" if "gradient_error" in entry else "",
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
