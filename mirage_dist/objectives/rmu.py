@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mirage_dist.kernels.steer import steer_mse
 from mirage_dist.objectives.base import Needs, Positions, Term, View
 from mirage_dist.objectives.likelihood import cross_entropy, require_positive, require_weight, wanted
 from mirage_dist.schema import ConfigError
@@ -79,5 +80,5 @@ class RMU:
 
 def _squared_error(view: View, target: Tensor) -> Tensor:
     """Sum over marked positions of the mean over hidden units of (h − target)²; target is (D,) or (B, S, D)."""
-    error_BS = (wanted(view.activation_BSD) - target).square().mean(-1)
-    return (error_BS * wanted(view.mask_BS)).sum()
+    rows = target if target.dim() == 1 else target.flatten(0, 1)
+    return steer_mse(wanted(view.activation_BSD), rows, None, wanted(view.mask_BS).flatten())

@@ -1,0 +1,71 @@
+"""K3 as a Triton kernel; its eager twin and its meaning are in steer.py."""
+
+# Triton comes with CUDA builds of torch and with the `dev` extra; this file is imported only where it is used.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK, _WARPS = 4096, 8
+
+
+def errors(act_PD: Tensor, target: Tensor, index_R: Tensor | None, weight_R: Tensor, grad_PD: Tensor | None) -> Tensor:
+    """Weighted errors (R,) in float32; gradients written to their rows of `grad_PD`."""
+    rows, width = len(weight_R), act_PD.shape[1]
+    error_R = torch.empty_like(weight_R)
+    target = target if target.stride(-1) == 1 else target.contiguous()
+    _errors[(rows,)](
+        act_PD,
+        act_PD.stride(0),
+        target,
+        target.stride(0) if target.dim() == 2 else 0,
+        weight_R if index_R is None else index_R,
+        weight_R,
+        act_PD if grad_PD is None else grad_PD,
+        act_PD.stride(0) if grad_PD is None else grad_PD.stride(0),
+        error_R,
+        width,
+        HAS_INDEX=index_R is not None,
+        HAS_GRAD=grad_PD is not None,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
+        num_warps=_WARPS,
+    )
+    return error_R
+
+
+@triton.jit
+def _errors(
+    act_ptr,
+    act_stride,
+    target_ptr,
+    target_stride,
+    index_ptr,
+    weight_ptr,
+    grad_ptr,
+    grad_stride,
+    error_ptr,
+    width,
+    HAS_INDEX: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    place = row
+    if HAS_INDEX:
+        place = tl.load(index_ptr + row).to(tl.int64)
+    weight = tl.load(weight_ptr + row)
+    read = tl.where(weight == 0.0, 0, width)  # nothing of a masked row
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        act = tl.load(act_ptr + place * act_stride + column, mask=column < read, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + row * target_stride + column, mask=column < read, other=0.0).to(tl.float32)
+        off = act - target
+        total += off * off
+        if HAS_GRAD:
+            grad = off * (2.0 * weight / width)
+            tl.store(grad_ptr + place * grad_stride + column, grad.to(grad_ptr.dtype.element_ty), mask=column < width)
+    tl.store(error_ptr + row, weight * tl.sum(total, 0) / width)
