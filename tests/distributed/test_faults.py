@@ -233,6 +233,31 @@ def test_a_rank_that_stands_still_ends_the_run_by_name_within_the_limit(struck, 
     assert seconds < 60
 
 
+def sleeping(launcher: int) -> list[int]:
+    """A launcher's children that have become `sleep`."""
+    children = map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
+    return [n for n in children if (comm := Path(f"/proc/{n}/comm")).exists() and comm.read_text() == "sleep\n"]
+
+
+def test_ranks_that_die_at_the_same_time_do_not_hold_their_launcher(tmp_path):
+    """It is bash that may reap both at once, so the ranks can be anything; often, because it does not always."""
+    rank = tmp_path / "rank"
+    rank.write_text("#!/usr/bin/env bash\nif [[ $1 == -c ]]; then echo 1; else exec sleep 60; fi\n")
+    rank.chmod(0o755)
+    environment = {**os.environ, "MIRAGE_PYTHON": str(rank)}
+    command = [str(REPOSITORY / "launch/local.sh"), "2", "train", "none"]
+    for _ in range(12):
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        until(lambda run=run: len(sleeping(run.pid)) == 2, run)
+        for number in sleeping(run.pid):
+            send(number, signal.SIGKILL)
+        try:
+            assert run.wait(30) == 128 + signal.SIGKILL
+        finally:
+            run.kill()
+        assert "ended with status 137" in run.communicate()[1]
+
+
 @pytest.mark.parametrize("moment", ["reference", "steps"])
 def test_an_orphan_of_a_requeued_job_that_comes_back_writes_nothing(toy, tmp_path, monkeypatch, moment):
     """Stopped in the reference cache or between two steps; its successor has finished when it goes on."""

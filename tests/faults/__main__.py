@@ -183,7 +183,7 @@ def table(outcomes: list[Outcome]) -> str:
     """Kills by phase and victim, as lines."""
     victims = (*VICTIMS, ORPHANS)
     counted = Counter((kill["phase"], kill["victim"]) for out in outcomes for kill in out.kills)
-    rows = [("kills", *victims, "sum")]
+    rows: list[tuple[str, ...]] = [("kills", *victims, "sum")]
     for phase in moments.PHASES:
         row = [counted[phase, victim] for victim in victims]
         rows.append((phase, *map(str, row), str(sum(row))))
