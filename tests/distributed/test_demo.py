@@ -18,9 +18,18 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def small(tmp_path_factory):
+    """Overrides of every stage; the base's own recipe is shortened as well."""
+    file = tmp_path_factory.mktemp("recipes") / "base.yaml"
+    base = (demo.configs.REPOSITORY / "configs/train/demo_base.yaml").read_text()
+    file.write_text(base.replace("max_steps: 500", "max_steps: 6"))
+    return [*SMALL, f"world.base_recipe={file}"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("demo")
-    return out, demo.demo(out, SMALL)
+    return out, demo.demo(out, small)
 
 
 def test_the_summary_has_the_schema_and_its_counts(told):
@@ -55,20 +64,16 @@ def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_
     assert data["npo"]["retain"]["samples"] == 48
 
 
-def test_a_second_call_starts_no_training(told, capfd):
+def test_a_second_call_starts_no_training(told, small, capfd):
     out, summary = told
-    again = demo.demo(out, SMALL)
+    again = demo.demo(out, small)
     assert again["models"] == summary["models"]
     assert "step 4/4" not in capfd.readouterr().out
 
 
-def test_a_recipe_of_the_world_alone_makes_the_world_the_base_and_the_sets(tmp_path):
-    base = (
-        (demo.configs.REPOSITORY / "configs/train/demo_base.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
-    )
-    (tmp_path / "base.yaml").write_text(base)
-    own = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/npo", f"world.base_recipe={tmp_path}/base.yaml"]
-    launch(2, "train", "configs/train/demo_npo.yaml", *SMALL, *own)
+def test_a_recipe_of_the_world_alone_makes_the_world_the_base_and_the_sets(tmp_path, small):
+    own = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/npo"]
+    launch(2, "train", "configs/train/demo_npo.yaml", *small, *own)
     assert len(metrics(tmp_path / "npo")) == 4
     assert len(metrics(tmp_path / "world/base")) == 6
     assert (tmp_path / "world/safety-0.95/prepared/prepare.json").is_file()
