@@ -26,12 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = parsed.run
     try:
         run(parsed)
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print(f"mirage: {error}", file=sys.stderr, flush=True)
-        return 2
-    except RunError as error:
-        print(f"mirage: {error}", file=sys.stderr, flush=True)
-        return 1
+        return error.status
     except signals.StopRequested as stop:
         if place()[0] == 0:
             print(f"mirage: {stop}", flush=True)

@@ -14,9 +14,13 @@ from typing import Any, Literal
 class ConfigError(ValueError):
     """A recipe, an override or a data file does not say what it must; the message says where and what to do."""
 
+    status = 2  # of the process that ends by it
+
 
 class RunError(RuntimeError):
     """A run cannot go on, through no fault of its recipe; the message says what happened and what is left whole."""
+
+    status = 1
 
 
 def _require(config: Any, names: Sequence[str], expected: str, right: Callable[[Any], bool]) -> None:

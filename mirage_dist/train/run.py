@@ -16,7 +16,7 @@ from mirage_dist.data import sources, stream
 from mirage_dist.data.sources import Source
 from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
 from mirage_dist.train import checkpoint, refcache, rundir
 from mirage_dist.train import engine as engines
@@ -147,12 +147,22 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
 def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) -> Iterator[tuple[Lease, dict[str, Any]]]:
     """The run directory, owned for as long as this lasts, and its manifest; equal on every rank."""
     root = Path(recipe.run.dir)
-    lease = acquire(root) if world.main else None
+    lease, fault = None, None
     try:
-        if lease is not None:
-            with lease.told():
-                rundir.count_start(lease, recipe.train.max_restarts)
-                rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
+        try:
+            if world.main:
+                lease = acquire(root)
+                with lease.told():
+                    rundir.count_start(lease, recipe.train.max_restarts)
+                    rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
+        except (ConfigError, RunError) as error:
+            fault = error
+        # All ranks end alike: one that waited here would tell of a lost connection, and perhaps be heard first.
+        status = worlds.from_main(world, 0 if fault is None else fault.status)
+        if fault is not None:
+            raise fault
+        if status:
+            raise SystemExit(status)
         token = worlds.from_main(world, lease.token if lease else "")
         held = lease or Lease(root, token)
         manifest = json.loads((root / "manifest.json").read_text())
