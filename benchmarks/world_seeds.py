@@ -54,7 +54,9 @@ def main() -> None:
         "rates": rates,
         "expectations": [{"what": what, "met": met} for what, met in expectations(rates)],
     }
-    (Path(__file__).parent / "results/world_seeds.json").write_text(json.dumps(result, indent=1) + "\n")
+    file = Path(__file__).parent / "results/world_seeds.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rates))
     for what, met in expectations(rates):
         print(f"{'met   ' if met else 'MISSED'}  {what}")
