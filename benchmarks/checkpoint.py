@@ -57,7 +57,7 @@ def main() -> None:
             raise SystemExit("a rank failed (see above)")
         told = json.loads((Path(folder) / "told.json").read_text())
     result = {
-        "command": " ".join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/checkpoint.py --ranks {parsed.ranks} --parameters {parsed.parameters:g}",
         "date": date.today().isoformat(),
         "machine": {"cpus": os.cpu_count(), "cpu": platform.machine(), "gpu": told.pop("gpu")},
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
