@@ -158,12 +158,11 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) ->
         except (ConfigError, RunError) as error:
             fault = error
         # All ranks end alike: one that waited here would tell of a lost connection, and perhaps be heard first.
-        status = worlds.from_main(world, 0 if fault is None else fault.status)
+        status, token = worlds.from_main(world, (fault.status if fault else 0, lease.token if lease else ""))
         if fault is not None:
             raise fault
         if status:
             raise SystemExit(status)
-        token = worlds.from_main(world, lease.token if lease else "")
         held = lease or Lease(root, token)
         manifest = json.loads((root / "manifest.json").read_text())
         told = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
