@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py --ranks 2 --parameters 60e6
 
 The same ZeRO-3 engine steps on; every few steps a checkpoint is saved, by turns in one way and the other. Two figures
-for each: the stall, how long the calls that save and that commit hold the step up; and the whole cost, by how much the
+for each: the stall, how long the calls that save, that wait for the copy and that commit hold the step up; and the whole cost, by how much the
 steps from one save to its commit take longer than undisturbed ones (in the background the disk's work competes with
 training for the cores; on a GPU training leaves them idle). Writes benchmarks/results/checkpoint.json.
 """
@@ -93,8 +93,12 @@ def rank(parameters: int, folder: Path) -> None:
     inputs = torch.randn(8, engine.module.hf.width, device=world.device)
 
     def step(saver: Saver | None = None) -> float:
-        """The seconds that a commit behind the step took, if there was one."""
+        """The seconds that the step waited for a copy and for a commit, if there was one."""
         engine.backward(engine(inputs).square().mean())
+        start = time.perf_counter()
+        if saver is not None:
+            saver.before_update()
+        waited = time.perf_counter() - start
         engine.step()
         if world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -102,7 +106,7 @@ def rank(parameters: int, folder: Path) -> None:
         start = time.perf_counter()
         if saver is not None:
             saver.step_ended(written)
-        return time.perf_counter() - start
+        return waited + time.perf_counter() - start
 
     def seconds_of_a_step() -> float:
         start = time.perf_counter()

@@ -128,7 +128,7 @@ class TrainConfig:
     decay: float = 1.0  # fraction of the steps after warm-up over which the rate falls; .1 is warm-up-stable-decay
     min_lr: float = 0.0  # fraction of `lr` at the end
     save_every: int | None = None  # steps; the last step is always saved
-    save_in_background: bool = True  # a step waits for a copy to host memory only, not for the disk
+    save_in_background: bool = True  # no step waits for the disk
     keep_last: int | None = 3  # checkpoints; null keeps all
     keep_every: int | None = None  # and those whose step is a multiple of this
     keep_best: str | None = None  # and the one with the least of this metric, such as loss or terms.retain_ce

@@ -5,8 +5,9 @@
 
 Every rank writes its fragments (`model.shards`) into the owner's workspace, synced and hashed; the manifest comes
 last; then one rename makes it a checkpoint. A process may die at any moment: what was committed before stays whole.
-In the background the step pays for a copy to host memory only; the commit follows at the first step boundary at
-which all ranks have written.
+In the background the step pays for almost nothing: what is saved changes in the optimizer's update only, so it is
+copied to host memory while the next forward and backward run, and that update waits for the copy. The commit follows
+at the first step boundary at which all ranks have written.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ from mirage_dist.world import World, barrier, everyones, gather
 
 FORMAT = 1
 Digests = dict[str, dict[str, Any]]  # file -> {"bytes", "sha256"}
+Snapshot = tuple[list[Fragment], Tensor]  # see `fragments.snapshot`
 
 
 @dataclass
 class _Pending:
-    """A checkpoint that is being written: `digests` resolves to this rank's files."""
+    """A checkpoint that is being written: `digests` resolves to this rank's files, `copied` (in the background) to the
+    copy of the training state that they are written from.
+    """
 
     name: str
     partial: Path
     manifest: Mapping[str, Any]
+    copied: Future[Snapshot] | None
     digests: Future[Digests]
 
 
@@ -53,11 +58,13 @@ class Saver:
     def __init__(self, folder: Path, workspace: Path, train: TrainConfig, world: World) -> None:
         self.folder, self.workspace, self.train, self.world = folder, workspace, train, world
         self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._copier = ThreadPoolExecutor(1, "snapshot")  # its own, since a copy must not wait for a removal
         self._buffer: Tensor | None = None
         self._pending: _Pending | None = None
 
     def save(self, engine: Any, manifest: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
-        """Write the checkpoint of `manifest["step"]`, in the background where `train.save_in_background` says so.
+        """Write the checkpoint of `manifest["step"]`, in the background where `train.save_in_background` says so;
+        `before_update` is then to be called before the next update.
 
         Raises RunError when it cannot be written (no space left); earlier checkpoints are as they were.
         """
@@ -74,12 +81,18 @@ class Saver:
         steps = held.steps_taken(engine)
         told = {"format": FORMAT, **manifest, "adamw_steps": steps, "zero_stage": engine.zero_optimization_stage()}
         state = {key: value.clone().contiguous() for key, value in objective.items()} if self.world.main else None
+        copied = None
         if self.train.save_in_background:
-            fragments, self._buffer = held.snapshot(fragments, self._buffer)
-        digests = self._writer.submit(_write, partial, self.world, fragments, state)
-        self._pending = _Pending(name, partial, told, digests)
-        if not self.train.save_in_background:
+            copied = self._copier.submit(held.snapshot, fragments, self._buffer, held.moment(self.world.device))
+        digests = self._writer.submit(_write, partial, self.world, copied or fragments, state)
+        self._pending = _Pending(name, partial, told, copied, digests)
+        if copied is None:
             self.finish()
+
+    def before_update(self) -> None:
+        """Wait until the pending checkpoint no longer needs the training state as it is."""
+        if self._pending is not None and self._pending.copied is not None:
+            _, self._buffer = self._pending.copied.result()
 
     @property
     def written(self) -> bool:
@@ -100,6 +113,7 @@ class Saver:
         """Wait for the pending checkpoint, if there is one, and commit it. Raises RunError."""
         if self._pending is None:
             return
+        self.before_update()
         pending, self._pending = self._pending, None
         with _told(pending.partial):
             own = pending.digests.result()
@@ -166,6 +180,7 @@ class Saver:
     def close(self) -> None:
         """Commit what is pending and end the writer's thread."""
         self.finish()
+        self._copier.shutdown()
         self._writer.shutdown()
 
 
@@ -239,8 +254,14 @@ def _told(partial: Path) -> Iterator[None]:
         raise RunError(f"{partial}: cannot be written ({error}); every checkpoint before it is whole") from error
 
 
-def _write(partial: Path, world: World, fragments: Sequence[Fragment], objective: dict[str, Tensor] | None) -> Digests:
+def _write(
+    partial: Path,
+    world: World,
+    source: Sequence[Fragment] | Future[Snapshot],
+    objective: dict[str, Tensor] | None,
+) -> Digests:
     """This rank's files; rank 0 has the objective's state as well. Runs in the writer's thread."""
+    fragments = source.result()[0] if isinstance(source, Future) else source
     name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
     digests = {name: write(partial / name, fragments)}
     if objective is not None:

@@ -92,14 +92,36 @@ def _ensure_moments(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def snapshot(held: list[Fragment], buffer: Tensor | None) -> tuple[list[Fragment], Tensor]:
+def moment(device: torch.device) -> torch.cuda.Event | None:
+    """This point of the GPU's work, for `snapshot` to wait for; None on a CPU, whose work is done when it returns."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def snapshot(
+    held: list[Fragment], buffer: Tensor | None, after: torch.cuda.Event | None
+) -> tuple[list[Fragment], Tensor]:
     """A copy of the fragments in host memory, and the buffer that holds it, to be handed in again next time.
 
-    The first copy pays for the memory's pages; pinned memory lets a GPU copy at the bus's full speed.
+    For a thread beside the training: on a GPU it copies in a stream of its own, as soon as `after` (see `moment`) is
+    reached. The first copy pays for the memory's pages; pinned memory lets a GPU copy at the bus's full speed.
     """
     size = sum(tensor.numel() for f in held for tensor in f.tensors.values())
     if buffer is None or len(buffer) != size:
-        buffer = torch.empty(size, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        buffer = torch.empty(size, dtype=torch.float32, pin_memory=after is not None)
+    if after is None:
+        return _copies(held, buffer), buffer
+    with torch.cuda.device(after.device), torch.cuda.stream(torch.cuda.Stream()) as stream:
+        stream.wait_event(after)
+        copies = _copies(held, buffer)
+        stream.synchronize()
+    return copies, buffer
+
+
+def _copies(held: list[Fragment], buffer: Tensor) -> list[Fragment]:
     copies, end = [], 0
     for f in held:
         tensors = {}
@@ -107,6 +129,4 @@ def snapshot(held: list[Fragment], buffer: Tensor | None) -> tuple[list[Fragment
             tensors[key] = buffer[end : end + tensor.numel()].copy_(tensor, non_blocking=True)
             end += tensor.numel()
         copies.append(Fragment(f.name, f.shape, f.start, tensors))
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
-    return copies, buffer
+    return copies

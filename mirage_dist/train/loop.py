@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,13 @@ class Loop:
         self.needs, self.reference, self.cache = objective.needs, reference, cache
         self.skipped_in_a_row = 0
 
-    def step(self, number: int, flags: Sequence[bool] = ()) -> tuple[dict[str, Any], Tensor]:
+    def step(
+        self, number: int, flags: Sequence[bool] = (), before_update: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, Any], Tensor]:
         """Step `number` (from 0) of the run: its record for the log. Raises NonFinite.
 
         flags: what this rank has to tell the others; every rank gets all of them, (ranks, flags), with the values that
-        are gathered anyway.
+        are gathered anyway. before_update: called when all gradients are there and no weight has changed.
         """
         window = self.feed.window(number, self.world)
         counts = self.agree(number, self.feed.counts(window))
@@ -56,6 +58,8 @@ class Loop:
             loss = sum((t.weight / counts[t.count] * t.sum for t in terms), torch.zeros((), device=self.world.device))
             # DeepSpeed averages gradients over ranks; the counts are global already.
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            if micro is window[-1]:
+                before_update()
             self.engine.step()  # clips, checks and steps behind the last micro-batch of the window
             for t in terms:
                 sums[t.name] = sums.get(t.name, 0) + t.sum.detach()

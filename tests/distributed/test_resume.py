@@ -165,6 +165,31 @@ def test_retention_keeps_what_was_asked_for(saved, toy, tmp_path):
     assert "did you mean 'loss'?" in done.stderr
 
 
+SLOW_COPY = """
+import sys, time
+from mirage_dist import config, schema, world
+from mirage_dist.train import fragments, run
+copy = fragments.snapshot
+def slow(*told):
+    time.sleep(0.5)
+    return copy(*told)
+fragments.snapshot = slow
+run.train(config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe))
+world.exit_well()
+"""
+
+
+def test_a_step_does_not_change_what_is_still_to_be_copied(saved, toy, tmp_path):
+    """Many steps would be over before a copy that takes so long begins, if the update did not wait for it."""
+    (tmp_path / "slow.py").write_text(SLOW_COPY)
+    _, *told = command(toy, tmp_path / "run", SAVED["one_zero2"][1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, str(tmp_path / "slow.py"), *told], env=environment, check=True)
+    for step in ("step-000004", f"step-{STEPS:06d}"):
+        name = f"checkpoints/{step}/rank-00000-of-00001.safetensors"
+        assert (tmp_path / "run" / name).read_bytes() == (saved["one_zero2"] / name).read_bytes()
+
+
 COUNT_LAYERS = """
 import sys
 from mirage_dist import config, schema, world
