@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from mirage_dist.schema import SourceConfig, WorldConfig
 
 settings.register_profile("untimed", deadline=None)  # tests state properties; a busy machine has none of its own
 settings.load_profile("untimed")
+
+DEADLINE = 180.0  # seconds, on a busy machine
 
 
 class Toy:
@@ -57,3 +60,29 @@ def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False)
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def until(seen, process: subprocess.Popen):
+    """Wait until `seen()` is true while a run goes on."""
+    deadline = time.monotonic() + DEADLINE
+    while not seen():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def steps_done(folder: Path) -> int:
+    try:
+        return len((folder / "metrics.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def plain_environment():
+    """Not a job of the Slurm that these tests may run in; a rank that does not end by asking is killed soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("SLURM_")]:
+            patch.delenv(name)
+        patch.setenv("MIRAGE_KILL_SECONDS", "2")
+        yield

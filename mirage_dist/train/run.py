@@ -122,9 +122,7 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
     for number in range(first, feed.steps):
         # Dropout draws what it would have drawn in a run that never stopped.
         torch.manual_seed(recipe.seed * 1_000_003 + number * world.size + world.rank)
-        record, flags = loop.step(
-            number, [signals.received() is not None, saver.written], saver.before_update
-        )
+        record, flags = loop.step(number, [signals.received() is not None, saver.written], saver.before_update)
         stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())
         lap = clock.lap()
         if world.main:

@@ -7,11 +7,13 @@ or stopped. Beats that stand still and are behind the others': that rank is what
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -44,9 +46,16 @@ class Watchdog:
         # Two, because a store whose process is stopped holds whoever asks it.
         self._threads = [threading.Thread(target=t, name=t.__name__, daemon=True) for t in (self._talk, self._judge)]
 
+    @property
+    def _watched(self) -> Sequence[int]:
+        """The first rank watches all; the others watch it."""
+        return range(self.world.size) if self.world.main else (0,)
+
     def start(self) -> Watchdog:
+        """Every rank calls this at the same point: one that is never heard of is missed from now on."""
         if self.world.size > 1:
-            self._answered = time.monotonic()
+            now = self._answered = time.monotonic()
+            self._seen = {r: _Seen(0, 0, "the start", "an unknown host", now, now) for r in self._watched}
             for thread in self._threads:
                 thread.start()
         return self
@@ -56,20 +65,19 @@ class Watchdog:
         self._stop.set()
 
     def _talk(self) -> None:
-        store, ticks = worlds.store(), 0
-        # The first rank watches all; the others watch it.
-        watched = range(self.world.size) if self.world.main else (0,)
-        while not self._stop.wait(self.every):
-            ticks += 1
+        store = worlds.store()
+        for ticks in itertools.count(1):
             beats, where = worlds.last_call()
             try:
                 store.set(f"watchdog/{self.world.rank}", f"{beats}|{ticks}|{socket.gethostname()}|{where}")
-                told = {r: store.get(f"watchdog/{r}") for r in watched if store.check([f"watchdog/{r}"])}
+                told = {r: store.get(f"watchdog/{r}") for r in self._watched if store.check([f"watchdog/{r}"])}
             except RuntimeError:
                 return  # the judge will miss the answers
             self._answered = time.monotonic()
             for rank, text in told.items():
-                self._seen[rank] = _seen(self._seen.get(rank), text.decode(), self._answered)
+                self._seen[rank] = _seen(self._seen[rank], text.decode(), self._answered)
+            if self._stop.wait(self.every):
+                return
 
     def _judge(self) -> None:
         while not self._stop.wait(self.every):
@@ -86,11 +94,11 @@ class Watchdog:
         os._exit(1)
 
 
-def _seen(last: _Seen | None, text: str, now: float) -> _Seen:
+def _seen(last: _Seen, text: str, now: float) -> _Seen:
     beats, ticks, host, where = text.split("|", 3)
-    moved, ticked = last is None or last.beats != int(beats), last is None or last.ticks != int(ticks)
-    beat_at, tick_at = (now, now) if last is None else (last.beat_at, last.tick_at)
-    return _Seen(int(beats), int(ticks), where, host, now if moved else beat_at, now if ticked else tick_at)
+    beat_at = last.beat_at if last.beats == int(beats) else now
+    tick_at = last.tick_at if last.ticks == int(ticks) else now
+    return _Seen(int(beats), int(ticks), where, host, beat_at, tick_at)
 
 
 def verdict(seen: dict[int, _Seen], now: float, seconds: float) -> str | None:

@@ -46,7 +46,8 @@ def test_nobody_is_named_while_all_answer_and_one_moves(ranks):
 
 
 def test_times_are_those_of_the_watcher_and_move_with_the_counters():
-    first = _seen(None, "4|7|node7|step 1|2", 100.0)
+    unheard = _Seen(0, 0, "the start", "an unknown host", 90.0, 90.0)
+    first = _seen(unheard, "4|7|node7|step 1|2", 100.0)
     assert (first.where, first.beat_at, first.tick_at) == ("step 1|2", 100.0, 100.0)
     ticking = _seen(first, "4|8|node7|step 1|2", 105.0)
     assert (ticking.beat_at, ticking.tick_at) == (100.0, 105.0)

@@ -1,0 +1,144 @@
+"""Ranks that die, stand still or disagree end their run by name, and a second job on a run directory is refused."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE, launch, steps_done, until
+from faults.processes import ranks_of, send
+
+from mirage_dist.config import REPOSITORY
+from mirage_dist.world import _free_port
+
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+
+@pytest.fixture(scope="module")
+def struck(toy):
+    """One long run: a second job wants its directory, then rank 1 is killed; started again, rank 1 stands still;
+    and once more, rank 0 does. name -> (exit status, output, seconds from the blow to the end).
+    """
+    folder, found = toy.root / "faults/struck", {}
+    told = ["train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), "train.max_steps=2000"]
+    told += ["train.global_batch=8", "train.save_every=1", "train.keep_last=2", "train.hang_seconds=6"]
+    for name, rank, blow in (
+        ("killed", 1, signal.SIGKILL),
+        ("stopped", 1, signal.SIGSTOP),
+        ("first", 0, signal.SIGSTOP),
+    ):
+        run = launch(2, *told, "train.micro_batch=4", start=True)
+        there = steps_done(folder)
+        # The first steps behind a resume may be made again: wait until the file grows beyond what was there.
+        until(lambda there=there: steps_done(folder) > there + 2, run)
+        ranks = ranks_of(run.pid)
+        if name == "killed":
+            found["second job"] = (ranks[0], launch(1, *told, "train.micro_batch=8", check=False), run.poll())
+        send(ranks[rank], blow)
+        begin = time.monotonic()
+        found[name] = (run.wait(DEADLINE), run.stdout.read(), time.monotonic() - begin)
+        run.stdout.close()
+    return found
+
+
+def test_a_second_job_on_a_run_directory_is_refused_with_the_owners_name(struck):
+    owner, second, first = struck["second job"]
+    assert second.returncode == 1
+    assert f"belongs to a job on {socket.gethostname()}, process {owner}, since " in second.stderr
+    assert "Wait for it or cancel it" in second.stderr
+    assert first is None  # the owner goes on
+
+
+def test_a_rank_that_dies_ends_the_run_by_name(struck):
+    status, told, seconds = struck["killed"]
+    assert status == 128 + signal.SIGKILL
+    assert "rank 1 ended with status 137; stopping the others" in told
+    assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("stopped", r"rank 1 on \S+, last at '.*', is dead or stopped: it has not answered for 6 s"),
+        ("first", r"rank 0 .*is dead or stopped"),
+    ],
+)
+def test_a_rank_that_stands_still_ends_the_run_by_name_within_the_limit(struck, name, words):
+    status, told, seconds = struck[name]
+    assert status == 1
+    assert "resumed from" in told
+    assert re.search(rf"mirage: {words}.*the run ends \(train\.hang_seconds=6\)", told), told
+    assert seconds < 60
+
+
+def sleeping(launcher: int) -> list[int]:
+    """A launcher's children that have become `sleep`."""
+    children = map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
+    return [n for n in children if (comm := Path(f"/proc/{n}/comm")).exists() and comm.read_text() == "sleep\n"]
+
+
+def test_ranks_that_die_at_the_same_time_do_not_hold_their_launcher(tmp_path):
+    """It is bash that may reap both at once, so the ranks can be anything; often, because it does not always."""
+    rank = tmp_path / "rank"
+    rank.write_text("#!/usr/bin/env bash\nif [[ $1 == -c ]]; then echo 1; else exec sleep 60; fi\n")
+    rank.chmod(0o755)
+    environment = {**os.environ, "MIRAGE_PYTHON": str(rank)}
+    command = [str(REPOSITORY / "launch/local.sh"), "2", "train", "none"]
+    for _ in range(12):
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        until(lambda run=run: len(sleeping(run.pid)) == 2, run)
+        for number in sleeping(run.pid):
+            send(number, signal.SIGKILL)
+        try:
+            assert run.wait(30) == 128 + signal.SIGKILL
+        finally:
+            run.kill()
+        assert "ended with status 137" in run.communicate()[1]
+
+
+def _two(script: Path) -> list[subprocess.Popen]:
+    """The script as two ranks."""
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [sys.executable, str(script)]
+    return [
+        subprocess.Popen(command, env={**shared, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)
+        for r in "01"
+    ]
+
+
+def test_ranks_at_different_points_are_told_apart_instead_of_hanging(tmp_path):
+    script = tmp_path / "unequal.py"
+    script.write_text(
+        "from mirage_dist import world\n"
+        "w = world.start()\n"
+        "world.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
+    )
+    for rank in _two(script):
+        assert "rank 0: step 3 with 2 values; rank 1: save with 2 values" in rank.communicate(timeout=120)[1]
+
+
+def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
+    """It was stopped, or died, before its watchdog's first word."""
+    script = tmp_path / "mute.py"
+    script.write_text(
+        "import time\n"
+        "from mirage_dist import world\n"
+        "from mirage_dist.train.watchdog import Watchdog\n"
+        "w = world.start()\n"
+        "time.sleep(3600) if w.rank else Watchdog(w, 2.0).start()\n"
+        "world.barrier(w, 'step 1')\n"
+    )
+    ranks = _two(script)
+    try:
+        said = ranks[0].communicate(timeout=120)[1]
+        assert ranks[0].returncode == 1
+        assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
