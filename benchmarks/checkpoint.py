@@ -3,9 +3,10 @@
     python benchmarks/checkpoint.py --ranks 2 --parameters 60e6
 
 The same ZeRO-3 engine steps on; every few steps a checkpoint is saved, by turns in one way and the other. Two figures
-for each: the stall, how long the calls that save, that wait for the copy and that commit hold the step up; and the whole cost, by how much the
-steps from one save to its commit take longer than undisturbed ones (in the background the disk's work competes with
-training for the cores; on a GPU training leaves them idle). Writes benchmarks/results/checkpoint.json.
+for each: the stall, how long the calls that save, wait for the copy and commit hold the step up; and the whole cost,
+by how much the steps from one save to its commit take longer than undisturbed ones (in the background the copy and the
+disk's work compete with training for the cores; on a GPU training leaves them idle).
+Writes benchmarks/results/checkpoint.json.
 """
 
 from __future__ import annotations
