@@ -21,6 +21,19 @@ settings.load_profile("untimed")
 DEADLINE = 180.0  # seconds, on a busy machine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two test processes share what there is, a file each, since its tests share what their fixtures started.
+
+    Slurm's tests mostly wait, and there is one Slurm at a time: they are one group, and the first.
+    """
+    order = ("slurm", "distributed")
+    tests = Path(__file__).parent
+    kind = {item: item.path.relative_to(tests).parts[0] for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if kind[item] == "slurm" else str(item.path)))
+    items.sort(key=lambda item: order.index(kind[item]) if kind[item] in order else len(order))
+
+
 class Toy:
     """world/, model/, forget.jsonl (true codes) and retain.jsonl under one folder."""
 
