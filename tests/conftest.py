@@ -21,6 +21,7 @@ settings.load_profile("untimed")
 DEADLINE = 180.0  # seconds, on a busy machine
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two test processes share what there is, a file each, since its tests share what their fixtures started.
 
