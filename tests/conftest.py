@@ -21,18 +21,13 @@ settings.load_profile("untimed")
 DEADLINE = 180.0  # seconds, on a busy machine
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two test processes share what there is, a file each, since its tests share what their fixtures started.
+    """Files in the order in which two test processes, a file each, are done soonest.
 
-    Slurm's tests mostly wait, and there is one Slurm at a time: they are one group, and the first.
+    Slurm's tests mostly wait, so the others can run beside them; but there is one Slurm at a time (see `cluster.py`).
     """
-    order = ("slurm", "distributed")
-    tests = Path(__file__).parent
-    kind = {item: item.path.relative_to(tests).parts[0] for item in items}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if kind[item] == "slurm" else str(item.path)))
-    items.sort(key=lambda item: order.index(kind[item]) if kind[item] in order else len(order))
+    order = ("test_runs.py", "distributed", "unit", "test_templates.py")
+    items.sort(key=lambda item: min((order.index(p) for p in item.path.parts if p in order), default=0))
 
 
 class Toy:

@@ -1,11 +1,13 @@
 """A real Slurm for a test: started by lab.sh, asked by Slurm's own commands. Nothing of Slurm is imitated."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -100,8 +102,10 @@ def cluster(root: Path, **settings: str) -> Iterator[Cluster]:
     missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=path)]
     if missing:
         pytest.skip(f"{', '.join(missing)} not found; as root on Debian or Ubuntu: tests/slurm/lab.sh install")
-    started = Cluster(root, **settings)
-    try:
-        yield started
-    finally:
-        started.lab("clean")
+    with (Path(tempfile.gettempdir()) / "mirage-slurm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its ports are fixed, and another test process may have one
+        started = Cluster(root, **settings)
+        try:
+            yield started
+        finally:
+            started.lab("clean")
