@@ -1,14 +1,55 @@
-"""A decoder layer's output, and the forward that stops behind it."""
+"""A decoder layer's output, and forwards that compute no more layers and rows than are wanted.
+
+A forward has up to two parts: the backbone's own, as far as all rows are wanted, and the layers behind it on those
+rows that go on (`Narrow`). A model whose lower layers are another's starts with what went into the first layer that
+differs (`Prefix`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from mirage_dist.schema import ConfigError
+
+# Text decoders whose forward is its layers one after the other, all called with the same arguments, then the norm.
+PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Narrow(NamedTuple):
+    """Decoder layers from `first` on are computed for these rows of the batch only."""
+
+    first: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a decoder layer was called with: hidden_BSD, and keyword arguments. No gradient flows through it.
+
+    ZeRO-3's hooks look into tuples and dicts for tensors, not into this; there is nothing in it for them.
+    """
+
+    layer: int
+    hidden_BSD: Tensor
+    arguments: dict[str, Any]
+
+    def of(self, rows: slice) -> Prefix:
+        """The same of some rows of the batch."""
+        hidden_BSD, arguments = narrowed(self.hidden_BSD, self.arguments, rows)
+        return Prefix(self.layer, hidden_BSD, arguments)
+
+
+@dataclass
+class Seen:
+    """Of one forward: inputs (hidden_BSD, arguments) and output of the layers that were asked for."""
+
+    inputs: dict[int, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 def decoder(backbone: Any) -> Any:
@@ -23,25 +64,65 @@ def check_layer(backbone: Any, layer: int) -> None:
         raise ConfigError(f"objective.layer={layer}: the model has decoder layers 0 to {count - 1}")
 
 
-@contextmanager
-def tap(backbone: Any, layer: int, stop: bool) -> Iterator[list[Tensor]]:
-    """Collect the output (B, S, D) of decoder layer `layer` of the forward made inside.
+def is_plain(backbone: Any) -> bool:
+    """Whether the decoder's layers may be called one by one (see PLAIN_DECODERS)."""
+    config = decoder(backbone).config
+    return config.model_type in PLAIN_DECODERS and len(set(getattr(config, "layer_types", None) or ["one"])) == 1
 
-    With `stop` the decoder runs no later layer: it counts its layers in its configuration, which is lowered for
-    the time being. Raising from a hook would leave ZeRO-3 with parameters gathered.
+
+@contextmanager
+def seeing(backbone: Any, layers: set[int], depth: int | None = None) -> Iterator[Seen]:
+    """Of the forward made inside, keep what goes into these decoder layers and comes out of them.
+
+    With `depth` the decoder runs no more than so many layers: it counts them in its configuration, which is lowered
+    for the time being. Raising from a hook would leave ZeRO-3 with parameters gathered.
     """
     text = decoder(backbone)
-    found: list[Tensor] = []
+    seen, whole = Seen(), text.config.num_hidden_layers
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+    def hook(number: int) -> Any:
+        def keep(_module: nn.Module, positional: Any, arguments: dict[str, Any], output: Any) -> None:
+            seen.inputs[number] = (positional[0], arguments)
+            seen.outputs[number] = output[0] if isinstance(output, tuple) else output
 
-    handle = text.layers[layer].register_forward_hook(keep)
-    depth = text.config.num_hidden_layers
+        return text.layers[number].register_forward_hook(keep, with_kwargs=True)
+
+    handles = [hook(number) for number in layers]
     try:
-        if stop:
-            text.config.num_hidden_layers = layer + 1
-        yield found
+        if depth is not None:
+            text.config.num_hidden_layers = depth
+        yield seen
     finally:
-        text.config.num_hidden_layers = depth
-        handle.remove()
+        text.config.num_hidden_layers = whole
+        for handle in handles:
+            handle.remove()
+
+
+def run(
+    backbone: Any, layers: range, hidden_BSD: Tensor, arguments: dict[str, Any], tap: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """These decoder layers, one after the other; their output, and that of layer `tap` if it is among them."""
+    tapped = None
+    for number in layers:
+        output = decoder(backbone).layers[number](hidden_BSD, **arguments)
+        hidden_BSD = output[0] if isinstance(output, tuple) else output
+        if number == tap:
+            tapped = hidden_BSD
+    return hidden_BSD, tapped
+
+
+def narrowed(hidden_BSD: Tensor, arguments: dict[str, Any], rows: slice) -> tuple[Tensor, dict[str, Any]]:
+    """A decoder layer's input for some rows of the batch; what all rows share stays as it is."""
+    count = len(hidden_BSD)
+    # The rows' dimension, from the end where there may be one before it: position_ids ([3,] B, S), cos and sin of
+    # position_embeddings ([3,] B, S, d).
+    places = {"attention_mask": 0, "position_ids": -2, "position_embeddings": -3}
+
+    def cut(value: Any, place: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(part, place) for part in value)
+        if not isinstance(value, Tensor) or value.shape[place] != count:
+            return value
+        return value.narrow(place, rows.start, rows.stop - rows.start)
+
+    return hidden_BSD[rows], {name: cut(v, places[name]) if name in places else v for name, v in arguments.items()}

@@ -35,9 +35,14 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
     chosen = _chosen(run / "checkpoints", step)
-    if load.base_hash(recipe.model.path) != read_manifest(chosen)["base_hash"]:
+    manifest = read_manifest(chosen)
+    if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its weights changed since {run} was trained on them")
-    hf = load.policy(recipe.model, recipe.train.dtype, {}).hf
+    policy = load.policy(recipe.model, recipe.train.dtype, {})
+    if manifest["depth"] is not None:  # what lies behind was not even loaded
+        for parameter in policy.behind(manifest["depth"]):
+            parameter.requires_grad_(False)
+    hf = policy.hf
     _put(hf, chosen)
     if recipe.model.lora is not None:
         hf = hf.merge_and_unload()

@@ -30,10 +30,18 @@ def processor(model: ModelConfig) -> Any:
         raise ConfigError(f"model.path={model.path}: its processor cannot be loaded: {error}") from error
 
 
-def policy(model: ModelConfig, dtype: str, deepspeed_config: Mapping[str, Any], frozen: bool = False) -> Policy:
+def policy(
+    model: ModelConfig,
+    dtype: str,
+    deepspeed_config: Mapping[str, Any],
+    depth: int | None = None,
+    frozen: bool = False,
+) -> Policy:
     """The model to train (or with `frozen` a reference), its parameters partitioned while they load under ZeRO-3.
 
-    Raises ConfigError when it cannot be loaded or a pattern of `model.train` or `model.freeze` matches nothing.
+    depth: with it only so many decoder layers are loaded, and the norm and head above them do not train. Raises
+    ConfigError when the model cannot be loaded, a pattern of `model.train` or `model.freeze` matches nothing, or
+    nothing within `depth` trains.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -42,7 +50,11 @@ def policy(model: ModelConfig, dtype: str, deepspeed_config: Mapping[str, Any], 
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(
-            model.path, dtype=DTYPES[dtype], attn_implementation=attention(model, dtype), use_safetensors=True
+            model.path,
+            config=_config(model, depth),
+            dtype=DTYPES[dtype],
+            attn_implementation=attention(model, dtype),
+            use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.path={model.path}: cannot be loaded: {error}") from error
@@ -53,10 +65,42 @@ def policy(model: ModelConfig, dtype: str, deepspeed_config: Mapping[str, Any], 
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
         hf.enable_input_require_grads()  # else adapters behind a checkpoint get no gradient
+    return trainable(hf, model, depth)
+
+
+def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
+    """The model with adapters, or with the parameters chosen that train; none of them behind `depth` decoder layers.
+
+    Raises ConfigError as `policy` does.
+    """
     if model.lora is not None:
-        return Policy(_with_adapters(hf, model))
-    choose_trainable(hf, model.train, model.freeze)
-    return Policy(hf)
+        built = Policy(_with_adapters(hf, model))
+    else:
+        choose_trainable(hf, model.train, model.freeze)
+        built = Policy(hf)
+    if depth is not None:
+        activations.check_layer(built.backbone, depth - 1)
+        for parameter in built.behind(depth):
+            parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in built.parameters()):
+            raise ConfigError(
+                f"objective.layer={depth - 1}: nothing that trains lies below that layer's output, and no term reaches "
+                "further up; change model.train, or model.lora.targets"
+            )
+    return built
+
+
+def _config(model: ModelConfig, depth: int | None) -> Any:
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(model.path)
+    text = config.get_text_config()
+    # Never more than there are: `check_names` has told, or will tell, that a layer is missing.
+    if depth is not None and depth < text.num_hidden_layers:
+        text.num_hidden_layers = depth
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:depth]
+    return config
 
 
 def choose_trainable(hf: Any, train: Sequence[str], freeze: Sequence[str]) -> list[str]:
@@ -153,22 +197,19 @@ def check_directory(model: ModelConfig) -> None:
             raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def check_names(model: ModelConfig, layer: int | None) -> None:
+def check_names(model: ModelConfig, layer: int | None, depth: int | None) -> None:
     """Raise ConfigError for a name pattern or a layer that the model does not have, from its configuration alone.
 
-    The model is built without memory (on the meta device), which takes a second where weights take minutes.
+    layer: the one that is tapped; depth: see `policy`. The model is built without memory (on the meta device), which
+    takes a second where weights take minutes.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     try:
-        config = AutoConfig.from_pretrained(model.path)
         with torch.device("meta"):
-            hf: Any = AutoModelForImageTextToText.from_config(config)
+            hf: Any = AutoModelForImageTextToText.from_config(_config(model, None))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
-    wanted = _with_adapters(hf, model) if model.lora is not None else hf
-    if model.lora is None:
-        choose_trainable(hf, model.train, model.freeze)
-    policy = Policy(wanted)
+    built = trainable(hf, model, depth)
     if layer is not None:
-        activations.check_layer(policy.backbone, layer)
+        activations.check_layer(built.backbone, layer)

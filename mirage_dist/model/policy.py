@@ -5,13 +5,13 @@ What goes in and comes out are named tuples and dicts, because ZeRO-3's hooks lo
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mirage_dist.model import activations, head
+from mirage_dist.model.activations import Narrow, Prefix
 
 
 class Request(NamedTuple):
@@ -19,7 +19,8 @@ class Request(NamedTuple):
 
     index_N, labels_N: rows whose log-probability is wanted, and what they predict. kl_index_M: rows whose KL to
     `ref_logits_MV` is wanted; without reference logits, whose own logits are (what a reference is asked). layer: tap
-    this decoder layer.
+    this decoder layer. narrow: only these rows go on from a layer; every row asked for above must be among them.
+    share: keep what goes into this layer. prefix: start with that, whatever the inputs are.
     """
 
     index_N: Tensor | None = None
@@ -27,15 +28,22 @@ class Request(NamedTuple):
     kl_index_M: Tensor | None = None
     ref_logits_MV: Tensor | None = None
     layer: int | None = None
+    narrow: Narrow | None = None
+    share: int | None = None
+    prefix: Prefix | None = None
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activation_BSD in the model's dtype. None where not asked for."""
+    """logp_N, kl_M, logits_MV in float32; activation_BSD in the model's dtype. None where not asked for.
+
+    activation_BSD holds the rows that reached the tapped layer; prefix is what `share` asked for.
+    """
 
     logp_N: Tensor | None = None
     kl_M: Tensor | None = None
     logits_MV: Tensor | None = None
     activation_BSD: Tensor | None = None
+    prefix: Prefix | None = None
 
 
 class Policy(nn.Module):
@@ -60,25 +68,63 @@ class Policy(nn.Module):
     def hidden_size(self) -> int:
         return getattr(self.base.config, "text_config", self.base.config).hidden_size
 
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(activations.decoder(self.backbone).layers)
+
+    def behind(self, depth: int) -> list[nn.Parameter]:
+        """Parameters that nothing reaches which ends behind `depth` decoder layers: later ones, the norm, the head."""
+        text = activations.decoder(self.backbone)
+        later = [*text.layers[depth:], getattr(text, "norm", nn.Identity()), self.base.get_output_embeddings()]
+        tied = {id(p) for p in text.get_input_embeddings().parameters()}
+        return [p for module in later for p in module.parameters() if id(p) not in tied]
+
     def forward(self, inputs: dict[str, Tensor], request: Request) -> Outputs:
         """One pass; it ends behind the tapped layer when no row of the head's is needed."""
         needs_head = request.index_N is not None or request.kl_index_M is not None
-        tapped = nullcontext([])
-        if request.layer is not None:
-            tapped = activations.tap(self.backbone, request.layer, stop=not needs_head)
-        with tapped as found:
-            hidden_BSD = self.backbone(**inputs, use_cache=False).last_hidden_state
+        end = self.depth if needs_head or request.layer is None else request.layer + 1
+        if request.prefix is not None:
+            layers, prefix = range(request.prefix.layer, end), request.prefix
+            _, tapped = activations.run(self.backbone, layers, prefix.hidden_BSD, prefix.arguments, request.layer)
+            return Outputs(activation_BSD=tapped)
+        narrow = request.narrow if request.narrow is not None and request.narrow.first < end else None
+        hidden_BSD, tapped_BSD, prefix = self.hidden(inputs, request._replace(narrow=narrow), end)
         logp_N = kl_M = logits_MV = None
         hidden_RD, lm_head = hidden_BSD.flatten(0, 1), self.base.get_output_embeddings()
+        # Positions of the whole batch, where only some of its rows have come so far.
+        left_out = narrow.rows.start * hidden_BSD.shape[1] if narrow is not None else 0
         if request.index_N is not None:
-            logp_N = lm_head(hidden_RD.index_select(0, request.index_N), labels_N=request.labels_N)
+            logp_N = lm_head(hidden_RD.index_select(0, request.index_N - left_out), labels_N=request.labels_N)
         if request.kl_index_M is not None:
-            rows_MD = hidden_RD.index_select(0, request.kl_index_M)
+            rows_MD = hidden_RD.index_select(0, request.kl_index_M - left_out)
             if request.ref_logits_MV is None:
                 logits_MV = lm_head(rows_MD, exact=True)
             else:
                 kl_M = lm_head(rows_MD, ref_logits_NV=request.ref_logits_MV)
-        return Outputs(logp_N, kl_M, logits_MV, found[0] if found else None)
+        return Outputs(logp_N, kl_M, logits_MV, tapped_BSD, prefix)
+
+    def hidden(
+        self, inputs: dict[str, Tensor], request: Request, end: int
+    ) -> tuple[Tensor, Tensor | None, Prefix | None]:
+        """Through `end` decoder layers and the norm: hidden states, the tapped layer's output, the prefix to share."""
+        narrow, share, tap = request.narrow, request.share, request.layer
+        own = end if narrow is None else narrow.first  # layers that the backbone itself runs
+        asked = {number for number in (share, tap, own - 1) if number is not None and number < own}
+        with activations.seeing(self.backbone, asked, own) as seen:
+            hidden_BSD = self.backbone(**inputs, use_cache=False).last_hidden_state
+        tapped_BSD = seen.outputs.get(-1 if tap is None else tap)
+        if narrow is not None:
+            _, arguments = seen.inputs[own - 1]
+            hidden_BSD, arguments = activations.narrowed(seen.outputs[own - 1], arguments, narrow.rows)
+            hidden_BSD, late_BSD = activations.run(self.backbone, range(own, end), hidden_BSD, arguments, tap)
+            tapped_BSD = late_BSD if tapped_BSD is None else tapped_BSD
+            hidden_BSD = activations.decoder(self.backbone).norm(hidden_BSD)
+        prefix = None
+        if share is not None:
+            shared_BSD, arguments = seen.inputs[share]
+            prefix = Prefix(share, shared_BSD.detach(), arguments)
+        return hidden_BSD, tapped_BSD, prefix
 
 
 def no_grad_forward(module: Any, inputs: dict[str, Tensor], request: Request) -> Outputs:

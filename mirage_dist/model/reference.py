@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mirage_dist.model.policy import Outputs, Request, no_grad_forward
+from mirage_dist.model import activations
+from mirage_dist.model.policy import Outputs, Policy, Request, no_grad_forward
 from mirage_dist.schema import ConfigError
 
 Forward = Callable[[dict[str, Tensor], Request], Outputs]
@@ -36,6 +37,30 @@ def adapters_off(engine: Any) -> Forward:
 def frozen(engine: Any) -> Forward:
     """A second engine whose parameters never change."""
     return lambda inputs, request: no_grad_forward(engine, inputs, request)
+
+
+def shared_layer(policy: Policy, tap: int) -> int | None:
+    """The lowest decoder layer that trains: what goes into it is the same in policy and reference, so that a reference
+    which is asked for the output of layer `tap` can start there.
+
+    None where something below a layer trains (the projector, embeddings), where dropout makes the policy's own forward
+    another one, or where the decoder's layers cannot be called one by one.
+    """
+    backbone = policy.backbone
+    if not activations.is_plain(backbone):
+        return None
+    text = activations.decoder(backbone)
+    of_layers = {id(p): number for number, module in enumerate(text.layers) for p in module.parameters()}
+    above = {id(p) for module in (text.norm, policy.base.get_output_embeddings()) for p in module.parameters()}
+    above -= {id(p) for p in text.embed_tokens.parameters()}  # tied to the head, they train below as well
+    trained = [id(p) for p in backbone.parameters() if p.requires_grad and id(p) not in above]
+    if any(number not in of_layers for number in trained):
+        return None
+    first = min((of_layers[number] for number in trained), default=tap)
+    below = [m for m in backbone.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    within = {id(m) for module in text.layers[first:] for m in module.modules()}
+    drops = getattr(text.config, "attention_dropout", 0.0) > 0 or any(id(m) not in within for m in below)
+    return None if drops or first > tap else first
 
 
 class LogProbs:

@@ -36,6 +36,16 @@ class Needs:
     positions: Positions = "unpadded"
 
     @property
+    def depth(self) -> int | None:
+        """How many decoder layers the policy is asked for; None where its head is asked as well."""
+        return None if self.logp or self.kl or self.layer is None else self.layer + 1
+
+    @property
+    def reference_depth(self) -> int | None:
+        """The same of the reference."""
+        return None if self.ref_logp or self.kl or self.layer is None else self.layer + 1
+
+    @property
     def reference(self) -> bool:
         return bool(self.ref_logp or self.kl or self.ref_activation)
 
@@ -46,8 +56,8 @@ class View:
 
     Shapes: N response rows (tokens) in batch order, B sequences, S positions (right-padded), D hidden size.
     segment_N is the sequence (0 … B-1) a row belongs to. mask_BS is 1.0 at the positions that count.
-    Everything is float32 (float64 in tests) but segment_N (int64); only logp_N, kl_N and activation_BSD
-    carry a gradient.
+    Everything is float32 (float64 in tests) but segment_N (int64) and the activations, which are in the model's dtype;
+    only logp_N, kl_N and activation_BSD carry a gradient.
     """
 
     sequences: int

@@ -70,9 +70,9 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
     }
 
 
-def build(recipe: TrainRecipe, config: dict[str, Any], world: World) -> Any:
-    """The policy's engine. The step size is set every step from `learning_rate`."""
-    policy = load.policy(recipe.model, recipe.train.dtype, config)
+def build(recipe: TrainRecipe, config: dict[str, Any], world: World, depth: int | None = None) -> Any:
+    """The policy's engine, of `depth` decoder layers or all. The step size is set every step from `learning_rate`."""
+    policy = load.policy(recipe.model, recipe.train.dtype, config, depth)
     trained = [p for p in policy.parameters() if p.requires_grad]
     first, second = recipe.train.betas
     optimizer = torch.optim.AdamW(
@@ -89,9 +89,9 @@ def build(recipe: TrainRecipe, config: dict[str, Any], world: World) -> Any:
     return engine
 
 
-def build_reference(recipe: TrainRecipe, config: dict[str, Any]) -> Any:
-    """A frozen engine of the base weights, sharded as the policy is."""
-    policy = load.policy(recipe.model, recipe.train.dtype, config, frozen=True)
+def build_reference(recipe: TrainRecipe, config: dict[str, Any], depth: int | None = None) -> Any:
+    """A frozen engine of the base weights, of `depth` decoder layers or all, sharded as the policy is."""
+    policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen=True)
     # Without an optimizer only stage 3 has anything to shard; DeepSpeed refuses the others.
     names = ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")
     own = {name: config[name] for name in names}

@@ -40,6 +40,11 @@ class MicroBatch:
         chosen = [part for name, part in parts if name in streams]
         return torch.cat(chosen) if chosen else None
 
+    def span(self, streams: Sequence[str]) -> slice:
+        """The rows from the first to the last of these streams; none for none."""
+        found = [rows for name, rows in self.rows.items() if name in streams]
+        return slice(found[0].start, found[-1].stop) if found else slice(0, 0)
+
     def segment(self, stream: str) -> Tensor | None:
         """The sequence of the stream (from 0) that each of its response rows belongs to: (N,)."""
         index_N = self.index([stream])

@@ -112,9 +112,11 @@ def snapshot(
     size = sum(tensor.numel() for f in held for tensor in f.tensors.values())
     if buffer is None or len(buffer) != size:
         buffer = torch.empty(size, dtype=torch.float32, pin_memory=after is not None)
-    if after is None:
+    if after is None or not held:
         return _copies(held, buffer), buffer
-    with torch.cuda.device(after.device), torch.cuda.stream(torch.cuda.Stream()) as stream:
+    device = held[0].tensors[PARAM].device
+    stream = torch.cuda.Stream(device if device.type == "cuda" else None)
+    with torch.cuda.stream(stream):
         stream.wait_event(after)
         copies = _copies(held, buffer)
         stream.synchronize()

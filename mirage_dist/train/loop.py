@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_dist.model import activations
+from mirage_dist.model.activations import Narrow
 from mirage_dist.model.policy import Outputs, Request
-from mirage_dist.model.reference import Forward, LogProbs
+from mirage_dist.model.reference import Forward, LogProbs, shared_layer
 from mirage_dist.objectives.base import Objective, Term, View
 from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.engine import learning_rate
@@ -37,6 +39,11 @@ class Loop:
     ) -> None:
         self.train, self.engine, self.objective, self.feed, self.world = recipe.train, engine, objective, feed, world
         self.needs, self.reference, self.cache = objective.needs, reference, cache
+        self.splits = activations.is_plain(engine.module.backbone)
+        activations_only = self.needs.ref_activation and not self.needs.ref_logp and not self.needs.kl
+        self.share = None
+        if reference is not None and activations_only and self.needs.layer is not None:
+            self.share = shared_layer(engine.module, self.needs.layer)
         self.skipped_in_a_row = 0
 
     def step(
@@ -77,13 +84,21 @@ class Loop:
         needs, batch = self.needs, micro.batch
         index_N, kl_index_M = micro.index(needs.logp), micro.index(needs.kl)
         labels_N = None if index_N is None else batch.labels_BS.flatten().index_select(0, index_N + 1)
-        told = self.reference(batch.inputs, self.asked_of_reference(micro)) if self.reference else Outputs()
+        told = Outputs()
+        if self.reference is not None and self.share is None:
+            told = self.reference(batch.inputs, self.asked_of_reference(micro))
         layer = needs.layer if needs.activation else None
-        out = self.engine(batch.inputs, Request(index_N, labels_N, kl_index_M, told.logits_MV, layer))
+        request = Request(index_N, labels_N, kl_index_M, told.logits_MV, layer, self.above(micro), self.share)
+        out = self.engine(batch.inputs, request)
+        kept = micro.span(needs.ref_activation)
+        if self.reference is not None and out.prefix is not None:
+            told = self.reference(batch.inputs, Request(layer=layer, prefix=out.prefix.of(kept)))
         logp, kl = _cut(out.logp_N, micro, needs.logp), _cut(out.kl_M, micro, needs.kl)
         ref_logp = _cut(told.logp_N, micro, needs.ref_logp)
         if self.cache is not None:
             ref_logp = {name: self.cached(micro, name) for name in needs.ref_logp}
+        # A reference that was not narrowed down has all rows.
+        first = 0 if told.activation_BSD is None or len(told.activation_BSD) == len(micro.mask_BS) else kept.start
         return {
             name: View(
                 sequences=rows.stop - rows.start,
@@ -91,19 +106,32 @@ class Loop:
                 logp_N=logp.get(name),
                 ref_logp_N=ref_logp.get(name),
                 kl_N=kl.get(name),
-                activation_BSD=_rows(out.activation_BSD, rows) if name in needs.activation else None,
-                ref_activation_BSD=_rows(told.activation_BSD, rows) if name in needs.ref_activation else None,
+                activation_BSD=_rows(out.activation_BSD, rows, 0) if name in needs.activation else None,
+                ref_activation_BSD=_rows(told.activation_BSD, rows, first) if name in needs.ref_activation else None,
                 mask_BS=micro.mask_BS[rows],
             )
             for name, rows in micro.rows.items()
         }
 
+    def above(self, micro: MicroBatch) -> Narrow | None:
+        """Above the tapped layer only the rows go on of which the head is asked something."""
+        needs = self.needs
+        rows = micro.span((*needs.logp, *needs.kl))
+        if not self.splits or needs.layer is None or rows.stop - rows.start in (0, len(micro.mask_BS)):
+            return None
+        return Narrow(needs.layer + 1, rows)
+
     def asked_of_reference(self, micro: MicroBatch) -> Request:
-        """No more than the objective compares with: for RMU alone the reference's forward ends at the tapped layer."""
+        """No more than the objective compares with: for RMU alone the reference's forward ends at the tapped layer, and
+        all but its first layer see the compared rows only.
+        """
         needs = self.needs
         index_N = micro.index(needs.ref_logp)
         labels_N = None if index_N is None else micro.batch.labels_BS.flatten().index_select(0, index_N + 1)
-        return Request(index_N, labels_N, micro.index(needs.kl), layer=needs.layer if needs.ref_activation else None)
+        layer = needs.layer if needs.ref_activation else None
+        rows = micro.span((*needs.ref_logp, *needs.kl, *needs.ref_activation))
+        narrow = Narrow(1, rows) if self.splits else None
+        return Request(index_N, labels_N, micro.index(needs.kl), layer=layer, narrow=narrow)
 
     def cached(self, micro: MicroBatch, name: str) -> Tensor:
         assert self.cache is not None
@@ -135,9 +163,9 @@ class Loop:
         }
 
 
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    """A stream's rows of an activation, in float32: errors are squared and summed over thousands of positions."""
-    return None if tensor is None else tensor[rows].float()
+def _rows(tensor: Tensor | None, rows: slice, first: int) -> Tensor | None:
+    """A stream's rows of an activation whose own rows begin at row `first` of the batch."""
+    return None if tensor is None else tensor[rows.start - first : rows.stop - first]
 
 
 def _cut(values_N: Tensor | None, micro: MicroBatch, streams: Sequence[str]) -> dict[str, Tensor]:

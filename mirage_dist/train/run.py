@@ -49,7 +49,7 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     """
     objective, config = check_recipe(recipe, world_size)
     load.check_directory(recipe.model)
-    load.check_names(recipe.model, objective.needs.layer)
+    load.check_names(recipe.model, objective.needs.layer, objective.needs.depth)
     return objective, read_streams(recipe, objective.needs), config
 
 
@@ -96,7 +96,7 @@ def _train(
             )
         torch.manual_seed(recipe.seed)
         worlds.stop_here(world, "data are checked")
-        engine = engines.build(recipe, config, world)
+        engine = engines.build(recipe, config, world, needs.depth)
         worlds.stop_here(world, "the model is loaded")
         objective.start(engine.module.hidden_size, recipe.seed)
         watchdog = Watchdog(world, recipe.train.hang_seconds).start()
@@ -133,6 +133,7 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
         done = number + 1
         if stop or done == feed.steps or (recipe.train.save_every and done % recipe.train.save_every == 0):
             saved = {**manifest, "step": done, "seed": recipe.seed, "streams": _cursors(feed, recipe, done)}
+            saved["depth"] = feed.needs.depth
             saver.save(loop.engine, {**saved, "metrics": means.take()}, loop.objective.state_dict())
             clock.skip()
         if stop:
@@ -204,7 +205,7 @@ def _reference(
     if not feed.needs.reference:
         return None, None
     if recipe.reference == "engine":
-        return reference.frozen(engines.build_reference(recipe, config)), None
+        return reference.frozen(engines.build_reference(recipe, config, feed.needs.reference_depth)), None
     if recipe.reference == "adapters_off":
         return reference.adapters_off(engine), None
     return None, refcache.fill(recipe, engine, feed, world, base_hash, lease.workspace)

@@ -53,10 +53,10 @@ def test_a_forward_that_stops_runs_no_later_layer_and_gives_what_the_full_one_gi
     kept.remove()
     assert ran == list(range(DEPTH))
     ran.clear()
-    with activations.tap(model.model, layer, stop=True) as found:
+    with activations.seeing(model.model, {layer}, layer + 1) as seen:
         model.model(**inputs, use_cache=False)
     assert ran == list(range(layer + 1))
-    (mine,), (whole,) = found, told
+    (whole,), mine = told, seen.outputs[layer]
     assert torch.equal(mine, whole)
     expected = gradients(model, whole)
     torch.testing.assert_close(gradients(model, mine), expected, rtol=1e-12, atol=0)
@@ -64,17 +64,17 @@ def test_a_forward_that_stops_runs_no_later_layer_and_gives_what_the_full_one_gi
     assert not any(f"layers.{later}." in name for name in expected for later in range(layer + 1, DEPTH))
 
 
-def test_without_stop_every_layer_runs(model, inputs, ran):
-    with activations.tap(model.model, 1, stop=False) as found:
+def test_without_a_depth_every_layer_runs(model, inputs, ran):
+    with activations.seeing(model.model, {1, 2}) as seen:
         model.model(**inputs, use_cache=False)
     assert ran == list(range(DEPTH))
-    assert len(found) == 1
+    assert torch.equal(seen.inputs[2][0], seen.outputs[1])
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_the_model_is_as_it_was_even_when_the_forward_failed(model, inputs, ran, fails):
     try:
-        with activations.tap(model.model, 1, stop=True) as found:
+        with activations.seeing(model.model, {1}, 2) as seen:
             assert activations.decoder(model.model).config.num_hidden_layers == 2
             if fails:
                 raise MemoryError
@@ -83,7 +83,7 @@ def test_afterwards_the_model_is_as_it_was_even_when_the_forward_failed(model, i
     assert activations.decoder(model.model).config.num_hidden_layers == DEPTH
     model.model(**inputs, use_cache=False)
     assert ran == list(range(DEPTH))
-    assert found == []
+    assert seen.outputs == {}
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(model):
