@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mirage_dist.config import nearest
-from mirage_dist.model import activations
+from mirage_dist.model import activations, vision
 from mirage_dist.model.policy import Policy
 from mirage_dist.schema import ConfigError, ModelConfig
 
@@ -153,10 +153,21 @@ def check_directory(model: ModelConfig) -> None:
             raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def check_names(model: ModelConfig, layer: int | None) -> None:
+def check_names(model: ModelConfig, layer: int | None, cache_vision: bool = False) -> None:
     """Raise ConfigError for a name pattern or a layer that the model does not have, from its configuration alone.
 
-    The model is built without memory (on the meta device), which takes a second where weights take minutes.
+    cache_vision: and for a vision tower whose features cannot be cached.
+    """
+    found = weightless(model)
+    if layer is not None:
+        activations.check_layer(found.backbone, layer)
+    if cache_vision:
+        vision.check(found.base)
+
+
+def weightless(model: ModelConfig) -> Policy:
+    """The model to train, adapters and requires_grad included, without memory (on the meta device): it takes a second
+    where weights take minutes. Raises ConfigError as `policy` does.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -169,6 +180,4 @@ def check_names(model: ModelConfig, layer: int | None) -> None:
     wanted = _with_adapters(hf, model) if model.lora is not None else hf
     if model.lora is None:
         choose_trainable(hf, model.train, model.freeze)
-    policy = Policy(wanted)
-    if layer is not None:
-        activations.check_layer(policy.backbone, layer)
+    return Policy(wanted)

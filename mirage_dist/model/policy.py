@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mirage_dist.model import activations, head
+from mirage_dist.model import activations, head, vision
 
 
 class Request(NamedTuple):
@@ -19,7 +19,7 @@ class Request(NamedTuple):
 
     index_N, labels_N: rows whose log-probability is wanted, and what they predict. kl_index_M: rows whose KL to
     `ref_logits_MV` is wanted; without reference logits, whose own logits are (what a reference is asked). layer: tap
-    this decoder layer.
+    this decoder layer. vision: nothing but the features of the pictures (see `model.vision`).
     """
 
     index_N: Tensor | None = None
@@ -27,15 +27,17 @@ class Request(NamedTuple):
     kl_index_M: Tensor | None = None
     ref_logits_MV: Tensor | None = None
     layer: int | None = None
+    vision: bool = False
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activation_BSD in the model's dtype. None where not asked for."""
+    """logp_N, kl_M, logits_MV in float32; activation_BSD, vision_IPF in the model's dtype. None where not asked for."""
 
     logp_N: Tensor | None = None
     kl_M: Tensor | None = None
     logits_MV: Tensor | None = None
     activation_BSD: Tensor | None = None
+    vision_IPF: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -62,12 +64,14 @@ class Policy(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], request: Request) -> Outputs:
         """One pass; it ends behind the tapped layer when no row of the head's is needed."""
+        if request.vision:
+            return Outputs(vision_IPF=vision.features(self.backbone, inputs["pixel_values"]))
         needs_head = request.index_N is not None or request.kl_index_M is not None
         tapped = nullcontext([])
         if request.layer is not None:
             tapped = activations.tap(self.backbone, request.layer, stop=not needs_head)
         with tapped as found:
-            hidden_BSD = self.backbone(**inputs, use_cache=False).last_hidden_state
+            hidden_BSD = self.backbone(**vision.entered(self.backbone, inputs), use_cache=False).last_hidden_state
         logp_N = kl_M = logits_MV = None
         hidden_RD, lm_head = hidden_BSD.flatten(0, 1), self.base.get_output_embeddings()
         if request.index_N is not None:
