@@ -34,8 +34,8 @@ class Lengths:
 class Plan:
     """Sections of rows: name -> (value, what to know about it). Bytes are `Place`s or, on disk, whole numbers."""
 
-    data: dict[str, tuple[str, str]] = field(default_factory=dict)
-    parameters: dict[str, tuple[int, str]] = field(default_factory=dict)
+    data: dict[str, tuple[int | str, str]] = field(default_factory=dict)
+    parameters: dict[str, tuple[int | str, str]] = field(default_factory=dict)
     memory: dict[str, tuple[Place, str]] = field(default_factory=dict)
     disk: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -44,8 +44,8 @@ class Plan:
         total = sum((place for place, _ in self.memory.values()), Place())
         device, host = ({name: (getattr(p, k), n) for name, (p, n) in self.memory.items()} for k in ("device", "host"))
         sections: dict[str, Mapping[str, tuple[str, str]]] = {
-            "data": self.data,
-            "parameters": {name: (f"{value:,}", note) for name, (value, note) in self.parameters.items()},
+            "data": _numbers(self.data),
+            "parameters": _numbers(self.parameters),
             "memory of one rank": _sizes({**device, "sum": (total.device, "")}),
         }
         if total.host:
@@ -56,6 +56,10 @@ class Plan:
             lines.append(title)
             lines += [f"  {name:<28}{value:>16}  {note}".rstrip() for name, (value, note) in rows.items()]
         return "\n".join(lines)
+
+
+def _numbers(rows: Mapping[str, tuple[int | str, str]]) -> dict[str, tuple[str, str]]:
+    return {name: (value if isinstance(value, str) else f"{value:,}", note) for name, (value, note) in rows.items()}
 
 
 def _sizes(rows: Mapping[str, tuple[int, str]]) -> dict[str, tuple[str, str]]:
@@ -104,7 +108,7 @@ def _lengths(feed: Feed, source: Source) -> Lengths:
 def _data(told: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
     batch = feed.recipe.train.global_batch
     first = len(lengths[feed.needs.streams[0]].rows)
-    told.data["steps"] = f"{feed.steps:,}", f"{feed.steps * batch / first:.2f} epochs of {feed.needs.streams[0]}"
+    told.data["steps"] = feed.steps, f"{feed.steps * batch / first:.2f} epochs of {feed.needs.streams[0]}"
     if feed.needs.reference:
         kind = feed.recipe.reference
         once = f"one forward over {', '.join(feed.needs.ref_logp)} before the first step; no second model"
@@ -113,9 +117,9 @@ def _data(told: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
         told.data["reference"] = kind, cost[kind]
     for name, found in lengths.items():
         samples = len(found.rows)
-        told.data[f"{name}: samples"] = f"{samples:,}", f"{samples / batch:.1f} steps an epoch"
+        told.data[f"{name}: samples"] = samples, f"{samples / batch:.1f} steps an epoch"
         told.data[f"{name}: tokens an epoch"] = (
-            f"{sum(found.rows):,}",
+            sum(found.rows),
             f"{sum(found.rows) / samples:.0f} a sample, at most {max(found.rows)}; "
             f"{sum(found.responses) / sum(found.rows):.1%} of them response",
         )
