@@ -50,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     _recipe(train)
     train.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
 
+    plan = _verb(verbs, "plan", _plan, "what a training run will need in memory and on disk; loads no weights")
+    _recipe(plan)
+    plan.add_argument("--ranks", type=_count, default=1, metavar="N", help="processes, one a GPU (default: 1)")
+
     evaluate = _verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count")
     _recipe(evaluate)
     evaluate.add_argument(
@@ -76,6 +80,12 @@ def _share(text: str) -> tuple[int, int]:
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 <= I < N, such as 0/4")
     return number, of
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
 
 
 def _verb(
@@ -120,6 +130,16 @@ def _train(parsed: argparse.Namespace) -> None:
     demo.ensure(recipe)
     run.train(recipe)
     exit_well()
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+    from mirage_dist import demo
+    from mirage_dist.train import plan
+
+    if missing := demo.missing(recipe):
+        raise ConfigError(f"{missing[0]}: not there yet; the embedded world is made by `mirage demo` or `mirage train`")
+    print(plan.plan(recipe, parsed.ranks).text())
 
 
 def _eval(parsed: argparse.Namespace) -> None:

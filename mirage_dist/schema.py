@@ -70,6 +70,7 @@ class DataConfig:
     image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
+    cache_vision: bool = False  # keep what the frozen vision tower gives for each picture on disk, and run it once
 
     def __post_init__(self) -> None:
         _require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)

@@ -9,7 +9,7 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -72,7 +72,15 @@ class Encoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token will do
         self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.known: Callable[[Sequence[str | None]], dict[str, Tensor]] | None = None
         self.placeholder, self.placeholder_picture, self.picture_growth = self._placeholder()
+
+    def recall(self, known: Callable[[Sequence[str | None]], dict[str, Tensor]]) -> None:
+        """From now on open no picture: `known` gives the model's input for paths (None: the placeholder).
+
+        For processors that write every picture as the same number of tokens.
+        """
+        self.known, self.placeholder_picture = known, known([None])
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -126,7 +134,15 @@ class Encoder:
         return True
 
     def check(self, sample: Sample) -> bool:
-        """Whether a training row will be cut; opens no picture. Raises TooLong where `encode` will.
+        """Whether a training row will be cut; opens no picture. Raises TooLong where `encode` will."""
+        lengths = self.sizes(sample)
+        total, before = sum(lengths), sum(lengths[:-1])
+        if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
+            raise TooLong(self._told(sample, total, before))
+        return total > self.max_length
+
+    def sizes(self, sample: Sample) -> list[int]:
+        """Tokens of a training row's first prompt, its answer, the next prompt, …, before any cut; opens no picture.
 
         A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5); with
         others `encode` has the last word.
@@ -135,10 +151,7 @@ class Encoder:
         lengths = [len(self._first_ids(pieces[0])), *(len(self._ids_behind(*pair)) for pair in pairwise(pieces))]
         if sample.image is not None:
             lengths[0] += self.picture_growth
-        total, before = sum(lengths), sum(lengths[:-1])
-        if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
-            raise TooLong(self._told(sample, total, before))
-        return total > self.max_length
+        return lengths
 
     def _told(self, sample: Sample, length: int, before: int) -> str:
         return (
@@ -152,7 +165,7 @@ class Encoder:
         """Unpadded rows, through the last answer or up to it, and the picture tensors in the order of their rows."""
         conversations = [self._pieces(sample, answered) for sample in samples]
         shown = [i for i, sample in enumerate(samples) if sample.image is not None]
-        seen, pictures = self._see([conversations[i][0] for i in shown], [self._picture(samples[i]) for i in shown])
+        seen, pictures = self._see([conversations[i][0] for i in shown], [samples[i].image or "" for i in shown])
         starts = dict(zip(shown, seen, strict=True))
         rows = []
         for i, pieces in enumerate(conversations):
@@ -162,10 +175,15 @@ class Encoder:
             rows.append(row)
         return rows, pictures
 
-    def _see(self, texts: list[str], images: list[Image.Image]) -> tuple[list[Row], dict[str, Tensor]]:
+    def _see(self, texts: list[str], paths: list[str]) -> tuple[list[Row], dict[str, Tensor]]:
         """First prompts with their pictures: picture tokens expanded, padding taken off."""
         if not texts:
             return [], {}
+        if self.known is not None:
+            return [self._known_row(text) for text in texts], self.known(paths)
+        return self._process(texts, [self._picture(path) for path in paths])
+
+    def _process(self, texts: list[str], images: list[Image.Image]) -> tuple[list[Row], dict[str, Tensor]]:
         encoded = dict(
             self.processor(
                 text=texts,
@@ -189,12 +207,21 @@ class Encoder:
         _extend(row, self._first_ids(text), answer=False)
         return row
 
+    def _known_row(self, text: str) -> Row:
+        """A first prompt, its picture's mark expanded as the processor would."""
+        row = self._text_row(text)
+        place = row["input_ids"].index(self.processor.image_token_id)
+        seen = {**self.placeholder, "attention_mask": [1] * len(self.placeholder["input_ids"])}
+        for name, values in row.items():
+            values[place : place + 1] = seen[name]
+        return row
+
     def _placeholder(self) -> tuple[Row, dict[str, Tensor], int]:
         """The picture tokens of a blank picture, hidden; its tensors; by how many tokens it lengthens its prompt."""
         kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
         text = self._template(True, [], "")
         try:
-            (row,), picture = self._see([text], [Image.new("RGB", (32, 32))])
+            (row,), picture = self._process([text], [Image.new("RGB", (32, 32))])
         except ValueError as error:
             raise ConfigError(f"{kind} cannot encode a picture by its own chat template: {error}") from error
         places = [i for i, value in enumerate(row["input_ids"]) if value == token]
@@ -273,9 +300,12 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------ pictures
 
-    def _picture(self, sample: Sample) -> Image.Image:
-        assert sample.image is not None
-        with Image.open(sample.image) as opened:
+    def pixels(self, path: str) -> Tensor:
+        """A picture as the model's vision tower sees it, in a batch of one."""
+        return self._process([self.processor.image_token], [self._picture(path)])[1]["pixel_values"]
+
+    def _picture(self, path: str) -> Image.Image:
+        with Image.open(path) as opened:
             image = opened.convert("RGB")
         if self.image_aspect == "processor" or image.width == image.height:
             return image

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mirage_dist.config import nearest
-from mirage_dist.model import activations
+from mirage_dist.model import activations, vision
 from mirage_dist.model.policy import Policy
 from mirage_dist.schema import ConfigError, ModelConfig
 
@@ -197,19 +197,28 @@ def check_directory(model: ModelConfig) -> None:
             raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def check_names(model: ModelConfig, layer: int | None, depth: int | None) -> None:
+def check_names(model: ModelConfig, layer: int | None, depth: int | None, cache_vision: bool = False) -> None:
     """Raise ConfigError for a name pattern or a layer that the model does not have, from its configuration alone.
 
-    layer: the one that is tapped; depth: see `policy`. The model is built without memory (on the meta device), which
-    takes a second where weights take minutes.
+    layer: the one that is tapped. depth: see `policy`. cache_vision: and for a vision tower whose features cannot be
+    cached.
+    """
+    found = weightless(model, depth)
+    if layer is not None:
+        activations.check_layer(found.backbone, layer)
+    if cache_vision:
+        vision.check(found.base)
+
+
+def weightless(model: ModelConfig, depth: int | None = None) -> Policy:
+    """The model to train, adapters and requires_grad included, without memory (on the meta device): it takes a second
+    where weights take minutes. Raises ConfigError as `policy` does.
     """
     from transformers import AutoModelForImageTextToText
 
     try:
         with torch.device("meta"):
-            hf: Any = AutoModelForImageTextToText.from_config(_config(model, None))
+            hf: Any = AutoModelForImageTextToText.from_config(_config(model, depth))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
-    built = trainable(hf, model, depth)
-    if layer is not None:
-        activations.check_layer(built.backbone, layer)
+    return trainable(hf, model, depth)

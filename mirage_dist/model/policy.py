@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mirage_dist.model import activations, head
+from mirage_dist.model import activations, head, vision
 from mirage_dist.model.activations import Narrow, Prefix
 
 
@@ -20,7 +20,8 @@ class Request(NamedTuple):
     index_N, labels_N: rows whose log-probability is wanted, and what they predict. kl_index_M: rows whose KL to
     `ref_logits_MV` is wanted; without reference logits, whose own logits are (what a reference is asked). layer: tap
     this decoder layer. narrow: only these rows go on from a layer; every row asked for above must be among them.
-    share: keep what goes into this layer. prefix: start with that, whatever the inputs are.
+    share: keep what goes into this layer. prefix: start with that, whatever the inputs are. vision: nothing but
+    the features of the pictures (see `model.vision`).
     """
 
     index_N: Tensor | None = None
@@ -31,10 +32,11 @@ class Request(NamedTuple):
     narrow: Narrow | None = None
     share: int | None = None
     prefix: Prefix | None = None
+    vision: bool = False
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activation_BSD in the model's dtype. None where not asked for.
+    """logp_N, kl_M, logits_MV in float32; activation_BSD, vision_IPF in the model's dtype. None where not asked for.
 
     activation_BSD holds the rows that reached the tapped layer; prefix is what `share` asked for.
     """
@@ -44,6 +46,7 @@ class Outputs(NamedTuple):
     logits_MV: Tensor | None = None
     activation_BSD: Tensor | None = None
     prefix: Prefix | None = None
+    vision_IPF: Tensor | None = None
 
 
 class Policy(nn.Module):
@@ -82,6 +85,8 @@ class Policy(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], request: Request) -> Outputs:
         """One pass; it ends behind the tapped layer when no row of the head's is needed."""
+        if request.vision:
+            return Outputs(vision_IPF=vision.features(self.backbone, inputs["pixel_values"]))
         needs_head = request.index_N is not None or request.kl_index_M is not None
         end = self.depth if needs_head or request.layer is None else request.layer + 1
         if request.prefix is not None:
@@ -109,10 +114,11 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Prefix | None]:
         """Through `end` decoder layers and the norm: hidden states, the tapped layer's output, the prefix to share."""
         narrow, share, tap = request.narrow, request.share, request.layer
+        entered = vision.entered(self.backbone, inputs)
         own = end if narrow is None else narrow.first  # layers that the backbone itself runs
         asked = {number for number in (share, tap, own - 1) if number is not None and number < own}
         with activations.seeing(self.backbone, asked, own) as seen:
-            hidden_BSD = self.backbone(**inputs, use_cache=False).last_hidden_state
+            hidden_BSD = self.backbone(**entered, use_cache=False).last_hidden_state
         tapped_BSD = seen.outputs.get(-1 if tap is None else tap)
         if narrow is not None:
             _, arguments = seen.inputs[own - 1]

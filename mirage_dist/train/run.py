@@ -18,7 +18,7 @@ from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
-from mirage_dist.train import checkpoint, refcache, rundir
+from mirage_dist.train import checkpoint, refcache, rundir, visioncache
 from mirage_dist.train import engine as engines
 from mirage_dist.train.checkpoint import Saver
 from mirage_dist.train.feed import Feed, check_streams, read_streams
@@ -49,7 +49,7 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     """
     objective, config = check_recipe(recipe, world_size)
     load.check_directory(recipe.model)
-    load.check_names(recipe.model, objective.needs.layer, objective.needs.depth)
+    load.check_names(recipe.model, objective.needs.layer, objective.needs.depth, recipe.data.cache_vision)
     return objective, read_streams(recipe, objective.needs), config
 
 
@@ -100,6 +100,9 @@ def _train(
         worlds.stop_here(world, "the model is loaded")
         objective.start(engine.module.hidden_size, recipe.seed)
         watchdog = Watchdog(world, recipe.train.hang_seconds).start()
+        if recipe.data.cache_vision:
+            known = visioncache.fill(recipe, engine, feed, world, manifest["base_hash"], lease.workspace)
+            feed.encoder.recall(known)
         forward, cache = _reference(recipe, engine, config, feed, world, manifest["base_hash"], lease)
         first = _resume(root, engine, objective, manifest, world)
         loop = Loop(recipe, engine, objective, feed, world, forward, cache)

@@ -29,6 +29,7 @@ NOT_THE_RUN = (
     "run",
     "monitor",
     "deepspeed",
+    "data.cache_vision",
     "train.save_every",
     "train.save_in_background",
     "train.keep_last",
@@ -92,6 +93,7 @@ def count_start(lease: Lease, limit: int) -> None:
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
         "step": step,
         "reference_parts": len(list(lease.root.glob("reference/*/*.npz"))),
+        "vision_parts": len(list(lease.root.glob("vision/*/*.safetensors"))),
     }
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     in_vain = 0

@@ -187,7 +187,7 @@ def test_a_job_that_slurm_restarts_in_vain_is_stopped(toy, copy, monkeypatch):
     parts = len(list(copy.glob("reference/*/*.npz")))
     for number in range(3):
         with (copy / "starts.jsonl").open("a") as file:
-            start = {"job": "4242", "restart": str(number), "step": 5, "reference_parts": parts}
+            start = {"job": "4242", "restart": str(number), "step": 5, "reference_parts": parts, "vision_parts": 0}
             file.write(json.dumps(start) + "\n")
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")

@@ -191,6 +191,19 @@ def test_the_text_mask_leaves_out_padding_and_pictures(processor, pictures):
     assert torch.equal(batch.text_BS.bool(), mask.bool() & ~is_picture)
 
 
+def test_a_row_whose_picture_is_known_is_the_processors(processor, pictures):
+    several = [sample(pictures["red"], history=TURNS), sample(), sample(pictures["wide"])]
+    encoder = Encoder(processor)
+    plain, plain_text = encoder.encode(several), encoder.encode([sample()])
+    encoder.recall(lambda paths: {"known": torch.tensor([len(path or "") for path in paths])})
+    known, text = encoder.encode(several), encoder.encode([sample()])
+    assert known.inputs.pop("known").tolist() == [len(pictures["red"]), len(pictures["wide"])]
+    assert text.inputs.pop("known").tolist() == [0]
+    for one, other in ((known, plain), (text, plain_text)):
+        assert all(torch.equal(tensor, other.inputs[name]) for name, tensor in one.inputs.items())
+        assert torch.equal(one.labels_BS, other.labels_BS)
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 
 

@@ -1,0 +1,68 @@
+"""Pictures whose features are known: what a frozen vision tower gives is a constant, so it need not run again.
+
+The features are what goes into the projector, which may train. Shapes: I pictures, P image tokens of each, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mirage_dist.schema import ConfigError
+
+FEATURES = "vision_features"  # the input that stands in for `pixel_values`
+SUPPORTED = "LlavaForConditionalGeneration"
+
+
+def check(base: Any) -> None:
+    """Raise ConfigError unless the features of a picture are a constant of fixed size that this module can put in.
+
+    base: the Hugging Face model, adapters and requires_grad as in training; it may lie on the meta device.
+    """
+    kind, vision = type(base).__name__, getattr(base.config, "vision_config", None)
+    if kind != SUPPORTED or vision is None or vision.model_type == "pixtral":
+        told = f"{kind} with {vision.model_type}" if kind == SUPPORTED and vision is not None else kind
+        raise ConfigError(f"data.cache_vision: {told} is not supported, only {SUPPORTED} with pictures of fixed size")
+    trained = [name for name, p in base.model.vision_tower.named_parameters() if p.requires_grad]
+    if trained:
+        raise ConfigError(
+            f"data.cache_vision: the vision tower trains ({trained[0]} and {len(trained) - 1} more), its features "
+            "change; put '*vision_tower*' into model.freeze and out of model.lora, or take data.cache_vision out"
+        )
+    drawn = [name for name, value in vision.to_dict().items() if "dropout" in name and value]
+    if drawn:
+        raise ConfigError(f"data.cache_vision: the vision tower has {drawn[0]}, its features are drawn anew each time")
+
+
+def features(backbone: Any, pixel_values: Tensor) -> Tensor:
+    """What the vision tower gives the projector for these pictures: (I, P, F), in the model's dtype.
+
+    The model selects layers and positions itself; the projector's input is read where it arrives.
+    """
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+
+    handle = backbone.multi_modal_projector.register_forward_pre_hook(keep)
+    try:
+        backbone.get_image_features(pixel_values=pixel_values)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def entered(backbone: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's keyword arguments; where there are features, they are projected into the token embeddings here.
+
+    All modules are called as modules, so that ZeRO-3's hooks gather them.
+    """
+    if FEATURES not in inputs:
+        return dict(inputs)
+    rest = {name: tensor for name, tensor in inputs.items() if name not in (FEATURES, "input_ids")}
+    embeds_BSD = backbone.get_input_embeddings()(inputs["input_ids"])
+    pictures_IPD = backbone.multi_modal_projector(inputs[FEATURES]).to(embeds_BSD.dtype)
+    shown_BS = inputs["input_ids"] == backbone.config.image_token_id
+    return {**rest, "inputs_embeds": embeds_BSD.masked_scatter(shown_BS.unsqueeze(2), pictures_IPD)}

@@ -1,0 +1,229 @@
+"""With cached features the same rows, losses and gradients, and no picture opened; only what changed is made again."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+
+from mirage_dist import config as configs
+from mirage_dist.data.sources import Sample
+from mirage_dist.model import load, reference, vision
+from mirage_dist.model.policy import Policy, Request
+from mirage_dist.objectives.base import make
+from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train import visioncache
+from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.world import World
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
+
+
+class Engine(torch.nn.Module):
+    """What the cache asks of DeepSpeed's engine; dies after some forwards."""
+
+    def __init__(self, policy: Policy, forwards: int = 1000) -> None:
+        super().__init__()
+        self.module, self.left = policy, forwards
+
+    def forward(self, inputs, request):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.module(inputs, request)
+
+
+class Run:
+    """One run of the toy's data, its pictures its own so that they may change."""
+
+    def __init__(self, toy, root: Path, *overrides: str) -> None:
+        told = [*toy.overrides("npo", root / "run"), "train.micro_batch=4", *overrides]
+        self.recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
+        objective = make(self.recipe.objective)
+        self.streams = read_streams(self.recipe, objective.needs)
+        shown = {s.image for source in self.streams.values() for s in source.samples if s.image}
+        for source in self.streams.values():
+            own = [replace(s, image=str(root / Path(s.image).name)) if s.image else s for s in source.samples]
+            source.samples[:] = own
+        for path in shown:
+            if not (root / Path(path).name).exists():
+                shutil.copy(path, root / Path(path).name)
+        self.streams["retain"].samples[2] = replace(self.streams["retain"].samples[2], image=None)
+        self.work = root / "work"
+        self.work.mkdir(exist_ok=True)
+        self.feed = Feed(self.recipe, objective.needs, self.streams, load.processor(self.recipe.model))
+        self.pictures = sorted(root.glob("*.png"))
+        self.policy = load.policy(self.recipe.model, "fp32", {})
+
+    def fill(self, forwards: int = 1000, base: str = "base") -> tuple[visioncache.Features, int]:
+        """The features, and how many forwards they took."""
+        engine = Engine(self.policy, forwards)
+        found = visioncache.fill(self.recipe, engine, self.feed, ALONE, base, self.work)
+        return found, forwards - engine.left
+
+    def parts(self) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in Path(self.recipe.run.dir).glob("vision/*/*")}
+
+
+@pytest.fixture
+def start(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(visioncache, "PART", 6)
+    monkeypatch.setattr(visioncache, "WIDTH", 4)
+
+    def start(*overrides: str, folder: str = "a") -> Run:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Run(toy, tmp_path / folder, *overrides)
+
+    return start
+
+
+BATCHES = {
+    "pictures": {"forget": [0, 1, 7], "retain": [3, 4, 4]},
+    "some text only": {"forget": [5], "retain": [2, 2, 9]},
+    "text only": {"retain": [2]},  # the placeholder picture
+}
+
+
+def passes(run: Run, rows) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Log-probabilities, a layer's activation and a frozen forward of a batch; then the gradient of all."""
+    micro = run.feed.collate(rows, ALONE.device)
+    index_N = micro.index(list(rows))
+    assert index_N is not None
+    labels_N = micro.batch.labels_BS.flatten()[index_N + 1]
+    run.policy.zero_grad()
+    out = run.policy(micro.batch.inputs, Request(index_N, labels_N, layer=1))
+    assert out.logp_N is not None
+    assert out.activation_BSD is not None
+    told = [out.logp_N, out.activation_BSD]
+    if run.recipe.model.lora is not None:
+        told += [
+            x
+            for x in reference.adapters_off(Engine(run.policy))(micro.batch.inputs, Request(index_N, labels_N))
+            if x is not None
+        ]
+    (out.logp_N.sum() + out.activation_BSD.square().mean()).backward()
+    return told, {n: p.grad.clone() for n, p in run.policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("overrides", [(), (LORA,), ("model.gradient_checkpointing=true",)], ids=["full", "lora", "ac"])
+def test_losses_gradients_and_references_are_those_of_the_pictures(start, overrides):
+    run = start(*overrides)
+    torch.manual_seed(0)
+    for name, p in run.policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    run.policy.train()
+    plain = {name: passes(run, rows) for name, rows in BATCHES.items()}
+    run.feed.encoder.recall(run.fill()[0])
+    for picture in run.pictures:
+        picture.unlink()  # none is opened any more
+    for name, rows in BATCHES.items():
+        told, gradients = passes(run, rows)
+        assert any("projector" in n for n in gradients)
+        assert not any("vision_tower" in n for n in gradients)
+        assert set(gradients) == set(plain[name][1])
+        for mine, other in [
+            *zip(told, plain[name][0], strict=True),
+            *((g, plain[name][1][n]) for n, g in gradients.items()),
+        ]:
+            torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_are_those_of_the_processor(start):
+    run = start("data.image_aspect=pad")
+    encoder, samples = run.feed.encoder, [s for source in run.streams.values() for s in source.samples]
+    plain = encoder.encode(samples)
+    encoder.recall(run.fill()[0])
+    known = encoder.encode(samples)
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(known.inputs[name], plain.inputs[name])
+    assert torch.equal(known.labels_BS, plain.labels_BS)
+    assert set(known.inputs) == {*plain.inputs, "vision_features"} - {"pixel_values"}
+
+
+def test_a_picture_in_two_files_is_kept_once_and_a_changed_one_is_made_again(start):
+    run = start()
+    copy = run.pictures[0].with_name("copy.png")
+    shutil.copy(run.pictures[0], copy)
+    run.streams["forget"].samples.append(Sample("copy", str(copy), "q", "a", True, "", "t"))
+    distinct = len({picture.read_bytes() for picture in run.pictures})
+    first, forwards = run.fill()
+    held = [name for file in Path(run.recipe.run.dir).glob("vision/*/*") for name in load_file(file)]
+    assert len(held) == len(set(held)) == distinct + 1
+    before = run.parts()
+    assert run.fill()[1] == 0
+    Image.new("RGB", (20, 32), "green").save(run.pictures[1])
+    second, again = run.fill()
+    assert again == 1 < forwards
+    after = run.parts()
+    assert before.items() < after.items()
+    unchanged, changed = (str(run.pictures[i]) for i in (0, 1))
+    assert torch.equal(first([unchanged])["vision_features"], second([str(copy)])["vision_features"])
+    assert not torch.equal(first([changed])["vision_features"], second([changed])["vision_features"])
+
+
+def test_whatever_decides_the_features_decides_the_key(start):
+    run = start()
+    model, feed = run.policy.base.config, run.feed
+
+    def key(base="base", recipe=run.recipe):
+        return visioncache.key(recipe, model, feed, base)
+
+    keys = [key(), key(base="other")]
+    keys.append(key(recipe=replace(run.recipe, data=replace(run.recipe.data, image_aspect="processor"))))
+    keys.append(key(recipe=replace(run.recipe, train=replace(run.recipe.train, dtype="bf16"))))
+    model.vision_feature_layer = -2
+    keys.append(key())
+    model.vision_config.hidden_act = "gelu"
+    keys.append(key())
+    feed.encoder.processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_again(start, capsys):
+    whole, broken = start(folder="a"), start(folder="b")
+    needed = whole.fill()[1]
+    with pytest.raises(KeyboardInterrupt):
+        broken.fill(forwards=3)
+    assert 0 < len(broken.parts()) < len(whole.parts())
+    assert 0 < broken.fill()[1] < needed
+    assert broken.parts() == whole.parts()
+    file = sorted(Path(broken.recipe.run.dir).glob("vision/*/*"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    broken.fill()
+    assert f"{file} is passed over" in capsys.readouterr().out
+    assert broken.parts() == whole.parts()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("model.freeze=['*layers.0.mlp*']",), "the vision tower trains"),
+        (("model.lora={targets: ['*vision_tower*_proj']}",), "the vision tower trains"),
+    ],
+)
+def test_a_tower_that_trains_is_refused_before_weights_load(toy, tmp_path, overrides, words):
+    told = [*toy.overrides("npo", tmp_path / "run"), *overrides]
+    recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
+    load.check_names(recipe.model, None)
+    with pytest.raises(ConfigError, match=words):
+        load.check_names(recipe.model, None, cache_vision=True)
+
+
+def test_other_models_and_towers_that_draw_are_refused(toy, tmp_path):
+    recipe = configs.load("configs/train/demo_npo.yaml", toy.overrides("npo", tmp_path / "run"), TrainRecipe)
+    base = load.weightless(recipe.model).base
+    vision.check(base)
+    base.config.vision_config.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match="attention_dropout"):
+        vision.check(base)
+    with torch.device("meta"):
+        other = CLIPModel(CLIPConfig())
+    with pytest.raises(ConfigError, match="CLIPModel is not supported, only LlavaForConditionalGeneration"):
+        vision.check(other)
