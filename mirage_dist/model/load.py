@@ -17,6 +17,13 @@ from mirage_dist.model import activations
 from mirage_dist.model.policy import Policy
 from mirage_dist.schema import ConfigError, ModelConfig
 
+# Vision-language models that hand positions and the borders of packed sequences to their text decoder and to nothing
+# else. Others make positions of a picture's grid (Qwen2-VL), or attention of token types (Gemma 3).
+PACKABLE = {
+    *("aya_vision", "cohere2_vision", "got_ocr2", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
+    "vipllava",
+}
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep them apart
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -153,10 +160,11 @@ def check_directory(model: ModelConfig) -> None:
             raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def check_names(model: ModelConfig, layer: int | None) -> None:
-    """Raise ConfigError for a name pattern or a layer that the model does not have, from its configuration alone.
+def check_names(model: ModelConfig, layer: int | None, packing: bool = False) -> None:
+    """Raise ConfigError for a name pattern or layer that the model does not have, or packing that it cannot take.
 
-    The model is built without memory (on the meta device), which takes a second where weights take minutes.
+    All from its configuration: the model is built without memory (on the meta device), which takes a second where
+    weights take minutes.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -172,3 +180,20 @@ def check_names(model: ModelConfig, layer: int | None) -> None:
     policy = Policy(wanted)
     if layer is not None:
         activations.check_layer(policy.backbone, layer)
+    if packing:
+        check_packing(policy.backbone)
+
+
+def check_packing(backbone: Any) -> None:
+    """Raise ConfigError unless the model is known to keep packed sequences apart."""
+    kind, text = backbone.config.model_type, activations.decoder(backbone)
+    if kind not in PACKABLE:
+        raise ConfigError(
+            f"data.packing: {kind} is not known to keep packed sequences apart (models that make positions of a "
+            f"picture's grid, such as Qwen2-VL, do not); leave it off. Known: {', '.join(sorted(PACKABLE))}"
+        )
+    kinds = set(getattr(text.config, "layer_types", None) or ())
+    if not text._supports_attention_backend or not kinds <= ATTENTION:
+        raise ConfigError(
+            f"data.packing: not every layer of {text.config.model_type} keeps packed sequences apart; leave it off"
+        )

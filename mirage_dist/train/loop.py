@@ -86,16 +86,16 @@ class Loop:
             ref_logp = {name: self.cached(micro, name) for name in needs.ref_logp}
         return {
             name: View(
-                sequences=rows.stop - rows.start,
+                sequences=micro.sequences(name),
                 segment_N=micro.segment(name),
                 logp_N=logp.get(name),
                 ref_logp_N=ref_logp.get(name),
                 kl_N=kl.get(name),
-                activation_BSD=_rows(out.activation_BSD, rows) if name in needs.activation else None,
-                ref_activation_BSD=_rows(told.activation_BSD, rows) if name in needs.ref_activation else None,
-                mask_BS=micro.mask_BS[rows],
+                activation_BSD=_part(out.activation_BSD, micro, name) if name in needs.activation else None,
+                ref_activation_BSD=_part(told.activation_BSD, micro, name) if name in needs.ref_activation else None,
+                mask_BS=micro.of_stream(name, micro.mask_BS),
             )
-            for name, rows in micro.rows.items()
+            for name in micro.rows
         }
 
     def asked_of_reference(self, micro: MicroBatch) -> Request:
@@ -131,13 +131,14 @@ class Loop:
             "lr": rate,
             "skipped": skipped,
             "tokens": int(counts["input_tokens"]),
+            "padding": 1 - counts["input_tokens"] / counts["slots"],
             "cut": int(counts["cut"]),
         }
 
 
-def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    """A stream's rows of an activation, in float32: errors are squared and summed over thousands of positions."""
-    return None if tensor is None else tensor[rows].float()
+def _part(tensor: Tensor | None, micro: MicroBatch, stream: str) -> Tensor | None:
+    """A stream's part of an activation, in float32: errors are squared and summed over thousands of positions."""
+    return None if tensor is None else micro.of_stream(stream, tensor).float()
 
 
 def _cut(values_N: Tensor | None, micro: MicroBatch, streams: Sequence[str]) -> dict[str, Tensor]:

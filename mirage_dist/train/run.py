@@ -49,7 +49,7 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     """
     objective, config = check_recipe(recipe, world_size)
     load.check_directory(recipe.model)
-    load.check_names(recipe.model, objective.needs.layer)
+    load.check_names(recipe.model, objective.needs.layer, recipe.data.packing)
     return objective, read_streams(recipe, objective.needs), config
 
 
