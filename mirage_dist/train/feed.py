@@ -124,11 +124,14 @@ class Feed:
         for _, fault in told:
             if fault is not None:
                 raise ConfigError(fault)
+        cut, longest = 0, self.encoder.max_length
         for name, samples in self.samples.items():
-            self.lengths[name] = np.empty(len(samples), np.int64)
+            whole = np.empty(len(samples), np.int64)
             for rank, (lengths, _) in enumerate(told):
-                self.lengths[name][rank :: world.size] = lengths[name]
-        return sum(int((lengths > self.encoder.max_length).sum()) for lengths in self.lengths.values())
+                whole[rank :: world.size] = lengths[name]
+            cut += int((whole > longest).sum())
+            self.lengths[name] = np.minimum(whole, longest)
+        return cut
 
     @property
     def steps(self) -> int:
