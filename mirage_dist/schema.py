@@ -70,6 +70,8 @@ class DataConfig:
     image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
+    group_by_length: bool = False  # samples of like length into one batch
+    packing: bool = False  # a micro-batch's samples end to end in one row, without padding
     cache_vision: bool = False  # keep what the frozen vision tower gives for each picture on disk, and run it once
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""From samples to tensors: chat template, label mask, response index, padding, placeholder picture.
+"""From samples to tensors: chat template, label mask, response index, padding or packing, placeholder picture.
 
 The same code makes training batches and generation prompts, so both see one template and one picture transform,
 and a training row starts with exactly the tokens that generation continues. A text-only row holds no picture
 tokens at all; a batch without any picture ends in a hidden placeholder, so that every batch runs the same modules.
 
-Shapes: B rows, S positions.
+Shapes: B rows, S positions; packed (see `data.packing`), B is 1 and S the length of all rows together.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mirage_dist.data.packing import borders, pack
 from mirage_dist.data.sources import Sample
 from mirage_dist.schema import ConfigError
 
@@ -34,19 +35,23 @@ class TooLong(ConfigError):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of rows, all streams in one tensor, right-padded.
+    """One micro-batch of rows, all streams in one tensor, right-padded or packed.
 
-    inputs: the model's keyword arguments (input_ids (B, S), attention_mask, pixel_values …).
+    inputs: the model's keyword arguments (input_ids (B, S), attention_mask or position_ids, pixel_values …).
     labels_BS: token ids on answers and their end tokens, -100 elsewhere. index_N: flat positions b·S + t of
-    the hidden rows that predict a label. text_BS: 1 on every token but padding and pictures. cut: rows whose answer
-    was truncated.
+    the hidden rows that predict a label. segment_N: the sample (from 0) that each of them belongs to. unpadded_BS:
+    1 on every token but padding and the placeholder. text_BS: the same without pictures. cut: samples whose answer was
+    truncated. edges: where the samples begin in the packed row, and where the last ends; None without packing.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     labels_BS: Tensor
     index_N: Tensor
+    segment_N: Tensor
+    unpadded_BS: Tensor
     text_BS: Tensor
     cut: int
+    edges: list[int] | None = None
 
 
 class Encoder:
@@ -63,10 +68,11 @@ class Encoder:
         on_long: Literal["error", "truncate"] = "error",
         image_aspect: Literal["pad", "processor"] = "pad",
         system_prompt: str | None = None,
+        packing: bool = False,
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_length, self.on_long = max_length, on_long
-        self.image_aspect, self.system_prompt = image_aspect, system_prompt
+        self.image_aspect, self.system_prompt, self.packing = image_aspect, system_prompt, packing
         if self.tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end token (eos_token); answers would never end")
         if self.tokenizer.pad_token is None:
@@ -99,17 +105,38 @@ class Encoder:
         rows, pictures = self._rows(samples, answered=True)
         cut = sum(self._truncate(sample, row) for sample, row in zip(samples, rows, strict=True))
         if not pictures:
-            # Behind the last row, where no token that counts attends to it and its position moves none.
             pictures = dict(self.placeholder_picture)
+            self._hide_placeholder(rows)
+        if self.packing:
+            tensors, edges = pack(rows)
+            segment_BS = torch.repeat_interleave(torch.tensor(edges).diff()).unsqueeze(0)
+        else:
+            tensors, edges = self._stack(rows, left=False), None
+            segment_BS = torch.arange(len(rows)).unsqueeze(1).expand_as(tensors["input_ids"])
+        labels_BS, unpadded_BS = tensors.pop("labels"), tensors.pop("attention_mask")
+        # Where one of several segments ends, the next one's first token is not its to predict.
+        predicts_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+        predicts_BS[:, :-1] = (labels_BS[:, 1:] != IGNORE) & (segment_BS[:, 1:] == segment_BS[:, :-1])
+        index_N = predicts_BS.flatten().nonzero().squeeze(1)
+        attention = {"attention_mask": unpadded_BS} if edges is None else borders(edges)
+        return Batch(
+            inputs={**tensors, **attention, **pictures},
+            labels_BS=labels_BS,
+            index_N=index_N,
+            segment_N=segment_BS.flatten()[index_N],
+            unpadded_BS=unpadded_BS,
+            text_BS=unpadded_BS * (tensors["input_ids"] != self.processor.image_token_id),
+            cut=cut,
+            edges=edges,
+        )
+
+    def _hide_placeholder(self, rows: list[Row]) -> None:
+        """Add its tokens where none that counts attends to them and their positions move none."""
+        if self.packing:
+            rows.append(self.placeholder)
+        else:
             for name, values in rows[-1].items():
                 values += self.placeholder[name]
-        tensors = self._stack(rows, left=False)
-        labels_BS = tensors.pop("labels")
-        text_BS = tensors["attention_mask"] * (tensors["input_ids"] != self.processor.image_token_id)
-        predicts_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
-        predicts_BS[:, :-1] = labels_BS[:, 1:] != IGNORE
-        index_N = predicts_BS.flatten().nonzero().squeeze(1)
-        return Batch({**tensors, **pictures}, labels_BS, index_N, text_BS, cut)
 
     def _stack(self, rows: Sequence[Row], left: bool) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -133,13 +160,13 @@ class Encoder:
             del values[self.max_length :]
         return True
 
-    def check(self, sample: Sample) -> bool:
-        """Whether a training row will be cut; opens no picture. Raises TooLong where `encode` will."""
+    def length(self, sample: Sample) -> int:
+        """Tokens of a training row before it is cut; opens no picture. Raises TooLong where `encode` will."""
         lengths = self.sizes(sample)
         total, before = sum(lengths), sum(lengths[:-1])
         if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
             raise TooLong(self._told(sample, total, before))
-        return total > self.max_length
+        return total
 
     def sizes(self, sample: Sample) -> list[int]:
         """Tokens of a training row's first prompt, its answer, the next prompt, …, before any cut; opens no picture.

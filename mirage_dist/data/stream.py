@@ -1,8 +1,11 @@
-"""The order of samples: which ones a step sees, as a pure function of (seed, stream, step).
+"""The order of samples: which ones a step sees, as a pure function of (seed, stream, step), or of their lengths too.
 
 Position p of a stream of n samples is number p mod n of epoch p // n's permutation. Step s takes positions
 s·G … (s+1)·G - 1 for a global batch of G, so a batch may span two epochs, nothing is dropped, every sample comes
 once an epoch, and a resumed run needs no more than its step. World size and micro-batch only cut the batch up.
+
+Grouped by length, the samples of an epoch change places within a window of `WINDOW` steps, so that a step's samples
+are of like length; all the rest holds.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from mirage_dist.schema import ConfigError
 
 Indices = NDArray[np.int64]
+WINDOW = 8  # steps whose samples are sorted together: few enough that each epoch's batches are others
 
 
 def batch(seed: int, stream: str, size: int, step: int, global_batch: int) -> Indices:
@@ -23,24 +27,41 @@ def batch(seed: int, stream: str, size: int, step: int, global_batch: int) -> In
 
     Raises ConfigError for an empty stream.
     """
-    if size < 1:
-        raise ConfigError(f"data.streams.{stream}: no sample")
-    positions = np.arange(step * global_batch, (step + 1) * global_batch)
-    return np.array([_permutation(seed, stream, size, int(p) // size)[p % size] for p in positions], dtype=np.int64)
+    return _samples(seed, stream, size, np.arange(step * global_batch, (step + 1) * global_batch))
+
+
+def grouped(seed: int, stream: str, lengths: Indices, step: int, global_batch: int) -> Indices:
+    """`batch` for samples of these lengths (n,), the step's samples of like length and the longest first.
+
+    The steps of a window are put in an order drawn by (seed, step) alone: the same one for all streams, since the
+    rows of all streams are padded together. Raises ConfigError for an empty stream.
+    """
+    first = step - step % WINDOW
+    positions = np.arange(first * global_batch, (first + WINDOW) * global_batch)
+    samples = _samples(seed, stream, len(lengths), positions)
+    epochs, steps = positions // len(lengths), positions // global_batch
+    drawn = np.array([derived_seed(seed, "length", number) for number in range(first, first + WINDOW)])
+    # Both orders keep each epoch's positions in one block, so that no sample leaves its epoch.
+    by_step, by_length = np.lexsort((drawn[steps - first], epochs)), np.lexsort((lengths[samples], epochs))
+    moved = np.empty_like(samples)
+    moved[by_step] = samples[by_length]
+    own = moved[steps == step]
+    return own[np.argsort(-lengths[own], kind="stable")]
 
 
 def shard(indices: Indices, rank: int, world_size: int, micro_batch: int) -> list[Indices]:
     """One rank's micro-batches of a step: arrays of micro_batch indices, in order.
 
-    The ranks' rows together are `indices` for every world size. Raises ConfigError when they do not come out even.
+    Micro-batches are cut from `indices` in a row and dealt to the ranks in turn: they are the same for every world
+    size, and where `indices` are sorted by length the ranks work on rows of like length at the same time. Raises
+    ConfigError when they do not come out even.
     """
     if len(indices) % (world_size * micro_batch):
         raise ConfigError(
             f"train.global_batch={len(indices)}: must be a multiple of micro_batch × world size "
             f"({micro_batch} × {world_size})"
         )
-    own = indices[rank::world_size]
-    return [own[i : i + micro_batch] for i in range(0, len(own), micro_batch)]
+    return list(indices.reshape(-1, micro_batch)[rank::world_size])
 
 
 def state(size: int, step: int, global_batch: int) -> dict[str, int]:
@@ -53,6 +74,12 @@ def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed from named parts such as (seed, step, sample id); equal on every machine."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _samples(seed: int, stream: str, size: int, positions: Indices) -> Indices:
+    if size < 1:
+        raise ConfigError(f"data.streams.{stream}: no sample")
+    return np.array([_permutation(seed, stream, size, int(p) // size)[p % size] for p in positions], dtype=np.int64)
 
 
 @lru_cache(maxsize=16)  # a batch touches two epochs at most unless the stream is smaller than it

@@ -15,8 +15,15 @@ import torch
 from mirage_dist.config import nearest
 from mirage_dist.model import activations, vision
 from mirage_dist.model.policy import Policy
-from mirage_dist.schema import ConfigError, ModelConfig
+from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
+# Vision-language models that hand positions and the borders of packed sequences to their text decoder and to nothing
+# else. Others make positions of a picture's grid (Qwen2-VL), or attention of token types (Gemma 3).
+PACKABLE = {
+    *("aya_vision", "cohere2_vision", "got_ocr2", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
+    "vipllava",
+}
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep them apart
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -197,16 +204,18 @@ def check_directory(model: ModelConfig) -> None:
             raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def check_names(model: ModelConfig, layer: int | None, depth: int | None, cache_vision: bool = False) -> None:
-    """Raise ConfigError for a name pattern or a layer that the model does not have, from its configuration alone.
+def check_names(model: ModelConfig, data: DataConfig, layer: int | None, depth: int | None) -> None:
+    """Raise ConfigError for what the model does not have or cannot do, from its configuration alone: a name pattern, a
+    layer, packing, a vision tower whose features can be cached.
 
-    layer: the one that is tapped. depth: see `policy`. cache_vision: and for a vision tower whose features cannot be
-    cached.
+    layer: the one that is tapped. depth: see `policy`.
     """
     found = weightless(model, depth)
     if layer is not None:
         activations.check_layer(found.backbone, layer)
-    if cache_vision:
+    if data.packing:
+        check_packing(found.backbone)
+    if data.cache_vision:
         vision.check(found.base)
 
 
@@ -222,3 +231,18 @@ def weightless(model: ModelConfig, depth: int | None = None) -> Policy:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
     return trainable(hf, model, depth)
+
+
+def check_packing(backbone: Any) -> None:
+    """Raise ConfigError unless the model is known to keep packed sequences apart."""
+    kind, text = backbone.config.model_type, activations.decoder(backbone)
+    if kind not in PACKABLE:
+        raise ConfigError(
+            f"data.packing: {kind} is not known to keep packed sequences apart (models that make positions of a "
+            f"picture's grid, such as Qwen2-VL, do not); leave it off. Known: {', '.join(sorted(PACKABLE))}"
+        )
+    kinds = set(getattr(text.config, "layer_types", None) or ())
+    if not text._supports_attention_backend or not kinds <= ATTENTION:
+        raise ConfigError(
+            f"data.packing: not every layer of {text.config.model_type} keeps packed sequences apart; leave it off"
+        )

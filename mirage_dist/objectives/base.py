@@ -54,8 +54,9 @@ class Needs:
 class View:
     """What one micro-batch's forward gave for one stream; fields that were not asked for are None.
 
-    Shapes: N response rows (tokens) in batch order, B sequences, S positions (right-padded), D hidden size.
-    segment_N is the sequence (0 … B-1) a row belongs to. mask_BS is 1.0 at the positions that count.
+    Shapes: N response rows (tokens) in batch order, B rows of S positions (right-padded, one sequence each; or one row
+    of packed sequences), D hidden size. segment_N is the sequence (from 0) that a response row belongs to. mask_BS is
+    1.0 at the positions that count.
     Everything is float32 (float64 in tests) but segment_N (int64) and the activations, which are in the model's dtype;
     only logp_N, kl_N and activation_BSD carry a gradient.
     """

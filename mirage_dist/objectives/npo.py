@@ -55,7 +55,7 @@ class NPO(Stateless):
         require_weight("ce_weight", self.ce_weight)
         log.warning(
             "NPO with reduction=batch_mean: the loss is a function of the micro-batch by definition, so it changes "
-            "with train.micro_batch and the number of ranks; and its retain term weakens as retain degrades"
+            "with train.micro_batch; and its retain term weakens as retain degrades"
         )
 
     @property

@@ -21,9 +21,9 @@ from mirage_dist.world import World, everyones
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of all streams, stream after stream. rows: stream -> its slice of the batch's rows.
+    """Samples of all streams, stream after stream. rows: stream -> its slice of them.
 
-    samples: (stream, index into the stream) of each row. tokens: stream -> how many of `batch.index_N` are its own.
+    samples: (stream, index into the stream) of each. tokens: stream -> how many of `batch.index_N` are its own.
     mask_BS marks the positions that count for an activation.
     """
 
@@ -35,20 +35,40 @@ class MicroBatch:
 
     def index(self, streams: Sequence[str]) -> Tensor | None:
         """Flat positions of the hidden rows that predict these streams' responses, in batch order; None for none."""
-        # Sizes are known on the host, so nothing here waits for the device.
-        parts = zip(self.rows, self.batch.index_N.split(list(self.tokens.values())), strict=True)
-        chosen = [part for name, part in parts if name in streams]
-        return torch.cat(chosen) if chosen else None
+        return self._chosen(self.batch.index_N, streams)
 
-    def span(self, streams: Sequence[str]) -> slice:
-        """The rows from the first to the last of these streams; none for none."""
+    def span(self, streams: Sequence[str]) -> slice | None:
+        """The rows from the first to the last of these streams, where they are not all rows or in one packed row."""
         found = [rows for name, rows in self.rows.items() if name in streams]
-        return slice(found[0].start, found[-1].stop) if found else slice(0, 0)
+        if not found or self.batch.edges is not None:
+            return None
+        span = slice(found[0].start, found[-1].stop)
+        return None if span == slice(0, len(self.samples)) else span
 
     def segment(self, stream: str) -> Tensor | None:
         """The sequence of the stream (from 0) that each of its response rows belongs to: (N,)."""
-        index_N = self.index([stream])
-        return None if index_N is None else index_N // self.batch.labels_BS.shape[1] - self.rows[stream].start
+        segment_N = self._chosen(self.batch.segment_N, [stream])
+        return None if segment_N is None else segment_N - self.rows[stream].start
+
+    def sequences(self, stream: str) -> int:
+        """How many sequences the stream has in this batch."""
+        return self.rows[stream].stop - self.rows[stream].start
+
+    def of_stream(self, stream: str, values_BS: Tensor, first: int = 0) -> Tensor:
+        """The stream's part of anything of shape (B, S, …): its rows, or its stretch of the one packed row.
+
+        first: the row of the batch that `values_BS` begin with.
+        """
+        rows, edges = self.rows[stream], self.batch.edges
+        if edges is None:
+            return values_BS[rows.start - first : rows.stop - first]
+        return values_BS[:, edges[rows.start] : edges[rows.stop]]
+
+    def _chosen(self, values_N: Tensor, streams: Sequence[str]) -> Tensor | None:
+        # Sizes are known on the host, so nothing here waits for the device.
+        parts = zip(self.rows, values_N.split(list(self.tokens.values())), strict=True)
+        chosen = [part for name, part in parts if name in streams]
+        return torch.cat(chosen) if chosen else None
 
 
 def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
@@ -96,25 +116,35 @@ class Feed:
     def __init__(self, recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], processor: Any) -> None:
         self.recipe, self.needs = recipe, needs
         self.samples: dict[str, list[Sample]] = {name: streams[name].samples for name in needs.streams}
+        self.lengths: dict[str, stream.Indices] = {}
         data = recipe.data
-        self.encoder = Encoder(processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt)
+        self.encoder = Encoder(
+            processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing
+        )
 
     def check_lengths(self, world: World) -> int:
-        """How many samples will be cut; each rank looks at its share.
+        """How many samples will be cut; each rank looks at its share. Every rank then knows all lengths.
 
         Every rank raises ConfigError when any has a sample that does not fit, or that the chat template rewrites.
         """
-        own = (s for samples in self.samples.values() for s in samples[world.rank :: world.size])
-        cut, fault = 0, None
+        own, fault = {}, None
         try:
-            cut = sum(self.encoder.check(sample) for sample in own)
+            for name, samples in self.samples.items():
+                own[name] = np.array([self.encoder.length(s) for s in samples[world.rank :: world.size]], np.int64)
         except ConfigError as error:
             fault = str(error)
-        told = everyones(world, (cut, fault))
+        told = everyones(world, (own, fault))
         for _, fault in told:
             if fault is not None:
                 raise ConfigError(fault)
-        return sum(cut for cut, _ in told)
+        cut, longest = 0, self.encoder.max_length
+        for name, samples in self.samples.items():
+            whole = np.empty(len(samples), np.int64)
+            for rank, (lengths, _) in enumerate(told):
+                whole[rank :: world.size] = lengths[name]
+            cut += int((whole > longest).sum())
+            self.lengths[name] = np.minimum(whole, longest)
+        return cut
 
     @property
     def steps(self) -> int:
@@ -125,25 +155,29 @@ class Feed:
 
     def window(self, step: int, world: World) -> list[MicroBatch]:
         """This rank's micro-batches of a step, on the device."""
-        train = self.recipe.train
-        parts = {}
-        for name, samples in self.samples.items():
-            indices = stream.batch(self.recipe.seed, name, len(samples), step, train.global_batch)
-            parts[name] = stream.shard(indices, world.rank, world.size, train.micro_batch)
-        count = train.global_batch // (world.size * train.micro_batch)
-        chosen = ({name: part[i] for name, part in parts.items()} for i in range(count))
-        return [self.collate(rows, world.device) for rows in chosen]
+        width = self.recipe.train.micro_batch
+        parts = {n: stream.shard(self.chosen(n, step), world.rank, world.size, width) for n in self.samples}
+        count = len(parts[self.needs.streams[0]])
+        return [self.collate({n: part[i] for n, part in parts.items()}, world.device) for i in range(count)]
+
+    def chosen(self, name: str, step: int) -> stream.Indices:
+        """Indices of a stream's samples in a step, of all ranks. Grouped by length only behind `check_lengths`."""
+        seed, batch = self.recipe.seed, self.recipe.train.global_batch
+        if self.recipe.data.group_by_length:
+            return stream.grouped(seed, name, self.lengths[name], step, batch)
+        return stream.batch(seed, name, len(self.samples[name]), step, batch)
 
     def collate(self, rows: Mapping[str, np.ndarray], device: torch.device) -> MicroBatch:
         """Rows (stream -> indices) in one batch."""
         samples = [(name, int(index)) for name, indices in rows.items() for index in indices]
-        encoded = self.encoder.encode([self.samples[name][index] for name, index in samples])
+        batch = self.encoder.encode([self.samples[name][index] for name, index in samples])
         slices, start = {}, 0
         for name, indices in rows.items():
             slices[name] = slice(start, start + len(indices))
             start += len(indices)
-        tokens = {name: int((encoded.labels_BS[part, 1:] != IGNORE).sum()) for name, part in slices.items()}
-        batch = to_device(encoded, device)
+        sizes = torch.bincount(batch.segment_N, minlength=len(samples))
+        tokens = {name: int(sizes[part].sum()) for name, part in slices.items()}
+        batch = to_device(batch, device)
         return MicroBatch(batch, slices, samples, tokens, positions(batch, self.needs.positions))
 
     def every_sample(self, names: tuple[str, ...], world: World) -> Iterator[dict[str, np.ndarray]]:
@@ -161,11 +195,12 @@ class Feed:
         """This rank's share of every count that a term may name (see `objectives.base.Term`)."""
         total: Counter[str] = Counter({"micro_batches": len(window)})
         for micro in window:
-            for name, rows in micro.rows.items():
-                total[f"{name}.sequences"] += rows.stop - rows.start
+            for name in micro.rows:
+                total[f"{name}.sequences"] += micro.sequences(name)
                 total[f"{name}.tokens"] += micro.tokens[name]
-                total[f"{name}.positions"] += int(micro.mask_BS[rows].sum())
-            total["input_tokens"] += int(micro.batch.inputs["attention_mask"].sum())
+                total[f"{name}.positions"] += int(micro.of_stream(name, micro.mask_BS).sum())
+            total["input_tokens"] += int(micro.batch.unpadded_BS.sum())
+            total["slots"] += micro.batch.labels_BS.numel()
             total["cut"] += micro.batch.cut
         return dict(total)
 
@@ -174,7 +209,7 @@ def positions(batch: Batch, which: Positions) -> Tensor:
     """1.0 at the positions that count for an activation: (B, S) float32."""
     mask = {
         "all": torch.ones_like(batch.labels_BS),
-        "unpadded": batch.inputs["attention_mask"],
+        "unpadded": batch.unpadded_BS,
         "response": batch.labels_BS != IGNORE,
         "text": batch.text_BS,
     }[which]
@@ -182,7 +217,10 @@ def positions(batch: Batch, which: Positions) -> Tensor:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on the device."""
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
-    labels, index, text = (t.to(device, non_blocking=True) for t in (batch.labels_BS, batch.index_N, batch.text_BS))
-    return Batch(inputs, labels, index, text, batch.cut)
+    """The batch with its tensors on the device."""
+
+    def moved(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    tensors = {name: moved(value) for name, value in vars(batch).items()}
+    return Batch(**{**tensors, "inputs": {name: moved(value) for name, value in batch.inputs.items()}})

@@ -90,36 +90,42 @@ class Loop:
         layer = needs.layer if needs.activation else None
         request = Request(index_N, labels_N, kl_index_M, told.logits_MV, layer, self.above(micro), self.share)
         out = self.engine(batch.inputs, request)
-        kept = micro.span(needs.ref_activation)
+        kept = self.compared(micro)
         if self.reference is not None and out.prefix is not None:
-            told = self.reference(batch.inputs, Request(layer=layer, prefix=out.prefix.of(kept)))
+            prefix = out.prefix if kept is None else out.prefix.of(kept)
+            told = self.reference(batch.inputs, Request(layer=layer, prefix=prefix))
         logp, kl = _cut(out.logp_N, micro, needs.logp), _cut(out.kl_M, micro, needs.kl)
         ref_logp = _cut(told.logp_N, micro, needs.ref_logp)
         if self.cache is not None:
             ref_logp = {name: self.cached(micro, name) for name in needs.ref_logp}
-        # A reference that was not narrowed down has all rows.
-        first = 0 if told.activation_BSD is None or len(told.activation_BSD) == len(micro.mask_BS) else kept.start
+        narrowed = told.activation_BSD is not None and len(told.activation_BSD) < len(micro.samples)
+        first = kept.start if kept is not None and narrowed else 0
         return {
             name: View(
-                sequences=rows.stop - rows.start,
+                sequences=micro.sequences(name),
                 segment_N=micro.segment(name),
                 logp_N=logp.get(name),
                 ref_logp_N=ref_logp.get(name),
                 kl_N=kl.get(name),
-                activation_BSD=_rows(out.activation_BSD, rows, 0) if name in needs.activation else None,
-                ref_activation_BSD=_rows(told.activation_BSD, rows, first) if name in needs.ref_activation else None,
-                mask_BS=micro.mask_BS[rows],
+                activation_BSD=_part(out.activation_BSD, micro, name, 0) if name in needs.activation else None,
+                ref_activation_BSD=_part(told.activation_BSD, micro, name, first)
+                if name in needs.ref_activation
+                else None,
+                mask_BS=micro.of_stream(name, micro.mask_BS),
             )
-            for name, rows in micro.rows.items()
+            for name in micro.rows
         }
 
     def above(self, micro: MicroBatch) -> Narrow | None:
         """Above the tapped layer only the rows go on of which the head is asked something."""
         needs = self.needs
-        rows = micro.span((*needs.logp, *needs.kl))
-        if not self.splits or needs.layer is None or rows.stop - rows.start in (0, len(micro.mask_BS)):
-            return None
-        return Narrow(needs.layer + 1, rows)
+        rows = micro.span((*needs.logp, *needs.kl)) if self.splits else None
+        return None if rows is None or needs.layer is None else Narrow(needs.layer + 1, rows)
+
+    def compared(self, micro: MicroBatch) -> slice | None:
+        """The rows that are compared with the reference, where not all are; None for all."""
+        needs = self.needs
+        return micro.span((*needs.ref_logp, *needs.kl, *needs.ref_activation)) if self.splits else None
 
     def asked_of_reference(self, micro: MicroBatch) -> Request:
         """No more than the objective compares with: for RMU alone the reference's forward ends at the tapped layer, and
@@ -129,8 +135,8 @@ class Loop:
         index_N = micro.index(needs.ref_logp)
         labels_N = None if index_N is None else micro.batch.labels_BS.flatten().index_select(0, index_N + 1)
         layer = needs.layer if needs.ref_activation else None
-        rows = micro.span((*needs.ref_logp, *needs.kl, *needs.ref_activation))
-        narrow = Narrow(1, rows) if self.splits else None
+        rows = self.compared(micro)
+        narrow = None if rows is None else Narrow(1, rows)
         return Request(index_N, labels_N, micro.index(needs.kl), layer=layer, narrow=narrow)
 
     def cached(self, micro: MicroBatch, name: str) -> Tensor:
@@ -159,13 +165,14 @@ class Loop:
             "lr": rate,
             "skipped": skipped,
             "tokens": int(counts["input_tokens"]),
+            "padding": 1 - counts["input_tokens"] / counts["slots"],
             "cut": int(counts["cut"]),
         }
 
 
-def _rows(tensor: Tensor | None, rows: slice, first: int) -> Tensor | None:
-    """A stream's rows of an activation whose own rows begin at row `first` of the batch."""
-    return None if tensor is None else tensor[rows.start - first : rows.stop - first]
+def _part(tensor: Tensor | None, micro: MicroBatch, stream: str, first: int) -> Tensor | None:
+    """A stream's part of an activation of the batch's rows from `first` on."""
+    return None if tensor is None else micro.of_stream(stream, tensor, first)
 
 
 def _cut(values_N: Tensor | None, micro: MicroBatch, streams: Sequence[str]) -> dict[str, Tensor]:

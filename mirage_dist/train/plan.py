@@ -97,7 +97,7 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
 def _lengths(feed: Feed, source: Source) -> Lengths:
     rows, responses = [], []
     for sample in source.samples:
-        feed.encoder.check(sample)
+        feed.encoder.length(sample)
         parts = feed.encoder.sizes(sample)
         cut = max(0, sum(parts) - feed.encoder.max_length)
         rows.append(sum(parts) - cut)

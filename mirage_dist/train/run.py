@@ -49,7 +49,7 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     """
     objective, config = check_recipe(recipe, world_size)
     load.check_directory(recipe.model)
-    load.check_names(recipe.model, objective.needs.layer, objective.needs.depth, recipe.data.cache_vision)
+    load.check_names(recipe.model, recipe.data, objective.needs.layer, objective.needs.depth)
     return objective, read_streams(recipe, objective.needs), config
 
 

@@ -45,10 +45,11 @@ NOT_THE_RUN = (
 
 def not_the_run(recipe: TrainRecipe) -> tuple[str, ...]:
     """The keys that a continued run may change. The micro-batch is one of them unless the loss depends on it: NPO's
-    `batch_mean` by definition, RMU over all positions through its padding.
+    `batch_mean` by definition, RMU over all positions through its padding, of which packing has none.
     """
     objective = objectives.base.make(recipe.objective)
-    by_batch = getattr(objective, "parity", False) or getattr(objective, "positions", "") == "all"
+    padded = getattr(objective, "positions", "") == "all" and not recipe.data.packing
+    by_batch = getattr(objective, "parity", False) or padded
     return NOT_THE_RUN if by_batch else (*NOT_THE_RUN, "train.micro_batch")
 
 

@@ -43,8 +43,19 @@ RUNS = {
     "npo_bf16": ("npo", 2, ("train.micro_batch=4", "train.dtype=bf16", "deepspeed={sharded}")),
     "rmu": ("rmu", 1, ("train.micro_batch=8", "train.export=false")),
     "rmu_2": ("rmu", 2, ("train.micro_batch=2", "deepspeed={sharded}", "train.export=false")),
+    "npo_packed_2": (
+        "npo",
+        2,
+        ("train.micro_batch=2", "data.packing=true", "deepspeed={sharded}", "train.export=false"),
+    ),
     "sft": ("sft", 1, ("train.micro_batch=8", "train.export=false")),
     "sft_2": ("sft", 2, ("train.micro_batch=2", "deepspeed={sharded}", "train.export=false")),
+    "sft_grouped": ("sft", 1, ("train.micro_batch=4", "data.group_by_length=true", "train.export=false")),
+    "sft_grouped_packed_2": (
+        "sft",
+        2,
+        ("train.micro_batch=2", "data.group_by_length=true", "data.packing=true", "train.export=false"),
+    ),
 }
 
 
@@ -74,14 +85,28 @@ def losses(folder: Path) -> torch.Tensor:
         ("npo", "npo_2x4"),
         ("npo", "npo_zero2"),
         ("npo", "npo_engine"),
+        ("npo", "npo_packed_2"),
         ("rmu", "rmu_2"),
         ("sft", "sft_2"),
+        ("sft_grouped", "sft_grouped_packed_2"),
     ],
 )
-def test_losses_do_not_depend_on_ranks_accumulation_stage_or_kind_of_reference(finished, one, other):
+def test_losses_do_not_depend_on_ranks_accumulation_stage_packing_or_kind_of_reference(finished, one, other):
     torch.testing.assert_close(losses(finished[other]), losses(finished[one]), atol=5e-6, rtol=5e-6)
     norms = [torch.tensor([m["grad_norm"] for m in metrics(finished[name])]) for name in (one, other)]
     torch.testing.assert_close(*norms, atol=0, rtol=1e-4)
+
+
+def test_padding_is_told_and_packing_has_none(finished):
+    shares = {
+        name: [m["padding"] for m in metrics(finished[name])] for name in ("sft", "sft_grouped", "npo", "npo_2x4")
+    }
+    assert all(0 < share < 0.5 for told in shares.values() for share in told)
+    assert sum(shares["sft_grouped"]) < sum(shares["sft"])
+    for name in ("npo_packed_2", "sft_grouped_packed_2"):
+        assert all(m["padding"] == 0 for m in metrics(finished[name]))
+    tokens = [[m["tokens"] for m in metrics(finished[name])] for name in ("npo", "npo_packed_2")]
+    assert tokens[0] == tokens[1]
 
 
 def test_bf16_stays_near_fp32(finished):

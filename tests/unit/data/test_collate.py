@@ -396,8 +396,8 @@ def test_a_long_answer_is_an_error_unless_told_to_cut(processor, pictures):
 def test_a_length_is_foretold_to_the_token_whatever_the_tokenizer_adds(processor, pictures, history, image):
     one = sample(pictures.get(image), history=history)
     length = int(Encoder(processor).encode([one]).inputs["attention_mask"].sum())
-    assert not Encoder(processor, max_length=length).check(one)
-    assert Encoder(processor, max_length=length - 1, on_long="truncate").check(one)
+    assert Encoder(processor, max_length=length).length(one) == length
+    assert Encoder(processor, max_length=length - 1, on_long="truncate").length(one) == length
 
 
 # ----------------------------------------------------------------------------------------------- pictures

@@ -18,7 +18,7 @@ def samples(toy):
 
 
 @pytest.mark.parametrize("on_long", ["error", "truncate"])
-def test_check_foresees_encode(toy, samples, on_long):
+def test_a_length_foresees_encode(toy, samples, on_long):
     processor = AutoProcessor.from_pretrained(toy.root / "model")
     outcomes = set()
     for limit in range(8, 60, 2):
@@ -32,14 +32,14 @@ def test_check_foresees_encode(toy, samples, on_long):
             before = max(asked) + 1
             fits = length <= limit or (on_long == "truncate" and before < limit)
             if fits:
-                assert encoder.check(sample) == (length > limit)
+                assert encoder.length(sample) == length
             else:
                 with pytest.raises(TooLong, match=f"{length} tokens, {before} of them before"):
-                    encoder.check(sample)
+                    encoder.length(sample)
             outcomes.add((fits, length > limit))
     assert len(outcomes) == (3 if on_long == "truncate" else 2)
 
 
-def test_check_opens_no_picture(toy, samples):
+def test_a_length_opens_no_picture(toy, samples):
     encoder = Encoder(AutoProcessor.from_pretrained(toy.root / "model"))
-    assert not encoder.check(replace(samples[0], image="nowhere.png"))
+    assert encoder.length(replace(samples[0], image="nowhere.png")) == encoder.length(samples[0])

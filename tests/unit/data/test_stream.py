@@ -98,6 +98,87 @@ def test_an_empty_stream_is_an_error_with_its_name():
         stream.batch(0, "forget", 0, 0, 4)
 
 
+# ------------------------------------------------------------------------------------------- grouped by length
+
+skewed = st.lists(st.one_of(st.integers(600, 640), st.integers(600, 2048)), min_size=1, max_size=60)
+
+
+def whole_run(seed, lengths, steps, global_batch):
+    return [stream.grouped(seed, "forget", np.array(lengths), step, global_batch) for step in range(steps)]
+
+
+@given(seeds, skewed, st.integers(1, 12), st.integers(1, 3))
+def test_grouped_every_sample_comes_once_an_epoch_even_where_batches_span_two(seed, lengths, global_batch, epochs):
+    """In a step that two epochs share, each has as many samples as in the plain order."""
+    size = len(lengths)
+    steps = -(-epochs * size // global_batch)
+    seen = Counter()
+    for step, found in enumerate(whole_run(seed, lengths, steps, global_batch)):
+        assert len(found) == global_batch
+        seen.update(found.tolist())
+        done = (step + 1) * global_batch // size
+        assert all(done <= seen[index] <= done + 1 for index in range(size))
+        assert sum(seen[index] - done for index in range(size)) == (step + 1) * global_batch - done * size
+
+
+@given(seeds, skewed, st.integers(0, 30), st.integers(1, 4), st.integers(1, 3))
+def test_grouped_micro_batches_are_the_same_for_every_world_size(seed, lengths, step, micro, accumulate):
+    whole = stream.grouped(seed, "forget", np.array(lengths), step, 4 * micro * accumulate)
+    cuts = []
+    for world in (1, 2, 4):
+        parts = [stream.shard(whole, rank, world, micro) for rank in range(world)]
+        cuts.append([rows.tolist() for at_once in zip(*parts, strict=True) for rows in at_once])
+        assert np.concatenate(cuts[-1]).tolist() == whole.tolist()
+        # From one micro-batch to the next the rows get shorter: what runs at the same time is of like length.
+        assert np.all(np.diff([lengths[i] for i in np.concatenate(cuts[-1])]) <= 0)
+    assert cuts[0] == cuts[1] == cuts[2]
+
+
+@given(seeds, skewed, st.integers(0, 30), st.integers(1, 12))
+def test_a_window_holds_the_plain_orders_samples(seed, lengths, window, global_batch):
+    steps = range(window * stream.WINDOW, (window + 1) * stream.WINDOW)
+    plain = [stream.batch(seed, "forget", len(lengths), step, global_batch) for step in steps]
+    found = [stream.grouped(seed, "forget", np.array(lengths), step, global_batch) for step in steps]
+    assert Counter(np.concatenate(found).tolist()) == Counter(np.concatenate(plain).tolist())
+
+
+def share_of_padding(batches, lengths, micro):
+    rows = [lengths[part] for indices in batches for part in stream.shard(indices, 0, 1, micro)]
+    return 1 - sum(row.sum() for row in rows) / sum(len(row) * row.max() for row in rows)
+
+
+@given(seeds, st.integers(200, 400), st.sampled_from([2, 4, 8]))
+def test_grouped_there_is_far_less_padding_on_skewed_lengths(seed, size, micro):
+    lengths = 600 + np.random.default_rng(seed).lognormal(4, 1, size).astype(np.int64)
+    lengths[::10] = 60  # text alone
+    steps = 2 * size // 16
+    plain = share_of_padding([stream.batch(seed, "f", size, s, 16) for s in range(steps)], lengths, micro)
+    grouped = share_of_padding([stream.grouped(seed, "f", lengths, s, 16) for s in range(steps)], lengths, micro)
+    assert grouped < 0.7 * plain
+
+
+def test_the_streams_of_a_step_are_long_and_short_together():
+    draw = np.random.default_rng(0)
+    lengths = {name: draw.lognormal(4, 1, size).astype(np.int64) for name, size in (("forget", 640), ("retain", 1280))}
+    means = [[n[stream.grouped(0, name, n, s, 16)].mean() for s in range(40)] for name, n in lengths.items()]
+    assert np.corrcoef(means)[0, 1] > 0.8
+
+
+@given(seeds, st.integers(60, 120))
+def test_grouped_batches_differ_between_seeds_streams_and_epochs(seed, size):
+    lengths = np.random.default_rng(seed).permutation(size)
+    orders = [
+        np.concatenate([stream.grouped(s, name, lengths, step, 4) for step in steps]).tolist()
+        for s, name, steps in (
+            (seed, "forget", range(8)),
+            (seed, "retain", range(8)),
+            (seed + 1, "forget", range(8)),
+            (seed, "forget", range(size, size + 8)),
+        )
+    ]
+    assert len(set(map(tuple, orders))) == len(orders)
+
+
 @given(st.lists(st.one_of(st.integers(), st.from_regex(r"\w{0,5}", fullmatch=True)), min_size=1, max_size=4))
 def test_a_derived_seed_fits_a_generator_and_depends_on_every_part(parts):
     seed = stream.derived_seed(*parts)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig, Qwen2_5_VLConfig
 
 from mirage_dist import config as configs
 from mirage_dist.cli import main
@@ -122,6 +123,24 @@ def test_a_layer_that_the_model_does_not_have_is_named(recipe):
         run.check(recipe("objective.layer=4", name="rmu"), 2)
 
 
+def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused_by_its_configuration(recipe, tmp_path):
+    """Positions of a picture's grid are one case; text layers that pass from token to token are another."""
+    run.check(recipe("data.packing=true"), 2)
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": 2, "vocab_size": 64}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolution = Lfm2Config(**text, layer_types=["conv", "full_attention"])
+    for config, words in (
+        (Qwen2_5_VLConfig(text_config=text), "qwen2_5_vl is not known to keep packed sequences apart .*grid"),
+        (LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=convolution), "not every layer of lfm2"),
+    ):
+        config.save_pretrained(tmp_path / config.model_type)
+        told = f"model.path={tmp_path / config.model_type}"
+        run.check(recipe(told), 2)
+        with pytest.raises(ConfigError, match=rf"data\.packing: {words}"):
+            run.check(recipe(told, "data.packing=true"), 2)
+
+
 def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(toy.root / "model", model)
@@ -152,6 +171,9 @@ def test_the_micro_batch_may_change_only_where_the_loss_does_not_depend_on_it(re
     configs.write_yaml(recipe("objective.positions=all", name="rmu"), tmp_path / "run/config.yaml")
     with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
         run.check(recipe("objective.positions=all", "train.micro_batch=1", name="rmu"), 2)
+    packed = ("objective.positions=all", "data.packing=true")
+    configs.write_yaml(recipe(*packed, name="rmu"), tmp_path / "run/config.yaml")
+    run.check(recipe(*packed, "train.micro_batch=1", name="rmu"), 2)
 
 
 def test_a_typo_ends_with_one_line_and_status_2():

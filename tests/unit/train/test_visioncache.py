@@ -211,9 +211,9 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
 def test_a_tower_that_trains_is_refused_before_weights_load(toy, tmp_path, overrides, words):
     told = [*toy.overrides("npo", tmp_path / "run"), *overrides]
     recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
-    load.check_names(recipe.model, None)
+    load.check_names(recipe.model, recipe.data, None, None)
     with pytest.raises(ConfigError, match=words):
-        load.check_names(recipe.model, None, cache_vision=True)
+        load.check_names(recipe.model, replace(recipe.data, cache_vision=True), None, None)
 
 
 def test_other_models_and_towers_that_draw_are_refused(toy, tmp_path):

@@ -1,0 +1,141 @@
+"""A step over packed micro-batches has the loss and the gradients of the padded one, for every objective."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mirage_dist import config as configs
+from mirage_dist.data import sources
+from mirage_dist.model import load, reference
+from mirage_dist.model.policy import Policy
+from mirage_dist.objectives.base import make
+from mirage_dist.schema import SourceConfig, TrainRecipe
+from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.loop import Loop
+from mirage_dist.train.refcache import _add
+from mirage_dist.world import World
+
+ONE = World(0, 0, 1, torch.device("cpu"))
+OBJECTIVES = {
+    "sft": {"name": "sft"},
+    "graddiff": {"name": "graddiff"},
+    "npo": {"name": "npo", "reduction": "seq_sum"},
+    "npo by means": {"name": "npo", "reduction": "seq_mean"},
+    "npo by batch means": {"name": "npo", "reduction": "batch_mean", "ce_weight": 1.0},
+    "npo with KL": {"name": "npo", "retain": "kl"},
+    "rmu": {"name": "rmu", "layer": 2, "positions": "unpadded"},
+    "rmu on text": {"name": "rmu", "layer": 2, "positions": "text"},
+    "rmu on answers, no CE": {"name": "rmu", "layer": 2, "positions": "response", "ce_weight": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def files(toy, tmp_path_factory):
+    """Pictures and text alone, one turn and two; the first micro-batches have no picture."""
+    shown = sources.read(SourceConfig("samples", str(toy.root / "retain.jsonl"))).samples
+    turns = (("what the place of this gadget ?", "it is cave"),)
+    mixed = [replace(s, image=None) if i % 3 else replace(s, history=turns) for i, s in enumerate(shown[:12])]
+    folder = tmp_path_factory.mktemp("mixed")
+    sources.write_samples(folder / "mixed.jsonl", mixed)
+    sources.write_samples(folder / "text.jsonl", [replace(s, image=None) for s in shown[:8]])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(toy):
+    """A policy and another one to compare with."""
+    policy, other = (Policy(AutoModelForImageTextToText.from_pretrained(toy.root / "model")) for _ in range(2))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02 * parameter.abs().mean())
+    return policy, other
+
+
+def feed_of(toy, files, options, packing, source="mixed", *overrides):
+    objective = make(options)
+    told = [f"run.dir={files}/run", f"model.path={toy.root}/model", "world.dir=none", f"data.packing={packing}"]
+    told += ["train.global_batch=8", "train.micro_batch=4", *overrides]
+    recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
+    streams = {name: [SourceConfig("samples", f"{files}/{source}.jsonl")] for name in objective.needs.streams}
+    recipe = replace(recipe, data=replace(recipe.data, streams=streams, refusals_in_forget="allow"), objective=options)
+    return (
+        objective,
+        recipe,
+        Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model)),
+    )
+
+
+class Engine(torch.nn.Module):
+    """One process's, without DeepSpeed."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.module = policy
+
+    def forward(self, *told):
+        return self.module(*told)
+
+
+def gradients(toy, files, models, options, packing, cached=False, source="mixed"):
+    """Terms and gradients of one step, and the share of padding in it."""
+    policy, other = models
+    objective, recipe, feed = feed_of(toy, files, options, packing, source)
+    objective.start(policy.hidden_size, seed=1)
+    forward, cache = reference.frozen(other), None
+    if cached:
+        forward, cache = None, reference.LogProbs()
+        for rows in feed.every_sample(objective.needs.ref_logp, ONE):
+            _add(cache, other, feed.collate(rows, ONE.device), next(iter(rows)))
+    loop = Loop(recipe, Engine(policy), objective, feed, ONE, forward if objective.needs.reference else None, cache)
+    window = feed.window(0, ONE)
+    counts = feed.counts(window)
+    told = {}
+    for micro in window:
+        terms = objective(loop.views(micro))
+        sum(t.weight / counts[t.count] * t.sum for t in terms).backward()
+        for t in terms:
+            told[t.name] = told.get(t.name, 0) + t.sum.detach() / counts[t.count]
+    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    return told, found, 1 - counts["input_tokens"] / counts["slots"]
+
+
+def assert_same_step(padded, packed):
+    torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=1e-5)
+    assert packed[1].keys() == padded[1].keys()
+    norm = torch.stack([g.norm() for g in padded[1].values()]).norm()
+    assert norm > 0
+    for name, gradient in padded[1].items():
+        assert (packed[1][name] - gradient).norm() <= 1e-5 * norm, name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_packed_step_is_the_padded_one(toy, files, models, name):
+    padded, packed = (gradients(toy, files, models, OBJECTIVES[name], packing) for packing in (False, True))
+    assert_same_step(padded, packed)
+    assert padded[2] > 0.1
+    assert packed[2] == 0
+
+
+@pytest.mark.parametrize("name", ["npo", "rmu"])
+def test_a_packed_step_without_pictures_is_the_padded_one(toy, files, models, name):
+    padded, packed = (gradients(toy, files, models, OBJECTIVES[name], p, source="text") for p in (False, True))
+    assert_same_step(padded, packed)
+    assert packed[2] > 0  # the placeholder
+
+
+@pytest.mark.parametrize("name", ["npo", "npo by batch means"])
+def test_a_cache_of_packed_batches_serves_as_the_reference_itself(toy, files, models, name):
+    direct = gradients(toy, files, models, OBJECTIVES[name], packing=True)
+    assert_same_step(direct, gradients(toy, files, models, OBJECTIVES[name], packing=True, cached=True))
+
+
+def test_all_positions_of_a_packed_batch_are_the_unpadded_ones(toy, files, models):
+    every, unpadded = ({**OBJECTIVES["rmu"], "positions": which} for which in ("all", "unpadded"))
+    for source in ("mixed", "text"):  # and not those of the placeholder
+        told = [gradients(toy, files, models, options, True, source=source) for options in (every, unpadded)]
+        assert_same_step(*told)
+    assert gradients(toy, files, models, every, False)[0] != told[0][0]
