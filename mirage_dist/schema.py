@@ -72,10 +72,12 @@ class DataConfig:
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
     group_by_length: bool = False  # samples of like length into one batch
     packing: bool = False  # a micro-batch's samples end to end in one row, without padding
+    workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
     cache_vision: bool = False  # keep what the frozen vision tower gives for each picture on disk, and run it once
 
     def __post_init__(self) -> None:
         _require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)
+        _require(self, ("workers",), "a number of processes from 0", lambda x: x >= 0)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Whether pictures decode, asked of many at once."""
+"""Whether pictures decode, and what they hold, asked of many at once."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
@@ -35,6 +37,27 @@ def faults(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> di
                 told = time.monotonic()
                 print(f"{what}: {start + len(batch)} of {len(own)} decoded", flush=True)
     return found
+
+
+def digests(
+    paths: Iterable[str | None],
+    part: int = 0,
+    parts: int = 1,
+    exchange: Callable[[dict[str, str]], Iterable[Mapping[str, str]]] = lambda own: [own],
+) -> dict[str, str]:
+    """Path -> SHA-256 of the picture's file, None left out. Of `parts` callers with the same paths each reads its own.
+
+    exchange: from what this caller found to what every caller found.
+    """
+    own = list(dict.fromkeys(path for path in paths if path is not None))[part::parts]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(own, pool.map(_digest, own), strict=True))
+    return {path: digest for others in exchange(found) for path, digest in others.items()}
+
+
+def _digest(path: str) -> str:
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _fault(path: str) -> str | None:

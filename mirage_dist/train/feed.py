@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from mirage_dist.data.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.prefetch import made
 from mirage_dist.world import World, everyones
 
 
@@ -24,7 +24,8 @@ class MicroBatch:
     """Samples of all streams, stream after stream. rows: stream -> its slice of them.
 
     samples: (stream, index into the stream) of each. tokens: stream -> how many of `batch.index_N` are its own.
-    mask_BS marks the positions that count for an activation.
+    mask_BS marks the positions that count for an activation. counts: what a term may name (see
+    `objectives.base.Term`), known on the host before anything is on the device.
     """
 
     batch: Batch
@@ -32,6 +33,7 @@ class MicroBatch:
     samples: list[tuple[str, int]]
     tokens: Mapping[str, int]
     mask_BS: Tensor
+    counts: Mapping[str, float]
 
     def index(self, streams: Sequence[str]) -> Tensor | None:
         """Flat positions of the hidden rows that predict these streams' responses, in batch order; None for none."""
@@ -63,6 +65,22 @@ class MicroBatch:
         if edges is None:
             return values_BS[rows.start - first : rows.stop - first]
         return values_BS[:, edges[rows.start] : edges[rows.stop]]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on the device; a copy out of pinned memory waits for nothing."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same in pinned memory."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        def mapped(value: Any) -> Any:
+            return function(value) if isinstance(value, Tensor) else value
+
+        tensors = {name: mapped(value) for name, value in vars(self.batch).items()}
+        inputs = {name: mapped(value) for name, value in self.batch.inputs.items()}
+        return replace(self, batch=Batch(**{**tensors, "inputs": inputs}), mask_BS=function(self.mask_BS))
 
     def _chosen(self, values_N: Tensor, streams: Sequence[str]) -> Tensor | None:
         # Sizes are known on the host, so nothing here waits for the device.
@@ -154,11 +172,19 @@ class Feed:
         return train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
 
     def window(self, step: int, world: World) -> list[MicroBatch]:
-        """This rank's micro-batches of a step, on the device."""
+        """This rank's micro-batches of a step."""
         width = self.recipe.train.micro_batch
         parts = {n: stream.shard(self.chosen(n, step), world.rank, world.size, width) for n in self.samples}
         count = len(parts[self.needs.streams[0]])
-        return [self.collate({n: part[i] for n, part in parts.items()}, world.device) for i in range(count)]
+        return [self.collate({n: part[i] for n, part in parts.items()}) for i in range(count)]
+
+    def windows(self, steps: range, world: World) -> Iterator[list[MicroBatch]]:
+        """The windows of these steps, made ahead by `data.workers`."""
+        return made(lambda step: self.window(step, world), steps, self.recipe.data.workers)
+
+    def batches(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[MicroBatch]:
+        """`collate` of each, made ahead by `data.workers`."""
+        return made(self.collate, rows, self.recipe.data.workers)
 
     def chosen(self, name: str, step: int) -> stream.Indices:
         """Indices of a stream's samples in a step, of all ranks. Grouped by length only behind `check_lengths`."""
@@ -167,8 +193,8 @@ class Feed:
             return stream.grouped(seed, name, self.lengths[name], step, batch)
         return stream.batch(seed, name, len(self.samples[name]), step, batch)
 
-    def collate(self, rows: Mapping[str, np.ndarray], device: torch.device) -> MicroBatch:
-        """Rows (stream -> indices) in one batch."""
+    def collate(self, rows: Mapping[str, np.ndarray]) -> MicroBatch:
+        """Rows (stream -> indices) in one batch, on the CPU."""
         samples = [(name, int(index)) for name, indices in rows.items() for index in indices]
         batch = self.encoder.encode([self.samples[name][index] for name, index in samples])
         slices, start = {}, 0
@@ -177,8 +203,15 @@ class Feed:
             start += len(indices)
         sizes = torch.bincount(batch.segment_N, minlength=len(samples))
         tokens = {name: int(sizes[part].sum()) for name, part in slices.items()}
-        batch = to_device(batch, device)
-        return MicroBatch(batch, slices, samples, tokens, positions(batch, self.needs.positions))
+        mask_BS = positions(batch, self.needs.positions)
+        counts = {"micro_batches": 1, "cut": batch.cut, "slots": batch.labels_BS.numel()}
+        counts["input_tokens"] = int(batch.unpadded_BS.sum())
+        micro = MicroBatch(batch, slices, samples, tokens, mask_BS, counts)
+        for name in slices:
+            counts[f"{name}.sequences"] = micro.sequences(name)
+            counts[f"{name}.tokens"] = tokens[name]
+            counts[f"{name}.positions"] = int(micro.of_stream(name, mask_BS).sum())
+        return micro
 
     def every_sample(self, names: tuple[str, ...], world: World) -> Iterator[dict[str, np.ndarray]]:
         """All samples of these streams, `micro_batch` a time, split over ranks; every rank makes as many batches.
@@ -191,18 +224,9 @@ class Feed:
             for start in range(0, len(own), width):
                 yield {name: own[start : start + width] % size}
 
-    def counts(self, window: list[MicroBatch]) -> dict[str, float]:
-        """This rank's share of every count that a term may name (see `objectives.base.Term`)."""
-        total: Counter[str] = Counter({"micro_batches": len(window)})
-        for micro in window:
-            for name in micro.rows:
-                total[f"{name}.sequences"] += micro.sequences(name)
-                total[f"{name}.tokens"] += micro.tokens[name]
-                total[f"{name}.positions"] += int(micro.of_stream(name, micro.mask_BS).sum())
-            total["input_tokens"] += int(micro.batch.unpadded_BS.sum())
-            total["slots"] += micro.batch.labels_BS.numel()
-            total["cut"] += micro.batch.cut
-        return dict(total)
+    def counts(self, window: Sequence[MicroBatch]) -> dict[str, float]:
+        """This rank's share of every count that a term may name."""
+        return {name: sum(micro.counts[name] for micro in window) for name in window[0].counts}
 
 
 def positions(batch: Batch, which: Positions) -> Tensor:
@@ -214,13 +238,3 @@ def positions(batch: Batch, which: Positions) -> Tensor:
         "text": batch.text_BS,
     }[which]
     return mask.float()
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-
-    def moved(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-    tensors = {name: moved(value) for name, value in vars(batch).items()}
-    return Batch(**{**tensors, "inputs": {name: moved(value) for name, value in batch.inputs.items()}})

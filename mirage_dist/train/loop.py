@@ -47,21 +47,25 @@ class Loop:
         self.skipped_in_a_row = 0
 
     def step(
-        self, number: int, flags: Sequence[bool] = (), before_update: Callable[[], None] = lambda: None
+        self,
+        number: int,
+        window: Sequence[MicroBatch],
+        flags: Sequence[bool] = (),
+        before_update: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, Any], Tensor]:
-        """Step `number` (from 0) of the run: its record for the log. Raises NonFinite.
+        """Step `number` (from 0) of the run, on its window: its record for the log. Raises NonFinite.
 
-        flags: what this rank has to tell the others; every rank gets all of them, (ranks, flags), with the values that
-        are gathered anyway. before_update: called when all gradients are there and no weight has changed.
+        window: see `Feed.window`. flags: what this rank has to tell the others; every rank gets all of them, (ranks,
+        flags), with the values that are gathered anyway. before_update: called when all gradients are there and no
+        weight has changed.
         """
-        window = self.feed.window(number, self.world)
         counts = self.agree(number, self.feed.counts(window))
         rate = learning_rate(self.train, number, self.feed.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
         for micro in window:
-            terms = self.objective(self.views(micro))
+            terms = self.objective(self.views(micro.to(self.world.device)))
             loss = sum((t.weight / counts[t.count] * t.sum for t in terms), torch.zeros((), device=self.world.device))
             # DeepSpeed averages gradients over ranks; the counts are global already.
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)

@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from mirage_dist.data import pictures
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load, vision
 from mirage_dist.model.activations import decoder
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import checkpoint, memory, run, visioncache
+from mirage_dist.train import checkpoint, memory, run
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.memory import Place
-from mirage_dist.world import World
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -206,17 +204,16 @@ def _vision(told: Plan, recipe: TrainRecipe, policy: Policy, feed: Feed) -> None
         vision.check(policy.base)
     except ConfigError:
         return  # not offered for this model; a recipe that asks for it did not come so far
-    world = World(0, 0, 1, torch.device("cpu"))
-    digests = visioncache.picture_digests((s for samples in feed.samples.values() for s in samples), world)
-    pictures = len(set(digests.values())) + 1
+    digests = pictures.digests(s.image for samples in feed.samples.values() for s in samples)
+    count = len(set(digests.values())) + 1  # and the placeholder
     tokens, features = (
         len(feed.encoder.placeholder["input_ids"]),
         policy.backbone.multi_modal_projector.linear_1.in_features,
     )
     each = tokens * features * load.DTYPES[recipe.train.dtype].itemsize
-    note = f"{pictures:,} pictures of {tokens} × {features}, the placeholder included"
+    note = f"{count:,} pictures of {tokens} × {features}, the placeholder included"
     told.disk["vision features"] = (
-        pictures * each,
+        count * each,
         note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import config as configs
 from mirage_dist import world as worlds
+from mirage_dist.data import pictures
 from mirage_dist.model import reference
 from mirage_dist.model.policy import Request, no_grad_forward
 from mirage_dist.schema import TrainRecipe
@@ -33,7 +35,9 @@ def fill(
 
     workspace: the lease's folder (see `train.lease`). Every rank calls this. Raises StopRequested between two parts.
     """
-    folder = Path(recipe.run.dir) / "reference" / _key(recipe, feed, base_hash)
+    paths = (s.image for name in feed.needs.ref_logp for s in feed.samples[name])
+    digests = pictures.digests(paths, world.rank, world.size, lambda own: worlds.everyones(world, own))
+    folder = Path(recipe.run.dir) / "reference" / _key(recipe, feed, base_hash, digests)
     files = worlds.from_main(world, _whole_set(folder) if world.main else None)
     if files is None:
         if world.main:
@@ -48,26 +52,29 @@ def fill(
 
 def _compute(recipe: TrainRecipe, engine: Any, feed: Feed, world: World, folder: Path, workspace: Path) -> list[str]:
     width = recipe.train.micro_batch
-    batches = feed.every_sample(feed.needs.ref_logp, world)
-    parts = list(iter(lambda: list(islice(batches, BATCHES_A_PART)), []))  # until there is an empty one
+    every = feed.every_sample(feed.needs.ref_logp, world)
+    parts = list(iter(lambda: list(islice(every, BATCHES_A_PART)), []))  # until there is an empty one
     name = f"{Path(recipe.run.dir).name}: reference log-probabilities"
+
+    def file(number: int, rank: int) -> Path:
+        cut = f"width-{width}-part-{number:03d}-of-{len(parts):03d}"
+        return folder / f"rank-{rank:05d}-of-{world.size:05d}-{cut}.npz"
+
+    # Under ZeRO-3 every rank makes each forward, so a part that one rank lacks is computed by all.
+    own = {number for number in range(len(parts)) if not file(number, world.rank).is_file()}
+    lacking = sorted(set().union(*worlds.everyones(world, own)))
+    batches = feed.batches([rows for number in lacking for rows in parts[number]])
     told = 0
-    for number, part in enumerate(parts):
-        files = [
-            folder / f"rank-{rank:05d}-of-{world.size:05d}-width-{width}-part-{number:03d}-of-{len(parts):03d}.npz"
-            for rank in range(world.size)
-        ]
-        # Under ZeRO-3 every rank makes each forward, so a part that one rank lacks is computed by all.
-        if worlds.gather(world, [not files[world.rank].is_file()], f"part {number} of the reference cache").any():
-            own = reference.LogProbs()
-            for rows in part:
-                _add(own, engine, feed.collate(rows, world.device), next(iter(rows)))
-            beside = workspace / files[world.rank].name
-            own.save(beside)
-            beside.replace(files[world.rank])
-        if (number + 1) * 10 // len(parts) > told:
-            told = (number + 1) * 10 // len(parts)
-            world.say(f"{name}: {number + 1} of {len(parts)} parts")
+    for done, number in enumerate(lacking, 1):
+        found = reference.LogProbs()
+        for rows in parts[number]:
+            _add(found, engine, next(batches).to(world.device), next(iter(rows)))
+        beside = workspace / file(number, world.rank).name
+        found.save(beside)
+        beside.replace(file(number, world.rank))
+        if done * 10 // len(lacking) > told:
+            told = done * 10 // len(lacking)
+            world.say(f"{name}: {len(parts) - len(lacking) + done} of {len(parts)} parts")
         worlds.stop_here(world, f"part {number} of the reference cache is written")
     names = worlds.from_main(world, _whole_set(folder) if world.main else None)
     assert names is not None
@@ -84,10 +91,17 @@ def _add(cache: reference.LogProbs, engine: Any, micro: MicroBatch, stream: str)
     cache.add(micro.samples, out.logp_N, segment_N)
 
 
-def _key(recipe: TrainRecipe, feed: Feed, base_hash: str) -> str:
-    told = [base_hash, configs.to_dict(recipe)["data"], recipe.train.dtype]
-    samples = {name: [repr(s) for s in feed.samples[name]] for name in feed.needs.ref_logp}
-    return hashlib.sha256(json.dumps([told, samples], sort_keys=True).encode()).hexdigest()[:16]
+def _key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, str]) -> str:
+    """Hash of all that decides the values: weights, their dtype, how samples become tokens, and the samples."""
+    data, processor = recipe.data, feed.encoder.processor
+    made = [data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing]
+    read = [processor.chat_template, processor.tokenizer.get_vocab(), processor.image_processor.to_dict()]
+    samples = {
+        name: [repr(replace(s, image=None if s.image is None else digests[s.image])) for s in feed.samples[name]]
+        for name in feed.needs.ref_logp
+    }
+    told = [base_hash, recipe.train.dtype, made, read, samples]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _whole_set(folder: Path) -> list[str] | None:

@@ -122,10 +122,11 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
     monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"], lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(world.device)
     done, stop = first, False
-    for number in range(first, feed.steps):
+    for number, window in enumerate(feed.windows(range(first, feed.steps), world), first):
         # Dropout draws what it would have drawn in a run that never stopped.
         torch.manual_seed(recipe.seed * 1_000_003 + number * world.size + world.rank)
-        record, flags = loop.step(number, [signals.received() is not None, saver.written], saver.before_update)
+        told = [signals.received() is not None, saver.written]
+        record, flags = loop.step(number, window, told, saver.before_update)
         stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())
         lap = clock.lap()
         if world.main:

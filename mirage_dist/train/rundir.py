@@ -30,6 +30,7 @@ NOT_THE_RUN = (
     "monitor",
     "deepspeed",
     "data.cache_vision",
+    "data.workers",
     "train.save_every",
     "train.save_in_background",
     "train.keep_last",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from mirage_dist import world as worlds
-from mirage_dist.data.sources import Sample
+from mirage_dist.data import pictures
 from mirage_dist.model.policy import Request, no_grad_forward
 from mirage_dist.model.vision import FEATURES
 from mirage_dist.schema import ConfigError, TrainRecipe
@@ -59,15 +59,16 @@ def fill(recipe: TrainRecipe, engine: Any, feed: Feed, world: World, base_hash: 
     and ConfigError for a picture that the model sees in another size than the blank one.
     """
     folder = Path(recipe.run.dir) / "vision" / key(recipe, engine.module.base.config, feed, base_hash)
-    digests = picture_digests((s for samples in feed.samples.values() for s in samples), world)
+    paths = (s.image for samples in feed.samples.values() for s in samples)
+    digests = pictures.digests(paths, world.rank, world.size, lambda own: worlds.everyones(world, own))
     there = worlds.from_main(world, _index(folder) if world.main else {})
     missing = sorted({BLANK, *digests.values()} - set(there))
     if missing:
         if world.main:
             folder.mkdir(parents=True, exist_ok=True)
         worlds.barrier(world, "vision features")
-        paths = {digest: path for path, digest in digests.items()}
-        _compute(engine, feed, world, [(digest, paths.get(digest)) for digest in missing], folder, workspace)
+        path_of = {digest: path for path, digest in digests.items()}
+        _compute(engine, feed, world, [(digest, path_of.get(digest)) for digest in missing], folder, workspace)
         there = worlds.from_main(world, _index(folder) if world.main else {})
     return Features(digests, folder, there)
 
@@ -87,25 +88,11 @@ def key(recipe: TrainRecipe, model_config: Any, feed: Feed, base_hash: str) -> s
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def picture_digests(samples: Iterable[Sample], world: World) -> dict[str, str]:
-    """Path -> SHA-256 of every picture's file; each rank reads its share."""
-    paths = list(dict.fromkeys(s.image for s in samples if s.image is not None))
-    own = paths[world.rank :: world.size]
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip(own, pool.map(_digest, own), strict=True))
-    return {path: digest for part in worlds.everyones(world, found) for path, digest in part.items()}
-
-
-def _digest(path: str) -> str:
-    with Path(path).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 Picture = tuple[str, str | None]  # digest, path; no path for the placeholder
 
 
-def _compute(engine: Any, feed: Feed, world: World, pictures: list[Picture], folder: Path, workspace: Path) -> None:
-    parts = _cut(pictures, PART)
+def _compute(engine: Any, feed: Feed, world: World, missing: list[Picture], folder: Path, workspace: Path) -> None:
+    parts = _cut(missing, PART)
     done = told = 0
     for first in range(0, len(parts), world.size):
         turn = parts[first : first + world.size]
@@ -120,9 +107,9 @@ def _compute(engine: Any, feed: Feed, world: World, pictures: list[Picture], fol
         if busy:
             _write(found, folder, workspace)
         done += sum(map(len, turn))
-        if done * 10 // len(pictures) > told:
-            told = done * 10 // len(pictures)
-            world.say(f"{folder.parent.parent.name}: vision features: {done} of {len(pictures)} pictures")
+        if done * 10 // len(missing) > told:
+            told = done * 10 // len(missing)
+            world.say(f"{folder.parent.parent.name}: vision features: {done} of {len(missing)} pictures")
         worlds.stop_here(world, f"vision features from part {first} are written")
 
 

@@ -204,7 +204,7 @@ calls = []
 for layer in built.module.backbone.language_model.layers:
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
-loop.Loop(recipe, built, objective, source, here, None, None).step(0)
+loop.Loop(recipe, built, objective, source, here, None, None).step(0, source.window(0, here))
 print("layer forwards", len(calls))
 world.exit_well()
 """

@@ -68,7 +68,7 @@ for stops in (2, None, None):
 held.release()
 whole = refcache.reference.LogProbs()
 for rows in source.every_sample(("forget",), here):
-    refcache._add(whole, built, source.collate(rows, here.device), "forget")
+    refcache._add(whole, built, source.collate(rows), "forget")
 print("TOLD", told, sum(float(v.double().sum()) for v in whole.table.values()))
 world.exit_well()
 """

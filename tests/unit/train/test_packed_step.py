@@ -88,7 +88,7 @@ def gradients(toy, files, models, options, packing, cached=False, source="mixed"
     if cached:
         forward, cache = None, reference.LogProbs()
         for rows in feed.every_sample(objective.needs.ref_logp, ONE):
-            _add(cache, other, feed.collate(rows, ONE.device), next(iter(rows)))
+            _add(cache, other, feed.collate(rows), next(iter(rows)))
     loop = Loop(recipe, Engine(policy), objective, feed, ONE, forward if objective.needs.reference else None, cache)
     window = feed.window(0, ONE)
     counts = feed.counts(window)

@@ -91,7 +91,7 @@ BATCHES = {
 
 def passes(run: Run, rows) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Log-probabilities, a layer's activation and a frozen forward of a batch; then the gradient of all."""
-    micro = run.feed.collate(rows, ALONE.device)
+    micro = run.feed.collate(rows)
     index_N = micro.index(list(rows))
     assert index_N is not None
     labels_N = micro.batch.labels_BS.flatten()[index_N + 1]

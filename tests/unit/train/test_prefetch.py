@@ -1,0 +1,111 @@
+"""Batches made ahead are those made in the step, in order, by other processes; and the step itself never waits."""
+
+import gc
+import os
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mirage_dist
+from mirage_dist import config as configs
+from mirage_dist.model import load, reference
+from mirage_dist.objectives.base import make
+from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.loop import Loop
+from mirage_dist.train.prefetch import made
+from mirage_dist.world import World
+
+# Where kernels' eager twins run there is no GPU to wait for.
+ON_A_CPU = ("steer.py: off.index_fill_", "rows.py: elif tensor.is_cuda or factor.item()", "passes.py: if wrong_N.any()")
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def feed_of(toy, tmp_path, name, *own):
+    told = [*toy.overrides(name, tmp_path / "run"), "train.global_batch=8", "train.micro_batch=4", *own]
+    recipe = configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
+    objective = make(recipe.objective)
+    return (
+        recipe,
+        objective,
+        Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model)),
+    )
+
+
+def test_windows_made_ahead_are_those_made_in_turn(toy, tmp_path):
+    _, _, feed = feed_of(toy, tmp_path, "npo", "data.workers=2", "train.max_steps=7")
+    steps = range(2, 7)  # a resumed run begins somewhere
+    for step, window in zip(steps, feed.windows(steps, ALONE), strict=True):
+        for mine, own in zip(window, feed.window(step, ALONE), strict=True):
+            assert (mine.samples, mine.rows, mine.counts) == (own.samples, own.rows, own.counts)
+            assert torch.equal(mine.mask_BS, own.mask_BS)
+            for name, tensor in own.batch.inputs.items():
+                assert torch.equal(mine.batch.inputs[name], tensor)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_is_kept_errors_come_in_their_turn_and_no_process_is_left(workers):
+    def make_one(item):
+        if item == 5:
+            raise ConfigError("item 5 is bad")
+        return item, os.getpid()
+
+    found = made(make_one, range(9), workers)
+    told = [next(found) for _ in range(5)]
+    assert [item for item, _ in told] == [0, 1, 2, 3, 4]
+    assert len({pid for _, pid in told} - {os.getpid()}) == workers
+    with pytest.raises(ConfigError, match="item 5 is bad"):
+        next(found)
+    del found
+    gc.collect()  # the error's traceback holds it, too
+    assert not any(Path(f"/proc/{pid}").exists() for _, pid in told if pid != os.getpid())
+
+
+class Waits(TorchDispatchMode):
+    """Counts, by our own line, what makes the host wait for a device: values that are read, shapes that follow them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.lines = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.NAMES:
+            ours = [f for f in traceback.extract_stack() if f.filename.startswith(mirage_dist.__path__[0])]
+            # What transformers does in its forward is not ours to change.
+            if ours and not any("transformers" in f.filename for f in traceback.extract_stack()):
+                self.lines[f"{Path(ours[-1].filename).name}: {ours[-1].line}"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Engine(torch.nn.Module):
+    """One process's, without DeepSpeed."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.module = policy
+
+    def forward(self, *told):
+        return self.module(*told)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("sft", ()), ("sft", ("data.packing=true",)), ("npo", ()), ("rmu", ()), ("rmu", ("objective.ce_weight=0",))],
+)
+def test_nothing_of_ours_waits_for_the_device_between_the_batch_and_its_gradients(toy, tmp_path, name, own):
+    recipe, objective, feed = feed_of(toy, tmp_path, name, *own)
+    policy, other = (load.policy(recipe.model, "fp32", {}) for _ in range(2))
+    objective.start(policy.hidden_size, 0)
+    forward = reference.frozen(Engine(other)) if objective.needs.reference else None
+    loop = Loop(recipe, Engine(policy), objective, feed, ALONE, forward, None)
+    (micro, _) = feed.window(0, ALONE)
+    with Waits() as waits:
+        terms = objective(loop.views(micro))
+        sum(t.weight * t.sum for t in terms).backward()
+    assert {line for line in waits.lines if not line.startswith(ON_A_CPU)} == set()
