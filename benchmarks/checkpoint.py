@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import common
 
 ROUNDS, BETWEEN = 5, 6  # saves of each kind; steps between two saves
 TARGET = 0.10
@@ -38,37 +36,26 @@ def main() -> None:
     parsed = parser.parse_args()
     if "RANK" in os.environ:
         return rank(int(parsed.parameters), parsed.out)
-    with tempfile.TemporaryDirectory(dir=parsed.out) as folder:
-        environment = {
-            **os.environ,
-            "WORLD_SIZE": str(parsed.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
-        from mirage_dist.world import _free_port
+    import torch
 
-        environment["MASTER_PORT"] = str(_free_port())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Without the folder that it was given.
+    arguments = ["--ranks", str(parsed.ranks), "--parameters", f"{parsed.parameters:g}"]
+    result = common.record(device, ("torch", "deepspeed"), arguments, threads=1)
+    with tempfile.TemporaryDirectory(dir=parsed.out) as folder:
         command = [sys.executable, __file__, "--parameters", str(parsed.parameters), "--out", folder]
-        ranks = [
-            subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(parsed.ranks)
-        ]
+        ranks = common.start_ranks(command, parsed.ranks)
         statuses = [process.wait() for process in ranks]
         if any(statuses):
             raise SystemExit("a rank failed (see above)")
         told = json.loads((Path(folder) / "told.json").read_text())
-    result = {
-        "command": f"python benchmarks/checkpoint.py --ranks {parsed.ranks} --parameters {parsed.parameters:g}",
-        "date": date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "cpu": platform.machine(), "gpu": told.pop("gpu")},
-        "versions": {name: version(name) for name in ("torch", "deepspeed")},
-        "ranks": parsed.ranks,
-        **told,
-    }
-    file = Path(__file__).parent / "results" / "checkpoint.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    result |= {"ranks": parsed.ranks, **told}
     print(table(result))
+    stall = result["stall_seconds"]
+    share = stall["background"] / stall["waiting"]
+    what = f"the stall in the background is at most {TARGET:.0%} of the stall of waiting (is {share:.1%})"
+    result["targets"] = common.say_targets([(what, share <= TARGET)])
+    common.write("checkpoint", result)
 
 
 def rank(parameters: int, folder: Path) -> None:
@@ -133,7 +120,6 @@ def rank(parameters: int, folder: Path) -> None:
             costs[way].append(time.perf_counter() - start - steps * plain)
     if world.main:
         told: dict[str, Any] = {
-            "gpu": torch.cuda.get_device_name() if world.device.type == "cuda" else None,
             "parameters": sum(p.ds_numel for p in engine.module.parameters()),
             "checkpoint_mib": sum(f.stat().st_size for f in (folder / "waiting").rglob("rank-*")) / 2**20,
             "step_seconds": plain,
@@ -183,21 +169,13 @@ def build(parameters: int, world: Any) -> Any:
 
 
 def table(result: dict[str, Any]) -> str:
-    stall, cost = result["stall_seconds"], result["cost_seconds"]
-    share = stall["background"] / stall["waiting"]
-    return "\n".join(
-        [
-            f"{result['parameters'] / 1e6:.0f} M parameters, {result['checkpoint_mib']:.0f} MiB a checkpoint, "
-            f"{result['ranks']} ranks, {result['step_seconds'] * 1e3:.0f} ms a step",
-            "| | stall | first stall | whole cost |",
-            "|---|---|---|---|",
-            *(
-                f"| {way} | {stall[way]:.3f} s | {result['first_stall_seconds'][way]:.3f} s | {cost[way]:.3f} s |"
-                for way in stall
-            ),
-            f"{'met   ' if share <= TARGET else 'MISSED'}  stall in the background is {share:.1%} of the stall of "
-            f"waiting (target: at most {TARGET:.0%}); of the whole cost {cost['background'] / cost['waiting']:.0%}",
-        ]
+    stall, first, cost = (result[f"{kind}_seconds"] for kind in ("stall", "first_stall", "cost"))
+    rows = [[way, *(f"{told[way]:.3f} s" for told in (stall, first, cost))] for way in stall]
+    return (
+        f"{result['parameters'] / 1e6:.0f} M parameters, {result['checkpoint_mib']:.0f} MiB a checkpoint, "
+        f"{result['ranks']} ranks, {result['step_seconds'] * 1e3:.0f} ms a step\n\n"
+        + common.markdown(["", "stall", "first stall", "whole cost"], rows)
+        + f"\n\nof the whole cost {cost['background'] / cost['waiting']:.0%}\n"
     )
 
 

@@ -1,0 +1,277 @@
+"""A training step against the paper's algorithm written plainly: time, tokens a second and peak memory.
+
+    python benchmarks/bench_step.py                             # CPU, 59 M parameters, 1 and 2 ranks, six minutes
+    python benchmarks/bench_step.py --device cuda               # LLaVA-1.5-7B's proportions, bfloat16, every parameter
+    python benchmarks/bench_step.py --device cuda --lora        # the same with adapters
+
+Ours is what `mirage train` runs (engine, feed, loop, reference cache). The opponents (published.py) get the same
+random model and micro-batches, dtype, attention, checkpointing, AdamW and DeepSpeed JSON, but run one forward a batch
+with full logits, and a second model as the reference. Losses must agree, the first one before anything is timed, or
+the benchmark stops. All samples are equally long: padding costs nobody anything. Our reference cache is filled before
+the first step, by one forward a sample and run, and is not timed.
+
+Each version runs in processes of its own, so that its memory is its own; on the CPU the versions of a case are alive
+together and step by turns, so that what disturbs one disturbs all. A time is the median of the steps behind the first
+one, peak memory a rank's high-water mark (model, optimizer and all) beyond what it had before it loaded the model. On a
+GPU versions follow one another, and one that does not fit is tried again with its optimizer and parameters offloaded.
+
+Writes benchmarks/results/step_DEVICE[_lora].json and prints the table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import common
+from common import SIZES, Job, Size
+from step_rank import Version, cases
+
+SAMPLES = 8  # of each stream; a step of two ranks takes each once
+PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 with float32 sums
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss, relative
+FITS = ("configs/deepspeed/zero3.json", "configs/deepspeed/zero3_offload.json")  # tried in this order
+
+
+@dataclass
+class Measured:
+    """What the steps of one version on so many ranks gave; lists have one value a step, the first one included."""
+
+    case: str
+    ranks: int
+    version: Version
+    deepspeed: str = FITS[0]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads of the busiest rank; other work adds none
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0  # of all ranks and streams in a step
+    peak_mib: float = 0.0
+    missing: str | None = None
+
+    @property
+    def step_seconds(self) -> float:
+        return median(self.seconds[1:])
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    def add(self, told: Sequence[Mapping[str, Any]]) -> None:
+        """One step, as each rank tells it."""
+        self.seconds.append(max(t["seconds"] for t in told))
+        self.cpu_seconds.append(max(t["cpu_seconds"] for t in told))
+        self.losses.append(sum(t["loss"] for t in told) / len(told))
+        self.tokens = sum(t["tokens"] for t in told)
+        self.peak_mib = max(t["peak_mib"] for t in told)
+
+
+# ------------------------------------------------------------------------------------------------ measure
+
+
+class Disagreement(SystemExit):
+    """Two versions that should compute one loss do not."""
+
+
+class Bench:
+    """The runs of one command."""
+
+    def __init__(self, size: Size, device: str, lora: bool, batch: int, repeats: int, place: Path) -> None:
+        self.size, self.device, self.lora, self.place = size, device, lora, place
+        self.batch, self.repeats = batch, repeats
+        self.begun, self.jobs_started = time.monotonic(), 0
+        self.profiles: dict[str, str] = {}
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.begun:4.0f} s] {text}", flush=True)
+
+    def measure(self, case: str, versions: Sequence[Version], ranks: int, profile: bool) -> list[Measured]:
+        """All versions of a case; on the CPU by turns."""
+        found = [Measured(case, ranks, version) for version in versions]
+        for group in [found] if self.device == "cpu" else [[one] for one in found]:
+            self.say(f"{case}, {ranks} rank(s): loading {'; '.join(m.version.name for m in group)}")
+            jobs = [self.start(measured, FITS[0]) for measured in group]
+            try:
+                for number, measured in enumerate(group):
+                    if not ready(jobs[number], measured):
+                        jobs[number].close()
+                        jobs[number] = self.start(measured, FITS[1])
+                        if not ready(jobs[number], measured):
+                            measured.missing = "does not fit, not even with offload"
+                agree(found, self.size.dtype)
+                self.rounds([(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None])
+                agree(found, self.size.dtype)
+                for job, measured in zip(jobs, group, strict=True):
+                    if profile and measured.version.plain is None and measured.missing is None:
+                        told = f"{case}, {measured.version.name}, {ranks} rank(s)"
+                        self.profiles[told] = job.ask("profile")[0]["table"]
+            finally:
+                for job in jobs:
+                    job.close()
+        return found
+
+    def start(self, measured: Measured, deepspeed: str) -> Job:
+        """The version's ranks, set to load."""
+        self.jobs_started += 1
+        measured.deepspeed = deepspeed
+        out = self.place / f"job-{self.jobs_started}"
+        task = {"version": asdict(measured.version), "size": self.size.name, "lora": self.lora, "batch": self.batch}
+        task |= {"place": str(self.place), "out": str(out), "deepspeed": deepspeed}
+        command = [sys.executable, str(Path(__file__).with_name("step_rank.py")), json.dumps(task)]
+        job = Job(command, measured.ranks, out.with_suffix(".log"))
+        job.tell("load")
+        return job
+
+    def rounds(self, alive: Sequence[tuple[Job, Measured]]) -> None:
+        for number in range(self.repeats):
+            for job, measured in alive:
+                measured.add(job.ask("step"))
+            told = "; ".join(f"{m.version.name} {m.seconds[-1]:.2f} s" for _, m in alive)
+            self.say(f"  round {number + 1} of {self.repeats}: {told}")
+
+
+def ready(job: Job, measured: Measured) -> bool:
+    """Wait for the load, then make the first step; False where a GPU's memory does not hold it."""
+    if any("out_of_memory" in told for told in job.hear()):
+        return False
+    first = job.ask("step")
+    if any("out_of_memory" in told for told in first):
+        return False
+    measured.add(first)
+    return True
+
+
+def agree(case: Sequence[Measured], dtype: str) -> None:
+    """Raise Disagreement unless each opponent's losses are its twin's; in 16 bits the first, since they drift apart."""
+    told = {m.version.name: m.losses for m in case}
+    for measured in case:
+        own, twin = measured.losses, told.get(measured.version.twin or "", [])
+        pairs = list(zip(own, twin, strict=False))[: None if dtype == "fp32" else 1]
+        for step, (a, b) in enumerate(pairs):
+            if not abs(a - b) <= TOLERANCE[dtype] * abs(b):  # and neither is no number
+                what = f"{measured.case}, {measured.ranks} rank(s): the loss of step {step}"
+                raise Disagreement(f"{what} is {a} of {measured.version.name!r}, {b} of {measured.version.twin!r}")
+
+
+# ------------------------------------------------------------------------------------------------- report
+
+
+def table(found: Sequence[Measured], parameters: int, device: str) -> str:
+    head = ["step", "ranks", "version", "s a step (least – most)", "tokens/s", "× ours", "peak MiB", "× ours"]
+    if device == "cuda":
+        head += ["MFU", "DeepSpeed"]
+    rows = []
+    for m in found:
+        if m.missing is not None:
+            rows.append([m.case, str(m.ranks), m.version.name, m.missing, *[""] * (len(head) - 4)])
+            continue
+        base = pick(found, m.case, m.ranks, m.version.against)
+        compared = base is not None and m.version.plain is not None
+        row = [m.case, str(m.ranks), m.version.name]
+        row += [f"{m.step_seconds:.2f} ({min(m.seconds[1:]):.2f} – {max(m.seconds[1:]):.2f})"]
+        row += [f"{m.tokens_per_second:.0f}", f"{m.step_seconds / base.step_seconds:.2f} slower" if compared else ""]
+        row += [f"{m.peak_mib:.0f}", f"{m.peak_mib / base.peak_mib:.2f}" if compared else ""]
+        if device == "cuda":
+            whole = not m.case.startswith("RMU")  # whose forward and backward are not those of all parameters
+            flops = 6 * parameters * m.tokens_per_second / m.ranks
+            row += [f"{flops / PEAK_FLOPS:.1%}" if whole else "", Path(m.deepspeed).stem]
+        rows.append(row)
+    return common.markdown(head, rows)
+
+
+def pick(found: Sequence[Measured], case: str, ranks: int, version: str) -> Measured | None:
+    """The measurement of this name, None where there is none or it failed."""
+    same = (m for m in found if (m.case, m.ranks, m.version.name) == (case, ranks, version) and m.missing is None)
+    return next(same, None)
+
+
+def targets(found: Sequence[Measured], parameters: int, device: str) -> list[tuple[str, bool]]:
+    judged: list[tuple[str, bool]] = []
+
+    def ratio(
+        what: str, value: Callable[[Measured], float], over: Any, under: Any, met: Callable[[float], bool]
+    ) -> None:
+        a, b = pick(found, *over), pick(found, *under)
+        if a is not None and b is not None:
+            share = value(a) / value(b)
+            judged.append((f"{what} (is {share:.2f})", met(share)))
+
+    def time_of(m: Measured) -> float:
+        return m.step_seconds
+
+    def tokens(m: Measured) -> float:
+        return m.tokens_per_second / m.ranks
+
+    npo, rmu = ("NPO", 1, "ours"), ("RMU", 1, "ours")
+    five, three = ("NPO", 1, "plain, 5 forwards"), ("NPO", 1, "plain, 3 forwards")
+    hooked = ("RMU", 1, "plain, 3 hooked forwards")
+    if device == "cpu":
+        ratio("NPO >= 3 x faster than the paper's five forwards", time_of, five, npo, lambda x: x >= 3)
+        ratio("NPO >= 1.8 x faster than its formula in three forwards", time_of, three, npo, lambda x: x >= 1.8)
+        ratio("RMU >= 5 x faster than three hooked forwards", time_of, hooked, rmu, lambda x: x >= 5)
+        ratio("NPO's peak memory <= 0.6 of the five forwards'", lambda m: m.peak_mib, npo, five, lambda x: x <= 0.6)
+        for case in ("SFT", "NPO", "RMU"):
+            what = f"{case}: 2 ranks >= 0.85 of one rank's tokens/s a core"
+            ratio(what, tokens, (case, 2, "ours"), (case, 1, "ours"), lambda x: x >= 0.85)
+        return judged
+    ratio("NPO >= 3 x the tokens/s of the five forwards", tokens, npo, five, lambda x: x >= 3)
+    ratio("RMU >= 8 x faster than three hooked forwards", time_of, hooked, rmu, lambda x: x >= 8)
+    for case, ours_ in (("SFT", pick(found, "SFT", 1, "ours")), ("NPO", pick(found, *npo))):
+        if ours_ is None:
+            continue
+        if case == "SFT":
+            mfu = 6 * parameters * tokens(ours_) / PEAK_FLOPS
+            judged.append((f"SFT: MFU >= 0.45 (is {mfu:.2f})", mfu >= 0.45))
+        else:
+            judged.append((f"NPO fits without offload (is {ours_.deepspeed})", ours_.deepspeed == FITS[0]))
+    return judged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=tuple(SIZES), help="default: 58m on a CPU, 7b on a GPU")
+    parser.add_argument("--lora", action="store_true", help="adapters instead of every parameter")
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2 on a CPU, 1 on a GPU")
+    parser.add_argument("--case", nargs="+", help="only these: SFT NPO RMU 'RMU, projector too'")
+    parser.add_argument("--batch", type=int, help="samples of each stream on a rank; default: 4")
+    parser.add_argument("--repeats", type=int, help="steps timed: 3 on a CPU, 10 on a GPU")
+    parser.add_argument("--profile", action="store_true", help="print where the time of our steps goes")
+    parser.add_argument("--place", type=Path, help="a folder for model and data; default: the temporary one")
+    parsed = parser.parse_args()
+    device = parsed.device
+    size = SIZES[parsed.size or ("58m" if device == "cpu" else "7b")]
+    repeats = parsed.repeats or (3 if device == "cpu" else 10)
+    result = common.record(device, ("torch", "transformers", "deepspeed", "peft", "trl"), sys.argv[1:], threads=1)
+    found: list[Measured] = []
+    with tempfile.TemporaryDirectory(dir=parsed.place) as folder:
+        bench = Bench(size, device, parsed.lora, parsed.batch or 4, repeats, Path(folder))
+        bench.say("making a model and data")
+        parameters = common.make_model(size, Path(folder) / "model", device)
+        common.make_samples(size, Path(folder), ("train", "forget", "retain", "retain_ce"), SAMPLES)
+        for ranks in parsed.ranks or ((1, 2) if device == "cpu" else (1,)):
+            for case, versions in cases(size, parsed.lora).items():
+                chosen = [v for v in versions if ranks == 1 or not v.single]
+                if chosen and (parsed.case is None or case in parsed.case):
+                    found += bench.measure(case, chosen, ranks, parsed.profile)
+    batch = f"{bench.batch} samples of {size.tokens} tokens ({size.response} of the response) a stream"
+    result |= {"size": asdict(size), "parameters": parameters, "lora": parsed.lora, "batch": batch, "repeats": repeats}
+    result["measured"] = [{**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in found]
+    for name, profile in bench.profiles.items():
+        print(f"\n{name}\n{profile}")
+    print(f"\n{parameters / 1e6:.0f} M parameters, {size.dtype}, {batch} and rank\n")
+    print(table(found, parameters, device))
+    print("TRL's SFT trainer: " + ("not installed" if result["versions"]["trl"] is None else "not measured"), "\n")
+    result["targets"] = common.say_targets(targets(found, parameters, device))
+    common.write(f"step_{device}{'_lora' if parsed.lora else ''}", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What the benchmarks share: models and data they make themselves, ranks, and the record of machine and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 32_000
+TRAILING_LINES = 30  # of the log of a rank that failed
+
+
+# ------------------------------------------------------------------------------------------------ the record
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """The hardware, without the host's name. threads: of one process's computation."""
+    found: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads}
+    if Path("/proc/cpuinfo").exists():
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        found["cpu"] = names[0].partition(": ")[2] if names else None
+    if hasattr(os, "getloadavg"):
+        found["load_before"] = round(os.getloadavg()[0], 1)  # other work on the machine while this was measured
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def record(device: str, packages: Sequence[str], arguments: Sequence[str], threads: int) -> dict[str, Any]:
+    """Command, date, hardware and versions: the head of every result. Made before anything is measured."""
+    return {
+        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *arguments]),
+        "date": date.today().isoformat(),
+        "hardware": machine(device, threads),
+        "versions": {package: version_of(package) for package in packages},
+    }
+
+
+def write(name: str, result: Mapping[str, Any]) -> None:
+    """results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def say_targets(judged: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """Print each target as met or MISSED; returns what goes into the result."""
+    for what, met in judged:
+        print(f"{'met   ' if met else 'MISSED'}  {what}", flush=True)
+    return [{"what": what, "met": met} for what, met in judged]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+
+def start_ranks(command: Sequence[str], ranks: int, **options: Any) -> list[subprocess.Popen]:
+    """One process a rank, each with one thread unless the environment says otherwise. options: Popen's."""
+    from mirage_dist.world import _free_port
+
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+        for rank in range(ranks)
+    ]
+
+
+class RankFailed(RuntimeError):
+    """A rank ended where it should have answered; the message holds the end of its log."""
+
+
+class Job:
+    """Ranks that do what they are told, a line at a time, and wait idle between: so jobs can take turns.
+
+    Each rank reads words from its standard input and answers each with a line of JSON (see `answers`); what libraries
+    print goes to `log`.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True}
+            self.processes = start_ranks(command, ranks, **pipes)
+
+    def tell(self, word: str) -> None:
+        """Set every rank to work."""
+        for process in self.processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # the answer that does not come tells why
+                process.stdin.write(word + "\n")
+                process.stdin.flush()
+
+    def hear(self) -> list[dict[str, Any]]:
+        """Every rank's answer to the last word. Raises RankFailed."""
+        return [self._answer(process) for process in self.processes]
+
+    def ask(self, word: str) -> list[dict[str, Any]]:
+        self.tell(word)
+        return self.hear()
+
+    def _answer(self, process: subprocess.Popen) -> dict[str, Any]:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise RankFailed("\n".join(self.log.read_text().splitlines()[-TRAILING_LINES:]))
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End every rank and wait for it."""
+        for process in self.processes:
+            process.kill()  # nothing that a benchmark's rank leaves behind is of use
+            process.wait()
+
+
+def answers(answer: Any) -> None:
+    """The rank's side of a `Job`: call `answer(word)` for every word and send what it returns.
+
+    Standard output is kept for answers; whatever else is printed goes to standard error.
+    """
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(answer(line.strip())), file=told, flush=True)
+
+
+# ------------------------------------------------------------------------------------------- model and data
+
+
+@dataclass(frozen=True)
+class Size:
+    """A LLaVA: Llama of `layers` x `hidden` behind CLIP of `vision_layers` x `vision_hidden`, and its samples.
+
+    A sample has `tokens` tokens, all picture tokens (side / patch squared) included, `response` of them of the answer
+    and its end: LLaVA-1.5's shares of 676 (576 of the picture, 60 of the response).
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vision_layers: int
+    vision_hidden: int
+    vision_heads: int
+    side: int
+    tokens: int
+    response: int
+    dtype: str = "fp32"
+    patch: int = 14
+
+    @property
+    def picture_tokens(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def tap(self) -> int:
+        """The last of the first quarter of the decoder's layers: layer 7 of LLaVA's 32, numbered from 0."""
+        return self.layers // 4 - 1
+
+
+SIZES = {
+    "tiny": Size("tiny", 8, 64, 176, 4, 2, 32, 2, side=56, tokens=64, response=8),
+    "58m": Size("58m", 8, 512, 1376, 8, 6, 128, 2, side=196, tokens=256, response=23),
+    "7b": Size("7b", 32, 4096, 11008, 32, 24, 1024, 16, side=336, tokens=676, response=60, dtype="bf16"),
+}
+
+
+def make_model(size: Size, folder: Path, device: str) -> int:
+    """A Hugging Face directory with random weights, tokenizer and processor; returns the number of parameters."""
+    import torch
+
+    from mirage_dist.world import no_bars_in_logs
+
+    no_bars_in_logs()
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from mirage_dist.model.load import DTYPES
+
+    processor = make_processor(size)
+    ids = processor.tokenizer.get_vocab()
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_hidden,
+        intermediate_size=4 * size.vision_hidden,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        image_size=size.side,
+        patch_size=size.patch,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=max(2048, size.tokens),
+        pad_token_id=ids["<pad>"],
+        bos_token_id=None,
+        eos_token_id=ids["<end>"],
+        dtype=DTYPES[size.dtype],
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=ids["<image>"],
+        image_seq_length=size.picture_tokens,
+        dtype=DTYPES[size.dtype],
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config).to(DTYPES[size.dtype])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the ranks need it
+    return parameters
+
+
+def make_processor(size: Size) -> Any:
+    """A tokenizer of VOCABULARY words, one token each, and CLIP's transform of pictures."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from mirage_dist.model.toymodel import CHAT_TEMPLATE, SPECIAL
+
+    words = [*SPECIAL, *(word(i) for i in range(VOCABULARY - len(SPECIAL)))]
+    backend = Tokenizer(models.WordLevel({text: i for i, text in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        chat_template=CHAT_TEMPLATE,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    side = size.side
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer=tokenizer,
+        patch_size=size.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops again
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def word(number: int) -> str:
+    """A word of its own for every number below a million, of three syllables."""
+    consonants, vowels = "bcdfghjklmnpqrstvwxz", "aeiou"
+    syllables = (number // 10_000, number // 100 % 100, number % 100)
+    return "".join(consonants[s // 5] + vowels[s % 5] for s in syllables)
+
+
+def make_samples(size: Size, folder: Path, streams: Sequence[str], count: int) -> None:
+    """STREAM.jsonl in the `samples` format: pictures of smooth colours, every other one JPEG, and random words."""
+    import numpy as np
+    from PIL import Image
+
+    from mirage_dist.data.sources import Sample, write_samples
+
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = size.tokens - size.picture_tokens - size.response - 2  # two marks of who speaks
+    generator = np.random.default_rng(0)
+
+    def words(number: int) -> str:
+        return " ".join(word(int(i)) for i in generator.integers(VOCABULARY - 100, size=number))
+
+    for stream in streams:
+        samples = []
+        for i in range(count):
+            file = folder / f"{stream}-{i:04d}.{'jpg' if i % 2 else 'png'}"
+            # Flat noise would compress like no photograph does.
+            coarse = Image.fromarray(generator.integers(256, size=(12, 12, 3), dtype=np.uint8))
+            coarse.resize((size.side, size.side), Image.Resampling.BICUBIC).save(file)
+            samples.append(Sample(f"{stream}-{i}", str(file), words(asked), words(size.response - 1), True, "", stream))
+        write_samples(folder / f"{stream}.jsonl", samples)

@@ -1,0 +1,238 @@
+"""The versions of a step that bench_step.py compares, and the rank that runs one.
+
+python benchmarks/step_rank.py TASK     # started by bench_step.py; TASK is JSON, see `rank`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+from common import MIB, SIZES, Size
+
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Version:
+    """One way to run the step of a case. plain: a function of published.py, None for ours.
+
+    twin: the version of ours that computes the same loss; opponent: the version of ours that it is measured against,
+    if that is another. single: measured on one rank only.
+    """
+
+    name: str
+    objective: Mapping[str, Any]
+    plain: str | None = None
+    twin: str | None = None
+    opponent: str | None = None
+    reference: str = "cache"
+    train: Sequence[str] = ("*",)
+    single: bool = False
+
+    @property
+    def against(self) -> str:
+        return self.opponent or self.twin or self.name
+
+
+def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
+    """What is measured, the versions of a case in the order of the table."""
+    sft = {"name": "sft"}
+    formula = {"name": "npo", "beta": BETA}
+    published = {"name": "npo", "beta": BETA, "reduction": "batch_mean", "ce_weight": 1.0}
+    rmu = {"name": "rmu", "layer": size.tap, "coeff": 10.0, "retain_weight": 1.0, "ce_weight": 0.0}
+    down = [f"*language_model.layers.{i}.mlp.down_proj.weight" for i in range(max(0, size.tap - 2), size.tap + 1)]
+    frozen = "adapters_off" if lora else "engine"
+
+    def steering(train: Sequence[str], single: bool = False) -> list[Version]:
+        return [
+            Version("ours", rmu, reference=frozen, train=train, single=single),
+            Version("plain, 3 hooked forwards", rmu, "rmu", "ours", reference=frozen, train=train, single=single),
+        ]
+
+    found = {
+        "SFT": [Version("ours", sft), Version("plain, full logits", sft, "sft", "ours")],
+        "NPO": [
+            Version("ours", formula),
+            Version("plain, 3 forwards", formula, "npo_formula", "ours"),
+            Version("plain, 5 forwards", published, "npo_five", "ours, loss of the 5", "ours", single=True),
+            Version("ours, loss of the 5", published, single=True),
+        ],
+        "RMU": steering(down),
+    }
+    # With adapters the recipe's patterns are not used: the two would be the same run.
+    return found if lora else {**found, "RMU, projector too": steering([*down, "*multi_modal_projector*"], single=True)}
+
+
+def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
+    from omegaconf import OmegaConf
+
+    from mirage_dist import config as configs
+    from mirage_dist.objectives.base import make
+    from mirage_dist.schema import TrainRecipe
+
+    streams = make(version.objective).needs.streams
+    size, place, micro = SIZES[task["size"]], Path(task["place"]), task["batch"]
+    model: dict[str, Any] = {"path": str(place / "model"), "train": list(version.train), "freeze": ["*vision_tower*"]}
+    model["gradient_checkpointing"] = size.name == "7b"
+    if task["lora"]:
+        model["lora"] = {"dropout": 0.0}  # so that losses can be compared
+    tree = {
+        "run": {"dir": task["out"]},
+        "model": model,
+        "data": {
+            "max_length": size.tokens,
+            "streams": {name: [{"format": "samples", "path": str(place / f"{name}.jsonl")}] for name in streams},
+        },
+        "objective": dict(version.objective),
+        "reference": version.reference,
+        "train": {
+            "lr": 1e-5,
+            "global_batch": micro * ranks,
+            "micro_batch": micro,
+            "max_steps": 1000,
+            "dtype": size.dtype,
+            "schedule": "constant",
+            "warmup": 0.0,
+        },
+        "deepspeed": task["deepspeed"],
+    }
+    return configs.from_tree(OmegaConf.create(tree), [], TrainRecipe, "benchmark")
+
+
+Step = Callable[[int], tuple[float, int]]  # number -> loss, tokens of this rank
+
+
+def ours(recipe: Any, world: Any) -> Step:
+    """The step of `mirage train`."""
+    import torch
+
+    from mirage_dist.model import load
+    from mirage_dist.train import engine as engines
+    from mirage_dist.train import run
+    from mirage_dist.train.feed import Feed
+    from mirage_dist.train.lease import Lease
+    from mirage_dist.train.loop import Loop
+
+    objective, streams, config = run.check(recipe, world.size)
+    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    torch.manual_seed(recipe.seed)
+    engine = engines.build(recipe, config, world)
+    objective.start(engine.module.hidden_size, recipe.seed)
+    lease = Lease(Path(recipe.run.dir), "benchmark")
+    lease.workspace.mkdir(parents=True, exist_ok=True)
+    forward, cache = run._reference(recipe, engine, config, feed, world, load.base_hash(recipe.model.path), lease)
+    loop = Loop(recipe, engine, objective, feed, world, forward, cache)
+
+    def step(number: int) -> tuple[float, int]:
+        told = loop.step(number)[0]
+        return told["loss"], told["tokens"] // world.size
+
+    return step
+
+
+def plain(recipe: Any, world: Any, algorithm: str) -> Step:
+    """A published algorithm on engines around the Hugging Face model itself."""
+    import deepspeed
+    import published
+    import torch
+
+    from mirage_dist.model import load
+    from mirage_dist.train import run
+    from mirage_dist.train.feed import Feed
+
+    objective, streams, config = run.check(recipe, world.size)
+    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    hf = load.policy(recipe.model, recipe.train.dtype, config).hf
+    optimizer = torch.optim.AdamW(
+        [p for p in hf.parameters() if p.requires_grad], recipe.train.lr, weight_decay=0.0, fused=not cpu(world)
+    )
+    policy, *_ = deepspeed.initialize(model=hf, optimizer=optimizer, config=config, dist_init_required=False)
+    policy.train()
+    models = [policy]
+    if algorithm != "sft":
+        frozen = load.policy(recipe.model, recipe.train.dtype, config, frozen=True).hf
+        own = {k: config[k] for k in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print", "zero_optimization")}
+        reference, *_ = deepspeed.initialize(model=frozen, config=own, dist_init_required=False)
+        reference.eval()
+        models.append(reference)
+    options: dict[str, Any] = {"beta": BETA} if algorithm.startswith("npo") else {}
+    if algorithm == "rmu":
+        text = hf.config.text_config
+        objective.start(text.hidden_size, recipe.seed)
+        options = {"layer": recipe.objective["layer"], "control_D": objective.state_dict()["control_D"]}
+
+    def step(number: int) -> tuple[float, int]:
+        (micro,) = feed.window(number, world)
+        parts = [published.rows(micro, stream) for stream in objective.needs.streams]
+        loss = getattr(published, algorithm)(*models, *parts, **options)
+        policy.backward(loss)
+        policy.step()
+        return loss.item(), int(micro.batch.inputs["attention_mask"].sum())
+
+    return step
+
+
+def rank(task: Mapping[str, Any]) -> None:
+    """Load, then step when asked to (see `common.answers`).
+
+    task: the `version`'s fields, `size`, `lora`, `batch` (samples of a stream), `deepspeed` (a JSON file), `place`
+    (the folder of model and data) and `out` (a new folder, the run's).
+    """
+    import torch
+
+    from mirage_dist import world as worlds
+
+    world = worlds.start()
+    version = Version(**task["version"])
+    recipe = recipe_of(version, task, world.size)
+    state: dict[str, Any] = {"number": 0, "before": resident("VmRSS") if cpu(world) else 0}
+
+    def step() -> dict[str, Any]:
+        start, worked = time.perf_counter(), time.process_time()
+        loss, tokens = state["step"](state["number"])
+        if not cpu(world):
+            torch.cuda.synchronize()
+        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
+        state["number"] += 1
+        peak = resident("VmHWM") - state["before"] if cpu(world) else torch.cuda.max_memory_allocated()
+        return {**spent, "loss": loss, "tokens": tokens, "peak_mib": peak / MIB}
+
+    def load() -> dict[str, Any]:
+        state["step"] = ours(recipe, world) if version.plain is None else plain(recipe, world, version.plain)
+        return {}
+
+    def profile() -> dict[str, Any]:
+        kinds = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kinds.CPU] if cpu(world) else [kinds.CPU, kinds.CUDA]) as profiler:
+            step()
+        by = "self_cpu_time_total" if cpu(world) else "self_cuda_time_total"
+        return {"table": profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60)}
+
+    def answer(word: str) -> dict[str, Any]:
+        try:
+            return {"load": load, "step": step, "profile": profile}[word]()
+        except torch.cuda.OutOfMemoryError:
+            return {"out_of_memory": True}
+
+    common.answers(answer)
+
+
+def cpu(world: Any) -> bool:
+    return world.device.type == "cpu"
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    rank(json.loads(sys.argv[1]))
