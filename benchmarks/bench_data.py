@@ -19,7 +19,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,42 +31,18 @@ import common
 import torch
 from common import SIZES
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, Dataset
 
 from mirage_dist import config as configs
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import TrainRecipe
-from mirage_dist.train.feed import Feed, MicroBatch, read_streams
+from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.prefetch import made
 from mirage_dist.world import World
 
 SIZE = SIZES["7b"]
 SAMPLES, BATCH = 64, 4  # of each stream; of each stream in a step
 HERE = World(0, 0, 1, torch.device("cpu"))
 GPU_FLOPS, UTILISATION, PARAMETERS = 989e12, 0.45, 7.06e9  # of an H100's or H200's bf16; LLaVA-1.5-7B
-
-
-class Windows(Dataset):
-    """The windows of so many steps."""
-
-    def __init__(self, feed: Feed, steps: int) -> None:
-        self.feed, self.steps = feed, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, number: int) -> list[MicroBatch]:
-        return self.feed.window(number, HERE)
-
-
-def whole(window: list[MicroBatch]) -> list[MicroBatch]:
-    return window
-
-
-def prefetched(feed: Feed, steps: int, workers: int) -> Callable[[], Iterator[list[MicroBatch]]]:
-    """An epoch of windows at every call, made in this process (0) or by workers that stay."""
-    windows = Windows(feed, steps)
-    loader = DataLoader(windows, None, collate_fn=whole, num_workers=workers, persistent_workers=workers > 0)
-    return lambda: iter(loader)
 
 
 def make_feed(place: Path) -> Feed:
@@ -86,12 +63,12 @@ def make_feed(place: Path) -> Feed:
 
 
 def epochs(feed: Feed, workers: int, count: int) -> list[float]:
-    """Samples a second of each epoch, the first one cold."""
-    steps = SAMPLES // BATCH
-    epoch, found = prefetched(feed, steps, workers), []
+    """Samples a second of each epoch, the first one cold; workers live through all of them, as in a run."""
+    steps, found = SAMPLES // BATCH, []
+    windows = made(lambda step: feed.window(step, HERE), range(steps * count), workers)
     for _ in range(count):
         start, seen = time.perf_counter(), 0
-        for window in epoch():
+        for window in islice(windows, steps):
             seen += sum(len(micro.samples) for micro in window)
         found.append(seen / (time.perf_counter() - start))
     return found

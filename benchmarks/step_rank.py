@@ -123,7 +123,7 @@ def ours(recipe: Any, world: Any) -> Step:
     objective, streams, config = run.check(recipe, world.size)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     torch.manual_seed(recipe.seed)
-    engine = engines.build(recipe, config, world)
+    engine = engines.build(recipe, config, world, objective.needs.depth)
     objective.start(engine.module.hidden_size, recipe.seed)
     lease = Lease(Path(recipe.run.dir), "benchmark")
     lease.workspace.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def ours(recipe: Any, world: Any) -> Step:
     loop = Loop(recipe, engine, objective, feed, world, forward, cache)
 
     def step(number: int) -> tuple[float, int]:
-        told = loop.step(number)[0]
+        told = loop.step(number, feed.window(number, world))[0]
         return told["loss"], told["tokens"] // world.size
 
     return step
