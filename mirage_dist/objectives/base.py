@@ -140,5 +140,6 @@ def make(options: Mapping[str, Any], source: str = "recipe") -> Objective:
 
 
 def sum_by_sequence(values_N: Tensor, segment_N: Tensor, sequences: int) -> Tensor:
-    """Sum rows by the sequence they belong to: (N,), (N,) -> (B,)."""
-    return torch.zeros(sequences, dtype=values_N.dtype, device=values_N.device).index_add(0, segment_N, values_N)
+    """Sum rows by the sequence they belong to: (N,), (N,) -> (B,). In a fixed order, which index_add on a GPU has not."""
+    own_BN = segment_N == torch.arange(sequences, device=segment_N.device)[:, None]
+    return torch.where(own_BN, values_N, 0).sum(1)
