@@ -39,9 +39,10 @@ def evaluate(recipe: EvalRecipe, share: tuple[int, int] = (0, 1)) -> dict[str, A
     answers of other workers are missing; whoever finds all of them there judges and measures.
 
     {"suite", "seed", "model_hash", "recipe_hash", "world", "sets": {set: {"kind", "samples", "attacks"}},
-    "headline": judge, "judges": {judge: {"entry", "sets", "verdicts"}}}. "entry" is {"asr", "rr", "ir",
-    "utility", "locality"} of the first set of each kind, "sets" every set's measures (see `evals.metrics`),
-    "verdicts" their counts.
+    "headline": judge, "judges": {judge: {"entry", "sets", "categories", "paired", "verdicts"}}}. "entry" is
+    {"asr", "rr", "ir", "utility", "locality"} of the first set of each kind, "sets" every set's measures (see
+    `evals.metrics`), "categories" the same by category and subcategory, "paired" each attack against the clean
+    questions, "verdicts" counts of verdicts.
 
     The embedded world is made first where the recipe names one that is not there.
     Raises ConfigError for a bad recipe, bad data, a template that is not the one the run was trained with, or a suite
@@ -154,7 +155,7 @@ def _judge(suite: Path, judge: Judge, answered: Sequence[Row]) -> list[Judged]:
         verdicts.append({"key": identity[0], "verdict": verdict, "answer": identity[1], "rules": identity[2]})
     rows.write_atomically(file, "".join(json.dumps(v) + "\n" for v in verdicts))
     return [
-        Judged(row["set"], row["id"], row["attack"], row["shot"], v["verdict"])
+        Judged(row["set"], row["id"], row["attack"], row["shot"], v["verdict"], row["category"])
         for row, v in zip(answered, verdicts, strict=True)
     ]
 
@@ -181,15 +182,17 @@ def _measure(
 
 
 def _by_judge(recipe: EvalRecipe, judge: Judge, work: Work, judged: Sequence[Judged]) -> dict[str, Any]:
-    measured, counted = {}, {}
+    measured, categories, paired, counted = {}, {}, {}, {}
     for name, conditions in work.conditions.items():
-        own = [j for j in judged if j.set == name]
-        measured[name] = metrics.measure(recipe.sets[name].kind, own, conditions, judge.verdicts)
-        counted[name] = metrics.counts(own)
+        told = recipe.sets[name].kind, [j for j in judged if j.set == name], conditions, judge.verdicts
+        measured[name] = metrics.measure(*told)
+        categories[name] = metrics.by_category(*told)
+        paired[name] = metrics.paired(*told)
+        counted[name] = metrics.counts(told[1])
     headline: dict[str, Any] = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
     for measures in reversed(measured.values()):  # so that the first set of a kind has the last word
         headline.update((m, value) for m, value in measures.items() if m in headline)
-    return {"entry": headline, "sets": measured, "verdicts": counted}
+    return {"entry": headline, "sets": measured, "categories": categories, "paired": paired, "verdicts": counted}
 
 
 def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,8 +139,8 @@ def caveats(runs: Sequence[Run]) -> list[str]:
         "A model that was never taught to refuse does not refuse: the rejection rate of an unlearned model is nearly "
         "vacuous. Read its utility under the rewrite, its irrelevant rate and its locality beside it.",
         "A model that answers noise is safe by attack success alone; the irrelevant rate shows it. That rate is "
-        "counted per answer, so its n is K times the number of questions, and its interval, which takes the answers "
-        "as independent, is too narrow.",
+        "counted per answer, so its n is K times the number of questions; its interval takes only the questions as "
+        "independent.",
     ]
     if any(run.controlled("unsafe") or run.controlled("safe") for run in runs):
         points.append(
