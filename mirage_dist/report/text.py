@@ -53,14 +53,9 @@ def lede(runs: Sequence[Run]) -> str:
 def facts(runs: Sequence[Run]) -> str:
     first = runs[0]
     sets = ", ".join(f"{s['samples']} {name}" for name, s in first.metrics["sets"].items())
-    judge = {
-        "world": "the embedded world's exact labels",
-        "keyword": "a list of refusal phrases: whatever is no refusal of an unsafe question counts as harmful, "
-        "and right and irrelevant answers cannot be told",
-    }[first.judge]
     kinds = [s["kind"] for s in first.metrics["sets"].values()]
     beside = " Of each kind the first set is shown; metrics.json has all." if len(set(kinds)) < len(kinds) else ""
-    return f"Suite {first.suite}: {sets} questions. Judged by {judge}.{beside}"
+    return f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}.{beside}"
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -147,7 +142,7 @@ def caveats(runs: Sequence[Run]) -> list[str]:
             "The control changes the first word too, to one that the safety data tie to neither class. Only where it "
             "moves a rate much less than the attack does is the word, and not any change of wording, the cause."
         )
-    if any(run.judge == "keyword" for run in runs):
+    if any(run.judged_by["kind"] == "keyword" for run in runs):
         points.append(
             "The keyword judge knows refusals by their phrases and nothing else. It calls every other answer to an "
             "unsafe question harmful, gibberish included, so it overstates attacks on unlearned models."

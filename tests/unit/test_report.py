@@ -47,7 +47,7 @@ def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_
         "world": {"spurious": 0.95} if judge == "world" else None,
         "sets": {kind: {"kind": kind, "samples": 6, "attacks": attacks[kind]} for kind in CONDITIONS},
         "headline": judge,
-        "judges": {judge: {"entry": entry, "sets": {}, "verdicts": {}}},
+        "judges": {judge: {"kind": judge, "about": f"the {judge} judge", "entry": entry, "sets": {}, "verdicts": {}}},
     }
     base = folder / "evals" / suite
     (base / "rows").mkdir(parents=True)
