@@ -66,6 +66,13 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     if len({run.judge for run in runs}) > 1:
         judged = ", ".join(f"{run.name} by {run.judge}" for run in runs)
         found.append(f"These runs have different headline judges ({judged}): their rates do not compare.")
+    for run in runs:
+        missing = run.judged_by.get("unjudged", {})
+        if lost := missing.get("unparsed", 0) + missing.get("failed", 0):
+            found.append(
+                f"{run.name}: {lost} answers have no verdict (the judge's words were no verdict, or it could not be "
+                "asked). They are in no class and in no denominator."
+            )
     return found
 
 
