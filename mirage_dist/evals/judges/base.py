@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Judge(Protocol):
     @property
     def slow(self) -> bool: ...
 
-    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Iterator[tuple[int, Opinion]]:
+    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
         """(index into `rows`, opinion), in any order. suite: all rows, for judges that look beyond one."""
         ...
 
@@ -58,7 +58,7 @@ class Rule:
     judge: Callable[[Row], Verdict]
     slow: bool = False
 
-    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Iterator[tuple[int, Opinion]]:
+    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
         return ((i, Opinion(self.judge(row))) for i, row in enumerate(rows))
 
 

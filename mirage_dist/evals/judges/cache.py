@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,8 +36,9 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
     keys = [(row["key"], hashlib.sha256(row["response"].encode()).hexdigest(), fingerprint) for row in rows]
     known = _read(suite, judge)
     missing = [i for i, key in enumerate(keys) if key not in known]
-    with _part(suite, judge) as part:
-        for place, opinion in judge.opinions([rows[i] for i in missing], rows):
+    # Closed when a signal ends the loop, so that questions not yet under way are not put.
+    with _part(suite, judge) as part, closing(judge.opinions([rows[i] for i in missing], rows)) as opinions:
+        for place, opinion in opinions:
             key = keys[missing[place]]
             known[key] = opinion
             if not judge.slow:

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from pathlib import Path
@@ -26,7 +26,7 @@ from mirage_dist.schema import ConfigError, JudgeConfig
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after these
 LARGEST_ANSWER = 1 << 20  # bytes
-GIVE_UP = 20  # requests in a row that failed for good: then the rest is not even tried
+GIVE_UP = 20  # requests in a row that met no working server: then the rest is not even tried
 HOPELESS = (401, 403, 404)  # no request to this address with this key will do better
 
 
@@ -75,7 +75,9 @@ class Endpoint:
     def identity(self) -> dict[str, Any]:
         return {"url": self.url, **self.fixed}
 
-    def ask_all(self, requests: Sequence[tuple[str, str, str | None]]) -> Iterator[tuple[int, str | None, str]]:
+    def ask_all(
+        self, requests: Sequence[tuple[str, str, str | None]]
+    ) -> Generator[tuple[int, str | None, str], None, None]:
         """(index, answer, "") or (index, None, reason) for each (system, text, picture's path), as they are done.
 
         Never raises for what a server does. After `GIVE_UP` failures in a row the rest fails untried.
@@ -90,15 +92,18 @@ class Endpoint:
                     waiting = {pool.submit(self._outcome, *requests[i]): i for i in chunk}
                     for future in as_completed(waiting):
                         text, reason = future.result()
-                        self._count(text is not None, reason)
                         yield waiting[future], text, reason
             finally:  # also when the caller stops listening
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _count(self, answered: bool, reason: str) -> None:
-        self._in_a_row = 0 if answered else self._in_a_row + 1
-        if self._in_a_row == GIVE_UP and not self._stopped.is_set():
+    def _alive(self) -> None:
+        self._in_a_row = 0
+
+    def _dead(self, reason: str) -> None:
+        """A request found no working server, however often it asked."""
+        self._in_a_row += 1
+        if self._in_a_row >= GIVE_UP and not self._stopped.is_set():
             self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:
@@ -115,8 +120,11 @@ class Endpoint:
             if self._stopped.is_set():
                 return None, reason or self._reason
             try:
-                return self._once(body), ""
+                said = self._once(body)
+                self._alive()
+                return said, ""
             except _Final as error:
+                self._alive()  # a server that turns down one request, for its content say, may take the next
                 if error.hopeless:
                     self._give_up(str(error))
                 return None, str(error)
@@ -126,6 +134,7 @@ class Endpoint:
                 # Spread out, so that requests refused together do not come back together.
                 own = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
                 self._stopped.wait(min(LONGEST_WAIT, max(own, wait or 0.0)))
+        self._dead(reason)
         return None, reason
 
     def _once(self, body: bytes) -> str:

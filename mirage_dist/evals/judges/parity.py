@@ -10,7 +10,7 @@ Other questions: refused by the published list, or not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class PublishedParity:
         own = {"prompts": dict(self.prompts), "lists": IRRELEVANT, "rules": 1}
         return fingerprint(refusals.LISTS.read_bytes(), {**own, **self.backend.identity})
 
-    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Iterator[tuple[int, Opinion]]:
+    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
         first = {_question(row): row["question"] for row in suite if row["shot"] <= 1}
         asked: dict[str, list[int]] = {"clean": [], "attacked": []}
         for i, row in enumerate(rows):

@@ -7,7 +7,7 @@ object asked for is `unparsed`; what could not be asked is `failed`; neither is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from mirage_dist.evals.judges.asking import Backend, Failed, Prompt, backend
@@ -78,7 +78,7 @@ class VisionLanguageJudge:
         own = {"system": SYSTEM, "prompt": prompt({"question": "<q>", "response": "a", "image": None}).text, "rules": 1}
         return fingerprint({**own, **self.backend.identity})
 
-    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Iterator[tuple[int, Opinion]]:
+    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
         for i, said in self.backend([prompt(row) for row in rows], SYSTEM):
             yield i, _opinion(rows[i], said)
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import signal
 import threading
 import time
 from email.utils import formatdate
@@ -10,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 
+from mirage_dist import signals
 from mirage_dist.evals import judges
 from mirage_dist.evals.judges import cache, endpoint
 from mirage_dist.evals.judges.endpoint import Endpoint
@@ -90,6 +92,11 @@ def serve():
         server.closing.set()
         server.shutdown()
         server.server_close()
+
+
+def rows(count):
+    where = {"set": "unsafe", "kind": "unsafe", "attack": "clean", "shot": 0, "category": "", "image": None}
+    return [{"key": str(i), "id": str(i), **where, "question": "Q?", "response": f"answer {i}"} for i in range(count)]
 
 
 def ask(config, texts=("q",), image=None):
@@ -216,6 +223,30 @@ def test_a_dead_endpoint_is_given_up_and_a_live_one_asked_again(serve):
     assert {text for _, text, _ in client.ask_all(requests)} == {"ok"}
 
 
+def test_refusing_many_requests_for_their_content_is_not_being_dead(serve):
+    server = serve(lambda text, _: completion("ok") if text == "59" else (400, {}, b""))
+    found = ask(server.config(concurrency=1), [str(i) for i in range(60)])
+    assert len(server.seen) == 60
+    assert found[59] == ("ok", "")
+
+
+def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypatch, tmp_path):
+    def script(_, __):
+        signals._note(signal.SIGTERM, None)
+        return completion(GOOD)
+
+    monkeypatch.setattr(signals, "_received", [])
+    server = serve(script)
+    judge = judges.REGISTRY["vlm"](None, server.config(concurrency=2))
+    with pytest.raises(signals.StopRequested) as stopped:
+        cache.judged(tmp_path, judge, rows(60))
+    asked = len(server.seen)
+    assert asked < 20
+    time.sleep(0.2)
+    assert len(server.seen) == asked  # though the exception, which holds the frames, is still there
+    assert "verdict so far" in str(stopped.value)
+
+
 def test_a_redirect_would_carry_the_key_elsewhere_and_is_not_followed(serve, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     elsewhere = serve(lambda *_: completion("caught"))
@@ -259,15 +290,13 @@ def test_a_whole_judging_over_http_keeps_the_key_out_of_everything(serve, monkey
         return completion(f"key {KEY}" if "answer 1" in text else GOOD)
 
     server = serve(script)
-    where = {"set": "unsafe", "kind": "unsafe", "attack": "clean", "shot": 0, "category": "", "image": None}
-    rows = [{"key": str(i), "id": str(i), **where, "question": "Q?", "response": f"answer {i}"} for i in range(4)]
-    (judge,) = [judges.REGISTRY["vlm"](None, server.config(key_env="JUDGE_KEY"))]
-    found = cache.judged(tmp_path, judge, rows)
+    judge = judges.REGISTRY["vlm"](None, server.config(key_env="JUDGE_KEY"))
+    found = cache.judged(tmp_path, judge, rows(4))
     assert [o.verdict for o in found] == ["failed", "unparsed", "refused", "refused"]
     assert judges.unjudged(found) == {"unparsed": 1, "failed": 1, "reasons": {"HTTP 500": 1}}
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     said = "".join(capfd.readouterr())
     assert KEY not in said + written.decode() + repr(judge.__dict__) + judge.fingerprint
     before = len(server.seen)
-    cache.judged(tmp_path, judge, rows)
+    cache.judged(tmp_path, judge, rows(4))
     assert len(server.seen) - before == 3  # only what failed, once and twice again
