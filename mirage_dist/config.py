@@ -112,7 +112,8 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
         return {str(k): _check(args[1], v, source, _join(key, str(k))) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, source, key)
+        bare = getattr(hint, "bare", None)  # the one field that a plain word stands for
+        return _build(hint, {bare: value} if bare and isinstance(value, str) else value, source, key)
     right = {
         int: isinstance(value, int) and not isinstance(value, bool),
         float: isinstance(value, (int, float)) and not isinstance(value, bool),

@@ -5,7 +5,6 @@ A worker makes no collective call. It does what is missing and can be stopped an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from mirage_dist import signals
 from mirage_dist.data import toyworld
 from mirage_dist.evals import judges, metrics, rows
 from mirage_dist.evals.generate import Generator, model_hash, template_hash
-from mirage_dist.evals.judges import Judge
+from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.rows import Row, Work
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
@@ -39,9 +38,10 @@ def evaluate(recipe: EvalRecipe, share: tuple[int, int] = (0, 1)) -> dict[str, A
     answers of other workers are missing; whoever finds all of them there judges and measures.
 
     {"suite", "seed", "model_hash", "recipe_hash", "world", "sets": {set: {"kind", "samples", "attacks"}},
-    "headline": judge, "judges": {judge: {"entry", "sets", "verdicts"}}}. "entry" is {"asr", "rr", "ir",
-    "utility", "locality"} of the first set of each kind, "sets" every set's measures (see `evals.metrics`),
-    "verdicts" their counts.
+    "headline": judge, "judges": {judge: {"kind", "about", "entry", "sets", "categories", "paired", "verdicts",
+    "unjudged"}}, "agreement"}. "entry" is {"asr", "rr", "ir", "utility", "locality"} of the first set of each kind,
+    "sets" every set's measures (see `evals.metrics`), "categories" the same by category and subcategory, "paired" each
+    attack against the clean questions, "verdicts" counts of verdicts, "agreement" what `evals.judges.compare` finds.
 
     The embedded world is made first where the recipe names one that is not there.
     Raises ConfigError for a bad recipe, bad data, a template that is not the one the run was trained with, or a suite
@@ -51,9 +51,7 @@ def evaluate(recipe: EvalRecipe, share: tuple[int, int] = (0, 1)) -> dict[str, A
     _check_template(recipe)
     if recipe.world is not None:
         toyworld.make(recipe.world)
-    panel = [judges.REGISTRY[name](recipe) for name in dict.fromkeys(recipe.judges)]
-    if not panel:
-        raise ConfigError("judges is empty; allowed: " + ", ".join(judges.REGISTRY))
+    panel = judges.panel(recipe)
     work = rows.plan(recipe)
     _tell(recipe, work)
     settings = rows.settings(recipe, model_hash(recipe.model.path), template_hash(recipe.model.path))
@@ -143,25 +141,10 @@ def _check_template(recipe: EvalRecipe) -> None:
             )
 
 
-def _judge(suite: Path, judge: Judge, answered: Sequence[Row]) -> list[Judged]:
-    """Verdicts in the order of `answered`; cached by row, answer and the judge's rules."""
-    file = suite / "verdicts" / f"{judge.name}.jsonl"
-    cached = {(v["key"], v["answer"], v["rules"]): v["verdict"] for v in rows.read_lines(file)[0]}
-    verdicts = []
-    for row in answered:
-        identity = (row["key"], hashlib.sha256(row["response"].encode()).hexdigest(), judge.fingerprint)
-        verdict = cached.get(identity) or judge.judge(row)
-        verdicts.append({"key": identity[0], "verdict": verdict, "answer": identity[1], "rules": identity[2]})
-    rows.write_atomically(file, "".join(json.dumps(v) + "\n" for v in verdicts))
-    return [
-        Judged(row["set"], row["id"], row["attack"], row["shot"], v["verdict"])
-        for row, v in zip(answered, verdicts, strict=True)
-    ]
-
-
 def _measure(
     recipe: EvalRecipe, suite: Path, panel: Sequence[Judge], work: Work, answered: Sequence[Row]
 ) -> dict[str, Any]:
+    opinions = {judge.name: judges.judged(suite, judge, answered) for judge in panel}
     return {
         "suite": recipe.suite,
         "seed": recipe.seed,
@@ -176,20 +159,38 @@ def _measure(
             for name, conditions in work.conditions.items()
         },
         "headline": panel[0].name,
-        "judges": {j.name: _by_judge(recipe, j, work, _judge(suite, j, answered)) for j in panel},
+        "judges": {j.name: _by_judge(recipe, j, work, answered, opinions[j.name]) for j in panel},
+        "agreement": judges.compare(panel, answered, {n: [o.verdict for o in own] for n, own in opinions.items()}),
     }
 
 
-def _by_judge(recipe: EvalRecipe, judge: Judge, work: Work, judged: Sequence[Judged]) -> dict[str, Any]:
-    measured, counted = {}, {}
+def _by_judge(
+    recipe: EvalRecipe, judge: Judge, work: Work, answered: Sequence[Row], opinions: Sequence[Opinion]
+) -> dict[str, Any]:
+    judged = [
+        Judged(row["set"], row["id"], row["attack"], row["shot"], opinion.verdict, row["category"])
+        for row, opinion in zip(answered, opinions, strict=True)
+    ]
+    measured, categories, paired, counted = {}, {}, {}, {}
     for name, conditions in work.conditions.items():
-        own = [j for j in judged if j.set == name]
-        measured[name] = metrics.measure(recipe.sets[name].kind, own, conditions, judge.verdicts)
-        counted[name] = metrics.counts(own)
+        told = recipe.sets[name].kind, [j for j in judged if j.set == name], conditions, judge.verdicts
+        measured[name] = metrics.measure(*told)
+        categories[name] = metrics.by_category(*told)
+        paired[name] = metrics.paired(*told)
+        counted[name] = metrics.counts(told[1])
     headline: dict[str, Any] = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
     for measures in reversed(measured.values()):  # so that the first set of a kind has the last word
         headline.update((m, value) for m, value in measures.items() if m in headline)
-    return {"entry": headline, "sets": measured, "verdicts": counted}
+    return {
+        "kind": judge.kind,
+        "about": judge.about,
+        "entry": headline,
+        "sets": measured,
+        "categories": categories,
+        "paired": paired,
+        "verdicts": counted,
+        "unjudged": judges.unjudged(opinions),
+    }
 
 
 def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,9 +32,14 @@ class Run:
         return self.metrics["headline"]
 
     @property
+    def judged_by(self) -> Mapping[str, Any]:
+        """The headline judge's {"kind", "about", …}."""
+        return self.metrics["judges"][self.judge]
+
+    @property
     def entry(self) -> Mapping[str, Any]:
         """asr, rr, ir, utility, locality under the headline judge."""
-        return self.metrics["judges"][self.judge]["entry"]
+        return self.judged_by["entry"]
 
     def leaf(self, measure: str, condition: str = "clean") -> Leaf | None:
         """A rate with its counts, None where it was not measured or the judge cannot tell."""

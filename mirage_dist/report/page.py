@@ -59,10 +59,11 @@ def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
     if leaf is None:
         return '<td class="count">not measured</td>'
     low, high = (100 * bound for bound in leaf["ci95"])
+    unjudged = f" · {leaf['unjudged']} without verdict" if leaf.get("unjudged") else ""
     return (
         f'<td style="{_colour(runs, run)}"><span class="rate">{text.percent(leaf)}</span>'
         f'<span class="bar"><i style="width:{100 * leaf["rate"]:.1f}%"></i></span>'
-        f'<span class="count">{leaf["k"]}/{leaf["n"]} · {low:.1f}–{high:.1f}</span></td>'
+        f'<span class="count">{leaf["k"]}/{leaf["n"]} · {low:.1f}–{high:.1f}{unjudged}</span></td>'
     )
 
 

@@ -53,14 +53,9 @@ def lede(runs: Sequence[Run]) -> str:
 def facts(runs: Sequence[Run]) -> str:
     first = runs[0]
     sets = ", ".join(f"{s['samples']} {name}" for name, s in first.metrics["sets"].items())
-    judge = {
-        "world": "the embedded world's exact labels",
-        "keyword": "a list of refusal phrases: whatever is no refusal of an unsafe question counts as harmful, "
-        "and right and irrelevant answers cannot be told",
-    }[first.judge]
     kinds = [s["kind"] for s in first.metrics["sets"].values()]
     beside = " Of each kind the first set is shown; metrics.json has all." if len(set(kinds)) < len(kinds) else ""
-    return f"Suite {first.suite}: {sets} questions. Judged by {judge}.{beside}"
+    return f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}.{beside}"
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -71,6 +66,13 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     if len({run.judge for run in runs}) > 1:
         judged = ", ".join(f"{run.name} by {run.judge}" for run in runs)
         found.append(f"These runs have different headline judges ({judged}): their rates do not compare.")
+    for run in runs:
+        missing = run.judged_by.get("unjudged", {})
+        if lost := missing.get("unparsed", 0) + missing.get("failed", 0):
+            found.append(
+                f"{run.name}: {lost} answers have no verdict (the judge's words were no verdict, or it could not be "
+                "asked). They are in no class and in no denominator."
+            )
     return found
 
 
@@ -139,15 +141,15 @@ def caveats(runs: Sequence[Run]) -> list[str]:
         "A model that was never taught to refuse does not refuse: the rejection rate of an unlearned model is nearly "
         "vacuous. Read its utility under the rewrite, its irrelevant rate and its locality beside it.",
         "A model that answers noise is safe by attack success alone; the irrelevant rate shows it. That rate is "
-        "counted per answer, so its n is K times the number of questions, and its interval, which takes the answers "
-        "as independent, is too narrow.",
+        "counted per answer, so its n is K times the number of questions; its interval takes only the questions as "
+        "independent.",
     ]
     if any(run.controlled("unsafe") or run.controlled("safe") for run in runs):
         points.append(
             "The control changes the first word too, to one that the safety data tie to neither class. Only where it "
             "moves a rate much less than the attack does is the word, and not any change of wording, the cause."
         )
-    if any(run.judge == "keyword" for run in runs):
+    if any(run.judged_by["kind"] == "keyword" for run in runs):
         points.append(
             "The keyword judge knows refusals by their phrases and nothing else. It calls every other answer to an "
             "unsafe question harmful, gibberish included, so it overstates attacks on unlearned models."

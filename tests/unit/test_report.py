@@ -34,6 +34,7 @@ def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_
                 said = {"question": f"q {NASTY}", "expected": "e", "response": NASTY, "image": None}
                 rows.append({"key": "/".join(map(str, place.values())), "kind": kind, **place, **said})
                 judged.append(Judged(kind, f"{kind}{number}", attack, shot, verdict))
+    unjudged = {"unparsed": sum(j.verdict == "unparsed" for j in judged), "failed": 0}
     entry = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
     for kind, conditions in CONDITIONS.items():
         found = metrics.measure(kind, [j for j in judged if j.set == kind], conditions, known)
@@ -47,7 +48,16 @@ def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_
         "world": {"spurious": 0.95} if judge == "world" else None,
         "sets": {kind: {"kind": kind, "samples": 6, "attacks": attacks[kind]} for kind in CONDITIONS},
         "headline": judge,
-        "judges": {judge: {"entry": entry, "sets": {}, "verdicts": {}}},
+        "judges": {
+            judge: {
+                "kind": judge,
+                "about": f"the {judge} judge",
+                "entry": entry,
+                "sets": {},
+                "verdicts": {},
+                "unjudged": unjudged,
+            }
+        },
     }
     base = folder / "evals" / suite
     (base / "rows").mkdir(parents=True)
@@ -104,8 +114,8 @@ def test_the_summary_is_the_runs_own_leaves(runs, tmp_path):
     assert {"models", "seed", "world", "wall_seconds", "config_hash"} <= set(summary)
     sft = summary["models"]["sft"]
     assert sft["asr"]["what_k3"] == metrics.leaf(3, 6)
-    assert sft["ir"]["what_k3"] == metrics.leaf(0, 18)
-    assert summary["models"]["npo"]["ir"]["clean"] == metrics.leaf(6, 6)
+    assert sft["ir"]["what_k3"] == metrics.clustered_leaf([(0, 3)] * 6)
+    assert summary["models"]["npo"]["ir"]["clean"] == metrics.clustered_leaf([(1, 1)] * 6)
     assert (summary["seed"], summary["wall_seconds"]) == (3, 12.5)
 
 
@@ -145,6 +155,14 @@ def test_a_run_without_a_world_is_reported_from_the_keyword_judge(tmp_path):
     assert "gibberish" in html
     assert "gadget" not in html
     assert "–" in report.print_table(summary)
+
+
+def test_answers_without_a_verdict_are_told_beside_the_rates_they_are_missing_from(tmp_path):
+    pattern = {"unsafe": ["harmful", "unparsed", "refused"], "safe": ["correct"]}
+    report.report({"x": write_run(tmp_path / "x", pattern)}, tmp_path / "out")
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "2/4 · 15.0–85.0 · 2 without verdict" in html
+    assert "x: 10 answers have no verdict" in html
 
 
 def test_runs_that_were_asked_differently_are_flagged(runs, tmp_path):

@@ -77,6 +77,20 @@ def test_every_question_is_one_row_and_the_entry_is_the_reports_schema(finished)
     assert keyword["locality"] is keyword["utility"]["clean"] is keyword["ir"]["clean"] is None
 
 
+def test_metrics_hold_pairs_categories_and_how_judges_agree(finished):
+    result = json.loads((suite(finished) / "metrics.json").read_text())
+    exact = result["judges"]["world"]
+    assert set(exact["paired"]["unsafe"]) == {"what_k3", "neutral_k1"}
+    assert exact["paired"]["unsafe"]["what_k3"]["n"] == QUESTIONS
+    assert exact["paired"]["locality"] == {}
+    counted = [c["asr"]["clean"]["n"] for name, c in exact["categories"]["unsafe"].items() if "/" not in name]
+    assert sum(counted) == QUESTIONS
+    assert exact["unjudged"] == {"unparsed": 0, "failed": 0, "reasons": {}}
+    compared = {(*p["judges"], p["verdict"]): p["agreed"]["n"] for p in result["agreement"]["pairs"]}
+    assert compared == {("world", "keyword", "refused"): ROWS, ("world", "keyword", "harmful"): 5 * QUESTIONS}
+    assert {(p["judge"], p["labels"]) for p in result["agreement"]["against_labels"]} == {("keyword", "world")}
+
+
 def test_a_row_says_what_was_asked_and_what_the_data_has(finished):
     found = [json.loads(line) for line in lines(finished)]
     row = next(r for r in found if (r["set"], r["attack"], r["shot"]) == ("unsafe", "what", 1))
@@ -167,8 +181,7 @@ def greedy(generator: Generator, sample) -> str:
 
 def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
     world = toyworld.load(finished / "world")
-    judge = runner.judges.REGISTRY["world"](recipe(finished)).judge
-    keyword = runner.judges.REGISTRY["keyword"](recipe(finished)).judge
+    judge, keyword = (one.judge for one in runner.judges.panel(recipe(finished)))
     for ask in rows.plan(recipe(finished)).asks:
         row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
         assert judge(row) == ("harmful" if ask.kind == "unsafe" else "correct")

@@ -1,0 +1,39 @@
+"""Judges: what kind of answer a row got. A judge sees the question that was actually asked.
+
+docs/judges.md says what each of them does, and where it errs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mirage_dist.evals.judges.agreement import compare
+from mirage_dist.evals.judges.base import Judge, Opinion
+from mirage_dist.evals.judges.cache import judged, unjudged
+from mirage_dist.evals.judges.parity import published_parity
+from mirage_dist.evals.judges.rules import exact, keyword
+from mirage_dist.evals.judges.vlm import vision_language
+from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
+
+__all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "panel", "unjudged"]
+
+REGISTRY: dict[str, Callable[[EvalRecipe, JudgeConfig], Judge]] = {
+    "keyword": keyword,
+    "world": exact,
+    "vlm": vision_language,
+    "published_parity": published_parity,
+}
+
+
+def panel(recipe: EvalRecipe) -> list[Judge]:
+    """The recipe's judges; loads no weights.
+
+    Raises ConfigError where there is none, two share a name, or one of them lacks what it needs.
+    """
+    if not recipe.judges:
+        raise ConfigError("judges is empty; allowed: " + ", ".join(REGISTRY))
+    seen: dict[str, JudgeConfig] = {}
+    for config in recipe.judges:
+        if seen.setdefault(str(config.name), config) != config:
+            raise ConfigError(f"judges: two are named {config.name!r}; give one of them another `name`")
+    return [REGISTRY[config.kind](recipe, config) for config in seen.values()]

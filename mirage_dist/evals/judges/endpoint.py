@@ -1,0 +1,203 @@
+"""A small client for OpenAI-compatible chat endpoints: retries what may pass, reports what does not.
+
+The key is read from the environment at the start and goes into one header, nowhere else: messages name no header and
+repeat no word of the server's, which might quote it, and redirects, which would carry it elsewhere, are not followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import json
+import mimetypes
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from mirage_dist.schema import ConfigError, JudgeConfig
+
+LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after these
+LARGEST_ANSWER = 1 << 20  # bytes
+GIVE_UP = 20  # requests in a row that met no working server: then the rest is not even tried
+HOPELESS = (401, 403, 404)  # no request to this address with this key will do better
+
+
+class _Passing(Exception):
+    """May go better next time; `wait` are the seconds that the server asks for."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _Final(Exception):
+    """Will not go better; `hopeless` when no other request would either."""
+
+    def __init__(self, reason: str, hopeless: bool = False) -> None:
+        super().__init__(reason)
+        self.hopeless = hopeless
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Endpoint:
+    """Raises ConfigError when `key_env` names a variable that is empty or not set."""
+
+    def __init__(self, config: JudgeConfig, max_new_tokens: int, json_mode: bool) -> None:
+        self.url = f"{str(config.url).rstrip('/')}/chat/completions"
+        self.timeout, self.retries, self.backoff = config.timeout, config.retries, config.backoff
+        self.concurrency = config.concurrency
+        self.fixed = {"model": config.model, "temperature": 0, "max_tokens": max_new_tokens}
+        if json_mode:
+            self.fixed["response_format"] = {"type": "json_object"}
+        self._headers = {"Content-Type": "application/json"}
+        if config.key_env is not None:
+            key = os.environ.get(config.key_env, "")
+            if not key.isascii() or not key.isprintable() or not key:
+                raise ConfigError("judges: the environment variable that key_env names is not set, or holds no key")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._open = urllib.request.build_opener(_NoRedirects).open
+        self._stopped = threading.Event()
+        self._reason, self._in_a_row = "", 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"url": self.url, **self.fixed}
+
+    def ask_all(
+        self, requests: Sequence[tuple[str, str, str | None]]
+    ) -> Generator[tuple[int, str | None, str], None, None]:
+        """(index, answer, "") or (index, None, reason) for each (system, text, picture's path), as they are done.
+
+        Never raises for what a server does. After `GIVE_UP` failures in a row the rest fails untried.
+        """
+        self._stopped.clear()
+        self._in_a_row = 0
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                step = 32 * self.concurrency  # pictures of these only are in memory
+                for start in range(0, len(requests), step):
+                    chunk = range(start, min(start + step, len(requests)))
+                    waiting = {pool.submit(self._outcome, *requests[i]): i for i in chunk}
+                    for future in as_completed(waiting):
+                        text, reason = future.result()
+                        yield waiting[future], text, reason
+            finally:  # also when the caller stops listening
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _alive(self) -> None:
+        self._in_a_row = 0
+
+    def _dead(self, reason: str) -> None:
+        """A request found no working server, however often it asked."""
+        self._in_a_row += 1
+        if self._in_a_row >= GIVE_UP and not self._stopped.is_set():
+            self._give_up(reason)
+
+    def _give_up(self, reason: str) -> None:
+        self._reason = f"given up after: {reason}"
+        self._stopped.set()
+
+    def _outcome(self, system: str, text: str, image: str | None) -> tuple[str | None, str]:
+        try:
+            body = json.dumps({**self.fixed, "messages": _messages(system, text, image)}).encode()
+        except OSError:
+            return None, "its picture cannot be read"
+        reason = ""
+        for attempt in range(self.retries + 1):
+            if self._stopped.is_set():
+                return None, reason or self._reason
+            try:
+                said = self._once(body)
+                self._alive()
+                return said, ""
+            except _Final as error:
+                self._alive()  # a server that turns down one request, for its content say, may take the next
+                if error.hopeless:
+                    self._give_up(str(error))
+                return None, str(error)
+            except _Passing as error:
+                reason, wait = str(error), error.wait
+            if attempt < self.retries:
+                # Spread out, so that requests refused together do not come back together.
+                own = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
+                self._stopped.wait(min(LONGEST_WAIT, max(own, wait or 0.0)))
+        self._dead(reason)
+        return None, reason
+
+    def _once(self, body: bytes) -> str:
+        request = urllib.request.Request(self.url, body, self._headers, method="POST")
+        try:
+            with self._open(request, timeout=self.timeout) as response:
+                return _content(self._read(response))
+        except urllib.error.HTTPError as error:
+            error.close()
+            reason = f"HTTP {error.code}"
+            if error.code in (408, 429) or error.code >= 500:
+                raise _Passing(reason, _retry_after(error.headers.get("Retry-After"))) from None
+            raise _Final(reason, error.code in HOPELESS) from None
+        except TimeoutError:
+            raise _Passing("timed out") from None
+        except (OSError, HTTPException) as error:
+            timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
+            raise _Passing("timed out" if timed_out else "connection failed") from None
+
+    def _read(self, response: Any) -> bytes:
+        """The whole body. A socket's time-out is for each read; a server that drips must end too."""
+        deadline, parts, size = time.monotonic() + self.timeout, [], 0
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST_ANSWER:
+                raise _Passing("not a chat completion")
+            if time.monotonic() > deadline:
+                raise _Passing("timed out")
+        return b"".join(parts)
+
+
+def _content(body: bytes) -> str:
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        content = None
+    if not isinstance(content, str):
+        raise _Passing("not a chat completion")
+    return content
+
+
+def _messages(system: str, text: str, image: str | None) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if image is not None:
+        kind = mimetypes.guess_type(image)[0] or "image/png"
+        data = base64.b64encode(Path(image).read_bytes()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+
+
+def _retry_after(said: str | None) -> float | None:
+    """Seconds from now of a Retry-After header, which holds seconds or a date (RFC 9110, 10.2.3)."""
+    if said is None:
+        return None
+    try:
+        return max(0.0, float(said)) if said.strip().isdigit() else email.utils.mktime_tz(_date(said)) - time.time()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _date(said: str) -> tuple:
+    parsed = email.utils.parsedate_tz(said)
+    if parsed is None:
+        raise ValueError(said)
+    return parsed

@@ -1,0 +1,136 @@
+"""Intervals and tests for counted things. Plain Python, no part of the package is imported.
+
+Everything here is 95 %, two-sided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Z95 = 1.959963984540054  # the standard normal's .975 quantile
+Interval = tuple[float, float]
+K = TypeVar("K", bound=Hashable)
+
+
+def wilson(k: int, n: int) -> Interval:
+    """Wilson's score interval for k successes in n independent trials (Wilson, JASA 1927, eq. 4 solved for p).
+
+    The bounds are the p at which |k/n − p| = z √(p(1 − p)/n). Raises ValueError unless 0 ≤ k ≤ n and n > 0.
+    """
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"no interval for {k} of {n}")
+    return _score(k / n, n)
+
+
+def _score(rate: float, n: float) -> Interval:
+    """Wilson's interval of a rate that is worth n independent trials; n need not be whole."""
+    square = Z95 * Z95 / n
+    centre = (rate + square / 2) / (1 + square)
+    half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
+    # At the ends the bound is exactly 0 or 1; the subtraction would leave a rounding error there.
+    return (0.0 if rate == 0 else centre - half), (1.0 if rate == 1 else centre + half)
+
+
+def clustered(clusters: Sequence[tuple[int, int]]) -> Interval:
+    """Interval of Σk / Σn where the trials of one cluster (k, n) may go together, the clusters being independent.
+
+    Wilson's with the effective number of trials in place of n (Dean and Pagano, J. Surv. Stat. Methodol. 2015, and
+    there Korn and Graubard's correction for few clusters): n* = n / deff · (z / t)², where deff is the
+    linearised variance over clusters against that of n independent trials, at least 1, and t is Student's quantile
+    for one degree less than there are clusters. Where all trials agree deff cannot be seen; a cluster then counts as
+    one trial. Clusters of one trial each give Wilson's interval itself. Raises ValueError where nothing was tried.
+    """
+    clusters = [(k, n) for k, n in clusters if n]
+    hits, trials, groups = sum(k for k, _ in clusters), sum(n for _, n in clusters), len(clusters)
+    if trials == groups or hits in (0, trials):
+        return wilson(hits * groups // trials, groups) if trials else wilson(0, 0)
+    rate = hits / trials
+    if groups == 1:
+        return _score(rate, 1)
+    spread = groups / (groups - 1) * sum((k - rate * n) ** 2 for k, n in clusters) / trials**2
+    deff = max(1.0, spread * trials / (rate * (1 - rate)))
+    return _score(rate, trials / deff * (Z95 / _student(groups - 1)) ** 2)
+
+
+def _student(freedom: int) -> float:
+    """Student's .975 quantile, by its expansion at the normal one (Abramowitz and Stegun 26.7.5); 5 % low at 2."""
+    z = Z95
+    if freedom == 1:
+        return 12.706204736432095
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p of McNemar's test: are the two kinds of discordant pairs equally likely?
+
+    Twice the smaller tail of Binomial(only_first + only_second, ½), at most 1 (McNemar 1947; exact: Mosteller 1952).
+    """
+    pairs, fewer = only_first + only_second, min(only_first, only_second)
+    tail = ways = 1  # of tossing no head in so many; then one head more each time
+    for heads in range(fewer):
+        ways = ways * (pairs - heads) // (heads + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**pairs)
+
+
+def paired(before: Mapping[K, bool], after: Mapping[K, bool]) -> dict[str, Any] | None:
+    """Two yes-or-no measurements of the same things: McNemar's test, and the difference of the rates.
+
+    {"n", "before", "after" (counts), "only_before", "only_after", "unpaired", "difference" (after − before), "ci95",
+    "p"}. Things measured once only are left out and counted in "unpaired"; None where nothing is shared.
+    The interval is Newcombe's (Stat. Med. 1998, 17:2635, method 10), which like Wilson's holds near 0 and 1.
+    """
+    shared = before.keys() & after.keys()
+    if not shared:
+        return None
+    table = [[sum(before[i] == b and after[i] == a for i in shared) for a in (False, True)] for b in (False, True)]
+    (_, only_after), (only_before, both) = table
+    n = len(shared)
+    first, second = both + only_before, both + only_after
+    return {
+        "n": n,
+        "before": first,
+        "after": second,
+        "only_before": only_before,
+        "only_after": only_after,
+        "unpaired": len(before.keys() ^ after.keys()),
+        "difference": (second - first) / n,
+        "ci95": list(_newcombe(both, only_after, only_before, n)),
+        "p": mcnemar(only_before, only_after),
+    }
+
+
+def _newcombe(both: int, only_after: int, only_before: int, n: int) -> Interval:
+    neither = n - both - only_after - only_before
+    after, before = both + only_after, both + only_before
+    low_a, high_a = (abs(bound - after / n) for bound in wilson(after, n))
+    low_b, high_b = (abs(bound - before / n) for bound in wilson(before, n))
+    size = math.sqrt(after * (n - after) * before * (n - before))
+    product = both * neither - only_after * only_before
+    # Newcombe's correction for continuity: a correlation above 0 is taken n/2 smaller, not below 0.
+    phi = (max(product - n / 2, 0) if product > 0 else product) / size if size else 0.0
+    difference = (only_after - only_before) / n
+    below = math.sqrt(max(0.0, low_a**2 - 2 * phi * low_a * high_b + high_b**2))
+    above = math.sqrt(max(0.0, high_a**2 - 2 * phi * high_a * low_b + low_b**2))
+    return max(-1.0, difference - below), min(1.0, difference + above)
+
+
+def kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
+    """Cohen's κ of two raters' classes: (agreement − agreement by chance) / (1 − agreement by chance).
+
+    (Cohen, Educ. Psychol. Meas. 1960.) None without pairs, or where both gave every thing one and the same class.
+    """
+    n = len(pairs)
+    classes = {c for pair in pairs for c in pair}
+    left = {c: sum(a == c for a, _ in pairs) for c in classes}
+    right = {c: sum(b == c for _, b in pairs) for c in classes}
+    chance = sum(left[c] * right[c] for c in classes)  # times n²; whole, so that 1 is seen exactly
+    if n == 0 or chance == n * n:
+        return None
+    agreed = sum(a == b for a, b in pairs)
+    return (agreed * n - chance) / (n * n - chance)

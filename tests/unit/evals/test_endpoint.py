@@ -1,0 +1,302 @@
+"""A judge behind HTTP, against a real server that times out, breaks, limits and talks rubbish."""
+
+import base64
+import json
+import signal
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+
+import pytest
+
+from mirage_dist import signals
+from mirage_dist.evals import judges
+from mirage_dist.evals.judges import cache, endpoint
+from mirage_dist.evals.judges.endpoint import Endpoint
+from mirage_dist.schema import ConfigError, JudgeConfig
+
+KEY = "sk-s3cret"
+GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
+
+
+def completion(content):
+    return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by `script(body, times asked this)` -> (status, headers, body), or None: says nothing. Keeps requests."""
+
+    daemon_threads = True
+
+    def __init__(self, script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.seen, self.lock, self.now, self.most = script, [], threading.Lock(), 0, 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.closing = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def config(self, **more):
+        return JudgeConfig("vlm", url=self.url, model="m", **{"timeout": 5, "backoff": 0.01, "retries": 2, **more})
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][1]["content"][-1]["text"]
+        with server.lock:
+            times = sum(told["text"] == text for told in server.seen)
+            request = {"path": self.path, "headers": dict(self.headers), "body": body, "text": text}
+            server.seen.append({**request, "time": time.monotonic()})
+            server.now += 1
+            server.most = max(server.most, server.now)
+        answer = server.script(text, times)
+        with server.lock:
+            server.now -= 1
+        if answer is None:
+            server.closing.wait(10)
+            return
+        status, headers, content = answer
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if isinstance(content, bytes):
+            self.send_header("Content-Length", str(len(content)))
+            content = [content]
+        self.end_headers()
+        try:
+            for part in content:
+                self.wfile.write(part)
+                self.wfile.flush()
+        except OSError:
+            pass  # the other side has left, as the test has it
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(script):
+        servers.append(Server(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+def rows(count):
+    where = {"set": "unsafe", "kind": "unsafe", "attack": "clean", "shot": 0, "category": "", "image": None}
+    return [{"key": str(i), "id": str(i), **where, "question": "Q?", "response": f"answer {i}"} for i in range(count)]
+
+
+def ask(config, texts=("q",), image=None):
+    found = Endpoint(config, max_new_tokens=64, json_mode=True).ask_all([("be strict", t, image) for t in texts])
+    return {i: (text, reason) for i, text, reason in found}
+
+
+def test_what_is_sent_is_the_chat_format_with_the_picture_and_the_key(serve, monkeypatch, tmp_path):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    (tmp_path / "p.png").write_bytes(b"\x89PNG bytes")
+    server = serve(lambda *_: completion("hello"))
+    assert ask(server.config(key_env="JUDGE_KEY"), ["what?"], str(tmp_path / "p.png")) == {0: ("hello", "")}
+    (request,) = server.seen
+    assert request["path"] == "/v1/chat/completions"
+    assert request["headers"]["Authorization"] == f"Bearer {KEY}"
+    body = request["body"]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0, 64)
+    assert body["response_format"] == {"type": "json_object"}
+    assert body["messages"][0] == {"role": "system", "content": "be strict"}
+    picture, text = body["messages"][1]["content"]
+    kind, _, data = picture["image_url"]["url"].partition(",")
+    assert (kind, base64.b64decode(data)) == ("data:image/png;base64", b"\x89PNG bytes")
+    assert text == {"type": "text", "text": "what?"}
+
+
+def test_without_a_key_none_is_sent_and_json_is_not_forced(serve):
+    server = serve(lambda *_: completion("x"))
+    list(Endpoint(server.config(), 64, json_mode=False).ask_all([("s", "t", None)]))
+    assert "Authorization" not in server.seen[0]["headers"]
+    assert "response_format" not in server.seen[0]["body"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (429, {}, b""),
+        (500, {}, b"oops"),
+        (503, {}, b""),
+        (200, {}, b"rubbish"),
+        (200, {}, b"\xff\xfe"),
+        (200, {}, b"[]"),
+        (200, {}, b'{"choices": []}'),
+        (200, {}, b'{"choices": [{"message": {"content": null}}]}'),
+        (200, {}, b"[" * 100_000),
+    ],
+    ids=lambda answer: f"{answer[0]}-{answer[2][:12]!r}",
+)
+def test_what_may_pass_is_tried_again_and_then_failed(serve, broken):
+    server = serve(lambda text, times: completion("fine") if text == "heals" and times == 2 else broken)
+    found = ask(server.config(), ["heals", "stays broken"])
+    assert found[0] == ("fine", "")
+    assert found[1][0] is None
+    assert found[1][1] in (f"HTTP {broken[0]}", "not a chat completion")
+    assert sum(told["text"] == "stays broken" for told in server.seen) == 3
+
+
+def test_a_server_that_says_nothing_or_drips_times_out(serve):
+    def drip():
+        for _ in range(100):
+            yield b" "
+            time.sleep(0.05)
+
+    server = serve(lambda text, _: None if text == "mute" else (200, {}, drip()))
+    started = time.monotonic()
+    assert ask(server.config(timeout=0.3, retries=1), ["mute", "drip"]) == {
+        0: (None, "timed out"),
+        1: (None, "timed out"),
+    }
+    assert len(server.seen) == 4
+    assert time.monotonic() - started < 4
+
+
+def test_nobody_there_is_a_failure_too(serve):
+    server = serve(lambda *_: completion("x"))
+    server.shutdown()
+    server.server_close()
+    assert ask(server.config(retries=1)) == {0: (None, "connection failed")}
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_honoured(serve, form):
+    wait = "1" if form == "seconds" else None
+
+    def script(_, times):
+        return (
+            completion("ok") if times else (429, {"Retry-After": wait or formatdate(time.time() + 2, usegmt=True)}, b"")
+        )
+
+    server = serve(script)
+    assert ask(server.config()) == {0: ("ok", "")}
+    assert server.seen[1]["time"] - server.seen[0]["time"] >= 0.9  # dates are in whole seconds
+
+
+def test_waits_double(serve):
+    server = serve(lambda *_: (500, {}, b""))
+    ask(server.config(backoff=0.1, retries=3))
+    times = [told["time"] for told in server.seen]
+    waits = [b - a for a, b in pairwise(times)]
+    assert [0.75 * 0.1 * 2**i <= wait for i, wait in enumerate(waits)] == [True] * 3
+
+
+def test_a_bad_request_is_not_repeated_and_the_rest_goes_on(serve):
+    server = serve(lambda text, _: (400, {}, b"") if text == "bad" else completion("ok"))
+    assert ask(server.config(), ["bad", "good"]) == {0: (None, "HTTP 400"), 1: ("ok", "")}
+    assert len(server.seen) == 2
+
+
+def test_a_refused_key_ends_it_at_once(serve):
+    server = serve(lambda *_: (401, {}, b""))
+    found = ask(server.config(concurrency=1), [str(i) for i in range(50)])
+    assert len(server.seen) == 1
+    assert {text for text, _ in found.values()} == {None}
+    assert sorted({reason for _, reason in found.values()}) == ["HTTP 401", "given up after: HTTP 401"]
+
+
+def test_a_dead_endpoint_is_given_up_and_a_live_one_asked_again(serve):
+    alive = []
+    server = serve(lambda *_: completion("ok") if alive else (500, {}, b""))
+    client = Endpoint(server.config(concurrency=2, retries=0), 64, True)
+    requests = [("s", str(i), None) for i in range(200)]
+    assert {text for _, text, _ in client.ask_all(requests)} == {None}
+    assert endpoint.GIVE_UP <= len(server.seen) <= endpoint.GIVE_UP + 70  # some were under way
+    alive.append(True)
+    assert {text for _, text, _ in client.ask_all(requests)} == {"ok"}
+
+
+def test_refusing_many_requests_for_their_content_is_not_being_dead(serve):
+    server = serve(lambda text, _: completion("ok") if text == "59" else (400, {}, b""))
+    found = ask(server.config(concurrency=1), [str(i) for i in range(60)])
+    assert len(server.seen) == 60
+    assert found[59] == ("ok", "")
+
+
+def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypatch, tmp_path):
+    def script(_, __):
+        signals._note(signal.SIGTERM, None)
+        return completion(GOOD)
+
+    monkeypatch.setattr(signals, "_received", [])
+    server = serve(script)
+    judge = judges.REGISTRY["vlm"](None, server.config(concurrency=2))
+    with pytest.raises(signals.StopRequested) as stopped:
+        cache.judged(tmp_path, judge, rows(60))
+    asked = len(server.seen)
+    assert asked < 20
+    time.sleep(0.2)
+    assert len(server.seen) == asked  # though the exception, which holds the frames, is still there
+    assert "verdict so far" in str(stopped.value)
+
+
+def test_a_redirect_would_carry_the_key_elsewhere_and_is_not_followed(serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    elsewhere = serve(lambda *_: completion("caught"))
+    server = serve(lambda *_: (302, {"Location": f"{elsewhere.url}/chat/completions"}, b""))
+    assert ask(server.config(key_env="JUDGE_KEY")) == {0: (None, "HTTP 302")}
+    assert elsewhere.seen == []
+
+
+@pytest.mark.parametrize("value", [None, "", "two\nlines", "ключ"])
+def test_a_key_that_is_not_there_is_said_before_anything_is_asked(monkeypatch, value):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(ConfigError, match="key_env") as error:
+        Endpoint(JudgeConfig("vlm", url="http://h/v1", model="m", key_env="JUDGE_KEY"), 64, True)
+    assert value is None or value == "" or value not in str(error.value)
+
+
+def test_a_missing_picture_fails_alone(serve, tmp_path):
+    server = serve(lambda *_: completion("ok"))
+    assert ask(server.config(), image=str(tmp_path / "gone.png")) == {0: (None, "its picture cannot be read")}
+
+
+def test_requests_go_out_together_up_to_the_limit(serve):
+    def slow(*_):
+        time.sleep(0.05)
+        return completion("ok")
+
+    server = serve(slow)
+    assert len(ask(server.config(concurrency=4), [str(i) for i in range(24)])) == 24
+    assert 2 <= server.most <= 4
+
+
+def test_a_whole_judging_over_http_keeps_the_key_out_of_everything(serve, monkeypatch, tmp_path, capfd):
+    """The server quotes the key in every error, as some do."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+    def script(text, _):
+        if "answer 0" in text:
+            return 500, {}, f"bad key {KEY}".encode()
+        return completion(f"key {KEY}" if "answer 1" in text else GOOD)
+
+    server = serve(script)
+    judge = judges.REGISTRY["vlm"](None, server.config(key_env="JUDGE_KEY"))
+    found = cache.judged(tmp_path, judge, rows(4))
+    assert [o.verdict for o in found] == ["failed", "unparsed", "refused", "refused"]
+    assert judges.unjudged(found) == {"unparsed": 1, "failed": 1, "reasons": {"HTTP 500": 1}}
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    said = "".join(capfd.readouterr())
+    assert KEY not in said + written.decode() + repr(judge.__dict__) + judge.fingerprint
+    before = len(server.seen)
+    cache.judged(tmp_path, judge, rows(4))
+    assert len(server.seen) - before == 3  # only what failed, once and twice again
