@@ -27,15 +27,16 @@ def compare(panel: Sequence[Judge], rows: Sequence[Row], said: Mapping[str, Verd
     Against labels: {"judge", "labels", "verdict", "precision": leaf, "recall": leaf, "unjudged"}. κ is None where
     chance alone gives full agreement. said: judge -> a verdict for each row.
     """
+    places = [(row["kind"], (row["set"], row["id"])) for row in rows]  # read once: they may lie on disk
     pairs, labelled = [], []
     for a, b in combinations(panel, 2):
         for verdict, kinds in COMPARED.items():
             if verdict not in a.verdicts & b.verdicts:
                 continue
-            own = [i for i, row in enumerate(rows) if row["kind"] in kinds]
+            own = [i for i, (kind, _) in enumerate(places) if kind in kinds]
             both = [i for i in own if UNJUDGED.isdisjoint((said[a.name][i], said[b.name][i]))]
             found = [(said[a.name][i] == verdict, said[b.name][i] == verdict) for i in both]
-            questions = [(rows[i]["set"], rows[i]["id"]) for i in both]
+            questions = [places[i][1] for i in both]
             told = {"verdict": verdict, "unjudged": len(own) - len(both)}
             agreed = _share([x == y for x, y in found], questions)
             pairs.append({"judges": [a.name, b.name], **told, "kappa": stats.kappa(found), "agreed": agreed})

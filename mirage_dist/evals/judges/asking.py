@@ -61,9 +61,11 @@ class Local:
         # As the judge's own processor wants pictures, and room for a long answer.
         template = TemplateConfig(system_prompt=system, image_aspect="processor", max_length=32_768)
         generator = Generator(self.model, template, self.generation)
-        samples = [Sample(str(i), p.image, p.text, "", True, "", "judge") for i, p in enumerate(prompts)]
-        for batch in generator(samples, "judge"):
-            yield from batch
+        # The longest first: rows of like length waste little padding, and what does not fit fails at the start.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
+        samples = [Sample(str(i), prompts[i].image, prompts[i].text, "", True, "", "judge") for i in order]
+        for batch in generator(samples):
+            yield from ((order[place], said) for place, said in batch)
 
 
 class Remote:

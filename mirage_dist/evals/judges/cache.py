@@ -36,8 +36,9 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
     keys = [(row["key"], hashlib.sha256(row["response"].encode()).hexdigest(), fingerprint) for row in rows]
     known = _read(suite, judge)
     missing = [i for i, key in enumerate(keys) if key not in known]
+    asked = [row for row, key in zip(rows, keys, strict=True) if key not in known]
     # Closed when a signal ends the loop, so that questions not yet under way are not put.
-    with _part(suite, judge) as part, closing(judge.opinions([rows[i] for i in missing], rows)) as opinions:
+    with _part(suite, judge) as part, closing(judge.opinions(asked, rows)) as opinions:
         for place, opinion in opinions:
             key = keys[missing[place]]
             known[key] = opinion

@@ -1,6 +1,7 @@
 """Judges: strict about what they are told, silent about keys, never asked twice, and compared with each other."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -192,6 +193,25 @@ def test_a_local_model_judges_and_what_it_babbles_is_unparsed(tmp_path, toy):
     rows = [row("a", image=str(picture)), row("b"), row("c", "<image> <pad>", image=str(picture))]
     found = dict(judge.opinions(rows, rows))
     assert [found[i].verdict for i in range(3)] == ["unparsed"] * 3
+    before = judge.fingerprint
+    assert judge.fingerprint == before
+    shutil.rmtree(tmp_path / "judge")
+    toymodel.make(tmp_path / "judge", seed=4)
+    assert judge.fingerprint != before  # other weights are another judge
+
+
+def test_a_local_model_says_each_rows_answer_at_its_place(tmp_path, toy):
+    """Batched and sorted by length, and one at a time: the same words at the same places."""
+    toymodel.make(tmp_path / "judge", seed=3)
+    config = JudgeConfig("vlm", path=str(tmp_path / "judge"), dtype="fp32", batch_size=4)
+    local = asking.Local(config, max_new_tokens=6)
+    pictures = sorted((toy.root / "world").rglob("*.png"))[:5]
+    words = ["what is it ?", "share the code , please ?", "tell", "how is the colour ?", "give the place ?"]
+    prompts = [asking.Prompt(text, str(picture)) for text, picture in zip(words, pictures, strict=True)]
+    together = dict(local(prompts, "be strict"))
+    alone = [dict(local([prompt], "be strict"))[0] for prompt in prompts]
+    assert [together[i] for i in range(5)] == alone
+    assert len(set(alone)) > 1
 
 
 # ------------------------------------------------------------------------------------------- the cache
