@@ -223,10 +223,21 @@ class PrepareRecipe:
 
 @dataclass(frozen=True)
 class EvalModelConfig:
-    """The Hugging Face model directory that answers."""
+    """Who answers: a Hugging Face model directory or hub name in the cache, or a checkpoint of a training run.
 
-    path: str
+    A checkpoint is exported for as long as answers are missing, and then removed.
+    """
+
+    path: str | None = None
+    run: str | None = None  # a training run's directory, in place of `path`
+    step: int | None = None  # of `run`; default: its newest checkpoint
     dtype: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.run is None):
+            raise ConfigError(f"path={self.path!r}, run={self.run!r}; expected one of them (the other null)")
+        if self.step is not None and self.run is None:
+            raise ConfigError(f"step={self.step!r}; belongs to `run`, with `path` leave it out")
 
 
 @dataclass(frozen=True)

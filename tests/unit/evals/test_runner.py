@@ -12,7 +12,7 @@ import torch
 from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.data import toyworld
-from mirage_dist.evals import rows, runner
+from mirage_dist.evals import files, rows, runner
 from mirage_dist.evals.generate import Generator
 from mirage_dist.model import toymodel
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
@@ -96,9 +96,9 @@ def test_a_second_start_asks_what_is_missing_and_counts_the_same(copied):
     runner.evaluate(again())
     assert (suite(root) / "metrics.json").read_bytes() == before
     assert len(lines(root)) - 21 == ROWS - 20
-    merged, half = rows.read_rows(suite(root))
-    assert half == 1
-    assert merged == {row["key"]: row for row in map(json.loads, whole)}
+    answers = files.Answers(suite(root)).refresh()
+    assert (answers.broken, answers.repeated, len(answers)) == (1, 0, ROWS)
+    assert list(answers.of([json.loads(line)["key"] for line in whole])) == [json.loads(line) for line in whole]
     runner.evaluate(again())
     assert len(list((suite(root) / "rows").iterdir())) == 2  # the third start wrote nothing
 
@@ -195,13 +195,11 @@ def test_the_world_judge_needs_a_world(finished):
         runner.evaluate(replace(recipe(finished), world=None))
 
 
-def test_shares_together_are_the_whole_and_the_last_one_measures(finished, tmp_path):
+def test_a_worker_answers_what_nobody_has_claimed_wherever_it_begins(finished, tmp_path):
     again = recipe(finished, f"run.dir={tmp_path}/run")
-    assert runner.evaluate(again, (0, 3)) is None
-    assert not (suite(tmp_path) / "metrics.json").exists()
-    assert runner.evaluate(again, (2, 3)) is None
-    assert runner.evaluate(again, (1, 3)) == json.loads((suite(finished) / "metrics.json").read_text())
+    assert runner.evaluate(again, (2, 3)) == json.loads((suite(finished) / "metrics.json").read_text())
     assert len(lines(tmp_path)) == ROWS
+    assert not list((suite(tmp_path) / "claims").iterdir())
 
 
 def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(finished, tmp_path, monkeypatch):
