@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,36 +17,50 @@ POLL_SECONDS = 0.1
 
 
 def run(config: str, overrides: Sequence[str], workers: int) -> None:
-    """Start them and wait for all. A signal is passed on; a worker that fails is named, and the others do its work.
+    """Start them and wait for all. A signal is passed on; when a worker fails, the others do its work.
 
-    Raises StopRequested after a signal, RunError naming the first worker that failed; bad input ends all of them.
+    Raises StopRequested after a signal, ConfigError when a worker found its input bad, which ends them all, and else
+    RunError; both name the first worker that failed.
     """
     command = [sys.executable, "-m", "mirage_dist.cli", "eval", config, *overrides]
     started = [
         subprocess.Popen([*command, "--worker", f"{i}/{workers}"], env=environment(i, workers)) for i in range(workers)
     ]
-    first: tuple[int, int] | None = None
-    passed_on = False
-    while any(process.poll() is None for process in started):
-        failed = [i for i, process in enumerate(started) if process.returncode not in (None, 0, signals.STOPPED)]
-        if failed and first is None:
-            first = failed[0], started[failed[0]].returncode
-            print(f"worker {first[0]} of {workers} {_ended(first[1])}; the others go on", file=sys.stderr, flush=True)
-        if not passed_on and (signals.received() or (first and first[1] == ConfigError.status)):
-            passed_on = True
-            for process in started:
-                process.terminate()
-        time.sleep(POLL_SECONDS)
-    statuses = [process.returncode for process in started]
-    if first is None:
-        first = next(((i, status) for i, status in enumerate(statuses) if status not in (0, signals.STOPPED)), None)
+    try:
+        first = _wait(started)
+    finally:
+        for process in started:
+            process.kill()  # does nothing to one that has ended
     if first is not None:
-        raise RunError(
-            f"worker {first[0]} of {workers} {_ended(first[1])} (see above), the first to fail; every answer so far is "
-            "on disk, and the next start does what is missing"
+        failed = ConfigError if started[first].returncode == ConfigError.status else RunError
+        raise failed(
+            f"worker {first} of {workers} {_ended(started[first].returncode)} (see above), the first to fail; every "
+            "answer so far is on disk, and the next start does what is missing"
         )
     if name := signals.received():
         raise StopRequested(f"stopped by {name}; every answer so far is on disk")
+
+
+def _wait(started: Sequence[subprocess.Popen]) -> int | None:
+    """The number of the worker that failed first, when all have ended."""
+    well, first, asked = {0, signals.STOPPED}, None, False
+    while True:
+        running = any(process.poll() is None for process in started)
+        failed = [i for i, process in enumerate(started) if process.returncode not in (None, *well)]
+        if failed and first is None:
+            first = failed[0]
+            if running:
+                told = _ended(started[first].returncode)
+                print(f"worker {first} of {len(started)} {told}; the others go on", file=sys.stderr, flush=True)
+        if not running:
+            return first
+        bad_input = first is not None and started[first].returncode == ConfigError.status
+        if not asked and (signals.received() or bad_input):
+            asked = True
+            well.add(-signal.SIGTERM)  # one that had not even got so far as to take signals
+            for process in started:
+                process.terminate()
+        time.sleep(POLL_SECONDS)
 
 
 def _ended(status: int) -> str:

@@ -14,10 +14,14 @@ import pytest
 from conftest import DEADLINE, launch, metrics, steps_done, until
 from faults.check import differences
 from faults.processes import ranks_of, send
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from mirage_dist import config
 from mirage_dist.config import REPOSITORY
+from mirage_dist.evals import runner
 from mirage_dist.model import export
+from mirage_dist.schema import ConfigError, EvalRecipe
 from mirage_dist.world import _free_port
 
 SHORT = ("train.max_steps=6", "train.global_batch=8", "train.save_every=1", "train.keep_last=null")
@@ -51,6 +55,35 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below, when it was written and what it holds."""
     files = (f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_a_checkpoint_answers_as_its_export_does_and_leaves_none_behind(whole, toy, tmp_path):
+    export.export(whole, tmp_path / "export", 4)
+    asked = {"unsafe": {"kind": "unsafe", "sources": [{"format": "samples", "path": f"{toy.root}/forget.jsonl"}]}}
+    tree = {"suite": "s", "sets": asked, "generation": {"max_new_tokens": 6}, "template": {"image_aspect": "pad"}}
+
+    def answers(name: str, **model: object) -> dict[str, str]:
+        given = {**tree, "run": {"dir": str(tmp_path / name)}, "model": {"dtype": "fp32", **model}}
+        runner.evaluate(config.from_tree(OmegaConf.create(given), [], EvalRecipe, "a test"))
+        suite = tmp_path / name / "evals/s"
+        assert sorted(f.name for f in suite.iterdir()) == sorted(
+            ("claims", "config.yaml", "manifest.json", "metrics.json", "rows", "verdicts")
+        )
+        (file,) = (suite / "rows").iterdir()
+        return {row["id"]: row["response"] for row in map(json.loads, file.read_text().splitlines())}
+
+    told = answers("a", path=str(tmp_path / "export"))
+    assert len(set(told.values())) > 1
+    assert answers("b", run=str(whole), step=4) == told
+    with pytest.raises(ConfigError, match=r"model_hash"):
+        answers("b", run=str(whole))
+    with pytest.raises(ConfigError, match=r"no checkpoint step-000099 \(there: step-000001"):
+        answers("c", run=str(whole), step=99)
+    with pytest.raises(ConfigError, match=r"model\.path='x', run='y'; expected one of them"):
+        answers("c", path="x", run="y")
 
 
 # ------------------------------------------------------------------------------------------ damage on disk
