@@ -13,7 +13,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, overload
@@ -143,7 +143,7 @@ class Answers:
             handle.seek(place[1])
             return json.loads(handle.readline())
 
-    def of(self, keys: Collection[str]) -> Merged:
+    def of(self, keys: Iterable[str]) -> Merged:
         """The rows of these keys in their order. Raises KeyError when one is not answered."""
         return Merged(self.files, [self._place[bytes.fromhex(key)] for key in keys])
 

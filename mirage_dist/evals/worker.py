@@ -15,14 +15,14 @@ from tqdm import tqdm
 from mirage_dist import signals
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals import rows
-from mirage_dist.evals.claims import Claims
+from mirage_dist.evals.claims import Claim, Claims
 from mirage_dist.evals.files import Answers, Writer
 from mirage_dist.evals.rows import Ask, Chunk
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
 MAX_RESTARTS = 3
-POLL_SECONDS = 0.2  # between two looks at chunks that others have claimed
+FIRST_WAIT, LONGEST_WAIT = 0.02, 2.0  # seconds between two looks at what others have claimed; it doubles
 PLAIN_LINES = 10  # progress lines where there is no terminal
 
 # Yields batches of (index into the samples, answer).
@@ -53,34 +53,47 @@ def work(
     _bound_restarts(suite, len(asks) - there)
     print(f"{name}: {there} of {len(asks)} answers are there", flush=True)
     ready: Generate | None = None
-    turn = _Turn(chunks, place)
+    turn, wait = _Turn(chunks, place), FIRST_WAIT
     with Writer(suite) as writer, Progress(len(asks), there, name) as progress:
         while chunk := turn.next(answers):
-            if signal := signals.received():
-                raise StopRequested(f"{name}: stopped by {signal}; every answer so far is on disk")
+            _stop_if_asked(name)
             claim = claims.take(chunk.name, rows.by_condition(asks[key] for key in chunk.keys if key not in answers))
             if claim is None:
                 if turn.put_back(chunk):
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(wait)
+                    wait = min(2 * wait, LONGEST_WAIT)
                     answers.refresh()
                 continue
+            wait = FIRST_WAIT
             try:
                 # Its last owner may have answered it, or some of it, since we looked.
-                missing = [key for key in chunk.keys if key not in answers.refresh()]
-                if missing and ready is None:
-                    ready = generate()
-                for batch in ready([asks[key].sample for key in missing]) if ready and missing else ():
-                    if not claims.held(claim):
-                        break  # taken for dead, and followed by another: its answers are to count
-                    writer.append(rows.row(missing[i], asks[missing[i]], text) for i, text in batch)
-                    claims.done += len(batch)
-                    if signals.received():
-                        break
+                answers.refresh()
+                if missing := {key: asks[key] for key in chunk.keys if key not in answers}:
+                    ready = ready or generate()
+                    _answer(missing, ready, claims, claim, writer)
             finally:
                 claims.release(claim)
             turn.put_back(chunk)
             progress.show(len(answers.refresh()))
+    _stop_if_asked(name)
     return answers
+
+
+def _answer(missing: Mapping[str, Ask], generate: Generate, claims: Claims, claim: Claim, writer: Writer) -> None:
+    """Batch by batch, until all is answered, a signal comes, or another took the claim over: its answers then count."""
+    keys = list(missing)
+    for batch in generate([ask.sample for ask in missing.values()]):
+        if not claims.held(claim):
+            return
+        writer.append(rows.row(keys[i], missing[keys[i]], text) for i, text in batch)
+        claims.done += len(batch)
+        if signals.received():
+            return
+
+
+def _stop_if_asked(name: str) -> None:
+    if signal := signals.received():
+        raise StopRequested(f"{name}: stopped by {signal}; every answer so far is on disk")
 
 
 class _Turn:
