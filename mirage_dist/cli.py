@@ -149,13 +149,17 @@ def _eval(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     if parsed.status:
-        from mirage_dist.evals import files, status
+        from mirage_dist.evals import status
 
-        print(status.status(files.suite_dir(recipe)).text())
+        print(status.report(recipe))
     elif parsed.workers:
         from mirage_dist.evals import pool
 
         pool.run(parsed.config, parsed.overrides, parsed.workers)
+    elif recipe.follow is not None:
+        from mirage_dist.evals import follow
+
+        follow.follow(recipe, parsed.worker)
     else:
         from mirage_dist.evals import runner
 

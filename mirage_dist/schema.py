@@ -287,3 +287,4 @@ class EvalRecipe:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: int = 0  # of the run under test, for the record: greedy decoding draws nothing
     world: WorldConfig | None = None
+    follow: str | None = None  # a training run, each of whose checkpoints answers in place of `model` (`evals.follow`)

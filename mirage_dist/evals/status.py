@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.evals import claims
-from mirage_dist.evals.files import KEY, lines
-from mirage_dist.schema import ConfigError
+from mirage_dist.evals.files import KEY, lines, suite_dir
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 # JSON escapes quotes within strings, so that no text of a row can look like one of its fields.
 CONDITION = re.compile(rb'"set": ("(?:[^"\\]|\\.)*"), .*?"attack": ("(?:[^"\\]|\\.)*")')
@@ -62,6 +62,16 @@ class Status:
         end = "metrics.json is written" if self.measured else "not judged yet"
         told = f"{self.done} of {self.total} answers ({self.done / self.total:.1%}); {rate}; {end}"
         return "\n".join([*table, "", told, *self.notes])
+
+
+def report(recipe: EvalRecipe) -> str:
+    """What is to be told of a suite, or of each step's where a run is followed."""
+    suite = suite_dir(recipe)
+    if recipe.follow is None:
+        return status(suite).text()
+    steps = sorted(suite.glob("step-*"))
+    told = [f"{step.name}\n{status(step).text()}" for step in steps if (step / "manifest.json").is_file()]
+    return "\n\n".join([f"{len(steps)} checkpoints of {recipe.follow}", *told])
 
 
 def status(suite: Path) -> Status:
