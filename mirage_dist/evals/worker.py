@@ -60,6 +60,8 @@ def work(
             claim = claims.take(chunk.name, rows.by_condition(asks[key] for key in chunk.keys if key not in answers))
             if claim is None:
                 if turn.put_back(chunk):
+                    if wait < LONGEST_WAIT <= 2 * wait:
+                        print(f"{name}: others have claimed all that is missing; waiting for them", flush=True)
                     time.sleep(wait)
                     wait = min(2 * wait, LONGEST_WAIT)
                     answers.refresh()

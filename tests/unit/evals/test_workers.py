@@ -111,6 +111,20 @@ def test_of_many_that_find_a_worker_dead_one_follows_it(tmp_path):
         assert sorted(str(claim) for claim in found if claim) == [str(claiming.Claim(name, 1))]
 
 
+def test_of_two_runners_with_other_settings_that_start_at_once_one_is_refused(tmp_path):
+    def start(suite: Path, tokens: int) -> str:
+        try:
+            return str(rows.claim(suite, {"settings": {"tokens": tokens}})["settings"]["tokens"])
+        except ConfigError as error:
+            return str(error)
+
+    for number in range(20):
+        with ThreadPoolExecutor(2) as threads:
+            told = sorted(threads.map(lambda n, suite=tmp_path / str(number): start(suite, n), (5, 6)), key=len)
+        assert told[0] in ("5", "6")
+        assert "holds answers of another evaluation: tokens:" in told[1]
+
+
 # ---------------------------------------------------------------------------------------------------- merge
 
 line_of = st.tuples(st.integers(0, 5), st.sampled_from(["yes", "no", 'a "quoted" }\n', "\u2028é"]))
