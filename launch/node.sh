@@ -121,11 +121,12 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$TMPDIR/triton-$UID/$local_rank}
 extensions=$TMPDIR/torch_extensions-$UID/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}/$local_rank
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
 
-# An evaluation has no process group: every task of every element of the job array answers a share of the questions.
+# An evaluation has no process group: every task of every element of the job array is a worker that begins at a place
+# of its own in the work list.
 if [[ ${1:-} == eval ]]; then
   tasks=${SLURM_NTASKS:-1}
-  share=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks + SLURM_PROCID))
-  set -- "$@" --worker "$share/$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))"
+  place=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks + SLURM_PROCID))
+  set -- "$@" --worker "$place/$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))"
   # One GPU each, where the node's are not dealt out by Slurm.
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
   if ((${#gpus[@]} > 1)); then export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}; fi

@@ -56,9 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count")
     _recipe(evaluate)
-    evaluate.add_argument(
-        "--worker", type=_share, default=(0, 1), metavar="I/N", help="answer share I (from 0) of N only"
+    how = evaluate.add_mutually_exclusive_group()
+    how.add_argument("--workers", type=_count, metavar="N", help="start N workers on this machine and wait for them")
+    how.add_argument(
+        "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin where worker I (from 0) of N is to begin"
     )
+    how.add_argument("--status", action="store_true", help="tell how far the evaluation is, and do nothing")
 
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _share(text: str) -> tuple[int, int]:
+def _place(text: str) -> tuple[int, int]:
     try:
         number, of = map(int, text.split("/"))
     except ValueError:
@@ -145,9 +148,22 @@ def _plan(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
-    from mirage_dist.evals import runner
+    if parsed.status:
+        from mirage_dist.evals import status
 
-    runner.evaluate(recipe, parsed.worker)
+        print(status.report(recipe))
+    elif parsed.workers:
+        from mirage_dist.evals import pool
+
+        pool.run(parsed.config, parsed.overrides, parsed.workers)
+    elif recipe.follow is not None:
+        from mirage_dist.evals import follow
+
+        follow.follow(recipe, parsed.worker)
+    else:
+        from mirage_dist.evals import runner
+
+        runner.evaluate(recipe, parsed.worker)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -227,10 +227,21 @@ class PrepareRecipe:
 
 @dataclass(frozen=True)
 class EvalModelConfig:
-    """The Hugging Face model directory that answers."""
+    """Who answers: a Hugging Face model directory or hub name in the cache, or a checkpoint of a training run.
 
-    path: str
+    A checkpoint is exported for as long as answers are missing, and then removed.
+    """
+
+    path: str | None = None
+    run: str | None = None  # a training run's directory, in place of `path`
+    step: int | None = None  # of `run`; default: its newest checkpoint
     dtype: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.run is None):
+            raise ConfigError(f"path={self.path!r}, run={self.run!r}; expected one of them (the other null)")
+        if self.step is not None and self.run is None:
+            raise ConfigError(f"step={self.step!r}; belongs to `run`, with `path` leave it out")
 
 
 @dataclass(frozen=True)
@@ -343,3 +354,4 @@ class EvalRecipe:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: int = 0  # of the run under test, for the record: greedy decoding draws nothing
     world: WorldConfig | None = None
+    follow: str | None = None  # a training run, each of whose checkpoints answers in place of `model` (`evals.follow`)

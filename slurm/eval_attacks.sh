@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Evaluation under attack, by a job array: VLGuard's test set as it is, with the one-word attack, and with the
-# over-prudence rewrite. Every worker answers its share; the last to finish judges. Submit again to do what is missing.
+# over-prudence rewrite. Every worker claims questions until none is left, those of workers that died too, and one of
+# them judges. Submit again to do what is missing; `mirage eval RECIPE run.dir=runs/npo --status` tells how far it is.
 #   sbatch slurm/eval_attacks.sh [RECIPE.yaml] run.dir=runs/npo
 #   sbatch --array=0-31%8 slurm/eval_attacks.sh run.dir=runs/npo
 # Change first: run.dir (the run to evaluate), --array (workers % how many at once), the data in
@@ -18,7 +19,7 @@
 #SBATCH --output=%x-%A_%a.log
 source "${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
 if ((${SLURM_ARRAY_TASK_MAX:-0} - ${SLURM_ARRAY_TASK_MIN:-0} + 1 != ${SLURM_ARRAY_TASK_COUNT:-1})); then
-  say "--array must be one range such as 0-7: shares are counted by it. To do what is missing, submit any range again."
+  say "--array must be one range such as 0-7: workers are numbered by it. To do what is missing, submit any range again."
   exit 2
 fi
 run_recipe eval configs/eval/vlguard.yaml "$@"

@@ -1,23 +1,21 @@
-"""Answers: greedy, batched, left-padded, from any Hugging Face image-text-to-text model directory."""
+"""Answers: greedy, batched, left-padded, from any Hugging Face image-text-to-text model directory.
+
+A batch ends as soon as every row of it has.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mirage_dist.data.collate import Encoder
 from mirage_dist.data.sources import Sample
-from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 from mirage_dist.world import no_bars_in_logs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PLAIN_LINES = 10  # progress lines where there is no terminal
 
 
 class Generator:
@@ -31,13 +29,14 @@ class Generator:
 
         no_bars_in_logs()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        path = str(model.path)
         try:
-            processor: Any = AutoProcessor.from_pretrained(model.path, local_files_only=True)
+            processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                model.path, dtype=DTYPES[model.dtype], local_files_only=True
+                path, dtype=DTYPES[model.dtype], local_files_only=True
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={model.path}: cannot be loaded: {error}") from error
+            raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
         self.tokenizer = processor.tokenizer
         self.model = loaded.to(self.device).eval()
         self.encoder = Encoder(
@@ -49,18 +48,42 @@ class Generator:
         self.batch_size = generation.batch_size
         self.options = _options(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
-    def __call__(self, samples: Sequence[Sample], what: str = "answers") -> Iterator[list[tuple[int, str]]]:
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
         """Answer every sample; yields each batch, as it is done, as (index into `samples`, answer) pairs.
 
-        The longest questions come first: rows of like length waste little padding, and a batch that does not
-        fit into memory fails at the start.
+        A batch that does not fit into memory is halved, and so are all after it. Raises RunError naming the sample
+        that does not fit alone.
         """
-        order = sorted(range(len(samples)), key=lambda i: -len(samples[i].question))
-        with Progress(len(samples), what) as progress:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                yield list(zip(batch, self.answer([samples[i] for i in batch]), strict=True))
-                progress.update(len(batch))
+        start = 0
+        while start < len(samples):
+            batch = range(start, min(start + self.batch_size, len(samples)))
+            texts = self._within_memory([samples[i] for i in batch])
+            if texts is None:
+                self._halve(samples[batch[0]], len(batch))
+                continue
+            yield list(zip(batch, texts, strict=True))
+            start = batch.stop
+
+    def _within_memory(self, samples: Sequence[Sample]) -> list[str] | None:
+        """None where memory does not suffice."""
+        try:
+            return self.answer(samples)
+        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
+            if "out of memory" not in str(error) and "not enough memory" not in str(error):
+                raise
+            return None
+
+    def _halve(self, sample: Sample, size: int) -> None:
+        # Here and not where it was caught: until then the traceback kept the failed batch's tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise RunError(
+                f"out of memory on one row alone: {sample.source}, id {sample.id!r}; give generation.max_new_tokens a "
+                "lower value, or the model a larger GPU"
+            )
+        self.batch_size = size // 2
+        print(f"out of memory with {size} rows; from here on generation.batch_size is {self.batch_size}", flush=True)
 
     @torch.inference_mode()
     def answer(self, samples: Sequence[Sample]) -> list[str]:
@@ -82,56 +105,3 @@ def _options(defaults: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, An
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     return {**greedy, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
-
-
-def template_hash(model_path: str) -> str:
-    """SHA-256 of the chat template that the processor of this directory applies."""
-    from transformers import AutoProcessor
-
-    try:
-        processor: Any = AutoProcessor.from_pretrained(model_path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model_path}: its processor cannot be loaded: {error}") from error
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if not template:
-        raise ConfigError(f"model.path={model_path}: the processor has no chat template")
-    return hashlib.sha256(str(template).encode()).hexdigest()
-
-
-def model_hash(model_path: str) -> str:
-    """SHA-256 over the directory's weights, configs and templates, names included: what decides the answers."""
-    folder = Path(model_path)
-    files = sorted(f for pattern in ("*.safetensors", "*.json", "*.jinja") for f in folder.glob(pattern))
-    if not any(f.suffix == ".safetensors" for f in files):
-        raise ConfigError(
-            f"model.path={model_path}: no *.safetensors here; give a Hugging Face model directory, such as a "
-            "run's export/ (`mirage export` writes one)"
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line now and then, as logs want it."""
-
-    def __init__(self, total: int, what: str) -> None:
-        self.total, self.what, self.done, self.shown = total, what, 0, 0
-        self.bar = tqdm(total=total, desc=what, unit="answer") if sys.stderr.isatty() else None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def update(self, count: int) -> None:
-        self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.done * PLAIN_LINES // self.total > self.shown:
-            self.shown = self.done * PLAIN_LINES // self.total
-            print(f"{self.what}: {self.done} of {self.total}", flush=True)

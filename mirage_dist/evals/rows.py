@@ -1,18 +1,12 @@
-"""Rows on disk: the work list, keys, files that only grow, and the manifest that guards them.
+"""What is to be answered: the work list, keys, chunks, and the manifest that guards a suite's directory.
 
-    evals/SUITE/config.yaml  manifest.json  rows/worker-*.jsonl  verdicts/JUDGE.jsonl  metrics.json
-
-A row is one answer, one whole JSONL line, under the SHA-256 of everything that decides it. Each worker writes
-a file of its own and may die at any time; what it left unfinished is found again by key.
+A row is one answer under the SHA-256 of everything that decides it (see `evals.files` for where it stands).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,10 +18,9 @@ from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Coverage
+from mirage_dist.evals.files import Row, create
 from mirage_dist.evals.metrics import Condition
 from mirage_dist.schema import ConfigError, EvalRecipe
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -152,84 +145,56 @@ def row(identity: str, ask: Ask, response: str) -> Row:
     }
 
 
-# ------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------- chunks and the manifest
 
 
-class Writer:
-    """Appends whole lines to a file that no other worker writes."""
+@dataclass(frozen=True)
+class Chunk:
+    """What a worker claims at once: keys of questions of like length, under a name that they decide."""
 
-    def __init__(self, suite: Path) -> None:
-        folder = suite / "rows"
-        folder.mkdir(parents=True, exist_ok=True)
-        # The time first, so that sorted files are in the order in which their workers started.
-        self.file = (folder / f"worker-{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl").open("x", encoding="utf-8")
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, rows: Iterable[Row]) -> None:
-        self.file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    name: str
+    keys: list[str]
 
 
-def read_rows(suite: Path) -> tuple[dict[str, Row], int]:
-    """Every whole row by key, the first one where a key was answered twice; and how many half lines there were."""
-    found: dict[str, Row] = {}
-    half = 0
-    for file in sorted((suite / "rows").glob("worker-*.jsonl")):
-        rows, broken = read_lines(file)
-        half += broken
-        for line in rows:
-            found.setdefault(line["key"], line)
-    return found, half
+def chunks(asks: Mapping[str, Ask], size: int) -> list[Chunk]:
+    """The work list in chunks of `size`, the longest questions first.
+
+    Rows of like length waste little padding, and a batch that does not fit into memory fails at the start.
+    """
+    order = sorted(asks, key=lambda key: -_length(asks[key].sample))
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [Chunk(hashlib.sha256("".join(part).encode()).hexdigest()[:16], part) for part in parts]
 
 
-def read_lines(file: Path) -> tuple[list[Row], int]:
-    """The whole lines of a JSONL file that a dying process may have left half written, and how many are not."""
-    if not file.exists():
-        return [], 0
-    rows, half = [], 0
-    for line in file.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no end of line")
-            rows.append(json.loads(line))
-        except ValueError:
-            half += 1
-    return rows, half
+def _length(sample: Sample) -> int:
+    """Characters of the prompt; a picture is about as long in every one."""
+    return len(sample.question) + sum(len(text) for turn in sample.history for text in turn)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Beside, fsynced, renamed: a reader sees the old file or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with beside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, file)
+def by_condition(asks: Iterable[Ask]) -> dict[str, dict[str, int]]:
+    """How many there are of each set and attack."""
+    table: dict[str, dict[str, int]] = {}
+    for ask in asks:
+        attacks = table.setdefault(ask.set, {})
+        attacks[ask.attack] = attacks.get(ask.attack, 0) + 1
+    return table
 
 
-def claim(suite: Path, manifest: dict[str, Any]) -> None:
-    """Make `suite` this evaluation's directory, or check that it already is.
+def claim(suite: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Make `suite` this evaluation's directory, or check that it already is; returns the manifest that stands there.
 
     Raises ConfigError naming each of `manifest["settings"]` in which the one there differs.
     """
     file = suite / "manifest.json"
-    if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        changed = differences(_plain(manifest["settings"]), there)
-        if changed:
-            raise ConfigError(
-                f"{suite} holds answers of another evaluation: {'; '.join(changed)}. Choose another `suite` "
-                "name, or move that directory away"
-            )
-        return
-    write_atomically(file, json.dumps(manifest, indent=1) + "\n")
+    if not file.exists() and create(file, json.dumps(manifest, indent=1) + "\n"):
+        return dict(manifest)
+    there = json.loads(file.read_text(encoding="utf-8"))
+    if changed := differences(_plain(manifest["settings"]), there["settings"]):
+        raise ConfigError(
+            f"{suite} holds answers of another evaluation: {'; '.join(changed)}. Choose another `suite` "
+            "name, or move that directory away"
+        )
+    return there
 
 
 def coverage_report(work: Work) -> dict[str, Any]:

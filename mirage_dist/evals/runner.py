@@ -1,41 +1,37 @@
 """`mirage eval`: ask a model every question of a suite, judge the answers, count.
 
-A worker makes no collective call. It does what is missing and can be stopped and started again at any time.
+A worker makes no collective call. It does what is missing and can be stopped, killed and started again at any time, and
+any number of them can work on one suite at once.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist import signals
 from mirage_dist.data import toyworld
-from mirage_dist.evals import judges, metrics, rows
-from mirage_dist.evals.generate import Generator, model_hash, template_hash
+from mirage_dist.evals import judges, metrics, rows, subject, worker
+from mirage_dist.evals.claims import Claims
+from mirage_dist.evals.files import Answers, Row, suite_dir, told, write_atomically
+from mirage_dist.evals.generate import Generator
 from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
-from mirage_dist.evals.rows import Row, Work
-from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
-from mirage_dist.signals import StopRequested
-
-MAX_RESTARTS = 3
+from mirage_dist.evals.rows import Work
+from mirage_dist.evals.subject import Subject
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
 
-def suite_dir(recipe: EvalRecipe) -> Path:
-    return Path(recipe.run.dir) / "evals" / recipe.suite
+def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
+    """Answer what is missing with all other workers of this suite, judge what is unjudged, write `metrics.json`.
 
-
-def evaluate(recipe: EvalRecipe, share: tuple[int, int] = (0, 1)) -> dict[str, Any] | None:
-    """Answer what is missing, judge what is unjudged, write and return `metrics.json`.
-
-    share: (i, n), this worker's part of the work list: every n-th question from the i-th on. None is returned while
-    answers of other workers are missing; whoever finds all of them there judges and measures.
+    place: (i, n), where in the work list this worker begins (see `evals.worker`). Of the workers that find everything
+    answered one judges and returns what it wrote; the others return None.
 
     {"suite", "seed", "model_hash", "recipe_hash", "world", "sets": {set: {"kind", "samples", "attacks"}},
     "headline": judge, "judges": {judge: {"kind", "about", "entry", "sets", "categories", "paired", "verdicts",
@@ -46,24 +42,63 @@ def evaluate(recipe: EvalRecipe, share: tuple[int, int] = (0, 1)) -> dict[str, A
     The embedded world is made first where the recipe names one that is not there.
     Raises ConfigError for a bad recipe, bad data, a template that is not the one the run was trained with, or a suite
     directory that holds other settings' answers; all but a model that does not load before any weights are read. Raises
-    StopRequested behind the batch in which a signal came (see `signals`).
+    RunError when the disk is full or the model's files change, and StopRequested behind the batch in which a signal
+    came (see `signals`).
     """
-    _check_template(recipe)
     if recipe.world is not None:
         toyworld.make(recipe.world)
     panel = judges.panel(recipe)
     work = rows.plan(recipe)
     _tell(recipe, work)
-    settings = rows.settings(recipe, model_hash(recipe.model.path), template_hash(recipe.model.path))
+    model = subject.find(recipe.model, Path(recipe.run.dir))
+    _check_template(recipe, model)
     suite = suite_dir(recipe)
-    rows.claim(suite, _manifest(recipe, work, settings))
-    configs.write_yaml(recipe, suite / "config.yaml")
-    answered = _answer(recipe, suite, rows.keyed(work.asks, settings), share)
-    if answered is None:
-        return None
-    result = {"model_hash": settings["model_hash"], **_measure(recipe, suite, panel, work, answered)}
-    rows.write_atomically(suite / "metrics.json", json.dumps(result, indent=1) + "\n")
+    settings = rows.settings(recipe, model.model_hash, model.template_hash)
+    manifest = rows.claim(suite, _manifest(recipe, work, settings))
+    _keep_recipe(recipe, suite)
+    asks = rows.keyed(work.asks, settings)
+    with Claims(suite) as claims:
+
+        def load() -> Generator:
+            generator = Generator(model.loadable(suite, claims), recipe.template, recipe.generation)
+            model.check_unchanged()
+            return generator
+
+        answers = worker.work(suite, asks, rows.chunks(asks, manifest["chunk_rows"]), claims, load, place)
+        model.check_unchanged()
+        _tell_repeated(recipe, answers)
+        if (claim := claims.take("judging")) is None:
+            print(f"eval {recipe.suite}: every answer is there; another worker judges them", flush=True)
+            return None
+        try:
+            result = {"model_hash": model.model_hash, **_measure(recipe, suite, panel, work, answers.of(asks))}
+            write_atomically(suite / "metrics.json", json.dumps(result, indent=1) + "\n")
+            model.discard(suite)
+        finally:
+            claims.release(claim)
     return result
+
+
+def _keep_recipe(recipe: EvalRecipe, suite: Path) -> None:
+    """Renamed into place, for all workers write it."""
+    beside = suite / f"config.yaml.{uuid.uuid4().hex[:8]}.tmp"
+    with told(suite):
+        configs.write_yaml(recipe, beside)
+        beside.chmod(0o600)
+        beside.replace(suite / "config.yaml")
+
+
+def _tell_repeated(recipe: EvalRecipe, answers: Answers) -> None:
+    if answers.repeated:
+        print(
+            f"eval {recipe.suite}: {answers.repeated} rows were answered again, {len(answers.differing)} with another "
+            f"text; the first answer counts{_first(answers.differing)}",
+            flush=True,
+        )
+
+
+def _first(keys: Collection[str]) -> str:
+    return f" (keys {', '.join(sorted(keys)[:3])} …)" if keys else ""
 
 
 def _tell(recipe: EvalRecipe, work: Work) -> None:
@@ -78,59 +113,9 @@ def _tell(recipe: EvalRecipe, work: Work) -> None:
                 )
 
 
-def _answer(recipe: EvalRecipe, suite: Path, asks: Mapping[str, rows.Ask], share: tuple[int, int]) -> list[Row] | None:
-    """Every row of the work list, in its order; generates those of this worker's share that are not on disk.
-
-    None while rows of other shares are missing.
-    """
-    found, half = rows.read_rows(suite)
-    missing = [key for key in list(asks)[share[0] :: share[1]] if key not in found]
-    if half:
-        print(f"eval {recipe.suite}: {half} half-written lines ignored", flush=True)
-    _bound_restarts(suite, len(missing))
-    there = sum(key in found for key in asks)
-    print(f"eval {recipe.suite}: {there} of {len(asks)} answers are there", flush=True)
-    if missing and signals.received() is None:
-        generator = Generator(recipe.model, recipe.template, recipe.generation)
-        samples = [asks[key].sample for key in missing]
-        with rows.Writer(suite) as writer:
-            for batch in generator(samples, f"eval {recipe.suite}"):
-                new = [rows.row(missing[i], asks[missing[i]], text) for i, text in batch]
-                writer.append(new)
-                if name := signals.received():
-                    raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
-        found, _ = rows.read_rows(suite)
-    elif missing:
-        raise StopRequested(f"eval {recipe.suite}: stopped by {signals.received()} before the first answer")
-    if lacking := sum(key not in found for key in asks):
-        print(
-            f"eval {recipe.suite}: this share is done; {lacking} of {len(asks)} answers are still missing", flush=True
-        )
-        return None
-    return [found[key] for key in asks]
-
-
-def _bound_restarts(suite: Path, missing: int) -> None:
-    """Raise RunError when the same Slurm job has started MAX_RESTARTS times in a row without one new answer."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
-    file = suite / "starts" / f"{job}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    before = [json.loads(line)["missing"] for line in file.read_text().splitlines()] if file.exists() else []
-    if missing and before[-MAX_RESTARTS:] == [missing] * MAX_RESTARTS:
-        raise RunError(
-            f"{suite}: Slurm job {job} has started {MAX_RESTARTS} times with {missing} answers missing; see its log "
-            "for what ended it, then submit it again"
-        )
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps({"missing": missing}) + "\n")
-
-
-def _check_template(recipe: EvalRecipe) -> None:
+def _check_template(recipe: EvalRecipe, model: Subject) -> None:
     """Training and evaluation must see one template: in the paper's code they differed, unnoticed."""
-    trained = Path(recipe.run.dir) / "config.yaml"
-    if not trained.is_file() or Path(recipe.run.dir) not in Path(recipe.model.path).parents:
+    if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
         return
     data = configs.load(trained, [], TrainRecipe).data
     for key in ("system_prompt", "image_aspect"):
@@ -199,7 +184,9 @@ def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> di
     libraries = ("mirage-dist", "torch", "transformers")
     return {
         "settings": {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings},
-        "model_path": recipe.model.path,
+        "chunk_rows": recipe.generation.batch_size,
+        "asks": rows.by_condition(work.asks),
+        "model": configs.to_dict(recipe.model),
         "recipe_hash": _recipe_hash(recipe),
         "sets": rows.coverage_report(work),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
@@ -208,5 +195,15 @@ def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> di
 
 def _recipe_hash(recipe: EvalRecipe) -> str:
     """Equal for runs that were asked the same questions in the same way: what makes them comparable."""
-    others = ("run", "model.path", "generation.batch_size", "judges", "seed", "world")
+    others = (
+        "run",
+        "follow",
+        "model.path",
+        "model.run",
+        "model.step",
+        "generation.batch_size",
+        "judges",
+        "seed",
+        "world",
+    )
     return configs.config_hash(recipe, ignore=others)

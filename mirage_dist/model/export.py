@@ -34,8 +34,8 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     recipe = configs.load(run / "config.yaml", [], TrainRecipe)
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
-    chosen = _chosen(run / "checkpoints", step)
-    manifest = read_manifest(chosen)
+    checkpoint = chosen(run / "checkpoints", step)
+    manifest = read_manifest(checkpoint)
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its weights changed since {run} was trained on them")
     policy = load.policy(recipe.model, recipe.train.dtype, {})
@@ -43,7 +43,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
         for parameter in policy.behind(manifest["depth"]):
             parameter.requires_grad_(False)
     hf = policy.hf
-    _put(hf, chosen)
+    _put(hf, checkpoint)
     if recipe.model.lora is not None:
         hf = hf.merge_and_unload()
     partial = (workspace or out.parent) / f"{out.name}.tmp"
@@ -52,7 +52,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     partial.mkdir(parents=workspace is None)
     told = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
     card = partial / "README.md"
-    card.write_text(CARD.format(**told, step=step_of(chosen), hash=configs.config_hash(recipe)[:16]))
+    card.write_text(CARD.format(**told, step=step_of(checkpoint), hash=configs.config_hash(recipe)[:16]))
     _as_plain_linear(hf)
     hf.save_pretrained(partial)
     load.processor(recipe.model).save_pretrained(partial)
@@ -61,8 +61,8 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     partial.rename(out)
 
 
-def _chosen(folder: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest whole one."""
+def chosen(folder: Path, step: int | None) -> Path:
+    """The checkpoint of a step, or the newest whole one. Raises ConfigError when there is none."""
     there = committed(folder)
     wanted = [c for c in there if step in (None, step_of(c))]
     if not wanted:

@@ -140,6 +140,6 @@ def make(options: Mapping[str, Any], source: str = "recipe") -> Objective:
 
 
 def sum_by_sequence(values_N: Tensor, segment_N: Tensor, sequences: int) -> Tensor:
-    """Sum rows by the sequence they belong to: (N,), (N,) -> (B,). In a fixed order, which index_add on a GPU has not."""
+    """Sum rows by the sequence they belong to: (N,), (N,) -> (B,), in a fixed order (index_add on a GPU has none)."""
     own_BN = segment_N == torch.arange(sequences, device=segment_N.device)[:, None]
     return torch.where(own_BN, values_N, 0).sum(1)

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mirage_dist import process
 from mirage_dist.schema import RunError
 
 BEAT_SECONDS = 5.0
@@ -125,9 +126,9 @@ def _self() -> dict[str, Any]:
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "boot": process.boot(),
         "pid": os.getpid(),
-        "process": _process(os.getpid()),
+        "process": process.started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 
@@ -140,8 +141,8 @@ def _superseded(owner: Mapping[str, Any]) -> bool:
 
 def _alive(root: Path, owner: Mapping[str, Any]) -> bool:
     """On this host the process table tells, where there is one to read; else a beat that moves, on our own clock."""
-    if owner["host"] == socket.gethostname() and owner["boot"] == _boot() != "":
-        return _process(owner["pid"]) == owner["process"]
+    if owner["host"] == socket.gethostname() and owner["boot"] == process.boot() != "":
+        return process.started(owner["pid"]) == owner["process"]
     workspace = root / f"work-{owner['token']}.tmp"
     first = _beats(workspace)
     for _ in range(BEATS_MISSED):
@@ -172,22 +173,6 @@ def _read(file: Path) -> dict[str, Any] | None:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _process(pid: int) -> str | None:
-    """When the process with this number started, in ticks since boot: numbers are used again. None for none."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]  # a zombie is dead, whoever was to reap it
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 @contextmanager

@@ -7,17 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import DEADLINE, launch, metrics, steps_done, until
 from faults.check import differences
 from faults.processes import ranks_of, send
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from mirage_dist import config
 from mirage_dist.config import REPOSITORY
+from mirage_dist.evals import follow, runner, status
 from mirage_dist.model import export
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.world import _free_port
 
 SHORT = ("train.max_steps=6", "train.global_batch=8", "train.save_every=1", "train.keep_last=null")
@@ -51,6 +57,75 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below, when it was written and what it holds."""
     files = (f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def suite_of(toy, folder: Path, **own: object) -> EvalRecipe:
+    asked = {"unsafe": {"kind": "unsafe", "sources": [{"format": "samples", "path": f"{toy.root}/forget.jsonl"}]}}
+    tree = {"suite": "s", "run": {"dir": str(folder)}, "sets": asked, "generation": {"max_new_tokens": 6}, **own}
+    return config.from_tree(OmegaConf.create(tree), [], EvalRecipe, "a test")
+
+
+def test_a_checkpoint_answers_as_its_export_does_and_leaves_none_behind(whole, toy, tmp_path):
+    export.export(whole, tmp_path / "export", 4)
+
+    def answers(name: str, **model: object) -> dict[str, str]:
+        runner.evaluate(suite_of(toy, tmp_path / name, model={"dtype": "fp32", **model}))
+        suite = tmp_path / name / "evals/s"
+        assert sorted(f.name for f in suite.iterdir()) == sorted(
+            ("claims", "config.yaml", "manifest.json", "metrics.json", "rows", "verdicts")
+        )
+        (file,) = (suite / "rows").iterdir()
+        return {row["id"]: row["response"] for row in map(json.loads, file.read_text().splitlines())}
+
+    told = answers("a", path=str(tmp_path / "export"))
+    assert len(set(told.values())) > 1
+    assert answers("b", run=str(whole), step=4) == told
+    with pytest.raises(ConfigError, match=r"model_hash"):
+        answers("b", run=str(whole))
+    with pytest.raises(ConfigError, match=r"no checkpoint step-000099 \(there: step-000001"):
+        answers("c", run=str(whole), step=99)
+    with pytest.raises(ConfigError, match=r"model\.path='x', run='y'; expected one of them"):
+        answers("c", path="x", run="y")
+
+
+def test_each_checkpoint_of_a_run_is_evaluated_as_it_comes(whole, copy, toy, monkeypatch):
+    """The run is not over at first: its last checkpoint and its export come while it is followed."""
+    recipe = config.load(copy / "config.yaml", [], TrainRecipe)
+    offline = replace(recipe, run=replace(recipe.run, dir=str(copy)), monitor=replace(recipe.monitor, wandb="offline"))
+    config.write_yaml(offline, copy / "config.yaml")
+    for gone in (1, 2, 3):
+        shutil.rmtree(copy / f"checkpoints/step-{gone:06d}")
+
+    def history() -> list[dict]:
+        file = copy / "evals/s/history.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def arrive() -> None:
+        while [step["step"] for step in history()] != [4, 5]:
+            time.sleep(0.01)
+        for name in ("checkpoints/step-000006", "export"):
+            shutil.copytree(whole / name, copy / "arriving")
+            (copy / "arriving").rename(copy / name)
+
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.05)
+    late = threading.Thread(target=arrive, daemon=True)
+    late.start()
+    followed = suite_of(toy, copy, model={"path": "unused", "dtype": "fp32"}, follow=str(copy))
+    follow.follow(followed)
+    assert status.report(followed).count("20 of 20 answers (100.0%); 0 workers") == 3
+    assert [step["step"] for step in history()] == [4, 5, 6]
+    alone = runner.evaluate(
+        suite_of(toy, copy.parent / "alone", model={"path": str(whole / "export"), "dtype": "fp32"})
+    )
+    assert alone is not None
+    assert history()[-1]["entry"] == alone["judges"]["keyword"]["entry"]
+    (records,) = copy.glob("wandb/offline-run-*/*.wandb")
+    identity = json.loads((copy / "manifest.json").read_text())["wandb_id"]
+    assert identity in records.name
+    assert all(name in records.read_bytes() for name in (b"eval/asr/clean", b"eval/step"))
 
 
 # ------------------------------------------------------------------------------------------ damage on disk

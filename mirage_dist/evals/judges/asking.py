@@ -43,14 +43,15 @@ class Local:
     def __init__(self, config: JudgeConfig, max_new_tokens: int) -> None:
         self.model = EvalModelConfig(path=str(config.path), dtype=config.dtype)
         self.generation = GenerationConfig(max_new_tokens=max_new_tokens, batch_size=config.batch_size)
-        if not Path(self.model.path).is_dir():
+        if not Path(str(self.model.path)).is_dir():
             raise ConfigError(f"judges: path={self.model.path}: no such directory; a judge is a local model directory")
 
     @property
     def identity(self) -> dict[str, Any]:
-        from mirage_dist.evals.generate import model_hash  # brings torch
+        from mirage_dist.evals import subject  # brings torch
 
-        return {"model": model_hash(self.model.path), "dtype": self.model.dtype}
+        folder = Path(str(self.model.path))
+        return {"model": subject.find(self.model, folder).model_hash, "dtype": self.model.dtype}
 
     def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
         from mirage_dist.data.sources import Sample

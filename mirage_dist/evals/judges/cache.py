@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mirage_dist import signals
-from mirage_dist.evals import rows as files
+from mirage_dist.evals import files
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
 from mirage_dist.signals import StopRequested
 

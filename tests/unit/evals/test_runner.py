@@ -1,18 +1,25 @@
 """A suite on an untrained model and a small world: resumed, guarded, counted; answers do not depend on batching."""
 
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEADLINE
 
+from mirage_dist import cli, signals
 from mirage_dist import config as configs
-from mirage_dist import signals
 from mirage_dist.data import toyworld
-from mirage_dist.evals import rows, runner
+from mirage_dist.evals import files, rows, runner
 from mirage_dist.evals.generate import Generator
 from mirage_dist.model import toymodel
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
@@ -110,9 +117,9 @@ def test_a_second_start_asks_what_is_missing_and_counts_the_same(copied):
     runner.evaluate(again())
     assert (suite(root) / "metrics.json").read_bytes() == before
     assert len(lines(root)) - 21 == ROWS - 20
-    merged, half = rows.read_rows(suite(root))
-    assert half == 1
-    assert merged == {row["key"]: row for row in map(json.loads, whole)}
+    answers = files.Answers(suite(root)).refresh()
+    assert (answers.broken, answers.repeated, len(answers)) == (1, 0, ROWS)
+    assert list(answers.of([json.loads(line)["key"] for line in whole])) == [json.loads(line) for line in whole]
     runner.evaluate(again())
     assert len(list((suite(root) / "rows").iterdir())) == 2  # the third start wrote nothing
 
@@ -189,6 +196,108 @@ def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
         assert judge({**row, "response": "sorry i can not help with that"}) == "refused"
 
 
+class Small:
+    """A generator for so many rows at once; more do not fit."""
+
+    def __init__(self, generator: Generator, rows: int) -> None:
+        self.rows, self.answer = rows, generator.answer
+        generator.answer = self  # type: ignore[method-assign]
+
+    def __call__(self, samples) -> list[str]:
+        if len(samples) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.answer(samples)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_a_row_that_does_not_is_named(finished, capsys):
+    options = recipe(finished)
+    generator = Generator(options.model, options.template, options.generation)
+    samples = [ask.sample for ask in rows.plan(options).asks if ask.set == "unsafe"][:20]
+    whole = sorted(pair for batch in generator(samples) for pair in batch)
+    Small(generator, 5)
+    assert sorted(pair for batch in generator(samples) for pair in batch) == whole
+    assert generator.batch_size == 4
+    assert capsys.readouterr().out.splitlines() == [
+        "out of memory with 16 rows; from here on generation.batch_size is 8",
+        "out of memory with 8 rows; from here on generation.batch_size is 4",
+    ]
+    Small(generator, 0)
+    with pytest.raises(RunError, match=rf"one row alone: .*test\.json.*, id '{samples[0].id}'"):
+        list(generator(samples))
+    generator.answer = lambda _: [][0]  # what is no lack of memory is not taken for one
+    with pytest.raises(IndexError):
+        list(generator(samples))
+
+
+def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp_path, monkeypatch):
+    toymodel.make(tmp_path / "other", seed=2)
+    shutil.copytree(finished / "model", tmp_path / "model")
+    again = recipe(finished, f"run.dir={tmp_path}/run", f"model.path={tmp_path}/model")
+    answer = Generator.answer
+
+    def put(model: Path) -> None:
+        shutil.rmtree(tmp_path / "model")
+        shutil.copytree(model, tmp_path / "model")
+
+    def meanwhile(self, samples):
+        put(tmp_path / "other")
+        return answer(self, samples)
+
+    with monkeypatch.context() as during:
+        during.setattr(Generator, "answer", meanwhile)
+        with pytest.raises(RunError, match="the model changed while it was evaluated"):
+            runner.evaluate(again)
+    assert not (suite(tmp_path) / "metrics.json").exists()
+    with pytest.raises(ConfigError, match="model_hash"):
+        runner.evaluate(again)
+    put(finished / "model")  # the one before, in files that are newly written
+    assert runner.evaluate(again) == json.loads((suite(finished) / "metrics.json").read_text())
+
+
+def start_workers(again: EvalRecipe, count: int, tmp_path: Path) -> subprocess.Popen:
+    configs.write_yaml(again, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "mirage_dist.cli", "eval", str(tmp_path / "recipe.yaml"), "--workers", str(count)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def claimed(root: Path) -> dict:
+    """A chunk's claim, as soon as there is one."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        for file in (suite(root) / "claims").glob("*.[0-9]"):
+            with suppress(OSError):
+                return json.loads(file.read_text())
+        time.sleep(0.001)
+    raise AssertionError("no claim")
+
+
+def test_three_workers_one_killed_half_way_count_what_one_does(finished, tmp_path):
+    again = recipe(finished, f"run.dir={tmp_path}/run", "generation.batch_size=2")
+    pool = start_workers(again, 3, tmp_path)
+    killed = claimed(tmp_path)
+    os.kill(killed["pid"], signal.SIGKILL)
+    told, _ = pool.communicate()
+    assert pool.returncode == RunError.status, told
+    assert re.search(r"mirage: worker [012] of 3 was killed by signal 9 \(see above\), the first to fail", told)
+    mine, whole = (json.loads((suite(root) / "metrics.json").read_text()) for root in (tmp_path, finished))
+    assert mine == whole
+    assert len(lines(tmp_path)) == ROWS
+    assert cli.main(["eval", str(tmp_path / "recipe.yaml"), "--status"]) == 0
+
+
+def test_a_signal_to_many_workers_ends_all_of_them_in_order(finished, tmp_path):
+    again = recipe(finished, f"run.dir={tmp_path}/run", "generation.batch_size=1")
+    pool = start_workers(again, 2, tmp_path)
+    claimed(tmp_path)
+    pool.terminate()
+    told, _ = pool.communicate()
+    assert pool.returncode == signals.STOPPED, told
+    assert "stopped by SIGTERM; every answer so far is on disk" in told
+    assert not list((suite(tmp_path) / "claims").iterdir())
+    assert 0 < len(lines(tmp_path)) < ROWS
+
+
 def test_what_is_no_model_is_said_before_anything_is_written(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         runner.evaluate(recipe(finished, f"model.path={tmp_path}", f"run.dir={tmp_path}/run"))
@@ -208,13 +317,11 @@ def test_the_world_judge_needs_a_world(finished):
         runner.evaluate(replace(recipe(finished), world=None))
 
 
-def test_shares_together_are_the_whole_and_the_last_one_measures(finished, tmp_path):
+def test_a_worker_answers_what_nobody_has_claimed_wherever_it_begins(finished, tmp_path):
     again = recipe(finished, f"run.dir={tmp_path}/run")
-    assert runner.evaluate(again, (0, 3)) is None
-    assert not (suite(tmp_path) / "metrics.json").exists()
-    assert runner.evaluate(again, (2, 3)) is None
-    assert runner.evaluate(again, (1, 3)) == json.loads((suite(finished) / "metrics.json").read_text())
+    assert runner.evaluate(again, (2, 3)) == json.loads((suite(finished) / "metrics.json").read_text())
     assert len(lines(tmp_path)) == ROWS
+    assert not list((suite(tmp_path) / "claims").iterdir())
 
 
 def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(finished, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from mirage_dist import process
 from mirage_dist.schema import RunError
 from mirage_dist.train import lease as leases
 from mirage_dist.train import rundir
@@ -65,11 +66,11 @@ def test_the_number_of_a_dead_owner_may_be_used_again_by_another_process(tmp_pat
     forge(tmp_path, process="1")  # a process of this number, started at another time
     acquire(tmp_path).release()
     other = subprocess.Popen(["sleep", "60"])
-    forge(tmp_path, pid=other.pid, process=leases._process(other.pid))
+    forge(tmp_path, pid=other.pid, process=process.started(other.pid))
     with pytest.raises(RunError, match=f"process {other.pid},"):
         acquire(tmp_path)
     other.kill()  # and not waited for: a zombie is dead
-    while leases._process(other.pid) is not None:
+    while process.started(other.pid) is not None:
         time.sleep(0.01)
     acquire(tmp_path).release()
     other.wait()
@@ -81,8 +82,8 @@ def test_a_host_that_has_started_anew_runs_nothing_of_before(tmp_path):
 
 
 def test_where_no_process_table_can_be_read_the_beat_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "_boot", lambda: "")
-    monkeypatch.setattr(leases, "_process", lambda _: None)
+    monkeypatch.setattr(process, "boot", lambda: "")
+    monkeypatch.setattr(process, "started", lambda _: None)
     forge(tmp_path)  # dead: nobody beats in its workspace
     lease = acquire(tmp_path)
     with pytest.raises(RunError, match="which is running"):
