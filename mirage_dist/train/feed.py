@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,12 +178,12 @@ class Feed:
         count = len(parts[self.needs.streams[0]])
         return [self.collate({n: part[i] for n, part in parts.items()}) for i in range(count)]
 
-    def windows(self, steps: range, world: World) -> Iterator[list[MicroBatch]]:
-        """The windows of these steps, made ahead by `data.workers`."""
+    def windows(self, steps: range, world: World) -> Generator[list[MicroBatch]]:
+        """The windows of these steps, made ahead by `data.workers`; to be closed (see `prefetch.made`)."""
         return made(lambda step: self.window(step, world), steps, self.recipe.data.workers)
 
-    def batches(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Iterator[MicroBatch]:
-        """`collate` of each, made ahead by `data.workers`."""
+    def batches(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Generator[MicroBatch]:
+        """`collate` of each, made ahead by `data.workers`; to be closed."""
         return made(self.collate, rows, self.recipe.data.workers)
 
     def chosen(self, name: str, step: int) -> stream.Indices:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +25,25 @@ class _Made(Dataset):
         return len(self.items)
 
 
-def made(make: Callable[[Any], T], items: Sequence[Any], workers: int) -> Iterator[T]:
+def _deaf(_worker: int) -> None:
+    """A stop that Slurm tells every process of a job is the ranks' affair: they need batches until they have agreed.
+
+    A worker ends when its rank closes the batches, and a few seconds after a rank that is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def made(make: Callable[[Any], T], items: Sequence[Any], workers: int) -> Generator[T]:
     """`make` of each item, in order; by `workers` processes ahead of time, or with 0 in this one when it is asked for.
 
     `make` works on the CPU. What it raises is raised here, in the item's turn. Tensors come in pinned memory where
-    there is a GPU, so that copies to it wait for nothing; whatever `make` returns must then have `pin_memory()`.
+    there is a GPU, so that copies to it wait for nothing; whatever `make` returns must then have `pin_memory()`. Close
+    what this returns: only that ends the workers.
     """
     if not workers or not items:
-        return map(make, items)
+        yield from map(make, items)
+        return
     # Tokenizers have threads of their own, which do not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
@@ -41,5 +53,11 @@ def made(make: Callable[[Any], T], items: Sequence[Any], workers: int) -> Iterat
         prefetch_factor=AHEAD,
         multiprocessing_context="fork",  # the samples are there already; a fresh process would read them again
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_deaf,
     )
-    return iter(loader)
+    batches: Any = iter(loader)
+    try:
+        yield from batches
+    finally:
+        # Left to the garbage collector, an error's traceback would keep deaf workers that the process's exit waits for.
+        batches._shutdown_workers()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -63,19 +64,19 @@ def _compute(recipe: TrainRecipe, engine: Any, feed: Feed, world: World, folder:
     # Under ZeRO-3 every rank makes each forward, so a part that one rank lacks is computed by all.
     own = {number for number in range(len(parts)) if not file(number, world.rank).is_file()}
     lacking = sorted(set().union(*worlds.everyones(world, own)))
-    batches = feed.batches([rows for number in lacking for rows in parts[number]])
     told = 0
-    for done, number in enumerate(lacking, 1):
-        found = reference.LogProbs()
-        for rows in parts[number]:
-            _add(found, engine, next(batches).to(world.device), next(iter(rows)))
-        beside = workspace / file(number, world.rank).name
-        found.save(beside)
-        beside.replace(file(number, world.rank))
-        if done * 10 // len(lacking) > told:
-            told = done * 10 // len(lacking)
-            world.say(f"{name}: {len(parts) - len(lacking) + done} of {len(parts)} parts")
-        worlds.stop_here(world, f"part {number} of the reference cache is written")
+    with closing(feed.batches([rows for number in lacking for rows in parts[number]])) as batches:
+        for done, number in enumerate(lacking, 1):
+            found = reference.LogProbs()
+            for rows in parts[number]:
+                _add(found, engine, next(batches).to(world.device), next(iter(rows)))
+            beside = workspace / file(number, world.rank).name
+            found.save(beside)
+            beside.replace(file(number, world.rank))
+            if done * 10 // len(lacking) > told:
+                told = done * 10 // len(lacking)
+                world.say(f"{name}: {len(parts) - len(lacking) + done} of {len(parts)} parts")
+            worlds.stop_here(world, f"part {number} of the reference cache is written")
     names = worlds.from_main(world, _whole_set(folder) if world.main else None)
     assert names is not None
     return names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,26 +122,27 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
     monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"], lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(world.device)
     done, stop = first, False
-    for number, window in enumerate(feed.windows(range(first, feed.steps), world), first):
-        # Dropout draws what it would have drawn in a run that never stopped.
-        torch.manual_seed(recipe.seed * 1_000_003 + number * world.size + world.rank)
-        told = [signals.received() is not None, saver.written]
-        record, flags = loop.step(number, window, told, saver.before_update)
-        stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())
-        lap = clock.lap()
-        if world.main:
-            lease.check()
-        monitor.log({**record, "tokens_per_s": record["tokens"] / lap["step_seconds"], **lap})
-        means.add(record)
-        saver.step_ended(written)
-        done = number + 1
-        if stop or done == feed.steps or (recipe.train.save_every and done % recipe.train.save_every == 0):
-            saved = {**manifest, "step": done, "seed": recipe.seed, "streams": _cursors(feed, recipe, done)}
-            saved["depth"] = feed.needs.depth
-            saver.save(loop.engine, {**saved, "metrics": means.take()}, loop.objective.state_dict())
-            clock.skip()
-        if stop:
-            break
+    with closing(feed.windows(range(first, feed.steps), world)) as windows:
+        for number, window in enumerate(windows, first):
+            # Dropout draws what it would have drawn in a run that never stopped.
+            torch.manual_seed(recipe.seed * 1_000_003 + number * world.size + world.rank)
+            told = [signals.received() is not None, saver.written]
+            record, flags = loop.step(number, window, told, saver.before_update)
+            stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())
+            lap = clock.lap()
+            if world.main:
+                lease.check()
+            monitor.log({**record, "tokens_per_s": record["tokens"] / lap["step_seconds"], **lap})
+            means.add(record)
+            saver.step_ended(written)
+            done = number + 1
+            if stop or done == feed.steps or (recipe.train.save_every and done % recipe.train.save_every == 0):
+                saved = {**manifest, "step": done, "seed": recipe.seed, "streams": _cursors(feed, recipe, done)}
+                saved["depth"] = feed.needs.depth
+                saver.save(loop.engine, {**saved, "metrics": means.take()}, loop.objective.state_dict())
+                clock.skip()
+            if stop:
+                break
     saver.close()
     monitor.close(preempted=stop)
     if stop:

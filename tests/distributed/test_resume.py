@@ -23,7 +23,7 @@ LORA = "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model*
 ZERO2 = "deepspeed=configs/deepspeed/zero2.json"
 # How a run was saved -> (ranks, overrides); "half" ones are what later starts go on from.
 SAVED = {
-    "two": (2, ("train.micro_batch=4",)),
+    "two": (2, ("train.micro_batch=4", "data.workers=2")),
     "one_zero2": (1, ("train.micro_batch=8", ZERO2)),
     "bf16": (2, ("train.micro_batch=4", "train.dtype=bf16")),
     "lora": (2, ("train.micro_batch=4", LORA, "reference=adapters_off")),

@@ -1,9 +1,11 @@
 """Batches made ahead are those made in the step, in order, by other processes; and the step itself never waits."""
 
-import gc
 import os
+import signal
+import time
 import traceback
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -60,9 +62,25 @@ def test_order_is_kept_errors_come_in_their_turn_and_no_process_is_left(workers)
     assert len({pid for _, pid in told} - {os.getpid()}) == workers
     with pytest.raises(ConfigError, match="item 5 is bad"):
         next(found)
-    del found
-    gc.collect()  # the error's traceback holds it, too
-    assert not any(Path(f"/proc/{pid}").exists() for _, pid in told if pid != os.getpid())
+    assert gone({pid for _, pid in told} - {os.getpid()})
+
+
+def test_a_stop_that_is_told_to_every_process_ends_no_worker_before_its_rank_has_done_with_it():
+    with closing(made(lambda item: (item, os.getpid()), range(20), 2)) as found:
+        workers = {next(found)[1], next(found)[1]}
+        for pid in workers:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                os.kill(pid, number)
+        assert [next(found)[0] for _ in range(10)] == list(range(2, 12))  # stopped in the middle
+    assert len(workers) == 2
+    assert gone(workers)
+
+
+def gone(workers: set[int]) -> bool:
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 class Waits(TorchDispatchMode):
