@@ -1,6 +1,6 @@
 """A training step against the paper's algorithm written plainly: time, tokens a second and peak memory.
 
-    python benchmarks/bench_step.py                             # CPU, 59 M parameters, 1 and 2 ranks, six minutes
+    python benchmarks/bench_step.py                             # CPU, 60 M parameters, 1 and 2 ranks, 7 minutes
     python benchmarks/bench_step.py --device cuda               # LLaVA-1.5-7B's proportions, bfloat16, every parameter
     python benchmarks/bench_step.py --device cuda --lora        # the same with adapters
 
@@ -12,8 +12,9 @@ the first step, by one forward a sample and run, and is not timed.
 
 Each version runs in processes of its own, so that its memory is its own; on the CPU the versions of a case are alive
 together and step by turns, so that what disturbs one disturbs all. A time is the median of the steps behind the first
-one, peak memory a rank's high-water mark (model, optimizer and all) beyond what it had before it loaded the model. On a
-GPU versions follow one another, and one that does not fit is tried again with its optimizer and parameters offloaded.
+two. Peak memory is a rank's high-water mark in those two, model, optimizer and all, beyond what it had before it loaded
+the model; on a CPU malloc keeps nothing of what is freed until then. On a GPU versions follow one another, and one that
+does not fit is tried again with its optimizer and parameters offloaded.
 
 Writes benchmarks/results/step_DEVICE[_lora].json and prints the table in Markdown.
 """
@@ -36,19 +37,24 @@ from common import SIZES, Job, Size
 from step_rank import Version, cases
 
 SAMPLES = 8  # of each stream; a step of two ranks takes each once
+UNTIMED = 2  # steps before the timed ones: the first makes the optimizer's moments, the second shows the peak memory
 PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 with float32 sums
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss, relative
-FITS = ("configs/deepspeed/zero3.json", "configs/deepspeed/zero3_offload.json")  # tried in this order
+# The recipes' own ZeRO-3 files, tried in this order.
+DEEPSPEED = {
+    "cpu": ("configs/deepspeed/cpu.json",),
+    "cuda": ("configs/deepspeed/zero3.json", "configs/deepspeed/zero3_offload.json"),
+}
 
 
 @dataclass
 class Measured:
-    """What the steps of one version on so many ranks gave; lists have one value a step, the first one included."""
+    """What the steps of one version on so many ranks gave; lists have one value a step, the untimed included."""
 
     case: str
     ranks: int
     version: Version
-    deepspeed: str = FITS[0]
+    deepspeed: str = ""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)  # of all threads of the busiest rank; other work adds none
     losses: list[float] = field(default_factory=list)
@@ -58,7 +64,7 @@ class Measured:
 
     @property
     def step_seconds(self) -> float:
-        return median(self.seconds[1:])
+        return median(self.seconds[UNTIMED:])
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,7 +76,6 @@ class Measured:
         self.cpu_seconds.append(max(t["cpu_seconds"] for t in told))
         self.losses.append(sum(t["loss"] for t in told) / len(told))
         self.tokens = sum(t["tokens"] for t in told)
-        self.peak_mib = max(t["peak_mib"] for t in told)
 
 
 # ------------------------------------------------------------------------------------------------ measure
@@ -97,25 +102,33 @@ class Bench:
         found = [Measured(case, ranks, version) for version in versions]
         for group in [found] if self.device == "cpu" else [[one] for one in found]:
             self.say(f"{case}, {ranks} rank(s): loading {'; '.join(m.version.name for m in group)}")
-            jobs = [self.start(measured, FITS[0]) for measured in group]
+            first, *others = DEEPSPEED[self.device]
+            jobs = [self.start(measured, first) for measured in group]
             try:
                 for number, measured in enumerate(group):
-                    if not ready(jobs[number], measured):
+                    left = list(others)
+                    while not (fits := ready(jobs[number], measured)) and left:
                         jobs[number].close()
-                        jobs[number] = self.start(measured, FITS[1])
-                        if not ready(jobs[number], measured):
-                            measured.missing = "does not fit, not even with offload"
+                        jobs[number] = self.start(measured, left.pop(0))
+                    measured.missing = None if fits else "does not fit, not even with offload"
+                alive = [(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None]
                 agree(found, self.size.dtype)
-                self.rounds([(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None])
+                for job, measured in alive:
+                    measured.add(job.ask("step"))
+                    measured.peak_mib = max(told["peak_mib"] for told in job.ask("memory"))
+                self.rounds(alive)
                 agree(found, self.size.dtype)
-                for job, measured in zip(jobs, group, strict=True):
-                    if profile and measured.version.plain is None and measured.missing is None:
-                        told = f"{case}, {measured.version.name}, {ranks} rank(s)"
-                        self.profiles[told] = job.ask("profile")[0]["table"]
+                if profile:
+                    self.look_at([(job, m) for job, m in alive if m.version.plain is None])
             finally:
                 for job in jobs:
                     job.close()
         return found
+
+    def look_at(self, alive: Sequence[tuple[Job, Measured]]) -> None:
+        """Profile one more step of each on the first rank."""
+        for job, m in alive:
+            self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.ask("profile")[0]["table"]
 
     def start(self, measured: Measured, deepspeed: str) -> Job:
         """The version's ranks, set to load."""
@@ -175,7 +188,7 @@ def table(found: Sequence[Measured], parameters: int, device: str) -> str:
         base = pick(found, m.case, m.ranks, m.version.against)
         compared = base is not None and m.version.plain is not None
         row = [m.case, str(m.ranks), m.version.name]
-        row += [f"{m.step_seconds:.2f} ({min(m.seconds[1:]):.2f} – {max(m.seconds[1:]):.2f})"]
+        row += [f"{m.step_seconds:.2f} ({min(m.seconds[UNTIMED:]):.2f} – {max(m.seconds[UNTIMED:]):.2f})"]
         row += [f"{m.tokens_per_second:.0f}", f"{m.step_seconds / base.step_seconds:.2f} slower" if compared else ""]
         row += [f"{m.peak_mib:.0f}", f"{m.peak_mib / base.peak_mib:.2f}" if compared else ""]
         if device == "cuda":
@@ -230,7 +243,7 @@ def targets(found: Sequence[Measured], parameters: int, device: str) -> list[tup
             mfu = 6 * parameters * tokens(ours_) / PEAK_FLOPS
             judged.append((f"SFT: MFU >= 0.45 (is {mfu:.2f})", mfu >= 0.45))
         else:
-            judged.append((f"NPO fits without offload (is {ours_.deepspeed})", ours_.deepspeed == FITS[0]))
+            judged.append((f"NPO fits without offload (is {ours_.deepspeed})", ours_.deepspeed == DEEPSPEED["cuda"][0]))
     return judged
 
 
