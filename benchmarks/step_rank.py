@@ -207,10 +207,9 @@ def rank(task: Mapping[str, Any]) -> None:
         return {**spent, "loss": loss, "tokens": tokens}
 
     def memory() -> dict[str, Any]:
-        if not cpu(world):
-            return {"peak_mib": torch.cuda.max_memory_allocated() / MIB}
         keep_blocks(32 * MIB)
-        return {"peak_mib": (resident("VmHWM") - state["before"]) / MIB}
+        peak = resident("VmHWM") - state["before"] if cpu(world) else torch.cuda.max_memory_allocated()
+        return {"peak_mib": peak / MIB}
 
     def load() -> dict[str, Any]:
         state["step"] = ours(recipe, world) if version.plain is None else plain(recipe, world, version.plain)
