@@ -12,9 +12,9 @@ the first step, by one forward a sample and run, and is not timed.
 
 Each version runs in processes of its own, so that its memory is its own; on the CPU the versions of a case are alive
 together and step by turns, so that what disturbs one disturbs all. A time is the median of the steps behind the first
-one. Peak memory is a rank's high-water mark in one more step, model, optimizer and all, beyond what it had before it
-loaded the model. On a GPU versions follow one another, and one that does not fit is tried again with its optimizer and
-parameters offloaded.
+two. Peak memory is a rank's high-water mark in those two, model, optimizer and all, beyond what it had before it loaded
+the model; on a CPU malloc keeps nothing of what is freed until then. On a GPU versions follow one another, and one that
+does not fit is tried again with its optimizer and parameters offloaded.
 
 Writes benchmarks/results/step_DEVICE[_lora].json and prints the table in Markdown.
 """
@@ -37,6 +37,7 @@ from common import SIZES, Job, Size
 from step_rank import Version, cases
 
 SAMPLES = 8  # of each stream; a step of two ranks takes each once
+UNTIMED = 2  # steps before the timed ones: the first makes the optimizer's moments, the second shows the peak memory
 PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 with float32 sums
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss, relative
 # The recipes' own ZeRO-3 files, tried in this order.
@@ -48,7 +49,7 @@ DEEPSPEED = {
 
 @dataclass
 class Measured:
-    """What the steps of one version on so many ranks gave; lists have one value a step, the first one included."""
+    """What the steps of one version on so many ranks gave; lists have one value a step, the untimed included."""
 
     case: str
     ranks: int
@@ -63,7 +64,7 @@ class Measured:
 
     @property
     def step_seconds(self) -> float:
-        return median(self.seconds[1:])
+        return median(self.seconds[UNTIMED:])
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,10 +113,11 @@ class Bench:
                     measured.missing = None if fits else "does not fit, not even with offload"
                 alive = [(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None]
                 agree(found, self.size.dtype)
+                for job, measured in alive:
+                    measured.add(job.ask("step"))
+                    measured.peak_mib = max(told["peak_mib"] for told in job.ask("memory"))
                 self.rounds(alive)
                 agree(found, self.size.dtype)
-                for job, measured in alive:
-                    measured.peak_mib = max(told["peak_mib"] for told in job.ask("memory"))
                 if profile:
                     self.look_at([(job, m) for job, m in alive if m.version.plain is None])
             finally:
@@ -186,7 +188,7 @@ def table(found: Sequence[Measured], parameters: int, device: str) -> str:
         base = pick(found, m.case, m.ranks, m.version.against)
         compared = base is not None and m.version.plain is not None
         row = [m.case, str(m.ranks), m.version.name]
-        row += [f"{m.step_seconds:.2f} ({min(m.seconds[1:]):.2f} – {max(m.seconds[1:]):.2f})"]
+        row += [f"{m.step_seconds:.2f} ({min(m.seconds[UNTIMED:]):.2f} – {max(m.seconds[UNTIMED:]):.2f})"]
         row += [f"{m.tokens_per_second:.0f}", f"{m.step_seconds / base.step_seconds:.2f} slower" if compared else ""]
         row += [f"{m.peak_mib:.0f}", f"{m.peak_mib / base.peak_mib:.2f}" if compared else ""]
         if device == "cuda":

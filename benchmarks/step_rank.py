@@ -18,7 +18,7 @@ import common
 from common import MIB, SIZES, Size
 
 BETA = 0.1
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def plain(recipe: Any, world: Any, algorithm: str) -> Step:
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     hf = load.policy(recipe.model, recipe.train.dtype, config).hf
     optimizer = torch.optim.AdamW(
-        [p for p in hf.parameters() if p.requires_grad], recipe.train.lr, weight_decay=0.0, fused=not cpu(world)
+        [p for p in hf.parameters() if p.requires_grad], recipe.train.lr, weight_decay=0.0, fused=True
     )
     policy, *_ = deepspeed.initialize(model=hf, optimizer=optimizer, config=config, dist_init_required=False)
     policy.train()
@@ -187,6 +187,7 @@ def rank(task: Mapping[str, Any]) -> None:
     task: the `version`'s fields, `size`, `lora`, `batch` (samples of a stream), `deepspeed` (a JSON file), `place`
     (the folder of model and data) and `out` (a new folder, the run's).
     """
+    keep_blocks(MIB)
     import torch
 
     from mirage_dist import world as worlds
@@ -206,7 +207,8 @@ def rank(task: Mapping[str, Any]) -> None:
         return {**spent, "loss": loss, "tokens": tokens}
 
     def memory() -> dict[str, Any]:
-        peak = peak_of(step) - state["before"] if cpu(world) else torch.cuda.max_memory_allocated()
+        keep_blocks(32 * MIB)
+        peak = resident("VmHWM") - state["before"] if cpu(world) else torch.cuda.max_memory_allocated()
         return {"peak_mib": peak / MIB}
 
     def load() -> dict[str, Any]:
@@ -233,17 +235,15 @@ def cpu(world: Any) -> bool:
     return world.device.type == "cpu"
 
 
-def peak_of(act: Callable[[], Any]) -> int:
-    """Bytes of this process in memory at most while `act` runs, without what malloc would keep of what was freed.
+def keep_blocks(below: int) -> None:
+    """Let malloc give freed blocks of this size and more back to the system at once.
 
-    That is some 900 MiB of a step on a CPU, and whether it is used again is chance.
+    Otherwise a process on a CPU has some 900 MiB that nothing is in; but new pages cost time. 32 MiB is what malloc's
+    own adjustment ends at.
     """
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)  # larger blocks go back to the system at once
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from what there is now
-    act()
-    return resident("VmHWM")
+    libc.mallopt(M_MMAP_THRESHOLD, below)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * below)
 
 
 def resident(name: str) -> int:
