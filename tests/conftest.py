@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from mirage_dist.config import REPOSITORY
@@ -28,6 +29,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     order = ("test_runs.py", "distributed", "unit", "test_templates.py")
     items.sort(key=lambda item: min((order.index(p) for p in item.path.parts if p in order), default=0))
+
+
+class Engine(torch.nn.Module):
+    """A policy as the loop wants it, of one process and without DeepSpeed."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.module = policy
+
+    def forward(self, *told):
+        return self.module(*told)
 
 
 class Toy:

@@ -278,7 +278,7 @@ def test_a_job_that_slurm_restarts_in_vain_is_stopped(toy, copy, monkeypatch):
 def test_without_wandb_a_run_goes_on_says_so_and_is_recorded(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{_free_port()}")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "10")
     folder = tmp_path / "run"
     done = launch(1, *command(toy, folder, ONE, "monitor.wandb=online", "train.max_steps=2", "train.export=false"))
     assert re.search(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Engine
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
@@ -66,17 +67,6 @@ def feed_of(toy, files, options, packing, source="mixed", *overrides):
         recipe,
         Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model)),
     )
-
-
-class Engine(torch.nn.Module):
-    """One process's, without DeepSpeed."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.module = policy
-
-    def forward(self, *told):
-        return self.module(*told)
 
 
 def gradients(toy, files, models, options, packing, cached=False, source="mixed"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mirage_dist
@@ -99,17 +100,6 @@ class Waits(TorchDispatchMode):
             if ours and not any("transformers" in f.filename for f in traceback.extract_stack()):
                 self.lines[f"{Path(ours[-1].filename).name}: {ours[-1].line}"] += 1
         return function(*args, **(kwargs or {}))
-
-
-class Engine(torch.nn.Module):
-    """One process's, without DeepSpeed."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.module = policy
-
-    def forward(self, *told):
-        return self.module(*told)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import Engine
 from omegaconf import OmegaConf
 from transformers import AutoModelForImageTextToText
 
@@ -66,7 +67,7 @@ def test_a_plain_opponent_has_our_loss_and_gradient(toy, published, models, algo
     feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
     (micro,) = feed.window(0, HERE)
     asked = reference.frozen(frozen) if objective.needs.reference else None
-    terms = objective(Loop(recipe, policy, objective, feed, HERE, asked, None).views(micro))
+    terms = objective(Loop(recipe, Engine(policy), objective, feed, HERE, asked, None).views(micro))
     counts = feed.counts([micro])
     ours = sum(t.weight * t.sum / counts[t.count] for t in terms)
 
