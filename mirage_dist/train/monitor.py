@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 import time
@@ -109,6 +110,7 @@ def start_wandb(recipe: TrainRecipe, name: str, identity: str) -> Any:
             )
             # Its service still holds the id, and would refuse it.
             wandb.teardown()
+            os.environ.pop("WANDB_SERVICE", None)  # a service that a parent process had started ends with it
     return wandb.init(mode="offline", **given)
 
 
