@@ -84,9 +84,9 @@ def parts(feed: Feed) -> dict[str, float]:
         act()
         return 1000 * (time.process_time() - start) / len(samples)
 
-    pictures = [encoder._picture(sample) for sample in samples]
+    pictures = [encoder._picture(str(sample.image)) for sample in samples]
     found = {
-        "read and decode": milliseconds(lambda: [encoder._picture(sample) for sample in samples]),
+        "read and decode": milliseconds(lambda: [encoder._picture(str(sample.image)) for sample in samples]),
         "CLIP's transform": milliseconds(lambda: encoder.processor.image_processor(pictures, return_tensors="pt")),
         "everything": milliseconds(lambda: [encoder.encode(samples[i : i + BATCH]) for i in range(0, SAMPLES, BATCH)]),
     }
