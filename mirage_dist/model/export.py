@@ -39,7 +39,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its weights changed since {run} was trained on them")
     policy = load.policy(recipe.model, recipe.train.dtype, {})
-    if manifest["depth"] is not None:  # what lies behind was not even loaded
+    if manifest.get("depth") is not None:  # what lies behind was not even loaded
         for parameter in policy.behind(manifest["depth"]):
             parameter.requires_grad_(False)
     hf = policy.hf
