@@ -250,25 +250,16 @@ def make_model(size: Size, folder: Path, device: str) -> int:
 def make_processor(size: Size) -> Any:
     """A tokenizer of VOCABULARY words, one token each, and CLIP's transform of pictures."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from mirage_dist.model.toymodel import CHAT_TEMPLATE, SPECIAL
+    from mirage_dist.model.toymodel import CHAT_TEMPLATE, SPECIAL, as_tokenizer
 
     words = [*SPECIAL, *(word(i) for i in range(VOCABULARY - len(SPECIAL)))]
     backend = Tokenizer(models.WordLevel({text: i for i, text in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(list(SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        chat_template=CHAT_TEMPLATE,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = as_tokenizer(backend)
     side = size.side
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),

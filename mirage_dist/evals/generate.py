@@ -12,10 +12,9 @@ import torch
 
 from mirage_dist.data.collate import Encoder
 from mirage_dist.data.sources import Sample
+from mirage_dist.model.load import DTYPES
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 from mirage_dist.world import no_bars_in_logs
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Generator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -68,6 +69,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(list(SPECIAL))  # so that the role marks are never split into < user >
+    return as_tokenizer(backend, model_max_length=256)
+
+
+def as_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words of `backend`, SPECIAL among them, with the world's chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -75,9 +81,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
         chat_template=CHAT_TEMPLATE,
-        model_max_length=256,
         padding_side="right",
         clean_up_tokenization_spaces=False,
+        **options,
     )
 
 
