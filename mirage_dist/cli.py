@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     report.add_argument("--out", type=Path, help="default: report/ in the first run")
     report.add_argument("--suite", help="needed when the runs share several")
+    report.add_argument(
+        "--outputs", action="store_true", help="put what models said of real data into the page, hidden until clicked"
+    )
 
     export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
     export.add_argument("run_dir", type=Path, metavar="RUN")
@@ -170,7 +173,8 @@ def _report(parsed: argparse.Namespace) -> None:
     from mirage_dist import report
 
     out = parsed.out or parsed.runs[0] / "report"
-    report.print_table(report.report(report.named(parsed.runs), out, suite=parsed.suite))
+    summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
+    report.print_table(summary)
     print(out / "index.html")
 
 

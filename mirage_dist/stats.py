@@ -78,6 +78,27 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**pairs)
 
 
+def log_odds(k: int, n: int, other_k: int, other_n: int) -> tuple[float, float, float]:
+    """Log-odds ratio of k of n against other_k of other_n, and its 95 % interval (Woolf, 1955).
+
+    One half is added to each of the four counts, which keeps empty ones finite and takes the first-order bias away
+    (Haldane, Ann. Hum. Genet. 1956; Anscombe, Biometrika 1956).
+    """
+    cells = [count + 0.5 for count in (k, n - k, other_k, other_n - other_k)]
+    ratio = math.log(cells[0] * cells[3] / (cells[1] * cells[2]))
+    half = Z95 * math.sqrt(sum(1 / cell for cell in cells))
+    return ratio, ratio - half, ratio + half
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number: the chance of even one false finding stays below the level (Holm, 1979)."""
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = largest
+    return corrected
+
+
 def paired(before: Mapping[K, bool], after: Mapping[K, bool]) -> dict[str, Any] | None:
     """Two yes-or-no measurements of the same things: McNemar's test, and the difference of the rates.
 

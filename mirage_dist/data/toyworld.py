@@ -253,7 +253,7 @@ class _Question:
             labels = {
                 "safe": False,
                 "harmful_category": "locked gadgets",
-                "harmful_subcategory": "code words",
+                "harmful_subcategory": f"gadget {self.gadget.kind}",
             }
             pairs = [{"instruction": self.text, "response": self.response}]
         else:

@@ -1,4 +1,4 @@
-"""The figures, drawn with matplotlib on axes that are handed in: as SVG for the page, as PNG for a README.
+"""The paper's figures, drawn with matplotlib on axes that are handed in: as SVG for the page, as PNG for a README.
 
 Figure numbers are those of "Safety Mirage" (arXiv 2503.11832). Rates are drawn in percent; whiskers and bands
 are 95 % intervals.
@@ -6,60 +6,20 @@ are 95 % intervals.
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mirage_dist.report.load import Leaf, Run
-from mirage_dist.report.style import LIGHT, MARKERS, STENCIL, Palette, slots, to_variables
+from mirage_dist import stats
+from mirage_dist.report.drawing import RC, SIZE, Draw, interval, looks, percent_axis, spread
+from mirage_dist.report.load import Run
+from mirage_dist.report.style import LIGHT, Palette
 
-SIZE = (4.9, 3.3)  # inches; at this size 10 pt text stays readable on a phone
 CONTROL_AT = -1.15  # where the neutral control stands, left of K = 0
-LABEL_GAP = 7.5  # least distance of two labels, in percent of the axis
 WORDS_SHOWN = 14
-RC: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
-    "svg.hashsalt": "mirage",  # equal input, equal file
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-}
-Draw = Callable[[Axes, Palette], None]
-
-
-def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZE) -> str:
-    """An inline SVG whose colours follow the page's theme; `name` keeps its ids apart from other figures'."""
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        draw(axes, STENCIL)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # the page sets the width
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return to_variables(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
 
 def overview(runs: Sequence[Run], file: Path) -> None:
@@ -88,11 +48,11 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
-        _percent(ax.yaxis, palette, grid=False)
-        own, labels, shots, control = slots([r.name for r in runs]), [], 0, None
+        percent_axis(ax.yaxis, palette, grid=False)
+        own, labels, shots, control = looks(runs, palette), [], 0, None
         for place, run in enumerate(runs):
             attack, steady = run.attack(kind), run.attack(kind, control=True)
-            colour, marker = palette.slots[own[run.name]], MARKERS[own[run.name]]
+            colour, marker = own[run.name]
             names = ["clean"] + [f"{attack[0]}_k{k}" for k in range(1, attack[1] + 1)] if attack else ["clean"]
             points = [(k, leaf) for k, name in enumerate(names) if (leaf := run.leaf(measure, name))]
             if not points:
@@ -101,7 +61,7 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
             shift = (place - (len(runs) - 1) / 2) * 0.045
             x = [k + shift for k, _ in points]
             y = [100 * leaf["rate"] for _, leaf in points]
-            low, high = zip(*(_interval(leaf) for _, leaf in points), strict=True)
+            low, high = zip(*(interval(leaf) for _, leaf in points), strict=True)
             ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             ax.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.75)
             ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
@@ -110,7 +70,7 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
             if neutral and steady:
                 control = steady[0]
                 at = CONTROL_AT + 2.6 * shift
-                ax.vlines(at, *_interval(neutral), color=colour, linewidth=1.1, alpha=0.75)
+                ax.vlines(at, *interval(neutral), color=colour, linewidth=1.1, alpha=0.75)
                 ax.plot(at, 100 * neutral["rate"], marker, color=palette.paper, markeredgecolor=colour, zorder=3)
         _labels(ax, labels, shots + 0.17)
         ticks: dict[float, str] = {k: "clean" if k == 0 else f"K = {k}" for k in range(shots + 1)}
@@ -130,15 +90,15 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str) -> Draw:
     """Figure 1d: a rate before (open) and after (filled) the rewrite with all of its shots, a line a model."""
 
     def draw(ax: Axes, palette: Palette) -> None:
-        _percent(ax.xaxis, palette)
-        own = slots([r.name for r in runs])
+        percent_axis(ax.xaxis, palette)
+        own = looks(runs, palette)
         for place, run in enumerate(runs):
-            colour, marker = palette.slots[own[run.name]], MARKERS[own[run.name]]
+            colour, marker = own[run.name]
             before, after = run.leaf(measure), run.leaf(measure, run.attacked(kind) or "")
             ends = [100 * leaf["rate"] for leaf in (before, after) if leaf]
             for leaf, offset in ((before, -0.16), (after, 0.16)):
                 if leaf:
-                    ax.hlines(place + offset, *_interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
+                    ax.hlines(place + offset, *interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
             if before and after:
                 ax.plot(ends, [place - 0.16, place + 0.16], color=colour, linewidth=1.2, alpha=0.5)
             if before:
@@ -150,7 +110,7 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str) -> Draw:
             ax.annotate(text, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=palette.ink)
         ax.set_yticks(range(len(runs)), [run.name for run in runs])
         for label, run in zip(ax.get_yticklabels(), runs, strict=True):
-            label.set_color(palette.slots[own[run.name]])
+            label.set_color(own[run.name][0])
             label.set_fontweight("bold")
         ax.set_ylim(len(runs) - 0.5, -0.5)
 
@@ -206,35 +166,100 @@ def words_size(words: dict[str, dict[str, int]]) -> tuple[float, float]:
     return SIZE[0], 0.7 + 0.22 * min(len(words), WORDS_SHOWN)
 
 
-def _interval(leaf: Leaf) -> tuple[float, float]:
-    return 100 * leaf["ci95"][0], 100 * leaf["ci95"][1]
-
-
-def _percent(axis: Axis, palette: Palette, grid: bool = True) -> None:
-    """A 0–100 axis, with quiet grid lines."""
-    ax = axis.axes
-    axis.set_ticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"], color=palette.muted)
-    if grid:
-        axis.grid(True, color=palette.grid, linewidth=0.8)
-    (ax.set_ylim if axis is ax.yaxis else ax.set_xlim)(-3, 103)
-    ax.set_axisbelow(True)
-    ax.spines["bottom"].set_visible(False)
-
-
 def _labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]], x: float) -> None:
     """Name each line at its end; a thin leader where the label had to move."""
     ends = sorted(ends)
-    for (y, start, name, colour), at in zip(ends, _spread([end[0] for end in ends]), strict=True):
+    for (y, start, name, colour), at in zip(ends, spread([end[0] for end in ends]), strict=True):
         ax.plot([start + 0.05, x], [y, at], color=colour, linewidth=0.7, alpha=0.6)
         ax.text(x + 0.05, at, name, color=colour, va="center", fontweight="bold")
 
 
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Ascending heights, moved as little up, and from the top down, as keeps them `LABEL_GAP` apart."""
-    up: list[float] = []
-    for height in heights:
-        up.append(max(height, up[-1] + LABEL_GAP) if up else height)
-    down: list[float] = []
-    for height in reversed(up):
-        down.append(min(height, down[-1] - LABEL_GAP if down else 100.0))
-    return down[::-1]
+def trade(runs: Sequence[Run]) -> Draw:
+    """Figure 1d: needless refusals against attack success, from the clean questions (open) to the attacked (filled).
+
+    Down and to the left is better on both. Whiskers are of the attacked ends.
+    """
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        percent_axis(ax.xaxis, palette)
+        percent_axis(ax.yaxis, palette)
+        ends = []
+        for run in runs:
+            colour, marker = looks(runs, palette)[run.name]
+            before = [run.leaf("rr"), run.leaf("asr")]
+            after = [run.leaf("rr", run.attacked("safe") or ""), run.leaf("asr", run.attacked("unsafe") or "")]
+            if not (before[0] and before[1] and after[0] and after[1]):
+                continue
+            (x0, y0), (x1, y1) = ([100 * leaf["rate"] for leaf in end if leaf] for end in (before, after))
+            ax.plot([x0, x1], [y0, y1], color=colour, linewidth=1.2, alpha=0.5)
+            ax.hlines(y1, *interval(after[0]), color=colour, linewidth=1.1, alpha=0.75)
+            ax.vlines(x1, *interval(after[1]), color=colour, linewidth=1.1, alpha=0.75)
+            ax.plot(x0, y0, marker, color=palette.paper, markeredgecolor=colour, markeredgewidth=1.5, zorder=3)
+            ax.plot(x1, y1, marker, color=colour, zorder=4)
+            ends.append((y1, x1, run.name, colour))
+        _name_points(ax, ends)
+        ax.set_xlabel("needless refusals", color=palette.muted)
+        ax.set_ylabel("attack success", color=palette.muted)
+
+    return draw
+
+
+def _name_points(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside their points, on the side where there is room; those of one neighbourhood one above another."""
+    taken: list[tuple[float, float]] = []
+    for y, x, name, colour in sorted(ends):
+        left = x > 70
+        at = y + 4.5 if y < 94 else y - 4.5
+        while any(abs(at - other_y) < 7 and abs(x - other_x) < 32 for other_y, other_x in taken):
+            at += 1
+        taken.append((at, x))
+        ax.text(x + (-2 if left else 2), at, name, color=colour, va="center", ha="right" if left else "left",
+                fontweight="bold")  # fmt: skip
+
+
+def association(run: Run, runs: Sequence[Run]) -> Draw:
+    """Figure 1c: what the training data say of a first word, beside what the model does with it.
+
+    Left, log-odds of refusal against answer, one half added to each count (Haldane, 1956; Anscombe, 1956); right, how
+    often the model refuses the questions that were put to it with this first word.
+    """
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        ax.set_axis_off()
+        odds = odds_by_word(run.first_words)
+        order = sorted(odds, key=lambda word: odds[word][0])[-WORDS_SHOWN:]
+        left, right = ax.inset_axes((0.0, 0.0, 0.44, 1.0)), ax.inset_axes((0.54, 0.0, 0.46, 1.0))
+        for place, word in enumerate(order):
+            middle, low, high = odds[word]
+            colour = palette.refusal if low > 0 else palette.answer if high < 0 else palette.muted
+            left.hlines(place, low, high, color=colour, linewidth=1.1)
+            left.plot(middle, place, "o", color=colour)
+        left.axvline(0, color=palette.muted, linewidth=0.8)
+        left.set_yticks(range(len(order)), order, color=palette.ink)
+        left.tick_params(axis="x", colors=palette.muted)
+        left.set_title("log-odds of refusal, data", loc="left", fontsize=9.5, color=palette.muted)
+        colour, _ = looks(runs, palette)[run.name]
+        for kind, shift, face in (("unsafe", 0.15, colour), ("safe", -0.15, palette.paper)):
+            for place, word in enumerate(order):
+                if refused := run.opened.get(kind, {}).get(word):
+                    low, high = (100 * bound for bound in stats.wilson(sum(refused), len(refused)))
+                    right.hlines(place + shift, low, high, color=colour, linewidth=1.1, alpha=0.75)
+                    rate = 100 * sum(refused) / len(refused)
+                    right.plot(rate, place + shift, "o", color=face, markeredgecolor=colour, zorder=3)
+        percent_axis(right.xaxis, palette)
+        right.set_yticks(range(len(order)), [""] * len(order))
+        right.set_title("refused, model", loc="left", fontsize=9.5, color=palette.muted)
+        for part in (left, right):
+            part.set_ylim(-0.6, len(order) - 0.4)
+            part.spines["bottom"].set_visible(False)
+
+    return draw
+
+
+def odds_by_word(words: dict[str, dict[str, int]]) -> dict[str, tuple[float, float, float]]:
+    """word -> (log-odds of refusal against the other words, lower, upper bound of the 95 % interval)."""
+    total = {kind: sum(count[kind] for count in words.values()) for kind in ("refusal", "answer")}
+    return {
+        word: stats.log_odds(count["refusal"], total["refusal"], count["answer"], total["answer"])
+        for word, count in words.items()
+    }

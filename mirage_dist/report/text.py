@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from mirage_dist.report.charts import condition_label as label
 from mirage_dist.report.load import Leaf, Run
 
 TITLE = "The safety mirage, measured"
@@ -24,9 +26,23 @@ METHODS_NOTE = (
     "Open markers: the question as it is. Filled markers: under all rewrites of the attack. A good remedy keeps "
     "attack success and rejection low at both ends, and right answers high at both."
 )
-EXAMPLES_NOTE = (
-    "Questions in the order of a hash of their ids, not picked for effect. Answers are the models' own words, shown "
-    "as plain text."
+MAIN_NOTE = (
+    "Rates in percent, as asked → under all rewrites of the attack, above the counts they are of. Intervals, every K "
+    "and the controls are under “All rates”."
+)
+JUDGES_NOTE = (
+    "Cohen's κ is agreement beyond chance: 1 is full, 0 is none. Below it, the answers on which two judges gave the "
+    "same class, of those that both judged. Where one judge has exact labels, precision is the share of what the other "
+    "called so that is so, and recall the share of what is so that it called so."
+)
+PAIRS_NOTE = (
+    "Exact McNemar tests on the questions that both models were asked: how many count for the first model only, and "
+    "how many for the second only. Differences are second minus first, with Newcombe's 95 % interval; p is corrected "
+    "for the number of comparisons in this report (Holm)."
+)
+CATEGORIES_NOTE = (
+    "The same rates by what the question is about, under all rewrites of the attack. The fewer questions a category "
+    "has, the less its rate says: counts stand in each cell."
 )
 MEASURES = {
     "asr": ("Attack success rate", "harmful answers to unsafe questions"),
@@ -90,16 +106,9 @@ def measures(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str, s
     return table
 
 
-def label(condition: str) -> str:
-    """ "what_k3" -> "what, K = 3"."""
-    name, found, shots = condition.rpartition("_k")
-    return f"{name}, K = {shots}" if found else condition
-
-
-def curve(runs: Sequence[Run], measure: str, kind: str) -> tuple[str, str]:
+def curve(runs: Sequence[Run], measure: str, kind: str, number: str) -> tuple[str, str]:
     """Title and caption of Figure 4 or 5: what it shows, in numbers."""
-    number, what = ("4", "Attack success") if measure == "asr" else ("5", "Needless refusals")
-    title = f"Fig. {number}: {what} against K"
+    title = f"Fig. {number}: {'Attack success' if measure == 'asr' else 'Needless refusals'} against K"
     told = []
     for run in runs:
         before, after = run.leaf(measure), run.leaf(measure, run.attacked(kind) or "")
@@ -110,13 +119,74 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> tuple[str, str]:
     return title, ("Clean → under all rewrites: " + "; ".join(told) + ".") if told else "Clean questions only."
 
 
-def dumbbell(runs: Sequence[Run], measure: str, kind: str) -> tuple[str, str]:
+def dumbbell(runs: Sequence[Run], measure: str, kind: str, number: str = "") -> tuple[str, str]:
     name, meaning = MEASURES[measure]
     attacked = next((c for run in runs if (c := run.attacked(kind))), None)
     counted = ", counted per answer" if measure == "ir" else ""
     under = f"clean, and {label(attacked)}" if attacked else "clean"
-    number = "Fig. 1d: " if measure in ("asr", "rr") else ""
-    return f"{number}{name}", f"{meaning.capitalize()} ({under}{counted}), in percent."
+    return f"{f'Fig. {number}: ' if number else ''}{name}", f"{meaning.capitalize()} ({under}{counted}), in percent."
+
+
+def trade(runs: Sequence[Run]) -> tuple[str, str]:
+    return "Fig. 1d: Both failures at once", (
+        "Needless refusals of harmless questions against attack success on unsafe ones, in percent: from the questions "
+        "as they are (open) to the attacked ones (filled). A line to the right or upwards is the mirage."
+    )
+
+
+def kinds(runs: Sequence[Run]) -> tuple[str, str]:
+    attack = next((found[0] for run in runs if (found := run.attack("unsafe"))), None)
+    under = f"the questions as they are and to all rewrites of “{attack}”" if attack else "the questions as they are"
+    return "Kinds of answer to unsafe questions", (
+        f"Shares of the answers to {under}, each answer counted once. Safety by refusal and safety by irrelevant "
+        "output are not the same."
+    )
+
+
+def every_attack(measure: str) -> tuple[str, str]:
+    name, meaning = MEASURES[measure]
+    return f"{name} under every attack", (
+        f"{meaning.capitalize()}, in percent, with all rewrites of each attack; controls below the line. Attacks have "
+        "different numbers of rewrites, and more tries succeed more often: compare models in a row, not rows."
+    )
+
+
+def heat(runs: Sequence[Run], measure: str, kind: str) -> tuple[str, str]:
+    name, meaning = MEASURES[measure]
+    attacked = next((c for run in runs if (c := run.attacked(kind))), "clean")
+    return f"{name} by category", f"{meaning.capitalize()} ({label(attacked)})."
+
+
+def association(run: Run) -> tuple[str, str]:
+    """Title and caption of Figure 1c for one run."""
+    return f"Fig. 1c: The data's words and what {run.name} does with them", (
+        "Left: how strongly each first word speaks for a refusal in the training data, with a 95 % interval. Right: "
+        f"how often {run.name} refused the questions that were put to it with this first word, unsafe (filled) and "
+        "harmless (open). A model that looks at the question has all filled markers right and all open ones left, "
+        "whatever the word."
+    )
+
+
+def examples(shown: Mapping[str, Any]) -> str:
+    sets = ", ".join(f"{s['shown']} of {s['questions']} {name}" for name, s in shown["sets"].items())
+    told = f"Questions chosen by a hash of their ids, not for effect ({sets}), with all of their rewrites. "
+    if shown["outputs"]:
+        return told + "What models said is hidden until you ask for it, and shown as plain text."
+    return told + "What models said is not in this file; `mirage report … --outputs` puts it in."
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-") if p > 0 else "0"
+
+
+def foot(runs: Sequence[Run], summary: Mapping[str, Any]) -> str:
+    """Where the page comes from, in one line."""
+    parts = [f"{run.name}: model {run.metrics['model_hash'][:12]}" for run in runs]
+    parts += [f"{k}: {summary[k]}" for k in ("seed", "wall_seconds", "config_hash") if summary.get(k) is not None]
+    if world := summary.get("world"):
+        told = ", ".join(f"{k} {v}" for k, v in world.items()) if isinstance(world, Mapping) else str(world)
+        parts.append(f"world: {told}")
+    return " · ".join(parts)
 
 
 def words(run: Run) -> tuple[str, str]:

@@ -25,7 +25,7 @@ ALLOWED = {
     "objectives": {"config", "kernels"},
     "train": {"config", "signals", "process", "world", "data", "kernels", "model", "objectives"},
     "evals": {"config", "signals", "process", "stats", "world", "data", "model"},
-    "report": {"config", "stats"},
+    "report": {"config", "stats", "data", "evals"},
     "demo": {"config", "signals", "world", "data", "model", "evals", "report", "train"},
     "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "report"},
 }

@@ -1,73 +1,18 @@
 """The report says what the files say, one colour a model, nothing interpreted, nothing from the network."""
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+from made_runs import KEYWORD, NASTY, write_run
 
 from mirage_dist import report
 from mirage_dist.evals import metrics
-from mirage_dist.evals.metrics import Condition, Judged
-from mirage_dist.report import style
+from mirage_dist.report import examples, style
 from mirage_dist.report.load import read
 from mirage_dist.schema import ConfigError
-
-NASTY = "</td><script>alert('x')</script><img src=http://example.invalid/a.png onerror=alert(1)> & \"quoted\""
-EXACT = frozenset({"refused", "harmful", "irrelevant", "correct"})
-KEYWORD = frozenset({"refused", "harmful", "answered"})
-CONDITIONS = {
-    "unsafe": [Condition("what", 3, False), Condition("neutral", 1, True)],
-    "safe": [Condition("share", 1, False)],
-}
-
-
-def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_hash="same"):
-    """A run directory whose verdicts repeat `pattern`: set -> one verdict a question, in turn."""
-    rows, judged = [], []
-    for kind, conditions in CONDITIONS.items():
-        asked = [("clean", 0), *((c.name, k) for c in conditions for k in range(1, c.shots + 1))]
-        for number in range(6):
-            verdict = pattern[kind][number % len(pattern[kind])]
-            for attack, shot in asked:
-                place = {"set": kind, "id": f"{kind}{number}", "attack": attack, "shot": shot}
-                said = {"question": f"q {NASTY}", "expected": "e", "response": NASTY, "image": None}
-                rows.append({"key": "/".join(map(str, place.values())), "kind": kind, **place, **said})
-                judged.append(Judged(kind, f"{kind}{number}", attack, shot, verdict))
-    unjudged = {"unparsed": sum(j.verdict == "unparsed" for j in judged), "failed": 0}
-    entry = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
-    for kind, conditions in CONDITIONS.items():
-        found = metrics.measure(kind, [j for j in judged if j.set == kind], conditions, known)
-        entry.update((name, value) for name, value in found.items() if name in entry)
-    attacks = {k: {c.name: {"shots": c.shots, "control": c.control} for c in cs} for k, cs in CONDITIONS.items()}
-    told = {
-        "suite": suite,
-        "seed": 3,
-        "model_hash": "0" * 64,
-        "recipe_hash": recipe_hash,
-        "world": {"spurious": 0.95} if judge == "world" else None,
-        "sets": {kind: {"kind": kind, "samples": 6, "attacks": attacks[kind]} for kind in CONDITIONS},
-        "headline": judge,
-        "judges": {
-            judge: {
-                "kind": judge,
-                "about": f"the {judge} judge",
-                "entry": entry,
-                "sets": {},
-                "verdicts": {},
-                "unjudged": unjudged,
-            }
-        },
-    }
-    base = folder / "evals" / suite
-    (base / "rows").mkdir(parents=True)
-    (base / "verdicts").mkdir()
-    (base / "metrics.json").write_text(json.dumps(told))
-    half = '{"key": "cut off in the midd'
-    (base / "rows" / "worker-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + half)
-    verdicts = [{"key": r["key"], "verdict": j.verdict} for r, j in zip(rows, judged, strict=True)]
-    (base / "verdicts" / f"{judge}.jsonl").write_text("".join(json.dumps(v) + "\n" for v in verdicts))
-    return folder
 
 
 @pytest.fixture
@@ -123,25 +68,94 @@ def test_the_page_is_well_formed_and_needs_no_network(runs, tmp_path):
     report.report(runs, tmp_path / "out")
     page = Page((tmp_path / "out" / "index.html").read_text())
     assert page.stack == []
-    assert page.tags.count("svg") == 7  # figures 4 and 5, four comparisons, first words of the one run that has them
+    # Figures 1a, 1b, 4, 5; 1d, kinds of answer, IR, utility; 3 and 1c of the one run that has words; two heat maps.
+    assert page.tags.count("svg") == 12
     assert all(a.startswith(("#", "data:")) for a in page.addresses)
     assert len(page.ids) == len(set(page.ids))
-    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not {"link", "iframe"} & set(page.tags)
+    assert page.tags.count("script") == 2  # the data, and the one that the page's policy names by its hash
 
 
 def test_what_models_and_data_say_is_escaped(runs, tmp_path):
     report.report(runs, tmp_path / "out")
     html = (tmp_path / "out" / "index.html").read_text()
     assert "alert" in html
-    assert "<script" not in html
+    assert "<script>alert" not in html
     assert "<img src=http" not in html
+
+
+def test_data_in_the_script_element_come_back_as_they_were_and_cannot_end_it():
+    data = {"said": f"{NASTY} </script> <!-- \u2028 é"}
+    text = examples.as_script(data)
+    assert json.loads(text) == data
+    assert not set("<>&\u2028") & set(text)
+
+
+def test_answers_to_real_data_are_in_the_file_only_when_asked_for(tmp_path):
+    pattern = {"unsafe": ["harmful", "refused"], "safe": ["answered"]}
+    run = {"real": write_run(tmp_path / "real", pattern, judge="keyword", known=KEYWORD)}
+    for outputs in (False, True):
+        report.report(run, tmp_path / "out", outputs=outputs)
+        files = list((tmp_path / "out").iterdir())
+        assert any("told-0" in file.read_text() for file in files) == outputs
+        assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+    benign = {"world": write_run(tmp_path / "world", {"unsafe": ["refused"], "safe": ["correct"]})}
+    report.report(benign, tmp_path / "out")
+    assert "told-0" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_every_two_runs_are_compared_on_the_questions_they_share(runs, tmp_path):
+    found = report.report(runs, tmp_path / "out")["comparisons"]
+    attacked = next(c for c in found if (c["measure"], c["condition"]) == ("asr", "what_k3"))
+    # sft answers every other of six questions harmfully, npo none: three discordant pairs, p = 2 / 2 ** 3.
+    assert (attacked["runs"], attacked["n"], attacked["only_before"], attacked["only_after"]) == (
+        ["sft", "npo"],
+        6,
+        3,
+        0,
+    )
+    assert attacked["p"] == pytest.approx(0.25)
+    assert attacked["p_holm"] == pytest.approx(min(1, 0.25 * len(found)))
+    assert {(c["measure"], c["condition"]) for c in found} == {
+        *(("asr", c) for c in ("clean", "what_k3")),
+        *((measure, c) for measure in ("rr", "utility") for c in ("clean", "share_k1")),
+    }
+
+
+def test_runs_with_different_headline_judges_are_not_compared(runs, tmp_path):
+    pattern = {"unsafe": ["harmful", "refused"], "safe": ["answered"]}
+    runs["other"] = write_run(tmp_path / "other", pattern, judge="keyword", known=KEYWORD)
+    found = report.report(runs, tmp_path / "out")["comparisons"]
+    assert {tuple(c["runs"]) for c in found} == {("sft", "npo")}
+
+
+def test_no_cell_of_the_csv_is_a_formula(tmp_path):
+    pattern = {"unsafe": ["harmful"], "safe": ["correct"]}
+    summary = report.report({"=cmd|' /C calc'!A0": write_run(tmp_path / "x", pattern)}, tmp_path / "out")
+    with (tmp_path / "out" / "rates.csv").open(newline="") as handle:
+        lines = list(csv.DictReader(handle))
+    assert not any(cell.startswith(("=", "+", "-", "@")) for line in lines for cell in line.values())
+    clean = next(x for x in lines if (x["measure"], x["condition"]) == ("asr", "clean"))
+    leaf = next(iter(summary["models"].values()))["asr"]["clean"]
+    assert [float(clean[name]) for name in ("rate", "k", "n")] == [leaf[name] for name in ("rate", "k", "n")]
+
+
+def test_the_markdown_has_every_rate_and_no_markup_of_others(runs, tmp_path):
+    runs["<b>*x*|y"] = write_run(tmp_path / "other", {"unsafe": ["harmful"], "safe": ["correct"]})
+    summary = report.report(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    leaf = summary["models"]["sft"]["asr"]["what_k3"]
+    assert f"{100 * leaf['rate']:.1f} ({leaf['k']}/{leaf['n']};" in text
+    assert r"\<b\>\*x\*\|y" in text
+    assert NASTY not in text
 
 
 def test_every_rate_on_the_page_stands_with_its_counts(runs, tmp_path):
     summary = report.report(runs, tmp_path / "out")
     html = (tmp_path / "out" / "index.html").read_text()
     leaves = [x for entry in summary["models"].values() for m in entry.values() if m for x in m.values() if x]
-    cells = re.findall(r'class="rate">([\d.]+)\s%</span>.*?class="count">(\d+)/(\d+)', html)
+    table = html[html.index('class="rates all"') :]
+    cells = re.findall(r'class="rate">([\d.]+)\s%</span>.*?class="count">(\d+)/(\d+)', table)
     expected = [(f"{100 * x['rate']:.1f}", str(x["k"]), str(x["n"])) for x in leaves]
     assert sorted(cells) == sorted(expected)
 

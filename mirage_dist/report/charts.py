@@ -1,0 +1,196 @@
+"""Figures beyond the paper's: kinds of answer, every attack, categories. Drawn as those in `figures` are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import shorten
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from mirage_dist.report.drawing import SIZE, Draw, interval, looks, percent_axis
+from mirage_dist.report.load import Run
+from mirage_dist.report.style import Palette
+
+# Kind of answer -> its verdicts and its colour in the palette; in the order in which a bar is stacked.
+KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "harmful": (("harmful",), "harmful"),
+    "irrelevant": (("irrelevant",), "irrelevant"),
+    "answered": (("correct", "answered"), "answer"),
+    "refused": (("refused",), "refusal"),
+    "no verdict": (("unparsed", "failed"), "grid"),
+}
+NARROWEST = 7  # percent of a bar that still holds its number
+CATEGORIES_SHOWN = 24
+BESIDE: Any = ("axes fraction", "data")
+ABOVE: Mapping[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 6), "textcoords": "offset points"}
+
+
+def kinds_of_answer(runs: Sequence[Run], kind: str) -> Draw:
+    """ASR, IR and RR stacked: what kinds of answers each model gives to the questions as they are and attacked.
+
+    Counted per answer (the paper's table does so): K rewrites are K answers.
+    """
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        bars = [(run, name, counts) for run in runs for name, counts in _counts(run, kind)]
+        place, ticks, last = 0.0, {}, None
+        for run, name, counts in bars:
+            place += 1.0 if run is last else 1.75
+            if run is not last:
+                ax.text(
+                    0, place - 0.72, run.name, color=looks(runs, palette)[run.name][0], fontweight="bold", va="center"
+                )
+            last = run
+            ticks[place] = name
+            _stack(ax, palette, place, counts)
+        percent_axis(ax.xaxis, palette)
+        ax.set_yticks(list(ticks), list(ticks.values()), color=palette.muted)
+        ax.set_ylim(place + 0.6, 0.6)
+        told = [
+            name for name, (verdicts, _) in KINDS.items() if any(counts.get(v) for *_, counts in bars for v in verdicts)
+        ]
+        _key(ax, palette, told)
+
+    return draw
+
+
+def _counts(run: Run, kind: str) -> list[tuple[str, Mapping[str, int]]]:
+    """(clean or the attack's name, verdict -> answers) of the headline set."""
+    own, attack = run.headline_set(kind), run.attack(kind)
+    table = run.judged_by["verdicts"].get(own, {})
+    return [(name, table[name]) for name in ("clean", *([attack[0]] if attack else [])) if name in table]
+
+
+def _stack(ax: Axes, palette: Palette, place: float, counts: Mapping[str, int]) -> None:
+    total, start = sum(counts.values()), 0.0
+    for name, (verdicts, colour) in KINDS.items():
+        share = 100 * sum(counts.get(verdict, 0) for verdict in verdicts) / total
+        ax.barh(place, share, left=start, height=0.72, color=getattr(palette, colour), linewidth=0)
+        if share >= NARROWEST:
+            ink = palette.ink if name in ("irrelevant", "no verdict") else palette.paper
+            ax.text(start + share / 2, place, f"{share:.0f}", color=ink, ha="center", va="center", fontsize=9)
+        start += share
+    ax.annotate(f"n = {total}", (1.02, place), xycoords=BESIDE, va="center", color=palette.muted, fontsize=8.5)
+
+
+def _key(ax: Axes, palette: Palette, names: Sequence[str]) -> None:
+    """The kinds in their colours, above the bars."""
+    at = 0.0
+    for name in names:
+        pale = name in ("irrelevant", "no verdict")
+        for sign, colour, shift in (("■", KINDS[name][1], 0.0), (name, "muted" if pale else KINDS[name][1], 0.035)):
+            place, ink = (at + shift, 1.0), getattr(palette, colour)
+            ax.annotate(sign, place, **ABOVE, color=ink, fontsize=9.5)
+        at += 0.1 + 0.021 * len(name)
+
+
+def kinds_size(runs: Sequence[Run], kind: str) -> tuple[float, float]:
+    bars = sum(len(_counts(run, kind)) for run in runs)
+    return SIZE[0], 0.75 + 0.26 * bars + 0.2 * len(runs)
+
+
+def conditions(runs: Sequence[Run], measure: str) -> list[str]:
+    """Every condition of a measure with all of its shots, controls last."""
+    found = dict.fromkeys(name for run in runs for name in run.entry.get(measure) or {})
+    most: dict[str, int] = {}
+    for name in found:
+        attack, _, shots = name.rpartition("_k")
+        most[attack or name] = max(most.get(attack or name, 0), int(shots) if attack else 0)
+    full = [f"{attack}_k{shots}" if shots else attack for attack, shots in most.items()]
+    return sorted(full, key=lambda name: is_control(runs, name))
+
+
+def is_control(runs: Sequence[Run], condition: str) -> bool:
+    attack = condition.rpartition("_k")[0]
+    return any(s["attacks"].get(attack, {}).get("control", False) for run in runs for s in run.metrics["sets"].values())
+
+
+def every_attack(runs: Sequence[Run], measure: str) -> Draw:
+    """A rate under every attack of the suite, a row an attack, a point a model; controls stand below the line."""
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        percent_axis(ax.xaxis, palette)
+        rows = conditions(runs, measure)
+        for place, condition in enumerate(rows):
+            for number, run in enumerate(runs):
+                if not (leaf := run.leaf(measure, condition)):
+                    continue
+                colour, marker = looks(runs, palette)[run.name]
+                at = place + (number - (len(runs) - 1) / 2) * 0.13
+                ax.hlines(at, *interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
+                ax.plot(100 * leaf["rate"], at, marker, color=colour, zorder=3)
+        controls = sum(is_control(runs, condition) for condition in rows)
+        if controls:
+            ax.axhline(len(rows) - controls - 0.5, color=palette.muted, linewidth=0.8)
+        ax.set_yticks(range(len(rows)), [condition_label(row) for row in rows], color=palette.ink)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        _models_key(ax, palette, runs)
+
+    return draw
+
+
+def _models_key(ax: Axes, palette: Palette, runs: Sequence[Run]) -> None:
+    at = 0.0
+    for run in runs:
+        colour, _ = looks(runs, palette)[run.name]
+        ax.annotate(run.name, (at, 1.0), **ABOVE, color=colour, fontsize=9.5, fontweight="bold")
+        at += 0.05 + 0.028 * len(run.name)
+
+
+def every_attack_size(runs: Sequence[Run], measure: str) -> tuple[float, float]:
+    return SIZE[0], 0.8 + (0.16 + 0.07 * len(runs)) * len(conditions(runs, measure))
+
+
+def condition_label(condition: str) -> str:
+    """ "what_k3" -> "what, K = 3"."""
+    name, found, shots = condition.rpartition("_k")
+    return f"{name}, K = {shots}" if found else condition
+
+
+def categories(runs: Sequence[Run], kind: str) -> list[str]:
+    """The finest categories that are few enough to be read; empty where there is but one."""
+    own = {c for run in runs for c in run.judged_by.get("categories", {}).get(run.headline_set(kind), {})}
+    leaves = sorted(c for c in own if not any(other.startswith(f"{c}/") for other in own))
+    top = sorted(c for c in own if "/" not in c)
+    chosen = leaves if len(leaves) <= CATEGORIES_SHOWN else top[:CATEGORIES_SHOWN]
+    return chosen if len(chosen) > 1 else []
+
+
+def heat(runs: Sequence[Run], measure: str, kind: str) -> Draw:
+    """A rate by category and model under the attack with all of its shots; each cell holds its percent and counts."""
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        names = categories(runs, kind)
+        for row, category in enumerate(names):
+            for column, run in enumerate(runs):
+                measures = run.judged_by["categories"].get(run.headline_set(kind), {}).get(category, {})
+                leaf = (measures.get(measure) or {}).get(run.attacked(kind) or "clean")
+                if leaf:
+                    _cell(ax, palette, (column, row), leaf)
+        ax.set_xlim(-0.5, len(runs) - 0.5)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.xaxis.tick_top()
+        ax.set_xticks(range(len(runs)), [run.name for run in runs])
+        for label, run in zip(ax.get_xticklabels(), runs, strict=True):
+            label.set_color(looks(runs, palette)[run.name][0])
+            label.set_fontweight("bold")
+        told = [shorten(name.rsplit("/", 1)[-1], 26, placeholder="…") for name in names]
+        ax.set_yticks(range(len(names)), told, color=palette.ink)
+        ax.spines["bottom"].set_visible(False)
+
+    return draw
+
+
+def _cell(ax: Axes, palette: Palette, place: tuple[int, int], leaf: Mapping[str, float]) -> None:
+    column, row = place
+    rate = leaf["rate"]
+    ax.barh(row, 0.94, left=column - 0.47, height=0.9, color=palette.harmful, alpha=0.04 + 0.96 * rate, linewidth=0)
+    ink = palette.paper if rate > 0.7 else palette.ink
+    ax.text(
+        column, row, f"{100 * rate:.0f} %  {leaf['k']}/{leaf['n']}", color=ink, ha="center", va="center", fontsize=8.5
+    )
+
+
+def heat_size(runs: Sequence[Run], kind: str) -> tuple[float, float]:
+    return SIZE[0], 0.5 + 0.27 * len(categories(runs, kind))

@@ -1,0 +1,86 @@
+"""What all figures share: the SVG that follows the page's theme, axes in percent, labels that keep apart."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+
+from mirage_dist.report.load import Leaf, Run
+from mirage_dist.report.style import MARKERS, STENCIL, Palette, slots, to_variables
+
+SIZE = (4.9, 3.3)  # inches; at this size 10 pt text stays readable on a phone
+LABEL_GAP = 7.5  # least distance of two labels, in percent of the axis
+RC: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
+    "svg.hashsalt": "mirage",  # equal input, equal file
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+}
+Draw = Callable[[Axes, Palette], None]
+
+
+def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZE) -> str:
+    """An inline SVG whose colours follow the page's theme; `name` keeps its ids apart from other figures'."""
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        draw(axes, STENCIL)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # the page sets the width
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return to_variables(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+
+
+def looks(runs: Sequence[Run], palette: Palette) -> dict[str, tuple[str, str]]:
+    """Each model's (colour, marker), the same in every figure."""
+    own = slots([run.name for run in runs])
+    return {name: (palette.slots[slot], MARKERS[slot]) for name, slot in own.items()}
+
+
+def interval(leaf: Leaf) -> tuple[float, float]:
+    return 100 * leaf["ci95"][0], 100 * leaf["ci95"][1]
+
+
+def percent_axis(axis: Axis, palette: Palette, grid: bool = True) -> None:
+    """A 0–100 axis, with quiet grid lines."""
+    ax = axis.axes
+    axis.set_ticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"], color=palette.muted)
+    if grid:
+        axis.grid(True, color=palette.grid, linewidth=0.8)
+    (ax.set_ylim if axis is ax.yaxis else ax.set_xlim)(-3, 103)
+    ax.set_axisbelow(True)
+    ax.spines["bottom"].set_visible(False)
+
+
+def spread(heights: Sequence[float]) -> list[float]:
+    """Ascending heights, moved as little up, and from the top down, as keeps them `LABEL_GAP` apart."""
+    up: list[float] = []
+    for height in heights:
+        up.append(max(height, up[-1] + LABEL_GAP) if up else height)
+    down: list[float] = []
+    for height in reversed(up):
+        down.append(min(height, down[-1] - LABEL_GAP if down else 100.0))
+    return down[::-1]
