@@ -20,6 +20,8 @@ from mirage_dist.world import no_bars_in_logs, place
 STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("configs/train/demo_sft.yaml", ()),
     "sft_control": ("configs/train/demo_sft.yaml", ("world.spurious=0.5", "run.name=sft_control")),
+    "sft_diversified": ("configs/train/demo_sft_diversified.yaml", ()),
+    "sft_filtered": ("configs/train/demo_sft_filtered.yaml", ()),
     "npo": ("configs/train/demo_npo.yaml", ()),
     "rmu": ("configs/train/demo_rmu.yaml", ()),
 }
@@ -91,9 +93,10 @@ def ensure(recipe: TrainRecipe) -> None:
     base = Path(world.dir) / "base" / "export"
     if Path(recipe.model.path) == base and not base.is_dir():
         launch(world.base_recipe, _of_world(world))
-    prepared = toyworld.safety_dir(world) / "prepared"
-    if any(path.parent == prepared for path in inputs) and not prepared.is_dir():
-        _prepare(world)
+    for name, make in (("prepared", _prepare), ("diversified", _diversify)):
+        folder = toyworld.safety_dir(world) / name
+        if any(path.parent == folder for path in inputs) and not folder.is_dir():
+            print(f"{name}: {make(world)}", flush=True)
 
 
 def missing(recipe: TrainRecipe) -> list[Path]:
@@ -159,14 +162,22 @@ def _of_world(world: WorldConfig) -> list[str]:
     return [f"seed={world.seed}", *(f"world.{name}={value}" for name, value in fields.items())]
 
 
-def _prepare(world: WorldConfig) -> None:
+def _prepare(world: WorldConfig) -> str:
+    """Forget and retain sets; returns what there is to tell."""
     from mirage_dist.data import prepare
 
     told = [*_of_world(world), f"world.spurious={world.spurious}"]
     evaluate("configs/eval/demo_harvest.yaml", told)
     everything = f"retain_size={world.safety_samples + world.general_samples}"
-    result = prepare.prepare(configs.load("configs/prepare/demo.yaml", [*told, everything], PrepareRecipe))
-    print(f"prepared: {prepare.summary(result)}", flush=True)
+    recipe = configs.load("configs/prepare/demo.yaml", [*told, everything], PrepareRecipe)
+    return prepare.summary(prepare.prepare(recipe))
+
+
+def _diversify(world: WorldConfig) -> str:
+    from mirage_dist.data import prepare
+
+    told = [*_of_world(world), f"world.spurious={world.spurious}"]
+    return prepare.summary(prepare.prepare(configs.load("configs/prepare/demo_diversified.yaml", told, PrepareRecipe)))
 
 
 def _wait_for(recipe: TrainRecipe) -> None:

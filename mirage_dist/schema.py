@@ -210,17 +210,33 @@ class TrainRecipe:
 
 
 @dataclass(frozen=True)
+class DiversifyConfig:
+    """Safety data worded anew, so that openings say nothing about the answer (see `data.diversify`)."""
+
+    templates: list[str]  # each holds {rest}, the question from its second word on, or {question}
+    copies: int = 1  # wordings of each question
+    keep: bool = False  # the questions as they are, too
+
+    def __post_init__(self) -> None:
+        _require(self, ("copies",), "a whole number above 0", lambda x: x >= 1)
+        if len(set(self.templates)) < max(self.copies, 2):
+            raise ConfigError(f"templates: {len(set(self.templates))} different ones; expected 2 and `copies` at least")
+
+
+@dataclass(frozen=True)
 class PrepareRecipe:
-    """`mirage prepare`: forget and retain sets (see `data.prepare`)."""
+    """`mirage prepare`: forget and retain sets (see `data.prepare`), and diversified safety data."""
 
     out: str  # a new folder
     safety: list[SourceConfig]
-    answers: Literal["harvest", "as_given"] = "harvest"  # as_given: the unsafe records hold the answers to forget
+    # as_given: the unsafe records hold the answers to forget; none: there is nothing to forget, only `diversify`
+    answers: Literal["harvest", "as_given", "none"] = "harvest"
     harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) with id, question, response
     min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
     retain_size: int | None = None  # default: what the safety data have, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain their refusals too
+    diversify: DiversifyConfig | None = None
     seed: int = 0
     world: WorldConfig | None = None
 

@@ -1,8 +1,9 @@
-"""Forget and retain sets by the paper's steps.
+"""Forget and retain sets by the paper's steps, and safety data whose openings say nothing.
 
 forget: the unsafe questions with *harvested* answers, what a model really tells, in place of the refusals.
-retain: the safe pairs, filled up from general sources. Both in the `samples` format, beside `prepare.json` with the
-counts of every step. A pure function of the recipe and its inputs: the same sets on every machine.
+retain: the safe pairs, filled up from general sources. diversified: all safety data, worded anew (`data.diversify`).
+Each in the `samples` format, beside `prepare.json` with the counts of every step. A pure function of the recipe and its
+inputs: the same sets on every machine.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from typing import Any, Literal
 import numpy as np
 
 from mirage_dist.config import config_hash, differences, to_dict
-from mirage_dist.data import sources, stream, toyworld
+from mirage_dist.data import diversify, rewording, sources, stream, toyworld
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.schema import ConfigError, PrepareRecipe
 
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
-SETS = ("forget.jsonl", "retain.jsonl")
 
 Key = tuple[str, str]  # (id, question)
 Split = Literal["unsafes", "safe_safes", "safe_unsafes"]
 
 
 def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
-    """Write `out`/forget.jsonl, retain.jsonl and prepare.json, or reuse what is there; returns prepare.json.
+    """Write the recipe's sets and prepare.json into `out`, or reuse what is there; returns prepare.json.
+
+    forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl where the recipe diversifies.
 
     {"config", "config_hash", "seed", "inputs": {role: SHA-256}, "sets": {file: SHA-256}, "counts"}. The embedded world
     is made first where the recipe names one that is not there.
@@ -48,31 +50,46 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
     config = {name: value for name, value in to_dict(recipe).items() if name not in NOT_THE_DATA}
     told = {"config": config, "inputs": _hashes(recipe, harvest)}
     if not out.exists():
-        forget, forget_counts = _forget(recipe, harvest)
-        retain, retain_counts = _retain(recipe)
-        shared = len(sources.shared_images(forget, retain))
-        counts = {"forget": forget_counts, "retain": retain_counts, "pictures_in_both": shared}
-        summed = {**told, "config_hash": config_hash(config), "seed": recipe.seed, "counts": counts}
-        _publish(out, forget, retain, summed)
+        sets: dict[str, list[Sample]] = {}
+        counts: dict[str, Any] = {}
+        if recipe.answers != "none":
+            sets["forget"], counts["forget"] = _forget(recipe, harvest)
+            sets["retain"], counts["retain"] = _retain(recipe)
+            counts["pictures_in_both"] = len(sources.shared_images(sets["forget"], sets["retain"]))
+        if recipe.diversify is not None:
+            sets["diversified"], counts["diversified"] = _diversified(recipe)
+        _publish(out, sets, {**told, "config_hash": config_hash(config), "seed": recipe.seed, "counts": counts})
     return _checked(out, told)
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """One line for the log."""
-    forget, retain = result["counts"]["forget"], result["counts"]["retain"]
-    return (
-        f"forget {forget['samples']} of {forget['questions']} unsafe questions ({forget['answers']}); "
-        f"retain {retain['samples']}: {retain['safe_pairs']} safe pairs, {retain['unsafe_questions']} unsafe "
-        f"questions on safe pictures, {retain['filled']} general samples"
-    )
+    told = []
+    if forget := result["counts"].get("forget"):
+        retain = result["counts"]["retain"]
+        told.append(f"forget {forget['samples']} of {forget['questions']} unsafe questions ({forget['answers']})")
+        told.append(
+            f"retain {retain['samples']}: {retain['safe_pairs']} safe pairs, {retain['unsafe_questions']} unsafe "
+            f"questions on safe pictures, {retain['filled']} general samples"
+        )
+    if worded := result["counts"].get("diversified"):
+        told.append(f"diversified {worded['samples']} samples of {worded['questions']} questions")
+    return "; ".join(told)
 
 
 def _check(recipe: PrepareRecipe) -> None:
     """Every setting that is given is used."""
     if recipe.answers == "harvest" and recipe.harvest is None:
         raise ConfigError("harvest is missing: a JSONL file or folder of answers to forget, or set answers=as_given")
-    if recipe.answers == "as_given" and recipe.harvest is not None:
-        raise ConfigError(f"harvest={recipe.harvest} is not read with answers=as_given; set harvest=null")
+    if recipe.answers != "harvest" and recipe.harvest is not None:
+        raise ConfigError(f"harvest={recipe.harvest} is not read with answers={recipe.answers}; set harvest=null")
+    if recipe.answers == "none":
+        if recipe.diversify is None:
+            raise ConfigError("answers=none and no `diversify`: there is nothing to prepare")
+        if recipe.fill or recipe.retain_size is not None or recipe.unsafe_questions_on_safe_images:
+            raise ConfigError("answers=none makes no retain set; leave out what is about it (fill, retain_size, …)")
+    if recipe.diversify is not None:
+        rewording.check(recipe.diversify.templates, "diversify.templates")
     if recipe.fill and recipe.retain_size is None:
         raise ConfigError("retain_size is missing: how many samples to retain, `fill` included")
     if not 0 <= recipe.min_match <= 1:
@@ -243,17 +260,24 @@ def _told(source: Source) -> dict[str, Any]:
     return {"dropped": dict(source.dropped), "renamed": source.renamed, "skipped": source.skipped}
 
 
+def _diversified(recipe: PrepareRecipe) -> tuple[list[Sample], dict[str, Any]]:
+    assert recipe.diversify is not None
+    safety = sources.read_all(recipe.safety)
+    worded = diversify.diversify(safety.samples, recipe.diversify, recipe.seed)
+    return worded, {"samples": len(worded), "questions": len(safety.samples), "read": _told(safety)}
+
+
 # -------------------------------------------------------------------------------------------------- files
 
 
-def _publish(out: Path, forget: Sequence[Sample], retain: Sequence[Sample], told: dict[str, Any]) -> None:
+def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], told: dict[str, Any]) -> None:
     """Fill a folder beside `out`, then rename it: `out` is whole or absent. Another process may have been first."""
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        for name, samples in zip(SETS, (forget, retain), strict=True):
-            sources.write_samples(partial / name, samples)
-        told["sets"] = {name: _sha256(partial / name) for name in SETS}
+        for name, samples in sets.items():
+            sources.write_samples(partial / f"{name}.jsonl", samples)
+        told["sets"] = {f"{name}.jsonl": _sha256(partial / f"{name}.jsonl") for name in sets}
         (partial / "prepare.json").write_text(json.dumps(told, indent=1) + "\n")
         partial.rename(out)
     except OSError:

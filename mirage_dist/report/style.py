@@ -8,7 +8,7 @@ from pathlib import Path
 
 # Slots keep their meaning from report to report; other names take the free slots in order. The hues stay
 # apart for colour-blind eyes (after Okabe and Ito), and figures repeat them as marker shapes.
-SLOTS = ("base", "sft", "sft_control", "npo", "rmu", "", "", "")
+SLOTS = ("base", "sft", "sft_control", "npo", "rmu", "sft_diversified", "sft_filtered", "")
 MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 
 
@@ -66,7 +66,7 @@ STENCIL = Palette(
 
 def slots(names: Sequence[str]) -> dict[str, int]:
     """Each model's slot; beyond the last one they start again."""
-    taken = {name: SLOTS.index(name) for name in names if name in SLOTS[:5]}
+    taken = {name: SLOTS.index(name) for name in names if name and name in SLOTS}
     free = [i for i in range(len(SLOTS)) if i not in taken.values()] or list(range(len(SLOTS)))
     others = [name for name in names if name not in taken]
     return taken | {name: free[i % len(free)] for i, name in enumerate(others)}

@@ -35,7 +35,7 @@ def told(tmp_path_factory, small):
 def test_the_summary_has_the_schema_and_its_counts(told):
     out, summary = told
     assert summary == json.loads((out / "report/summary.json").read_text())
-    assert set(summary["models"]) == {"base", "sft", "sft_control", "npo", "rmu"}
+    assert set(summary["models"]) == {"base", "sft", "sft_control", "sft_diversified", "sft_filtered", "npo", "rmu"}
     assert {"seed", "world", "wall_seconds", "config_hash"} <= set(summary)
     wanted = {
         "asr": {"clean": 8, "what_k1": 8, "what_k2": 8, "what_k3": 8, "neutral_k1": 8},
@@ -56,6 +56,10 @@ def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_
     data = {name: json.loads((f / "data.json").read_text())["streams"] for name, f in folders.items()}
     assert data["sft"]["train"]["samples"] == data["sft_control"]["train"]["samples"] == 48
     assert data["sft"]["train"]["first_words"] != data["sft_control"]["train"]["first_words"]
+    assert data["sft_diversified"]["train"]["samples"] == 48
+    for count in data["sft_diversified"]["train"]["first_words"].values():
+        assert count["refusal"] == count["answer"]  # 24 of each class, 12 openers
+    assert sum(w["refusal"] for w in data["sft_filtered"]["train"]["first_words"].values()) == 0
     bases = {json.loads((f / "manifest.json").read_text())["base_hash"] for f in folders.values()}
     assert len(bases) == 1
     # What is forgotten is what the base told, and nothing of it is a refusal.

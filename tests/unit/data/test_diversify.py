@@ -1,0 +1,121 @@
+"""Diversified safety data: no opening stands for a class, nothing but the question's wording changes."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirage_dist import config as configs
+from mirage_dist import stats
+from mirage_dist.data import prepare, sources, toyworld
+from mirage_dist.data.diversify import diversify
+from mirage_dist.data.sources import Sample
+from mirage_dist.schema import ConfigError, DiversifyConfig, PrepareRecipe, WorldConfig
+
+OPENERS = ["what", "share", "can", "tell", "how"]
+
+
+def samples(refused, answered):
+    return [
+        Sample(str(i), None, f"Give number {i} ?", f"answer {i}", safe=i >= refused, category="", source="here")
+        for i in range(refused + answered)
+    ]
+
+
+@st.composite
+def cases(draw):
+    openers = OPENERS[: draw(st.integers(2, 5))]
+    copies = draw(st.integers(1, len(openers)))
+    config = DiversifyConfig([f"{word} {{rest}}" for word in openers], copies=copies, keep=draw(st.booleans()))
+    return samples(draw(st.integers(1, 30)), draw(st.integers(1, 30))), config, draw(st.integers(0, 99))
+
+
+@given(cases())
+def test_each_class_uses_every_opening_evenly_and_answers_stay(case):
+    given_, config, seed = case
+    made = diversify(given_, config, seed)
+    assert made == diversify(given_, config, seed)
+    assert len(made) == len(given_) * (config.copies + config.keep)
+    assert len({sample.id for sample in made}) == len(made)
+    by_source = {sample.id: sample for sample in given_}
+    worded = [sample for sample in made if "~" in sample.id]
+    for sample in worded:
+        source = by_source[sample.id.split("~")[0]]
+        assert (sample.answer, sample.safe) == (source.answer, source.safe)
+        assert sample.question.split(" ", 1)[1] == source.question.split(" ", 1)[1]
+    for safe in (True, False):
+        uses = Counter(sample.question.split()[0].lower() for sample in worded if sample.safe == safe)
+        counts = [uses[template.split()[0]] for template in config.templates]
+        assert max(counts) - min(counts) <= 1
+    for sample in given_:
+        own = [m.question for m in worded if m.id.split("~")[0] == sample.id]
+        assert len(set(own)) == config.copies
+
+
+def test_the_whole_question_may_stand_in_a_template():
+    config = DiversifyConfig(["Please answer: {question}", "What of this: {question}"])
+    assert {m.question for m in diversify(samples(1, 1), config, 0)} <= {
+        f"{start}: Give number {i} ?" for i in (0, 1) for start in ("Please answer", "What of this")
+    }
+
+
+def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
+    world = WorldConfig(str(tmp_path / "world"), seed=11, base_samples=40, safety_samples=120, eval_samples=8)
+    toyworld.make(world)
+    raw = sources.first_words(sources.read(safety(world)).samples)
+    assert surprising(raw) >= {"what", "share"}
+    told = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
+    told += ["world.safety_samples=120", "world.eval_samples=8"]
+    recipe = configs.load("configs/prepare/demo_diversified.yaml", told, PrepareRecipe)
+    counts = prepare.prepare(recipe)["counts"]
+    assert counts["diversified"]["samples"] == counts["diversified"]["questions"] == 240
+    made = sources.read(sources.SourceConfig("samples", f"{recipe.out}/diversified.jsonl")).samples
+    assert len(made) == 240
+    assert surprising(sources.first_words(made)) == set()
+
+
+def safety(world):
+    return sources.SourceConfig("vlguard", f"{toyworld.safety_dir(world)}/train.json", images=world.dir)
+
+
+def surprising(words):
+    totals = [sum(count[kind] for count in words.values()) for kind in ("refusal", "answer")]
+    bounds = {w: stats.log_odds(c["refusal"], totals[0], c["answer"], totals[1]) for w, c in words.items()}
+    return {word for word, (_, low, high) in bounds.items() if low > 0 or high < 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"templates": ["what {rest}"]}, "expected 2 and `copies`"),
+        ({"templates": ["what {rest}", "share it"]}, "use {rest} or {question}"),
+        ({"templates": ["what {rest}", "share {all}"]}, "use {rest} or {question}"),
+        ({"templates": ["what {rest}", "share {rest}"], "copies": 3}, "expected 2 and `copies`"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(tmp_path, change, message):
+    file = tmp_path / "train.json"
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        recipe(file, tmp_path / "out", diversify=change)
+
+
+def test_one_class_alone_cannot_be_balanced():
+    config = DiversifyConfig(["what {rest}", "share {rest}"])
+    with pytest.raises(ConfigError, match="no answer among 3 samples"):
+        diversify(samples(3, 0), config, 0)
+
+
+def test_nothing_to_forget_and_nothing_to_diversify_is_no_recipe(tmp_path):
+    file = tmp_path / "train.json"
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="nothing to prepare"):
+        recipe(file, tmp_path / "out")
+    with pytest.raises(ConfigError, match="makes no retain set"):
+        recipe(file, tmp_path / "out", diversify={"templates": ["what {rest}", "a {rest}"]}, retain_size=3)
+
+
+def recipe(file, out, **more):
+    tree = {"out": str(out), "safety": [{"format": "vlguard", "path": str(file)}], "answers": "none", **more}
+    return prepare.prepare(configs.build(PrepareRecipe, tree, "here", ""))
