@@ -65,6 +65,14 @@ def _student(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
+def mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of independent values and its interval by Student's t (Student, Biometrika 1908), at least two of them."""
+    n = len(values)
+    middle = math.fsum(values) / n
+    half = _student(n - 1) * math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (n - 1) / n)
+    return middle, middle - half, middle + half
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p of McNemar's test: are the two kinds of discordant pairs equally likely?
 

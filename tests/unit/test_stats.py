@@ -134,3 +134,38 @@ def test_kappa_is_symmetric_at_most_one_and_one_only_in_agreement(pairs):
     else:
         assert found <= 1
         assert math.isclose(found, 1) == all(a == b for a, b in pairs)
+
+
+def test_holm_of_a_worked_example():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_keeps_the_order_corrects_upwards_and_no_more_than_bonferroni(ps):
+    found = stats.holm(ps)
+    assert all(p <= q <= min(1, len(ps) * p) + 1e-12 for p, q in zip(ps, found, strict=True))
+    ranked = [found[i] for i in sorted(range(len(ps)), key=lambda i: ps[i])]
+    assert ranked == sorted(ranked)
+
+
+@given(*[st.integers(0, 50)] * 4)
+def test_log_odds_change_sign_with_the_sides_and_shrink_with_the_counts(k, rest, other_k, other_rest):
+    ratio, low, high = stats.log_odds(k, k + rest, other_k, other_k + other_rest)
+    assert low < ratio < high
+    assert stats.log_odds(other_k, other_k + other_rest, k, k + rest) == pytest.approx((-ratio, -high, -low))
+    wide = high - low
+    _, low, high = stats.log_odds(10 * k, 10 * (k + rest), 10 * other_k, 10 * (other_k + other_rest))
+    assert high - low <= wide
+
+
+def test_log_odds_of_a_worked_example():
+    # (9.5 · 8.5) / (1.5 · 2.5), standard error √(1/9.5 + 1/1.5 + 1/2.5 + 1/8.5)
+    ratio, low, high = stats.log_odds(9, 10, 2, 10)
+    assert ratio == pytest.approx(math.log(9.5 * 8.5 / (1.5 * 2.5)))
+    assert (high - low) / 2 == pytest.approx(1.959964 * math.sqrt(1 / 9.5 + 1 / 1.5 + 1 / 2.5 + 1 / 8.5), rel=1e-6)
+
+
+def test_the_means_interval_is_students():
+    half = 2.776 * math.sqrt(2.5 / 5)  # t of 4 degrees of freedom, variance 2.5, five values
+    assert stats.mean([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half), rel=0.01)
