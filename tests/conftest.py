@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Slurm's tests mostly wait, so the others can run beside them; but there is one Slurm at a time (see `cluster.py`).
     """
-    order = ("test_runs.py", "distributed", "unit", "test_templates.py")
+    order = ("test_runs.py", "distributed", "browser", "unit", "test_templates.py")
     items.sort(key=lambda item: min((order.index(p) for p in item.path.parts if p in order), default=0))
 
 
@@ -81,6 +81,22 @@ def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False)
 
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path, *also: str) -> torch.Tensor:
+    """(steps, 1 + terms + also): the loss, its terms, and other metrics by name."""
+    return torch.tensor([[m["loss"], *m["terms"].values(), *(m[name] for name in also)] for m in metrics(run)])
+
+
+def plain_step(policy, optimizer, loss, rate: float, clip: float) -> float:
+    """A step as any PyTorch loop makes it: rate, gradient, clip, update. Returns the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+    optimizer.step()
+    return loss.item()
 
 
 def until(seen, process: subprocess.Popen):

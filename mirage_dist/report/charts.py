@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from mirage_dist.report.drawing import SIZE, Draw, interval, looks, percent_axis
-from mirage_dist.report.load import Run
+from mirage_dist.report.load import Leaf, Run
 from mirage_dist.report.style import Palette
 
 # Kind of answer -> its verdicts and its colour in the palette; in the order in which a bar is stacked.
@@ -148,25 +148,29 @@ def condition_label(condition: str) -> str:
     return f"{name}, K = {shots}" if found else condition
 
 
-def categories(runs: Sequence[Run], kind: str) -> list[str]:
-    """The finest categories that are few enough to be read; empty where there is but one."""
+def categories(runs: Sequence[Run], measure: str, kind: str) -> list[str]:
+    """The finest categories that are few enough to be read, highest rates first; empty where there is but one."""
     own = {c for run in runs for c in run.judged_by.get("categories", {}).get(run.headline_set(kind), {})}
-    leaves = sorted(c for c in own if not any(other.startswith(f"{c}/") for other in own))
-    top = sorted(c for c in own if "/" not in c)
-    chosen = leaves if len(leaves) <= CATEGORIES_SHOWN else top[:CATEGORIES_SHOWN]
-    return chosen if len(chosen) > 1 else []
+    leaves = [c for c in own if not any(other.startswith(f"{c}/") for other in own)]
+    chosen = leaves if len(leaves) <= CATEGORIES_SHOWN else [c for c in own if "/" not in c]
+    rates = {c: sum(leaf["rate"] for run in runs if (leaf := _of_category(run, measure, kind, c))) for c in chosen}
+    return sorted(chosen, key=lambda c: (-rates[c], c))[:CATEGORIES_SHOWN] if len(chosen) > 1 else []
+
+
+def _of_category(run: Run, measure: str, kind: str, category: str) -> Leaf | None:
+    """Under the attack with all of its shots."""
+    measures = run.judged_by.get("categories", {}).get(run.headline_set(kind), {}).get(category, {})
+    return (measures.get(measure) or {}).get(run.attacked(kind) or "clean")
 
 
 def heat(runs: Sequence[Run], measure: str, kind: str) -> Draw:
     """A rate by category and model under the attack with all of its shots; each cell holds its percent and counts."""
 
     def draw(ax: Axes, palette: Palette) -> None:
-        names = categories(runs, kind)
+        names = categories(runs, measure, kind)
         for row, category in enumerate(names):
             for column, run in enumerate(runs):
-                measures = run.judged_by["categories"].get(run.headline_set(kind), {}).get(category, {})
-                leaf = (measures.get(measure) or {}).get(run.attacked(kind) or "clean")
-                if leaf:
+                if leaf := _of_category(run, measure, kind, category):
                     _cell(ax, palette, (column, row), leaf)
         ax.set_xlim(-0.5, len(runs) - 0.5)
         ax.set_ylim(len(names) - 0.5, -0.5)
@@ -187,10 +191,9 @@ def _cell(ax: Axes, palette: Palette, place: tuple[int, int], leaf: Mapping[str,
     rate = leaf["rate"]
     ax.barh(row, 0.94, left=column - 0.47, height=0.9, color=palette.harmful, alpha=0.04 + 0.96 * rate, linewidth=0)
     ink = palette.paper if rate > 0.7 else palette.ink
-    ax.text(
-        column, row, f"{100 * rate:.0f} %  {leaf['k']}/{leaf['n']}", color=ink, ha="center", va="center", fontsize=8.5
-    )
+    for said, shift, size in ((f"{100 * rate:.0f} %", -0.17, 9), (f"{leaf['k']}/{leaf['n']}", 0.22, 7.5)):
+        ax.text(column, row + shift, said, color=ink, ha="center", va="center", fontsize=size)
 
 
-def heat_size(runs: Sequence[Run], kind: str) -> tuple[float, float]:
-    return SIZE[0], 0.5 + 0.27 * len(categories(runs, kind))
+def heat_size(runs: Sequence[Run], measure: str, kind: str) -> tuple[float, float]:
+    return SIZE[0], 0.5 + 0.36 * len(categories(runs, measure, kind))

@@ -118,9 +118,9 @@ def _cause(runs: Sequence[Run]) -> str:
 
 def _categories(runs: Sequence[Run]) -> str:
     parts = [
-        _figure(f"heat-{m}", charts.heat(runs, m, kind), text.heat(runs, m, kind), charts.heat_size(runs, kind))
+        _figure(f"heat-{m}", charts.heat(runs, m, kind), text.heat(runs, m, kind), charts.heat_size(runs, m, kind))
         for m, kind in (("asr", "unsafe"), ("rr", "safe"))
-        if charts.categories(runs, kind)
+        if charts.categories(runs, m, kind)
     ]
     return _figures("By category", text.CATEGORIES_NOTE, parts)
 

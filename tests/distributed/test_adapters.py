@@ -2,11 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, metrics
+from conftest import launch, losses, metrics
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -55,10 +54,6 @@ def finished(toy):
         launch(ranks, "train", "configs/train/demo_npo.yaml", *told)
         found[name] = folder
     return found
-
-
-def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([[m["loss"], *m["terms"].values()] for m in metrics(folder)])
 
 
 @pytest.mark.parametrize(

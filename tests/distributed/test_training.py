@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import launch, metrics
+from conftest import launch, losses, metrics, plain_step
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -72,10 +72,6 @@ def finished(toy):
         launch(ranks, "train", f"configs/train/demo_{recipe}.yaml", *told)
         found[name] = folder
     return found
-
-
-def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([[m["loss"], *m["terms"].values()] for m in metrics(folder)])
 
 
 @pytest.mark.parametrize(
@@ -143,13 +139,8 @@ def plain(recipe: TrainRecipe, number_of_steps: int):
         margins = [(n - b).sum() for n, b in zip(now[:half], before[:half], strict=True)]
         forget = sum(-2 / beta * F.logsigmoid(-beta * m) for m in margins) / half
         loss = forget - weight * torch.cat(now[half:]).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.train, number, feed.steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), recipe.train.clip)
-        optimizer.step()
-        told.append(loss.item())
+        rate = learning_rate(recipe.train, number, feed.steps)
+        told.append(plain_step(policy, optimizer, loss, rate, recipe.train.clip))
     return told, policy
 
 
