@@ -251,7 +251,7 @@ def test_a_bad_record_is_named_by_file_number_and_field_or_skipped_and_counted(r
     ("text", "words"),
     [
         (" \n", "the file is empty"),
-        ("[{]", "not JSON: .*line 1 column"),
+        ("[{]", "record 0: not JSON: .*line 1 column 3"),
         ('"records"', "expected a list of records, got str"),
         ('{"id": "a"}\n{"id":', "record 1: not JSON: .*one object a line"),
         ('{\n "data": []\n}', "record 0: not JSON: .*a list of records"),
