@@ -34,6 +34,7 @@ FDR = 0.05  # of the values that are said to be tied to a kind of response, the 
 # 50 %; the opening then moves a tenth of one class. A choice, not a law; see docs/audit.md.
 LIMIT = 0.55
 FOLDS = 10
+FIRST, KINDS = "first word", ("answered", "refused")
 FREQUENT = 200  # values of a cue that are listed whether tied or not, the most frequent ones
 LENGTHS = (5, 10, 20, 40, 80)  # words; upper ends of the classes of a question's length
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
@@ -170,18 +171,15 @@ class Corpus:
         """audit.json, but for what is known of files only. Without both kinds of response nothing is measured."""
         both = 0 < self.refused < self.pairs
         cues = {name: cue.measured() for name, cue in (self.openings | self.others).items()} if both else {}
-        first = cues[_opening(1)]["values"] if both else []
+        first = cues[FIRST]["values"] if both else []
         words = {kind: [e["value"] for e in first if e["tied"] == kind and e["value"]] for kind in KINDS}
         counts = {"pairs": self.pairs, "refused": self.refused, "answered": self.pairs - self.refused}
         found = {**counts, "options": asdict(self.options), "limit": LIMIT, "fdr": FDR, "words": words, "cues": cues}
-        return {**found, "verdict": _verdict(found, list(self.openings))}
-
-
-KINDS = ("answered", "refused")
+        return {**found, "verdict": _verdict(found)}
 
 
 def _opening(n: int) -> str:
-    return "first word" if n == 1 else f"first {n} words"
+    return FIRST if n == 1 else f"first {n} words"
 
 
 def _option(cue: str) -> str:
@@ -206,27 +204,28 @@ def _root(picture: str | None) -> str:
 # ------------------------------------------------------------------------------------------------ verdict
 
 
-def _verdict(found: Mapping[str, Any], openings: Sequence[str]) -> dict[str, Any]:
-    """{"passed", "cue", "text"}: a corpus fails by how much its openings tell, not by whether they tell anything."""
+def _verdict(found: Mapping[str, Any]) -> dict[str, Any]:
+    """{"passed", "text"}: a corpus fails by how much its first words tell, not by whether they tell anything.
+
+    Other cues are named where they tell more, but decide nothing: the words after the first come to what is asked.
+    """
     cues = found["cues"]
     if not cues:
         kind = "refusal" if not found["refused"] else "answer"
-        text = f"passes: no {kind} among {found['pairs']} responses, so that no opening can tell them apart"
-        return {"passed": True, "cue": None, "text": text}
+        text = f"passes: no {kind} among {found['pairs']} responses, so that no word can tell them apart"
+        return {"passed": True, "text": text}
+    first, strongest = cues[FIRST], max(cues, key=lambda name: _least(cues[name]))
+    passed = _least(first) <= LIMIT
+    text = f"{'passes' if passed else 'FAILS'}: {_told(FIRST, first)}"
+    word = _strongest(first)
+    text += f'; "{word["value"]}" is refused in {_shares(word)}' if word else "; none is tied to either"
+    if _least(cues[strongest]) > first["balanced_accuracy"]["value"]:
+        text += f"; {strongest} tells more: {_accuracy(cues[strongest])}"
+    return {"passed": passed, "text": text}
 
-    def least(name: str) -> float:
-        return cues[name]["balanced_accuracy"]["ci95"][0]
 
-    opening, strongest = max(openings, key=least), max(cues, key=least)
-    passed = least(opening) <= LIMIT
-    text = f"{'passes' if passed else 'FAILS'}: {_told(opening, cues[opening])}"
-    if (word := _strongest(cues[opening])) is not None:
-        text += f'; "{word["value"]}" is refused in {_shares(word)}'
-    else:
-        text += "; none is tied to either"
-    if strongest != opening:
-        text += f"; the {strongest} tells more, {_accuracy(cues[strongest])}"
-    return {"passed": passed, "cue": opening, "text": text}
+def _least(cue: Mapping[str, Any]) -> float:
+    return cue["balanced_accuracy"]["ci95"][0]
 
 
 def _told(name: str, cue: Mapping[str, Any]) -> str:
@@ -260,11 +259,11 @@ def warning(samples: Iterable[Sample]) -> str | None:
     found = corpus.result()
     if found["verdict"]["passed"]:
         return None
-    cue = found["cues"][found["verdict"]["cue"]]
+    cue = found["cues"][FIRST]
     word = _strongest(cue)
     named = f'questions that open with "{word["value"]}" are refused in {_shares(word)}; ' if word else ""
     return (
-        f"{named}{_told(_opening(1), cue)}. The model may learn the word in place of what is to be refused: "
+        f"{named}{_told(FIRST, cue)}. The model may learn the word in place of what is to be refused: "
         "rebalance first words with prepare.diversify; `mirage audit` tells more"
     )
 
