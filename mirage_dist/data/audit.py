@@ -218,7 +218,7 @@ def _verdict(found: Mapping[str, Any]) -> dict[str, Any]:
     passed = _least(first) <= LIMIT
     text = f"{'passes' if passed else 'FAILS'}: {_told(FIRST, first)}"
     word = _strongest(first)
-    text += f'; "{word["value"]}" is refused in {_shares(word)}' if word else "; none is tied to either"
+    text += f"; {_shares(word)}" if word else "; no word is tied to either"
     if _least(cues[strongest]) > first["balanced_accuracy"]["value"]:
         text += f"; {strongest} tells more: {_accuracy(cues[strongest])}"
     return {"passed": passed, "text": text}
@@ -242,13 +242,11 @@ def _strongest(cue: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _shares(entry: Mapping[str, Any]) -> str:
-    total = entry["refused"] + entry["answered"]
-    share = f"{100 * entry['refusal_share']:.0f} % of {total} questions"
-    return (
-        share
-        if entry["rest_refusal_share"] is None
-        else f"{share}, the rest in {100 * entry['rest_refusal_share']:.0f} %"
+    total, rest = entry["refused"] + entry["answered"], entry["rest_refusal_share"]
+    share = (
+        f'{100 * entry["refusal_share"]:.0f} % of the {total} questions that open with "{entry["value"]}" are refused'
     )
+    return share if rest is None else f"{share}, {100 * rest:.0f} % of the others"
 
 
 def warning(samples: Iterable[Sample]) -> str | None:
@@ -261,7 +259,7 @@ def warning(samples: Iterable[Sample]) -> str | None:
         return None
     cue = found["cues"][FIRST]
     word = _strongest(cue)
-    named = f'questions that open with "{word["value"]}" are refused in {_shares(word)}; ' if word else ""
+    named = f"{_shares(word)}; " if word else ""
     return (
         f"{named}{_told(FIRST, cue)}. The model may learn the word in place of what is to be refused: "
         "rebalance first words with prepare.diversify; `mirage audit` tells more"

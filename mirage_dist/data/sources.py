@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,12 @@ def _text(record: Mapping, name: str) -> str:
 
 def _image_path(config: SourceConfig, name: str) -> str:
     """Under `images`; the file's own folder by default. An absolute path stays."""
-    return str(Path(config.images or Path(config.path).parent) / name)
+    return str(_folder(config.images, config.path) / name)
+
+
+@lru_cache
+def _folder(images: str | None, file: str) -> Path:
+    return Path(images or Path(file).parent)
 
 
 def image_faults(samples: Sequence[Sample], what: str) -> dict[str, str]:

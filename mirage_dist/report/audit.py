@@ -65,7 +65,8 @@ def _cue(name: str, cue: Mapping[str, Any], fdr: float) -> list[str]:
         f"{name}: balanced accuracy {100 * accuracy['value']:.1f} % [{low:.1f}, {high:.1f}], by chance 50 %; "
         f"{len(tied)} of {cue['distinct']} values tied to a kind of response (false-discovery rate {100 * fdr:.0f} %)"
     )
-    rows = [HEAD, *(_row(entry) for entry in (tied or cue["values"])[:ROWS])]
+    frequent = sorted(cue["values"], key=lambda entry: -entry["refused"] - entry["answered"])
+    rows = [HEAD, *(_row(entry) for entry in (tied or frequent)[:ROWS])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     more = len(tied) - ROWS
