@@ -141,10 +141,8 @@ def _audit(parsed: argparse.Namespace) -> None:
 
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
     found = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
-    print(told.table(found), flush=True)
-    if parsed.out:
-        for file in told.write(found, parsed.out):
-            print(file)
+    files = told.write(found, parsed.out) if parsed.out else []
+    print(told.table(found), *files, sep="\n", flush=True)
     if parsed.fail and not found["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 

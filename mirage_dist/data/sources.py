@@ -72,6 +72,10 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
     """
     if config.limit is not None and config.limit < 1:
         raise ConfigError(f"{config.path}: limit={config.limit}; expected a whole number above 0")
+    if Path(config.path).is_dir():
+        raise ConfigError(
+            f"{config.path}: a folder; a recipe names files, of a dataset on disk its *.arrow or *.parquet"
+        )
     source = Source([])
     found: list[tuple[int, Sample]] = []
     for number, _, samples in parsed(config, source):

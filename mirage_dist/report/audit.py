@@ -129,27 +129,25 @@ def odds(audit: Mapping[str, Any]) -> Draw:
 
     def draw(ax: Axes, palette: Palette) -> None:
         colours = {"refused": palette.refusal, "answered": palette.answer, None: palette.muted}
-        edge = max(abs(bound) for word in order if word in entries for bound in entries[word]["ci95"]) / log(10)
-        ticks = range(-ceil(edge), ceil(edge) + 1)
+        widest = max(abs(bound) for word in order if word in entries for bound in entries[word]["ci95"])
+        base = 10 if widest >= log(10) else 2
+        edge = int(widest / log(base))
+        ticks = [tick for tick in range(-edge, edge + 1) if tick % ceil((edge or 1) / 3) == 0]
         for tick in ticks:
-            ax.vlines(10.0**tick, -0.6, len(order) - 0.4, color=palette.grid if tick else palette.muted, linewidth=0.8)
+            ax.vlines(tick, -0.6, len(order) - 0.4, color=palette.grid if tick else palette.muted, linewidth=0.8)
         for place, word in enumerate(order):
             if word not in entries:
                 continue
             entry = entries[word]
-            colour, (low, high) = colours[entry["tied"]], map(exp, entry["ci95"])
-            ax.hlines(place, low, high, color=colour, linewidth=1.4)
+            colour = colours[entry["tied"]]
+            ax.hlines(place, *(bound / log(base) for bound in entry["ci95"]), color=colour, linewidth=1.4)
             face = colour if entry["tied"] else palette.paper
-            ax.plot(exp(entry["log_odds"]), place, "o", color=colour, markerfacecolor=face, markersize=5.5)
-        ax.set_xscale("log")
-        ax.set_xlim(10 ** (-1.05 * edge), 10 ** (1.05 * edge))
+            ax.plot(entry["log_odds"] / log(base), place, "o", color=colour, markerfacecolor=face, markersize=5.5)
+        ax.set_xlim(-1.05 * widest / log(base), 1.05 * widest / log(base))
         ax.set_ylim(len(order) - 0.4, -1.5)
         ax.set_yticks([])
-        shown = [tick for tick in ticks if abs(tick) <= edge and tick % max(1, ceil(edge / 3)) == 0]
-        names = [f"1/{10**-tick:,}" if tick < 0 else f"{10**tick:,}" for tick in shown]
-        ax.set_xticks([10.0**tick for tick in shown], names, color=palette.muted)
-        ax.minorticks_off()
-        ax.text(1, -1.0, "odds of refusal against all other words, ×", ha="center", va="center", color=palette.ink)
+        ax.set_xticks(ticks, [f"1/{base**-t:,}" if t < 0 else f"{base**t:,}" for t in ticks], color=palette.muted)
+        ax.text(0, -1.0, "odds of refusal against all other words, ×", ha="center", va="center", color=palette.ink)
         ax.spines["bottom"].set_visible(False)
 
     return draw

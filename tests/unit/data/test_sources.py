@@ -157,6 +157,11 @@ def test_pictures_are_looked_for_under_images_and_beside_the_file_by_default(fol
         sources.read(SourceConfig("llava", str(elsewhere)))
 
 
+def test_a_folder_is_no_source(folder):
+    with pytest.raises(ConfigError, match="a folder; a recipe names files"):
+        sources.read(SourceConfig("llava", str(folder)))
+
+
 # ------------------------------------------------------------------------------------------ SPA-VL, JSONL
 
 
