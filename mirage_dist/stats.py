@@ -142,9 +142,9 @@ def kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
 def log_odds(a: int, b: int, c: int, d: int) -> tuple[float, Interval]:
     """Log of the odds ratio a d / (b c) of a 2 × 2 table, and its interval (Woolf, Ann. Hum. Genet. 1955).
 
-    Half a count is added to each cell (Haldane and Anscombe, 1956; Gart, Biometrika 1966), so that an empty cell has a
-    finite estimate, drawn towards 0. Covers 95 % where each cell is expected to hold four, 92 % where one holds one,
-    and less below (computed for 20 to 200 trials against 300 and 2000).
+    Half a count is added to each cell (Haldane 1956; Anscombe 1956; Gart and Zweifel, Biometrika 1967), so that an
+    empty cell has a finite estimate, drawn towards 0. Covers 95 % where each cell is expected to hold four, 92 % where
+    one holds one, and less below (computed for 20 to 200 trials against 300 and 2000).
     """
     cells = [count + 0.5 for count in (a, b, c, d)]
     estimate = math.log(cells[0] * cells[3] / (cells[1] * cells[2]))

@@ -89,9 +89,9 @@ class Cue:
         answered, refused = counts.sum((0, 1), dtype=np.int64).tolist()
         tests = [stats.fisher(r, a, refused - r, answered - a) for a, r in totals]
         q = stats.benjamini_hochberg(tests)
-        ranks = sorted(range(len(totals)), key=lambda i: -sum(totals[i]))
-        listed = {i for i in range(len(totals)) if q[i] <= FDR} | set(ranks[:FREQUENT])
         names = list(self.index)
+        ranks = sorted(range(len(totals)), key=lambda i: (-sum(totals[i]), names[i]))
+        listed = {i for i in range(len(totals)) if q[i] <= FDR} | set(ranks[:FREQUENT])
         entries = [_entry(names[i], totals[i], (answered, refused), tests[i], q[i]) for i in sorted(listed)]
         entries.sort(key=lambda e: (-e["strength"], -e["refused"] - e["answered"], e["value"]))
         accuracy, interval = stats.balanced_accuracy(*_guesses(counts))
