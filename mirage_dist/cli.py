@@ -46,6 +46,24 @@ def _parser() -> argparse.ArgumentParser:
 
     _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
 
+    audit = _verb(verbs, "audit", _audit, "which first words tell refusals from answers in training data")
+    audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
+    formats = ("vlguard", "llava", "spa_vl", "samples")
+    audit.add_argument("--format", choices=formats, help="of all files; default: told by each file's first record")
+    audit.add_argument(
+        "--response-kind",
+        default="list",
+        metavar="KIND",
+        help="what counts as a refusal: list (our phrases, the default), published (VLGuard's), label (`safe`), or "
+        "FIELD=VALUE of a record",
+    )
+    audit.add_argument("--ngrams", type=_count, default=1, metavar="N", help="also the first 2, …, N words")
+    audit.add_argument("--length", action="store_true", help="also the question's length")
+    audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
+    audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
+    audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
+    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail")
+
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
     train.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
@@ -118,6 +136,18 @@ def _prepare(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import prepare
 
     print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe))}")
+
+
+def _audit(parsed: argparse.Namespace) -> None:
+    from mirage_dist.data import audit
+    from mirage_dist.report import audit as told
+
+    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
+    found = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
+    files = told.write(found, parsed.out) if parsed.out else []
+    print(told.table(found), *files, sep="\n", flush=True)
+    if parsed.fail and not found["verdict"]["passed"]:
+        raise RunError("the data fail the audit (--fail)")
 
 
 def _train(parsed: argparse.Namespace) -> None:

@@ -12,10 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.data import pictures
+from mirage_dist.data import pictures, records
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.schema import ConfigError, SourceConfig
 
@@ -71,20 +72,37 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
     """
     if config.limit is not None and config.limit < 1:
         raise ConfigError(f"{config.path}: limit={config.limit}; expected a whole number above 0")
+    if Path(config.path).is_dir():
+        raise ConfigError(
+            f"{config.path}: a folder; a recipe names files, of a dataset on disk its *.arrow or *.parquet"
+        )
     source = Source([])
     found: list[tuple[int, Sample]] = []
-    for number, record in enumerate(_records(Path(config.path))):
-        try:
-            found.extend((number, sample) for sample in _parse(config, record, number, source.dropped))
-        except _BadRecord as error:
-            _refuse(config, number, str(error))
-            source.skipped += 1
+    for number, _, samples in parsed(config, source):
+        found.extend((number, sample) for sample in samples)
     kept = _without_duplicates(found, source)[: config.limit]
     source.samples = [sample for _, sample in kept]
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
     if check_images:
         _settle(source, image_faults(source.samples, config.path))
     return source
+
+
+def parsed(
+    config: SourceConfig, source: Source, seen: records.Seen = lambda size: None
+) -> Iterator[tuple[int, Mapping[str, Any], list[Sample]]]:
+    """Number, record and samples, a record at a time; what is left out is counted in `source`. Raises as `read`.
+
+    seen: see `records.read`. Samples are as the file has them: repeats are there, ids may be there twice.
+    """
+    for number, record in enumerate(records.read(Path(config.path), seen)):
+        try:
+            samples = _parse(config, record, number, source.dropped)
+        except _BadRecord as error:
+            _refuse(config, number, str(error))
+            source.skipped += 1
+        else:
+            yield number, record, samples
 
 
 def read_all(configs: Sequence[SourceConfig], check_images: bool = True) -> Source:
@@ -138,35 +156,6 @@ def _refuse(config: SourceConfig, number: int, why: str, told: bool = True) -> N
         raise ConfigError(f"{config.path}: record {number}: {why} (on_bad_record: skip would leave it out, counted)")
     if told:
         print(f"{config.path}: record {number} skipped: {why}", flush=True)
-
-
-def _records(path: Path) -> Sequence[Any]:
-    """A JSON list, or one object a line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not text.strip():
-        raise ConfigError(f"{path}: the file is empty")
-    if text.lstrip()[:1] == "{":
-        return list(_lines(path, text))
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(records, list):
-        raise ConfigError(f"{path}: expected a list of records, got {type(records).__name__}")
-    return records
-
-
-def _lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(filter(str.strip, text.split("\n"))):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path}: record {number}: not JSON: {error} (expected a list of records, or one object a line)"
-            ) from error
 
 
 def _without_duplicates(found: list[tuple[int, Sample]], source: Source) -> list[tuple[int, Sample]]:
@@ -318,7 +307,12 @@ def _text(record: Mapping, name: str) -> str:
 
 def _image_path(config: SourceConfig, name: str) -> str:
     """Under `images`; the file's own folder by default. An absolute path stays."""
-    return str(Path(config.images or Path(config.path).parent) / name)
+    return str(_folder(config.images, config.path) / name)
+
+
+@lru_cache
+def _folder(images: str | None, file: str) -> Path:
+    return Path(images or Path(file).parent)
 
 
 def image_faults(samples: Sequence[Sample], what: str) -> dict[str, str]:

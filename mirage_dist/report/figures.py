@@ -123,24 +123,28 @@ def shares(words: dict[str, dict[str, int]]) -> dict[str, tuple[float, float]]:
     return {w: (100 * c["refusal"] / refused, 100 * c["answer"] / answered) for w, c in words.items()}
 
 
+def shown(words: dict[str, dict[str, int]]) -> list[str]:
+    """The most frequent words, the one that speaks most for refusal first."""
+    share = shares(words)
+    common = sorted(share, key=lambda w: -sum(share[w]))[:WORDS_SHOWN]
+    return sorted(common, key=lambda w: share[w][1] - share[w][0])
+
+
 def first_words(words: dict[str, dict[str, int]], widest: float) -> Draw:
     """Figure 3: how often each first word opens a question that is refused (left) or answered (right).
 
-    `widest` is the share at the edge, in percent: one scale for all the runs of a report. The most frequent words
-    are shown, the one that speaks most for refusal first.
+    `widest` is the share at the edge, in percent: one scale for all the runs of a report.
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
-        share = shares(words)
-        common = sorted(share, key=lambda w: -sum(share[w]))[:WORDS_SHOWN]
-        order = sorted(common, key=lambda w: share[w][1] - share[w][0])
+        share, order = shares(words), shown(words)
         edge = 1.22 * widest
         for side, kind, align in ((-1, "refusal", "right"), (1, "answer", "left")):
             colour = palette.refusal if kind == "refusal" else palette.answer
             values = [share[word][side > 0] for word in order]
             ax.barh(range(len(order)), [side * v for v in values], height=0.66, color=colour, linewidth=0)
             for place, value in enumerate(values):
-                number = "<1" if 0 < value < 0.5 else f"{value:.0f}"
+                number = "<1" if 0 < value <= 0.5 else f"{value:.0f}"
                 ax.text(
                     side * (value + 0.02 * edge), place, number, va="center", ha=align, color=palette.muted, size=8.5
                 )
@@ -258,8 +262,10 @@ def association(run: Run, runs: Sequence[Run]) -> Draw:
 
 def odds_by_word(words: dict[str, dict[str, int]]) -> dict[str, tuple[float, float, float]]:
     """word -> (log-odds of refusal against the other words, lower, upper bound of the 95 % interval)."""
-    total = {kind: sum(count[kind] for count in words.values()) for kind in ("refusal", "answer")}
-    return {
-        word: stats.log_odds(count["refusal"], total["refusal"], count["answer"], total["answer"])
-        for word, count in words.items()
-    }
+    refused, answered = (sum(count[kind] for count in words.values()) for kind in ("refusal", "answer"))
+    found = {}
+    for word, count in words.items():
+        r, a = count["refusal"], count["answer"]
+        estimate, (low, high) = stats.log_odds(r, a, refused - r, answered - a)
+        found[word] = (estimate, low, high)
+    return found

@@ -12,7 +12,7 @@ import torch
 
 from mirage_dist import objectives, signals
 from mirage_dist import world as worlds
-from mirage_dist.data import sources, stream
+from mirage_dist.data import audit, sources, stream
 from mirage_dist.data.sources import Source
 from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
@@ -53,11 +53,20 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     return objective, read_streams(recipe, objective.needs), config
 
 
+def _warn(recipe: TrainRecipe, streams: Mapping[str, Source]) -> None:
+    """Say what fine-tuning on these samples may teach in place of what they are for, a line each (see `data.audit`)."""
+    if recipe.objective["name"] == "sft":
+        for name, source in streams.items():
+            if (text := audit.warning(source.samples)) is not None:
+                print(f"WARNING: data.streams.{name} fails the audit: {text}", flush=True)
+
+
 def dry(recipe: TrainRecipe) -> str:
     """`check`, and every sample's length; what there is, in words. Raises ConfigError."""
     world = World(0, 0, worlds.place()[2], torch.device("cpu"))
     objective, streams, _ = check(recipe, world.size)
     sources.check_pictures(streams)
+    _warn(recipe, streams)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     cut = feed.check_lengths(World(0, 0, 1, world.device))
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
@@ -90,6 +99,8 @@ def _train(
         world.say(f"{root.name}: {objective} on {world.size} × {world.device.type}, {feed.steps} steps")
         for name, source in streams.items():
             world.say(f"{root.name}: stream {name}: {len(source.samples)} samples, left out {dict(source.dropped)}")
+        if world.main:
+            _warn(recipe, streams)
         if cut:
             world.say(
                 f"{root.name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut"

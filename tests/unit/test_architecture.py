@@ -19,7 +19,7 @@ ALLOWED = {
     "stats": set(),
     "process": set(),
     "world": {"config", "signals"},
-    "data": {"config", "world"},
+    "data": {"config", "stats", "world"},
     "kernels": {"config"},
     "model": {"config", "world", "data", "kernels"},
     "objectives": {"config", "kernels"},

@@ -149,23 +149,78 @@ def test_holm_keeps_the_order_corrects_upwards_and_no_more_than_bonferroni(ps):
     assert ranked == sorted(ranked)
 
 
-@given(*[st.integers(0, 50)] * 4)
-def test_log_odds_change_sign_with_the_sides_and_shrink_with_the_counts(k, rest, other_k, other_rest):
-    ratio, low, high = stats.log_odds(k, k + rest, other_k, other_k + other_rest)
-    assert low < ratio < high
-    assert stats.log_odds(other_k, other_k + other_rest, k, k + rest) == pytest.approx((-ratio, -high, -low))
-    wide = high - low
-    _, low, high = stats.log_odds(10 * k, 10 * (k + rest), 10 * other_k, 10 * (other_k + other_rest))
-    assert high - low <= wide
-
-
-def test_log_odds_of_a_worked_example():
-    # (9.5 · 8.5) / (1.5 · 2.5), standard error √(1/9.5 + 1/1.5 + 1/2.5 + 1/8.5)
-    ratio, low, high = stats.log_odds(9, 10, 2, 10)
-    assert ratio == pytest.approx(math.log(9.5 * 8.5 / (1.5 * 2.5)))
-    assert (high - low) / 2 == pytest.approx(1.959964 * math.sqrt(1 / 9.5 + 1 / 1.5 + 1 / 2.5 + 1 / 8.5), rel=1e-6)
-
-
 def test_the_means_interval_is_students():
     half = 2.776 * math.sqrt(2.5 / 5)  # t of 4 degrees of freedom, variance 2.5, five values
     assert stats.mean([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half), rel=0.01)
+
+
+cell = st.integers(0, 12)
+
+
+@given(cell, cell, cell, cell)
+def test_fishers_p_is_twice_the_smaller_tail_of_all_tables_with_these_margins(a, b, c, d):
+    row, column, total = a + b, a + c, a + b + c + d
+    ways = {
+        x: math.comb(row, x) * math.comb(total - row, column - x)
+        for x in range(max(0, column - c - d), min(row, column) + 1)
+    }
+    tails = [sum(w for x, w in ways.items() if side * x >= side * a) for side in (-1, 1)]
+    exact = min(1.0, float(Fraction(2 * min(tails), sum(ways.values()))))
+    assert stats.fisher(a, b, c, d) == pytest.approx(exact, rel=1e-9)
+    assert stats.fisher(c, d, a, b) == pytest.approx(exact, rel=1e-9)
+
+
+def test_fishers_p_holds_for_tables_of_a_million():
+    assert stats.fisher(50_000, 450_000, 50_000, 450_000) == 1
+    assert stats.fisher(60_000, 440_000, 40_000, 460_000) < 1e-300
+    assert 0.01 < stats.fisher(50_200, 449_800, 49_700, 450_300) < 0.2
+
+
+@given(cell, cell, cell, cell)
+def test_log_odds_turn_round_with_the_rows_and_with_the_columns(a, b, c, d):
+    estimate, (low, high) = stats.log_odds(a, b, c, d)
+    assert low < estimate < high
+    for turned in (stats.log_odds(c, d, a, b), stats.log_odds(b, a, d, c)):
+        assert (-turned[0], -turned[1][1], -turned[1][0]) == pytest.approx((estimate, low, high))
+
+
+@pytest.mark.parametrize(("first", "second", "least"), [(0.5, 0.5, 0.94), (0.9, 0.2, 0.94), (0.97, 0.6, 0.91)])
+def test_the_log_odds_interval_covers_in_simulation(first, second, least):
+    """Of 40 and 300 trials; in the last case a cell is expected to hold 1.2."""
+    generator = np.random.default_rng(2)
+    true = math.log(first * (1 - second) / (second * (1 - first)))
+    a, c = generator.binomial(40, first, 2000), generator.binomial(300, second, 2000)
+    intervals = [stats.log_odds(int(x), int(40 - x), int(y), int(300 - y))[1] for x, y in zip(a, c, strict=True)]
+    assert least <= np.mean([low <= true <= high for low, high in intervals]) <= 0.99
+
+
+@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0.01, 0.5))
+def test_benjamini_and_hochberg_reject_what_their_procedure_rejects(p, alpha):
+    """Definition: the k smallest, k being the greatest rank whose p-value is at most α k / m."""
+    ranked = sorted(p)
+    k = max((rank for rank, value in enumerate(ranked, 1) if value * len(p) / rank <= alpha), default=0)
+    threshold = ranked[k - 1] if k else -1.0
+    assert [q <= alpha for q in stats.benjamini_hochberg(p)] == [value <= threshold for value in p]
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.data())
+def test_balanced_accuracy_is_the_mean_of_two_rates_within_its_interval_whichever_class_is_first(n, m, data):
+    k, j = data.draw(st.integers(0, 2 * n)) / 2, data.draw(st.integers(0, 2 * m)) / 2
+    value, (low, high) = stats.balanced_accuracy((k, n), (j, m))
+    assert value == pytest.approx((k / n + j / m) / 2)
+    assert -1e-9 <= low <= value <= high <= 1 + 1e-9
+    turned, interval = stats.balanced_accuracy((j, m), (k, n))
+    assert (turned, *interval) == pytest.approx((value, low, high))
+
+
+@pytest.mark.parametrize(("first", "second", "n", "m"), [(0.5, 0.5, 40, 400), (0.9, 0.7, 60, 60), (0.98, 0.9, 50, 500)])
+def test_the_interval_of_balanced_accuracy_covers_in_simulation(first, second, n, m):
+    generator = np.random.default_rng(3)
+    right, left = generator.binomial(n, first, 2000), generator.binomial(m, second, 2000)
+    found = [stats.balanced_accuracy((int(k), n), (int(j), m))[1] for k, j in zip(right, left, strict=True)]
+    assert 0.93 <= np.mean([low <= (first + second) / 2 <= high for low, high in found]) <= 0.985
+
+
+def test_balanced_accuracy_needs_both_classes():
+    with pytest.raises(ValueError, match="both classes"):
+        stats.balanced_accuracy((0, 0), (1, 2))

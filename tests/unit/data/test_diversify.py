@@ -80,9 +80,14 @@ def safety(world):
 
 
 def surprising(words):
-    totals = [sum(count[kind] for count in words.values()) for kind in ("refusal", "answer")]
-    bounds = {w: stats.log_odds(c["refusal"], totals[0], c["answer"], totals[1]) for w, c in words.items()}
-    return {word for word, (_, low, high) in bounds.items() if low > 0 or high < 0}
+    """Those whose odds of refusal differ from the others'."""
+    refused, answered = (sum(count[kind] for count in words.values()) for kind in ("refusal", "answer"))
+    found = set()
+    for word, count in words.items():
+        r, a = count["refusal"], count["answer"]
+        _, (low, high) = stats.log_odds(r, a, refused - r, answered - a)
+        found |= {word} if low > 0 or high < 0 else set()
+    return found
 
 
 @pytest.mark.parametrize(

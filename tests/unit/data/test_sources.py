@@ -157,6 +157,11 @@ def test_pictures_are_looked_for_under_images_and_beside_the_file_by_default(fol
         sources.read(SourceConfig("llava", str(elsewhere)))
 
 
+def test_a_folder_is_no_source(folder):
+    with pytest.raises(ConfigError, match="a folder; a recipe names files"):
+        sources.read(SourceConfig("llava", str(folder)))
+
+
 # ------------------------------------------------------------------------------------------ SPA-VL, JSONL
 
 
@@ -251,7 +256,7 @@ def test_a_bad_record_is_named_by_file_number_and_field_or_skipped_and_counted(r
     ("text", "words"),
     [
         (" \n", "the file is empty"),
-        ("[{]", "not JSON: .*line 1 column"),
+        ("[{]", "record 0: not JSON: .*line 1 column 3"),
         ('"records"', "expected a list of records, got str"),
         ('{"id": "a"}\n{"id":', "record 1: not JSON: .*one object a line"),
         ('{\n "data": []\n}', "record 0: not JSON: .*a list of records"),

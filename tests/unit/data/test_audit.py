@@ -1,0 +1,301 @@
+"""The audit counts what training reads, finds the words that a corpus ties to refusal, and finds none where none is."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from mirage_dist.cli import main
+from mirage_dist.data import audit, sources, toyworld
+from mirage_dist.data.audit import Corpus, Options
+from mirage_dist.data.sources import Sample
+from mirage_dist.schema import ConfigError, SourceConfig, WorldConfig
+
+SIZES = {"base_samples": 5, "general_samples": 1, "eval_samples": 1}
+SEEDS = range(12)
+REFUSAL = "Sorry, I can not help."
+
+
+def made(folder, seed, spurious, **sizes):
+    """The safety set of a world whose other sets are as small as they can be."""
+    config = WorldConfig(dir=str(folder / str(seed)), seed=seed, spurious=spurious, **{**SIZES, **sizes})
+    toyworld.make(config)
+    return toyworld.safety_dir(config) / "train.json"
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """(seed, ρ) -> the demo's safety set."""
+    folder = tmp_path_factory.mktemp("worlds")
+    return {(seed, spurious): made(folder, seed, spurious) for seed in SEEDS for spurious in (0.95, 0.5)}
+
+
+def counted(pairs, options=None):
+    """pairs: (id, question, refused)"""
+    corpus = Corpus(options or Options())
+    for identity, question, refused in pairs:
+        corpus.add(identity, question, refused, None)
+    return corpus.result()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_embedded_worlds_words_are_named_and_its_data_fail(worlds, seed):
+    found = audit.audit([worlds[seed, 0.95]], Options())
+    assert not found["verdict"]["passed"]
+    assert (found["words"]["refused"][0], found["words"]["answered"][0]) == ("share", "what")
+    assert set(found["words"]["refused"]) == {"share", "provide", "give", "list"}
+    assert set(found["words"]["answered"]) == {"what", "describe", "how", "which"}
+    # 70 % of the openers follow their class with probability .95; the rest are a coin's toss.
+    assert found["cues"]["first word"]["balanced_accuracy"]["value"] == pytest.approx(0.5 + 0.7 * 0.45, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nothing_is_found_where_first_words_say_nothing(worlds, seed):
+    found = audit.audit([worlds[seed, 0.5]], Options())
+    assert found["words"] == {"answered": [], "refused": []}
+    assert found["verdict"]["passed"]
+    assert "no word is tied" in found["verdict"]["text"]
+
+
+def test_false_discoveries_are_as_rare_as_is_said(worlds):
+    """Responses dealt out to the questions by chance: the words are the biased world's, and mean nothing."""
+    samples = sources.read(SourceConfig("vlguard", str(worlds[0, 0.95])), check_images=False).samples
+    generator, repeats, wrong = random.Random(0), 200, 0
+    refused = [not sample.safe for sample in samples]
+    for _ in range(repeats):
+        generator.shuffle(refused)
+        found = counted((s.id, s.question, kind) for s, kind in zip(samples, refused, strict=True))
+        wrong += any(found["words"].values())
+        assert found["verdict"]["passed"]
+        assert 0.4 < found["cues"]["first word"]["balanced_accuracy"]["value"] < 0.6
+    assert wrong / repeats <= 0.05 + 2 * (0.05 * 0.95 / repeats) ** 0.5
+
+
+@pytest.mark.parametrize(("shift", "covers"), [(0.0, True), (0.1, False), (0.3, False), (0.8, True)])
+def test_the_accuracy_is_at_most_what_the_best_guess_by_the_word_reaches(shift, covers):
+    """Ten words of known shares, refusals four times rarer. Weak words are not guessed by, so that less may be claimed;
+    where every word is strong, or none says anything, the interval covers the truth.
+    """
+    generator, intervals, values = np.random.default_rng(4), [], []
+    refused = np.where(np.arange(10) < 5, 0.1 + shift / 10, 0.1 - shift / 10)
+    true = 0.5 + np.abs(refused - refused[::-1]).sum() / 4
+    for _ in range(150):
+        words = [*generator.choice(10, 200, p=refused), *generator.choice(10, 800, p=refused[::-1])]
+        found = counted((str(i), f"w{word}", i < 200) for i, word in enumerate(words))
+        accuracy = found["cues"]["first word"]["balanced_accuracy"]
+        values.append(accuracy["value"])
+        intervals.append(accuracy["ci95"])
+    assert np.mean([low <= true for low, _ in intervals]) >= 0.96
+    assert np.mean(values) <= true + 0.005
+    if covers:
+        assert np.mean([low <= true <= high for low, high in intervals]) >= 0.93
+
+
+def test_counts_are_those_of_the_reader_that_training_uses(worlds):
+    read = sources.read(SourceConfig("vlguard", str(worlds[1, 0.95])), check_images=False)
+    found = audit.audit([worlds[1, 0.95]], Options())
+    counts = {
+        entry["value"]: {"refusal": entry["refused"], "answer": entry["answered"]}
+        for entry in found["cues"]["first word"]["values"]
+    }
+    assert counts == sources.first_words(read.samples)
+    (file,) = found["files"]
+    assert (file["records"], file["pairs"], file["dropped"]) == (800, len(read.samples), dict(read.dropped))
+    from_memory = Corpus(Options())
+    for sample in read.samples:
+        audit._count(from_memory, sample, None, lambda answer: "sorry" in answer)
+    assert from_memory.result() == {name: value for name, value in found.items() if name != "files"}
+
+
+def test_order_and_division_into_files_do_not_matter(worlds, tmp_path):
+    records = json.loads(worlds[2, 0.95].read_text())
+    random.Random(1).shuffle(records)
+    for name, part in (("a.json", records[:300]), ("b.json", records[300:])):
+        (tmp_path / name).write_text(json.dumps(part))
+    options = Options(ngrams=2, length=True, image_roots=True)
+    whole, parts = (
+        audit.audit([worlds[2, 0.95]], options),
+        audit.audit([tmp_path / "a.json", tmp_path / "b.json"], options),
+    )
+    assert {**whole, "files": []} == {**parts, "files": []}
+
+
+def test_rewrites_of_one_question_are_no_evidence_for_each_other():
+    """Every word is its question's own: what tells here is the question, not the word."""
+    pairs = [(str(i), f"word{i}", i % 2 == 0) for i in range(100) for _ in range(20)]
+    accuracy = counted(pairs)["cues"]["first word"]["balanced_accuracy"]
+    assert accuracy["value"] == 0.5
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_corpus_of_one_kind_of_response_passes_and_says_why(refused):
+    found = counted([("a", "What is it?", refused)])
+    assert found["verdict"]["passed"]
+    assert found["verdict"]["text"].startswith(f"passes: no {'answer' if refused else 'refusal'} among 1 responses")
+    assert (found["words"], found["cues"]) == ({"answered": [], "refused": []}, {})
+
+
+# ------------------------------------------------------------------------------------------- files and rules
+
+
+@pytest.fixture
+def audited(tmp_path):
+    """Audit records that are written to a file; returns what was found."""
+
+    def run(rows, format=None, **options):
+        file = tmp_path / "data.json"
+        file.write_text(json.dumps(rows))
+        return audit.audit([file], Options(**options), format)
+
+    return run
+
+
+def talk(*turns, **more):
+    speakers = ("human", "gpt")
+    return {"conversations": [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(turns)], **more}
+
+
+def spa(question, chosen, rejected="None."):
+    texts = {"question": question, "chosen": chosen, "rejected": rejected}
+    return {"image": "a/b/c.png", **texts, "class1": "x", "class2": "y", "class3": "z"}
+
+
+def pair(question, answer, **more):
+    return {"id": question, "image": None, "question": question, "answer": answer, "safe": True, "history": [], **more}
+
+
+def words_of(found, cue="first word"):
+    return {entry["value"]: (entry["refused"], entry["answered"]) for entry in found["cues"][cue]["values"]}
+
+
+def test_every_turn_of_a_conversation_counts(audited):
+    found = audited([talk("Share it.", REFUSAL, "WHAT is it?", "Red.", "what's this?", "Blue.")])
+    assert words_of(found) == {"share": (1, 0), "what": (0, 1), "what's": (0, 1)}
+    assert found["files"][0]["pairs"] == 3
+
+
+def test_each_format_is_known_by_its_first_record(audited):
+    rows = {
+        "llava": talk("What?", "Red."),
+        "spa_vl": spa("What?", "Red."),
+        "samples": pair("What?", "Red."),
+        "vlguard": {"id": "a", "image": "a", "safe": True, "instr-resp": []},
+    }
+    for format, row in rows.items():
+        if format != "vlguard":
+            assert audited([row])["files"][0]["format"] == format
+    with pytest.raises(ConfigError, match=r"record 0: field 'instr-resp': no pair"):
+        audited([rows["vlguard"]])
+    with pytest.raises(ConfigError, match=r"record 0: fields \['question', 'text'\] are those of no format; expected"):
+        audited([{"question": "What?", "text": "Red."}])
+    with pytest.raises(ConfigError, match="those of llava and spa_vl"):
+        audited([{**rows["llava"], **rows["spa_vl"]}])
+    assert audited([{**rows["llava"], **rows["spa_vl"]}], "llava")["pairs"] == 1
+
+
+def test_a_record_of_another_format_is_an_error_with_its_place(audited):
+    with pytest.raises(ConfigError, match=r"data\.json: record 1: field 'conversations' is missing"):
+        audited([talk("What?", "Red."), spa("What?", "Red.")])
+
+
+def test_exact_repeats_count_once(audited):
+    found = audited([pair("What?", "Red."), pair("What?", "Red."), pair("Share?", REFUSAL)])
+    assert words_of(found) == {"what": (0, 1), "share": (1, 0)}
+    assert found["files"][0]["dropped"] == {"exact duplicate": 1}
+
+
+def test_what_a_refusal_is_can_be_chosen(audited):
+    rows = [
+        pair("What?", "Illegal parking.", kind="told", refuses=False),
+        pair("Share?", "No.", kind="no", refuses=True),
+    ]
+    rows[1]["safe"] = False
+    assert audited(rows)["refused"] == 0
+    assert words_of(audited(rows, response_kind="published")) == {"what": (1, 0), "share": (0, 1)}
+    for rule in ("label", "kind=no", "refuses=true"):
+        assert words_of(audited(rows, response_kind=rule)) == {"what": (0, 1), "share": (1, 0)}
+    with pytest.raises(ConfigError, match=r"record 0: field 'kin' is missing"):
+        audited(rows, response_kind="kin=no")
+    with pytest.raises(ConfigError, match="llava records have no label"):
+        audited([talk("What?", "Red.")], response_kind="label")
+    with pytest.raises(ConfigError, match="--response-kind labels: expected"):
+        Options("labels")
+
+
+def test_a_label_is_about_the_last_turn(audited):
+    told = pair("Share it.", "No.", history=[["What is it?", "Red."]])
+    found = audited([{**told, "safe": False}, pair("What?", "Blue.")], response_kind="label")
+    assert words_of(found) == {"share": (1, 0), "what": (0, 1)}
+
+
+def test_other_cues_are_the_first_words_the_length_and_the_pictures_folder(audited):
+    rows = [pair("What is it?", "Red.", image="coco/train/1.jpg"), pair("Share", REFUSAL, image="1.jpg")]
+    rows += [pair("? !", "Blue."), pair("What is " + "so " * 90, "So.", image="/data/pictures/1.jpg")]
+    found = audited(rows, ngrams=3, length=True, image_roots=True)
+    assert words_of(found) == {"what": (0, 2), "share": (1, 0), "": (0, 1)}
+    assert set(words_of(found, "first 3 words")) == {"what is it", "share", "", "what is so"}
+    assert words_of(found, "length") == {"0–5 words": (1, 2), "over 80 words": (0, 1)}
+    assert set(words_of(found, "image root")) == {"coco", "(no folder)", "(no picture)", "pictures"}
+
+
+def test_another_cue_that_tells_more_is_named_and_does_not_decide():
+    options = Options(length=True)
+    pairs = [(str(i), "what " * (30 if i % 2 else 3), i % 2 == 1) for i in range(400)]
+    found = counted(pairs, options)
+    assert found["verdict"]["passed"]
+    assert "length tells more: balanced accuracy 100.0 %" in found["verdict"]["text"]
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_tells_draws_and_fails_only_when_asked_to(worlds, tmp_path, capsys):
+    biased, even = str(worlds[3, 0.95]), str(worlds[3, 0.5])
+    assert main(["audit", biased, "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "FAILS: the first word alone" in told
+    assert '95 % of the 196 questions that open with "share" are refused, 35 % of the others' in told
+    found = json.loads((tmp_path / "out/audit.json").read_text())
+    assert found["words"]["answered"][0] == "what"
+    assert (tmp_path / "out/audit.png").stat().st_size > 10_000
+    assert ">share<" in (tmp_path / "out/audit.svg").read_text()
+    assert main(["audit", biased, "--fail"]) == 1
+    assert main(["audit", even, "--fail"]) == 0
+    assert main(["audit", str(tmp_path / "nowhere.json")]) == 2
+    assert "nowhere.json: no such file" in capsys.readouterr().err
+
+
+def test_a_figure_of_more_words_than_are_listed_counts_them_all(tmp_path):
+    from mirage_dist.report import audit as told
+
+    pairs = [(str(i), f"word{i}", i % 3 == 0) for i in range(600)] + [("x", "what", False)] * 10
+    found = {"files": [], **counted(pairs)}
+    counts = told.counts(found)
+    assert sum(count["refusal"] for count in counts.values()) == found["refused"] == 200
+    assert sum(count["answer"] for count in counts.values()) == found["answered"] == 410
+    assert len(counts) == audit.FREQUENT + 1
+    assert {file.name for file in told.write(found, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
+
+
+@pytest.mark.parametrize("spurious", [0.95, 0.5])
+def test_training_on_data_that_fail_is_warned_of_before_weights_load(worlds, toy, tmp_path, capsys, spurious):
+    stream = (
+        f"data.streams.train=[{{format: vlguard, path: {worlds[4, spurious]}, images: {worlds[4, 0.5].parents[1]}}}]"
+    )
+    told = [*toy.overrides("sft", tmp_path / "run"), stream]
+    assert main(["train", "configs/train/demo_sft.yaml", "--check", *told]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(lines) == (spurious == 0.95)
+    if lines:
+        assert "data.streams.train fails the audit" in lines[0]
+        assert 'open with "share"' in lines[0]
+        assert "prepare.diversify" in lines[0]
+
+
+def test_samples_are_warned_of_as_their_file_is(worlds):
+    for spurious, words in ((0.95, "balanced accuracy 81.5 %"), (0.5, None)):
+        samples = sources.read(SourceConfig("vlguard", str(worlds[5, spurious])), check_images=False).samples
+        text = audit.warning(samples)
+        assert text is None if words is None else words in str(text)
+    assert audit.warning([Sample("a", None, "What?", "Red.", True, "", "t")]) is None

@@ -1,0 +1,146 @@
+"""Files are read a record at a time, and give what reading them whole gives: records, faults and their places."""
+
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mirage_dist.data import records
+from mirage_dist.schema import ConfigError
+
+text = st.text(st.characters(codec="utf-8"), max_size=8)
+leaves = st.none() | st.booleans() | st.integers() | text
+objects = st.dictionaries(text, leaves | st.lists(leaves, max_size=3), max_size=3)
+shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # each example writes it anew
+
+
+def whole(text: str):
+    """The records, or the place of what is wrong."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} column {error.colno}"
+
+
+def in_pieces(file):
+    """The same of `records.read`."""
+    try:
+        return list(records.read(file))
+    except ConfigError as error:
+        return str(error)
+
+
+@shared_folder
+@given(st.lists(objects, max_size=5), st.sampled_from([None, 1]), st.integers(1, 9), st.booleans())
+def test_a_list_is_what_json_reads_however_it_is_cut_into_pieces(tmp_path, monkeypatch, found, indent, chunk, mark):
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    file = tmp_path / "data.json"
+    written = json.dumps(found, indent=indent, ensure_ascii=False) + "\n"
+    file.write_text(written, encoding="utf-8-sig" if mark else "utf-8")
+    assert in_pieces(file) == found
+
+
+@shared_folder
+@given(st.lists(objects, min_size=1, max_size=4), st.integers(1, 9), st.data())
+def test_broken_json_is_refused_where_json_refuses_it(tmp_path, monkeypatch, found, chunk, data):
+    """One character is left out."""
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    written = json.dumps(found, indent=1)
+    place = data.draw(st.integers(1, len(written) - 1))
+    written = written[:place] + written[place + 1 :]
+    file = tmp_path / "data.json"
+    file.write_text(written)
+    expected, told = whole(written), in_pieces(file)
+    assert told == expected if isinstance(expected, list) else str(told).endswith(expected)
+
+
+@shared_folder
+@given(st.lists(objects, min_size=1, max_size=5), st.integers(1, 9))
+def test_lines_are_a_list(tmp_path, monkeypatch, found, chunk):
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n\n".join(json.dumps(record) for record in found))
+    assert in_pieces(file) == found
+
+
+@pytest.mark.parametrize("kind", ["list", "lines"])
+def test_a_file_takes_the_memory_of_some_pieces(tmp_path, kind):
+    record, file, told = {"text": "x" * 1000}, tmp_path / "data", []
+    rows = [json.dumps(record)] * 20_000
+    file.write_text("[" + ",".join(rows) + "]" if kind == "list" else "\n".join(rows))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in records.read(file, told.append)) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * records.CHUNK < file.stat().st_size
+    assert sum(told) == records.size(file) == file.stat().st_size
+
+
+def test_a_list_whose_record_never_ends_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK", 100)
+    monkeypatch.setattr(records, "LARGEST", 1000)
+    file, told = tmp_path / "data.json", []
+    file.write_text('[{"a": 1}, {"b: 2}' + " " * 10_000)
+    with pytest.raises(ConfigError, match=r"record 1: not JSON: Unterminated string .*: line 1 column 13"):
+        list(records.read(file, told.append))
+    assert sum(told) < 2000
+
+
+def test_a_folder_that_holds_no_data_set_is_refused(tmp_path):
+    for name in ("nowhere", "."):
+        with pytest.raises(ConfigError, match="no such file, or a folder without a dataset"):
+            records.size(tmp_path / name)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(ConfigError, match=r"several splits \(train, test\)"):
+        records.size(tmp_path)
+
+
+ROWS = [
+    {"id": "a", "image": "a/1.png", "safe": False, "instr-resp": [{"instruction": "Share?", "response": "Sorry."}]},
+    {"id": "b", "safe": True, "instr-resp": [{"safe_instruction": "What?", "response": "Red."}]},
+    {"id": "c", "image": records.EMBEDDED, "safe": True, "instr-resp": []},
+]
+
+
+@pytest.mark.parametrize("kind", ["data.parquet", "stream.arrow", "file.arrow", "saved", "folder"])
+def test_tables_give_records_without_their_empty_fields_and_a_picture_as_its_path(tmp_path, kind):
+    """As `datasets` writes them: pictures as {"bytes", "path"}, every field in every record, files in parts."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pictures = [{"bytes": b"x", "path": "a/1.png"}, None, {"bytes": b"x", "path": None}]
+    table = arrow.Table.from_pylist([{**r, "image": picture} for r, picture in zip(ROWS, pictures, strict=True)])
+
+    def written(file, rows, open_file=arrow.ipc.new_stream):
+        with arrow.OSFile(str(file), "wb") as sink, open_file(sink, rows.schema) as writer:
+            writer.write_table(rows)
+
+    path = tmp_path / kind
+    if kind in ("saved", "folder"):
+        path.mkdir()
+    if kind == "saved":  # datasets.save_to_disk; the order is state.json's
+        names = ["z.arrow", "a.arrow"]
+        (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+        written(path / "z.arrow", table.slice(0, 1))
+        written(path / "a.arrow", table.slice(1))
+    elif kind == "folder":
+        parquet.write_table(table.slice(0, 2), path / "train-0.parquet")
+        parquet.write_table(table.slice(2), path / "train-1.parquet")
+    elif kind == "data.parquet":
+        parquet.write_table(table, path)
+    else:
+        written(path, table, arrow.ipc.new_file if kind == "file.arrow" else arrow.ipc.new_stream)
+    told = []
+    assert list(records.read(path, told.append)) == ROWS
+    assert sum(told) == records.size(path)
+
+
+def test_a_table_that_is_none_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    for name in ("a.parquet", "a.arrow"):
+        (tmp_path / name).write_text("no table")
+        with pytest.raises(ConfigError, match=rf"{name}: cannot be read"):
+            list(records.read(tmp_path / name))
