@@ -141,6 +141,7 @@ def row(identity: str, ask: Ask, response: str) -> Row:
         "question": ask.sample.question,
         "original_question": ask.original,
         "expected": ask.sample.answer,
+        **({"references": list(ask.sample.references)} if ask.sample.references else {}),
         "response": response,
     }
 
