@@ -62,9 +62,9 @@ class Batch:
 class Encoder:
     """Chat template and processor of one model, for any Hugging Face image-text-to-text processor.
 
-    A text-only model's tokenizer will do, for prompts without pictures. Raises ConfigError when the tokenizer has no end
-    token, or the processor no token that stands for a picture; and, by sample, when the template does not let a prompt
-    be a prefix of its conversation or rewrites the answer.
+    A text-only model's tokenizer will do, for prompts without pictures. Raises ConfigError when the tokenizer has no
+    end token, or the processor no token that stands for a picture; and, by sample, when the template does not let a
+    prompt be a prefix of its conversation or rewrites the answer.
     """
 
     def __init__(
