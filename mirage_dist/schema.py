@@ -301,7 +301,7 @@ class JudgeConfig:
 
     bare: ClassVar[str] = "kind"
 
-    kind: Literal["keyword", "world", "benchmark", "vlm", "published_parity"]
+    kind: Literal["keyword", "world", "vlm", "published_parity", "benchmark"]
     name: str | None = None  # in metrics.json; default: the kind
     phrases: Literal["ours", "published"] | None = None  # keyword only (see data/refusals.json); default: ours
     path: str | None = None

@@ -296,6 +296,8 @@ class Encoder:
         if question is not None:
             messages.append(self._message("user", question))
         if picture:
+            if self.text_only:
+                raise ConfigError("a text-only model is asked about a picture; take one that sees, or records without")
             first = next(m for m in messages if m["role"] == "user")
             first["content"].insert(0, {"type": "image"})
         return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None, tokenize=False)

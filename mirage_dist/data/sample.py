@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -24,4 +24,4 @@ class Sample:
     category: str
     source: str
     history: tuple[tuple[str, str], ...] = ()
-    references: tuple[str, ...] = ()
+    references: tuple[str, ...] = field(default=(), repr=False)  # no part of what a run trains on, which is hashed so

@@ -21,9 +21,9 @@ __all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "panel", "unjudg
 REGISTRY: dict[str, Callable[[EvalRecipe, JudgeConfig], Judge]] = {
     "keyword": keyword,
     "world": exact,
-    "benchmark": benchmark,
     "vlm": vision_language,
     "published_parity": published_parity,
+    "benchmark": benchmark,
 }
 
 
