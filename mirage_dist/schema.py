@@ -59,7 +59,9 @@ class SourceConfig:
         "figstep", "mm_safetybench", "vqav2", "textvqa", "vizwiz", "scienceqa",
     ]  # fmt: skip
     path: str
-    images: str | None = None  # folder that image paths are relative to; default: the file's own folder
+    # Folder that image paths are relative to; default: the file's own. figstep: where pictures are typeset; default:
+    # typeset/ beside the file.
+    images: str | None = None
     annotations: str | None = None  # vqav2, textvqa, vizwiz, scienceqa: the official answers to the questions in `path`
     split: str | None = None  # vlguard only; default: all
     response: str | None = None  # spa_vl only; default: chosen; absent: a test set, which has none
