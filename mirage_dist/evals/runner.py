@@ -104,7 +104,14 @@ def _first(keys: Collection[str]) -> str:
 
 
 def _tell(recipe: EvalRecipe, work: Work) -> None:
-    """Print what the attacks could not do as asked; the manifest has the ids."""
+    """Print what the files' readers left out, and what the attacks could not do as asked; the manifest has the ids."""
+    for name, read in work.read.items():
+        left = {**read.dropped, "bad records": read.skipped, "ids renamed": read.renamed}
+        if any(left.values()):
+            told = ", ".join(f"{why} × {count}" for why, count in left.items() if count)
+            print(
+                f"eval {recipe.suite}: {name}: {len(read.samples)} questions; left out or changed: {told}", flush=True
+            )
     for name, attacks in work.coverage.items():
         for title, found in attacks.items():
             if found.without or found.unknown or found.unchanged:

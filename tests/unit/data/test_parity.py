@@ -83,6 +83,22 @@ def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
     assert "17 rewrites equal to the question" in told
 
 
+def test_what_a_reader_leaves_out_is_printed_and_in_the_manifest(vlguard, capsys):
+    """VLGuard's training questions as a set, as a harvest asks them."""
+    source = f"[{{format: vlguard, path: {vlguard}/train.json, images: {vlguard}/train, split: unsafes}}]"
+    told = configs.load("configs/eval/harvest.yaml", [f"sets.forget.sources={source}"], EvalRecipe)
+    work = rows.plan(told)
+    report = rows.coverage_report(work)["forget"]
+    left = {"instruction is N/A": NOT_ASKED["instruction"]}
+    assert report["samples"] == TRAIN["unsafe"] - NOT_ASKED["instruction"]
+    assert (report["skipped_records"], report["dropped"], report["renamed"]) == (0, left, 1)
+    runner._tell(told, work)
+    assert (
+        "forget: 1017 questions; left out or changed: instruction is N/A × 6, ids renamed × 1"
+        in capsys.readouterr().out
+    )
+
+
 def test_rewrites_are_joined_by_id_whatever_the_order_of_the_file(vlguard, tmp_path):
     """Sampling or shuffling must not break the groups of three."""
     shuffled = lookalike.what_rows()
