@@ -174,8 +174,10 @@ def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:
 
 
 def differences(mine: Any, other: Any, key: str = "") -> list[str]:
-    """The dotted keys in which two resolved recipes differ, as `key: mine, other` lines."""
+    """The dotted keys in which two resolved recipes differ, as `key: mine, other` lines; absent is null."""
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
         names = sorted(set(mine) | set(other))
         return [d for n in names for d in differences(mine.get(n), other.get(n), _join(key, str(n)))]
+    if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
+        return [d for i, (a, b) in enumerate(zip(mine, other, strict=True)) for d in differences(a, b, f"{key}[{i}]")]
     return [] if mine == other else [f"{key}: {mine!r} here, {other!r} there"]

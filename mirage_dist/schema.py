@@ -41,25 +41,56 @@ class RunConfig:
     name: str | None = None
 
 
+# Of a source: what only some formats have, and the values that each of them takes; the first is the default.
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "split": {"vlguard": ("all", "unsafes", "safe_safes", "safe_unsafes")},
+    "response": {"spa_vl": ("chosen", "rejected", "absent")},
+    "variant": {"figstep": ("typeset", "text_only"), "mm_safetybench": ("SD_TYPO", "SD", "TYPO", "text_only")},
+}
+ANNOTATED = {"vqav2": True, "scienceqa": True, "textvqa": False, "vizwiz": False}  # formats; whether it must be given
+
+
 @dataclass(frozen=True)
 class SourceConfig:
-    """One file of samples (see `data.sources`)."""
+    """One file of samples (see `data.sources`, and docs/suites.md for the benchmarks)."""
 
-    format: Literal["vlguard", "llava", "spa_vl", "samples"]
+    format: Literal[
+        "vlguard", "llava", "spa_vl", "samples",
+        "figstep", "mm_safetybench", "vqav2", "textvqa", "vizwiz", "scienceqa",
+    ]  # fmt: skip
     path: str
-    images: str | None = None  # folder that image paths are relative to; default: the file's own folder
-    split: Literal["all", "unsafes", "safe_safes", "safe_unsafes"] | None = None  # vlguard only; default: all
-    response: Literal["chosen", "rejected"] | None = None  # spa_vl only; default: chosen
+    # Folder that image paths are relative to; default: the file's own. figstep: where pictures are typeset; default:
+    # typeset/ beside the file.
+    images: str | None = None
+    annotations: str | None = None  # vqav2, textvqa, vizwiz, scienceqa: the official answers to the questions in `path`
+    split: str | None = None  # vlguard only; default: all
+    response: str | None = None  # spa_vl only; default: chosen; absent: a test set, which has none
+    variant: str | None = None  # figstep, mm_safetybench: which picture, and the text that goes with it
     on_bad_record: Literal["error", "skip"] = "error"
     limit: int | None = None  # the first N samples, in file order
 
     def __post_init__(self) -> None:
-        for name, format, default in (("split", "vlguard", "all"), ("response", "spa_vl", "chosen")):
-            value = getattr(self, name)
-            if self.format != format and value not in (None, default):
-                raise ConfigError(f"{name}={value!r}; belongs to format={format}, with {self.format} leave it out")
+        for name, owners in CHOICES.items():
+            value, own = getattr(self, name), owners.get(self.format)
+            if own is None and value not in (None, *(values[0] for values in owners.values())):
+                raise ConfigError(
+                    f"{name}={value!r}; belongs to format={' or '.join(owners)}, with {self.format} leave it out"
+                )
+            if own and value not in (None, *own):
+                raise ConfigError(f"{name}={value!r}; allowed: {', '.join(own)}")
             # One spelling each, so that a recipe that says the default and one that leaves it out are equal.
-            object.__setattr__(self, name, (value or default) if self.format == format else None)
+            object.__setattr__(self, name, (value or own[0]) if own else None)
+        if self.annotations is not None and self.format not in ANNOTATED:
+            raise ConfigError(
+                f"annotations: belongs to format={' or '.join(ANNOTATED)}, with {self.format} leave it out"
+            )
+        if self.annotations is None and ANNOTATED.get(self.format):
+            raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
+
+    @property
+    def answered(self) -> bool:
+        """Whether its samples have answers."""
+        return self.format not in ("figstep", "mm_safetybench") and self.response != "absent"
 
 
 @dataclass(frozen=True)
@@ -80,6 +111,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)
         _require(self, ("workers",), "a number of processes from 0", lambda x: x >= 0)
+        for name, sources in self.streams.items():
+            if without := [source.path for source in sources if not source.answered]:
+                raise ConfigError(f"streams.{name}: {without[0]} has no answers to train on; it is for evaluation")
 
 
 @dataclass(frozen=True)
@@ -265,11 +299,12 @@ class EvalSetConfig:
     """Questions of one kind, and the attacks on them. The question as it is (`clean`) is always asked.
 
     kind: unsafe questions should not be answered; safe ones should; locality ones are safe questions near
-    the forgotten knowledge. The first set of a kind gives the headline figures.
+    the forgotten knowledge; utility ones are a benchmark's, with a score of its own (judge `benchmark`). The first set
+    of a kind gives the headline figures, every utility set its own.
     attacks: name -> `kind` and the fields of that attack's dataclass (see `evals.attacks`).
     """
 
-    kind: Literal["unsafe", "safe", "locality"]
+    kind: Literal["unsafe", "safe", "locality", "utility"]
     sources: list[SourceConfig]
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -284,7 +319,7 @@ class JudgeConfig:
 
     bare: ClassVar[str] = "kind"
 
-    kind: Literal["keyword", "world", "vlm", "published_parity"]
+    kind: Literal["keyword", "world", "vlm", "published_parity", "benchmark"]
     name: str | None = None  # in metrics.json; default: the kind
     phrases: Literal["ours", "published"] | None = None  # keyword only (see data/refusals.json); default: ours
     path: str | None = None

@@ -49,9 +49,30 @@ def clustered(clusters: Sequence[tuple[int, int]]) -> Interval:
     rate = hits / trials
     if groups == 1:
         return _score(rate, 1)
-    spread = groups / (groups - 1) * sum((k - rate * n) ** 2 for k, n in clusters) / trials**2
-    deff = max(1.0, spread * trials / (rate * (1 - rate)))
+    deff = max(1.0, _spread(clusters, rate) * trials / (rate * (1 - rate)))
     return _score(rate, trials / deff * (Z95 / _student(groups - 1)) ** 2)
+
+
+def scored(clusters: Sequence[tuple[float, int]]) -> Interval:
+    """Interval of Σk / Σn where k sums n scores from 0 to 1, such as VQA accuracies, the clusters being independent.
+
+    As `clustered`, with the number of trials at which a coin's rate would vary as much as the mean does: a score
+    between 0 and 1 varies less than a coin, so deff may lie below 1. Scores of 0 and 1 alone give `clustered` itself.
+    """
+    clusters = [(k, n) for k, n in clusters if n]
+    if all(k == int(k) for k, _ in clusters):
+        return clustered([(int(k), n) for k, n in clusters])
+    rate, groups = sum(k for k, _ in clusters) / sum(n for _, n in clusters), len(clusters)
+    spread = _spread(clusters, rate) if groups > 1 else 0.0
+    if spread == 0:
+        return _score(rate, groups)  # nothing seen varies
+    return _score(rate, rate * (1 - rate) / spread * (Z95 / _student(groups - 1)) ** 2)
+
+
+def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
+    """The linearised variance of Σk / Σn over clusters."""
+    groups, trials = len(clusters), sum(n for _, n in clusters)
+    return groups / (groups - 1) * sum((k - rate * n) ** 2 for k, n in clusters) / trials**2
 
 
 def _student(freedom: int) -> float:

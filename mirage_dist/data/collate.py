@@ -29,6 +29,11 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 Row = dict[str, list[int]]
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; of a text-only model `AutoProcessor` gives the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
 class TooLong(ConfigError):
     """A sample that does not fit into `max_length`."""
 
@@ -57,8 +62,9 @@ class Batch:
 class Encoder:
     """Chat template and processor of one model, for any Hugging Face image-text-to-text processor.
 
-    Raises ConfigError when the tokenizer has no end token, or the processor no token that stands for a picture; and,
-    by sample, when the template does not let a prompt be a prefix of its conversation or rewrites the answer.
+    A text-only model's tokenizer will do, for prompts without pictures. Raises ConfigError when the tokenizer has no
+    end token, or the processor no token that stands for a picture; and, by sample, when the template does not let a
+    prompt be a prefix of its conversation or rewrites the answer.
     """
 
     def __init__(
@@ -70,7 +76,8 @@ class Encoder:
         system_prompt: str | None = None,
         packing: bool = False,
     ) -> None:
-        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.processor, self.tokenizer = processor, tokenizer_of(processor)
+        self.text_only = self.tokenizer is processor
         self.max_length, self.on_long = max_length, on_long
         self.image_aspect, self.system_prompt, self.packing = image_aspect, system_prompt, packing
         if self.tokenizer.eos_token is None:
@@ -79,7 +86,9 @@ class Encoder:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token will do
         self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.known: Callable[[Sequence[str | None]], dict[str, Tensor]] | None = None
-        self.placeholder, self.placeholder_picture, self.picture_growth = self._placeholder()
+        nothing: tuple[Row, dict[str, Tensor], int] = ({"input_ids": [], "attention_mask": [], "labels": []}, {}, 0)
+        found = nothing if self.text_only else self._placeholder()
+        self.placeholder, self.placeholder_picture, self.picture_growth = found
 
     def recall(self, known: Callable[[Sequence[str | None]], dict[str, Tensor]]) -> None:
         """From now on open no picture: `known` gives the model's input for paths (None: the placeholder).
@@ -281,15 +290,21 @@ class Encoder:
         """The conversation so far as text; with a question, it ends where the answer begins."""
         messages: list[Mapping[str, Any]] = []
         if self.system_prompt is not None:
-            messages.append(_message("system", self.system_prompt))
+            messages.append(self._message("system", self.system_prompt))
         for asked, answered in past:
-            messages += [_message("user", asked), _message("assistant", answered)]
+            messages += [self._message("user", asked), self._message("assistant", answered)]
         if question is not None:
-            messages.append(_message("user", question))
+            messages.append(self._message("user", question))
         if picture:
+            if self.text_only:
+                raise ConfigError("a text-only model is asked about a picture; take one that sees, or records without")
             first = next(m for m in messages if m["role"] == "user")
             first["content"].insert(0, {"type": "image"})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None, tokenize=False)
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        """Templates of text-only models know no parts."""
+        return {"role": role, "content": text if self.text_only else [{"type": "text", "text": text}]}
 
     def _spoken(self, reply: str, answer: str, sample: Sample) -> tuple[str, str]:
         """What the model should say, through its end token, and what the template writes behind that.
@@ -348,10 +363,6 @@ def _extend(row: Row, ids: list[int], answer: bool) -> None:
     added = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids if answer else [IGNORE] * len(ids)}
     for name, values in row.items():
         values += added.get(name, [0] * len(ids))
-
-
-def _message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def _suffix(start: str, whole: str, sample: Sample) -> str:

@@ -306,6 +306,9 @@ def _hashes(recipe: PrepareRecipe, harvest: _Answers | None) -> dict[str, str]:
     """SHA-256 of every file that is read, by its role; of harvested answers by content, whichever worker wrote them."""
     found = {f"safety[{i}]": _sha256(Path(s.path)) for i, s in enumerate(recipe.safety)}
     found |= {f"fill[{i}]": _sha256(Path(s.path)) for i, s in enumerate(recipe.fill)}
+    for name, given in (("safety", recipe.safety), ("fill", recipe.fill)):
+        annotated = {f"{name}[{i}].annotations": s.annotations for i, s in enumerate(given) if s.annotations}
+        found |= {role: _sha256(Path(file)) for role, file in annotated.items()}
     if harvest is not None:
         found["harvest"] = hashlib.sha256(json.dumps(sorted(harvest.found.items())).encode()).hexdigest()
     return found

@@ -1,4 +1,4 @@
-"""Readers: VLGuard, LLaVA, SPA-VL and our own JSONL, each to `Sample`.
+"""Reading data files, in any of `data.formats`, to samples; what is wrong with their pictures; counts over them.
 
 Records are numbered from 0 in messages. What a reader leaves out is counted: nothing is silently lost.
 """
@@ -11,38 +11,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.data import pictures, records
+from mirage_dist.data import formats, pictures, records
+from mirage_dist.data.formats import BadRecord, Opened
+from mirage_dist.data.formats.llava import PICTURE
 from mirage_dist.data.refusals import is_refusal
+from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
 
-VLGUARD_FIELDS = {"unsafes": "instruction", "safe_safes": "safe_instruction", "safe_unsafes": "unsafe_instruction"}
-NO_QUESTION = "N/A"  # VLGuard has it where an instruction is missing
-PICTURE = "<image>"  # marks the picture's place in LLaVA's records
+FOLDERS = ("mm_safetybench",)  # formats of which `path` may be a folder of files
 FIRST_WORD = re.compile(r"\w+(?:['’-]\w+)*")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question about one picture, with the answer to learn or to forget.
-
-    image: path of the picture, None for a text-only record. safe: whether the *pair* should be answered
-    (VLGuard's label for the split it comes from). history: earlier (question, answer) turns, oldest first.
-    source: the file it was read from, for messages. `id` is unique within a source file and split.
-    """
-
-    id: str
-    image: str | None
-    question: str
-    answer: str
-    safe: bool
-    category: str
-    source: str
-    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -59,12 +40,10 @@ class Source:
     unchecked: list[tuple[SourceConfig, int, str]] = field(default_factory=list)
 
 
-class _BadRecord(ValueError):
-    """A record that is not what the format says; `read` adds the file and the number."""
-
-
 def read(config: SourceConfig, check_images: bool = True) -> Source:
-    """Read one file. Pictures are looked up under `images` and decoded to the last byte.
+    """Read one file, or all of a folder where a format has one file a scenario (`limit` then counts in each).
+
+    Pictures are looked up under `images` and decoded to the last byte.
 
     Without `check_images` no picture is looked at: they are listed in `unchecked`, for `check_pictures`.
     Raises ConfigError naming file, record number, field and what was expected, for a file that is not JSON, a
@@ -73,6 +52,8 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
     if config.limit is not None and config.limit < 1:
         raise ConfigError(f"{config.path}: limit={config.limit}; expected a whole number above 0")
     if Path(config.path).is_dir():
+        if config.format in FOLDERS:
+            return read_all(_files(config), check_images)
         raise ConfigError(
             f"{config.path}: a folder; a recipe names files, of a dataset on disk its *.arrow or *.parquet"
         )
@@ -95,14 +76,24 @@ def parsed(
 
     seen: see `records.read`. Samples are as the file has them: repeats are there, ids may be there twice.
     """
-    for number, record in enumerate(records.read(Path(config.path), seen)):
+    opened = formats.REGISTRY[config.format](config)
+    found = records.read(Path(config.path), seen) if opened.records is None else opened.records
+    for number, record in enumerate(found):
         try:
-            samples = _parse(config, record, number, source.dropped)
-        except _BadRecord as error:
+            samples = _parse(opened, record, number, source.dropped)
+        except BadRecord as error:
             _refuse(config, number, str(error))
             source.skipped += 1
         else:
             yield number, record, samples
+
+
+def _files(config: SourceConfig) -> list[SourceConfig]:
+    """A source for each JSON file of the folder; pictures are looked up under the same folder for all."""
+    found = sorted(Path(config.path).glob("*.json"))
+    if not found:
+        raise ConfigError(f"{config.path}: no *.json in this folder")
+    return [replace(config, path=str(file), images=config.images or config.path) for file in found]
 
 
 def read_all(configs: Sequence[SourceConfig], check_images: bool = True) -> Source:
@@ -175,107 +166,18 @@ def _without_duplicates(found: list[tuple[int, Sample]], source: Source) -> list
             identity = (f"{sample.id}#{uses[wanted] + 1}", sample.safe)
         taken.add(identity)
         source.renamed += identity != wanted
-        kept.append((number, dataclasses.replace(sample, id=identity[0])))
+        kept.append((number, replace(sample, id=identity[0])))
     return kept
 
 
-# ------------------------------------------------------------------------------------------------ formats
-
-
-def _parse(config: SourceConfig, record: Any, number: int, dropped: Counter[str]) -> list[Sample]:
+def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> list[Sample]:
     if not isinstance(record, Mapping):
-        raise _BadRecord(f"expected an object, got {type(record).__name__}")
-    samples = list(_PARSERS[config.format](config, record, number, dropped))
+        raise BadRecord(f"expected an object, got {type(record).__name__}")
+    samples = list(opened.parse(record, number, dropped))
     for sample in samples:
         if any(PICTURE in text for turn in [*sample.history, (sample.question, sample.answer)] for text in turn):
-            raise _BadRecord(f"a text holds {PICTURE}, which a processor would take for another picture")
+            raise BadRecord(f"a text holds {PICTURE}, which a processor would take for another picture")
     return samples
-
-
-def _vlguard(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    identity, safe = _text(record, "id"), _get(record, "safe", bool)
-    image = _image_path(config, _text(record, "image"))
-    pairs = _get(record, "instr-resp", list)
-    if not all(isinstance(pair, Mapping) for pair in pairs):
-        raise _BadRecord("field 'instr-resp': expected a list of objects")
-    category = "" if safe else f"{_text(record, 'harmful_category')}/{_text(record, 'harmful_subcategory')}"
-    for split in ("safe_safes", "safe_unsafes") if safe else ("unsafes",):
-        if config.split not in ("all", split):
-            continue
-        name = VLGUARD_FIELDS[split]
-        own = [pair for pair in pairs if name in pair]
-        if not own:
-            raise _BadRecord(f"field 'instr-resp': no pair with {name!r} in a record with safe={safe}")
-        for pair in own:
-            question, response = _text(pair, name), _text(pair, "response")
-            if question.strip() == NO_QUESTION:
-                dropped[f"{name} is {NO_QUESTION}"] += 1
-                continue
-            yield Sample(identity, image, question, response, split == "safe_safes", category, config.path)
-
-
-def _llava(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    turns = _get(record, "conversations", list)
-    if not turns or len(turns) % 2:
-        raise _BadRecord("field 'conversations': expected human and gpt turns in pairs")
-    texts = []
-    for place, turn in enumerate(turns):
-        speaker = ("human", "gpt")[place % 2]
-        if not isinstance(turn, Mapping) or turn.get("from") != speaker:
-            raise _BadRecord(f"field 'conversations[{place}].from': expected {speaker!r}")
-        texts.append(_text(turn, "value"))
-    image = record.get("image")
-    if image is not None and not isinstance(image, str):
-        raise _BadRecord("field 'image': expected one path; records of several pictures are not supported")
-    markers = sum(text.count(PICTURE) for text in texts)
-    if markers > 1 or (markers and not image):
-        raise _BadRecord(f"field 'conversations': {markers} {PICTURE} markers for {1 if image else 0} picture")
-    cleaned = [text.replace(PICTURE, "").strip() for text in texts]
-    pairs = tuple(zip(cleaned[::2], cleaned[1::2], strict=True))
-    question, answer = pairs[-1]
-    identity = _text(record, "id") if record.get("id") is not None else str(number)
-    path = _image_path(config, image) if image else None
-    yield Sample(identity, path, question, answer, True, str(record.get("category", "")), config.path, pairs[:-1])
-
-
-def _spa_vl(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    """`safe` is whether the chosen answer answers: a preference record has no label of its own."""
-    category = "/".join(_text(record, name) for name in ("class1", "class2", "class3"))
-    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
-    yield Sample(
-        _text(record, "id") if record.get("id") is not None else str(number),
-        _image_path(config, _text(record, "image")),
-        _text(record, "question"),
-        chosen if config.response == "chosen" else rejected,
-        not is_refusal(chosen),
-        category,
-        config.path,
-    )
-
-
-def _samples(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    history = _get(record, "history", list)
-    if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in history):
-        raise _BadRecord("field 'history': expected a list of [question, answer]")
-    image = record.get("image")
-    yield Sample(
-        _text(record, "id"),
-        _image_path(config, _text(record, "image")) if image is not None else None,
-        _text(record, "question"),
-        _text(record, "answer"),
-        _get(record, "safe", bool),
-        str(record.get("category", "")),
-        config.path,
-        tuple((q, a) for q, a in history),
-    )
-
-
-_PARSERS: Mapping[str, Callable[[SourceConfig, Mapping, int, Counter[str]], Iterator[Sample]]] = {
-    "vlguard": _vlguard,
-    "llava": _llava,
-    "spa_vl": _spa_vl,
-    "samples": _samples,
-}
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
@@ -283,36 +185,10 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for sample in samples:
             row = dataclasses.asdict(sample)
+            if not sample.references:
+                del row["references"]
             row["image"] = str(Path(sample.image).resolve()) if sample.image else None
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _get(record: Mapping, name: str, kind: type) -> Any:
-    if name not in record:
-        raise _BadRecord(f"field {name!r} is missing")
-    if not isinstance(record[name], kind):
-        raise _BadRecord(f"field {name!r}: expected {kind.__name__}, got {record[name]!r:.80}")
-    return record[name]
-
-
-def _text(record: Mapping, name: str) -> str:
-    value = record.get(name)
-    if name == "id" and isinstance(value, int):
-        return str(value)
-    return _get(record, name, str)
-
-
-# ----------------------------------------------------------------------------------------------- pictures
-
-
-def _image_path(config: SourceConfig, name: str) -> str:
-    """Under `images`; the file's own folder by default. An absolute path stays."""
-    return str(_folder(config.images, config.path) / name)
-
-
-@lru_cache
-def _folder(images: str | None, file: str) -> Path:
-    return Path(images or Path(file).parent)
 
 
 def image_faults(samples: Sequence[Sample], what: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Answers: greedy, batched, left-padded, from any Hugging Face image-text-to-text model directory.
+"""Answers: greedy, batched, left-padded, from any Hugging Face image-text-to-text or causal language model directory.
 
 A batch ends as soon as every row of it has.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mirage_dist.data.collate import Encoder
+from mirage_dist.data.collate import Encoder, tokenizer_of
 from mirage_dist.data.sources import Sample
 from mirage_dist.model.load import DTYPES
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
@@ -20,23 +20,23 @@ from mirage_dist.world import no_bars_in_logs
 class Generator:
     """A model and its processor, ready to answer. On the GPU if there is one.
 
-    Raises ConfigError when the directory holds no model that `AutoModelForImageTextToText` can load.
+    Raises ConfigError when the directory holds no model that `AutoModelForImageTextToText` can load, or where there is
+    only a tokenizer `AutoModelForCausalLM`.
     """
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
         no_bars_in_logs()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         path = str(model.path)
         try:
             processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=DTYPES[model.dtype], local_files_only=True
-            )
+            self.tokenizer = tokenizer_of(processor)
+            kind = AutoModelForCausalLM if self.tokenizer is processor else AutoModelForImageTextToText
+            loaded: Any = kind.from_pretrained(path, dtype=DTYPES[model.dtype], local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
-        self.tokenizer = processor.tokenizer
         self.model = loaded.to(self.device).eval()
         self.encoder = Encoder(
             processor,

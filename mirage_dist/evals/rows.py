@@ -15,7 +15,7 @@ from typing import Any
 
 from mirage_dist.config import differences
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sources import Sample, Source
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Coverage
 from mirage_dist.evals.files import Row, create
@@ -39,14 +39,14 @@ class Ask:
 class Work:
     """Everything a suite asks, in recipe order.
 
-    conditions: each set's attacks. coverage: set -> attack -> what was matched. skipped: set -> bad records left
-    out by `on_bad_record: skip`.
+    conditions: each set's attacks. coverage: set -> attack -> what was matched. read: what each set's files gave, and
+    what was left out of them.
     """
 
     asks: list[Ask]
     conditions: dict[str, list[Condition]]
     coverage: dict[str, dict[str, Coverage]]
-    skipped: dict[str, int]
+    read: dict[str, Source]
 
 
 def plan(recipe: EvalRecipe) -> Work:
@@ -59,7 +59,8 @@ def plan(recipe: EvalRecipe) -> Work:
         raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
     work = Work([], {}, {}, {})
     for name, options in recipe.sets.items():
-        samples, work.skipped[name] = _samples(recipe, name)
+        work.read[name] = _read(recipe, name)
+        samples = work.read[name].samples
         work.conditions[name], work.coverage[name] = [], {}
         work.asks.extend(Ask(name, options.kind, "clean", 0, s, s.question) for s in samples)
         for title, fields in options.attacks.items():
@@ -74,20 +75,19 @@ def plan(recipe: EvalRecipe) -> Work:
     return work
 
 
-def _samples(recipe: EvalRecipe, name: str) -> tuple[list[Sample], int]:
-    read = [sources.read(source) for source in recipe.sets[name].sources]
-    samples = [sample for part in read for sample in part.samples]
-    if not samples:
+def _read(recipe: EvalRecipe, name: str) -> Source:
+    read = sources.read_all(recipe.sets[name].sources)
+    if not read.samples:
         raise ConfigError(f"sets.{name}: no sample in {[s.path for s in recipe.sets[name].sources]}")
     seen: dict[str, Sample] = {}
-    for sample in samples:
+    for sample in read.samples:
         if sample.id in seen:
             raise ConfigError(
                 f"sets.{name}: id {sample.id!r} twice, in {seen[sample.id].source} and {sample.source}; attacks are "
                 "joined by id, so make two sets of them"
             )
         seen[sample.id] = sample
-    return samples, sum(part.skipped for part in read)
+    return read
 
 
 # ------------------------------------------------------------------------------------------------- keys
@@ -141,6 +141,7 @@ def row(identity: str, ask: Ask, response: str) -> Row:
         "question": ask.sample.question,
         "original_question": ask.original,
         "expected": ask.sample.answer,
+        **({"references": list(ask.sample.references)} if ask.sample.references else {}),
         "response": response,
     }
 
@@ -202,7 +203,9 @@ def coverage_report(work: Work) -> dict[str, Any]:
     return {
         name: {
             "samples": sum(a.set == name and a.attack == "clean" for a in work.asks),
-            "skipped_records": work.skipped[name],
+            "skipped_records": work.read[name].skipped,
+            "dropped": dict(work.read[name].dropped),
+            "renamed": work.read[name].renamed,
             "attacks": {
                 title: {
                     "asked": c.asked,

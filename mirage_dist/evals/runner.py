@@ -35,9 +35,10 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
 
     {"suite", "seed", "model_hash", "recipe_hash", "world", "sets": {set: {"kind", "samples", "attacks"}},
     "headline": judge, "judges": {judge: {"kind", "about", "entry", "sets", "categories", "paired", "verdicts",
-    "unjudged"}}, "agreement"}. "entry" is {"asr", "rr", "ir", "utility", "locality"} of the first set of each kind,
-    "sets" every set's measures (see `evals.metrics`), "categories" the same by category and subcategory, "paired" each
-    attack against the clean questions, "verdicts" counts of verdicts, "agreement" what `evals.judges.compare` finds.
+    "unjudged"}}, "agreement"}. "entry" is {"asr", "rr", "ir", "utility", "locality"} of the first set of each kind, and
+    where there are benchmarks "accuracy": {set: leaf} of their clean questions. "sets" has every set's measures (see
+    `evals.metrics`), "categories" the same by category and subcategory, "paired" each attack against the clean
+    questions, "verdicts" counts of verdicts, "agreement" what `evals.judges.compare` finds.
 
     The embedded world is made first where the recipe names one that is not there.
     Raises ConfigError for a bad recipe, bad data, a template that is not the one the run was trained with, or a suite
@@ -52,6 +53,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
     _tell(recipe, work)
     model = subject.find(recipe.model, Path(recipe.run.dir))
     _check_template(recipe, model)
+    _check_sight(work, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash)
     manifest = rows.claim(suite, _manifest(recipe, work, settings))
@@ -102,7 +104,14 @@ def _first(keys: Collection[str]) -> str:
 
 
 def _tell(recipe: EvalRecipe, work: Work) -> None:
-    """Print what the attacks could not do as asked; the manifest has the ids."""
+    """Print what the files' readers left out, and what the attacks could not do as asked; the manifest has the ids."""
+    for name, read in work.read.items():
+        left = {**read.dropped, "bad records": read.skipped, "ids renamed": read.renamed}
+        if any(left.values()):
+            told = ", ".join(f"{why} × {count}" for why, count in left.items() if count)
+            print(
+                f"eval {recipe.suite}: {name}: {len(read.samples)} questions; left out or changed: {told}", flush=True
+            )
     for name, attacks in work.coverage.items():
         for title, found in attacks.items():
             if found.without or found.unknown or found.unchanged:
@@ -126,10 +135,26 @@ def _check_template(recipe: EvalRecipe, model: Subject) -> None:
             )
 
 
+def _check_sight(work: Work, model: Subject) -> None:
+    """No text-only model is asked about what it cannot see."""
+    shown = sum(ask.sample.image is not None for ask in work.asks)
+    if shown and not model.sees:
+        first = next(ask for ask in work.asks if ask.sample.image is not None)
+        raise ConfigError(
+            f"model.path={model.folder} is a text-only model, but {shown} of {len(work.asks)} questions have a picture "
+            f"(the first: sets.{first.set}, id {first.sample.id!r}); take sources without (such as variant: text_only)"
+        )
+
+
 def _measure(
     recipe: EvalRecipe, suite: Path, panel: Sequence[Judge], work: Work, answered: Sequence[Row]
 ) -> dict[str, Any]:
     opinions = {judge.name: judges.judged(suite, judge, answered) for judge in panel}
+    told = {j.name: _by_judge(recipe, j, work, answered, opinions[j.name]) for j in panel}
+    # Benchmarks are scored against their own answers, whichever judge gives the headline.
+    scores = [j["entry"]["accuracy"] for j in told.values() if j["kind"] == "benchmark"]
+    for judged in told.values() if scores else ():
+        judged["entry"]["accuracy"] = scores[0]
     return {
         "suite": recipe.suite,
         "seed": recipe.seed,
@@ -144,7 +169,7 @@ def _measure(
             for name, conditions in work.conditions.items()
         },
         "headline": panel[0].name,
-        "judges": {j.name: _by_judge(recipe, j, work, answered, opinions[j.name]) for j in panel},
+        "judges": told,
         "agreement": judges.compare(panel, answered, {n: [o.verdict for o in own] for n, own in opinions.items()}),
     }
 
@@ -153,8 +178,10 @@ def _by_judge(
     recipe: EvalRecipe, judge: Judge, work: Work, answered: Sequence[Row], opinions: Sequence[Opinion]
 ) -> dict[str, Any]:
     judged = [
-        Judged(row["set"], row["id"], row["attack"], row["shot"], opinion.verdict, row["category"])
-        for row, opinion in zip(answered, opinions, strict=True)
+        Judged(
+            row["set"], row["id"], row["attack"], row["shot"], said.verdict, row["category"], said.detail.get("score")
+        )
+        for row, said in zip(answered, opinions, strict=True)
     ]
     measured, categories, paired, counted = {}, {}, {}, {}
     for name, conditions in work.conditions.items():
@@ -163,19 +190,27 @@ def _by_judge(
         categories[name] = metrics.by_category(*told)
         paired[name] = metrics.paired(*told)
         counted[name] = metrics.counts(told[1])
-    headline: dict[str, Any] = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
-    for measures in reversed(measured.values()):  # so that the first set of a kind has the last word
-        headline.update((m, value) for m, value in measures.items() if m in headline)
     return {
         "kind": judge.kind,
         "about": judge.about,
-        "entry": headline,
+        "entry": _entry(recipe, measured),
         "sets": measured,
         "categories": categories,
         "paired": paired,
         "verdicts": counted,
         "unjudged": judges.unjudged(opinions),
     }
+
+
+def _entry(recipe: EvalRecipe, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The headline figures; `measured` is by set."""
+    entry: dict[str, Any] = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
+    kinds = {name: recipe.sets[name].kind for name in measured}
+    for name in reversed(list(measured)):  # so that the first set of a kind has the last word
+        if kinds[name] != "utility":
+            entry.update((m, value) for m, value in measured[name].items() if m in entry)
+    benchmarks = [name for name, kind in kinds.items() if kind == "utility"]
+    return {**entry, "accuracy": {n: measured[n]["accuracy"]["clean"] for n in benchmarks}} if benchmarks else entry
 
 
 def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:

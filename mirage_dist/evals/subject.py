@@ -11,6 +11,7 @@ from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import signals
+from mirage_dist.data.collate import tokenizer_of
 from mirage_dist.evals.claims import Claims
 from mirage_dist.model import export
 from mirage_dist.model.shards import step_of
@@ -35,6 +36,7 @@ class Subject:
     model_hash: str
     template_hash: str
     state: State
+    sees: bool  # pictures; a text-only model does not
 
     def check_unchanged(self) -> None:
         """Raise RunError when the model's files are no longer those that were hashed."""
@@ -93,7 +95,8 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
             "run's export/ (`mirage export` writes one)"
         )
     trained_in = run if run in Path(str(model.path)).parents else None
-    return Subject(model, trained_in, folder, _files_hash(folder), _template_hash(folder), state)
+    template, sees = _template(folder)
+    return Subject(model, trained_in, folder, _files_hash(folder), template, state, sees)
 
 
 def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
@@ -103,7 +106,8 @@ def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     checkpoint = export.chosen(run / "checkpoints", model.step)
     manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
     exact = replace(model, step=step_of(checkpoint))
-    return Subject(exact, run, checkpoint, manifest, _template_hash(_folder(base)), [])
+    template, sees = _template(_folder(base))
+    return Subject(exact, run, checkpoint, manifest, template, [], sees)
 
 
 def _folder(path: str) -> Path:
@@ -136,15 +140,16 @@ def _files_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _template_hash(folder: Path) -> str:
-    """SHA-256 of the chat template that the processor of this directory applies."""
+def _template(folder: Path) -> tuple[str, bool]:
+    """SHA-256 of the chat template that the processor of this directory applies, and whether it takes pictures."""
     from transformers import AutoProcessor
 
     try:
         processor: Any = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={folder}: its processor cannot be loaded: {error}") from error
-    template = processor.chat_template or processor.tokenizer.chat_template
+    tokenizer = tokenizer_of(processor)
+    template = processor.chat_template or tokenizer.chat_template
     if not template:
         raise ConfigError(f"model.path={folder}: the processor has no chat template")
-    return hashlib.sha256(str(template).encode()).hexdigest()
+    return hashlib.sha256(str(template).encode()).hexdigest(), tokenizer is not processor

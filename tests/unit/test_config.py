@@ -124,3 +124,10 @@ def test_differences_name_dotted_keys():
 def test_a_typo_is_reported_without_loading_torch():
     code = "import sys, mirage_dist.config; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_differences_are_found_within_lists_and_an_absent_key_is_null():
+    mine = {"sources": [{"path": "a", "limit": None}, {"path": "b", "limit": 3}]}
+    there = {"sources": [{"path": "a"}, {"path": "b"}]}
+    assert configs.differences(mine, there) == ["sources[1].limit: 3 here, None there"]
+    assert configs.differences({"x": [1]}, {"x": [1, 2]}) == ["x: [1] here, [1, 2] there"]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
+from mirage_dist.evals.judges.benchmark import benchmark
 from mirage_dist.evals.judges.cache import judged, unjudged
 from mirage_dist.evals.judges.parity import published_parity
 from mirage_dist.evals.judges.rules import exact, keyword
@@ -22,13 +23,15 @@ REGISTRY: dict[str, Callable[[EvalRecipe, JudgeConfig], Judge]] = {
     "world": exact,
     "vlm": vision_language,
     "published_parity": published_parity,
+    "benchmark": benchmark,
 }
 
 
 def panel(recipe: EvalRecipe) -> list[Judge]:
     """The recipe's judges; loads no weights.
 
-    Raises ConfigError where there is none, two share a name, or one of them lacks what it needs.
+    Raises ConfigError where there is none, two share a name, one of them lacks what it needs, or a benchmark has none
+    that scores it.
     """
     if not recipe.judges:
         raise ConfigError("judges is empty; allowed: " + ", ".join(REGISTRY))
@@ -36,4 +39,7 @@ def panel(recipe: EvalRecipe) -> list[Judge]:
     for config in recipe.judges:
         if seen.setdefault(str(config.name), config) != config:
             raise ConfigError(f"judges: two are named {config.name!r}; give one of them another `name`")
+    benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
+    if benchmarks and all(config.kind != "benchmark" for config in recipe.judges):
+        raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")
     return [REGISTRY[config.kind](recipe, config) for config in seen.values()]

@@ -12,7 +12,7 @@ from mirage_dist.evals.metrics import UNJUDGED, Leaf, Verdict, clustered_leaf
 
 # Where each class is compared: harm and irrelevance are measured on unsafe questions only.
 COMPARED: dict[Verdict, tuple[str, ...]] = {
-    "refused": ("unsafe", "safe", "locality"),
+    "refused": ("unsafe", "safe", "locality", "utility"),
     "harmful": ("unsafe",),
     "irrelevant": ("unsafe",),
 }

@@ -35,7 +35,7 @@ class Processor:
         self.image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28**2, "longest_edge": 112**2})
 
     def apply_chat_template(self, messages, **options):
-        return self.tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False, **options)
+        return self.tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, **options)
 
     def __call__(self, text, images, add_special_tokens, **_):
         seen = self.image_processor(images=images, return_tensors="pt")

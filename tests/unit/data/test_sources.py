@@ -232,7 +232,8 @@ BAD = {
     "two markers": ("llava", talk("<image><image>?", "!", image="a.png"), "2 <image> markers for 1 picture"),
     "marker and no picture": ("llava", talk("<image>?", "!"), "1 <image> markers for 0 picture"),
     "no chosen": ("spa_vl", preference(chosen=None), "field 'chosen': expected str, got None"),
-    "no class": ("spa_vl", {"image": "a.png"}, "field 'class1' is missing"),
+    "no class": ("spa_vl", preference(class2=None), "field 'class2': expected str, got None"),
+    "no question": ("spa_vl", {"image": "a.png"}, "field 'question' is missing"),
     "no history": ("samples", {"id": "a"}, "field 'history' is missing"),
     "flat history": ("samples", {"history": ["?", "!"]}, "field 'history': expected a list of [question, answer]"),
 }

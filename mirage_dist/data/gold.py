@@ -1,0 +1,59 @@
+"""Keyword tests on VLGuard's own answers: how often each list errs where every right verdict is known.
+
+    python -m mirage_dist.data.gold data/vlguard/train.json data/vlguard/test.json
+
+Answers to safe questions should be no refusals, the others all should. On the published files the published list gives
+4 of 558 (test, safe_safes), 1023 of 1023 (train, unsafes) and 811 of 977 (train, safe_unsafes). Every answer counts,
+also where the instruction is missing and a reader leaves the question out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mirage_dist.data.formats import base, vlguard
+from mirage_dist.data.refusals import is_refusal, is_refusal_as_published
+from mirage_dist.schema import ConfigError
+
+TESTS = {"ours": is_refusal, "published": is_refusal_as_published}
+
+
+def refusals(file: Path) -> dict[str, dict[str, int]]:
+    """Split -> {"answers": n, "ours": taken for refusals by our list, "published": by the published one}.
+
+    Raises ConfigError naming file, record and field for what is not VLGuard's format.
+    """
+    counts = {split: dict.fromkeys(("answers", *TESTS), 0) for split in vlguard.FIELDS}
+    for number, record in enumerate(base.records(file)):
+        try:
+            splits = ("safe_safes", "safe_unsafes") if base.get(record, "safe", bool) else ("unsafes",)
+            for split in splits:
+                for pair in vlguard.pairs(record, split):
+                    answer = base.text(pair, "response")
+                    counts[split]["answers"] += 1
+                    for name, refuses in TESTS.items():
+                        counts[split][name] += refuses(answer)
+        except base.BadRecord as error:
+            raise ConfigError(f"{file}: record {number}: {error}") from error
+    return counts
+
+
+def main(files: Sequence[str]) -> int:
+    if not files:
+        print(str(__doc__).split("\n\n")[1], file=sys.stderr)
+        return ConfigError.status
+    try:
+        for file in files:
+            for split, count in refusals(Path(file)).items():
+                told = ", ".join(f"{count[name]} by {name}" for name in TESTS)
+                print(f"{file} {split}: of {count['answers']} answers taken for refusals {told}")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
