@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from mirage_dist import config as configs
@@ -167,9 +168,9 @@ def _measure(
 def _by_judge(
     recipe: EvalRecipe, judge: Judge, work: Work, answered: Sequence[Row], opinions: Sequence[Opinion]
 ) -> dict[str, Any]:
-    judged = [
-        Judged(row["set"], row["id"], row["attack"], row["shot"], opinion.verdict, row["category"])
-        for row, opinion in zip(answered, opinions, strict=True)
+    judged = [  # of a million rows, so that words which many of them share are kept once
+        Judged(*map(intern, (row["set"], row["id"], row["attack"])), row["shot"], said.verdict, intern(row["category"]))
+        for row, said in zip(answered, opinions, strict=True)
     ]
     measured, categories, paired, counted = {}, {}, {}, {}
     for name, conditions in work.conditions.items():
