@@ -365,3 +365,9 @@ class EvalRecipe:
     seed: int = 0  # of the run under test, for the record: greedy decoding draws nothing
     world: WorldConfig | None = None
     follow: str | None = None  # a training run, each of whose checkpoints answers in place of `model` (`evals.follow`)
+    wandb_outputs: int = 0  # with `follow`: so many answers of each checkpoint go to W&B too, in the model's words
+
+    def __post_init__(self) -> None:
+        _require(self, ("wandb_outputs",), "a whole number from 0", lambda x: x >= 0)
+        if self.wandb_outputs and self.follow is None:
+            raise ConfigError("wandb_outputs: belongs to `follow`, whose W&B run they go to; without it leave it out")

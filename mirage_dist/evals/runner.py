@@ -221,6 +221,7 @@ def _recipe_hash(recipe: EvalRecipe) -> str:
     others = (
         "run",
         "follow",
+        "wandb_outputs",
         "model.path",
         "model.run",
         "model.step",
