@@ -165,13 +165,16 @@ def _measure(
     }
 
 
+def _judged(row: Row, opinion: Opinion) -> Judged:
+    """There may be a million: words that many rows share are kept once."""
+    place = intern(row["set"]), intern(row["id"]), intern(row["attack"]), row["shot"]
+    return Judged(*place, opinion.verdict, intern(row["category"]))
+
+
 def _by_judge(
     recipe: EvalRecipe, judge: Judge, work: Work, answered: Sequence[Row], opinions: Sequence[Opinion]
 ) -> dict[str, Any]:
-    judged = [  # of a million rows, so that words which many of them share are kept once
-        Judged(*map(intern, (row["set"], row["id"], row["attack"])), row["shot"], said.verdict, intern(row["category"]))
-        for row, said in zip(answered, opinions, strict=True)
-    ]
+    judged = [_judged(row, opinion) for row, opinion in zip(answered, opinions, strict=True)]
     measured, categories, paired, counted = {}, {}, {}, {}
     for name, conditions in work.conditions.items():
         told = recipe.sets[name].kind, [j for j in judged if j.set == name], conditions, judge.verdicts
