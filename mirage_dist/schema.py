@@ -374,13 +374,23 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding is greedy; an answer ends with the end token or after `max_new_tokens`."""
+    """Decoding is greedy; an answer ends with the end token or after `max_new_tokens`.
+
+    vllm is for GPUs: an optional extra, and answers that may differ from hf's where two tokens are about as likely.
+    """
 
     max_new_tokens: int = 256
-    batch_size: int = 16
+    batch_size: int = 16  # rows that are answered, and claimed, at once; vllm wants hundreds
+    backend: Literal["hf", "vllm"] = "hf"
+    gpu_memory_utilization: float | None = None  # vllm only: share of the GPU that it takes at once; default .9
 
     def __post_init__(self) -> None:
         _require(self, ("max_new_tokens", "batch_size"), "a whole number above 0", lambda x: x >= 1)
+        _require(self, ("gpu_memory_utilization",), "a share above 0, at most 1", lambda x: 0 < x <= 1)
+        if self.backend == "vllm":
+            object.__setattr__(self, "gpu_memory_utilization", self.gpu_memory_utilization or 0.9)
+        elif self.gpu_memory_utilization is not None:
+            raise ConfigError("gpu_memory_utilization: belongs to backend vllm, with hf leave it out")
 
 
 @dataclass(frozen=True)
@@ -406,3 +416,9 @@ class EvalRecipe:
     seed: int = 0  # of the run under test, for the record: greedy decoding draws nothing
     world: WorldConfig | None = None
     follow: str | None = None  # a training run, each of whose checkpoints answers in place of `model` (`evals.follow`)
+    wandb_outputs: int = 0  # with `follow`: so many answers of each checkpoint go to W&B too, in the model's words
+
+    def __post_init__(self) -> None:
+        _require(self, ("wandb_outputs",), "a whole number from 0", lambda x: x >= 0)
+        if self.wandb_outputs and self.follow is None:
+            raise ConfigError("wandb_outputs: belongs to `follow`, whose W&B run they go to; without it leave it out")

@@ -103,11 +103,25 @@ class Encoder:
         """Keyword arguments of `generate` for these questions, left-padded. Raises TooLong."""
         rows, pictures = self._rows(samples, answered=False)
         for sample, row in zip(samples, rows, strict=True):
-            if (length := len(row["input_ids"])) > self.max_length:
-                raise TooLong(f"{_name(sample)}: the prompt has {length} tokens, max_length is {self.max_length}")
+            self._check_prompt(sample, len(row["input_ids"]))
         tensors = self._stack(rows, left=True)
         del tensors["labels"]
         return {**tensors, **pictures}
+
+    def prompt(self, sample: Sample) -> tuple[list[int], Image.Image | None]:
+        """`prompts` for engines that run the processor themselves: token ids, the picture's mark not expanded, and the
+        picture. Raises TooLong by the length that `sizes` tells.
+        """
+        pieces = self._pieces(sample, answered=False)
+        ids = self._first_ids(pieces[0])
+        for before, piece in pairwise(pieces):
+            ids = ids + self._ids_behind(before, piece)
+        self._check_prompt(sample, len(ids) + (self.picture_growth if sample.image is not None else 0))
+        return ids, None if sample.image is None else self._picture(sample.image)
+
+    def _check_prompt(self, sample: Sample, length: int) -> None:
+        if length > self.max_length:
+            raise TooLong(f"{_name(sample)}: the prompt has {length} tokens, max_length is {self.max_length}")
 
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """One training batch. Raises TooLong for a row over max_length unless `on_long` is truncate."""

@@ -181,22 +181,16 @@ class Merged(Sequence[Row]):
                 handle.close()
 
 
-def read_lines(file: Path) -> tuple[list[Row], int]:
-    """The whole lines of a JSONL file that a dying process may have left half written, and how many are not."""
+def whole_objects(file: Path) -> Iterator[Row]:
+    """Of a JSONL file, if it is there, that a dying process may have left half written: every whole line's object."""
     if not file.exists():
-        return [], 0
-    rows, half = [], 0
-    for line in file.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n"):
-                raise ValueError("no end of line")
-            rows.append(json.loads(line))
-        except ValueError:
-            half += 1
-    return rows, half
+        return
+    for _, line in lines(file):
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
-def write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str | Iterable[str]) -> None:
     """Beside, fsynced, renamed: a reader sees the old file or the new one. Raises RunError on a full disk."""
     with _beside(file, text) as whole:
         os.replace(whole, file)
@@ -217,12 +211,12 @@ def create(file: Path, text: str, durable: bool = True) -> bool:
 
 
 @contextmanager
-def _beside(file: Path, text: str, durable: bool = True) -> Iterator[Path]:
+def _beside(file: Path, text: str | Iterable[str], durable: bool = True) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with told(file.parent), open(beside, "x", encoding="utf-8", opener=private) as handle:
-            handle.write(text)
+            handle.writelines([text] if isinstance(text, str) else text)
             handle.flush()
             if durable:
                 os.fsync(handle.fileno())

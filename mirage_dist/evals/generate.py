@@ -45,7 +45,7 @@ class Generator:
             system_prompt=template.system_prompt,
         )
         self.batch_size = generation.batch_size
-        self.options = _options(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
+        self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
         """Answer every sample; yields each batch, as it is done, as (index into `samples`, answer) pairs.
@@ -68,7 +68,7 @@ class Generator:
         try:
             return self.answer(samples)
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
-            if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             return None
 
@@ -95,12 +95,16 @@ class Generator:
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _options(defaults: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+def out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error) or "not enough memory" in str(error)
+
+
+def greedy(defaults: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
     """Greedy decoding, whatever sampling the model's own generation config asks for."""
     # Chat models may end with one of several tokens; only their generation config knows them all.
     eos = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
     if eos is None:
         raise ConfigError("the model names no end token: neither generation_config.json nor the tokenizer has one")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    return {**greedy, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
+    likeliest = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    return {**likeliest, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}

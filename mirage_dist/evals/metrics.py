@@ -32,7 +32,7 @@ Leaf = dict[str, Any]
 Rate = Callable[[str, int], Leaf | None]  # of an attack and a K
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Judged:
     """One answer's verdict, and where it stands: shot 0 is the question as it is, 1 … K are rewrites.
 

@@ -100,7 +100,11 @@ def settings(recipe: EvalRecipe, model_hash: str, chat_template_hash: str) -> di
         "chat_template_hash": chat_template_hash,
         "dtype": recipe.model.dtype,
         "template": asdict(recipe.template),
-        "generation": {"decoding": "greedy", "max_new_tokens": recipe.generation.max_new_tokens},
+        "generation": {
+            "decoding": "greedy",
+            "max_new_tokens": recipe.generation.max_new_tokens,
+            "backend": recipe.generation.backend,
+        },
     }
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import platform
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist.data import toyworld
-from mirage_dist.evals import judges, metrics, rows, subject, worker
+from mirage_dist.evals import judges, metrics, rows, subject, vllm_backend, worker
 from mirage_dist.evals.claims import Claims
 from mirage_dist.evals.files import Answers, Row, suite_dir, told, write_atomically
 from mirage_dist.evals.generate import Generator
@@ -24,6 +26,7 @@ from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.rows import Work
 from mirage_dist.evals.subject import Subject
+from mirage_dist.evals.worker import Generate
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
 
@@ -41,11 +44,12 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
     questions, "verdicts" counts of verdicts, "agreement" what `evals.judges.compare` finds.
 
     The embedded world is made first where the recipe names one that is not there.
-    Raises ConfigError for a bad recipe, bad data, a template that is not the one the run was trained with, or a suite
-    directory that holds other settings' answers; all but a model that does not load before any weights are read. Raises
-    RunError when the disk is full or the model's files change, and StopRequested behind the batch in which a signal
-    came (see `signals`).
+    Raises ConfigError for a bad recipe, an engine that is not installed, bad data, a template that is not the one the
+    run was trained with, or a suite directory that holds other settings' answers; all but a model that does not load
+    before any weights are read. Raises RunError when the disk is full or the model's files change, and StopRequested
+    behind the batch in which a signal came (see `signals`).
     """
+    versions = _versions(recipe)  # and whether the engine is there at all
     if recipe.world is not None:
         toyworld.make(recipe.world)
     panel = judges.panel(recipe)
@@ -56,17 +60,12 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
     _check_sight(work, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash)
-    manifest = rows.claim(suite, _manifest(recipe, work, settings))
+    manifest = rows.claim(suite, _manifest(recipe, work, settings, versions))
     _keep_recipe(recipe, suite)
     asks = rows.keyed(work.asks, settings)
     with Claims(suite) as claims:
-
-        def load() -> Generator:
-            generator = Generator(model.loadable(suite, claims), recipe.template, recipe.generation)
-            model.check_unchanged()
-            return generator
-
-        answers = worker.work(suite, asks, rows.chunks(asks, manifest["chunk_rows"]), claims, load, place)
+        with _loader(recipe, model, suite, claims) as load:
+            answers = worker.work(suite, asks, rows.chunks(asks, manifest["chunk_rows"]), claims, load, place)
         model.check_unchanged()
         _tell_repeated(recipe, answers)
         if (claim := claims.take("judging")) is None:
@@ -79,6 +78,23 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
         finally:
             claims.release(claim)
     return result
+
+
+@contextmanager
+def _loader(recipe: EvalRecipe, model: Subject, suite: Path, claims: Claims) -> Iterator[Callable[[], Generate]]:
+    """What loads the model when there is something to answer; in the end the GPU is free for the judges."""
+    with ExitStack() as loaded:
+
+        def load() -> Generate:
+            told = model.loadable(suite, claims), recipe.template, recipe.generation
+            if recipe.generation.backend == "vllm":
+                generator = loaded.enter_context(vllm_backend.Generator(*told))
+            else:
+                generator = Generator(*told)
+            model.check_unchanged()
+            return generator
+
+        yield load
 
 
 def _keep_recipe(recipe: EvalRecipe, suite: Path) -> None:
@@ -174,15 +190,16 @@ def _measure(
     }
 
 
+def _judged(row: Row, opinion: Opinion) -> Judged:
+    """There may be a million: words that many rows share are kept once."""
+    place = intern(row["set"]), intern(row["id"]), intern(row["attack"]), row["shot"]
+    return Judged(*place, opinion.verdict, intern(row["category"]), opinion.detail.get("score"))
+
+
 def _by_judge(
     recipe: EvalRecipe, judge: Judge, work: Work, answered: Sequence[Row], opinions: Sequence[Opinion]
 ) -> dict[str, Any]:
-    judged = [
-        Judged(
-            row["set"], row["id"], row["attack"], row["shot"], said.verdict, row["category"], said.detail.get("score")
-        )
-        for row, said in zip(answered, opinions, strict=True)
-    ]
+    judged = [_judged(row, opinion) for row, opinion in zip(answered, opinions, strict=True)]
     measured, categories, paired, counted = {}, {}, {}, {}
     for name, conditions in work.conditions.items():
         told = recipe.sets[name].kind, [j for j in judged if j.set == name], conditions, judge.verdicts
@@ -213,10 +230,11 @@ def _entry(recipe: EvalRecipe, measured: Mapping[str, Mapping[str, Any]]) -> dic
     return {**entry, "accuracy": {n: measured[n]["accuracy"]["clean"] for n in benchmarks}} if benchmarks else entry
 
 
-def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(
+    recipe: EvalRecipe, work: Work, settings: Mapping[str, Any], versions: Mapping[str, str]
+) -> dict[str, Any]:
     """`settings`: all that decides the rows; not where things lie, how fast they are asked or how judged."""
     tree = configs.to_dict(recipe)
-    libraries = ("mirage-dist", "torch", "transformers")
     return {
         "settings": {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings},
         "chunk_rows": recipe.generation.batch_size,
@@ -224,8 +242,14 @@ def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> di
         "model": configs.to_dict(recipe.model),
         "recipe_hash": _recipe_hash(recipe),
         "sets": rows.coverage_report(work),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": versions,
     }
+
+
+def _versions(recipe: EvalRecipe) -> dict[str, str]:
+    libraries = {name: version(name) for name in ("mirage-dist", "torch", "transformers")}
+    engine = {"vllm": vllm_backend.version()} if recipe.generation.backend == "vllm" else {}
+    return {"python": platform.python_version(), **libraries, **engine}
 
 
 def _recipe_hash(recipe: EvalRecipe) -> str:
@@ -233,10 +257,12 @@ def _recipe_hash(recipe: EvalRecipe) -> str:
     others = (
         "run",
         "follow",
+        "wandb_outputs",
         "model.path",
         "model.run",
         "model.step",
         "generation.batch_size",
+        "generation.gpu_memory_utilization",
         "judges",
         "seed",
         "world",

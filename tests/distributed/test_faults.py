@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from mirage_dist import config
 from mirage_dist.config import REPOSITORY
-from mirage_dist.evals import follow, runner, status
+from mirage_dist.evals import files, follow, runner, status
 from mirage_dist.model import export
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.world import _free_port
@@ -126,6 +126,40 @@ def test_each_checkpoint_of_a_run_is_evaluated_as_it_comes(whole, copy, toy, mon
     identity = json.loads((copy / "manifest.json").read_text())["wandb_id"]
     assert identity in records.name
     assert all(name in records.read_bytes() for name in (b"eval/asr/clean", b"eval/step"))
+    assert not any(name in records.read_bytes() for name in (b"eval/outputs", b"response"))
+    assert not list(copy.glob("wandb/offline-run-*/files/media/**/*.json"))
+
+
+def test_what_a_model_said_goes_to_wandb_only_when_asked_and_no_more_than_asked(whole, copy, toy, capsys):
+    shutil.copytree(whole / "export", copy / "export")
+    for gone in (1, 2, 3):
+        shutil.rmtree(copy / f"checkpoints/step-{gone:06d}")
+    followed = suite_of(toy, copy, model={"path": "unused", "dtype": "fp32"}, follow=str(copy), wandb_outputs=7)
+    with pytest.raises(ConfigError, match=r"wandb_outputs=7: .*does not tell W&B"):
+        follow.follow(followed)
+    recipe = config.load(copy / "config.yaml", [], TrainRecipe)
+    config.write_yaml(replace(recipe, monitor=replace(recipe.monitor, wandb="offline")), copy / "config.yaml")
+    follow.follow(followed)
+    assert "eval s: step 5: 7 of 20 answers go to W&B" in capsys.readouterr().out
+    tables = sorted(copy.glob("wandb/offline-run-*/files/media/**/*.table.json"), key=lambda file: file.stat().st_mtime)
+    places = []
+    for step, file in zip((4, 5), tables, strict=True):
+        told = json.loads(file.read_text())
+        assert told["columns"] == ["set", "attack", "shot", "id", "category", "question", "response", "verdict"]
+        answers = files.Answers(copy / f"evals/s/step-{step:06d}").refresh()
+        judged = files.whole_objects(answers.folder.parent / "verdicts/keyword.jsonl")
+        verdicts = {line["key"]: line["verdict"] for line in judged}
+        said = {row["id"]: (row["response"], verdicts[row["key"]]) for row in answers.of(verdicts)}
+        assert {row[3]: (row[6], row[7]) for row in told["data"]}.items() <= said.items()
+        assert len(told["data"]) == 7
+        places.append([row[:4] for row in told["data"]])
+    assert places[0] == places[1]
+    for file in copy.glob("wandb/offline-run-*/**/*"):
+        if file.is_file() and file.stat().st_mode & 0o077:  # others may read it
+            content = file.read_bytes()
+            assert not any(answer.encode() in content for answer, _ in said.values() if answer), file
+    with pytest.raises(ConfigError, match=r"wandb_outputs: belongs to `follow`"):
+        suite_of(toy, copy, model={"path": "x"}, wandb_outputs=7)
 
 
 # ------------------------------------------------------------------------------------------ damage on disk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from sys import intern
 from typing import Any
 
 from mirage_dist import stats
@@ -27,8 +28,10 @@ def compare(panel: Sequence[Judge], rows: Sequence[Row], said: Mapping[str, Verd
     Against labels: {"judge", "labels", "verdict", "precision": leaf, "recall": leaf, "unjudged"}. κ is None where
     chance alone gives full agreement. said: judge -> a verdict for each row.
     """
-    places = [(row["kind"], (row["set"], row["id"])) for row in rows]  # read once: they may lie on disk
     pairs, labelled = [], []
+    if len(panel) < 2:
+        return {"pairs": pairs, "against_labels": labelled}
+    places = [(intern(row["kind"]), (intern(row["set"]), intern(row["id"]))) for row in rows]  # they may lie on disk
     for a, b in combinations(panel, 2):
         for verdict, kinds in COMPARED.items():
             if verdict not in a.verdicts & b.verdicts:

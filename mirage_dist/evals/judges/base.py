@@ -59,7 +59,8 @@ class Rule:
     slow: bool = False
 
     def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
-        return ((i, Opinion(self.judge(row))) for i, row in enumerate(rows))
+        said = {verdict: Opinion(verdict) for verdict in self.verdicts}  # one a verdict, not one a row
+        return ((i, said[self.judge(row)]) for i, row in enumerate(rows))
 
 
 def fingerprint(*parts: ModuleType | bytes | Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Judges: strict about what they are told, silent about keys, never asked twice, and compared with each other."""
 
 import json
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mirage_dist.evals import judges
 from mirage_dist.evals.judges import agreement, asking, cache, parity, vlm
 from mirage_dist.evals.judges.asking import Failed
 from mirage_dist.model import toymodel
-from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig, RunError
 
 LOCAL = JudgeConfig("vlm", url="http://localhost:1/v1", model="m")
 
@@ -252,6 +253,21 @@ def test_a_judge_stopped_half_way_goes_on_from_there(tmp_path, monkeypatch):
     again = Scripted(lambda _: said())
     assert len(cache.judged(tmp_path, vlm.VisionLanguageJudge(LOCAL, again), rows)) == 5
     assert len(again.asked) == 2
+
+
+def test_a_full_disk_ends_a_judging_in_words_and_the_next_start_does_the_rest(tmp_path):
+    rows = [row(str(i)) for i in range(40)]
+    backend = Scripted(lambda _: said())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"verdicts: cannot be written \(\[Errno 27\] File too large"):
+            cache.judged(tmp_path, vlm.VisionLanguageJudge(LOCAL, backend), rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = Scripted(lambda _: said())
+    assert len(cache.judged(tmp_path, vlm.VisionLanguageJudge(LOCAL, again), rows)) == 40
+    assert 0 < len(again.asked) < 40
 
 
 def test_failures_are_counted_and_asked_again_and_unparsed_are_not(tmp_path, capsys):

