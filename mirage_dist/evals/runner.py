@@ -22,6 +22,7 @@ from mirage_dist.evals.files import Answers, Row, suite_dir, told, write_atomica
 from mirage_dist.evals.generate import Generator
 from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.rewrites import Rewriter
 from mirage_dist.evals.rows import Work
 from mirage_dist.evals.subject import Subject
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
@@ -48,23 +49,24 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
     if recipe.world is not None:
         toyworld.make(recipe.world)
     panel = judges.panel(recipe)
-    work = rows.plan(recipe)
-    _tell(recipe, work)
     model = subject.find(recipe.model, Path(recipe.run.dir))
     _check_template(recipe, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash)
+
+    def load(claims: Claims) -> Generator:
+        generator = Generator(model.loadable(suite, claims), recipe.template, recipe.generation)
+        model.check_unchanged()
+        return generator
+
+    work = rows.plan(recipe, Rewriter(suite, settings, load))
+    _tell(recipe, work)
     manifest = rows.claim(suite, _manifest(recipe, work, settings))
     _keep_recipe(recipe, suite)
     asks = rows.keyed(work.asks, settings)
     with Claims(suite) as claims:
-
-        def load() -> Generator:
-            generator = Generator(model.loadable(suite, claims), recipe.template, recipe.generation)
-            model.check_unchanged()
-            return generator
-
-        answers = worker.work(suite, asks, rows.chunks(asks, manifest["chunk_rows"]), claims, load, place)
+        chunks = rows.chunks(asks, manifest["chunk_rows"])
+        answers = worker.work(suite, asks, chunks, claims, lambda: load(claims), place)
         model.check_unchanged()
         _tell_repeated(recipe, answers)
         if (claim := claims.take("judging")) is None:

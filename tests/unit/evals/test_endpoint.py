@@ -12,9 +12,9 @@ from itertools import pairwise
 import pytest
 
 from mirage_dist import signals
-from mirage_dist.evals import judges
-from mirage_dist.evals.judges import cache, endpoint
-from mirage_dist.evals.judges.endpoint import Endpoint
+from mirage_dist.evals import endpoint, judges
+from mirage_dist.evals.endpoint import Endpoint
+from mirage_dist.evals.judges import cache
 from mirage_dist.schema import ConfigError, JudgeConfig
 
 KEY = "sk-s3cret"
