@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mirage_dist.data.collate import IGNORE
+from mirage_dist.data.collate import IGNORE, Batch
 from mirage_dist.data.sources import FIRST_WORD, Sample
 from mirage_dist.evals.generate import Generator
 from mirage_dist.model import vision
@@ -57,21 +57,63 @@ class Row:
     bare: tuple[list[int], int]
 
 
+class Model:
+    """The model under test as searches need it: its log-probabilities, its texts, and the tokens that may stand in one.
+
+    avoid: words that no suffix may hold. Raises ConfigError where no token is left.
+    """
+
+    def __init__(self, generator: Generator, avoid: Sequence[str]) -> None:
+        self.policy = Policy(generator.model).requires_grad_(False).eval()
+        self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
+        self.avoid = {word.lower() for word in avoid}
+        self.allowed_A = self._allowed()
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).strip()
+
+    def tokens(self, sample: Sample, text: str) -> tuple[list[int], int]:
+        """Those of the prompt without its picture, through the answer, and where the answer begins."""
+        batch = self.encoder.encode([_asked(replace(sample, image=None), text)])
+        labelled = (batch.labels_BS[0] != IGNORE).nonzero()
+        return batch.inputs["input_ids"][0].tolist(), int(labelled[0])
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """On the model's device, with the picture's features in place of the picture where the model allows it."""
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
+        inputs = {n: t.to(self.policy.base.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+        try:
+            vision.check(self.policy.base)
+        except ConfigError:
+            return inputs
+        with torch.no_grad():
+            features = self.policy(inputs, Request(vision=True)).vision_IPF
+        return {**{n: t for n, t in inputs.items() if n != "pixel_values"}, vision.FEATURES: features}
+
+    def _allowed(self) -> Tensor:
+        """Tokens that a suffix may hold: printable ASCII text, no special token, no word of `avoid`."""
+        tokenizer = self.encoder.tokenizer
+        size = min(len(tokenizer), self.policy.base.get_input_embeddings().weight.shape[0])
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        texts = tokenizer.batch_decode([[i] for i in range(size)], clean_up_tokenization_spaces=False)
+        allowed = [i for i, text in enumerate(texts) if i not in special and self._may_stand(text.strip())]
+        if not allowed:
+            raise ConfigError("avoid: leaves no token for a suffix")
+        return torch.tensor(allowed)
+
+    def _may_stand(self, text: str) -> bool:
+        return text != "" and text.isascii() and text.isprintable() and text.lower() not in self.avoid
+
+
 class Problem:
     """What is searched: a suffix of `length` tokens for these samples at once. Their answers are the targets.
 
-    avoid: words that the suffix may not hold. seed: of the draws, with the number of the step.
-    Raises ConfigError where no token may be used, and RunError where no suffix of that length can be asked as text.
+    seed: of the draws, with the number of the step. Raises RunError where no suffix of that length survives as text.
     """
 
-    def __init__(
-        self, generator: Generator, samples: Sequence[Sample], avoid: Sequence[str], length: int, seed: str
-    ) -> None:
-        self.policy = Policy(generator.model).requires_grad_(False).eval()
-        self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
+    def __init__(self, model: Model, samples: Sequence[Sample], length: int, seed: str) -> None:
+        self.model, self.policy, self.device = model, model.policy, model.device
         self.samples, self.length, self.seed = list(samples), length, seed
-        self.avoid = {word.lower() for word in avoid}
-        self.allowed_A = self._allowed()
         self.first_ids = self._first()
         self.rows = [self._row(sample, self.first_ids) for sample in samples]
 
@@ -95,8 +137,8 @@ class Problem:
 
     def candidates(self, state: State, count: int, top_k: int) -> list[list[int]]:
         """Up to `count` different single swaps whose text has exactly their tokens."""
-        score_LA = -self.gradient(state.ids)[:, self.allowed_A]
-        best_LK = self.allowed_A[score_LA.topk(min(top_k, len(self.allowed_A)), dim=1).indices.cpu()]
+        score_LA = -self.gradient(state.ids)[:, self.model.allowed_A]
+        best_LK = self.model.allowed_A[score_LA.topk(min(top_k, len(self.model.allowed_A)), dim=1).indices.cpu()]
         draw = self._draw(state.step)
         places = torch.randint(self.length, (count,), generator=draw).tolist()
         ranks = torch.randint(best_LK.shape[1], (count,), generator=draw).tolist()
@@ -124,7 +166,7 @@ class Problem:
     @torch.no_grad()
     def losses(self, ids_CL: Tensor) -> Tensor:
         """Of each candidate: (C,), float32 on the CPU."""
-        parts = ids_CL.to(self.device).split(self.rows_at_once)
+        parts = ids_CL.to(self.device).split(self.model.rows_at_once)
         by_row = [torch.cat([self._losses(row, part) for part in parts]) for row in self.rows]
         return torch.stack(by_row).mean(0).float().cpu()
 
@@ -154,90 +196,57 @@ class Problem:
 
     # --------------------------------------------------------------------------------------- tokens and text
 
-    def text(self, ids: Sequence[int]) -> str:
-        return self.encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).strip()
-
     def survives(self, ids: Sequence[int], rows: Sequence[Row]) -> bool:
         """Whether the text of these tokens gives exactly them again, in each of these prompts, and may be asked."""
-        text = self.text(ids)
-        if self.avoid & {word.lower() for word in FIRST_WORD.findall(text)}:
+        text = self.model.text(ids)
+        if self.model.avoid & {word.lower() for word in FIRST_WORD.findall(text)}:
             return False
         for row in rows:
             was, first = row.bare
-            if self._bare(row.sample, text)[0] != [*was[:first], *ids, *was[first + self.length :]]:
+            if self.model.tokens(row.sample, text)[0] != [*was[:first], *ids, *was[first + self.length :]]:
                 return False
         return True
 
     def _row(self, sample: Sample, ids: Sequence[int]) -> Row:
-        text = self.text(ids)
-        batch = self.encoder.encode([_asked(sample, text)])
+        text = self.model.text(ids)
+        batch = self.model.encoder.encode([_asked(sample, text)])
         # Of several answers (an earlier turn's) the last is the target; its end token is left out.
         index_N, labels_S = batch.index_N, batch.labels_BS.flatten()
         answer = (index_N.diff(prepend=index_N[:1] - 1) != 1).nonzero()[-1:].flatten()
         index_T = index_N[int(answer) if len(answer) else 0 : -1]
         before = int(index_T[0]) + 1
-        first, bare = _last(batch.inputs["input_ids"][0, :before].tolist(), ids), self._bare(sample, text)
+        first, bare = _last(batch.inputs["input_ids"][0, :before].tolist(), ids), self.model.tokens(sample, text)
         bare_first = _last(bare[0][: bare[1]], ids)
         if first is None or bare_first is None:
             raise RunError(f"{sample.source}: sample {sample.id!r}: its prompt splits the suffix {text!r} otherwise")
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-        inputs = {n: t.to(self.policy.base.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
         return Row(
             sample,
-            self._seen(inputs),
+            self.model.inputs(batch),
             first,
             index_T.to(self.device),
             labels_S[index_T + 1].to(self.device),
             (bare[0], bare_first),
         )
 
-    def _seen(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the picture's features in place of the picture, where the model allows it: they stay the same."""
-        try:
-            vision.check(self.policy.base)
-        except ConfigError:
-            return inputs
-        with torch.no_grad():
-            features = self.policy(inputs, Request(vision=True)).vision_IPF
-        return {**{n: t for n, t in inputs.items() if n != "pixel_values"}, vision.FEATURES: features}
-
-    def _bare(self, sample: Sample, text: str) -> tuple[list[int], int]:
-        """The tokens of the prompt without its picture, through the answer, and where the first label is."""
-        batch = self.encoder.encode([_asked(replace(sample, image=None), text)])
-        labelled = (batch.labels_BS[0] != IGNORE).nonzero()
-        return batch.inputs["input_ids"][0].tolist(), int(labelled[0])
-
     def _first(self) -> list[int]:
         """The suffix to begin with: the paper's, or else random tokens that survive as text in every prompt."""
-        plain = self.encoder.tokenizer(" ".join([PLAIN] * self.length), add_special_tokens=False)["input_ids"]
-        allowed = set(self.allowed_A.tolist())
+        plain = self.model.encoder.tokenizer(" ".join([PLAIN] * self.length), add_special_tokens=False)["input_ids"]
+        allowed = set(self.model.allowed_A.tolist())
         if len(plain) == self.length and allowed.issuperset(plain) and self._placed(plain):
             return plain
         draw = self._draw("start")
         for _ in range(STARTS):
-            ids = self.allowed_A[torch.randint(len(self.allowed_A), (self.length,), generator=draw)].tolist()
+            ids = self.model.allowed_A[
+                torch.randint(len(self.model.allowed_A), (self.length,), generator=draw)
+            ].tolist()
             if self._placed(ids):
                 return ids
         raise RunError(f"none of {STARTS} random suffixes of {self.length} tokens is the same tokens again as text")
 
     def _placed(self, ids: Sequence[int]) -> bool:
         """Whether every prompt with this suffix's text holds its tokens."""
-        found = (self._bare(sample, self.text(ids)) for sample in self.samples)
+        found = (self.model.tokens(sample, self.model.text(ids)) for sample in self.samples)
         return all(_last(bare[:answer], ids) is not None for bare, answer in found)
-
-    def _allowed(self) -> Tensor:
-        """Tokens that a suffix may hold: printable ASCII text, no special token, no word of `avoid`."""
-        tokenizer = self.encoder.tokenizer
-        size = min(len(tokenizer), self.policy.base.get_input_embeddings().weight.shape[0])
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        texts = tokenizer.batch_decode([[i] for i in range(size)], clean_up_tokenization_spaces=False)
-        allowed = [i for i, text in enumerate(texts) if i not in special and self._may_stand(text.strip())]
-        if not allowed:
-            raise ConfigError("avoid: leaves no token for a suffix")
-        return torch.tensor(allowed)
-
-    def _may_stand(self, text: str) -> bool:
-        return text != "" and text.isascii() and text.isprintable() and text.lower() not in self.avoid
 
     def _draw(self, part: object) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed} {part}".encode()).digest()

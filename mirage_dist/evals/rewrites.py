@@ -73,9 +73,16 @@ class Bench:
     """What attacks need to make their rewrites (see `evals.attacks.base.Bench`), as long as `held()` says so."""
 
     def __init__(
-        self, name: str, journal: Journal, key: Key, load: Callable[[], Any], held: Callable[[], bool]
+        self,
+        name: str,
+        samples: Sequence[Sample],
+        journal: Journal,
+        key: Key,
+        load: Callable[[], Any],
+        held: Callable[[], bool],
     ) -> None:
-        self.name, self.journal, self.key, self.generator, self.held = name, journal, key, load, held
+        self.name, self.samples, self.journal, self.key = name, samples, journal, key
+        self.generator, self.held = load, held
 
     def noted(self, name: str) -> dict[str, Any] | None:
         return self.journal.searches.get(name)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals.attacks.base import Bench, Key, Made
 from mirage_dist.schema import ConfigError
+
+if TYPE_CHECKING:
+    from mirage_dist.evals import gcg
 
 ANSWER = "{answer}"
 
@@ -67,23 +70,25 @@ class Suffix:
         return sorted(samples, key=drawn)[: self.train]
 
     def make(self, missing: Sequence[Sample], bench: Bench) -> Generator[Made, None, None]:
+        from mirage_dist.evals import gcg  # brings torch
+
+        model = gcg.Model(bench.generator(), self.avoid)
         if self.universal:
-            chosen = self.chosen(bench.samples, bench.key)
-            suffix = self._search(chosen, "universal", bench)
+            suffix = self._search(model, self.chosen(bench.samples, bench.key), "universal", bench)
             yield from (Made(i, [f"{sample.question} {suffix}"]) for i, sample in enumerate(missing))
             return
         for i, sample in enumerate(missing):
-            yield Made(i, [f"{sample.question} {self._search([sample], bench.key(sample), bench)}"])
+            yield Made(i, [f"{sample.question} {self._search(model, [sample], bench.key(sample), bench)}"])
 
-    def _search(self, samples: Sequence[Sample], name: str, bench: Bench) -> str:
+    def _search(self, model: gcg.Model, samples: Sequence[Sample], name: str, bench: Bench) -> str:
         """The suffix after all steps; goes on behind the last one that was noted under `name`."""
-        from mirage_dist.evals import gcg  # brings torch
+        from mirage_dist.evals import gcg
 
         wanted = [replace(s, answer=self.target.replace(ANSWER, s.answer)) for s in samples]
-        problem = gcg.Problem(bench.generator(), wanted, self.avoid, self.length, f"{self.seed} {name}")
+        problem = gcg.Problem(model, wanted, self.length, f"{self.seed} {name}")
         noted = bench.noted(name)
         state = problem.start() if noted is None else gcg.State(noted["step"], noted["ids"], noted["loss"])
         while state.step < self.steps:
             state = problem.step(state, self.candidates, self.top_k)
-            bench.note(name, {**state._asdict(), "steps": self.steps, "text": problem.text(state.ids)}, self.universal)
-        return problem.text(state.ids)
+            bench.note(name, {**state._asdict(), "steps": self.steps, "text": model.text(state.ids)}, self.universal)
+        return model.text(state.ids)
