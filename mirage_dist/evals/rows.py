@@ -204,13 +204,21 @@ def claim(suite: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     file = suite / "manifest.json"
     if not file.exists() and create(file, json.dumps(manifest, indent=1) + "\n"):
         return dict(manifest)
+    check(suite, manifest["settings"])
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check(suite: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where `suite` is another evaluation's directory, naming each of the settings that differ."""
+    file = suite / "manifest.json"
+    if not file.exists():
+        return
     there = json.loads(file.read_text(encoding="utf-8"))
-    if changed := differences(_plain(manifest["settings"]), there["settings"]):
+    if changed := differences(_plain(settings), there["settings"]):
         raise ConfigError(
             f"{suite} holds answers of another evaluation: {'; '.join(changed)}. Choose another `suite` "
             "name, or move that directory away"
         )
-    return there
 
 
 def coverage_report(work: Work) -> dict[str, Any]:

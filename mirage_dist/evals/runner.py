@@ -59,9 +59,11 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
         model.check_unchanged()
         return generator
 
+    decided = _decided(recipe, settings)
+    rows.check(suite, decided)  # before anything is made for it
     work = rows.plan(recipe, Rewriter(suite, settings, load))
     _tell(recipe, work)
-    manifest = rows.claim(suite, _manifest(recipe, work, settings))
+    manifest = rows.claim(suite, _manifest(recipe, work, decided))
     _keep_recipe(recipe, suite)
     asks = rows.keyed(work.asks, settings)
     with Claims(suite) as claims:
@@ -180,12 +182,16 @@ def _by_judge(
     }
 
 
-def _manifest(recipe: EvalRecipe, work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings`: all that decides the rows; not where things lie, how fast they are asked or how judged."""
+def _decided(recipe: EvalRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides the rows; not where things lie, how fast they are asked or how judged."""
     tree = configs.to_dict(recipe)
+    return {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings}
+
+
+def _manifest(recipe: EvalRecipe, work: Work, decided: Mapping[str, Any]) -> dict[str, Any]:
     libraries = ("mirage-dist", "torch", "transformers")
     return {
-        "settings": {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings},
+        "settings": decided,
         "chunk_rows": recipe.generation.batch_size,
         "asks": rows.by_condition(work.asks),
         "model": configs.to_dict(recipe.model),

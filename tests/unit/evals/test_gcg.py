@@ -229,6 +229,10 @@ def test_another_model_under_test_has_suffixes_of_its_own(toy, tmp_path):
     toymodel.make(tmp_path / "other", seed=22)
     changed = recipe(toy, tmp_path / "b")
     runner.evaluate(replace(changed, model=replace(changed.model, path=str(tmp_path / "other"))))
+    with pytest.raises(ConfigError, match="model_hash"):  # and before one is searched in the other's folder
+        runner.evaluate(
+            replace(recipe(toy, tmp_path / "a"), model=replace(changed.model, path=str(tmp_path / "other")))
+        )
     names = [{file.name for file in (tmp_path / run / "evals/s/rewrites").iterdir()} for run in "ab"]
     assert len(names[0]) == len(names[1]) == 2
     assert not names[0] & names[1]
