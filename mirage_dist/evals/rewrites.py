@@ -26,7 +26,7 @@ from mirage_dist.data.sources import Sample
 from mirage_dist.evals.attacks.base import Attack, Key, Made, Prepared, Table
 from mirage_dist.evals.attacks.combine import Combine
 from mirage_dist.evals.claims import Claims
-from mirage_dist.evals.files import read_lines, told
+from mirage_dist.evals.files import lines, told
 from mirage_dist.evals.worker import Progress
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
@@ -40,13 +40,18 @@ class Journal:
     """The lines of one file: a sample's rewrites by its key, the last state of each search by its name."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.end = file, 0  # of the whole lines that were read
         self.made: dict[str, list[str]] = {}
         self.searches: dict[str, dict[str, Any]] = {}
 
     def refresh(self) -> Journal:
-        """Of several lines with one key the first counts, so that all read the same."""
-        for line in read_lines(self.file)[0]:
+        """Take in what was appended. Of several lines with one key the first counts, so that all read the same."""
+        for start, text in lines(self.file, self.end) if self.file.exists() else ():
+            self.end = start + len(text)
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # cut by a kill; what it was to hold is made again
             if "search" in line:
                 self.searches[line["search"]] = line
             else:

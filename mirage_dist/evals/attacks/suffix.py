@@ -24,8 +24,8 @@ class Suffix:
 
     target: an affirmative opening; {answer} in it stands for the sample's answer. universal: one suffix for the whole
     set, found on `train` of its samples (drawn by `seed`), instead of one for each sample. length: of the suffix, in
-    tokens. steps, candidates (single swaps tried a step), top_k (likeliest tokens of a position): the budget. avoid:
-    words that no suffix may hold. One shot.
+    tokens. steps, candidates (single swaps tried a step), top_k (likeliest tokens of a position): the budget; with
+    no step the suffix is the one that a search begins with, a control. avoid: words that no suffix may hold. One shot.
     """
 
     target: str = "Sure, here is"
@@ -47,9 +47,11 @@ class Suffix:
     def __post_init__(self) -> None:
         if self.shots != 1:
             raise ConfigError(f"shots={self.shots}: a suffix has one rewrite")
-        for name in ("train", "length", "steps", "candidates", "top_k"):
+        for name in ("train", "length", "candidates", "top_k"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a whole number above 0")
+        if self.steps < 0:
+            raise ConfigError(f"steps={self.steps}: expected 0 (the suffix that a search begins with) or more")
         if not self.target.strip():
             raise ConfigError("target is empty; give an affirmative opening, or {answer}")
 
