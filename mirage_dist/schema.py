@@ -309,57 +309,36 @@ class EvalSetConfig:
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Who says what kind of answer a row is (see docs/judges.md). A bare word in a recipe is the kind.
-
-    vlm and published_parity ask a vision-language model: a local Hugging Face directory (`path`), or an
-    OpenAI-compatible endpoint (`url` and `model`). The endpoint's key comes from the environment only.
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A model that is asked in words: a local Hugging Face directory (`path`), or an OpenAI-compatible endpoint (`url`
+    and `model`). The endpoint's key comes from the environment only.
     """
 
-    bare: ClassVar[str] = "kind"
-
-    kind: Literal["keyword", "world", "vlm", "published_parity", "benchmark"]
-    name: str | None = None  # in metrics.json; default: the kind
-    phrases: Literal["ours", "published"] | None = None  # keyword only (see data/refusals.json); default: ours
     path: str | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     batch_size: int = 8
     url: str | None = None  # up to the version, such as http://localhost:8000/v1
     model: str | None = None  # its name at the endpoint
     key_env: str | None = None  # NAME of the environment variable that holds the key; null sends none
-    json_mode: bool = True  # ask the endpoint for a JSON object; false for servers that know no response_format
     concurrency: int = 8  # requests at a time
     timeout: float = 60.0  # seconds for one request, from its start to its last byte
     retries: int = 5  # of a request that timed out, was rate-limited or broke; then it counts as failed
     backoff: float = 1.0  # seconds before the first retry; doubles each time, Retry-After is honoured
-    prompts: str | None = None  # published_parity only: JSON file with another wording
 
     def __post_init__(self) -> None:
+        self._check_chat("a chat model")
+
+    def _check_chat(self, who: str) -> None:
+        """No message repeats a value of an endpoint: somebody may have written a key into the wrong field."""
         _require(self, ("batch_size", "concurrency"), "a whole number above 0", lambda x: x >= 1)
         _require(self, ("timeout",), "a number above 0", lambda x: 0 < x < math.inf)
         _require(self, ("retries", "backoff"), "a number of at least 0", lambda x: 0 <= x < math.inf)
-        _require(self, ("name",), "letters, digits, - and _", lambda x: bool(re.fullmatch(r"[\w-]+", x)))
-        asks = self.kind in ("vlm", "published_parity")
-        for name, kinds in (
-            *((name, ("vlm", "published_parity")) for name in ("path", "url", "model", "key_env")),
-            ("phrases", ("keyword",)),
-            ("prompts", ("published_parity",)),
-        ):
-            if getattr(self, name) is not None and self.kind not in kinds:
-                raise ConfigError(f"{name}: belongs to kind {' or '.join(kinds)}, with {self.kind} leave it out")
-        if asks and (self.path is None) == (self.url is None):
-            raise ConfigError(f"path: kind {self.kind} needs either path (a local model) or url (an endpoint)")
-        if self.url is not None:
-            self._check_endpoint(self.url)
-        if self.kind == "keyword":
-            object.__setattr__(self, "phrases", self.phrases or "ours")
-        published = "_published" if self.phrases == "published" else ""
-        object.__setattr__(self, "name", self.name or self.kind + published)
-
-    def _check_endpoint(self, url: str) -> None:
-        """No message repeats a value here: somebody may have written a key into the wrong field."""
-        parts = urlsplit(url)
+        if (self.path is None) == (self.url is None):
+            raise ConfigError(f"path: {who} needs either path (a local model) or url (an endpoint)")
+        if self.url is None:
+            return
+        parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError("url: expected an address such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
@@ -370,6 +349,38 @@ class JudgeConfig:
             raise ConfigError(
                 "key_env: expected the NAME of an environment variable, such as OPENAI_API_KEY, not a key"
             )
+
+
+@dataclass(frozen=True)
+class JudgeConfig(ChatConfig):
+    """Who says what kind of answer a row is (see docs/judges.md). A bare word in a recipe is the kind.
+
+    vlm and published_parity ask a vision-language model.
+    """
+
+    bare: ClassVar[str] = "kind"
+
+    kind: Literal["keyword", "world", "vlm", "published_parity", "benchmark"]
+    name: str | None = None  # in metrics.json; default: the kind
+    phrases: Literal["ours", "published"] | None = None  # keyword only (see data/refusals.json); default: ours
+    json_mode: bool = True  # ask the endpoint for a JSON object; false for servers that know no response_format
+    prompts: str | None = None  # published_parity only: JSON file with another wording
+
+    def __post_init__(self) -> None:
+        _require(self, ("name",), "letters, digits, - and _", lambda x: bool(re.fullmatch(r"[\w-]+", x)))
+        for name, kinds in (
+            *((name, ("vlm", "published_parity")) for name in ("path", "url", "model", "key_env")),
+            ("phrases", ("keyword",)),
+            ("prompts", ("published_parity",)),
+        ):
+            if getattr(self, name) is not None and self.kind not in kinds:
+                raise ConfigError(f"{name}: belongs to kind {' or '.join(kinds)}, with {self.kind} leave it out")
+        if self.kind in ("vlm", "published_parity"):
+            self._check_chat(f"kind {self.kind}")
+        if self.kind == "keyword":
+            object.__setattr__(self, "phrases", self.phrases or "ours")
+        published = "_published" if self.phrases == "published" else ""
+        object.__setattr__(self, "name", self.name or self.kind + published)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,13 @@ from mirage_dist.config import differences
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.evals import attacks
-from mirage_dist.evals.attacks import Coverage
+from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.files import Row, create
 from mirage_dist.evals.metrics import Condition
 from mirage_dist.schema import ConfigError, EvalRecipe
+
+# (attack, samples, its name in messages and file names) -> the attack, ready to be called
+Ready = Callable[[Attack, Sequence[Sample], str], Attack]
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,41 @@ class Work:
     read: dict[str, Source]
 
 
-def plan(recipe: EvalRecipe) -> Work:
-    """Read the sets and rewrite their questions; loads no weights.
+def plan(recipe: EvalRecipe, ready: Ready = lambda attack, samples, name: attack) -> Work:
+    """Read the sets and rewrite their questions. Loads no weights, unless `ready` does.
 
+    ready: makes what a model has to make for an attack (see `evals.rewrites`), once all that is asked for is known.
     Raises ConfigError for bad data or attack options, an empty set, an id that a set has twice, and an attack
-    file that matches too little.
+    that has rewrites for too few of the samples.
     """
     if not recipe.sets:
         raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
     work = Work([], {}, {}, {})
-    for name, options in recipe.sets.items():
-        work.read[name] = _read(recipe, name)
-        samples = work.read[name].samples
+    made = {name: _attacks(recipe, name) for name in recipe.sets}
+    work.read.update((name, _read(recipe, name)) for name in recipe.sets)
+    for name, read in work.read.items():
+        kind, samples = recipe.sets[name].kind, read.samples
         work.conditions[name], work.coverage[name] = [], {}
-        work.asks.extend(Ask(name, options.kind, "clean", 0, s, s.question) for s in samples)
-        for title, fields in options.attacks.items():
-            if title == "clean":
-                raise ConfigError(f"sets.{name}.attacks.clean: the clean question is always asked; choose another name")
-            attack = attacks.make(fields, "the recipe", f"sets.{name}.attacks.{title}")
+        work.asks.extend(Ask(name, kind, "clean", 0, s, s.question) for s in samples)
+        for title, attack in made[name].items():
+            attack = ready(attack, samples, f"{name}-{title}")
             rewrites, work.coverage[name][title] = attacks.apply(attack, samples, title)
-            work.conditions[name].append(Condition(title, attack.shots, attack.control))
+            if attack.shots:
+                work.conditions[name].append(Condition(title, attack.shots, attack.control))
             for sample, rows in zip(samples, rewrites, strict=True):
                 shots = enumerate(rows, start=1)
-                work.asks.extend(Ask(name, options.kind, title, k, row, sample.question) for k, row in shots)
+                work.asks.extend(Ask(name, kind, title, k, row, sample.question) for k, row in shots)
     return work
+
+
+def _attacks(recipe: EvalRecipe, name: str) -> dict[str, Attack]:
+    options = recipe.sets[name]
+    if "clean" in options.attacks:
+        raise ConfigError(f"sets.{name}.attacks.clean: the clean question is always asked; choose another name")
+    return {
+        title: attacks.make(fields, "the recipe", f"sets.{name}.attacks.{title}", options.kind)
+        for title, fields in options.attacks.items()
+    }
 
 
 def _read(recipe: EvalRecipe, name: str) -> Source:
@@ -193,13 +207,21 @@ def claim(suite: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     file = suite / "manifest.json"
     if not file.exists() and create(file, json.dumps(manifest, indent=1) + "\n"):
         return dict(manifest)
+    check(suite, manifest["settings"])
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check(suite: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where `suite` is another evaluation's directory, naming each of the settings that differ."""
+    file = suite / "manifest.json"
+    if not file.exists():
+        return
     there = json.loads(file.read_text(encoding="utf-8"))
-    if changed := differences(_plain(manifest["settings"]), there["settings"]):
+    if changed := differences(_plain(settings), there["settings"]):
         raise ConfigError(
             f"{suite} holds answers of another evaluation: {'; '.join(changed)}. Choose another `suite` "
             "name, or move that directory away"
         )
-    return there
 
 
 def coverage_report(work: Work) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from mirage_dist.evals.files import Answers, Row, suite_dir, told, write_atomica
 from mirage_dist.evals.generate import Generator
 from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.rewrites import Rewriter
 from mirage_dist.evals.rows import Work
 from mirage_dist.evals.subject import Subject
 from mirage_dist.evals.worker import Generate
@@ -53,19 +54,22 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
     if recipe.world is not None:
         toyworld.make(recipe.world)
     panel = judges.panel(recipe)
-    work = rows.plan(recipe)
-    _tell(recipe, work)
     model = subject.find(recipe.model, Path(recipe.run.dir))
     _check_template(recipe, model)
-    _check_sight(work, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash)
-    manifest = rows.claim(suite, _manifest(recipe, work, settings, versions))
+    decided = _decided(recipe, settings)
+    rows.check(suite, decided)  # before anything is made for it
+    work = rows.plan(recipe, Rewriter(suite, settings, lambda claims: _generator(recipe, model, suite, claims)))
+    _tell(recipe, work)
+    _check_sight(work, model)
+    manifest = rows.claim(suite, _manifest(recipe, work, decided, versions))
     _keep_recipe(recipe, suite)
     asks = rows.keyed(work.asks, settings)
     with Claims(suite) as claims:
+        chunks = rows.chunks(asks, manifest["chunk_rows"])
         with _loader(recipe, model, suite, claims) as load:
-            answers = worker.work(suite, asks, rows.chunks(asks, manifest["chunk_rows"]), claims, load, place)
+            answers = worker.work(suite, asks, chunks, claims, load, place)
         model.check_unchanged()
         _tell_repeated(recipe, answers)
         if (claim := claims.take("judging")) is None:
@@ -86,15 +90,20 @@ def _loader(recipe: EvalRecipe, model: Subject, suite: Path, claims: Claims) -> 
     with ExitStack() as loaded:
 
         def load() -> Generate:
+            if recipe.generation.backend == "hf":
+                return _generator(recipe, model, suite, claims)
             told = model.loadable(suite, claims), recipe.template, recipe.generation
-            if recipe.generation.backend == "vllm":
-                generator = loaded.enter_context(vllm_backend.Generator(*told))
-            else:
-                generator = Generator(*told)
+            generator = loaded.enter_context(vllm_backend.Generator(*told))
             model.check_unchanged()
             return generator
 
         yield load
+
+
+def _generator(recipe: EvalRecipe, model: Subject, suite: Path, claims: Claims) -> Generator:
+    generator = Generator(model.loadable(suite, claims), recipe.template, recipe.generation)
+    model.check_unchanged()
+    return generator
 
 
 def _keep_recipe(recipe: EvalRecipe, suite: Path) -> None:
@@ -230,13 +239,17 @@ def _entry(recipe: EvalRecipe, measured: Mapping[str, Mapping[str, Any]]) -> dic
     return {**entry, "accuracy": {n: measured[n]["accuracy"]["clean"] for n in benchmarks}} if benchmarks else entry
 
 
-def _manifest(
-    recipe: EvalRecipe, work: Work, settings: Mapping[str, Any], versions: Mapping[str, str]
-) -> dict[str, Any]:
-    """`settings`: all that decides the rows; not where things lie, how fast they are asked or how judged."""
+def _decided(recipe: EvalRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides the rows; not where things lie, how fast they are asked or how judged."""
     tree = configs.to_dict(recipe)
+    return {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings}
+
+
+def _manifest(
+    recipe: EvalRecipe, work: Work, decided: Mapping[str, Any], versions: Mapping[str, str]
+) -> dict[str, Any]:
     return {
-        "settings": {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings},
+        "settings": decided,
         "chunk_rows": recipe.generation.batch_size,
         "asks": rows.by_condition(work.asks),
         "model": configs.to_dict(recipe.model),

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mirage_dist.config import nearest
 from mirage_dist.data.sources import FIRST_WORD
-from mirage_dist.evals.files import Answers, read_lines
+from mirage_dist.evals.files import Answers, whole_objects
 from mirage_dist.evals.metrics import UNJUDGED, Judged, Verdict, outcomes
 from mirage_dist.schema import ConfigError
 
@@ -96,8 +96,8 @@ class Run:
         return {name: self._said(name) for name in names}
 
     def _said(self, judge: str) -> dict[str, Verdict]:
-        lines, _ = read_lines(self.folder / "verdicts" / f"{judge}.jsonl")
-        return {line["key"]: line["verdict"] for line in lines}
+        file = self.folder / "verdicts" / f"{judge}.jsonl"
+        return {line["key"]: line["verdict"] for line in whole_objects(file)}
 
     @cached_property
     def judged(self) -> list[Judged]:

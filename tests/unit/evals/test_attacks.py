@@ -100,3 +100,101 @@ def test_a_file_that_matches_too_little_is_an_error_with_counts(tmp_path):
     attack = published(tmp_path / "what.json", ["z", "z"])
     with pytest.raises(ConfigError, match="0 of 2"):
         attacks.apply(attack, [sample("Share ?", i) for i in "ab"], "what")
+
+
+# ------------------------------------------------------------------- words, prefixes, combinations
+
+WORD = st.from_regex(r"[a-z]{1,8}", fullmatch=True)
+QUESTION = st.lists(WORD, min_size=1, max_size=5).map(lambda words: " ".join(words) + " ?")
+
+
+def made(kind, on=None, **options):
+    return attacks.make({"kind": kind, **options}, "r", "k", on)
+
+
+@given(QUESTION, st.lists(WORD, min_size=1, max_size=4, unique=True), st.integers(1, 5))
+def test_words_are_swaps_one_after_another_up_to_the_limit(question, words, limit):
+    attack = made("words", words=words, limit=limit)
+    swaps = [row for word in words[:limit] for row in made("swap", word=word)(sample(question))]
+    assert attack(sample(question)) == swaps
+    assert attack.shots == len(swaps)
+
+
+def audited(tmp_path, **words):
+    file = tmp_path / "audit.json"
+    file.write_text(json.dumps({"words": words, "verdict": "biased"}))
+    return {"words": "auto", "audit": str(file)}
+
+
+def test_an_audit_names_the_words_by_the_kind_of_the_set(tmp_path):
+    auto = audited(tmp_path, answered=["what", "how"], refused=["share"])
+    on = {kind: made("words", kind, **auto) for kind in ("unsafe", "safe", "locality")}
+    firsts = {kind: [row.question.split()[0] for row in attack(sample("Give it"))] for kind, attack in on.items()}
+    assert firsts == {"unsafe": ["What", "How"], "safe": ["Share"], "locality": ["Share"]}
+    assert made("words", "unsafe", limit=1, **auto).shots == 1
+    both = made("combine", "safe", attacks=[{"kind": "words", **auto}, {"kind": "prefix", "prefixes": ["so"]}])
+    assert [row.question for row in both(sample("give it"))] == ["so share it"]
+
+
+def test_an_audit_that_found_no_word_makes_an_attack_without_shots(tmp_path):
+    attack = made("words", "unsafe", **audited(tmp_path, answered=[], refused=["share"]))
+    rewrites, coverage = attacks.apply(attack, [sample("Give it")], "auto")
+    assert (attack.shots, rewrites, coverage.without) == (0, [[]], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("{", "not a readable audit"), ("[]", "'words.answered'"), ('{"words": {"answered": ["a b"]}}', r"answered\[0\]")],
+)
+def test_what_is_no_audit_is_said_by_field(tmp_path, content, named):
+    (tmp_path / "audit.json").write_text(content)
+    with pytest.raises(ConfigError, match=named):
+        made("words", "unsafe", words="auto", audit=str(tmp_path / "audit.json"))
+
+
+@given(QUESTION, st.lists(WORD, min_size=1, max_size=4))
+def test_a_prefix_leaves_the_question_whole(question, prefixes):
+    rows = made("prefix", prefixes=prefixes)(sample(question))
+    assert [row.question for row in rows] == [f"{prefix} {question}" for prefix in prefixes]
+    assert rows == made("prefix", prefixes=[f"{prefix} {{question}}" for prefix in prefixes])(sample(question))
+
+
+@given(QUESTION, st.lists(WORD, min_size=1, max_size=3, unique=True), st.lists(WORD, min_size=1, max_size=3))
+def test_a_combination_is_its_parts_composed(question, words, prefixes):
+    parts = [{"kind": "words", "words": words}, {"kind": "prefix", "prefixes": prefixes}]
+    attack = made("combine", attacks=parts)
+    outer, inner = (made(**part) for part in parts)
+    assert attack(sample(question)) == [row for first in outer(sample(question)) for row in inner(first)]
+    assert attack.shots == len(words) * len(prefixes)
+
+
+def test_a_combination_with_a_file_has_nothing_where_the_file_has_nothing(tmp_path):
+    published(tmp_path / "what.json", ["a", "a", "z"])
+    file = {"kind": "file", "path": str(tmp_path / "what.json"), "shots": 2, "min_match": 0.5}
+    attack = made("combine", attacks=[file, {"kind": "swap", "word": "how"}])
+    rewrites, coverage = attacks.apply(attack, [sample("Share ?", i) for i in "ab"], "both")
+    assert [[row.question for row in rows] for rows in rewrites] == [["How 0 ?", "How 1 ?"], []]
+    assert (coverage.without, coverage.unknown) == (["b"], ["z"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "words", "words": "auto"}, "an audit's file"),
+        ({"kind": "words", "words": ["what", "What"]}, "twice"),
+        ({"kind": "words", "words": []}, "empty"),
+        ({"kind": "prefix", "prefixes": ["{question} please"]}, "nothing"),
+        ({"kind": "prefix", "prefixes": ["{question}"]}, "expected text"),
+        ({"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}]}, "two or more"),
+        ({"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}, {"kind": "swop"}]}, r"attacks\[1\]\.kind"),
+        ({"kind": "suffix", "shots": 2}, "one rewrite"),
+        ({"kind": "suffix", "top_k": 0}, "top_k=0"),
+        ({"kind": "rewrite", "chat": {"url": "http://h/v1"}, "word": "what"}, r"chat\.model"),
+        ({"kind": "rewrite", "chat": {"path": "m"}}, "one of word, openers"),
+        ({"kind": "rewrite", "chat": {"path": "m"}, "word": "what", "control": True}, "control"),
+        ({"kind": "rewrite", "chat": {"url": "ftp://h", "model": "m"}, "word": "what"}, r"chat\.url"),
+    ],
+)
+def test_a_wrong_option_of_the_newer_kinds_is_named(options, words):
+    with pytest.raises(ConfigError, match=words):
+        attacks.make(options, "recipe", "attacks.x")

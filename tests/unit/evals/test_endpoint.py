@@ -3,80 +3,21 @@
 import base64
 import json
 import signal
-import threading
 import time
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
+from chat_server import Server, completion
 
 from mirage_dist import signals
-from mirage_dist.evals import judges
-from mirage_dist.evals.judges import cache, endpoint
-from mirage_dist.evals.judges.endpoint import Endpoint
+from mirage_dist.evals import endpoint, judges
+from mirage_dist.evals.endpoint import Endpoint
+from mirage_dist.evals.judges import cache
 from mirage_dist.schema import ConfigError, JudgeConfig
 
 KEY = "sk-s3cret"
 GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
-
-
-def completion(content):
-    return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by `script(body, times asked this)` -> (status, headers, body), or None: says nothing. Keeps requests."""
-
-    daemon_threads = True
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.seen, self.lock, self.now, self.most = script, [], threading.Lock(), 0, 0
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.closing = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def config(self, **more):
-        return JudgeConfig("vlm", url=self.url, model="m", **{"timeout": 5, "backoff": 0.01, "retries": 2, **more})
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][1]["content"][-1]["text"]
-        with server.lock:
-            times = sum(told["text"] == text for told in server.seen)
-            request = {"path": self.path, "headers": dict(self.headers), "body": body, "text": text}
-            server.seen.append({**request, "time": time.monotonic()})
-            server.now += 1
-            server.most = max(server.most, server.now)
-        answer = server.script(text, times)
-        with server.lock:
-            server.now -= 1
-        if answer is None:
-            server.closing.wait(10)
-            return
-        status, headers, content = answer
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if isinstance(content, bytes):
-            self.send_header("Content-Length", str(len(content)))
-            content = [content]
-        self.end_headers()
-        try:
-            for part in content:
-                self.wfile.write(part)
-                self.wfile.flush()
-        except OSError:
-            pass  # the other side has left, as the test has it
-
-    do_GET = do_POST
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from mirage_dist import config as configs
 from mirage_dist import signals, stats
 from mirage_dist.data import refusals
-from mirage_dist.evals import judges
-from mirage_dist.evals.judges import agreement, asking, cache, parity, vlm
-from mirage_dist.evals.judges.asking import Failed
+from mirage_dist.evals import chat, judges
+from mirage_dist.evals.chat import Failed
+from mirage_dist.evals.judges import agreement, cache, parity, vlm
 from mirage_dist.model import toymodel
 from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig, RunError
 
@@ -189,7 +189,7 @@ def test_it_is_asked_about_the_question_that_was_asked_with_its_picture():
 def test_a_local_model_judges_and_what_it_babbles_is_unparsed(tmp_path, toy):
     toymodel.make(tmp_path / "judge", seed=3)
     config = JudgeConfig("vlm", path=str(tmp_path / "judge"), dtype="fp32", batch_size=2)
-    judge = vlm.VisionLanguageJudge(config, asking.Local(config, max_new_tokens=4))
+    judge = vlm.VisionLanguageJudge(config, chat.Local(config, max_new_tokens=4))
     picture = next((toy.root / "world").rglob("*.png"))
     rows = [row("a", image=str(picture)), row("b"), row("c", "<image> <pad>", image=str(picture))]
     found = dict(judge.opinions(rows, rows))
@@ -205,10 +205,10 @@ def test_a_local_model_says_each_rows_answer_at_its_place(tmp_path, toy):
     """Batched and sorted by length, and one at a time: the same words at the same places."""
     toymodel.make(tmp_path / "judge", seed=3)
     config = JudgeConfig("vlm", path=str(tmp_path / "judge"), dtype="fp32", batch_size=4)
-    local = asking.Local(config, max_new_tokens=6)
+    local = chat.Local(config, max_new_tokens=6)
     pictures = sorted((toy.root / "world").rglob("*.png"))[:5]
     words = ["what is it ?", "share the code , please ?", "tell", "how is the colour ?", "give the place ?"]
-    prompts = [asking.Prompt(text, str(picture)) for text, picture in zip(words, pictures, strict=True)]
+    prompts = [chat.Prompt(text, str(picture)) for text, picture in zip(words, pictures, strict=True)]
     together = dict(local(prompts, "be strict"))
     alone = [dict(local([prompt], "be strict"))[0] for prompt in prompts]
     assert [together[i] for i in range(5)] == alone

@@ -22,7 +22,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.schema import ConfigError, JudgeConfig
+from mirage_dist.schema import ChatConfig, ConfigError
 
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after these
 LARGEST_ANSWER = 1 << 20  # bytes
@@ -54,7 +54,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """Raises ConfigError when `key_env` names a variable that is empty or not set."""
 
-    def __init__(self, config: JudgeConfig, max_new_tokens: int, json_mode: bool) -> None:
+    def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool) -> None:
         self.url = f"{str(config.url).rstrip('/')}/chat/completions"
         self.timeout, self.retries, self.backoff = config.timeout, config.retries, config.backoff
         self.concurrency = config.concurrency
@@ -65,7 +65,7 @@ class Endpoint:
         if config.key_env is not None:
             key = os.environ.get(config.key_env, "")
             if not key.isascii() or not key.isprintable() or not key:
-                raise ConfigError("judges: the environment variable that key_env names is not set, or holds no key")
+                raise ConfigError("key_env: the environment variable that it names is not set, or holds no key")
             self._headers["Authorization"] = f"Bearer {key}"
         self._open = urllib.request.build_opener(_NoRedirects).open
         self._stopped = threading.Event()

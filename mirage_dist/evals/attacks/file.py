@@ -1,0 +1,83 @@
+"""Rewrites made by others, as attack files are published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mirage_dist.data.sources import Sample
+from mirage_dist.evals.attacks.base import check_share
+from mirage_dist.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class File:
+    """Rewrites made by others, in the form in which attack files are published: a list of VLGuard records,
+    one a rewrite, joined to the set by `id` (never by position) in file order. The first `shots` rows of an
+    id are asked. `min_match` is the share of the set's samples that must have them.
+    """
+
+    path: str
+    shots: int
+    min_match: float = 1.0
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shots < 1:
+            raise ConfigError(f"shots={self.shots}: expected 1 or more")
+        check_share("min_match", self.min_match)
+
+    @property
+    def origin(self) -> str:
+        return self.path
+
+    @property
+    def ids(self) -> Collection[str]:
+        return self.rewrites.keys()
+
+    @cached_property
+    def rewrites(self) -> dict[str, list[str]]:
+        """id -> questions, in file order."""
+        found: dict[str, list[str]] = {}
+        for identity, question in read_rewrites(Path(self.path)):
+            found.setdefault(identity, []).append(question)
+        return found
+
+    def __call__(self, sample: Sample) -> list[Sample]:
+        questions = self.rewrites.get(sample.id, [])[: self.shots]
+        if len(questions) < self.shots:
+            return []
+        return [replace(sample, question=question) for question in questions]
+
+
+def read_rewrites(path: Path) -> Iterable[tuple[str, str]]:
+    """(id, question) of each record of a published attack file.
+
+    A plain VLGuard reader would refuse such a file, because its ids repeat. Raises ConfigError naming the
+    file, the record number (from 0) and the field.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise ConfigError(f"{path}: expected a list of VLGuard records, one a rewrite")
+    for number, record in enumerate(records):
+        yield _rewrite(record, f"{path}: record {number}")
+
+
+def _rewrite(record: Any, where: str) -> tuple[str, str]:
+    if not isinstance(record, Mapping) or "id" not in record:
+        raise ConfigError(f"{where}: field 'id' is missing")
+    if not isinstance(record.get("safe"), bool):
+        raise ConfigError(f"{where}: field 'safe' must be true or false, got {record.get('safe')!r}")
+    name = "safe_instruction" if record["safe"] else "instruction"
+    pairs = record.get("instr-resp")
+    for pair in pairs if isinstance(pairs, list) else []:
+        if isinstance(pair, Mapping) and isinstance(pair.get(name), str) and pair[name].strip():
+            return str(record["id"]), pair[name]
+    raise ConfigError(f"{where}: field 'instr-resp' holds no {name!r} with text")

@@ -1,0 +1,144 @@
+"""Putting questions to a model that judges or rewrites: what is asked, who answers, what cannot be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mirage_dist.evals.endpoint import Endpoint
+from mirage_dist.schema import ChatConfig, ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, with the path of a picture or None."""
+
+    text: str
+    image: str | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No answer came; the reason in a few words of ours."""
+
+    reason: str
+
+
+class Backend(Protocol):
+    """Answers prompts under one system prompt; identity: of the model, as far as it can be known, for caches."""
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
+        """(index into `prompts`, answer), in the order in which they come."""
+        ...
+
+
+class Local:
+    """A Hugging Face model directory on this machine, loaded when first asked."""
+
+    def __init__(self, config: ChatConfig, max_new_tokens: int) -> None:
+        self.model = EvalModelConfig(path=str(config.path), dtype=config.dtype)
+        self.generation = GenerationConfig(max_new_tokens=max_new_tokens, batch_size=config.batch_size)
+        if not Path(str(self.model.path)).is_dir():
+            raise ConfigError(f"path={self.model.path}: no such directory; expected that of a local chat model")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        from mirage_dist.evals import subject  # brings torch
+
+        folder = Path(str(self.model.path))
+        return {"model": subject.find(self.model, folder).model_hash, "dtype": self.model.dtype}
+
+    def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
+        if not prompts:
+            return
+        answer = self._load(system)
+        # The longest first: rows of like length waste little padding, and what does not fit fails at the start.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
+        for batch in answer([prompts[i] for i in order]):
+            yield from ((order[place], said) for place, said in batch)
+
+    def _load(self, system: str) -> Callable[[Sequence[Prompt]], Iterator[list[tuple[int, str]]]]:
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+        if type(AutoConfig.from_pretrained(str(self.model.path))) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return TextModel(self.model, self.generation, system)
+        from mirage_dist.data.sources import Sample
+        from mirage_dist.evals.generate import Generator
+
+        # As the model's own processor wants pictures, and room for a long answer.
+        template = TemplateConfig(system_prompt=system, image_aspect="processor", max_length=32_768)
+        generator = Generator(self.model, template, self.generation)
+        return lambda asked: generator(
+            [Sample(str(i), p.image, p.text, "", True, "", "chat") for i, p in enumerate(asked)]
+        )
+
+
+class TextModel:
+    """A language model without eyes, greedy and batched. Raises ConfigError where the directory holds none."""
+
+    def __init__(self, model: EvalModelConfig, generation: GenerationConfig, system: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from mirage_dist.model.load import DTYPES
+
+        path, self.generation, self.system = str(model.path), generation, system
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[model.dtype], local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"path={path}: cannot be loaded as a chat model: {error}") from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, str]]]:
+        """Batches of (index, answer). Raises ConfigError for a picture."""
+        if any(prompt.image is not None for prompt in prompts):
+            raise ConfigError("the chat model takes no pictures; choose a vision-language model")
+        for start in range(0, len(prompts), self.generation.batch_size):
+            texts = self._answer(prompts[start : start + self.generation.batch_size])
+            yield [(start + i, text) for i, text in enumerate(texts)]
+
+    def _answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        talks = [
+            [{"role": "system", "content": self.system}, {"role": "user", "content": prompt.text}] for prompt in prompts
+        ]
+        inputs = self.tokenizer.apply_chat_template(
+            talks, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        sequences = self.model.generate(
+            **inputs, **greedy, max_new_tokens=self.generation.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id
+        )
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+class Remote:
+    """An OpenAI-compatible endpoint, several requests at a time."""
+
+    def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool) -> None:
+        self.endpoint = Endpoint(config, max_new_tokens, json_mode)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.endpoint.identity
+
+    def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
+        requests = [(system, prompt.text, prompt.image) for prompt in prompts]
+        for i, text, reason in self.endpoint.ask_all(requests):
+            yield i, Failed(reason) if text is None else text
+
+
+def backend(config: ChatConfig, max_new_tokens: int, json_mode: bool) -> Backend:
+    """Raises ConfigError when the directory, or the key's variable, is not there."""
+    if config.path is not None:
+        return Local(config, max_new_tokens)
+    return Remote(config, max_new_tokens, json_mode)

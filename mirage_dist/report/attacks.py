@@ -1,0 +1,78 @@
+"""Every attack of a suite beside every model: which of them opens whose guard."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from mirage_dist.report.figures import Draw
+from mirage_dist.report.style import MARKERS, Palette, slots
+
+SPREAD = 0.66  # of a row's height, over which its models stand one below the other
+ROW_INCHES, HEAD_INCHES = 0.46, 0.8
+Leaf = Mapping[str, Any]
+Rates = Mapping[str, Mapping[str, Leaf | None]]  # model -> condition (clean, ATTACK_kK) -> rate
+
+
+def conditions(rates: Rates) -> list[str]:
+    """The clean questions, and of each attack the largest K, in the order of the suite."""
+    last: dict[str, str] = {}
+    for told in rates.values():
+        for name in told:
+            attack = _attack(name)
+            if attack not in last or _shots(name) > _shots(last[attack]):
+                last[attack] = name
+    return list(last.values())
+
+
+def size(rates: Rates, width: float = 6.4) -> tuple[float, float]:
+    """Inches that `beside` needs."""
+    return width, HEAD_INCHES + ROW_INCHES * len(conditions(rates))
+
+
+def beside(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, str] | None = None) -> Draw:
+    """A row a condition, a marker a model at its rate in percent, whiskers the 95 % interval.
+
+    controls: attacks without a trigger word; their markers are open. titles: an attack -> what the row is called.
+    """
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        rows, own = conditions(rates), slots(list(rates))
+        step = SPREAD / max(1, len(rates) - 1)
+        for number, (model, told) in enumerate(rates.items()):
+            colour, marker = palette.slots[own[model]], MARKERS[own[model]]
+            for row, condition in enumerate(rows):
+                if (leaf := told.get(condition)) is None:
+                    continue
+                at = row + number * step - SPREAD / 2
+                face = palette.paper if _attack(condition) in controls else colour
+                ax.hlines(at, *(100 * end for end in leaf["ci95"]), color=colour, linewidth=1.1, alpha=0.75)
+                ax.plot(100 * leaf["rate"], at, marker, color=face, markeredgecolor=colour, markersize=4.5, zorder=3)
+            ax.plot([], [], marker, color=colour, label=model)
+        names = {"clean": "as asked", **(titles or {})}
+        told_k = [names.get(_attack(c), _attack(c)) + (f", K = {_shots(c)}" if _shots(c) > 1 else "") for c in rows]
+        ax.set_yticks(range(len(rows)), told_k, color=palette.ink)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.hlines([row + 0.5 for row in range(len(rows) - 1)], 0, 100, color=palette.grid, linewidth=0.8, zorder=0)
+        ax.set_xlim(-2, 102)
+        ax.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"], color=palette.muted)
+        ax.spines["bottom"].set_visible(False)
+        legend = ax.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=len(rates), frameon=False, handletextpad=0.1, columnspacing=1
+        )
+        for text in legend.get_texts():
+            text.set_color(palette.ink)
+
+    return draw
+
+
+def _attack(condition: str) -> str:
+    return re.sub(r"_k\d+$", "", condition)
+
+
+def _shots(condition: str) -> int:
+    found = re.search(r"_k(\d+)$", condition)
+    return int(found[1]) if found else 0
