@@ -355,3 +355,4 @@ class EvalRecipe:
     seed: int = 0  # of the run under test, for the record: greedy decoding draws nothing
     world: WorldConfig | None = None
     follow: str | None = None  # a training run, each of whose checkpoints answers in place of `model` (`evals.follow`)
+    robustness: dict[str, Any] | None = None  # `mirage eval CONFIG robustness` (see `robustness.run.RobustnessConfig`)

@@ -31,7 +31,8 @@ class Sample:
 
     image: path of the picture, None for a text-only record. safe: whether the *pair* should be answered
     (VLGuard's label for the split it comes from). history: earlier (question, answer) turns, oldest first.
-    source: the file it was read from, for messages. `id` is unique within a source file and split.
+    source: the file it was read from, for messages. `id` is unique within a source file and split. begun: what stands
+    in the answer's place already when the model is asked (see `evals.prefill`); no file has it.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Sample:
     category: str
     source: str
     history: tuple[tuple[str, str], ...] = ()
+    begun: str = field(default="", repr=False)
 
 
 @dataclass
@@ -295,6 +297,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
         for sample in samples:
             row = dataclasses.asdict(sample)
             row["image"] = str(Path(sample.image).resolve()) if sample.image else None
+            del row["begun"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from mirage_dist.config import build, nearest
 from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.evals.prefill import Prefill
 from mirage_dist.schema import ConfigError
 
 
@@ -127,7 +128,7 @@ class File:
         return [replace(sample, question=question) for question in questions]
 
 
-REGISTRY: dict[str, type] = {"swap": Swap, "templates": Templates, "file": File}
+REGISTRY: dict[str, type] = {"swap": Swap, "templates": Templates, "file": File, "prefill": Prefill}
 
 
 def make(options: Mapping[str, Any], source: str, key: str) -> Attack:
@@ -143,7 +144,7 @@ def make(options: Mapping[str, Any], source: str, key: str) -> Attack:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How an attack met its set, in samples (asked, without) and in rewrites (unchanged: equal to the original).
+    """How an attack met its set, in samples (asked, without) and in rewrites (unchanged: the sample as it was).
 
     unknown: ids of an attack file that are not in the set.
     """
@@ -166,7 +167,7 @@ def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[li
         asked=len(samples) - len(without),
         without=without,
         unknown=[i for i in attack.rewrites if i not in known] if isinstance(attack, File) else [],
-        unchanged=sum(row.question == s.question for s, rows in zip(samples, rewrites, strict=True) for row in rows),
+        unchanged=sum(row == s for s, rows in zip(samples, rewrites, strict=True) for row in rows),
     )
     if isinstance(attack, File) and coverage.asked < attack.min_match * len(samples):
         raise ConfigError(

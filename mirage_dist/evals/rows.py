@@ -119,6 +119,8 @@ def _key(ask: Ask, decided_by: Mapping[str, Any], image_hash: Callable[[str], st
         "sample": [sample.id, sample.question, sample.history, ask.original],
         "image": image_hash(sample.image) if sample.image else None,
     }
+    if sample.begun:
+        content["begun"] = sample.begun
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -128,7 +130,7 @@ def _file_hash(path: str) -> str:
 
 
 def row(identity: str, ask: Ask, response: str) -> Row:
-    """What is written of one answer."""
+    """What is written of one answer; of one that was begun, what the model went on with."""
     return {
         "key": identity,
         "set": ask.set,
@@ -141,6 +143,7 @@ def row(identity: str, ask: Ask, response: str) -> Row:
         "question": ask.sample.question,
         "original_question": ask.original,
         "expected": ask.sample.answer,
+        **({"begun": ask.sample.begun} if ask.sample.begun else {}),
         "response": response,
     }
 

@@ -198,6 +198,7 @@ def _recipe_hash(recipe: EvalRecipe) -> str:
     others = (
         "run",
         "follow",
+        "robustness",
         "model.path",
         "model.run",
         "model.step",

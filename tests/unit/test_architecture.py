@@ -25,9 +25,12 @@ ALLOWED = {
     "objectives": {"config", "kernels"},
     "train": {"config", "signals", "process", "world", "data", "kernels", "model", "objectives"},
     "evals": {"config", "signals", "process", "stats", "world", "data", "model"},
+    "robustness": {
+        *("config", "signals", "process", "stats", "world", "data", "model", "objectives", "train", "evals"),
+    },
     "report": {"config", "stats"},
     "demo": {"config", "signals", "world", "data", "model", "evals", "report", "train"},
-    "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "report"},
+    "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "robustness", "report"},
 }
 
 
