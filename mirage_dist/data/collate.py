@@ -266,8 +266,9 @@ class Encoder:
     # --------------------------------------------------------------------------------------------- text
 
     def _pieces(self, sample: Sample, answered: bool) -> list[str]:
-        """The conversation as a prompt, an answer through its end token, a prompt, …; the last one by `answered`. A prompt
-        whose answer is begun ends in a piece of that.
+        """The conversation as a prompt, an answer through its end token, a prompt, …; the last one by `answered`.
+
+        Behind a prompt whose answer is begun stands a piece of that.
         """
         turns = [*sample.history, (sample.question, sample.answer)]
         pieces, told, rest = [], "", ""

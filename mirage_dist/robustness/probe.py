@@ -10,9 +10,9 @@ Shapes: L places (0 is what goes into the first decoder layer, l what comes out 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,10 +88,12 @@ class Probe:
 
     def _labelled(self, setting: Setting) -> Labelled:
         forget, beside = setting.forget, sources.read_all(self.beside).samples
-        extra = [content(sample.answer, forget.pattern) for sample in beside]
-        answers = [*forget.contents, *extra]
+        labels: list[str | None] = list(forget.labels(self.label))
+        if self.label == "answer":
+            labels += [content(sample.answer, forget.pattern) for sample in beside]
+        else:
+            labels += [str(getattr(sample, self.label)) for sample in beside]
         samples = [*forget.samples, *beside]
-        labels = answers if self.label == "answer" else [str(getattr(sample, self.label)) for sample in samples]
         return _chosen(samples, labels, self.samples, setting.recipe.seed)
 
     def _transferred(self, setting: Setting, read: Reader) -> dict[str, Any] | None:
@@ -156,7 +158,7 @@ class Reader:
         self.setting = setting
         self.generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode the probe could not be fitted on them
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:
         """last: of the last prompt token; image: the mean over image tokens, None unless every sample has a picture.
 
@@ -186,28 +188,38 @@ class Reader:
         return torch.stack(last), torch.stack(image)
 
 
-def regression(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Callable[[Tensor], Tensor]:
-    """Fit a multinomial logistic regression; a function from features (M, D) to classes (M,).
+class Linear(NamedTuple):
+    """A fitted probe: class of each row of (M, D) features, (M,). Coefficients are those of standardised features."""
 
-    Minimises the mean cross entropy + l2 / 2 · ‖W‖², intercept free, features standardised, by L-BFGS.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        mean_D, std_D = x_ND.mean(0), x_ND.std(0).clamp(min=1e-6)
-        z_ND = ((x_ND - mean_D) / std_D).clone()
-        weight_DK = torch.zeros(x_ND.shape[1], classes, requires_grad=True)
-        bias_K = torch.zeros(classes, requires_grad=True)
-        solver = torch.optim.LBFGS([weight_DK, bias_K], max_iter=100, line_search_fn="strong_wolfe")
+    mean_D: Tensor
+    std_D: Tensor
+    weight_DK: Tensor
+    bias_K: Tensor
 
-        def loss() -> Tensor:
-            solver.zero_grad()
-            value = torch.nn.functional.cross_entropy(z_ND @ weight_DK + bias_K, y_N)
-            value = value + l2 / 2 * weight_DK.square().sum()
-            value.backward()
-            return value
+    def scores(self, x_MD: Tensor) -> Tensor:
+        """Log-odds up to a constant a row: (M, K)."""
+        return ((x_MD - self.mean_D) / self.std_D) @ self.weight_DK + self.bias_K
 
-        solver.step(loss)  # type: ignore[arg-type]
-    weight_DK, bias_K = weight_DK.detach(), bias_K.detach()
-    return lambda other_MD: (((other_MD - mean_D) / std_D) @ weight_DK + bias_K).argmax(1)
+    def __call__(self, x_MD: Tensor) -> Tensor:
+        return self.scores(x_MD).argmax(1)
+
+
+def regression(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Linear:
+    """Fit a multinomial logistic regression by L-BFGS: the least mean cross entropy + l2 / 2 · ‖W‖², intercept free."""
+    fitted = Linear(
+        x_ND.mean(0), x_ND.std(0).clamp(min=1e-6), torch.zeros(x_ND.shape[1], classes), torch.zeros(classes)
+    )
+    free = [fitted.weight_DK.requires_grad_(), fitted.bias_K.requires_grad_()]
+    solver = torch.optim.LBFGS(free, max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = torch.nn.functional.cross_entropy(fitted.scores(x_ND), y_N) + l2 / 2 * fitted.weight_DK.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)  # type: ignore[arg-type]
+    return Linear(*(tensor.detach() for tensor in fitted))
 
 
 def _chosen(samples: Sequence[Sample], labels: Sequence[str | None], most: int, seed: int) -> Labelled:

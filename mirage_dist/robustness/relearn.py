@@ -8,27 +8,23 @@ can come back from the weights only (Deeb and Roger, arXiv 2410.08827).
 from __future__ import annotations
 
 import gc
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mirage_dist import config as configs
+from mirage_dist import launching
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals.metrics import Leaf
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.robustness import setting as settings
 from mirage_dist.robustness.setting import SET, Forget, Setting, attack_rate, group
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, RunError, SourceConfig, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, SourceConfig, TrainRecipe
 from mirage_dist.train import run
 
-LAUNCHER = configs.REPOSITORY / "launch" / "local.sh"
 RELEARNED, OTHER = "relearned", "other"
 
 
@@ -38,7 +34,8 @@ class Relearning:
 
     recipe: a training recipe; its run, model, streams, steps and what it saves are set here. samples: the numbers n,
     the smaller sets being parts of the larger. steps, every: each run makes so many, and is evaluated every so often.
-    content_share: of the contents, those that any sample is taken of. questions: forget samples that are asked.
+    label: what a content is; answer is the forgotten content, category the sample's own. content_share: of the
+    contents, those that any sample is taken of. questions: forget samples that are asked.
     """
 
     recipe: str
@@ -46,6 +43,7 @@ class Relearning:
     samples: list[int] = field(default_factory=lambda: [2, 8, 32])
     steps: int = 20
     every: int = 5
+    label: Literal["answer", "category"] = "answer"
     content_share: float = 0.5
     questions: int = 128
     ranks: int | None = None  # processes that train; null trains in this one
@@ -62,10 +60,12 @@ class Relearning:
             raise ConfigError(f"content_share={self.content_share}; expected a share above 0, at most 1")
 
     def check(self, forget: Forget, seed: int) -> TrainRecipe:
-        """The recipe to train by. Raises ConfigError for what can be known of it and the samples before weights load."""
+        """The recipe to train by. Raises ConfigError for what can be known of it and of the samples beforehand."""
         recipe = configs.load(self.recipe, self.overrides, TrainRecipe)
         run.check_recipe(recipe, self.ranks or 1)
-        pool = self.split(forget, seed)[0]
+        if len(recipe.data.streams) != 1:
+            raise ConfigError(f"relearning.recipe={self.recipe}: has streams {list(recipe.data.streams)}; expected one")
+        pool, _ = self.split(forget, seed)
         if len(pool) < max(self.samples):
             raise ConfigError(
                 f"relearning.samples={self.samples}: only {len(pool)} forget samples can be relearned, beside "
@@ -73,15 +73,16 @@ class Relearning:
             )
         return recipe
 
-    def split(self, forget: Forget, seed: int) -> tuple[list[Sample], list[Sample], set[str]]:
-        """(samples to learn from, samples to ask, contents of the former); no picture is in both."""
-        names = settings.order(forget.contents, seed)
+    def split(self, forget: Forget, seed: int) -> tuple[list[Sample], list[Sample]]:
+        """(samples to learn from, samples to ask), each in the order of their pictures' hashes. They share none."""
+        contents = forget.labels(self.label)
+        names = settings.order(contents, seed)
         taught = set(names[: max(1, round(self.content_share * len(names)))])
-        asked = forget.samples[: self.questions]  # they stand in the order of their pictures' hashes
+        asked = forget.samples[: self.questions]
         shown = {group(sample) for sample in asked}
-        pairs = zip(forget.samples, forget.contents, strict=True)
+        pairs = zip(forget.samples, contents, strict=True)
         pool = [sample for sample, told in pairs if told in taught and group(sample) not in shown]
-        return pool, asked, taught
+        return pool, asked
 
     def __call__(self, setting: Setting) -> dict[str, Any]:
         """{"questions", "contents", "runs": {n: {"contents": relearned ones, "steps": {step: {"all", "relearned",
@@ -89,18 +90,21 @@ class Relearning:
         model before.
         """
         recipe = self.check(setting.forget, setting.recipe.seed)
-        pool, asked, _ = self.split(setting.forget, setting.recipe.seed)
-        runs = {str(n): setting.kept(f"n-{n:04d}", lambda n=n: self._of(setting, recipe, pool[:n])) for n in self.samples}
-        return {"questions": len(asked), "contents": len(set(setting.forget.contents)), "runs": runs}
+        pool, asked = self.split(setting.forget, setting.recipe.seed)
+        runs = {}
+        for n in self.samples:
+            name = f"n-{n:04d}"
+            runs[str(n)] = setting.kept(name, lambda n=n, name=name: self._of(setting, recipe, name, pool[:n], asked))
+            # Only now: without them the run would have to be made again.
+            shutil.rmtree(setting.folder / name / "run" / "checkpoints", ignore_errors=True)
+        return {"questions": len(asked), "contents": len(set(setting.forget.labels(self.label))), "runs": runs}
 
-    def _of(self, setting: Setting, recipe: TrainRecipe, learned: list[Sample]) -> dict[str, Any]:
-        name = f"n-{len(learned):04d}"
-        told_by = {s.id: c for s, c in zip(setting.forget.samples, setting.forget.contents, strict=True)}
-        taught = {told_by[sample.id] for sample in learned}
-        asked = [
-            replace(sample, category=RELEARNED if told_by[sample.id] in taught else OTHER)
-            for sample in setting.forget.samples[: self.questions]
-        ]
+    def _of(
+        self, setting: Setting, recipe: TrainRecipe, name: str, learned: list[Sample], asked: list[Sample]
+    ) -> dict[str, Any]:
+        contents = dict(zip(setting.forget.samples, setting.forget.labels(self.label), strict=True))
+        taught = {contents[sample] for sample in learned}
+        asked = [replace(s, category=RELEARNED if contents[s] in taught else OTHER) for s in asked]
         sets = {SET: EvalSetConfig("unsafe", [setting.questions(f"{name}/questions", asked)])}
         source, folder = setting.questions(f"{name}/samples", learned), setting.folder / name / "run"
         setting.say(f"{len(learned)} samples, {self.steps} steps")
@@ -109,7 +113,6 @@ class Relearning:
         for step in range(self.every, self.steps + 1, self.every):
             model = EvalModelConfig(run=str(folder), step=step, dtype=setting.model.dtype)
             steps[str(step)] = _rates(setting.ask(f"{name}/step-{step:06d}", model, sets))
-        shutil.rmtree(folder / "checkpoints")
         return {"contents": len(taught), "steps": steps}
 
     def _train(self, recipe: TrainRecipe) -> None:
@@ -124,14 +127,14 @@ class Relearning:
             return
         file = Path(recipe.run.dir).with_name("recipe.yaml")
         configs.write_yaml(recipe, file)
-        _launch(self.ranks, file)
+        launching.train(self.ranks, str(file))
 
 
 def _placed(
     setting: Setting, recipe: TrainRecipe, folder: Path, source: SourceConfig, steps: int, every: int
 ) -> TrainRecipe:
     """The training recipe with the run, the model, the data and the template of this evaluation."""
-    template, (stream,) = setting.recipe.template, recipe.data.streams or ("train",)
+    template, (stream,) = setting.recipe.template, recipe.data.streams
     data = replace(
         recipe.data,
         streams={stream: [source]},
@@ -151,11 +154,3 @@ def _placed(
 
 def _rates(result: dict[str, Any]) -> dict[str, Leaf | None]:
     return {"all": attack_rate(result), **{part: attack_rate(result, category=part) for part in (RELEARNED, OTHER)}}
-
-
-def _launch(ranks: int, file: Path) -> None:
-    """Raises RunError when the run ends with an error."""
-    command = [str(LAUNCHER), str(ranks), "train", str(file)]
-    done = subprocess.run(command, env={**os.environ, "MIRAGE_PYTHON": sys.executable}, check=False)
-    if done.returncode:
-        raise RunError(f"relearning stopped with status {done.returncode} (see above): {' '.join(command)}")

@@ -38,8 +38,8 @@ Test = Relearning | Quantisation | Probe | Completion
 class RobustnessConfig:
     """`robustness` of an evaluation's recipe; a test that is not named is not made.
 
-    forget: what was to be forgotten, with the answers that tell it. content: a regular expression of the part of such an
-    answer that must not be told; without one it is the whole answer.
+    forget: what was to be forgotten, with the answers that tell it. content: a regular expression of the part of such
+    an answer that must not be told; without one it is the whole answer.
     """
 
     forget: list[SourceConfig]

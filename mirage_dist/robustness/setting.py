@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
@@ -34,6 +33,10 @@ class Forget:
     contents: list[str]
     pattern: str | None
     without: int
+
+    def labels(self, label: Literal["answer", "category", "safe"]) -> list[str]:
+        """Of each sample its content (answer), or what the sample itself says."""
+        return self.contents if label == "answer" else [str(getattr(sample, label)) for sample in self.samples]
 
     @property
     def digest(self) -> str:
@@ -133,8 +136,3 @@ def attack_rate(result: Mapping[str, Any], condition: str = "clean", category: s
     found = headline(result)
     measured = found["sets"][SET] if category is None else found["categories"][SET].get(category, {})
     return measured.get("asr", {}).get(condition)
-
-
-def hashed(options: Any) -> str:
-    """Equal for equal options."""
-    return configs.config_hash(options)

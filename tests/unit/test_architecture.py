@@ -19,6 +19,7 @@ ALLOWED = {
     "stats": set(),
     "process": set(),
     "world": {"config", "signals"},
+    "launching": {"config", "signals"},
     "data": {"config", "world"},
     "kernels": {"config"},
     "model": {"config", "world", "data", "kernels"},
@@ -26,10 +27,11 @@ ALLOWED = {
     "train": {"config", "signals", "process", "world", "data", "kernels", "model", "objectives"},
     "evals": {"config", "signals", "process", "stats", "world", "data", "model"},
     "robustness": {
-        *("config", "signals", "process", "stats", "world", "data", "model", "objectives", "train", "evals"),
+        *("config", "signals", "launching", "process", "stats", "world"),
+        *("data", "model", "objectives", "train", "evals"),
     },
     "report": {"config", "stats"},
-    "demo": {"config", "signals", "world", "data", "model", "evals", "report", "train"},
+    "demo": {"config", "signals", "launching", "world", "data", "model", "evals", "report", "train"},
     "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "robustness", "report"},
 }
 

@@ -10,6 +10,7 @@ from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.evals import attacks
 from mirage_dist.objectives.base import make
+from mirage_dist.robustness import run as robustness
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.engine import deepspeed_config
 from mirage_dist.train.run import _check_reference
@@ -31,6 +32,10 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
         for name, options in recipe.sets.items():
             for title, fields in options.attacks.items():
                 attacks.make(fields, str(file), f"sets.{name}.attacks.{title}")
+        if recipe.robustness is not None:
+            tests = dict(robustness.options(recipe).tests())
+            trained = configs.load(tests["relearning"].recipe, tests["relearning"].overrides, TrainRecipe)
+            assert list(trained.data.streams) == ["train"]
 
 
 @pytest.mark.parametrize(("kind", "file"), FILES, ids=[f"{kind}/{file.name}" for kind, file in FILES])
