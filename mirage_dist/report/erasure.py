@@ -202,7 +202,8 @@ def _finish(ax: Axes, palette: Palette, ends: Sequence[tuple[float, float, str, 
     """Grid lines up to where the names begin, and the names."""
     _labels(ax, ends, last + 0.03 * last)
     ax.hlines([0, 25, 50, 75, 100], 0, last, color=palette.grid, linewidth=0.8, zorder=0)
-    ax.set_xlim(-0.04 * last, 1.3 * last)
+    width = max(last, 1)
+    ax.set_xlim(-0.04 * width, 1.3 * width)
 
 
 def _rounded(ax: Axes, palette: Palette, y: float, slot: int, leaves: Sequence[Leaf | None]) -> None:

@@ -36,7 +36,8 @@ class Transfer:
     """Fit on samples of what the model was to keep, test on the forget samples.
 
     Both are labelled by what `content` finds in their answers, which has to be a part that both share (a syllable of
-    the embedded world's codes): then a picture gives the label away only through the model's own knowledge of it.
+    the embedded world's codes): then a picture gives the label away only through the model's own knowledge of it, or by
+    chance. That chance is drawn once a forgotten content, so the interval takes contents as independent, not pictures.
     """
 
     fit: list[SourceConfig]
@@ -83,7 +84,7 @@ class Probe:
         fit = [i for i, sample in enumerate(samples) if group(sample) not in tested]
         test = [i for i, sample in enumerate(samples) if group(sample) in tested]
         whole = read(samples)
-        told = self._probed((samples, labels), whole, fit, test, self.least)
+        told = self._probed(labels, [group(sample) for sample in samples], whole, fit, test)
         return {"label": self.label, **told, "transfer": self._transferred(setting, read)}
 
     def _labelled(self, setting: Setting) -> Labelled:
@@ -109,18 +110,27 @@ class Probe:
             raise ConfigError(f"probe.transfer.fit: {len(shown)} of its pictures are in the forget set too")
         samples, labels = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
         border = len(parts[0][0])
-        return self._probed((samples, labels), read(samples), range(border), range(border, len(samples)), self.least)
+        told = dict(zip(setting.forget.samples, setting.forget.contents, strict=True))
+        groups = [told.get(sample, group(sample)) for sample in samples]
+        return self._probed(labels, groups, read(samples), range(border), range(border, len(samples)))
 
     def _probed(
-        self, labelled: Labelled, read: dict[str, Tensor | None], fit: Sequence[int], test: Sequence[int], least: int
+        self,
+        labels: Sequence[str],
+        groups: Sequence[str],
+        read: dict[str, Tensor | None],
+        fit: Sequence[int],
+        test: Sequence[int],
     ) -> dict[str, Any]:
-        """Fit and test at every place. Raises ConfigError where fewer than two classes are left to fit."""
-        samples, labels = labelled
+        """Fit and test at every place. groups: samples of one are no independent trials.
+
+        Raises ConfigError where fewer than two classes are left to fit.
+        """
         counts = Counter(labels[i] for i in fit)
-        classes = sorted(name for name, count in counts.items() if count >= least)
+        classes = sorted(name for name, count in counts.items() if count >= self.least)
         if len(classes) < 2:
             raise ConfigError(
-                f"probe: {len(classes)} classes with {least} samples or more to fit ({dict(counts.most_common(5))}); "
+                f"probe: {len(classes)} classes with {self.least} or more to fit ({dict(counts.most_common(5))}); "
                 "a probe needs two. Is `content` a part that answers share? Or lower probe.least"
             )
         fit, test = ([i for i in part if labels[i] in classes] for part in (fit, test))
@@ -129,10 +139,9 @@ class Probe:
         shuffled_N = y_N.clone()
         mixed = torch.randperm(len(fit), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
         shuffled_N[fit] = y_N[fit][mixed]
-        groups = [group(samples[i]) for i in test]
 
         def accuracy(said_N: Tensor) -> Leaf | None:
-            return _leaf((said_N == y_N[test]).tolist(), groups)
+            return _leaf((said_N == y_N[test]).tolist(), [groups[i] for i in test])
 
         def at(x_ND: Tensor) -> dict[str, Leaf | None]:
             return {
@@ -143,7 +152,7 @@ class Probe:
         frequent = y_N[fit].bincount(minlength=len(classes)).argmax().expand(len(test))
         return {
             "classes": {name: counts[name] for name in classes},
-            "left_out": len(samples) - len(fit) - len(test),
+            "left_out": len(labels) - len(fit) - len(test),
             "fitted": len(fit),
             "tested": len(test),
             "majority": accuracy(frequent),
@@ -231,7 +240,7 @@ def _chosen(samples: Sequence[Sample], labels: Sequence[str | None], most: int, 
 
 
 def _leaf(right: Sequence[bool], groups: Sequence[str]) -> Leaf | None:
-    """Accuracy with Wilson's interval; samples of one picture are no independent trials."""
+    """Accuracy with its interval over groups."""
     clusters: dict[str, tuple[int, int]] = {}
     for hit, own in zip(right, groups, strict=True):
         k, n = clusters.get(own, (0, 0))

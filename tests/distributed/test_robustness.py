@@ -14,25 +14,29 @@ from conftest import until
 from safetensors.torch import load_file
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
-from mirage_dist.model import export
+from mirage_dist.data import sources, toyworld
+from mirage_dist.model import export, toymodel
 from mirage_dist.robustness import run as tests_of_erasure
 from mirage_dist.robustness import setting as settings
-from mirage_dist.robustness.relearn import Relearning, _placed
+from mirage_dist.robustness.relearn import _placed
 from mirage_dist.robustness.setting import Setting
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig, WorldConfig
 
 QUESTIONS, STEPS = 12, 2
+TRAIN = """
+import sys
+from mirage_dist import config as configs
+from mirage_dist.robustness.relearn import Relearning
+from mirage_dist.schema import TrainRecipe
+for file in sys.argv[1:]:
+    Relearning("")._train(configs.load(file, [], TrainRecipe))
+"""
 CONTENT = r"\b(ba|do|ki|mu) (la|ne|ro|ti)\b"
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A world, an untrained model and a forget set of its locked gadgets' codes."""
-    from mirage_dist.data import toyworld
-    from mirage_dist.model import toymodel
-    from mirage_dist.schema import WorldConfig
-
     root = tmp_path_factory.mktemp("erasure")
     sizes = {"base_samples": 20, "safety_samples": 64, "general_samples": 64, "eval_samples": 4}
     world = WorldConfig(dir=str(root / "world"), **sizes)
@@ -151,12 +155,12 @@ def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_pa
     setting = Setting(told, model, {}, forget, "relearning")
     pool, _ = test.split(forget, 0)
     source = setting.questions("samples", pool[:3])
-    file = tmp_path / "plain.yaml"
     ours = _placed(setting, test.check(forget, 0), setting.folder / "run", source, STEPS, 1)
     plain = replace(ours, run=replace(ours.run, dir=str(tmp_path / "plain")), train=replace(ours.train, max_steps=1))
+    for name, training in (("ours", ours), ("plain", plain)):
+        configs.write_yaml(training, tmp_path / f"{name}.yaml")
+    subprocess.run([sys.executable, "-c", TRAIN, f"{tmp_path}/ours.yaml", f"{tmp_path}/plain.yaml"], check=True)
     for training in (ours, plain):
-        configs.write_yaml(training, file)
-        Relearning("", ranks=1)._train(configs.load(file, [], TrainRecipe))
         export.export(Path(training.run.dir), Path(training.run.dir) / "export", 1)
     first, second = (load_file(Path(x.run.dir) / "export/model.safetensors") for x in (ours, plain))
     assert first.keys() == second.keys()

@@ -34,7 +34,8 @@ def probed(strength: float, seed: int, test_share: float = 0.3):
     x_ND = planted(labels, strength, seed)
     border = round((1 - test_share) * len(samples))
     read = {"last": x_ND[None], "image": None}
-    return Probe()._probed((samples, labels), read, range(border), range(border, len(samples)), 10)
+    groups = [parts.group(sample) for sample in samples]
+    return Probe()._probed(labels, groups, read, range(border), range(border, len(samples)))
 
 
 @settings(max_examples=10)
@@ -70,14 +71,14 @@ def test_the_regression_is_at_its_minimum():
 
 
 def test_classes_that_are_too_small_are_left_out_and_counted():
-    samples, labels = labelled(100)
+    _, labels = labelled(100)
     labels = ["rare" if i < 8 else label for i, label in enumerate(labels)]
     read = {"last": planted([NAMES[0]] * len(labels), 0.0, 1)[None], "image": None}
-    told = Probe()._probed((samples, labels), read, range(150), range(150, 200), 10)
+    told = Probe()._probed(labels, labels, read, range(150), range(150, 200))
     assert "rare" not in told["classes"]
     assert told["left_out"] == 8
     with pytest.raises(ConfigError, match="needs two"):
-        Probe()._probed((samples, labels), read, range(150), range(150, 200), 1000)
+        Probe(least=1000)._probed(labels, labels, read, range(150), range(150, 200))
 
 
 @given(seed=st.integers(0, 1000))
