@@ -80,7 +80,7 @@ def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = Fal
             last, chance = max(last, len(points) - 1), max(chance, 100 * probe["majority"]["rate"])
         _finish(ax, palette, ends, last)
         ax.hlines(chance, 0, last, color=palette.muted, linestyle="--", linewidth=1.2, zorder=1)
-        ax.text(last + 0.1, chance, "chance", color=palette.muted, va="center", size=9)
+        ax.text(0.03 * last, chance - 2, "chance", color=palette.muted, va="top", size=9)
         step = max(1, last // 6)
         ticks = list(range(0, last + 1, step))
         ax.set_xticks(ticks, [f"{x}" if x else "input" for x in ticks], color=palette.ink)
