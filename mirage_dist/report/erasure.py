@@ -78,9 +78,8 @@ def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = Fal
             shuffled = [100 * layer["shuffled"]["rate"] for layer in layers]
             ax.plot(range(len(layers)), shuffled, ":", color=palette.slots[own[name]], linewidth=0.9, alpha=0.8)
             last, chance = max(last, len(points) - 1), max(chance, 100 * probe["majority"]["rate"])
-        _finish(ax, palette, ends, last)
+        _finish(ax, palette, [*ends, (chance, last, "chance", palette.muted)] if ends else [], last)
         ax.hlines(chance, 0, last, color=palette.muted, linestyle="--", linewidth=1.2, zorder=1)
-        ax.text(0.03 * last, chance - 2, "chance", color=palette.muted, va="top", size=9)
         step = max(1, last // 6)
         ticks = list(range(0, last + 1, step))
         ax.set_xticks(ticks, [f"{x}" if x else "input" for x in ticks], color=palette.ink)
