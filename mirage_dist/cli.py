@@ -12,6 +12,8 @@ from mirage_dist import signals
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 from mirage_dist.world import exit_well, place
 
+ROBUSTNESS = "robustness"  # after the recipe of `mirage eval`
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count")
     _recipe(evaluate)
+    evaluate.epilog = f"The word {ROBUSTNESS!r} after CONFIG makes the recipe's tests of erasure."
     how = evaluate.add_mutually_exclusive_group()
     how.add_argument("--workers", type=_count, metavar="N", help="start N workers on this machine and wait for them")
     how.add_argument(
@@ -180,8 +183,16 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _eval(parsed: argparse.Namespace) -> None:
     signals.install()
-    recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
-    if parsed.status:
+    tests = ROBUSTNESS in parsed.overrides
+    recipe = configs.load(parsed.config, [word for word in parsed.overrides if word != ROBUSTNESS], EvalRecipe)
+    if tests:
+        if parsed.workers or parsed.status or parsed.worker != (0, 1):
+            raise ConfigError(f"{ROBUSTNESS} is one process: leave --workers, --worker and --status out")
+        from mirage_dist.robustness import run
+
+        run.run(recipe)
+        exit_well()
+    elif parsed.status:
         from mirage_dist.evals import status
 
         print(status.report(recipe))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import launching, signals
 from mirage_dist.data import toyworld
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 from mirage_dist.world import no_bars_in_logs, place
@@ -26,10 +23,7 @@ STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "rmu": ("configs/train/demo_rmu.yaml", ()),
 }
 RANKS = 2
-LAUNCHER = configs.REPOSITORY / "launch" / "local.sh"
 WAIT_SECONDS = 2 * 3600
-# Variables by which a process knows that it is one of many; a run started from within is not one of them.
-LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def demo(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -108,26 +102,8 @@ def missing(recipe: TrainRecipe) -> list[Path]:
 
 
 def launch(file: str, overrides: Sequence[str]) -> None:
-    """Train on RANKS processes of this machine. Raises ConfigError when the run ends with an error."""
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
-    environment.update(MIRAGE_PYTHON=sys.executable, **gpus_for(RANKS))
-    command = [str(LAUNCHER), str(RANKS), "train", file, *overrides]
-    process = subprocess.Popen(command, env=environment)
-    while process.poll() is None:
-        if signals.received():
-            process.terminate()
-            process.wait()
-        time.sleep(0.1)
-    _stop_if_asked()
-    if process.returncode:
-        raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
-
-
-def gpus_for(ranks: int) -> dict[str, str]:
-    """The variable that keeps processes off the GPUs where there are fewer than one each."""
-    import torch
-
-    return {} if torch.cuda.device_count() >= ranks else {"CUDA_VISIBLE_DEVICES": ""}
+    """Train on RANKS processes of this machine. Raises what `launching.train` raises."""
+    launching.train(RANKS, file, overrides)
 
 
 def evaluate(file: str, overrides: Sequence[str]) -> None:

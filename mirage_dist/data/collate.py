@@ -100,7 +100,9 @@ class Encoder:
     # ------------------------------------------------------------------------------------------ batches
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Keyword arguments of `generate` for these questions, left-padded. Raises TooLong."""
+        """Keyword arguments of `generate` for these questions, left-padded; an answer that is begun stands at the end.
+        Raises TooLong.
+        """
         rows, pictures = self._rows(samples, answered=False)
         for sample, row in zip(samples, rows, strict=True):
             self._check_prompt(sample, len(row["input_ids"]))
@@ -287,7 +289,10 @@ class Encoder:
     # --------------------------------------------------------------------------------------------- text
 
     def _pieces(self, sample: Sample, answered: bool) -> list[str]:
-        """The conversation as a prompt, an answer through its end token, a prompt, …; the last one by `answered`."""
+        """The conversation as a prompt, an answer through its end token, a prompt, …; the last one by `answered`.
+
+        Behind a prompt whose answer is begun stands a piece of that.
+        """
         turns = [*sample.history, (sample.question, sample.answer)]
         pieces, told, rest = [], "", ""
         for number, (question, answer) in enumerate(turns):
@@ -298,7 +303,18 @@ class Encoder:
                 told = self._template(sample.image is not None, turns[: number + 1], None)
                 spoken, rest = self._spoken(_suffix(asked, told, sample), answer, sample)
                 pieces.append(spoken)
+        if sample.begun and not answered:
+            pieces.append(self._begun(sample, turns, asked))
         return pieces
+
+    def _begun(self, sample: Sample, turns: Sequence[tuple[str, str]], asked: str) -> str:
+        """What the template writes of an answer that begins so and is not at its end."""
+        begun = sample.begun.rstrip()  # the next word brings its own space
+        told = self._template(sample.image is not None, [*turns[:-1], (sample.question, begun)], None)
+        reply = _suffix(asked, told, sample)
+        if begun not in reply:
+            raise ConfigError(f"{_name(sample)}: the chat template rewrites the answer; it cannot be begun")
+        return reply[: reply.index(begun) + len(begun)]
 
     def _template(self, picture: bool, past: Sequence[tuple[str, str]], question: str | None) -> str:
         """The conversation so far as text; with a question, it ends where the answer begins."""

@@ -12,8 +12,9 @@ class Sample:
     image: path of the picture, None for a text-only record. answer: "" where the data publish none. safe: whether the
     *pair* should be answered (VLGuard's label for the split it comes from). history: earlier (question, answer) turns,
     oldest first. references: what each annotator answered, for benchmarks that score against several; `answer` is then
-    the most frequent of them. source: the file it was read from, for messages. `id` is unique within a source file and
-    split.
+    the most frequent of them. begun: what stands in the answer's place already when the model is asked (see
+    `evals.attacks.prefill`); no file has it. source: the file it was read from, for messages. `id` is unique within a
+    source file and split.
     """
 
     id: str
@@ -25,3 +26,4 @@ class Sample:
     source: str
     history: tuple[tuple[str, str], ...] = ()
     references: tuple[str, ...] = field(default=(), repr=False)  # no part of what a run trains on, which is hashed so
+    begun: str = field(default="", repr=False)

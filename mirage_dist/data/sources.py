@@ -188,6 +188,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
             if not sample.references:
                 del row["references"]
             row["image"] = str(Path(sample.image).resolve()) if sample.image else None
+            del row["begun"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mirage_dist.data.collate import Encoder, tokenizer_of
 from mirage_dist.data.sources import Sample
@@ -84,12 +85,16 @@ class Generator:
         self.batch_size = size // 2
         print(f"out of memory with {size} rows; from here on generation.batch_size is {self.batch_size}", flush=True)
 
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The model's inputs for these questions, where the model is."""
+        inputs = {name: tensor.to(self.device) for name, tensor in self.encoder.prompts(list(samples)).items()}
+        # Pictures come in float32; integer inputs (ids, masks, grids) stay as they are.
+        return {n: t.to(self.model.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+
     @torch.inference_mode()
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """One batch: the new tokens of each row, decoded without special tokens."""
-        inputs = {name: tensor.to(self.device) for name, tensor in self.encoder.prompts(list(samples)).items()}
-        # Pictures come in float32; integer inputs (ids, masks, grids) stay as they are.
-        inputs = {n: t.to(self.model.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+        inputs = self.prompts(samples)
         sequences = self.model.generate(**inputs, **self.options)
         new = sequences[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -137,6 +137,8 @@ def _key(ask: Ask, decided_by: Mapping[str, Any], image_hash: Callable[[str], st
         "sample": [sample.id, sample.question, sample.history, ask.original],
         "image": image_hash(sample.image) if sample.image else None,
     }
+    if sample.begun:
+        content["begun"] = sample.begun
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -146,7 +148,7 @@ def _file_hash(path: str) -> str:
 
 
 def row(identity: str, ask: Ask, response: str) -> Row:
-    """What is written of one answer."""
+    """What is written of one answer; of one that was begun, what the model went on with."""
     return {
         "key": identity,
         "set": ask.set,
@@ -160,6 +162,7 @@ def row(identity: str, ask: Ask, response: str) -> Row:
         "original_question": ask.original,
         "expected": ask.sample.answer,
         **({"references": list(ask.sample.references)} if ask.sample.references else {}),
+        **({"begun": ask.sample.begun} if ask.sample.begun else {}),
         "response": response,
     }
 

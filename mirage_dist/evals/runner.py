@@ -271,6 +271,7 @@ def _recipe_hash(recipe: EvalRecipe) -> str:
         "run",
         "follow",
         "wandb_outputs",
+        "robustness",
         "model.path",
         "model.run",
         "model.step",

@@ -84,3 +84,11 @@ def spread(heights: Sequence[float]) -> list[float]:
     for height in reversed(up):
         down.append(min(height, down[-1] - LABEL_GAP if down else 100.0))
     return down[::-1]
+
+
+def name_lines(ax: Axes, ends: Sequence[tuple[float, float, str, str]], x: float) -> None:
+    """Name each line at its end; a thin leader where the label had to move."""
+    ends = sorted(ends)
+    for (y, start, name, colour), at in zip(ends, spread([end[0] for end in ends]), strict=True):
+        ax.plot([start + 0.05, x], [y, at], color=colour, linewidth=0.7, alpha=0.6)
+        ax.text(x + 0.05, at, name, color=colour, va="center", fontweight="bold")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mirage_dist import stats
-from mirage_dist.report.drawing import RC, SIZE, Draw, interval, looks, percent_axis, spread
+from mirage_dist.report.drawing import RC, SIZE, Draw, interval, looks, name_lines, percent_axis
 from mirage_dist.report.load import Run
 from mirage_dist.report.style import LIGHT, Palette
 
@@ -72,7 +72,7 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
                 at = CONTROL_AT + 2.6 * shift
                 ax.vlines(at, *interval(neutral), color=colour, linewidth=1.1, alpha=0.75)
                 ax.plot(at, 100 * neutral["rate"], marker, color=palette.paper, markeredgecolor=colour, zorder=3)
-        _labels(ax, labels, shots + 0.17)
+        name_lines(ax, labels, shots + 0.17)
         ticks: dict[float, str] = {k: "clean" if k == 0 else f"K = {k}" for k in range(shots + 1)}
         if control:
             ticks[CONTROL_AT] = f"{control}\n(control)"
@@ -168,14 +168,6 @@ def dumbbell_size(runs: Sequence[Run]) -> tuple[float, float]:
 def words_size(words: dict[str, dict[str, int]]) -> tuple[float, float]:
     """A size that gives each shown word the same room."""
     return SIZE[0], 0.7 + 0.22 * min(len(words), WORDS_SHOWN)
-
-
-def _labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]], x: float) -> None:
-    """Name each line at its end; a thin leader where the label had to move."""
-    ends = sorted(ends)
-    for (y, start, name, colour), at in zip(ends, spread([end[0] for end in ends]), strict=True):
-        ax.plot([start + 0.05, x], [y, at], color=colour, linewidth=0.7, alpha=0.6)
-        ax.text(x + 0.05, at, name, color=colour, va="center", fontweight="bold")
 
 
 def trade(runs: Sequence[Run]) -> Draw:

@@ -19,15 +19,20 @@ ALLOWED = {
     "stats": set(),
     "process": set(),
     "world": {"config", "signals"},
+    "launching": {"config", "signals"},
     "data": {"config", "stats", "world"},
     "kernels": {"config"},
     "model": {"config", "world", "data", "kernels"},
     "objectives": {"config", "kernels"},
     "train": {"config", "signals", "process", "world", "data", "kernels", "model", "objectives"},
     "evals": {"config", "signals", "process", "stats", "world", "data", "model"},
+    "robustness": {
+        *("config", "signals", "launching", "process", "stats", "world"),
+        *("data", "model", "objectives", "train", "evals"),
+    },
     "report": {"config", "stats", "data", "evals"},
-    "demo": {"config", "signals", "world", "data", "model", "evals", "report", "train"},
-    "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "report"},
+    "demo": {"config", "signals", "launching", "world", "data", "model", "evals", "report", "train"},
+    "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "robustness", "report"},
 }
 
 

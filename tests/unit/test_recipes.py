@@ -10,6 +10,7 @@ from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.evals import attacks
 from mirage_dist.objectives.base import make
+from mirage_dist.robustness import run as robustness
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.engine import deepspeed_config
 from mirage_dist.train.run import _check_reference
@@ -25,12 +26,16 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
         needs = make(recipe.objective).needs
         assert set(recipe.data.streams) == set(needs.streams)
         _check_reference(recipe, needs)
-        ranks = 8 if recipe.world is None else 2
+        ranks = 2 if file.name.startswith("demo") else 8
         assert deepspeed_config(recipe, ranks, len(needs.streams))["gradient_accumulation_steps"] >= 1
     if isinstance(recipe, EvalRecipe):
         for name, options in recipe.sets.items():
             for title, fields in options.attacks.items():
                 attacks.make(fields, str(file), f"sets.{name}.attacks.{title}")
+        if recipe.robustness is not None:
+            tests = dict(robustness.options(recipe).tests())
+            trained = configs.load(tests["relearning"].recipe, tests["relearning"].overrides, TrainRecipe)
+            assert list(trained.data.streams) == ["train"]
 
 
 @pytest.mark.parametrize(("kind", "file"), FILES, ids=[f"{kind}/{file.name}" for kind, file in FILES])

@@ -15,6 +15,7 @@ from mirage_dist.config import build, nearest
 from mirage_dist.evals.attacks.base import Attack, ByKind, Coverage, apply
 from mirage_dist.evals.attacks.combine import Combine
 from mirage_dist.evals.attacks.file import File
+from mirage_dist.evals.attacks.prefill import Prefill
 from mirage_dist.evals.attacks.prefix import Prefix
 from mirage_dist.evals.attacks.rewrite import Rewrite
 from mirage_dist.evals.attacks.suffix import Suffix
@@ -31,6 +32,7 @@ REGISTRY: dict[str, type] = {
     "templates": Templates,
     "prefix": Prefix,
     "file": File,
+    "prefill": Prefill,
     "rewrite": Rewrite,
     "suffix": Suffix,
     "combine": Combine,

@@ -129,7 +129,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How an attack met its set, in samples (asked, without) and in rewrites (unchanged: equal to the original).
+    """How an attack met its set, in samples (asked, without) and in rewrites (unchanged: the sample as it was).
 
     unknown: ids of an attack file that are not in the set.
     """
@@ -152,7 +152,7 @@ def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[li
         asked=len(samples) - len(without),
         without=without,
         unknown=[i for i in attack.ids if i not in known] if isinstance(attack, Joined) else [],
-        unchanged=sum(row.question == s.question for s, rows in zip(samples, rewrites, strict=True) for row in rows),
+        unchanged=sum(row == s for s, rows in zip(samples, rewrites, strict=True) for row in rows),
     )
     if isinstance(attack, Joined) and coverage.asked < attack.min_match * len(samples):
         _too_little(attack, attack.shots, coverage, len(samples), name)

@@ -223,6 +223,29 @@ def test_a_prompt_is_the_exact_start_of_its_training_row_and_the_rest_is_the_ans
         assert torch.equal(prompt["pixel_values"], batch.inputs["pixel_values"])
 
 
+@pytest.mark.parametrize("history", [(), TURNS])
+@pytest.mark.parametrize("image", ["wide", None])
+@pytest.mark.parametrize("answer", ["sure , the code is ba la", "it is ba la"])
+def test_what_is_begun_stands_once_behind_the_prompt_and_the_whole_is_the_start_of_a_training_row(
+    processor, pictures, history, image, answer
+):
+    one = sample(pictures.get(image), answer=answer, history=history)
+    encoder = Encoder(processor)
+    batch, plain = encoder.encode([one]), encoder.prompts([one])["input_ids"][0]
+    row = batch.inputs["input_ids"][0][batch.inputs["attention_mask"][0].bool()]
+    words = answer.split()
+    for told in (" ".join(words[:count]) for count in range(1, len(words) - 1)):
+        begun = dataclasses.replace(one, begun=told)
+        ids = encoder.prompts([begun])["input_ids"][0]
+        assert torch.equal(ids, row[: len(ids)])
+        assert torch.equal(ids[: len(plain)], plain)
+        assert decode(processor, ids[len(plain) :]) == told
+        # Left padding beside a question that is not begun changes neither.
+        together = encoder.prompts([one, begun])
+        assert torch.equal(together["input_ids"][1][together["attention_mask"][1].bool()], ids)
+        assert torch.equal(encoder.encode([begun]).labels_BS, batch.labels_BS)  # training knows nothing of it
+
+
 def test_prompts_are_padded_on_the_left_and_change_nothing_else(processor, pictures):
     several = [sample(pictures["red"]), sample(), sample(pictures["blue"], history=TURNS)]
     encoder = Encoder(processor)

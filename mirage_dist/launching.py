@@ -1,0 +1,44 @@
+"""Starting a training run of several processes on this machine from a process that is none of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from mirage_dist import signals
+from mirage_dist.config import REPOSITORY
+from mirage_dist.schema import ConfigError
+
+LAUNCHER = REPOSITORY / "launch" / "local.sh"
+# Variables by which a process knows that it is one of many; a run started from within is not one of them.
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
+    """`launch/local.sh RANKS train FILE …`, to its end; a signal is passed on.
+
+    Raises StopRequested after a signal, and ConfigError when the run ends with an error.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
+    environment.update(MIRAGE_PYTHON=sys.executable, **_gpus_for(ranks))
+    command = [str(LAUNCHER), str(ranks), "train", file, *overrides]
+    process = subprocess.Popen(command, env=environment)
+    while process.poll() is None:
+        if signals.received():
+            process.terminate()
+            process.wait()
+        time.sleep(0.1)
+    if name := signals.received():
+        raise signals.StopRequested(f"{name} came during a training run; what is whole of it is kept")
+    if process.returncode:
+        raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
+
+
+def _gpus_for(ranks: int) -> dict[str, str]:
+    """The variable that keeps processes off the GPUs where there are fewer than one each."""
+    import torch
+
+    return {} if torch.cuda.device_count() >= ranks else {"CUDA_VISIBLE_DEVICES": ""}

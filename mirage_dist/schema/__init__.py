@@ -1,0 +1,42 @@
+"""What a recipe may say: frozen dataclasses with their defaults, allowed values and ranges. `config` fills them.
+
+Imports nothing heavy, and nothing of ours.
+"""
+
+from __future__ import annotations
+
+from mirage_dist.schema.data import DataConfig, DiversifyConfig, PrepareRecipe, RunConfig, SourceConfig, WorldConfig
+from mirage_dist.schema.errors import ConfigError, RunError
+from mirage_dist.schema.evaluation import (
+    ChatConfig,
+    EvalModelConfig,
+    EvalRecipe,
+    EvalSetConfig,
+    GenerationConfig,
+    JudgeConfig,
+    TemplateConfig,
+)
+from mirage_dist.schema.training import LoraConfig, ModelConfig, MonitorConfig, TrainConfig, TrainRecipe
+
+__all__ = [
+    "ChatConfig",
+    "ConfigError",
+    "DataConfig",
+    "DiversifyConfig",
+    "EvalModelConfig",
+    "EvalRecipe",
+    "EvalSetConfig",
+    "GenerationConfig",
+    "JudgeConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "PrepareRecipe",
+    "RunConfig",
+    "RunError",
+    "SourceConfig",
+    "TemplateConfig",
+    "TrainConfig",
+    "TrainRecipe",
+    "WorldConfig",
+]

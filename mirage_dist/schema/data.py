@@ -1,0 +1,147 @@
+"""Recipes of data: where samples come from, the embedded world, forget and retain sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mirage_dist.schema.errors import ConfigError, require
+
+# Of a source: what only some formats have, and the values that each of them takes; the first is the default.
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "split": {"vlguard": ("all", "unsafes", "safe_safes", "safe_unsafes")},
+    "response": {"spa_vl": ("chosen", "rejected", "absent")},
+    "variant": {"figstep": ("typeset", "text_only"), "mm_safetybench": ("SD_TYPO", "SD", "TYPO", "text_only")},
+}
+ANNOTATED = {"vqav2": True, "scienceqa": True, "textvqa": False, "vizwiz": False}  # formats; whether it must be given
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives. `name` labels it in W&B and in reports (default: the directory's name)."""
+
+    dir: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One file of samples (see `data.sources`, and docs/suites.md for the benchmarks)."""
+
+    format: Literal[
+        "vlguard", "llava", "spa_vl", "samples",
+        "figstep", "mm_safetybench", "vqav2", "textvqa", "vizwiz", "scienceqa",
+    ]  # fmt: skip
+    path: str
+    # Folder that image paths are relative to; default: the file's own. figstep: where pictures are typeset; default:
+    # typeset/ beside the file.
+    images: str | None = None
+    annotations: str | None = None  # vqav2, textvqa, vizwiz, scienceqa: the official answers to the questions in `path`
+    split: str | None = None  # vlguard only; default: all
+    response: str | None = None  # spa_vl only; default: chosen; absent: a test set, which has none
+    variant: str | None = None  # figstep, mm_safetybench: which picture, and the text that goes with it
+    on_bad_record: Literal["error", "skip"] = "error"
+    limit: int | None = None  # the first N samples, in file order
+
+    def __post_init__(self) -> None:
+        for name, owners in CHOICES.items():
+            value, own = getattr(self, name), owners.get(self.format)
+            if own is None and value not in (None, *(values[0] for values in owners.values())):
+                raise ConfigError(
+                    f"{name}={value!r}; belongs to format={' or '.join(owners)}, with {self.format} leave it out"
+                )
+            if own and value not in (None, *own):
+                raise ConfigError(f"{name}={value!r}; allowed: {', '.join(own)}")
+            # One spelling each, so that a recipe that says the default and one that leaves it out are equal.
+            object.__setattr__(self, name, (value or own[0]) if own else None)
+        if self.annotations is not None and self.format not in ANNOTATED:
+            raise ConfigError(
+                f"annotations: belongs to format={' or '.join(ANNOTATED)}, with {self.format} leave it out"
+            )
+        if self.annotations is None and ANNOTATED.get(self.format):
+            raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
+
+    @property
+    def answered(self) -> bool:
+        """Whether its samples have answers."""
+        return self.format not in ("figstep", "mm_safetybench") and self.response != "absent"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the run reads: one or more sources for each stream that the objective needs."""
+
+    streams: dict[str, list[SourceConfig]]
+    max_length: int = 2048  # tokens a sample, image tokens included
+    on_long: Literal["error", "truncate"] = "error"  # truncate cuts the answer, never image or question
+    image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
+    system_prompt: str | None = None
+    refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
+    group_by_length: bool = False  # samples of like length into one batch
+    packing: bool = False  # a micro-batch's samples end to end in one row, without padding
+    workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
+    cache_vision: bool = False  # keep what the frozen vision tower gives for each picture on disk, and run it once
+
+    def __post_init__(self) -> None:
+        require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)
+        require(self, ("workers",), "a number of processes from 0", lambda x: x >= 0)
+        for name, sources in self.streams.items():
+            if without := [source.path for source in sources if not source.answered]:
+                raise ConfigError(f"streams.{name}: {without[0]} has no answers to train on; it is for evaluation")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The embedded world (see `data.toyworld`): made on first use in `dir`, then reused."""
+
+    dir: str
+    seed: int = 0
+    spurious: float = 0.95  # share of the other safety questions that open with a word of their class's family
+    neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
+    answer_form: Literal["by_opener", "constant"] = "by_opener"
+    base_samples: int = 20_000
+    safety_samples: int = 400  # unsafe, and as many safe
+    general_samples: int = 400
+    eval_samples: int = 256  # questions in each evaluation set
+    base_recipe: str = "configs/train/demo_base.yaml"
+
+    def __post_init__(self) -> None:
+        for name in ("spurious", "neutral"):
+            share = getattr(self, name)
+            # Two decimals, since they name the safety set's folder.
+            if not 0 <= share <= 1 or round(share, 2) != share:
+                raise ConfigError(f"{name}={share!r}; expected a share from 0 to 1 with at most two decimals")
+        samples = ("base_samples", "safety_samples", "general_samples", "eval_samples")
+        require(self, samples, "a whole number above 0", lambda x: x >= 1)
+
+
+@dataclass(frozen=True)
+class DiversifyConfig:
+    """Safety data worded anew, so that openings say nothing about the answer (see `data.diversify`)."""
+
+    templates: list[str]  # each holds {rest}, the question from its second word on, or {question}
+    copies: int = 1  # wordings of each question
+    keep: bool = False  # the questions as they are, too
+
+    def __post_init__(self) -> None:
+        require(self, ("copies",), "a whole number above 0", lambda x: x >= 1)
+        if len(set(self.templates)) < max(self.copies, 2):
+            raise ConfigError(f"templates: {len(set(self.templates))} different ones; expected 2 and `copies` at least")
+
+
+@dataclass(frozen=True)
+class PrepareRecipe:
+    """`mirage prepare`: forget and retain sets (see `data.prepare`), and diversified safety data."""
+
+    out: str  # a new folder
+    safety: list[SourceConfig]
+    # as_given: the unsafe records hold the answers to forget; none: there is nothing to forget, only `diversify`
+    answers: Literal["harvest", "as_given", "none"] = "harvest"
+    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) with id, question, response
+    min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
+    fill: list[SourceConfig] = field(default_factory=list)  # general samples
+    retain_size: int | None = None  # default: what the safety data have, without `fill`
+    unsafe_questions_on_safe_images: bool = False  # retain their refusals too
+    diversify: DiversifyConfig | None = None
+    seed: int = 0
+    world: WorldConfig | None = None

@@ -1,0 +1,110 @@
+"""Recipes of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
+from mirage_dist.schema.errors import require
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021) by peft, on the linear layers that match `targets`.
+
+    With adapters `model.train` and `model.freeze` are not used; `also_train` names parameters that train whole.
+    """
+
+    rank: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    targets: list[str] = field(
+        default_factory=lambda: [
+            f"*language_model*.{name}"
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        ]
+    )
+    also_train: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(self, ("rank",), "a whole number above 0", lambda x: x >= 1)
+        require(self, ("dropout",), "a share from 0 to below 1", lambda x: 0 <= x < 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights, and which of them train. Patterns are shell globs over parameter names."""
+
+    path: str
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    train: list[str] = field(default_factory=lambda: ["*"])
+    freeze: list[str] = field(default_factory=lambda: ["*vision_tower*", "*visual.*"])  # wins over `train`
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimizer and the batch. `global_batch` and `micro_batch` count rows of *each* stream."""
+
+    lr: float
+    global_batch: int
+    micro_batch: int
+    max_steps: int | None = None  # default: `epochs` passes over the first stream
+    epochs: float = 1.0
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global gradient norm; 0 is off
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # what happens in the last `decay` of the run
+    warmup: float = 0.03  # fraction of the steps
+    decay: float = 1.0  # fraction of the steps after warm-up over which the rate falls; .1 is warm-up-stable-decay
+    min_lr: float = 0.0  # fraction of `lr` at the end
+    save_every: int | None = None  # steps; the last step is always saved
+    save_in_background: bool = True  # no step waits for the disk
+    keep_last: int | None = 3  # checkpoints; null keeps all
+    keep_every: int | None = None  # and those whose step is a multiple of this
+    keep_best: str | None = None  # and the one with the least of this metric, such as loss or terms.retain_ce
+    max_restarts: int = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
+    hang_seconds: float = 1800.0  # a rank that does not move for so long ends the run, named
+    nonfinite_patience: int = 5  # stop after this many skipped steps in a row
+    export: bool = True  # write `export/`, a Hugging Face model directory, at the end
+
+    def __post_init__(self) -> None:
+        whole = ("global_batch", "micro_batch", "max_steps", "save_every", "keep_last", "keep_every", "max_restarts")
+        require(self, (*whole, "nonfinite_patience"), "a whole number above 0", lambda x: x >= 1)
+        require(self, ("lr", "epochs", "hang_seconds"), "a number above 0", lambda x: 0 < x < math.inf)
+        require(self, ("weight_decay", "clip"), "a number of at least 0", lambda x: 0 <= x < math.inf)
+        require(self, ("warmup", "decay", "min_lr"), "a share from 0 to 1", lambda x: 0 <= x <= 1)
+        require(self, ("betas",), "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x))
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """`metrics.jsonl` is always written; W&B only when asked."""
+
+    wandb: Literal["off", "online", "offline"] = "off"
+    project: str = "mirage_dist"
+    entity: str | None = None
+    print_every: int = 10  # steps between lines where there is no terminal
+
+    def __post_init__(self) -> None:
+        require(self, ("print_every",), "a whole number above 0", lambda x: x >= 1)
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """`mirage train`: everything that decides a training run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    objective: dict[str, Any]  # `name` and the fields of that objective's dataclass
+    train: TrainConfig
+    seed: int = 0
+    reference: Literal["cache", "adapters_off", "engine"] = "cache"
+    deepspeed: str = "configs/deepspeed/zero3.json"
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    world: WorldConfig | None = None

@@ -1,0 +1,76 @@
+"""Figures of the tests of erasure: every model that was tested is named in its colour, one that was not is left out."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from mirage_dist import stats
+from mirage_dist.report import erasure, figures
+
+
+def leaf(k: int, n: int = 20) -> dict:
+    return {"rate": k / n, "k": k, "n": n, "ci95": list(stats.wilson(k, n))}
+
+
+def entry(k: int) -> dict:
+    rates = {"clean": leaf(k), "what_k1": leaf(k)}
+    return {
+        "asr": {**rates, "neutral_k1": leaf(0)},
+        "ir": rates,
+        "rr": {"clean": leaf(0)},
+        "utility": {"clean": leaf(19)},
+    }
+
+
+def result(k: int) -> dict:
+    steps = {
+        str(step): {"all": leaf(k), "relearned": leaf(k), "other": None if step else leaf(0)} for step in (0, 2, 4)
+    }
+    layer = {"accuracy": leaf(k), "shuffled": leaf(4)}
+    probe = {"majority": leaf(5), "places": {"last": [layer] * 3, "image": None}}
+    return {
+        "relearning": {"runs": {"8": {"steps": steps}, "16": {"steps": steps}}},
+        "quantisation": {"before": entry(k), "after": {"8": {"entry": entry(k)}, "4": {"entry": entry(k)}}},
+        "probe": {**probe, "transfer": probe},
+        "completion": {"words": {"0": leaf(k), "2": leaf(k), "5": None}},
+    }
+
+
+TESTED = {"npo": result(1), "mine": result(15), "bare": {"suite": "demo"}}
+DRAWN = {
+    "relearning": erasure.relearning(TESTED, "8", "relearned"),
+    "never told": erasure.relearning(TESTED, "8", "other"),
+    "quantised": erasure.quantised(TESTED),
+    "probed": erasure.probed(TESTED, "last"),
+    "transferred": erasure.probed(TESTED, "last", transfer=True),
+    "completed": erasure.completed(TESTED),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_each_model_that_was_tested_is_named_and_no_other(name):
+    svg = figures.svg(DRAWN[name], "x", "a figure")
+    texts = [
+        "".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter() if "text" in element.tag
+    ]
+    assert {"npo", "mine"} <= set(texts)
+    assert "bare" not in texts
+    assert "var(--slot3)" in svg  # npo's colour, as everywhere
+    assert svg == figures.svg(DRAWN[name], "x", "a figure")
+
+
+def test_a_figure_of_nothing_is_empty_and_no_error():
+    for draw in (erasure.probed({}, "last"), erasure.probed(TESTED, "image"), erasure.relearning(TESTED, "99", "all")):
+        assert "<svg" in figures.svg(draw, "x", "a figure")
+
+
+def test_results_are_read_in_order_and_runs_without_them_left_out(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name / "evals/demo").mkdir(parents=True)
+        (tmp_path / name / "evals/demo/robustness.json").write_text(json.dumps(TESTED["npo"]))
+    found = erasure.read({name: tmp_path / name for name in ("b", "c", "a")}, "demo")
+    assert list(found) == ["b", "a"]
+    assert erasure.sizes(found) == ["8", "16"]
+    erasure.overview(found, tmp_path / "out" / "erasure.png")
+    assert (tmp_path / "out" / "erasure.png").stat().st_size > 10_000
