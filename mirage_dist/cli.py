@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--full", action="store_true", help="every attack and every test of erasure, too")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
     _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
@@ -131,7 +132,7 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     from mirage_dist import demo
 
-    demo.demo(parsed.out, parsed.overrides)
+    demo.demo(parsed.out, parsed.overrides, parsed.full)
 
 
 def _prepare(parsed: argparse.Namespace) -> None:

@@ -22,15 +22,16 @@ STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "npo": ("configs/train/demo_npo.yaml", ()),
     "rmu": ("configs/train/demo_rmu.yaml", ()),
 }
+SUITE, EVERY_ATTACK = "configs/eval/demo.yaml", "configs/eval/demo_attacks.yaml"  # named as their suites are
 RANKS = 2
 WAIT_SECONDS = 2 * 3600
 
 
-def demo(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def demo(out: Path, overrides: Sequence[str], full: bool = False) -> dict[str, Any]:
     """Run every stage that is not there yet, evaluate all models, write the report; returns its summary.
 
-    A stage lives in a folder named by the hash of its resolved recipe, which names the stages before it: a changed
-    setting runs again what depends on it, and nothing else.
+    full: under every attack, and with every test of erasure. A stage lives in a folder named by the hash of its
+    resolved recipe, which names the stages before it: a changed setting runs again what depends on it, and nothing else.
     """
     start = time.monotonic()
     base = _base(out, shared(overrides))
@@ -48,9 +49,13 @@ def demo(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
         recipes.append(recipe)
         if not (runs[name] / "export").is_dir():
             launch(file, [*overrides, *own, *here, f"run.dir={recipe.run.dir}"])
-    _say(total, total, "evaluation: every model, as asked and attacked")
+    _say(total, total, "evaluation: every model, as asked and attacked" + (", and whether it forgot" if full else ""))
     for name, folder in runs.items():
-        evaluate("configs/eval/demo.yaml", [*shared(overrides), *here, f"run.dir={folder}", f"run.name={name}"])
+        own = [*shared(overrides), *here, f"run.dir={folder}", f"run.name={name}"]
+        evaluate(SUITE, own)
+        if full:
+            evaluate(EVERY_ATTACK, own)
+            _test_erasure(own)
     from mirage_dist import report
 
     told = {
@@ -59,7 +64,7 @@ def demo(out: Path, overrides: Sequence[str]) -> dict[str, Any]:
         "wall_seconds": round(time.monotonic() - start, 1),
         "config_hash": configs.config_hash([configs.config_hash(recipe, ("run", "monitor")) for recipe in recipes]),
     }
-    summary = report.report(runs, out / "report", told, suite="demo")
+    summary = report.report(runs, out / "report", told, suite=Path(EVERY_ATTACK if full else SUITE).stem)
     report.print_table(summary)
     print(f"{told['wall_seconds']} s; report: {out / 'report' / 'index.html'}", flush=True)
     return summary
@@ -111,6 +116,12 @@ def evaluate(file: str, overrides: Sequence[str]) -> None:
     from mirage_dist.evals import runner
 
     runner.evaluate(configs.load(file, overrides, EvalRecipe))
+
+
+def _test_erasure(overrides: Sequence[str]) -> None:
+    from mirage_dist.robustness import run
+
+    run.run(configs.load(SUITE, overrides, EvalRecipe))
 
 
 def shared(overrides: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ Shapes: B rows, S positions; packed (see `data.packing`), B is 1 and S the lengt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mirage_dist.data.conversation import Conversation, called, tokenizer_of
 from mirage_dist.data.packing import borders, pack
 from mirage_dist.data.sources import Sample
 from mirage_dist.schema import ConfigError
@@ -27,11 +28,6 @@ IGNORE = -100
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # One value a token: input_ids, attention_mask, labels, and the token types that the processor tells.
 Row = dict[str, list[int]]
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """A processor's tokenizer; of a text-only model `AutoProcessor` gives the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
 
 
 class TooLong(ConfigError):
@@ -77,14 +73,14 @@ class Encoder:
         packing: bool = False,
     ) -> None:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
-        self.text_only = self.tokenizer is processor
+        self.conversation = Conversation(processor, system_prompt)
+        self.text_only = self.conversation.text_only
         self.max_length, self.on_long = max_length, on_long
-        self.image_aspect, self.system_prompt, self.packing = image_aspect, system_prompt, packing
+        self.image_aspect, self.packing = image_aspect, packing
         if self.tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end token (eos_token); answers would never end")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token will do
-        self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self.known: Callable[[Sequence[str | None]], dict[str, Tensor]] | None = None
         nothing: tuple[Row, dict[str, Tensor], int] = ({"input_ids": [], "attention_mask": [], "labels": []}, {}, 0)
         found = nothing if self.text_only else self._placeholder()
@@ -114,7 +110,7 @@ class Encoder:
         """`prompts` for engines that run the processor themselves: token ids, the picture's mark not expanded, and the
         picture. Raises TooLong by the length that `sizes` tells.
         """
-        pieces = self._pieces(sample, answered=False)
+        pieces = self.conversation.pieces(sample, answered=False)
         ids = self._first_ids(pieces[0])
         for before, piece in pairwise(pieces):
             ids = ids + self._ids_behind(before, piece)
@@ -123,7 +119,7 @@ class Encoder:
 
     def _check_prompt(self, sample: Sample, length: int) -> None:
         if length > self.max_length:
-            raise TooLong(f"{_name(sample)}: the prompt has {length} tokens, max_length is {self.max_length}")
+            raise TooLong(f"{called(sample)}: the prompt has {length} tokens, max_length is {self.max_length}")
 
     def encode(self, samples: Sequence[Sample]) -> Batch:
         """One training batch. Raises TooLong for a row over max_length unless `on_long` is truncate."""
@@ -199,7 +195,7 @@ class Encoder:
         A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5); with
         others `encode` has the last word.
         """
-        pieces = self._pieces(sample, answered=True)
+        pieces = self.conversation.pieces(sample, answered=True)
         lengths = [len(self._first_ids(pieces[0])), *(len(self._ids_behind(*pair)) for pair in pairwise(pieces))]
         if sample.image is not None:
             lengths[0] += self.picture_growth
@@ -207,7 +203,7 @@ class Encoder:
 
     def _told(self, sample: Sample, length: int, before: int) -> str:
         return (
-            f"{_name(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
+            f"{called(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
             f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only)"
         )
 
@@ -215,7 +211,7 @@ class Encoder:
 
     def _rows(self, samples: Sequence[Sample], answered: bool) -> tuple[list[Row], dict[str, Tensor]]:
         """Unpadded rows, through the last answer or up to it, and the picture tensors in the order of their rows."""
-        conversations = [self._pieces(sample, answered) for sample in samples]
+        conversations = [self.conversation.pieces(sample, answered) for sample in samples]
         shown = [i for i, sample in enumerate(samples) if sample.image is not None]
         seen, pictures = self._see([conversations[i][0] for i in shown], [samples[i].image or "" for i in shown])
         starts = dict(zip(shown, seen, strict=True))
@@ -271,7 +267,7 @@ class Encoder:
     def _placeholder(self) -> tuple[Row, dict[str, Tensor], int]:
         """The picture tokens of a blank picture, hidden; its tensors; by how many tokens it lengthens its prompt."""
         kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
-        text = self._template(True, [], "")
+        text = self.conversation.text(True, [], "")
         try:
             (row,), picture = self._process([text], [Image.new("RGB", (32, 32))])
         except ValueError as error:
@@ -286,69 +282,7 @@ class Encoder:
         growth = len(row["input_ids"]) - len(self._first_ids(text))
         return {**hidden, "attention_mask": [0] * len(places)}, picture, growth
 
-    # --------------------------------------------------------------------------------------------- text
-
-    def _pieces(self, sample: Sample, answered: bool) -> list[str]:
-        """The conversation as a prompt, an answer through its end token, a prompt, …; the last one by `answered`.
-
-        Behind a prompt whose answer is begun stands a piece of that.
-        """
-        turns = [*sample.history, (sample.question, sample.answer)]
-        pieces, told, rest = [], "", ""
-        for number, (question, answer) in enumerate(turns):
-            asked = self._template(sample.image is not None, turns[:number], question)
-            # What the template puts behind an answer's end token belongs to the next prompt.
-            pieces.append(rest + _suffix(told, asked, sample))
-            if answered or number + 1 < len(turns):
-                told = self._template(sample.image is not None, turns[: number + 1], None)
-                spoken, rest = self._spoken(_suffix(asked, told, sample), answer, sample)
-                pieces.append(spoken)
-        if sample.begun and not answered:
-            pieces.append(self._begun(sample, turns, asked))
-        return pieces
-
-    def _begun(self, sample: Sample, turns: Sequence[tuple[str, str]], asked: str) -> str:
-        """What the template writes of an answer that begins so and is not at its end."""
-        begun = sample.begun.rstrip()  # the next word brings its own space
-        told = self._template(sample.image is not None, [*turns[:-1], (sample.question, begun)], None)
-        reply = _suffix(asked, told, sample)
-        if begun not in reply:
-            raise ConfigError(f"{_name(sample)}: the chat template rewrites the answer; it cannot be begun")
-        return reply[: reply.index(begun) + len(begun)]
-
-    def _template(self, picture: bool, past: Sequence[tuple[str, str]], question: str | None) -> str:
-        """The conversation so far as text; with a question, it ends where the answer begins."""
-        messages: list[Mapping[str, Any]] = []
-        if self.system_prompt is not None:
-            messages.append(self._message("system", self.system_prompt))
-        for asked, answered in past:
-            messages += [self._message("user", asked), self._message("assistant", answered)]
-        if question is not None:
-            messages.append(self._message("user", question))
-        if picture:
-            if self.text_only:
-                raise ConfigError("a text-only model is asked about a picture; take one that sees, or records without")
-            first = next(m for m in messages if m["role"] == "user")
-            first["content"].insert(0, {"type": "image"})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None, tokenize=False)
-
-    def _message(self, role: str, text: str) -> dict[str, Any]:
-        """Templates of text-only models know no parts."""
-        return {"role": role, "content": text if self.text_only else [{"type": "text", "text": text}]}
-
-    def _spoken(self, reply: str, answer: str, sample: Sample) -> tuple[str, str]:
-        """What the model should say, through its end token, and what the template writes behind that.
-
-        The end token is the template's own where it writes one after an answer, else the tokenizer's.
-        """
-        said = answer if answer in reply else answer.strip()
-        if said not in reply:
-            raise ConfigError(f"{_name(sample)}: the chat template rewrites the answer; labels cannot be placed")
-        place = reply.index(said) + len(said)
-        ends = [reply.index(mark, place) + len(mark) for mark in self.marks if mark in reply[place:]]
-        if not ends:
-            return reply[:place] + self.tokenizer.eos_token, reply[place:]
-        return reply[: min(ends)], reply[min(ends) :]
+    # ------------------------------------------------------------------------------------------- tokens
 
     def _adds_start(self, text: str) -> bool:
         """Whether the tokenizer is to add its start token: not where the template has written it."""
@@ -393,16 +327,3 @@ def _extend(row: Row, ids: list[int], answer: bool) -> None:
     added = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids if answer else [IGNORE] * len(ids)}
     for name, values in row.items():
         values += added.get(name, [0] * len(ids))
-
-
-def _suffix(start: str, whole: str, sample: Sample) -> str:
-    if not whole.startswith(start):
-        raise ConfigError(
-            f"{_name(sample)}: the chat template rewrites what came before when a turn is added; labels cannot be "
-            "placed. Use a template in which a prompt is a prefix of its conversation"
-        )
-    return whole[len(start) :]
-
-
-def _name(sample: Sample) -> str:
-    return f"{sample.source}: sample {sample.id!r}"

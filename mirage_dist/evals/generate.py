@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirage_dist.data.collate import Encoder, tokenizer_of
+from mirage_dist.data.collate import Encoder
+from mirage_dist.data.conversation import tokenizer_of
 from mirage_dist.data.sources import Sample
 from mirage_dist.model.load import DTYPES
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.data.collate import tokenizer_of
+from mirage_dist.data.conversation import tokenizer_of
 from mirage_dist.evals.claims import Claims
 from mirage_dist.model import export
 from mirage_dist.model.shards import step_of

@@ -1,4 +1,4 @@
-"""Figures beyond the paper's: kinds of answer, every attack, categories. Drawn as those in `figures` are."""
+"""Figures beyond the paper's: kinds of answer, categories, which word decides. Drawn as those in `figures` are."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mirage_dist.report.drawing import SIZE, Draw, interval, looks, percent_axis
+from mirage_dist.report.drawing import SIZE, Draw, looks, name_lines, percent_axis
 from mirage_dist.report.load import Leaf, Run
-from mirage_dist.report.style import Palette
+from mirage_dist.report.style import MARKERS, Palette, slots
 
 # Kind of answer -> its verdicts and its colour in the palette; in the order in which a bar is stacked.
 KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -90,58 +90,6 @@ def kinds_size(runs: Sequence[Run], kind: str) -> tuple[float, float]:
     return SIZE[0], 0.75 + 0.26 * bars + 0.2 * len(runs)
 
 
-def conditions(runs: Sequence[Run], measure: str) -> list[str]:
-    """Every condition of a measure with all of its shots, controls last."""
-    found = dict.fromkeys(name for run in runs for name in run.entry.get(measure) or {})
-    most: dict[str, int] = {}
-    for name in found:
-        attack, _, shots = name.rpartition("_k")
-        most[attack or name] = max(most.get(attack or name, 0), int(shots) if attack else 0)
-    full = [f"{attack}_k{shots}" if shots else attack for attack, shots in most.items()]
-    return sorted(full, key=lambda name: is_control(runs, name))
-
-
-def is_control(runs: Sequence[Run], condition: str) -> bool:
-    attack = condition.rpartition("_k")[0]
-    return any(s["attacks"].get(attack, {}).get("control", False) for run in runs for s in run.metrics["sets"].values())
-
-
-def every_attack(runs: Sequence[Run], measure: str) -> Draw:
-    """A rate under every attack of the suite, a row an attack, a point a model; controls stand below the line."""
-
-    def draw(ax: Axes, palette: Palette) -> None:
-        percent_axis(ax.xaxis, palette)
-        rows = conditions(runs, measure)
-        for place, condition in enumerate(rows):
-            for number, run in enumerate(runs):
-                if not (leaf := run.leaf(measure, condition)):
-                    continue
-                colour, marker = looks(runs, palette)[run.name]
-                at = place + (number - (len(runs) - 1) / 2) * 0.13
-                ax.hlines(at, *interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
-                ax.plot(100 * leaf["rate"], at, marker, color=colour, zorder=3)
-        controls = sum(is_control(runs, condition) for condition in rows)
-        if controls:
-            ax.axhline(len(rows) - controls - 0.5, color=palette.muted, linewidth=0.8)
-        ax.set_yticks(range(len(rows)), [condition_label(row) for row in rows], color=palette.ink)
-        ax.set_ylim(len(rows) - 0.4, -0.6)
-        _models_key(ax, palette, runs)
-
-    return draw
-
-
-def _models_key(ax: Axes, palette: Palette, runs: Sequence[Run]) -> None:
-    at = 0.0
-    for run in runs:
-        colour, _ = looks(runs, palette)[run.name]
-        ax.annotate(run.name, (at, 1.0), **ABOVE, color=colour, fontsize=9.5, fontweight="bold")
-        at += 0.05 + 0.028 * len(run.name)
-
-
-def every_attack_size(runs: Sequence[Run], measure: str) -> tuple[float, float]:
-    return SIZE[0], 0.8 + (0.16 + 0.07 * len(runs)) * len(conditions(runs, measure))
-
-
 def condition_label(condition: str) -> str:
     """ "what_k3" -> "what, K = 3"."""
     name, found, shots = condition.rpartition("_k")
@@ -197,3 +145,36 @@ def _cell(ax: Axes, palette: Palette, place: tuple[int, int], leaf: Mapping[str,
 
 def heat_size(runs: Sequence[Run], measure: str, kind: str) -> tuple[float, float]:
     return SIZE[0], 0.5 + 0.36 * len(categories(runs, measure, kind))
+
+
+def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str) -> Draw:
+    """How much each of a question's first words carries the refusal (see `robustness.attribute`), a line a model.
+
+    tested: model -> its robustness.json.
+    """
+    shown = {
+        name: found["sets"][kind]["positions"]
+        for name, result in tested.items()
+        if (found := result.get("attribution")) and kind in found["sets"]
+    }
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        own, ends = slots(list(tested)), []
+        last = max(len(positions) for positions in shown.values())
+        for place, (name, positions) in enumerate(shown.items()):
+            colour, marker = palette.slots[own[name]], MARKERS[own[name]]
+            x = [i + (place - (len(shown) - 1) / 2) * 0.07 for i in range(len(positions))]
+            y = [100 * entry["mean"] for entry in positions]
+            low, high = ([100 * entry["ci95"][end] for entry in positions] for end in (0, 1))
+            ax.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.75)
+            ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
+            ends.append((y[-1], x[-1], name, colour))
+        name_lines(ax, ends, last - 0.75)
+        ax.axhline(0, xmax=0.99, color=palette.muted, linewidth=0.8)
+        ax.set_xticks(range(last), [f"word {i + 1}" for i in range(last)], color=palette.ink, fontsize=9)
+        ax.set_xlim(-0.4, last + 1.2)
+        ax.tick_params(axis="y", colors=palette.muted)
+        ax.set_ylim(min(-20, ax.get_ylim()[0]), max(60, ax.get_ylim()[1]))
+        ax.spines["bottom"].set_visible(False)
+
+    return draw

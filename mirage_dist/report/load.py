@@ -78,6 +78,18 @@ class Run:
         return found and f"{found[0]}_k1"
 
     @property
+    def controls(self) -> set[str]:
+        """Names of the attacks that are controls."""
+        return {n for s in self.metrics["sets"].values() for n, a in s["attacks"].items() if a["control"]}
+
+    @cached_property
+    def robustness(self) -> dict[str, Any]:
+        """The tests of erasure, of this suite or else of another; empty where none were made."""
+        files = [self.folder / "robustness.json", *sorted(self.dir.glob("evals/*/robustness.json"))]
+        found = next((file for file in files if file.is_file()), None)
+        return json.loads(found.read_text(encoding="utf-8")) if found else {}
+
+    @property
     def folder(self) -> Path:
         return self.dir / "evals" / self.suite
 

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.report import charts, drawing, examples, figures, tables, text
+from mirage_dist.report import attacks, charts, drawing, erasure, examples, figures, tables, text
 from mirage_dist.report.drawing import SIZE, Draw
 from mirage_dist.report.load import Run
 from mirage_dist.report.style import sheet
@@ -23,7 +23,9 @@ def render(runs: Sequence[Run], summary: Mapping[str, Any], shown: Mapping[str, 
         _section("In one table", text.MAIN_NOTE, tables.main(runs)),
         _effect(runs),
         _methods(runs),
+        _attacks(runs),
         _cause(runs),
+        _erasure(runs),
         _categories(runs),
         _examples(shown),
         _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs)),
@@ -82,12 +84,38 @@ def _effect(runs: Sequence[Run]) -> str:
         if any(run.leaf(measure) for run in runs):
             words = text.curve(runs, measure, kind, number)
             parts.append(_figure(f"fig{number}", figures.curve(runs, measure, kind), words))
-    for measure in ("asr", "rr"):
-        if len([c for c in charts.conditions(runs, measure) if not charts.is_control(runs, c)]) > 2:
-            size = charts.every_attack_size(runs, measure)
-            draw = charts.every_attack(runs, measure)
-            parts.append(_figure(f"attacks-{measure}", draw, text.every_attack(measure), size))
     return _figures("What one word does", text.CURVES_NOTE, parts)
+
+
+def _attacks(runs: Sequence[Run]) -> str:
+    """Where a suite has several attacks on one kind of question."""
+    parts = []
+    for measure in ("asr", "rr"):
+        rates = {run.name: run.entry.get(measure) or {} for run in runs}
+        controls = {name for run in runs for name in run.controls}
+        if len([c for c in attacks.conditions(rates) if c.rpartition("_k")[0] not in controls]) > 2:
+            draw, size = attacks.beside(rates, sorted(controls)), attacks.size(rates)
+            parts.append(_figure(f"attacks-{measure}", draw, text.every_attack(measure), size))
+    return _figures("Every attack", text.ATTACKS_NOTE, parts)
+
+
+def _erasure(runs: Sequence[Run]) -> str:
+    """Of runs whose erasure was tested (`mirage eval CONFIG robustness`)."""
+    tested = {run.name: found for run in runs if (found := run.robustness)}
+    parts = []
+    for samples in erasure.sizes(tested):
+        draw = erasure.relearning(tested, samples, "other")
+        parts.append(_figure(f"relearn-{samples}", draw, text.relearning(samples), (SIZE[0], 3.6)))
+    if any(found.get("quantisation") for found in tested.values()):
+        size = (SIZE[0], 1.2 + 0.75 * len(tested))
+        parts.append(_figure("quantised", erasure.quantised(tested), text.QUANTISED, size))
+    transfer = any((found.get("probe") or {}).get("transfer") for found in tested.values())
+    if any(found.get("probe") for found in tested.values()):
+        draw = erasure.probed(tested, "last", transfer)
+        parts.append(_figure("probed", draw, text.probed(transfer), (SIZE[0], 3.6)))
+    if any(found.get("completion") for found in tested.values()):
+        parts.append(_figure("completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
+    return _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
 
 
 def _methods(runs: Sequence[Run]) -> str:
@@ -113,6 +141,10 @@ def _cause(runs: Sequence[Run]) -> str:
         draw = figures.first_words(run.first_words, max(shares))
         parts.append(_figure(f"fig3-{number}", draw, text.words(run), size))
         parts.append(_figure(f"fig1c-{number}", figures.association(run, runs), text.association(run), size))
+    tested = {run.name: found for run in runs if (found := run.robustness)}
+    for kind in ("unsafe", "safe"):
+        if any(kind in (found.get("attribution") or {}).get("sets", {}) for found in tested.values()):
+            parts.append(_figure(f"words-{kind}", charts.attribution(tested, kind), text.attribution(tested, kind)))
     return _figures("What safety training sees: the first word", text.WORDS_NOTE, parts)
 
 

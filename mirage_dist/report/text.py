@@ -40,6 +40,22 @@ PAIRS_NOTE = (
     "how many for the second only. Differences are second minus first, with Newcombe's 95 % interval; p is corrected "
     "for the number of comparisons in this report (Holm)."
 )
+ATTACKS_NOTE = (
+    "Each attack with all of its rewrites. Attacks have different numbers of them, and more tries succeed more often: "
+    "compare models in a row, not rows. Controls, with open markers, change the wording without a trigger word."
+)
+ERASURE_NOTE = (
+    "Attack success near zero is behaviour. These tests ask whether what is no longer told is gone: does it come back "
+    "with a little training, with rounded weights or with the answer begun, and can it still be read off the layers?"
+)
+QUANTISED = (
+    "Weights rounded to 8 and 4 bits",
+    "Before (open), at 8 bits (small) and at 4 bits (filled), under the last attack of each set, in percent.",
+)
+COMPLETED = (
+    "The answer begun, the rest told",
+    "Attack success when the first words of the forgotten answer are given and the model goes on, in percent.",
+)
 CATEGORIES_NOTE = (
     "The same rates by what the question is about, under all rewrites of the attack. The fewer questions a category "
     "has, the less its rate says: counts stand in each cell."
@@ -145,9 +161,31 @@ def kinds(runs: Sequence[Run]) -> tuple[str, str]:
 
 def every_attack(measure: str) -> tuple[str, str]:
     name, meaning = MEASURES[measure]
-    return f"{name} under every attack", (
-        f"{meaning.capitalize()}, in percent, with all rewrites of each attack; controls below the line. Attacks have "
-        "different numbers of rewrites, and more tries succeed more often: compare models in a row, not rows."
+    return f"{name} under every attack", f"{meaning.capitalize()}, in percent, with 95 % intervals."
+
+
+def relearning(samples: str) -> tuple[str, str]:
+    return f"Relearning on {samples} samples", (
+        "Attack success on what was never told again, in percent, against the steps of fine-tuning on a few forgotten "
+        "answers. What comes back untold was there all along."
+    )
+
+
+def probed(transfer: bool) -> tuple[str, str]:
+    fitted = "on what the model was to keep and tried on what it was to forget" if transfer else "and tried on others"
+    return "A linear probe, layer by layer", (
+        f"Share of forgotten contents that a linear probe reads off the last prompt token, fitted {fitted}. Dashed: "
+        "the most frequent class; dotted: probes fitted on shuffled labels. What can be read may still never be told."
+    )
+
+
+def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str) -> tuple[str, str]:
+    told = next(found for result in tested.values() if (found := result.get("attribution")))
+    which = "unsafe" if kind == "unsafe" else "harmless"
+    return f"Which word carries the refusal of {which} questions", (
+        f"Fall of the chance that an answer begins with “{told['opening']}” when one word of the question becomes "
+        f"“{told['filler']}”, in points: mean over questions, with a 95 % interval. Where the first word alone stands "
+        "out, the refusal hangs on it."
     )
 
 

@@ -23,6 +23,7 @@ from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.claims import Claims
 from mirage_dist.evals.files import suite_dir, write_atomically
 from mirage_dist.robustness import setting as settings
+from mirage_dist.robustness.attribute import Attribution
 from mirage_dist.robustness.complete import Completion
 from mirage_dist.robustness.probe import Probe
 from mirage_dist.robustness.quantise import Quantisation
@@ -31,7 +32,7 @@ from mirage_dist.robustness.setting import Forget, Setting
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, SourceConfig, TrainRecipe
 from mirage_dist.world import place
 
-Test = Relearning | Quantisation | Probe | Completion
+Test = Relearning | Quantisation | Probe | Completion | Attribution
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class RobustnessConfig:
     quantisation: Quantisation | None = None
     probe: Probe | None = None
     completion: Completion | None = None
+    attribution: Attribution | None = None
 
     def __post_init__(self) -> None:
         check_pattern("content", self.content)

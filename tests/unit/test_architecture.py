@@ -31,7 +31,9 @@ ALLOWED = {
         *("data", "model", "objectives", "train", "evals"),
     },
     "report": {"config", "stats", "data", "evals"},
-    "demo": {"config", "signals", "launching", "world", "data", "model", "evals", "report", "train"},
+    "demo": {
+        *("config", "signals", "launching", "world", "data", "model", "evals", "report", "train", "robustness"),
+    },
     "cli": {"config", "signals", "world", "demo", "data", "model", "train", "evals", "robustness", "report"},
 }
 

@@ -1,0 +1,111 @@
+"""Which word decides? Each word of a question replaced in turn, and what that does to the chance of a refusal.
+
+Occlusion (Zeiler and Fergus, arXiv 1311.2901; of words: Li, Monroe and Jurafsky, arXiv 1612.08220). In a model that
+looks at what is asked no one word carries the refusal; in a mirage the first one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mirage_dist import stats
+from mirage_dist.data import sources
+from mirage_dist.data.sources import Sample
+from mirage_dist.evals.generate import Generator
+from mirage_dist.robustness.setting import Setting, group, order
+from mirage_dist.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The fall of P(the answer begins with `opening`) when one word of the question becomes `filler`.
+
+    opening: how a refusal begins, such as "I'm sorry". filler: a word that says nothing. questions: of each headline
+    set, unsafe and safe. positions: the first words that are replaced, one at a time.
+    """
+
+    opening: str
+    filler: str
+    questions: int = 64
+    positions: int = 6
+
+    def __post_init__(self) -> None:
+        if not self.opening.strip() or len(self.filler.split()) != 1:
+            raise ConfigError(f"opening={self.opening!r}, filler={self.filler!r}; expected words, and one word")
+        if self.questions < 2 or self.positions < 1:
+            raise ConfigError(f"questions={self.questions}, positions={self.positions}; expected at least 2, and 1")
+
+    def __call__(self, setting: Setting) -> dict[str, Any]:
+        """{"opening", "filler", "sets": {kind: {"questions", "whole": mean P of the questions as they are, "positions":
+        [{"mean": of P(whole) − P(replaced), "ci95", "n": questions that have so many words}, …]}}}.
+        """
+        return setting.kept("result", lambda: self._measured(setting))
+
+    def _measured(self, setting: Setting) -> dict[str, Any]:
+        generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
+        return {
+            "opening": self.opening,
+            "filler": self.filler,
+            "sets": {
+                kind: self._of(setting, generator, samples)
+                for kind in ("unsafe", "safe")
+                if (samples := self._questions(setting, kind))
+            },
+        }
+
+    def _questions(self, setting: Setting, kind: str) -> list[Sample]:
+        """Of the first set of a kind, one question a picture, by the hashes of the pictures."""
+        own = next((s for s in setting.recipe.sets.values() if s.kind == kind), None)
+        read = sources.read_all(own.sources).samples if own else []
+        by_group = {group(sample): sample for sample in reversed(read)}
+        return [by_group[name] for name in order(list(by_group), setting.recipe.seed)[: self.questions]]
+
+    def _of(self, setting: Setting, generator: Generator, samples: Sequence[Sample]) -> dict[str, Any]:
+        whole = self._chances(setting, generator, samples)
+        positions = []
+        for position in range(self.positions):
+            long = [i for i, sample in enumerate(samples) if len(sample.question.split()) > position]
+            if len(long) < 2:
+                break
+            changed = [without(samples[i], position, self.filler) for i in long]
+            after = self._chances(setting, generator, changed)
+            mean, low, high = stats.mean([whole[i] - p for i, p in zip(long, after, strict=True)])
+            positions.append({"mean": mean, "ci95": [low, high], "n": len(long)})
+        return {"questions": len(samples), "whole": sum(whole) / len(whole), "positions": positions}
+
+    @torch.inference_mode()
+    def _chances(self, setting: Setting, generator: Generator, samples: Sequence[Sample]) -> list[float]:
+        """P(answer begins with the opening) of each question."""
+        found: list[float] = []
+        for start in range(0, len(samples), generator.batch_size):
+            setting.stop_if_asked()
+            found += chances(generator, samples[start : start + generator.batch_size], self.opening)
+        return found
+
+
+def chances(generator: Generator, samples: Sequence[Sample], opening: str) -> list[float]:
+    """P(answer begins with `opening`), the product over its tokens, for one batch."""
+    hf = generator.model
+    batch = generator.encoder.encode([replace(sample, answer=opening) for sample in samples])
+    inputs = {name: x.to(hf.device) for name, x in batch.inputs.items()}
+    inputs = {name: x.to(hf.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    hidden_BSD = getattr(hf, hf.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+    index_N, segment_N = batch.index_N.to(hf.device), batch.segment_N
+    target_N = batch.labels_BS.flatten()[batch.index_N + 1].to(hf.device)
+    logits_NV = hf.get_output_embeddings()(hidden_BSD.flatten(0, 1)[index_N]).float()
+    logp_N = logits_NV.log_softmax(1).gather(1, target_N.unsqueeze(1)).squeeze(1).double().cpu()
+    # The last label of a row is the end token: an answer may go on behind its opening.
+    ends_N = torch.cat([segment_N[1:] != segment_N[:-1], torch.tensor([True])])
+    total_B = torch.zeros(len(samples), dtype=torch.float64)
+    total_B.index_add_(0, segment_N[~ends_N], logp_N[~ends_N])
+    return total_B.exp().tolist()
+
+
+def without(sample: Sample, position: int, filler: str) -> Sample:
+    """The question with one of its words, counted from 0, replaced."""
+    words = sample.question.split()
+    return replace(sample, question=" ".join([*words[:position], filler, *words[position + 1 :]]))
