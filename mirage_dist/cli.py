@@ -133,6 +133,7 @@ def _demo(parsed: argparse.Namespace) -> None:
     from mirage_dist import demo
 
     demo.demo(parsed.out, parsed.overrides, parsed.full)
+    exit_well()
 
 
 def _prepare(parsed: argparse.Namespace) -> None:

@@ -30,8 +30,9 @@ WAIT_SECONDS = 2 * 3600
 def demo(out: Path, overrides: Sequence[str], full: bool = False) -> dict[str, Any]:
     """Run every stage that is not there yet, evaluate all models, write the report; returns its summary.
 
-    full: under every attack, and with every test of erasure. A stage lives in a folder named by the hash of its
-    resolved recipe, which names the stages before it: a changed setting runs again what depends on it, and nothing else.
+    full: under every attack, and with every test of erasure (DeepSpeed then runs in this process: see `exit_well`).
+    A stage lives in a folder named by the hash of its resolved recipe, which names the stages before it: a changed
+    setting runs again what depends on it, and nothing else.
     """
     start = time.monotonic()
     base = _base(out, shared(overrides))
