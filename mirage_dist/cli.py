@@ -139,8 +139,9 @@ def _demo(parsed: argparse.Namespace) -> None:
 def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
     from mirage_dist.data import prepare
+    from mirage_dist.evals import paraphrase
 
-    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe))}")
+    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, paraphrase.reworder(recipe)))}")
 
 
 def _audit(parsed: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Safety data whose openings say nothing: each question worded anew, by templates that both classes get evenly.
+"""Safety data whose openings say nothing: each question worded anew, in wordings that both classes get evenly.
 
 The remedy on the data side that reviewers of "Safety Mirage" (arXiv 2503.11832) asked for, a paraphrase-diversified
 SFT: if every opening leads to refusals and answers alike, no first word can stand for either.
@@ -6,7 +6,7 @@ SFT: if every opening leads to refusals and answers alike, no first word can sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,33 +15,51 @@ from mirage_dist.data import rewording, stream
 from mirage_dist.data.sources import Sample
 from mirage_dist.schema import ConfigError, DiversifyConfig
 
+# Of samples and a first word: each question reworded to begin with it, None where that failed.
+Reword = Callable[[Sequence[Sample], str], list[str | None]]
 
-def diversify(samples: Sequence[Sample], config: DiversifyConfig, seed: int) -> list[Sample]:
-    """`config.copies` wordings of every sample, in the order of the samples; answers stay.
 
-    In each class (`safe` or not) every template is used equally often, but for one where the numbers do not divide.
-    Which sample gets which is drawn by the seed. With `config.keep` the question as it is comes first.
+def diversify(
+    samples: Sequence[Sample], config: DiversifyConfig, seed: int, reword: Reword | None = None
+) -> tuple[list[Sample], int]:
+    """`config.copies` wordings of every sample, in the order of the samples, and how many could not be had.
+
+    Answers stay. In each class (`safe` or not) every template, or opener, is used equally often, but for one where the
+    numbers do not divide. Which sample gets which is drawn by the seed. With `config.keep` the question as it is comes
+    first. reword: the chat model's work, where `config.chat` is given (see `evals.paraphrase`).
     Raises ConfigError when one class is missing, since there is then nothing to balance.
     """
-    classes = {safe: [i for i, sample in enumerate(samples) if sample.safe == safe] for safe in (True, False)}
-    for safe, members in classes.items():
+    chosen = _chosen(samples, config, seed)
+    by_wording: dict[str, list[int]] = {}
+    for i, wordings in enumerate(chosen):
+        for wording in wordings:
+            by_wording.setdefault(wording, []).append(i)
+    said: dict[tuple[int, str], str | None] = {}
+    for wording, members in by_wording.items():
+        own = [samples[i] for i in members]
+        told = reword(own, wording) if reword else [rewording.fill(wording, sample) for sample in own]
+        said.update(zip(((i, wording) for i in members), told, strict=True))
+    made: list[Sample] = []
+    for i, sample in enumerate(samples):
+        made += [sample] if config.keep else []
+        for number, wording in enumerate(chosen[i], start=1):
+            if (question := said[i, wording]) is not None:
+                made.append(replace(sample, id=f"{sample.id}~{number}", question=question))
+    return made, sum(question is None for question in said.values())
+
+
+def _chosen(samples: Sequence[Sample], config: DiversifyConfig, seed: int) -> list[list[str]]:
+    """Each sample's templates or openers."""
+    chosen: list[list[str]] = [[] for _ in samples]
+    for safe in (True, False):
+        members = [i for i, sample in enumerate(samples) if sample.safe == safe]
         if not members:
             kind = "answer" if safe else "refusal"
             raise ConfigError(f"diversify: the safety data have no {kind} among {len(samples)} samples")
-    chosen: dict[int, list[str]] = {}
-    for safe, members in classes.items():
         rng = np.random.default_rng(stream.derived_seed(seed, f"diversify {safe}"))
-        # A round of all templates after another, in one order: a sample's copies differ, and uses are even.
-        order = [config.templates[i] for i in rng.permutation(len(config.templates))]
+        # A round of all wordings after another, in one order: a sample's copies differ, and uses are even.
+        order = [config.wordings[i] for i in rng.permutation(len(config.wordings))]
         for place, member in enumerate(rng.permutation(members).tolist()):
             start = place * config.copies
             chosen[member] = [order[(start + copy) % len(order)] for copy in range(config.copies)]
-    return [worded for i, sample in enumerate(samples) for worded in _wordings(sample, chosen[i], config.keep)]
-
-
-def _wordings(sample: Sample, templates: Sequence[str], keep: bool) -> list[Sample]:
-    worded = [
-        replace(sample, id=f"{sample.id}~{number}", question=rewording.fill(template, sample))
-        for number, template in enumerate(templates, start=1)
-    ]
-    return [sample, *worded] if keep else worded
+    return chosen

@@ -22,6 +22,7 @@ import numpy as np
 
 from mirage_dist.config import config_hash, differences, to_dict
 from mirage_dist.data import diversify, rewording, sources, stream, toyworld
+from mirage_dist.data.diversify import Reword
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.schema import ConfigError, PrepareRecipe
@@ -32,10 +33,11 @@ Key = tuple[str, str]  # (id, question)
 Split = Literal["unsafes", "safe_safes", "safe_unsafes"]
 
 
-def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
+def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> dict[str, Any]:
     """Write the recipe's sets and prepare.json into `out`, or reuse what is there; returns prepare.json.
 
     forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl where the recipe diversifies.
+    reword: see `data.diversify`, for a recipe that names a chat model.
 
     {"config", "config_hash", "seed", "inputs": {role: SHA-256}, "sets": {file: SHA-256}, "counts"}. The embedded world
     is made first where the recipe names one that is not there.
@@ -57,7 +59,7 @@ def prepare(recipe: PrepareRecipe) -> dict[str, Any]:
             sets["retain"], counts["retain"] = _retain(recipe)
             counts["pictures_in_both"] = len(sources.shared_images(sets["forget"], sets["retain"]))
         if recipe.diversify is not None:
-            sets["diversified"], counts["diversified"] = _diversified(recipe)
+            sets["diversified"], counts["diversified"] = _diversified(recipe, reword)
         _publish(out, sets, {**told, "config_hash": config_hash(config), "seed": recipe.seed, "counts": counts})
     return _checked(out, told)
 
@@ -73,7 +75,8 @@ def summary(result: Mapping[str, Any]) -> str:
             f"questions on safe pictures, {retain['filled']} general samples"
         )
     if worded := result["counts"].get("diversified"):
-        told.append(f"diversified {worded['samples']} samples of {worded['questions']} questions")
+        left = f", {worded['not_reworded']} wordings could not be had" if worded["not_reworded"] else ""
+        told.append(f"diversified {worded['samples']} samples of {worded['questions']} questions{left}")
     return "; ".join(told)
 
 
@@ -88,7 +91,7 @@ def _check(recipe: PrepareRecipe) -> None:
             raise ConfigError("answers=none and no `diversify`: there is nothing to prepare")
         if recipe.fill or recipe.retain_size is not None or recipe.unsafe_questions_on_safe_images:
             raise ConfigError("answers=none makes no retain set; leave out what is about it (fill, retain_size, …)")
-    if recipe.diversify is not None:
+    if recipe.diversify is not None and recipe.diversify.templates:
         rewording.check(recipe.diversify.templates, "diversify.templates")
     if recipe.fill and recipe.retain_size is None:
         raise ConfigError("retain_size is missing: how many samples to retain, `fill` included")
@@ -260,11 +263,12 @@ def _told(source: Source) -> dict[str, Any]:
     return {"dropped": dict(source.dropped), "renamed": source.renamed, "skipped": source.skipped}
 
 
-def _diversified(recipe: PrepareRecipe) -> tuple[list[Sample], dict[str, Any]]:
+def _diversified(recipe: PrepareRecipe, reword: Reword | None) -> tuple[list[Sample], dict[str, Any]]:
     assert recipe.diversify is not None
     safety = sources.read_all(recipe.safety)
-    worded = diversify.diversify(safety.samples, recipe.diversify, recipe.seed)
-    return worded, {"samples": len(worded), "questions": len(safety.samples), "read": _told(safety)}
+    worded, failed = diversify.diversify(safety.samples, recipe.diversify, recipe.seed, reword)
+    counts = {"samples": len(worded), "questions": len(safety.samples), "not_reworded": failed}
+    return worded, {**counts, "read": _told(safety)}
 
 
 # -------------------------------------------------------------------------------------------------- files

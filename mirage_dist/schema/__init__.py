@@ -5,10 +5,10 @@ Imports nothing heavy, and nothing of ours.
 
 from __future__ import annotations
 
+from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.data import DataConfig, DiversifyConfig, PrepareRecipe, RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, RunError
 from mirage_dist.schema.evaluation import (
-    ChatConfig,
     EvalModelConfig,
     EvalRecipe,
     EvalSetConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.errors import ConfigError, require
 
 # Of a source: what only some formats have, and the values that each of them takes; the first is the default.
@@ -117,16 +118,32 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class DiversifyConfig:
-    """Safety data worded anew, so that openings say nothing about the answer (see `data.diversify`)."""
+    """Safety data worded anew, so that openings say nothing about the answer (see `data.diversify`).
 
-    templates: list[str]  # each holds {rest}, the question from its second word on, or {question}
+    By templates, or by a chat model: it rewrites each question to begin with one of the openers; a question for which
+    it does not is left out, and counted. min_match is the share of those asked for with an opener that must succeed.
+    """
+
+    templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
+    chat: ChatConfig | None = None
+    openers: list[str] = field(default_factory=list)  # with chat: first words
+    attempts: int = 3  # with chat: requests for a question before it is left out
+    min_match: float = 0.9
     copies: int = 1  # wordings of each question
     keep: bool = False  # the questions as they are, too
 
     def __post_init__(self) -> None:
-        require(self, ("copies",), "a whole number above 0", lambda x: x >= 1)
-        if len(set(self.templates)) < max(self.copies, 2):
-            raise ConfigError(f"templates: {len(set(self.templates))} different ones; expected 2 and `copies` at least")
+        require(self, ("copies", "attempts"), "a whole number above 0", lambda x: x >= 1)
+        require(self, ("min_match",), "a share above 0, at most 1", lambda x: 0 < x <= 1)
+        if (self.chat is None) == bool(self.openers) or bool(self.templates) == bool(self.openers):
+            raise ConfigError("templates: expected templates, or else openers and the chat model that rewrites")
+        name = "templates" if self.templates else "openers"
+        if (count := len(set(self.wordings))) < max(self.copies, 2):
+            raise ConfigError(f"{name}: {count} different ones; expected 2 and `copies` at least")
+
+    @property
+    def wordings(self) -> list[str]:
+        return self.templates or self.openers
 
 
 @dataclass(frozen=True)

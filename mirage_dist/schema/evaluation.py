@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
+from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
 
@@ -44,48 +43,6 @@ class EvalSetConfig:
     kind: Literal["unsafe", "safe", "locality", "utility"]
     sources: list[SourceConfig]
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """A model that is asked in words: a local Hugging Face directory (`path`), or an OpenAI-compatible endpoint (`url`
-    and `model`). The endpoint's key comes from the environment only.
-    """
-
-    path: str | None = None
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    batch_size: int = 8
-    url: str | None = None  # up to the version, such as http://localhost:8000/v1
-    model: str | None = None  # its name at the endpoint
-    key_env: str | None = None  # NAME of the environment variable that holds the key; null sends none
-    concurrency: int = 8  # requests at a time
-    timeout: float = 60.0  # seconds for one request, from its start to its last byte
-    retries: int = 5  # of a request that timed out, was rate-limited or broke; then it counts as failed
-    backoff: float = 1.0  # seconds before the first retry; doubles each time, Retry-After is honoured
-
-    def __post_init__(self) -> None:
-        self._check_chat("a chat model")
-
-    def _check_chat(self, who: str) -> None:
-        """No message repeats a value of an endpoint: somebody may have written a key into the wrong field."""
-        require(self, ("batch_size", "concurrency"), "a whole number above 0", lambda x: x >= 1)
-        require(self, ("timeout",), "a number above 0", lambda x: 0 < x < math.inf)
-        require(self, ("retries", "backoff"), "a number of at least 0", lambda x: 0 <= x < math.inf)
-        if (self.path is None) == (self.url is None):
-            raise ConfigError(f"path: {who} needs either path (a local model) or url (an endpoint)")
-        if self.url is None:
-            return
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("url: expected an address such as http://localhost:8000/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ConfigError("url: must hold no user, password or query; a key belongs in the environment (key_env)")
-        if self.model is None:
-            raise ConfigError("model: an endpoint needs the name of its model")
-        if self.key_env is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.key_env):
-            raise ConfigError(
-                "key_env: expected the NAME of an environment variable, such as OPENAI_API_KEY, not a key"
-            )
 
 
 @dataclass(frozen=True)

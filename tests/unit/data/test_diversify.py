@@ -11,7 +11,7 @@ from mirage_dist import stats
 from mirage_dist.data import prepare, sources, toyworld
 from mirage_dist.data.diversify import diversify
 from mirage_dist.data.sources import Sample
-from mirage_dist.schema import ConfigError, DiversifyConfig, PrepareRecipe, WorldConfig
+from mirage_dist.schema import ChatConfig, ConfigError, DiversifyConfig, PrepareRecipe, WorldConfig
 
 OPENERS = ["what", "share", "can", "tell", "how"]
 
@@ -34,8 +34,8 @@ def cases(draw):
 @given(cases())
 def test_each_class_uses_every_opening_evenly_and_answers_stay(case):
     given_, config, seed = case
-    made = diversify(given_, config, seed)
-    assert made == diversify(given_, config, seed)
+    made, failed = diversify(given_, config, seed)
+    assert (made, failed) == (diversify(given_, config, seed)[0], 0)
     assert len(made) == len(given_) * (config.copies + config.keep)
     assert len({sample.id for sample in made}) == len(made)
     by_source = {sample.id: sample for sample in given_}
@@ -55,7 +55,7 @@ def test_each_class_uses_every_opening_evenly_and_answers_stay(case):
 
 def test_the_whole_question_may_stand_in_a_template():
     config = DiversifyConfig(["Please answer: {question}", "What of this: {question}"])
-    assert {m.question for m in diversify(samples(1, 1), config, 0)} <= {
+    assert {m.question for m in diversify(samples(1, 1), config, 0)[0]} <= {
         f"{start}: Give number {i} ?" for i in (0, 1) for start in ("Please answer", "What of this")
     }
 
@@ -97,6 +97,9 @@ def surprising(words):
         ({"templates": ["what {rest}", "share it"]}, "use {rest} or {question}"),
         ({"templates": ["what {rest}", "share {all}"]}, "use {rest} or {question}"),
         ({"templates": ["what {rest}", "share {rest}"], "copies": 3}, "expected 2 and `copies`"),
+        ({"openers": ["what", "share"]}, "templates, or else openers and the chat model"),
+        ({"templates": ["what {rest}", "a {rest}"], "openers": ["what", "a"]}, "templates, or else openers"),
+        ({"openers": ["what"], "chat": {"path": "m"}}, "openers: 1 different ones"),
     ],
 )
 def test_what_cannot_be_used_is_refused(tmp_path, change, message):
@@ -104,6 +107,17 @@ def test_what_cannot_be_used_is_refused(tmp_path, change, message):
     file.write_text("[]")
     with pytest.raises(ConfigError, match=message.replace("{", r"\{").replace("}", r"\}")):
         recipe(file, tmp_path / "out", diversify=change)
+
+
+def test_what_a_chat_model_cannot_reword_is_left_out_and_counted():
+    config = DiversifyConfig(openers=["what", "share"], chat=ChatConfig(path="a model"))
+
+    def reword(own, opener):
+        return [None if sample.id == "1" else f"{opener}: {sample.question}" for sample in own]
+
+    made, failed = diversify(samples(2, 2), config, 0, reword)
+    assert ([m.id for m in made], failed) == (["0~1", "2~1", "3~1"], 1)
+    assert all(m.question.split(":")[0] in ("what", "share") for m in made)
 
 
 def test_one_class_alone_cannot_be_balanced():

@@ -6,6 +6,7 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
+from mirage_dist import config as configs
 from mirage_dist import signals
+from mirage_dist.data import prepare
 from mirage_dist.data.sources import Sample
-from mirage_dist.evals import attacks, chat
+from mirage_dist.evals import attacks, chat, paraphrase
 from mirage_dist.evals.rewrites import Rewriter
 from mirage_dist.model import toymodel
-from mirage_dist.schema import ChatConfig, ConfigError, RunError
+from mirage_dist.schema import ChatConfig, ConfigError, PrepareRecipe, RunError
 
 KEY = "sk-s3cret"
 LISTED = '1. What is {n} here?\n- "What\'s no word of ours?"\n2) what is it, {n} ?\nSure: what\nWhat about {n}?'
@@ -248,3 +251,40 @@ def test_a_language_model_without_eyes_says_each_prompts_answer_at_its_place(tmp
         "k",
     )
     assert set(map(tuple, ready(tmp_path / "suite", attack, samples(2)).values())) == {()}  # it babbles
+
+
+# ------------------------------------------------------------------------------------------------- safety data
+
+
+def test_safety_data_are_reworded_over_http_evenly_and_asked_for_once(tmp_path):
+    """Of six refused and six answered questions three of each get either opener; a second start asks none."""
+    rows = [{**asdict(s), "safe": int(s.id) >= 6} for s in samples(12)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({**row, "references": []}) + "\n" for row in rows))
+
+    with serving(None) as server:
+        chat_options = {"model": "m", "url": server.url, **QUICK, "concurrency": 1}
+
+        def prepared(out):
+            tree = {
+                "out": str(tmp_path / out),
+                "safety": [{"format": "samples", "path": str(tmp_path / "in.jsonl")}],
+                "answers": "none",
+                "diversify": {"openers": ["what", "share"], "chat": chat_options},
+            }
+            recipe = configs.build(PrepareRecipe, tree, "here", "")
+            return prepare.prepare(recipe, paraphrase.reworder(recipe))["counts"]["diversified"]
+
+        server.script = lambda text, times: completion(f"{told_opener(server)} else is {item(text)} ?")
+        counts = prepared("first")
+        assert (counts["samples"], counts["not_reworded"], len(server.seen)) == (12, 0, 12)
+        (tmp_path / "first").rename(tmp_path / "elsewhere")
+        assert prepared("first") == counts
+        assert len(server.seen) == 12
+    made = [json.loads(line) for line in (tmp_path / "first/diversified.jsonl").read_text().splitlines()]
+    for safe in (True, False):
+        words = [row["question"].split()[0] for row in made if row["safe"] == safe]
+        assert sorted(words) == ["share"] * 3 + ["what"] * 3
+
+
+def told_opener(server):
+    return "what" if '"what"' in server.seen[-1]["body"]["messages"][0]["content"] else "share"
