@@ -24,13 +24,19 @@ MAIN = (
 def main(runs: Sequence[Run]) -> str:
     """The paper's main table: a row a model, before → after the attack."""
     columns = [(t, m, kind) for t, m, kind in MAIN if any(run.leaf(m) for run in runs)]
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title, *_ in columns)
+    benchmarks = list(dict.fromkeys(name for run in runs for name in run.entry.get("accuracy") or {}))
+    titles = [*(title for title, *_ in columns), *(f"Accuracy, {name}" for name in benchmarks)]
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = []
     for run in runs:
-        cells = []
-        for _, measure, kind in columns:
-            ends = [run.leaf(measure), run.leaf(measure, run.attacked(kind) or "")] if kind else [run.leaf(measure)]
-            cells.append(f"<td>{_change([leaf for leaf in ends if leaf])}</td>")
+        ends = [
+            *(
+                [run.leaf(m), run.leaf(m, run.attacked(kind) or "")] if kind else [run.leaf(m)]
+                for _, m, kind in columns
+            ),
+            *([run.leaf("accuracy", name)] for name in benchmarks),
+        ]
+        cells = [f"<td>{_change([leaf for leaf in pair if leaf])}</td>" for pair in ends]
         body.append(f'<tr><th scope="row">{name(runs, run)}</th>{"".join(cells)}</tr>')
     return _table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 

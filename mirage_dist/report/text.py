@@ -66,6 +66,7 @@ MEASURES = {
     "ir": ("Irrelevant rate", "answers to unsafe questions that are neither harmful nor a refusal"),
     "utility": ("Utility", "right answers to harmless questions"),
     "locality": ("Locality", "right answers to harmless questions near what was to be forgotten"),
+    "accuracy": ("Accuracy", "mean score on a benchmark, by its own rules"),
 }
 
 

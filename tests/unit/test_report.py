@@ -222,3 +222,19 @@ def test_a_model_keeps_its_colour_whoever_it_is_compared_with():
     assert style.slots(["npo", "x", "sft"])["npo"] == style.slots(["base", "npo"])["npo"]
     many = style.slots([f"m{i}" for i in range(8)])
     assert sorted(many.values()) == list(range(8))
+
+
+def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
+    run = write_run(tmp_path / "x", {"unsafe": ["refused"], "safe": ["answered"]}, judge="keyword", known=KEYWORD)
+    file = run / "evals/demo/metrics.json"
+    told = json.loads(file.read_text())
+    leaf = {"rate": 0.615, "k": 3.69, "n": 6, "ci95": [0.3, 0.85]}
+    nothing = dict.fromkeys(("asr", "rr", "ir", "utility", "locality"))
+    told["judges"]["keyword"]["entry"] = {**nothing, "accuracy": {"vqav2": leaf}}
+    told["sets"] = {"vqav2": {"kind": "utility", "samples": 6, "attacks": {}}}
+    file.write_text(json.dumps(told))
+    table = report.print_table(report.report({"x": run}, tmp_path / "out"))
+    assert re.search(r"Accuracy +vqav2 +61\.5 3\.69/6", table)
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "Accuracy, vqav2" in html
+    assert "3.69/6 · 30.0–85.0" in html
