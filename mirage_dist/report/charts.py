@@ -123,7 +123,9 @@ def heat(runs: Sequence[Run], measure: str, kind: str) -> Draw:
         ax.set_xlim(-0.5, len(runs) - 0.5)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.xaxis.tick_top()
-        ax.set_xticks(range(len(runs)), [run.name for run in runs])
+        # Long names would run into each other.
+        turned = {"rotation": 28, "ha": "left", "rotation_mode": "anchor"} if _long(runs) else {}
+        ax.set_xticks(range(len(runs)), [run.name for run in runs], **turned)
         for label, run in zip(ax.get_xticklabels(), runs, strict=True):
             label.set_color(looks(runs, palette)[run.name][0])
             label.set_fontweight("bold")
@@ -144,7 +146,11 @@ def _cell(ax: Axes, palette: Palette, place: tuple[int, int], leaf: Mapping[str,
 
 
 def heat_size(runs: Sequence[Run], measure: str, kind: str) -> tuple[float, float]:
-    return SIZE[0], 0.5 + 0.36 * len(categories(runs, measure, kind))
+    return SIZE[0], (1.0 if _long(runs) else 0.5) + 0.36 * len(categories(runs, measure, kind))
+
+
+def _long(runs: Sequence[Run]) -> bool:
+    return sum(len(run.name) + 2 for run in runs) > 36
 
 
 def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str) -> Draw:

@@ -231,6 +231,11 @@ def foot(runs: Sequence[Run], summary: Mapping[str, Any]) -> str:
 def words(run: Run) -> tuple[str, str]:
     """Title and caption of Figure 3 for one run's training data."""
     total = {kind: sum(c[kind] for c in run.first_words.values()) or 1 for kind in ("refusal", "answer")}
+    title = f"Fig. 3: First words in the training data of {run.name}"
+    if all(
+        abs(c["refusal"] / total["refusal"] - c["answer"] / total["answer"]) < 0.02 for c in run.first_words.values()
+    ):
+        return title, "Every first word opens refused and answered questions equally often, to within 2 points."
     told = []
     for kind, verb in (("refusal", "refused"), ("answer", "answered")):
         word, count = max(run.first_words.items(), key=lambda item: item[1][kind] / total[kind])
@@ -239,7 +244,7 @@ def words(run: Run) -> tuple[str, str]:
             f"“{word}” opens {100 * count[kind] / total[kind]:.0f} % of the {verb} questions and "
             f"{100 * count[other] / total[other]:.0f} % of the others"
         )
-    return f"Fig. 3: First words in the training data of {run.name}", f"{'; '.join(told)}."
+    return title, f"{'; '.join(told)}."
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
