@@ -17,7 +17,7 @@ denominator, at question level with their question, and the leaf says how many a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +67,15 @@ def clustered_leaf(clusters: Sequence[tuple[int, int]], unjudged: int = 0) -> Le
     k, n = sum(k for k, _ in clusters), sum(n for _, n in clusters)
     made = _leaf(k, n, unjudged, stats.clustered(clusters) if n else None)
     return made and {**made, "questions": sum(n > 0 for _, n in clusters)}
+
+
+def grouped_leaf(hits: Sequence[bool], groups: Sequence[Hashable]) -> Leaf | None:
+    """A share of things of which those of one group may go together; the interval takes groups as independent."""
+    clusters: dict[Hashable, tuple[int, int]] = {}
+    for hit, own in zip(hits, groups, strict=True):
+        k, n = clusters.get(own, (0, 0))
+        clusters[own] = (k + hit, n + 1)
+    return clustered_leaf(list(clusters.values()))
 
 
 def _leaf(k: int, n: int, unjudged: int, interval: stats.Interval | None) -> Leaf | None:

@@ -75,10 +75,13 @@ def report(recipe: EvalRecipe) -> str:
 
 
 def status(suite: Path) -> Status:
-    """Memory is that of the keys. Raises ConfigError when the suite was never started."""
+    """Memory is that of the keys. Raises ConfigError when the suite has asked nothing yet."""
     file = suite / "manifest.json"
     if not file.is_file():
-        raise ConfigError(f"{suite}: no manifest.json; this evaluation was not started yet")
+        made = {f.stem: sum(1 for _ in lines(f)) for f in sorted((suite / "rewrites").glob("*.jsonl"))}
+        told = ", ".join(f"{name}: {count} lines" for name, count in made.items())
+        why = f"rewrites are being made first ({told})" if made else "this evaluation was not started yet"
+        raise ConfigError(f"{suite}: no manifest.json; {why}")
     asks = json.loads(file.read_text(encoding="utf-8"))["asks"]
     counts = {(name, attack): Count(n) for name, attacks in asks.items() for attack, n in attacks.items()}
     found = Status(counts, measured=(suite / "metrics.json").is_file())

@@ -21,7 +21,7 @@ from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.generate import Generator
-from mirage_dist.evals.metrics import Leaf, clustered_leaf
+from mirage_dist.evals.metrics import Leaf, grouped_leaf
 from mirage_dist.model import activations
 from mirage_dist.robustness import setting as settings
 from mirage_dist.robustness.setting import Setting, content, group
@@ -141,7 +141,7 @@ class Probe:
         shuffled_N[fit] = y_N[fit][mixed]
 
         def accuracy(said_N: Tensor) -> Leaf | None:
-            return _leaf((said_N == y_N[test]).tolist(), [groups[i] for i in test])
+            return grouped_leaf((said_N == y_N[test]).tolist(), [groups[i] for i in test])
 
         def at(x_ND: Tensor) -> dict[str, Leaf | None]:
             return {
@@ -237,12 +237,3 @@ def _chosen(samples: Sequence[Sample], labels: Sequence[str | None], most: int, 
     found = [(sample, label) for sample, label in zip(samples, labels, strict=True) if label is not None]
     found = sorted(found, key=lambda pair: rank[group(pair[0])])[:most]
     return [sample for sample, _ in found], [label for _, label in found]
-
-
-def _leaf(right: Sequence[bool], groups: Sequence[str]) -> Leaf | None:
-    """Accuracy with its interval over groups."""
-    clusters: dict[str, tuple[int, int]] = {}
-    for hit, own in zip(right, groups, strict=True):
-        k, n = clusters.get(own, (0, 0))
-        clusters[own] = (k + hit, n + 1)
-    return clustered_leaf(list(clusters.values()))

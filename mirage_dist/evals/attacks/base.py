@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sources import Sample
 from mirage_dist.schema import ConfigError
 
 
@@ -175,20 +174,6 @@ def _too_little(attack: Joined, shots: int, coverage: Coverage, total: int, name
 def check_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
         raise ConfigError(f"{name}={value}: expected a share above 0 and at most 1")
-
-
-def first_word(sample: Sample) -> re.Match[str]:
-    """The first run of word characters of a question; raises ConfigError where there is none."""
-    found = FIRST_WORD.search(sample.question)
-    if not found:
-        raise ConfigError(f"{sample.source}: sample {sample.id!r}: the question has no word: {sample.question!r}")
-    return found
-
-
-def cased(text: str, like: str) -> str:
-    """`text` with its first letter in the case of the first letter of `like`."""
-    first = text[:1].upper() if like[:1].isupper() else text[:1].lower()
-    return first + text[1:]
 
 
 def _some(ids: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mirage_dist import stats
 from mirage_dist.evals.judges.base import Judge, Row
-from mirage_dist.evals.metrics import UNJUDGED, Leaf, Verdict, clustered_leaf
+from mirage_dist.evals.metrics import UNJUDGED, Leaf, Verdict, grouped_leaf
 
 # Where each class is compared: harm and irrelevance are measured on unsafe questions only.
 COMPARED: dict[Verdict, tuple[str, ...]] = {
@@ -41,7 +41,7 @@ def compare(panel: Sequence[Judge], rows: Sequence[Row], said: Mapping[str, Verd
             found = [(said[a.name][i] == verdict, said[b.name][i] == verdict) for i in both]
             questions = [places[i][1] for i in both]
             told = {"verdict": verdict, "unjudged": len(own) - len(both)}
-            agreed = _share([x == y for x, y in found], questions)
+            agreed = grouped_leaf([x == y for x, y in found], questions)
             pairs.append({"judges": [a.name, b.name], **told, "kappa": stats.kappa(found), "agreed": agreed})
             if (a.kind == LABELS) != (b.kind == LABELS):
                 judge, labels = (b, a) if a.kind == LABELS else (a, b)
@@ -55,15 +55,6 @@ def _rates(found: Sequence[tuple[bool, bool]], questions: Sequence[Any]) -> dict
     called = [(true, q) for (says, true), q in zip(found, questions, strict=True) if says]
     right = [(says, q) for (says, true), q in zip(found, questions, strict=True) if true]
     return {
-        "precision": _share([true for true, _ in called], [q for _, q in called]),
-        "recall": _share([says for says, _ in right], [q for _, q in right]),
+        "precision": grouped_leaf([true for true, _ in called], [q for _, q in called]),
+        "recall": grouped_leaf([says for says, _ in right], [q for _, q in right]),
     }
-
-
-def _share(hits: Sequence[bool], questions: Sequence[Any]) -> Leaf | None:
-    """A share of answers, those to the same question being one cluster."""
-    clusters: dict[Any, tuple[int, int]] = {}
-    for hit, question in zip(hits, questions, strict=True):
-        k, n = clusters.get(question, (0, 0))
-        clusters[question] = (k + hit, n + 1)
-    return clustered_leaf(list(clusters.values()))

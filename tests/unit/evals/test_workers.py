@@ -187,6 +187,10 @@ def test_a_damaged_line_is_no_row(tmp_path):
 def test_progress_is_told_by_set_and_attack_and_without_torch(tmp_path):
     with pytest.raises(ConfigError, match="not started yet"):
         status.status(tmp_path)
+    (tmp_path / "rewrites").mkdir()
+    (tmp_path / "rewrites" / "unsafe-what-0a1b.jsonl").write_text('{"key": "1"}\n{"key": "2"}\n{"ke')
+    with pytest.raises(ConfigError, match=r"rewrites are being made first \(unsafe-what-0a1b: 2 lines\)"):
+        status.status(tmp_path)
     asks = nursery.asks()
     files.write_atomically(tmp_path / "manifest.json", json.dumps({"asks": rows.by_condition(asks.values())}))
     keys = list(asks)
