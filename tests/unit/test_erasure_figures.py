@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mirage_dist import stats
-from mirage_dist.report import erasure, figures
+from mirage_dist.report import drawing, erasure
 
 
 def leaf(k: int, n: int = 20) -> dict:
@@ -50,19 +50,19 @@ DRAWN = {
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_each_model_that_was_tested_is_named_and_no_other(name):
-    svg = figures.svg(DRAWN[name], "x", "a figure")
+    svg = drawing.svg(DRAWN[name], "x", "a figure")
     texts = [
         "".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter() if "text" in element.tag
     ]
     assert {"npo", "mine"} <= set(texts)
     assert "bare" not in texts
     assert "var(--slot3)" in svg  # npo's colour, as everywhere
-    assert svg == figures.svg(DRAWN[name], "x", "a figure")
+    assert svg == drawing.svg(DRAWN[name], "x", "a figure")
 
 
 def test_a_figure_of_nothing_is_empty_and_no_error():
     for draw in (erasure.probed({}, "last"), erasure.probed(TESTED, "image"), erasure.relearning(TESTED, "99", "all")):
-        assert "<svg" in figures.svg(draw, "x", "a figure")
+        assert "<svg" in drawing.svg(draw, "x", "a figure")
 
 
 def test_results_are_read_in_order_and_runs_without_them_left_out(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
 from mirage_dist import stats
-from mirage_dist.report import attacks, figures
+from mirage_dist.report import attacks, drawing, figures
 from mirage_dist.report.style import LIGHT
 
 
@@ -33,4 +33,4 @@ def test_a_marker_stands_at_each_rate_and_none_where_there_is_no_rate():
         ends = [path.vertices[:, 0].tolist() for lines in ax.collections[:2] for path in lines.get_paths()]
         assert ends[1] == pytest.approx([100 * end for end in leaf(30)["ci95"]])
         plt.close(figure)
-    assert 'id="x-' in figures.svg(attacks.beside(rates), "x", "all attacks", attacks.size(rates))
+    assert 'id="x-' in drawing.svg(attacks.beside(rates), "x", "all attacks", attacks.size(rates))
