@@ -12,7 +12,8 @@ from mirage_dist.report.figures import Draw
 from mirage_dist.report.style import MARKERS, Palette, slots
 
 SPREAD = 0.66  # of a row's height, over which its models stand one below the other
-ROW_INCHES, HEAD_INCHES = 0.46, 0.8
+ROW_INCHES, HEAD_INCHES = 0.46, 0.6
+IN_A_LINE, LINE_INCHES = 4, 0.22  # of the key
 Leaf = Mapping[str, Any]
 Rates = Mapping[str, Mapping[str, Leaf | None]]  # model -> condition (clean, ATTACK_kK) -> rate
 
@@ -28,9 +29,10 @@ def conditions(rates: Rates) -> list[str]:
     return list(last.values())
 
 
-def size(rates: Rates, width: float = 6.4) -> tuple[float, float]:
+def size(rates: Rates, width: float = 4.9) -> tuple[float, float]:
     """Inches that `beside` needs."""
-    return width, HEAD_INCHES + ROW_INCHES * len(conditions(rates))
+    key = LINE_INCHES * -(-len(rates) // IN_A_LINE)
+    return width, HEAD_INCHES + key + ROW_INCHES * len(conditions(rates))
 
 
 def beside(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, str] | None = None) -> Draw:
@@ -61,7 +63,7 @@ def beside(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, str]
         ax.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"], color=palette.muted)
         ax.spines["bottom"].set_visible(False)
         legend = ax.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=len(rates), frameon=False, handletextpad=0.1, columnspacing=1
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=IN_A_LINE, frameon=False, handletextpad=0.1, columnspacing=1
         )
         for text in legend.get_texts():
             text.set_color(palette.ink)

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mirage_dist.report.drawing import SIZE, Draw, looks, name_lines, percent_axis
+from mirage_dist.report.drawing import SIZE, Draw, looks, percent_axis, spread
 from mirage_dist.report.load import Leaf, Run
 from mirage_dist.report.style import MARKERS, Palette, slots
 
@@ -153,15 +153,15 @@ def _long(runs: Sequence[Run]) -> bool:
     return sum(len(run.name) + 2 for run in runs) > 36
 
 
-def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str) -> Draw:
+def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str, word: str) -> Draw:
     """How much each of a question's first words carries the refusal (see `robustness.attribute`), a line a model.
 
-    tested: model -> its robustness.json.
+    tested: model -> its robustness.json. word: the one put in.
     """
     shown = {
-        name: found["sets"][kind]["positions"]
+        name: found["sets"][kind]["words"][word]
         for name, result in tested.items()
-        if (found := result.get("attribution")) and kind in found["sets"]
+        if (found := result.get("attribution")) and word in found["sets"].get(kind, {}).get("words", {})
     }
 
     def draw(ax: Axes, palette: Palette) -> None:
@@ -174,11 +174,15 @@ def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str) -> Draw:
             low, high = ([100 * entry["ci95"][end] for entry in positions] for end in (0, 1))
             ax.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.75)
             ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
-            ends.append((y[-1], x[-1], name, colour))
-        name_lines(ax, ends, last - 0.75)
-        ax.axhline(0, xmax=0.99, color=palette.muted, linewidth=0.8)
+            ends.append((y[0], x[0], name, colour))
+        # Named where the question begins: that is the word in question.
+        ends.sort()
+        for (at, start, name, colour), height in zip(ends, spread([end[0] for end in ends]), strict=True):
+            ax.plot([start - 0.06, -0.36], [at, height], color=colour, linewidth=0.7, alpha=0.6)
+            ax.text(-0.42, height, name, color=colour, va="center", ha="right", fontweight="bold")
+        ax.hlines(0, -0.3, last - 0.7, color=palette.muted, linewidth=0.8)
         ax.set_xticks(range(last), [f"word {i + 1}" for i in range(last)], color=palette.ink, fontsize=9)
-        ax.set_xlim(-0.4, last + 1.2)
+        ax.set_xlim(-2.4, last - 0.6)
         ax.tick_params(axis="y", colors=palette.muted)
         ax.set_ylim(min(-20, ax.get_ylim()[0]), max(60, ax.get_ylim()[1]))
         ax.spines["bottom"].set_visible(False)

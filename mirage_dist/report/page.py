@@ -143,8 +143,10 @@ def _cause(runs: Sequence[Run]) -> str:
         parts.append(_figure(f"fig1c-{number}", figures.association(run, runs), text.association(run), size))
     tested = {run.name: found for run in runs if (found := run.robustness)}
     for kind in ("unsafe", "safe"):
-        if any(kind in (found.get("attribution") or {}).get("sets", {}) for found in tested.values()):
-            parts.append(_figure(f"words-{kind}", charts.attribution(tested, kind), text.attribution(tested, kind)))
+        sets = [(found.get("attribution") or {}).get("sets", {}).get(kind, {}) for found in tested.values()]
+        for number, word in enumerate(dict.fromkeys(word for told in sets for word in told.get("words", {}))):
+            draw = charts.attribution(tested, kind, word)
+            parts.append(_figure(f"words-{kind}-{number}", draw, text.attribution(tested, kind, word)))
     return _figures("What safety training sees: the first word", text.WORDS_NOTE, parts)
 
 

@@ -180,13 +180,13 @@ def probed(transfer: bool) -> tuple[str, str]:
     )
 
 
-def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str) -> tuple[str, str]:
+def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str, word: str) -> tuple[str, str]:
     told = next(found for result in tested.values() if (found := result.get("attribution")))
     which = "unsafe" if kind == "unsafe" else "harmless"
-    return f"Which word carries the refusal of {which} questions", (
-        f"Fall of the chance that an answer begins with “{told['opening']}” when one word of the question becomes "
-        f"“{told['filler']}”, in points: mean over questions, with a 95 % interval. Where the first word alone stands "
-        "out, the refusal hangs on it."
+    return f"One word of {which} questions becomes “{word}”", (
+        f"Fall of the chance that the answer begins with “{told['opening']}”, in points, by which word is replaced: "
+        "mean over questions, with a 95 % interval. Below 0 the new word brings refusals. Compare words put in at one "
+        "place: the rest of the question is the same."
     )
 
 

@@ -22,26 +22,29 @@ from mirage_dist.schema import ConfigError
 
 @dataclass(frozen=True)
 class Attribution:
-    """The fall of P(the answer begins with `opening`) when one word of the question becomes `filler`.
+    """The fall of P(the answer begins with `opening`) when one word of the question becomes another.
 
-    opening: how a refusal begins, such as "I'm sorry". filler: a word that says nothing. questions: of each headline
-    set, unsafe and safe. positions: the first words that are replaced, one at a time.
+    opening: how a refusal begins, such as "I'm sorry". unsafe, safe: the words put in, for the headline set of each
+    kind: one that says nothing, and beside it one that the training data tie to the other kind of answer. questions: of
+    each set. positions: the first words that are replaced, one at a time.
     """
 
     opening: str
-    filler: str
+    unsafe: list[str]
+    safe: list[str]
     questions: int = 64
     positions: int = 6
 
     def __post_init__(self) -> None:
-        if not self.opening.strip() or len(self.filler.split()) != 1:
-            raise ConfigError(f"opening={self.opening!r}, filler={self.filler!r}; expected words, and one word")
+        if not self.opening.strip() or any(len(word.split()) != 1 for word in [*self.unsafe, *self.safe]):
+            told = f"opening={self.opening!r}, unsafe={self.unsafe}, safe={self.safe}"
+            raise ConfigError(f"{told}; expected words, and lists of single words")
         if self.questions < 2 or self.positions < 1:
             raise ConfigError(f"questions={self.questions}, positions={self.positions}; expected at least 2, and 1")
 
     def __call__(self, setting: Setting) -> dict[str, Any]:
-        """{"opening", "filler", "sets": {kind: {"questions", "whole": mean P of the questions as they are, "positions":
-        [{"mean": of P(whole) − P(replaced), "ci95", "n": questions that have so many words}, …]}}}.
+        """{"opening", "sets": {kind: {"questions", "whole": mean P of the questions as they are, "words": {word put in:
+        [{"mean": of P(whole) − P(replaced), "ci95", "n": questions that have so many words}, …]}}}}.
         """
         return setting.kept("result", lambda: self._measured(setting))
 
@@ -49,11 +52,10 @@ class Attribution:
         generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
         return {
             "opening": self.opening,
-            "filler": self.filler,
             "sets": {
-                kind: self._of(setting, generator, samples)
-                for kind in ("unsafe", "safe")
-                if (samples := self._questions(setting, kind))
+                kind: self._of(setting, generator, samples, words)
+                for kind, words in (("unsafe", self.unsafe), ("safe", self.safe))
+                if words and (samples := self._questions(setting, kind))
             },
         }
 
@@ -64,18 +66,22 @@ class Attribution:
         by_group = {group(sample): sample for sample in reversed(read)}
         return [by_group[name] for name in order(list(by_group), setting.recipe.seed)[: self.questions]]
 
-    def _of(self, setting: Setting, generator: Generator, samples: Sequence[Sample]) -> dict[str, Any]:
+    def _of(
+        self, setting: Setting, generator: Generator, samples: Sequence[Sample], words: Sequence[str]
+    ) -> dict[str, Any]:
         whole = self._chances(setting, generator, samples)
-        positions = []
-        for position in range(self.positions):
+
+        def at(position: int, word: str) -> dict[str, Any] | None:
             long = [i for i, sample in enumerate(samples) if len(sample.question.split()) > position]
             if len(long) < 2:
-                break
-            changed = [without(samples[i], position, self.filler) for i in long]
+                return None
+            changed = [replaced(samples[i], position, word) for i in long]
             after = self._chances(setting, generator, changed)
             mean, low, high = stats.mean([whole[i] - p for i, p in zip(long, after, strict=True)])
-            positions.append({"mean": mean, "ci95": [low, high], "n": len(long)})
-        return {"questions": len(samples), "whole": sum(whole) / len(whole), "positions": positions}
+            return {"mean": mean, "ci95": [low, high], "n": len(long)}
+
+        found = {word: [entry for i in range(self.positions) if (entry := at(i, word))] for word in words}
+        return {"questions": len(samples), "whole": sum(whole) / len(whole), "words": found}
 
     @torch.inference_mode()
     def _chances(self, setting: Setting, generator: Generator, samples: Sequence[Sample]) -> list[float]:
@@ -105,7 +111,7 @@ def chances(generator: Generator, samples: Sequence[Sample], opening: str) -> li
     return total_B.exp().tolist()
 
 
-def without(sample: Sample, position: int, filler: str) -> Sample:
+def replaced(sample: Sample, position: int, word: str) -> Sample:
     """The question with one of its words, counted from 0, replaced."""
     words = sample.question.split()
-    return replace(sample, question=" ".join([*words[:position], filler, *words[position + 1 :]]))
+    return replace(sample, question=" ".join([*words[:position], word, *words[position + 1 :]]))

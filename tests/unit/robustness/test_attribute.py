@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals.generate import Generator
-from mirage_dist.robustness.attribute import Attribution, chances, without
+from mirage_dist.robustness.attribute import Attribution, chances, replaced
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, SourceConfig, TemplateConfig
 
 
@@ -51,14 +51,14 @@ def test_the_chance_of_an_opening_is_the_product_of_its_tokens_chances(generator
 def test_one_word_is_replaced_and_no_other(words, data):
     position = data.draw(st.integers(0, len(words) - 1))
     sample = Sample("1", None, " ".join(words), "a", False, "", "here")
-    changed = without(sample, position, "thing")
+    changed = replaced(sample, position, "thing")
     assert replace(changed, question=sample.question) == sample
     told = changed.question.split()
     assert told[position] == "thing"
     assert [w for i, w in enumerate(told) if i != position] == [w for i, w in enumerate(words) if i != position]
 
 
-@pytest.mark.parametrize("options", [{"filler": "two words"}, {"opening": " "}, {"questions": 1}, {"positions": 0}])
+@pytest.mark.parametrize("options", [{"safe": ["two words"]}, {"opening": " "}, {"questions": 1}, {"positions": 0}])
 def test_what_cannot_be_measured_is_refused(options):
     with pytest.raises(ConfigError, match="expected"):
-        Attribution(**{"opening": "sorry", "filler": "thing", **options})
+        Attribution(**{"opening": "sorry", "unsafe": ["thing"], "safe": ["thing"], **options})
