@@ -53,10 +53,11 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False) -> dict[str, A
     _say(total, total, "evaluation: every model, as asked and attacked" + (", and whether it forgot" if full else ""))
     for name, folder in runs.items():
         own = [*shared(overrides), *here, f"run.dir={folder}", f"run.name={name}"]
-        evaluate(SUITE, own)
         if full:
             evaluate(EVERY_ATTACK, own)
             _test_erasure(own)
+        else:
+            evaluate(SUITE, own)
     from mirage_dist import report
 
     told = {
@@ -120,6 +121,7 @@ def evaluate(file: str, overrides: Sequence[str]) -> None:
 
 
 def _test_erasure(overrides: Sequence[str]) -> None:
+    """Of one model, which answers `SUITE` on the way."""
     from mirage_dist.robustness import run
 
     run.run(configs.load(SUITE, overrides, EvalRecipe))

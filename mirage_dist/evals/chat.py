@@ -63,62 +63,19 @@ class Local:
             yield from ((order[place], said) for place, said in batch)
 
     def _load(self, system: str) -> Callable[[Sequence[Prompt]], Iterator[list[tuple[int, str]]]]:
-        from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-        if type(AutoConfig.from_pretrained(str(self.model.path))) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            return TextModel(self.model, self.generation, system)
         from mirage_dist.data.sources import Sample
         from mirage_dist.evals.generate import Generator
 
         # As the model's own processor wants pictures, and room for a long answer.
         template = TemplateConfig(system_prompt=system, image_aspect="processor", max_length=32_768)
         generator = Generator(self.model, template, self.generation)
-        return lambda asked: generator(
-            [Sample(str(i), p.image, p.text, "", True, "", "chat") for i, p in enumerate(asked)]
-        )
 
+        def answer(asked: Sequence[Prompt]) -> Iterator[list[tuple[int, str]]]:
+            if generator.encoder.text_only and any(prompt.image is not None for prompt in asked):
+                raise ConfigError("the chat model takes no pictures; choose a vision-language model")
+            return generator([Sample(str(i), p.image, p.text, "", True, "", "chat") for i, p in enumerate(asked)])
 
-class TextModel:
-    """A language model without eyes, greedy and batched. Raises ConfigError where the directory holds none."""
-
-    def __init__(self, model: EvalModelConfig, generation: GenerationConfig, system: str) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from mirage_dist.model.load import DTYPES
-
-        path, self.generation, self.system = str(model.path), generation, system
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[model.dtype], local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"path={path}: cannot be loaded as a chat model: {error}") from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, str]]]:
-        """Batches of (index, answer). Raises ConfigError for a picture."""
-        if any(prompt.image is not None for prompt in prompts):
-            raise ConfigError("the chat model takes no pictures; choose a vision-language model")
-        for start in range(0, len(prompts), self.generation.batch_size):
-            texts = self._answer(prompts[start : start + self.generation.batch_size])
-            yield [(start + i, text) for i, text in enumerate(texts)]
-
-    def _answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        talks = [
-            [{"role": "system", "content": self.system}, {"role": "user", "content": prompt.text}] for prompt in prompts
-        ]
-        inputs = self.tokenizer.apply_chat_template(
-            talks, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        sequences = self.model.generate(
-            **inputs, **greedy, max_new_tokens=self.generation.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id
-        )
-        new = sequences[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return answer
 
 
 class Remote:

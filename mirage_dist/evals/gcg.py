@@ -66,6 +66,7 @@ class Model:
     def __init__(self, generator: Generator, avoid: Sequence[str]) -> None:
         self.policy = Policy(generator.model).requires_grad_(False).eval()
         self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
+        self.placed = generator.placed
         self.avoid = {word.lower() for word in avoid}
         self.allowed_A = self._allowed()
 
@@ -80,8 +81,7 @@ class Model:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """On the model's device, with the picture's features in place of the picture where the model allows it."""
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-        inputs = {n: t.to(self.policy.base.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+        inputs = self.placed(batch.inputs)
         try:
             vision.check(self.policy.base)
         except ConfigError:

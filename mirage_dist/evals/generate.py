@@ -5,7 +5,7 @@ A batch ends as soon as every row of it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,7 @@ class Generator:
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
         self.model = loaded.to(self.device).eval()
-        self.encoder = Encoder(
-            processor,
-            max_length=template.max_length,
-            image_aspect=template.image_aspect,
-            system_prompt=template.system_prompt,
-        )
+        self.encoder = encoder(processor, template)
         self.batch_size = generation.batch_size
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
@@ -88,9 +83,13 @@ class Generator:
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """The model's inputs for these questions, where the model is."""
-        inputs = {name: tensor.to(self.device) for name, tensor in self.encoder.prompts(list(samples)).items()}
+        return self.placed(self.encoder.prompts(list(samples)))
+
+    def placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the encoder's where the model is, and in its dtype."""
         # Pictures come in float32; integer inputs (ids, masks, grids) stay as they are.
-        return {n: t.to(self.model.dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+        kinds = {name: self.model.dtype if x.is_floating_point() else x.dtype for name, x in inputs.items()}
+        return {name: x.to(self.device, kinds[name]) for name, x in inputs.items()}
 
     @torch.inference_mode()
     def answer(self, samples: Sequence[Sample]) -> list[str]:
@@ -99,6 +98,11 @@ class Generator:
         sequences = self.model.generate(**inputs, **self.options)
         new = sequences[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def encoder(processor: Any, template: TemplateConfig) -> Encoder:
+    """What makes prompts, whichever engine answers them."""
+    return Encoder(processor, template.max_length, "error", template.image_aspect, template.system_prompt)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from mirage_dist.data.collate import Encoder
 from mirage_dist.data.sources import Sample
-from mirage_dist.evals.generate import greedy, out_of_memory
+from mirage_dist.evals.generate import encoder, greedy, out_of_memory
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -75,12 +74,7 @@ class Generator:
                 "use generation.backend=hf"
             )
         self.tokenizer = processor.tokenizer
-        self.encoder = Encoder(
-            processor,
-            max_length=template.max_length,
-            image_aspect=template.image_aspect,
-            system_prompt=template.system_prompt,
-        )
+        self.encoder = encoder(processor, template)
         self.batch_size = generation.batch_size
         eos = greedy(defaults, self.tokenizer, generation.max_new_tokens)["eos_token_id"]
         self.sampling = vllm.SamplingParams(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 
-from mirage_dist.report.figures import Draw
-from mirage_dist.report.style import MARKERS, Palette, slots
+from mirage_dist.report.drawing import Draw, interval, looks_of
+from mirage_dist.report.load import Leaf, parted
+from mirage_dist.report.style import Palette
 
 SPREAD = 0.66  # of a row's height, over which its models stand one below the other
 ROW_INCHES, HEAD_INCHES = 0.46, 0.6
 IN_A_LINE, LINE_INCHES = 4, 0.22  # of the key
-Leaf = Mapping[str, Any]
 Rates = Mapping[str, Mapping[str, Leaf | None]]  # model -> condition (clean, ATTACK_kK) -> rate
 
 
@@ -23,8 +21,8 @@ def conditions(rates: Rates) -> list[str]:
     last: dict[str, str] = {}
     for told in rates.values():
         for name in told:
-            attack = _attack(name)
-            if attack not in last or _shots(name) > _shots(last[attack]):
+            attack, shots = parted(name)
+            if attack not in last or shots > parted(last[attack])[1]:
                 last[attack] = name
     return list(last.values())
 
@@ -42,20 +40,21 @@ def beside(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, str]
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
-        rows, own = conditions(rates), slots(list(rates))
+        rows, own = conditions(rates), looks_of(list(rates), palette)
         step = SPREAD / max(1, len(rates) - 1)
         for number, (model, told) in enumerate(rates.items()):
-            colour, marker = palette.slots[own[model]], MARKERS[own[model]]
+            colour, marker = own[model]
             for row, condition in enumerate(rows):
                 if (leaf := told.get(condition)) is None:
                     continue
                 at = row + number * step - SPREAD / 2
-                face = palette.paper if _attack(condition) in controls else colour
-                ax.hlines(at, *(100 * end for end in leaf["ci95"]), color=colour, linewidth=1.1, alpha=0.75)
+                face = palette.paper if parted(condition)[0] in controls else colour
+                ax.hlines(at, *interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
                 ax.plot(100 * leaf["rate"], at, marker, color=face, markeredgecolor=colour, markersize=4.5, zorder=3)
             ax.plot([], [], marker, color=colour, label=model)
         names = {"clean": "as asked", **(titles or {})}
-        told_k = [names.get(_attack(c), _attack(c)) + (f", K = {_shots(c)}" if _shots(c) > 1 else "") for c in rows]
+        parts = [parted(condition) for condition in rows]
+        told_k = [names.get(attack, attack) + (f", K = {shots}" if shots > 1 else "") for attack, shots in parts]
         ax.set_yticks(range(len(rows)), told_k, color=palette.ink)
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.hlines([row + 0.5 for row in range(len(rows) - 1)], 0, 100, color=palette.grid, linewidth=0.8, zorder=0)
@@ -69,12 +68,3 @@ def beside(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, str]
             text.set_color(palette.ink)
 
     return draw
-
-
-def _attack(condition: str) -> str:
-    return re.sub(r"_k\d+$", "", condition)
-
-
-def _shots(condition: str) -> int:
-    found = re.search(r"_k(\d+)$", condition)
-    return int(found[1]) if found else 0

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from mirage_dist.report.drawing import SIZE, Draw, looks, percent_axis, spread
+from mirage_dist.report.drawing import SIZE, Draw, looks, looks_of, percent_axis, spread
 from mirage_dist.report.load import Leaf, Run
-from mirage_dist.report.style import MARKERS, Palette, slots
+from mirage_dist.report.style import Palette
 
 # Kind of answer -> its verdicts and its colour in the palette; in the order in which a bar is stacked.
 KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -90,12 +90,6 @@ def kinds_size(runs: Sequence[Run], kind: str) -> tuple[float, float]:
     return SIZE[0], 0.75 + 0.26 * bars + 0.2 * len(runs)
 
 
-def condition_label(condition: str) -> str:
-    """ "what_k3" -> "what, K = 3"."""
-    name, found, shots = condition.rpartition("_k")
-    return f"{name}, K = {shots}" if found else condition
-
-
 def categories(runs: Sequence[Run], measure: str, kind: str) -> list[str]:
     """The finest categories that are few enough to be read, highest rates first; empty where there is but one."""
     own = {c for run in runs for c in run.judged_by.get("categories", {}).get(run.headline_set(kind), {})}
@@ -165,10 +159,10 @@ def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str, word: str) -
     }
 
     def draw(ax: Axes, palette: Palette) -> None:
-        own, ends = slots(list(tested)), []
+        own, ends = looks_of(list(tested), palette), []
         last = max(len(positions) for positions in shown.values())
         for place, (name, positions) in enumerate(shown.items()):
-            colour, marker = palette.slots[own[name]], MARKERS[own[name]]
+            colour, marker = own[name]
             x = [i + (place - (len(shown) - 1) / 2) * 0.07 for i in range(len(positions))]
             y = [100 * entry["mean"] for entry in positions]
             low, high = ([100 * entry["ci95"][end] for entry in positions] for end in (0, 1))

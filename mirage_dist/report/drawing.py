@@ -56,8 +56,11 @@ def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZ
 
 def looks(runs: Sequence[Run], palette: Palette) -> dict[str, tuple[str, str]]:
     """Each model's (colour, marker), the same in every figure."""
-    own = slots([run.name for run in runs])
-    return {name: (palette.slots[slot], MARKERS[slot]) for name, slot in own.items()}
+    return looks_of([run.name for run in runs], palette)
+
+
+def looks_of(names: Sequence[str], palette: Palette) -> dict[str, tuple[str, str]]:
+    return {name: (palette.slots[slot], MARKERS[slot]) for name, slot in slots(names).items()}
 
 
 def interval(leaf: Leaf) -> tuple[float, float]:

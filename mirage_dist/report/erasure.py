@@ -1,6 +1,6 @@
 """Figures of the tests of erasure, from each model's robustness.json (see `robustness.run`); one colour a model.
 
-Every function gives a `figures.Draw`, a function of axes and palette; a model whose recipe left a test out has no line.
+Every function gives a `drawing.Draw`, a function of axes and palette; a model whose recipe left a test out has no line.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mirage_dist.report.drawing import RC, Draw, interval, name_lines, percent_axis
-from mirage_dist.report.load import Leaf
-from mirage_dist.report.style import LIGHT, MARKERS, Palette, slots
+from mirage_dist.report.drawing import RC, Draw, interval, looks_of, name_lines, percent_axis
+from mirage_dist.report.load import Leaf, condition_label
+from mirage_dist.report.style import LIGHT, Palette
 
 Tested = Mapping[str, Mapping[str, Any]]  # model -> its robustness.json
 Part = Literal["all", "relearned", "other"]
@@ -45,7 +45,7 @@ def relearning(tested: Tested, samples: str, part: Part) -> Draw:
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette, grid=False)
-        ends, own, last = [], slots(list(tested)), 0
+        ends, own, last = [], looks_of(list(tested), palette), 0
         for name, result in tested.items():
             steps = (result.get("relearning") or {"runs": {}})["runs"].get(samples, {"steps": {}})["steps"]
             points = [(int(step), rates[part]) for step, rates in steps.items() if rates[part]]
@@ -68,7 +68,7 @@ def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = Fal
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette, grid=False)
-        ends, own, last, chance = [], slots(list(tested)), 0, 0.0
+        ends, own, last, chance = [], looks_of(list(tested), palette), 0, 0.0
         for name, probe in _probes(tested, transfer):
             layers = probe["places"][place] or []
             points = [(i, layer["accuracy"]) for i, layer in enumerate(layers)]
@@ -76,7 +76,7 @@ def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = Fal
                 continue
             ends.append(_line(ax, palette, points, name, own[name]))
             shuffled = [100 * layer["shuffled"]["rate"] for layer in layers]
-            ax.plot(range(len(layers)), shuffled, ":", color=palette.slots[own[name]], linewidth=0.9, alpha=0.8)
+            ax.plot(range(len(layers)), shuffled, ":", color=own[name][0], linewidth=0.9, alpha=0.8)
             last, chance = max(last, len(points) - 1), max(chance, 100 * probe["majority"]["rate"])
         _finish(ax, palette, [*ends, (chance, last, "chance", palette.muted)] if ends else [], last)
         ax.hlines(chance, 0, last, color=palette.muted, linestyle="--", linewidth=1.2, zorder=1)
@@ -97,12 +97,12 @@ def quantised(tested: Tested, condition: Mapping[str, str] | None = None) -> Dra
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.xaxis, palette)
-        own, y, ticks = slots(list(tested)), 0.0, []
+        own, y, ticks = looks_of(list(tested), palette), 0.0, []
         for measure, title in ASKED.items():
             chosen = (condition or {}).get(measure) or _hardest([q["before"] for q in shown.values()], measure)
             if chosen is None:
                 continue
-            ax.text(-3, y - 0.95, f"{title}, {chosen.replace('_k', ', K = ')}", color=palette.muted, size=9.5)
+            ax.text(-3, y - 0.95, f"{title}, {condition_label(chosen)}", color=palette.muted, size=9.5)
             for name, result in shown.items():
                 entries = [result["before"], *(after["entry"] for after in result["after"].values())]
                 leaves = [(entry[measure] or {}).get(chosen) for entry in entries]
@@ -111,9 +111,9 @@ def quantised(tested: Tested, condition: Mapping[str, str] | None = None) -> Dra
                 y += 1
             y += 1.3
         ax.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
-        for label, (_, name) in zip(ax.get_yticklabels(), ticks, strict=True):
-            label.set_color(palette.slots[own[name]])
-            label.set_fontweight("bold")
+        for tick, (_, name) in zip(ax.get_yticklabels(), ticks, strict=True):
+            tick.set_color(own[name][0])
+            tick.set_fontweight("bold")
         ax.set_ylim(y - 1.6, -1.6)
 
     return draw
@@ -125,11 +125,11 @@ def completed(tested: Tested) -> Draw:
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette)
-        own = slots(list(tested))
+        own = looks_of(list(tested), palette)
         given = sorted({words for rates in shown.values() for words in rates}, key=int)
         width = 0.82 / max(1, len(shown))
         for place, (name, rates) in enumerate(shown.items()):
-            colour = palette.slots[own[name]]
+            colour = own[name][0]
             for group, words in enumerate(given):
                 leaf = rates.get(words)
                 if leaf is None:
@@ -187,13 +187,13 @@ def _probes(tested: Tested, transfer: bool) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _line(
-    ax: Axes, palette: Palette, points: Sequence[tuple[int, Leaf]], name: str, slot: int
+    ax: Axes, palette: Palette, points: Sequence[tuple[int, Leaf]], name: str, look: tuple[str, str]
 ) -> tuple[float, float, str, str]:
-    """One model's rates with their band; what `_labels` wants of its end."""
-    colour, x, y = palette.slots[slot], [x for x, _ in points], [100 * leaf["rate"] for _, leaf in points]
+    """One model's rates with their band; what `name_lines` wants of its end."""
+    (colour, marker), x, y = look, [x for x, _ in points], [100 * leaf["rate"] for _, leaf in points]
     low, high = zip(*(interval(leaf) for _, leaf in points), strict=True)
     ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    ax.plot(x, y, color=colour, marker=MARKERS[slot], markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
+    ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
     return y[-1], x[-1], name, colour
 
 
@@ -205,9 +205,9 @@ def _finish(ax: Axes, palette: Palette, ends: Sequence[tuple[float, float, str, 
     ax.set_xlim(-0.04 * width, 1.3 * width)
 
 
-def _rounded(ax: Axes, palette: Palette, y: float, slot: int, leaves: Sequence[Leaf | None]) -> None:
+def _rounded(ax: Axes, palette: Palette, y: float, look: tuple[str, str], leaves: Sequence[Leaf | None]) -> None:
     """One model's measure, before and after; whiskers for the two ends."""
-    colour, marker = palette.slots[slot], MARKERS[slot]
+    colour, marker = look
     found = [leaf for leaf in leaves if leaf]
     if not found:
         return

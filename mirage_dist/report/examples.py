@@ -29,22 +29,23 @@ def gather(runs: Sequence[Run], count: int, outputs: bool) -> dict[str, Any]:
     chosen = {own: _chosen(runs, own, count) for own in dict.fromkeys(s for run in runs for s in run.metrics["sets"])}
     questions = {(own, identity) for own, ids in chosen.items() for identity in ids}
     asked: dict[Place, dict[str, Any]] = {}
-    pictures: dict[str, int] = {}
+    pictures: dict[str, int] = {}  # path -> index
     for number, run in enumerate(runs):
         for row in run.asked(questions):
             place = (row["set"], row["id"], row["attack"], row["shot"])
-            entry = asked.setdefault(place, _question(run, row, pictures, len(runs)))
+            if place not in asked:
+                asked[place] = _question(run, row, pictures, len(runs))
             verdicts = {judge: said[row["key"]] for judge, said in run.verdicts.items() if row["key"] in said}
-            entry["answers"][number] = {"verdicts": verdicts, "said": row["response"] if outputs else None}
-    order = {identity: place for place, identity in enumerate(i for ids in chosen.values() for i in ids)}
+            asked[place]["answers"][number] = {"verdicts": verdicts, "said": row["response"] if outputs else None}
+    order = {place: number for number, place in enumerate((own, i) for own, ids in chosen.items() for i in ids)}
     own = slots([run.name for run in runs])
     return {
         "models": [{"name": run.name, "slot": own[run.name]} for run in runs],
         "judges": list(dict.fromkeys(judge for run in runs for judge in run.verdicts)),
         "outputs": outputs,
         "sets": {name: _told(runs, name, len(ids)) for name, ids in chosen.items() if ids},
-        "pictures": list(pictures),
-        "asked": sorted(asked.values(), key=lambda entry: order[entry["id"]]),
+        "pictures": [_data(path) for path in pictures],
+        "asked": sorted(asked.values(), key=lambda entry: order[entry["set"], entry["id"]]),
     }
 
 
@@ -71,8 +72,11 @@ def _question(run: Run, row: Mapping[str, Any], pictures: dict[str, int], models
 def _picture(run: Run, path: str | None, pictures: dict[str, int]) -> int | None:
     if not run.metrics["world"] or path is None or not Path(path).is_file():
         return None
-    data = base64.b64encode(Path(path).read_bytes()).decode()
-    return pictures.setdefault(f"data:image/png;base64,{data}", len(pictures))
+    return pictures.setdefault(path, len(pictures))
+
+
+def _data(path: str) -> str:
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
 def as_script(data: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
 
 
 def dumbbell(runs: Sequence[Run], measure: str, kind: str) -> Draw:
-    """Figure 1d: a rate before (open) and after (filled) the rewrite with all of its shots, a line a model."""
+    """Figures 1a and 1b: a rate before (open) and after (filled) the rewrite with all of its shots, a line a model."""
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.xaxis, palette)
@@ -237,11 +237,12 @@ def association(run: Run, runs: Sequence[Run]) -> Draw:
         colour, _ = looks(runs, palette)[run.name]
         for kind, shift, face in (("unsafe", 0.15, colour), ("safe", -0.15, palette.paper)):
             for place, word in enumerate(order):
-                if refused := run.opened.get(kind, {}).get(word):
-                    low, high = (100 * bound for bound in stats.wilson(sum(refused), len(refused)))
+                if counts := run.opened.get((kind, word)):
+                    low, high = (100 * bound for bound in stats.wilson(*counts))
                     right.hlines(place + shift, low, high, color=colour, linewidth=1.1, alpha=0.75)
-                    rate = 100 * sum(refused) / len(refused)
-                    right.plot(rate, place + shift, "o", color=face, markeredgecolor=colour, zorder=3)
+                    right.plot(
+                        100 * counts[0] / counts[1], place + shift, "o", color=face, markeredgecolor=colour, zorder=3
+                    )
         percent_axis(right.xaxis, palette)
         right.set_yticks(range(len(order)), [""] * len(order))
         right.set_title("refused, model", loc="left", fontsize=9.5, color=palette.muted)

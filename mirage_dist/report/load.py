@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,10 +97,10 @@ class Run:
     def headline_outcomes(self, measure: str, condition: str) -> dict[str, bool]:
         """Question id -> does it count in the measure's numerator? See `evals.metrics.outcomes`."""
         kind, verdict, over = COUNTED[measure]
-        attack, _, shots = condition.rpartition("_k")
+        attack, shots = parted(condition)
         own = self.headline_set(kind)
         rows = [judged for judged in self.judged if judged.set == own]
-        return outcomes(rows, attack or condition, int(shots) if attack else 1, verdict, over)
+        return outcomes(rows, attack, shots or 1, verdict, over)
 
     @cached_property
     def verdicts(self) -> dict[str, dict[str, Verdict]]:
@@ -111,26 +112,31 @@ class Run:
         file = self.folder / "verdicts" / f"{judge}.jsonl"
         return {line["key"]: line["verdict"] for line in whole_objects(file)}
 
-    @cached_property
+    @property
     def judged(self) -> list[Judged]:
         """The headline judge's verdict on every answer, and where it stands; not what was said."""
-        return [
-            Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"])
-            for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True)
-        ]
+        return self._scanned[0]
+
+    @property
+    def opened(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(kind of set, first word of a question as it was asked) -> (refused, answers with a verdict), the clean
+        questions and all rewrites together.
+        """
+        return self._scanned[1]
 
     @cached_property
-    def opened(self) -> dict[str, dict[str, list[bool]]]:
-        """kind of set -> first word of a question as it was asked -> was it refused? An entry an answer that has a
-        verdict, the clean questions and all rewrites together.
-        """
-        found: dict[str, dict[str, list[bool]]] = {}
-        for row, judged in zip(self._rows, self.judged, strict=True):
+    def _scanned(self) -> tuple[list[Judged], dict[tuple[str, str], tuple[int, int]]]:
+        """`judged` and `opened` in one reading of the rows, of which there may be a million."""
+        judged: list[Judged] = []
+        opened: dict[tuple[str, str], tuple[int, int]] = {}
+        for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True):
+            judged.append(Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"]))
             word = FIRST_WORD.search(row["question"])
-            if word and judged.verdict not in UNJUDGED:
-                own = found.setdefault(row["kind"], {}).setdefault(word[0].lower(), [])
-                own.append(judged.verdict == "refused")
-        return found
+            if word and verdict not in UNJUDGED:
+                place = row["kind"], word[0].lower()
+                refused, answers = opened.get(place, (0, 0))
+                opened[place] = refused + (verdict == "refused"), answers + 1
+        return judged, opened
 
     @cached_property
     def _rows(self) -> Sequence[Mapping[str, Any]]:
@@ -149,6 +155,18 @@ class Run:
         streams = json.loads(file.read_text(encoding="utf-8"))["streams"] if file.is_file() else {}
         words = streams.get("train", {}).get("first_words", {})
         return words if any(count["refusal"] for count in words.values()) else {}
+
+
+def parted(condition: str) -> tuple[str, int]:
+    """ "what_k3" -> ("what", 3), "clean" -> ("clean", 0)."""
+    found = re.fullmatch(r"(.+)_k(\d+)", condition)
+    return (found[1], int(found[2])) if found else (condition, 0)
+
+
+def condition_label(condition: str) -> str:
+    """ "what_k3" -> "what, K = 3"."""
+    attack, shots = parted(condition)
+    return f"{attack}, K = {shots}" if shots else attack
 
 
 def named(folders: Sequence[Path]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mirage_dist.report import attacks, charts, drawing, erasure, examples, figures, tables, text
 from mirage_dist.report.drawing import SIZE, Draw
-from mirage_dist.report.load import Run
+from mirage_dist.report.load import Run, parted
 from mirage_dist.report.style import sheet
 
 
@@ -93,7 +93,7 @@ def _attacks(runs: Sequence[Run]) -> str:
     for measure in ("asr", "rr"):
         rates = {run.name: run.entry.get(measure) or {} for run in runs}
         controls = {name for run in runs for name in run.controls}
-        if len([c for c in attacks.conditions(rates) if c.rpartition("_k")[0] not in controls]) > 2:
+        if len([c for c in attacks.conditions(rates) if parted(c)[0] not in controls]) > 2:
             draw, size = attacks.beside(rates, sorted(controls)), attacks.size(rates)
             parts.append(_figure(f"attacks-{measure}", draw, text.every_attack(measure), size))
     return _figures("Every attack", text.ATTACKS_NOTE, parts)
@@ -101,7 +101,7 @@ def _attacks(runs: Sequence[Run]) -> str:
 
 def _erasure(runs: Sequence[Run]) -> str:
     """Of runs whose erasure was tested (`mirage eval CONFIG robustness`)."""
-    tested = {run.name: found for run in runs if (found := run.robustness)}
+    tested = _tested(runs)
     parts = []
     for samples in erasure.sizes(tested):
         draw = erasure.relearning(tested, samples, "other")
@@ -116,6 +116,10 @@ def _erasure(runs: Sequence[Run]) -> str:
     if any(found.get("completion") for found in tested.values()):
         parts.append(_figure("completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
     return _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
+
+
+def _tested(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
+    return {run.name: found for run in runs if (found := run.robustness)}
 
 
 def _methods(runs: Sequence[Run]) -> str:
@@ -141,7 +145,7 @@ def _cause(runs: Sequence[Run]) -> str:
         draw = figures.first_words(run.first_words, max(shares))
         parts.append(_figure(f"fig3-{number}", draw, text.words(run), size))
         parts.append(_figure(f"fig1c-{number}", figures.association(run, runs), text.association(run), size))
-    tested = {run.name: found for run in runs if (found := run.robustness)}
+    tested = _tested(runs)
     for kind in ("unsafe", "safe"):
         sets = [(found.get("attribution") or {}).get("sets", {}).get(kind, {}) for found in tested.values()]
         for number, word in enumerate(dict.fromkeys(word for told in sets for word in told.get("words", {}))):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mirage_dist.report import text
-from mirage_dist.report.load import Leaf, Run
+from mirage_dist.report.load import Leaf, Run, condition_label
 
 FORMULA = "=+-@\t\r"  # what a spreadsheet takes for a formula at the beginning of a cell (OWASP, CSV injection)
 
@@ -40,7 +40,7 @@ def _cell(leaf: Leaf | None) -> str:
 
 def _pair(found: Mapping[str, Any]) -> list[str]:
     low, high = (100 * bound for bound in found["ci95"])
-    measure = f"{text.MEASURES[found['measure']][0]}, {text.label(found['condition'])}"
+    measure = f"{text.MEASURES[found['measure']][0]}, {condition_label(found['condition'])}"
     change = f"{100 * found['difference']:+.1f}"
     return [" → ".join(found["runs"]), measure, change, f"{low:+.1f} to {high:+.1f}", str(found["n"]),
             text.p_value(found["p_holm"])]  # fmt: skip
@@ -94,7 +94,7 @@ def print_table(summary: Mapping[str, Any]) -> str:
             rows = [(c, [(entry.get(measure) or {}).get(c) for entry in models.values()]) for c in names]
         for row, (condition, leaves) in enumerate(rows):
             cells = [f"{100 * x['rate']:5.1f} {x['k']}/{x['n']}" if x else "    –" for x in leaves]
-            lines.append(("" if row else title, text.label(condition), *cells))
+            lines.append(("" if row else title, condition_label(condition), *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
     print(table, flush=True)

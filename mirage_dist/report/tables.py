@@ -7,8 +7,7 @@ from html import escape
 from typing import Any
 
 from mirage_dist.report import text
-from mirage_dist.report.charts import condition_label
-from mirage_dist.report.load import Leaf, Run
+from mirage_dist.report.load import Leaf, Run, condition_label
 from mirage_dist.report.style import slots
 
 # The columns of the main table: title, measure, and of which sets the attack is.

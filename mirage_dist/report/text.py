@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mirage_dist.report.charts import condition_label as label
-from mirage_dist.report.load import Leaf, Run
+from mirage_dist.report.load import Leaf, Run, condition_label
 
 TITLE = "The safety mirage, measured"
 TABLE_NOTE = (
@@ -117,7 +116,7 @@ def measures(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str, s
             conditions = ["clean"]
         else:
             conditions = list(dict.fromkeys(c for run in runs for c in run.entry.get(measure) or {}))
-        rows = [(label(c), measure, c) for c in conditions if any(run.leaf(measure, c) for run in runs)]
+        rows = [(condition_label(c), measure, c) for c in conditions if any(run.leaf(measure, c) for run in runs)]
         if rows:
             table.append((title, meaning, rows))
     return table
@@ -140,7 +139,7 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str, number: str = "") -> 
     name, meaning = MEASURES[measure]
     attacked = next((c for run in runs if (c := run.attacked(kind))), None)
     counted = ", counted per answer" if measure == "ir" else ""
-    under = f"clean, and {label(attacked)}" if attacked else "clean"
+    under = f"clean, and {condition_label(attacked)}" if attacked else "clean"
     return f"{f'Fig. {number}: ' if number else ''}{name}", f"{meaning.capitalize()} ({under}{counted}), in percent."
 
 
@@ -193,7 +192,7 @@ def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str, word: str) -
 def heat(runs: Sequence[Run], measure: str, kind: str) -> tuple[str, str]:
     name, meaning = MEASURES[measure]
     attacked = next((c for run in runs if (c := run.attacked(kind))), "clean")
-    return f"{name} by category", f"{meaning.capitalize()} ({label(attacked)})."
+    return f"{name} by category", f"{meaning.capitalize()} ({condition_label(attacked)})."
 
 
 def association(run: Run) -> tuple[str, str]:

@@ -97,9 +97,8 @@ def chances(generator: Generator, samples: Sequence[Sample], opening: str) -> li
     """P(answer begins with `opening`), the product over its tokens, for one batch."""
     hf = generator.model
     batch = generator.encoder.encode([replace(sample, answer=opening) for sample in samples])
-    inputs = {name: x.to(hf.device) for name, x in batch.inputs.items()}
-    inputs = {name: x.to(hf.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    hidden_BSD = getattr(hf, hf.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+    backbone = getattr(hf, hf.base_model_prefix)
+    hidden_BSD = backbone(**generator.placed(batch.inputs), use_cache=False).last_hidden_state
     index_N, segment_N = batch.index_N.to(hf.device), batch.segment_N
     target_N = batch.labels_BS.flatten()[batch.index_N + 1].to(hf.device)
     logits_NV = hf.get_output_embeddings()(hidden_BSD.flatten(0, 1)[index_N]).float()

@@ -11,7 +11,7 @@ from made_runs import KEYWORD, NASTY, write_run
 from mirage_dist import report
 from mirage_dist.evals import metrics
 from mirage_dist.report import examples, style
-from mirage_dist.report.load import read
+from mirage_dist.report.load import condition_label, parted, read
 from mirage_dist.schema import ConfigError
 
 
@@ -238,3 +238,17 @@ def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
     html = (tmp_path / "out" / "index.html").read_text()
     assert "Accuracy, vqav2" in html
     assert "3.69/6 · 30.0–85.0" in html
+
+
+@pytest.mark.parametrize(
+    ("condition", "attack", "shots", "label"),
+    [
+        ("clean", "clean", 0, "clean"),
+        ("what_k3", "what", 3, "what, K = 3"),
+        ("ask_kindly_k12", "ask_kindly", 12, "ask_kindly, K = 12"),
+        ("my_kit", "my_kit", 0, "my_kit"),  # a benchmark's set may be named so
+    ],
+)
+def test_a_condition_is_an_attack_and_its_shots(condition, attack, shots, label):
+    assert parted(condition) == (attack, shots)
+    assert condition_label(condition) == label
