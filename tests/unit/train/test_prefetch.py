@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
@@ -75,6 +77,41 @@ def test_a_stop_that_is_told_to_every_process_ends_no_worker_before_its_rank_has
         assert [next(found)[0] for _ in range(10)] == list(range(2, 12))  # stopped in the middle
     assert len(workers) == 2
     assert gone(workers)
+
+
+STUCK = """
+import mmap, os, signal, sys, time
+from torch.utils.data import _utils
+from mirage_dist.train import prefetch
+
+forks, stuck = mmap.mmap(-1, 1), int(sys.argv[1])
+
+def in_the_child():  # within fork() itself, where nothing of the worker's has run
+    forks[0] += 1
+    if forks[0] == 2 or stuck > 1:
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals))
+        time.sleep(600)
+
+os.register_at_fork(after_in_child=in_the_child)
+prefetch.START_SECONDS = 1.0
+_utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits for each to end
+found = prefetch.made(lambda item: (item, os.getpid()), range(9), 2)
+told = list(found)
+assert [item for item, _ in told] == list(range(9)) and len({pid for _, pid in told}) == 2
+print(forks[0])
+"""
+
+
+def test_a_worker_that_hangs_in_its_fork_is_replaced_and_no_batch_is_lost():
+    done = subprocess.run([sys.executable, "-c", STUCK, "1"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["a batch worker did not start in 1 s; all are started again", "4"]
+
+
+def test_workers_that_never_start_are_an_error_that_says_what_to_do():
+    done = subprocess.run([sys.executable, "-c", STUCK, "2"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "data.workers=2: batch workers did not start, 3 times in a row; data.workers=0 needs none" in done.stderr
 
 
 def gone(workers: set[int]) -> bool:
