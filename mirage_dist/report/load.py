@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,8 @@ from omegaconf import OmegaConf
 
 from mirage_dist.config import nearest
 from mirage_dist.data.sources import FIRST_WORD
-from mirage_dist.evals.metrics import UNJUDGED, Judged, Verdict, outcomes
+from mirage_dist.evals.metrics import Judged, outcomes
+from mirage_dist.evals.results import UNJUDGED, Condition, Verdict
 from mirage_dist.evals.sharing.files import Answers, whole_objects
 from mirage_dist.schema import ConfigError
 
@@ -72,11 +72,11 @@ class Run:
     def attacked(self, kind: str) -> str | None:
         """The condition of the first attack with all of its shots, such as "what_k3"."""
         found = self.attack(kind)
-        return found and f"{found[0]}_k{found[1]}"
+        return found and str(Condition(*found))
 
     def controlled(self, kind: str) -> str | None:
         found = self.attack(kind, control=True)
-        return found and f"{found[0]}_k1"
+        return found and str(Condition(found[0], 1))
 
     @property
     def controls(self) -> set[str]:
@@ -97,10 +97,9 @@ class Run:
     def headline_outcomes(self, measure: str, condition: str) -> dict[str, bool]:
         """Question id -> does it count in the measure's numerator? See `evals.metrics.outcomes`."""
         kind, verdict, over = COUNTED[measure]
-        attack, shots = parted(condition)
         own = self.headline_set(kind)
         rows = [judged for judged in self.judged if judged.set == own]
-        return outcomes(rows, attack, shots or 1, verdict, over)
+        return outcomes(rows, Condition.parse(condition), verdict, over)
 
     @cached_property
     def verdicts(self) -> dict[str, dict[str, Verdict]]:
@@ -159,14 +158,13 @@ class Run:
 
 def parted(condition: str) -> tuple[str, int]:
     """ "what_k3" -> ("what", 3), "clean" -> ("clean", 0)."""
-    found = re.fullmatch(r"(.+)_k(\d+)", condition)
-    return (found[1], int(found[2])) if found else (condition, 0)
+    parsed = Condition.parse(condition)
+    return parsed.attack, parsed.shots
 
 
 def condition_label(condition: str) -> str:
     """ "what_k3" -> "what, K = 3"."""
-    attack, shots = parted(condition)
-    return f"{attack}, K = {shots}" if shots else attack
+    return Condition.parse(condition).label
 
 
 def named(folders: Sequence[Path]) -> dict[str, Path]:
