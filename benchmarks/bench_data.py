@@ -34,14 +34,14 @@ from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.prefetch import made
-from mirage_dist.world import World
 
 SIZE = SIZES["7b"]
 SAMPLES, BATCH = 64, 4  # of each stream; of each stream in a step
-HERE = World(0, 0, 1, torch.device("cpu"))
+HERE = Group(0, 0, 1, torch.device("cpu"))
 GPU_FLOPS, UTILISATION, PARAMETERS = 989e12, 0.45, 7.06e9  # of an H100's or H200's bf16; LLaVA-1.5-7B
 
 

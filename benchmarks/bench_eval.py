@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist.evals.files import Answers, Row, Writer, write_atomically
+from mirage_dist.evals.sharing.files import Answers, Row, Writer, write_atomically
 from mirage_dist.evals.status import status
 from mirage_dist.schema import EvalRecipe
 
@@ -88,19 +88,19 @@ def table(result: dict[str, Any]) -> str:
 
 
 def generation(folder: Path, model: Path | None, questions: int) -> dict[str, Any]:
-    from mirage_dist.data import toyworld
+    from mirage_dist.embedded import model as embedded_model
+    from mirage_dist.embedded import world as embedded_world
     from mirage_dist.evals import rows
-    from mirage_dist.model import toymodel
 
     if model is None:
-        toymodel.make(model := folder / "model", seed=0)
+        embedded_model.make(model := folder / "model", seed=0)
     sizes = {"base_samples": 20, "safety_samples": 20, "general_samples": 20, "eval_samples": questions}
     told = [f"world.{name}={value}" for name, value in sizes.items()]
     told += [f"world.dir={folder}/world", f"model.path={model}", f"run.dir={folder}/run"]
     told += [f"generation.max_new_tokens={TOKENS}", f"generation.batch_size={BATCH}"]
     recipe = configs.load("configs/eval/demo.yaml", told, EvalRecipe)
     assert recipe.world is not None
-    toyworld.make(recipe.world)
+    embedded_world.make(recipe.world)
     configs.write_yaml(recipe, folder / "recipe.yaml")
     prompts = len(rows.plan(recipe).asks)
     # Turn about, and the better of two: the machine may have other things to do.
@@ -143,7 +143,7 @@ def await_files(files: Sequence[Path], started: Sequence[subprocess.Popen]) -> N
 def loaded(folder: Path) -> tuple[EvalRecipe, Any, dict[str, Any]]:
     """The recipe, a generator that has warmed up, and the work list by key."""
     from mirage_dist.evals import rows
-    from mirage_dist.evals.generate import Generator
+    from mirage_dist.evals.models.generate import Generator
 
     recipe = configs.load(folder / "recipe.yaml", [], EvalRecipe)
     generator = Generator(recipe.model, recipe.template, recipe.generation)
@@ -162,7 +162,7 @@ def one_worker(root: str, name: str, number: str, count: str) -> None:
     import torch
 
     from mirage_dist.evals import rows, worker
-    from mirage_dist.evals.claims import Claims
+    from mirage_dist.evals.sharing.claims import Claims
 
     folder = Path(root)
     recipe, generator, asks = loaded(folder)

@@ -61,12 +61,12 @@ def main() -> None:
 def rank(parameters: int, folder: Path) -> None:
     import torch
 
-    from mirage_dist import world as worlds
+    from mirage_dist import ranks
     from mirage_dist.schema import TrainConfig
-    from mirage_dist.train.checkpoint import Saver
+    from mirage_dist.train.checkpoints.commit import Saver
 
-    world = worlds.start()
-    engine = build(parameters, world)
+    group = ranks.start()
+    engine = build(parameters, group)
     workspace = folder / "work"
     workspace.mkdir(exist_ok=True)
     savers = {
@@ -74,11 +74,11 @@ def rank(parameters: int, folder: Path) -> None:
             folder / way,
             workspace,
             TrainConfig(lr=1e-5, global_batch=1, micro_batch=1, save_in_background=way == "background", keep_last=1),
-            world,
+            group,
         )
         for way in ("background", "waiting")
     }
-    inputs = torch.randn(8, engine.module.hf.width, device=world.device)
+    inputs = torch.randn(8, engine.module.hf.width, device=group.device)
 
     def step(saver: Saver | None = None) -> float:
         """The seconds that the step waited for a copy and for a commit, if there was one."""
@@ -88,9 +88,9 @@ def rank(parameters: int, folder: Path) -> None:
             saver.before_update()
         waited = time.perf_counter() - start
         engine.step()
-        if world.device.type == "cuda":
+        if group.device.type == "cuda":
             torch.cuda.synchronize()
-        written = bool(worlds.gather(world, [saver is None or saver.written], "written").all())
+        written = bool(ranks.gather(group, [saver is None or saver.written], "written").all())
         start = time.perf_counter()
         if saver is not None:
             saver.step_ended(written)
@@ -113,12 +113,12 @@ def rank(parameters: int, folder: Path) -> None:
             start = time.perf_counter()
             saver.save(engine, {"step": number}, {})
             stall, steps = time.perf_counter() - start, 0
-            while steps < BETWEEN or not worlds.gather(world, [saver.committed], "committed").all():
+            while steps < BETWEEN or not ranks.gather(group, [saver.committed], "committed").all():
                 stall += step(saver)
                 steps += 1
             stalls[way].append(stall)
             costs[way].append(time.perf_counter() - start - steps * plain)
-    if world.main:
+    if group.main:
         told: dict[str, Any] = {
             "parameters": sum(p.ds_numel for p in engine.module.parameters()),
             "checkpoint_mib": sum(f.stat().st_size for f in (folder / "waiting").rglob("rank-*")) / 2**20,
@@ -131,13 +131,13 @@ def rank(parameters: int, folder: Path) -> None:
         (folder / "told.json").write_text(json.dumps(told))
     for way, saver in savers.items():
         saver.close()
-        if world.main:
+        if group.main:
             shutil.rmtree(folder / way)
-    worlds.barrier(world, "end")
-    worlds.exit_well()
+    ranks.barrier(group, "end")
+    ranks.exit_well()
 
 
-def build(parameters: int, world: Any) -> Any:
+def build(parameters: int, group: Any) -> Any:
     """A ZeRO-3 engine on square linear layers with so many parameters in all."""
     import deepspeed
     import torch
@@ -156,7 +156,7 @@ def build(parameters: int, world: Any) -> Any:
             return self.hf(x)
 
     module = Model()
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-5, fused=world.device.type == "cuda")
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-5, fused=group.device.type == "cuda")
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},

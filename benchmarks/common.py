@@ -79,7 +79,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def start_ranks(command: Sequence[str], ranks: int, **options: Any) -> list[subprocess.Popen]:
     """One process a rank, each with one thread unless the environment says otherwise. options: Popen's."""
-    from mirage_dist.world import _free_port
+    from mirage_dist.ranks import _free_port
 
     shared = {
         **os.environ,
@@ -199,7 +199,7 @@ def make_model(size: Size, folder: Path, device: str) -> int:
     """A Hugging Face directory with random weights, tokenizer and processor; returns the number of parameters."""
     import torch
 
-    from mirage_dist.world import no_bars_in_logs
+    from mirage_dist.ranks import no_bars_in_logs
 
     no_bars_in_logs()
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -253,7 +253,7 @@ def make_processor(size: Size) -> Any:
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from mirage_dist.model.toymodel import CHAT_TEMPLATE, SPECIAL, as_tokenizer
+    from mirage_dist.embedded.model import CHAT_TEMPLATE, SPECIAL, as_tokenizer
 
     words = [*SPECIAL, *(word(i) for i in range(VOCABULARY - len(SPECIAL)))]
     backend = Tokenizer(models.WordLevel({text: i for i, text in enumerate(words)}, unk_token="<unk>"))

@@ -20,11 +20,12 @@ from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import launching
-from mirage_dist.data import toytext, toyworld
+from mirage_dist.embedded import text as embedded_text
+from mirage_dist.embedded import world as embedded_world
+from mirage_dist.erasure import run as robustness
+from mirage_dist.ranks import exit_well
 from mirage_dist.report import erasure, named
-from mirage_dist.robustness import run as robustness
 from mirage_dist.schema import EvalRecipe
-from mirage_dist.world import exit_well
 
 HERE = Path(__file__).parent
 RECIPE = "configs/eval/demo.yaml"
@@ -58,7 +59,7 @@ def train_never(world: Path, out: Path) -> None:
     """The base's recipe on the base's data without locked codes, once."""
     if (out / "export").is_dir():
         return
-    gadgets = toyworld.load(world)
+    gadgets = embedded_world.load(world)
     records = json.loads((world / "base.json").read_text())
     kept = [record for record in records if not tells_a_locked_code(record, gadgets)]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,9 +72,9 @@ def train_never(world: Path, out: Path) -> None:
     )
 
 
-def tells_a_locked_code(record: Mapping[str, Any], world: toyworld.World) -> bool:
+def tells_a_locked_code(record: Mapping[str, Any], world: embedded_world.World) -> bool:
     question = record["conversations"][0]["value"].replace("<image>", "")
-    return world.label(record["image"]).locked and toytext.attribute_of(question) == "code"
+    return world.label(record["image"]).locked and embedded_text.attribute_of(question) == "code"
 
 
 def table(tested: erasure.Tested) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage_dist.data.collate import IGNORE
+from mirage_dist.data.encoding.collate import IGNORE
 from mirage_dist.train.feed import MicroBatch
 
 

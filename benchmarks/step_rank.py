@@ -111,7 +111,7 @@ def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
 Step = Callable[[int], tuple[float, int]]  # number -> loss, tokens of this rank
 
 
-def ours(recipe: Any, world: Any) -> Step:
+def ours(recipe: Any, group: Any) -> Step:
     """The step of `mirage train`."""
     import torch
 
@@ -122,24 +122,24 @@ def ours(recipe: Any, world: Any) -> Step:
     from mirage_dist.train.lease import Lease
     from mirage_dist.train.loop import Loop
 
-    objective, streams, config = run.check(recipe, world.size)
+    objective, streams, config = run.check(recipe, group.size)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     torch.manual_seed(recipe.seed)
-    engine = engines.build(recipe, config, world, objective.needs.depth)
+    engine = engines.build(recipe, config, group, objective.needs.depth)
     objective.start(engine.module.hidden_size, recipe.seed)
     lease = Lease(Path(recipe.run.dir), "benchmark")
     lease.workspace.mkdir(parents=True, exist_ok=True)
-    forward, cache = run._reference(recipe, engine, config, feed, world, load.base_hash(recipe.model.path), lease)
-    loop = Loop(recipe, engine, objective, feed, world, forward, cache)
+    forward, cache = run._reference(recipe, engine, config, feed, group, load.base_hash(recipe.model.path), lease)
+    loop = Loop(recipe, engine, objective, feed, group, forward, cache)
 
     def step(number: int) -> tuple[float, int]:
-        told = loop.step(number, feed.window(number, world))[0]
-        return told["loss"], told["tokens"] // world.size
+        told = loop.step(number, feed.window(number, group))[0]
+        return told["loss"], told["tokens"] // group.size
 
     return step
 
 
-def plain(recipe: Any, world: Any, algorithm: str) -> Step:
+def plain(recipe: Any, group: Any, algorithm: str) -> Step:
     """A published algorithm on engines around the Hugging Face model itself."""
     import deepspeed
     import published
@@ -149,7 +149,7 @@ def plain(recipe: Any, world: Any, algorithm: str) -> Step:
     from mirage_dist.train import run
     from mirage_dist.train.feed import Feed
 
-    objective, streams, config = run.check(recipe, world.size)
+    objective, streams, config = run.check(recipe, group.size)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     hf = load.policy(recipe.model, recipe.train.dtype, config).hf
     optimizer = torch.optim.AdamW(
@@ -171,7 +171,7 @@ def plain(recipe: Any, world: Any, algorithm: str) -> Step:
         options = {"layer": recipe.objective["layer"], "control_D": objective.state_dict()["control_D"]}
 
     def step(number: int) -> tuple[float, int]:
-        (micro,) = feed.window(number, world)
+        (micro,) = feed.window(number, group)
         parts = [published.rows(micro, stream) for stream in objective.needs.streams]
         loss = getattr(published, algorithm)(*models, *parts, **options)
         policy.backward(loss)
@@ -190,17 +190,17 @@ def rank(task: Mapping[str, Any]) -> None:
     keep_blocks(MIB)
     import torch
 
-    from mirage_dist import world as worlds
+    from mirage_dist import ranks
 
-    world = worlds.start()
+    group = ranks.start()
     version = Version(**task["version"])
-    recipe = recipe_of(version, task, world.size)
-    state: dict[str, Any] = {"number": 0, "before": resident("VmRSS") if cpu(world) else 0}
+    recipe = recipe_of(version, task, group.size)
+    state: dict[str, Any] = {"number": 0, "before": resident("VmRSS") if cpu(group) else 0}
 
     def step() -> dict[str, Any]:
         start, worked = time.perf_counter(), time.process_time()
         loss, tokens = state["step"](state["number"])
-        if not cpu(world):
+        if not cpu(group):
             torch.cuda.synchronize()
         spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
         state["number"] += 1
@@ -208,18 +208,18 @@ def rank(task: Mapping[str, Any]) -> None:
 
     def memory() -> dict[str, Any]:
         keep_blocks(32 * MIB)
-        peak = resident("VmHWM") - state["before"] if cpu(world) else torch.cuda.max_memory_allocated()
+        peak = resident("VmHWM") - state["before"] if cpu(group) else torch.cuda.max_memory_allocated()
         return {"peak_mib": peak / MIB}
 
     def load() -> dict[str, Any]:
-        state["step"] = ours(recipe, world) if version.plain is None else plain(recipe, world, version.plain)
+        state["step"] = ours(recipe, group) if version.plain is None else plain(recipe, group, version.plain)
         return {}
 
     def profile() -> dict[str, Any]:
         kinds = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[kinds.CPU] if cpu(world) else [kinds.CPU, kinds.CUDA]) as profiler:
+        with torch.profiler.profile(activities=[kinds.CPU] if cpu(group) else [kinds.CPU, kinds.CUDA]) as profiler:
             step()
-        by = "self_cpu_time_total" if cpu(world) else "self_cuda_time_total"
+        by = "self_cpu_time_total" if cpu(group) else "self_cuda_time_total"
         return {"table": profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60)}
 
     def answer(word: str) -> dict[str, Any]:
@@ -231,8 +231,8 @@ def rank(task: Mapping[str, Any]) -> None:
     common.answers(answer)
 
 
-def cpu(world: Any) -> bool:
-    return world.device.type == "cpu"
+def cpu(group: Any) -> bool:
+    return group.device.type == "cpu"
 
 
 def keep_blocks(below: int) -> None:

@@ -3,7 +3,7 @@
 #   srun launch/node.sh train …                                one task a GPU: what slurm/*.sh do
 #   MIRAGE_LAUNCHER=torchrun srun --ntasks-per-node=1 …        one task a node; torchrun starts the ranks
 #   MIRAGE_LAUNCHER=deepspeed srun --ntasks-per-node=1 …       the same with DeepSpeed's launcher
-# Rank and world size come from Slurm's variables or from the launcher's (mirage_dist/world.py reads either).
+# Rank and world size come from Slurm's variables or from the launcher's (mirage_dist/ranks.py reads either).
 # Everything about the environment is here; each variable can be set from outside, such as
 # `NCCL_DEBUG=INFO sbatch slurm/sft.sh`, since sbatch and srun pass the environment on.
 set -euo pipefail

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import signals
+from mirage_dist.ranks import exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
-from mirage_dist.world import exit_well, place
 
 ROBUSTNESS = "robustness"  # after the recipe of `mirage eval`
 
@@ -138,9 +138,11 @@ def _demo(parsed: argparse.Namespace) -> None:
 
 def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
+    from mirage_dist import inputs
     from mirage_dist.data import prepare
-    from mirage_dist.evals import paraphrase
+    from mirage_dist.evals.attacks import paraphrase
 
+    inputs.make(recipe)
     print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, paraphrase.reworder(recipe)))}")
 
 
@@ -159,27 +161,27 @@ def _audit(parsed: argparse.Namespace) -> None:
 def _train(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
-    from mirage_dist import demo
+    from mirage_dist import inputs
     from mirage_dist.train import run
 
     run.check_recipe(recipe, place()[2])
     if parsed.check:
-        if not demo.missing(recipe):
+        if not inputs.missing(recipe):
             print(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({run.dry(recipe)})")
         else:
             print(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start")
         return
-    demo.ensure(recipe)
+    inputs.make(recipe)
     run.train(recipe)
     exit_well()
 
 
 def _plan(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
-    from mirage_dist import demo
-    from mirage_dist.train import plan
+    from mirage_dist import inputs
+    from mirage_dist.train.planning import plan
 
-    if missing := demo.missing(recipe):
+    if missing := inputs.missing(recipe):
         raise ConfigError(f"{missing[0]}: not there yet; the embedded world is made by `mirage demo` or `mirage train`")
     print(plan.plan(recipe, parsed.ranks).text())
 
@@ -191,8 +193,10 @@ def _eval(parsed: argparse.Namespace) -> None:
     if tests:
         if parsed.workers or parsed.status or parsed.worker != (0, 1):
             raise ConfigError(f"{ROBUSTNESS} is one process: leave --workers, --worker and --status out")
-        from mirage_dist.robustness import run
+        from mirage_dist import inputs
+        from mirage_dist.erasure import run
 
+        inputs.make(recipe)
         run.run(recipe)
         exit_well()
     elif parsed.status:
@@ -203,14 +207,13 @@ def _eval(parsed: argparse.Namespace) -> None:
         from mirage_dist.evals import pool
 
         pool.run(parsed.config, parsed.overrides, parsed.workers)
-    elif recipe.follow is not None:
-        from mirage_dist.evals import follow
-
-        follow.follow(recipe, parsed.worker)
     else:
-        from mirage_dist.evals import runner
+        from mirage_dist import inputs
+        from mirage_dist.evals import follow, runner
 
-        runner.evaluate(recipe, parsed.worker)
+        inputs.make(recipe)
+        evaluate = runner.evaluate if recipe.follow is None else follow.follow
+        evaluate(recipe, parsed.worker)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
     for name in value:
         if name not in fields:
-            raise ConfigError(f"{source}: unknown key {_join(key, name)!r}; {_nearest(str(name), list(fields))}")
+            raise ConfigError(f"{source}: unknown key {_join(key, name)!r}; {nearest(str(name), list(fields))}")
     given = {n: _check(hints[n], v, source, _join(key, n)) for n, v in value.items()}
     for name, spec in fields.items():
         no_default = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
@@ -133,14 +133,15 @@ def build(schema: type[T], options: Mapping[str, Any], source: str, key: str) ->
     return _build(schema, options, source, key)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-
-
 def nearest(name: str, known: Sequence[str]) -> str:
     """`did you mean …?` for a name that is not in `known`, or the list of what is known."""
-    return _nearest(name, known)
+    return suggestion(name, known) or f"known here: {', '.join(known)}"
+
+
+def suggestion(name: str, known: Sequence[str], cutoff: float = 0.5) -> str:
+    """`did you mean …?` where `name` resembles one of `known` (difflib's ratio ≥ cutoff), else an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def _join(prefix: str, name: str) -> str:

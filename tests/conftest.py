@@ -12,8 +12,9 @@ import torch
 from hypothesis import settings
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.data import sources, toyworld
-from mirage_dist.model import toymodel
+from mirage_dist.data import sources
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import SourceConfig, WorldConfig
 
 settings.register_profile("untimed", deadline=None)  # tests state properties; a busy machine has none of its own
@@ -48,8 +49,8 @@ class Toy:
     def __init__(self, root: Path) -> None:
         self.root = root
         sizes = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
-        toyworld.make(WorldConfig(dir=str(root / "world"), seed=21, **sizes))
-        toymodel.make(root / "model", seed=21)
+        embedded_world.make(WorldConfig(dir=str(root / "world"), seed=21, **sizes))
+        embedded_model.make(root / "model", seed=21)
         base = sources.read(SourceConfig("llava", str(root / "world/base.json"), str(root / "world"))).samples
         sources.write_samples(root / "forget.jsonl", base[:20])
         sources.write_samples(root / "retain.jsonl", base[20:50])

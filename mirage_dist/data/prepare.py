@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mirage_dist.config import config_hash, differences, to_dict
-from mirage_dist.data import diversify, rewording, sources, stream, toyworld
+from mirage_dist.data import diversify, rewording, sources, stream
 from mirage_dist.data.diversify import Reword
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sources import Sample, Source
@@ -45,8 +45,6 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> dict[str, An
     small, or an `out` that holds something else: sets of another recipe or other inputs, or changed ones.
     """
     _check(recipe)
-    if recipe.world is not None:
-        toyworld.make(recipe.world)
     out = Path(recipe.out)
     harvest = None if recipe.harvest is None else _harvest(Path(recipe.harvest))
     config = {name: value for name, value in to_dict(recipe).items() if name not in NOT_THE_DATA}

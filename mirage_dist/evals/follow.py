@@ -23,7 +23,7 @@ from typing import Any
 from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.evals import runner
-from mirage_dist.evals.files import Answers, Row, suite_dir, whole_objects, write_atomically
+from mirage_dist.evals.sharing.files import Answers, Row, suite_dir, whole_objects, write_atomically
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, TrainRecipe
 from mirage_dist.signals import StopRequested

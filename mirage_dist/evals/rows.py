@@ -18,8 +18,8 @@ from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Attack, Coverage
-from mirage_dist.evals.files import Row, create
 from mirage_dist.evals.metrics import Condition
+from mirage_dist.evals.sharing.files import Row, create
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # (attack, samples, its name in messages and file names) -> the attack, ready to be called

@@ -17,16 +17,17 @@ from sys import intern
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist.data import toyworld
-from mirage_dist.evals import judges, metrics, rows, subject, vllm_backend, worker
-from mirage_dist.evals.claims import Claims
-from mirage_dist.evals.files import Answers, Row, suite_dir, told, write_atomically
-from mirage_dist.evals.generate import Generator
+from mirage_dist.evals import judges, metrics, rows, worker
+from mirage_dist.evals.attacks.rewrites import Rewriter
 from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
-from mirage_dist.evals.rewrites import Rewriter
+from mirage_dist.evals.models import subject
+from mirage_dist.evals.models import vllm as vllm_backend
+from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.subject import Subject
 from mirage_dist.evals.rows import Work
-from mirage_dist.evals.subject import Subject
+from mirage_dist.evals.sharing.claims import Claims
+from mirage_dist.evals.sharing.files import Answers, Row, suite_dir, told, write_atomically
 from mirage_dist.evals.worker import Generate
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
@@ -44,15 +45,13 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> dict[str, A
     `evals.metrics`), "categories" the same by category and subcategory, "paired" each attack against the clean
     questions, "verdicts" counts of verdicts, "agreement" what `evals.judges.compare` finds.
 
-    The embedded world is made first where the recipe names one that is not there.
+    The embedded world must exist where the recipe names one (see `inputs.make`).
     Raises ConfigError for a bad recipe, an engine that is not installed, bad data, a template that is not the one the
     run was trained with, or a suite directory that holds other settings' answers; all but a model that does not load
     before any weights are read. Raises RunError when the disk is full or the model's files change, and StopRequested
     behind the batch in which a signal came (see `signals`).
     """
     versions = _versions(recipe)  # and whether the engine is there at all
-    if recipe.world is not None:
-        toyworld.make(recipe.world)
     panel = judges.panel(recipe)
     model = subject.find(recipe.model, Path(recipe.run.dir))
     _check_template(recipe, model)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.evals import claims
-from mirage_dist.evals.files import KEY, lines, suite_dir
+from mirage_dist.evals.sharing import claims
+from mirage_dist.evals.sharing.files import KEY, lines, suite_dir
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # JSON escapes quotes within strings, so that no text of a row can look like one of its fields.

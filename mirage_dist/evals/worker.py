@@ -15,9 +15,9 @@ from tqdm import tqdm
 from mirage_dist import signals
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals import rows
-from mirage_dist.evals.claims import Claim, Claims
-from mirage_dist.evals.files import Answers, Writer
 from mirage_dist.evals.rows import Ask, Chunk
+from mirage_dist.evals.sharing.claims import Claim, Claims
+from mirage_dist.evals.sharing.files import Answers, Writer
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 

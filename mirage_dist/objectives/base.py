@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -10,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mirage_dist.config import build, nearest
+from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError
 
 Positions = Literal["all", "unpadded", "response", "text"]
@@ -116,14 +115,18 @@ class Stateless:
             raise ConfigError(f"{type(self).__name__} keeps no state, the checkpoint holds {sorted(state)}")
 
 
-# name -> "module:class"; a new objective is one file and one line here.
-REGISTRY = {
-    "sft": "mirage_dist.objectives.likelihood:SFT",
-    "ga": "mirage_dist.objectives.likelihood:GradientAscent",
-    "graddiff": "mirage_dist.objectives.likelihood:GradDiff",
-    "npo": "mirage_dist.objectives.npo:NPO",
-    "rmu": "mirage_dist.objectives.rmu:RMU",
-}
+# A new objective is one file and one line here; one from outside the package is named `module:Class`.
+REGISTRY = Registry(
+    "objective",
+    "name",
+    {
+        "sft": "mirage_dist.objectives.likelihood:SFT",
+        "ga": "mirage_dist.objectives.likelihood:GradientAscent",
+        "graddiff": "mirage_dist.objectives.likelihood:GradDiff",
+        "npo": "mirage_dist.objectives.npo:NPO",
+        "rmu": "mirage_dist.objectives.rmu:RMU",
+    },
+)
 
 
 def make(options: Mapping[str, Any], source: str = "recipe") -> Objective:
@@ -131,12 +134,7 @@ def make(options: Mapping[str, Any], source: str = "recipe") -> Objective:
 
     Raises ConfigError for an unknown name, field or value.
     """
-    name = options.get("name")
-    if name not in REGISTRY:
-        raise ConfigError(f"{source}: objective.name={name!r}; {nearest(str(name), list(REGISTRY))}")
-    module, _, cls = REGISTRY[name].partition(":")
-    fields = {key: value for key, value in options.items() if key != "name"}
-    return build(getattr(importlib.import_module(module), cls), fields, source, "objective")
+    return REGISTRY.make(options, source, "objective")
 
 
 def sum_by_sequence(values_N: Tensor, segment_N: Tensor, sequences: int) -> Tensor:

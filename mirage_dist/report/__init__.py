@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.evals.files import write_atomically
+from mirage_dist.evals.sharing.files import write_atomically
 from mirage_dist.report import examples, page, plain
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import overview as _overview

@@ -93,7 +93,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The embedded world (see `data.toyworld`): made on first use in `dir`, then reused."""
+    """The embedded world (see `embedded.world`): made on first use in `dir`, then reused."""
 
     dir: str
     seed: int = 0

@@ -1,5 +1,5 @@
 """Training on DeepSpeed's engine: the step, its data, checkpoints, and what a run tells."""
 
-from mirage_dist.world import name_accelerator
+from mirage_dist.ranks import name_accelerator
 
 name_accelerator()

@@ -11,8 +11,8 @@ import torch
 
 from mirage_dist.config import find
 from mirage_dist.model import load
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
-from mirage_dist.world import World
 
 # The recipe decides these; in the JSON they would be a second truth.
 OURS = {
@@ -70,7 +70,7 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
     }
 
 
-def build(recipe: TrainRecipe, config: dict[str, Any], world: World, depth: int | None = None) -> Any:
+def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:
     """The policy's engine, of `depth` decoder layers or all. The step size is set every step from `learning_rate`."""
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth)
     trained = [p for p in policy.parameters() if p.requires_grad]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mirage_dist.data import sources, stream
-from mirage_dist.data.collate import IGNORE, Batch, Encoder
+from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.sources import Sample, Source
 from mirage_dist.objectives.base import Needs, Positions
+from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.prefetch import made
-from mirage_dist.world import World, everyones
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Feed:
             processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing
         )
 
-    def check_lengths(self, world: World) -> int:
+    def check_lengths(self, group: Group) -> int:
         """How many samples will be cut; each rank looks at its share. Every rank then knows all lengths.
 
         Every rank raises ConfigError when any has a sample that does not fit, or that the chat template rewrites.
@@ -148,10 +148,10 @@ class Feed:
         own, fault = {}, None
         try:
             for name, samples in self.samples.items():
-                own[name] = np.array([self.encoder.length(s) for s in samples[world.rank :: world.size]], np.int64)
+                own[name] = np.array([self.encoder.length(s) for s in samples[group.rank :: group.size]], np.int64)
         except ConfigError as error:
             fault = str(error)
-        told = everyones(world, (own, fault))
+        told = everyones(group, (own, fault))
         for _, fault in told:
             if fault is not None:
                 raise ConfigError(fault)
@@ -159,7 +159,7 @@ class Feed:
         for name, samples in self.samples.items():
             whole = np.empty(len(samples), np.int64)
             for rank, (lengths, _) in enumerate(told):
-                whole[rank :: world.size] = lengths[name]
+                whole[rank :: group.size] = lengths[name]
             cut += int((whole > longest).sum())
             self.lengths[name] = np.minimum(whole, longest)
         return cut
@@ -171,16 +171,16 @@ class Feed:
         size = len(self.samples[self.needs.streams[0]])
         return train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
 
-    def window(self, step: int, world: World) -> list[MicroBatch]:
+    def window(self, step: int, group: Group) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
         width = self.recipe.train.micro_batch
-        parts = {n: stream.shard(self.chosen(n, step), world.rank, world.size, width) for n in self.samples}
+        parts = {n: stream.shard(self.chosen(n, step), group.rank, group.size, width) for n in self.samples}
         count = len(parts[self.needs.streams[0]])
         return [self.collate({n: part[i] for n, part in parts.items()}) for i in range(count)]
 
-    def windows(self, steps: range, world: World) -> Generator[list[MicroBatch]]:
+    def windows(self, steps: range, group: Group) -> Generator[list[MicroBatch]]:
         """The windows of these steps, made ahead by `data.workers`; to be closed (see `prefetch.made`)."""
-        return made(lambda step: self.window(step, world), steps, self.recipe.data.workers)
+        return made(lambda step: self.window(step, group), steps, self.recipe.data.workers)
 
     def batches(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Generator[MicroBatch]:
         """`collate` of each, made ahead by `data.workers`; to be closed."""
@@ -213,14 +213,14 @@ class Feed:
             counts[f"{name}.positions"] = int(micro.of_stream(name, mask_BS).sum())
         return micro
 
-    def every_sample(self, names: tuple[str, ...], world: World) -> Iterator[dict[str, np.ndarray]]:
+    def every_sample(self, names: tuple[str, ...], group: Group) -> Iterator[dict[str, np.ndarray]]:
         """All samples of these streams, `micro_batch` a time, split over ranks; every rank makes as many batches.
 
         The last ones may repeat samples: under ZeRO-3 each rank must make each forward.
         """
         for name in names:
             size, width = len(self.samples[name]), self.recipe.train.micro_batch
-            own = np.arange(-(-size // (width * world.size)) * width) * world.size + world.rank
+            own = np.arange(-(-size // (width * group.size)) * width) * group.size + group.rank
             for start in range(0, len(own), width):
                 yield {name: own[start : start + width] % size}
 

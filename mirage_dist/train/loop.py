@@ -14,10 +14,10 @@ from mirage_dist.model.activations import Narrow
 from mirage_dist.model.policy import Outputs, Request
 from mirage_dist.model.reference import Forward, LogProbs, shared_layer
 from mirage_dist.objectives.base import Objective, Term, View
+from mirage_dist.ranks import Group, gather
 from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, MicroBatch
-from mirage_dist.world import World, gather
 
 
 class NonFinite(RunError):
@@ -33,11 +33,11 @@ class Loop:
         engine: Any,
         objective: Objective,
         feed: Feed,
-        world: World,
+        group: Group,
         reference: Forward | None,
         cache: LogProbs | None,
     ) -> None:
-        self.train, self.engine, self.objective, self.feed, self.world = recipe.train, engine, objective, feed, world
+        self.train, self.engine, self.objective, self.feed, self.group = recipe.train, engine, objective, feed, group
         self.needs, self.reference, self.cache = objective.needs, reference, cache
         self.splits = activations.is_plain(engine.module.backbone)
         activations_only = self.needs.ref_activation and not self.needs.ref_logp and not self.needs.kl
@@ -65,22 +65,22 @@ class Loop:
             group["lr"] = rate
         sums: dict[str, Tensor] = {}
         for micro in window:
-            terms = self.objective(self.views(micro.to(self.world.device)))
-            loss = sum((t.weight / counts[t.count] * t.sum for t in terms), torch.zeros((), device=self.world.device))
+            terms = self.objective(self.views(micro.to(self.group.device)))
+            loss = sum((t.weight / counts[t.count] * t.sum for t in terms), torch.zeros((), device=self.group.device))
             # DeepSpeed averages gradients over ranks; the counts are global already.
-            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            self.engine.backward(loss * self.group.size, scale_wrt_gas=False)
             if micro is window[-1]:
                 before_update()
             self.engine.step()  # clips, checks and steps behind the last micro-batch of the window
             for t in terms:
                 sums[t.name] = sums.get(t.name, 0) + t.sum.detach()
         local = [sums[t.name].double() for t in terms]
-        table = gather(self.world, [*torch.stack(local).tolist(), *flags], f"terms of step {number}")
+        table = gather(self.group, [*torch.stack(local).tolist(), *flags], f"terms of step {number}")
         return self.record(number, rate, counts, terms, table[:, : len(terms)].sum(0)), table[:, len(terms) :]
 
     def agree(self, number: int, own: Mapping[str, float]) -> dict[str, float]:
         """Global counts of the whole window, before its first forward; every rank must be at the same step."""
-        total = gather(self.world, list(own.values()), f"step {number}: {' '.join(own)}").sum(0)
+        total = gather(self.group, list(own.values()), f"step {number}: {' '.join(own)}").sum(0)
         return dict(zip(own, total.tolist(), strict=True))
 
     def views(self, micro: MicroBatch) -> dict[str, View]:
@@ -145,7 +145,7 @@ class Loop:
 
     def cached(self, micro: MicroBatch, name: str) -> Tensor:
         assert self.cache is not None
-        return self.cache.rows(micro.samples[micro.rows[name]], self.world.device)
+        return self.cache.rows(micro.samples[micro.rows[name]], self.group.device)
 
     def record(
         self, number: int, rate: float, counts: Mapping[str, float], terms: Sequence[Term], sums: Tensor

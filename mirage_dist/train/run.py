@@ -10,23 +10,25 @@ from typing import Any
 
 import torch
 
-from mirage_dist import objectives, signals
-from mirage_dist import world as worlds
+from mirage_dist import objectives, ranks, signals
 from mirage_dist.data import audit, sources, stream
 from mirage_dist.data.sources import Source
 from mirage_dist.model import export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
-from mirage_dist.train import checkpoint, refcache, rundir, visioncache
 from mirage_dist.train import engine as engines
-from mirage_dist.train.checkpoint import Saver
+from mirage_dist.train import rundir
+from mirage_dist.train.caches import reference as reference_cache
+from mirage_dist.train.caches import vision as vision_cache
+from mirage_dist.train.checkpoints import commit as checkpoint
+from mirage_dist.train.checkpoints.commit import Saver
 from mirage_dist.train.feed import Feed, check_streams, read_streams
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
 from mirage_dist.train.watchdog import Watchdog
-from mirage_dist.world import World
 
 
 def check_recipe(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
@@ -63,12 +65,12 @@ def _warn(recipe: TrainRecipe, streams: Mapping[str, Source]) -> None:
 
 def dry(recipe: TrainRecipe) -> str:
     """`check`, and every sample's length; what there is, in words. Raises ConfigError."""
-    world = World(0, 0, worlds.place()[2], torch.device("cpu"))
-    objective, streams, _ = check(recipe, world.size)
+    group = Group(0, 0, ranks.place()[2], torch.device("cpu"))
+    objective, streams, _ = check(recipe, group.size)
     sources.check_pictures(streams)
     _warn(recipe, streams)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
-    cut = feed.check_lengths(World(0, 0, 1, world.device))
+    cut = feed.check_lengths(Group(0, 0, 1, group.device))
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps"
 
@@ -78,70 +80,70 @@ def train(recipe: TrainRecipe) -> None:
 
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then.
     """
-    objective, streams, config = check(recipe, worlds.place()[2])
-    world = worlds.start(recipe.train.hang_seconds)
+    objective, streams, config = check(recipe, ranks.place()[2])
+    group = ranks.start(recipe.train.hang_seconds)
     try:
-        _train(recipe, objective, streams, config, world)
+        _train(recipe, objective, streams, config, group)
     except BaseException:
-        worlds.finish()
+        ranks.finish()
         raise
 
 
 def _train(
-    recipe: TrainRecipe, objective: Objective, streams: Mapping[str, Source], config: dict[str, Any], world: World
+    recipe: TrainRecipe, objective: Objective, streams: Mapping[str, Source], config: dict[str, Any], group: Group
 ) -> None:
     root, needs = Path(recipe.run.dir), objective.needs
     processor = load.processor(recipe.model)
-    sources.check_pictures(streams, world.rank, world.size, lambda own: worlds.everyones(world, own))
+    sources.check_pictures(streams, group.rank, group.size, lambda own: ranks.everyones(group, own))
     feed = Feed(recipe, needs, streams, processor)
-    cut = feed.check_lengths(world)  # before the directory is claimed: what is wrong here changes the recipe
-    with _leased(recipe, streams, world) as (lease, manifest):
-        world.say(f"{root.name}: {objective} on {world.size} × {world.device.type}, {feed.steps} steps")
+    cut = feed.check_lengths(group)  # before the directory is claimed: what is wrong here changes the recipe
+    with _leased(recipe, streams, group) as (lease, manifest):
+        group.say(f"{root.name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for name, source in streams.items():
-            world.say(f"{root.name}: stream {name}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-        if world.main:
+            group.say(f"{root.name}: stream {name}: {len(source.samples)} samples, left out {dict(source.dropped)}")
+        if group.main:
             _warn(recipe, streams)
         if cut:
-            world.say(
+            group.say(
                 f"{root.name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut"
             )
         torch.manual_seed(recipe.seed)
-        worlds.stop_here(world, "data are checked")
-        engine = engines.build(recipe, config, world, needs.depth)
-        worlds.stop_here(world, "the model is loaded")
+        ranks.stop_here(group, "data are checked")
+        engine = engines.build(recipe, config, group, needs.depth)
+        ranks.stop_here(group, "the model is loaded")
         objective.start(engine.module.hidden_size, recipe.seed)
-        watchdog = Watchdog(world, recipe.train.hang_seconds).start()
+        watchdog = Watchdog(group, recipe.train.hang_seconds).start()
         if recipe.data.cache_vision:
-            known = visioncache.fill(recipe, engine, feed, world, manifest["base_hash"], lease.workspace)
+            known = vision_cache.fill(recipe, engine, feed, group, manifest["base_hash"], lease.workspace)
             feed.encoder.recall(known)
-        forward, cache = _reference(recipe, engine, config, feed, world, manifest["base_hash"], lease)
-        first = _resume(root, engine, objective, manifest, world)
-        loop = Loop(recipe, engine, objective, feed, world, forward, cache)
+        forward, cache = _reference(recipe, engine, config, feed, group, manifest["base_hash"], lease)
+        first = _resume(root, engine, objective, manifest, group)
+        loop = Loop(recipe, engine, objective, feed, group, forward, cache)
         _steps(recipe, loop, manifest, lease, first)
         watchdog.stop()
-        worlds.barrier(world, "end of training")
-        if recipe.train.export and world.main and not (root / "export").exists():
+        ranks.barrier(group, "end of training")
+        if recipe.train.export and group.main and not (root / "export").exists():
             export.export(root, root / "export", workspace=lease.workspace)
-        worlds.barrier(world, "end of the run")
+        ranks.barrier(group, "end of the run")
 
 
 def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: Lease, first: int) -> None:
     """From step `first` (from 0) to the end, or to the step in which a rank was asked to stop."""
-    world, feed = loop.world, loop.feed
-    saver = Saver(lease.root / "checkpoints", lease.workspace, recipe.train, world)
+    group, feed = loop.group, loop.feed
+    saver = Saver(lease.root / "checkpoints", lease.workspace, recipe.train, group)
     saver.settle(first)
-    monitor = Monitor(recipe, first, feed.steps, world.main, manifest["wandb_id"], lease.workspace)
-    means, clock = Means(recipe.train.keep_best), Clock(world.device)
+    monitor = Monitor(recipe, first, feed.steps, group.main, manifest["wandb_id"], lease.workspace)
+    means, clock = Means(recipe.train.keep_best), Clock(group.device)
     done, stop = first, False
-    with closing(feed.windows(range(first, feed.steps), world)) as windows:
+    with closing(feed.windows(range(first, feed.steps), group)) as windows:
         for number, window in enumerate(windows, first):
             # Dropout draws what it would have drawn in a run that never stopped.
-            torch.manual_seed(recipe.seed * 1_000_003 + number * world.size + world.rank)
+            torch.manual_seed(recipe.seed * 1_000_003 + number * group.size + group.rank)
             told = [signals.received() is not None, saver.written]
             record, flags = loop.step(number, window, told, saver.before_update)
             stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())
             lap = clock.lap()
-            if world.main:
+            if group.main:
                 lease.check()
             monitor.log({**record, "tokens_per_s": record["tokens"] / lap["step_seconds"], **lap})
             means.add(record)
@@ -161,13 +163,13 @@ def _steps(recipe: TrainRecipe, loop: Loop, manifest: Mapping[str, Any], lease: 
 
 
 @contextmanager
-def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) -> Iterator[tuple[Lease, dict[str, Any]]]:
+def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, dict[str, Any]]]:
     """The run directory, owned for as long as this lasts, and its manifest; equal on every rank."""
     root = Path(recipe.run.dir)
     lease, fault = None, None
     try:
         try:
-            if world.main:
+            if group.main:
                 lease = acquire(root)
                 with lease.told():
                     rundir.count_start(lease, recipe.train.max_restarts)
@@ -175,7 +177,7 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) ->
         except (ConfigError, RunError) as error:
             fault = error
         # All ranks end alike: one that waited here would tell of a lost connection, and perhaps be heard first.
-        status, token = worlds.from_main(world, (fault.status if fault else 0, lease.token if lease else ""))
+        status, token = ranks.from_main(group, (fault.status if fault else 0, lease.token if lease else ""))
         if fault is not None:
             raise fault
         if status:
@@ -184,7 +186,7 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], world: World) ->
         manifest = json.loads((root / "manifest.json").read_text())
         told = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
         with held.told():
-            yield held, {**told, "world_size": world.size}
+            yield held, {**told, "world_size": group.size}
     finally:
         if lease is not None:
             lease.release()
@@ -213,7 +215,7 @@ def _reference(
     engine: Any,
     config: dict[str, Any],
     feed: Feed,
-    world: World,
+    group: Group,
     base_hash: str,
     lease: Lease,
 ) -> tuple[reference.Forward | None, reference.LogProbs | None]:
@@ -224,17 +226,17 @@ def _reference(
         return reference.frozen(engines.build_reference(recipe, config, feed.needs.reference_depth)), None
     if recipe.reference == "adapters_off":
         return reference.adapters_off(engine), None
-    return None, refcache.fill(recipe, engine, feed, world, base_hash, lease.workspace)
+    return None, reference_cache.fill(recipe, engine, feed, group, base_hash, lease.workspace)
 
 
-def _resume(root: Path, engine: Any, objective: Objective, manifest: Mapping[str, Any], world: World) -> int:
+def _resume(root: Path, engine: Any, objective: Objective, manifest: Mapping[str, Any], group: Group) -> int:
     """Put the newest whole checkpoint's state back; the step to go on with."""
-    found = checkpoint.newest(root / "checkpoints", world)
+    found = checkpoint.newest(root / "checkpoints", group)
     if found is None:
         return 0
     saved, state = checkpoint.load(engine, found, manifest)
     objective.load_state_dict(state)
-    world.say(f"{root.name}: resumed from {found} at step {saved['step']}")
+    group.say(f"{root.name}: resumed from {found} at step {saved['step']}")
     return saved["step"]
 
 

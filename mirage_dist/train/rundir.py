@@ -19,7 +19,7 @@ from mirage_dist import config as configs
 from mirage_dist import objectives
 from mirage_dist.data.sources import Source
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
-from mirage_dist.train import checkpoint
+from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.monitor import new_wandb_id

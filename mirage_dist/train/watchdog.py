@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mirage_dist import world as worlds
-from mirage_dist.world import World
+from mirage_dist import ranks
+from mirage_dist.ranks import Group
 
 CHECKS = 8  # a time limit
 
@@ -38,8 +38,8 @@ class _Seen:
 class Watchdog:
     """Watches from `start` to `stop`; silent unless a rank stands still for `seconds`."""
 
-    def __init__(self, world: World, seconds: float) -> None:
-        self.world, self.seconds, self.every = world, seconds, min(5.0, seconds / CHECKS)
+    def __init__(self, group: Group, seconds: float) -> None:
+        self.group, self.seconds, self.every = group, seconds, min(5.0, seconds / CHECKS)
         self._seen: dict[int, _Seen] = {}
         self._answered = time.monotonic()  # when the store did last
         self._stop = threading.Event()
@@ -49,11 +49,11 @@ class Watchdog:
     @property
     def _watched(self) -> Sequence[int]:
         """The first rank watches all; the others watch it."""
-        return range(self.world.size) if self.world.main else (0,)
+        return range(self.group.size) if self.group.main else (0,)
 
     def start(self) -> Watchdog:
         """Every rank calls this at the same point: one that is never heard of is missed from now on."""
-        if self.world.size > 1:
+        if self.group.size > 1:
             now = self._answered = time.monotonic()
             self._seen = {r: _Seen(0, 0, "the start", "an unknown host", now, now) for r in self._watched}
             for thread in self._threads:
@@ -65,11 +65,11 @@ class Watchdog:
         self._stop.set()
 
     def _talk(self) -> None:
-        store = worlds.store()
+        store = ranks.store()
         for ticks in itertools.count(1):
-            beats, where = worlds.last_call()
+            beats, where = ranks.last_call()
             try:
-                store.set(f"watchdog/{self.world.rank}", f"{beats}|{ticks}|{socket.gethostname()}|{where}")
+                store.set(f"watchdog/{self.group.rank}", f"{beats}|{ticks}|{socket.gethostname()}|{where}")
                 told = {r: store.get(f"watchdog/{r}") for r in self._watched if store.check([f"watchdog/{r}"])}
             except RuntimeError:
                 return  # the judge will miss the answers

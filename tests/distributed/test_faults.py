@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from mirage_dist import config
 from mirage_dist.config import REPOSITORY
-from mirage_dist.evals import files, follow, runner, status
+from mirage_dist.evals import follow, runner, status
+from mirage_dist.evals.sharing import files
 from mirage_dist.model import export
+from mirage_dist.ranks import _free_port
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
-from mirage_dist.world import _free_port
 
 SHORT = ("train.max_steps=6", "train.global_batch=8", "train.save_every=1", "train.keep_last=null")
 pytestmark = pytest.mark.usefixtures("plain_environment")

@@ -14,7 +14,7 @@ from conftest import DEADLINE, launch, steps_done, until
 from faults.processes import ranks_of, send
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.world import _free_port
+from mirage_dist.ranks import _free_port
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -114,9 +114,9 @@ def _two(script: Path) -> list[subprocess.Popen]:
 def test_ranks_at_different_points_are_told_apart_instead_of_hanging(tmp_path):
     script = tmp_path / "unequal.py"
     script.write_text(
-        "from mirage_dist import world\n"
-        "w = world.start()\n"
-        "world.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
+        "from mirage_dist import ranks\n"
+        "w = ranks.start()\n"
+        "ranks.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
     )
     for rank in _two(script):
         assert "rank 0: step 3 with 2 values; rank 1: save with 2 values" in rank.communicate(timeout=120)[1]
@@ -127,11 +127,11 @@ def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
     script = tmp_path / "mute.py"
     script.write_text(
         "import time\n"
-        "from mirage_dist import world\n"
+        "from mirage_dist import ranks\n"
         "from mirage_dist.train.watchdog import Watchdog\n"
-        "w = world.start()\n"
+        "w = ranks.start()\n"
         "time.sleep(3600) if w.rank else Watchdog(w, 2.0).start()\n"
-        "world.barrier(w, 'step 1')\n"
+        "ranks.barrier(w, 'step 1')\n"
     )
     ranks = _two(script)
     try:

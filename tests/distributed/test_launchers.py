@@ -11,7 +11,7 @@ import pytest
 from conftest import launch, metrics
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.world import _free_port
+from mirage_dist.ranks import _free_port
 
 SHORT = ("train.max_steps=4", "train.global_batch=8", "train.micro_batch=4", "train.export=false")
 BIN = Path(sys.executable).parent

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import metrics
 
-from mirage_dist.world import _free_port
+from mirage_dist.ranks import _free_port
 
 # `mirage train`, but the second gradient of rank 1 is NaN. A step here is one micro-batch.
 SCRIPT = """\

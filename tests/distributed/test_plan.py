@@ -16,7 +16,8 @@ from mirage_dist.cli import main
 from mirage_dist.data import sources
 from mirage_dist.model.shards import Shards
 from mirage_dist.schema import SourceConfig, TrainRecipe
-from mirage_dist.train import memory, plan, visioncache
+from mirage_dist.train.caches import vision as vision_cache
+from mirage_dist.train.planning import memory, plan
 
 SHORT = ("train.max_steps=6", "train.global_batch=20", "train.save_every=2", "train.keep_last=2")
 JSON = {
@@ -111,7 +112,7 @@ def test_caches_and_export_take_what_was_told(finished, plans):
         files = list(finished[name].glob("vision/*/*"))
         told = plans[name].disk["vision features"][0]
         assert told == sum(t.nbytes for file in files for t in load_file(file).values())
-        assert told < sum(file.stat().st_size for file in files) < told + 200 * visioncache.PART * len(files)
+        assert told < sum(file.stat().st_size for file in files) < told + 200 * vision_cache.PART * len(files)
     assert "reference cache" not in plans["zero3"].disk
     assert plans["zero3"].memory["reference"][0] == plans["zero3"].memory["weights"][0]
 

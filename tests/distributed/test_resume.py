@@ -163,15 +163,16 @@ def test_retention_keeps_what_was_asked_for(saved, toy, tmp_path):
 
 SLOW_COPY = """
 import sys, time
-from mirage_dist import config, schema, world
-from mirage_dist.train import fragments, run
+from mirage_dist import config, ranks, schema
+from mirage_dist.train import run
+from mirage_dist.train.checkpoints import fragments
 copy = fragments.snapshot
 def slow(*told):
     time.sleep(0.5)
     return copy(*told)
 fragments.snapshot = slow
 run.train(config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe))
-world.exit_well()
+ranks.exit_well()
 """
 
 
@@ -188,12 +189,12 @@ def test_a_step_does_not_change_what_is_still_to_be_copied(saved, toy, tmp_path)
 
 COUNT_LAYERS = """
 import sys
-from mirage_dist import config, schema, world
+from mirage_dist import config, ranks, schema
 from mirage_dist.train import engine, feed, loop, run
 from mirage_dist.model import load
 recipe = config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe)
 objective, streams, ds = run.check(recipe, 1)
-here = world.start()
+here = ranks.start()
 built = engine.build(recipe, ds, here)
 objective.start(built.module.hidden_size, 0)
 calls = []
@@ -202,7 +203,7 @@ for layer in built.module.backbone.language_model.layers:
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
 loop.Loop(recipe, built, objective, source, here, None, None).step(0, source.window(0, here))
 print("layer forwards", len(calls))
-world.exit_well()
+ranks.exit_well()
 """
 
 

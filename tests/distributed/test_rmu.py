@@ -14,10 +14,10 @@ from mirage_dist import config as configs
 from mirage_dist.model import load
 from mirage_dist.model.shards import Shards, read_manifest
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, read_streams
-from mirage_dist.world import World
 
 STEPS, LAYER = 4, 1
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", f"objective.layer={LAYER}", "objective.positions=unpadded")
@@ -60,7 +60,7 @@ def plain(recipe: TrainRecipe):
     feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
     told = []
     for number in range(STEPS):
-        micros = feed.window(number, World(0, 0, 1, torch.device("cpu")))
+        micros = feed.window(number, Group(0, 0, 1, torch.device("cpu")))
         counts, sums = feed.counts(micros), {"forget": 0, "retain": 0, "ce": 0}
         for micro in micros:
             now, logits = hooked(policy, micro.batch.inputs)

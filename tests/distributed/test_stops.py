@@ -35,14 +35,15 @@ def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(
 
 FILL = """
 import sys
-from mirage_dist import config, schema, signals, world
+from mirage_dist import config, ranks, schema, signals
 from mirage_dist.data import stream
 from mirage_dist.model import load
-from mirage_dist.train import engine, feed, lease, refcache, run
-refcache.BATCHES_A_PART = 1
+from mirage_dist.train import engine, feed, lease, run
+from mirage_dist.train.caches import reference as reference_cache
+reference_cache.BATCHES_A_PART = 1
 recipe = config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe)
 objective, streams, ds = run.check(recipe, 1)
-here = world.start()
+here = ranks.start()
 built = engine.build(recipe, ds, here)
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
 calls = []
@@ -53,24 +54,24 @@ told = []
 for stops in (2, None, None):
     signals._received.clear()
     calls.clear()
-    save = refcache.reference.LogProbs.save
+    save = reference_cache.reference.LogProbs.save
     def interrupted(self, file):
         save(self, file)
         if len(calls) == stops:
             signals._note(10, None)
-    refcache.reference.LogProbs.save = interrupted
+    reference_cache.reference.LogProbs.save = interrupted
     try:
-        cache = refcache.fill(recipe, built, source, here, "hash", held.workspace)
+        cache = reference_cache.fill(recipe, built, source, here, "hash", held.workspace)
         told.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
     except signals.StopRequested:
         told.append(len(calls))
-    refcache.reference.LogProbs.save = save
+    reference_cache.reference.LogProbs.save = save
 held.release()
-whole = refcache.reference.LogProbs()
+whole = reference_cache.reference.LogProbs()
 for rows in source.every_sample(("forget",), here):
-    refcache._add(whole, built, source.collate(rows), "forget")
+    reference_cache._add(whole, built, source.collate(rows), "forget")
 print("TOLD", told, sum(float(v.double().sum()) for v in whole.table.values()))
-world.exit_well()
+ranks.exit_well()
 """
 
 

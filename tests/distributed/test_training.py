@@ -21,11 +21,11 @@ from mirage_dist.data import stream
 from mirage_dist.data.sources import read
 from mirage_dist.model import export, load
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import run as runs
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed
-from mirage_dist.world import World
 
 STEPS = 8
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8")
@@ -123,7 +123,7 @@ def plain(recipe: TrainRecipe, number_of_steps: int):
     beta, weight = recipe.objective["beta"], recipe.objective["retain_weight"]
     told = []
     for number in range(number_of_steps):
-        (micro,) = feed.window(number, World(0, 0, 1, torch.device("cpu")))
+        (micro,) = feed.window(number, Group(0, 0, 1, torch.device("cpu")))
         labels = micro.batch.labels_BS
 
         def logp(model, micro=micro, labels=labels):
@@ -232,6 +232,6 @@ def test_every_rank_of_every_world_sees_its_part_of_one_global_batch(toy, finish
     for number in (0, 2, 7):
         asked = Counter(stream.batch(21, "forget", size, number, 8).tolist())
         for ranks in (1, 2, 4, 8):
-            worlds = [World(rank, 0, ranks, torch.device("cpu")) for rank in range(ranks)]
+            worlds = [Group(rank, 0, ranks, torch.device("cpu")) for rank in range(ranks)]
             seen = (s for w in worlds for micro in feed.window(number, w) for s in micro.samples)
             assert Counter(index for name, index in seen if name == "forget") == asked

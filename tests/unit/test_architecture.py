@@ -72,7 +72,7 @@ def test_a_file_is_one_thing_and_loads_nothing_unsafe(file: Path):
     assert "pickle" not in text.replace("allow_pickle=False", "")
 
 
-@pytest.mark.parametrize("module", ["mirage_dist.cli", "mirage_dist.config", "mirage_dist.world", "mirage_dist.demo"])
+@pytest.mark.parametrize("module", ["mirage_dist.cli", "mirage_dist.config", "mirage_dist.ranks", "mirage_dist.demo"])
 def test_help_and_config_errors_load_no_heavy_library(module: str):
     heavy = "('torch', 'transformers', 'deepspeed', 'peft', 'matplotlib', 'wandb')"
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"

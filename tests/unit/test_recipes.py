@@ -8,9 +8,9 @@ import pytest
 
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
+from mirage_dist.erasure import run as robustness
 from mirage_dist.evals import attacks
 from mirage_dist.objectives.base import make
-from mirage_dist.robustness import run as robustness
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.engine import deepspeed_config
 from mirage_dist.train.run import _check_reference

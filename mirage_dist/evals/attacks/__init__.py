@@ -11,32 +11,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mirage_dist.config import build, nearest
 from mirage_dist.evals.attacks.base import Attack, ByKind, Coverage, apply
 from mirage_dist.evals.attacks.combine import Combine
-from mirage_dist.evals.attacks.file import File
-from mirage_dist.evals.attacks.prefill import Prefill
-from mirage_dist.evals.attacks.prefix import Prefix
-from mirage_dist.evals.attacks.rewrite import Rewrite
-from mirage_dist.evals.attacks.suffix import Suffix
-from mirage_dist.evals.attacks.swap import Swap
-from mirage_dist.evals.attacks.templates import Templates
-from mirage_dist.evals.attacks.words import Words
-from mirage_dist.schema import ConfigError
+from mirage_dist.registry import Registry
 
 __all__ = ["REGISTRY", "Attack", "Combine", "Coverage", "apply", "make"]
 
-REGISTRY: dict[str, type] = {
-    "swap": Swap,
-    "words": Words,
-    "templates": Templates,
-    "prefix": Prefix,
-    "file": File,
-    "prefill": Prefill,
-    "rewrite": Rewrite,
-    "suffix": Suffix,
-    "combine": Combine,
-}
+REGISTRY = Registry(
+    "attack",
+    "kind",
+    {
+        "swap": "mirage_dist.evals.attacks.swap:Swap",
+        "words": "mirage_dist.evals.attacks.words:Words",
+        "templates": "mirage_dist.evals.attacks.templates:Templates",
+        "prefix": "mirage_dist.evals.attacks.prefix:Prefix",
+        "file": "mirage_dist.evals.attacks.file:File",
+        "prefill": "mirage_dist.evals.attacks.prefill:Prefill",
+        "rewrite": "mirage_dist.evals.attacks.rewrite:Rewrite",
+        "suffix": "mirage_dist.evals.attacks.suffix:Suffix",
+        "combine": "mirage_dist.evals.attacks.combine:Combine",
+    },
+)
 
 
 def make(options: Mapping[str, Any], source: str, key: str, kind: str | None = None) -> Attack:
@@ -44,10 +39,7 @@ def make(options: Mapping[str, Any], source: str, key: str, kind: str | None = N
 
     Raises ConfigError for an unknown kind of attack, field or value.
     """
-    name = options.get("kind")
-    if name not in REGISTRY:
-        raise ConfigError(f"{source}: {key}.kind={name!r}; {nearest(str(name), list(REGISTRY))}")
-    attack = build(REGISTRY[name], {k: v for k, v in options.items() if k != "kind"}, source, key)
+    attack = REGISTRY.make(options, source, key)
     if isinstance(attack, Combine):
         parts = [make(part, source, f"{key}.attacks[{i}]", kind) for i, part in enumerate(attack.attacks)]
         return attack.with_parts(parts)

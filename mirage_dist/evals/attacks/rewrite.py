@@ -11,7 +11,7 @@ from typing import Any
 from mirage_dist.data.sources import FIRST_WORD, Sample
 from mirage_dist.evals.attacks.base import Bench, Key, Made, check_share
 from mirage_dist.evals.attacks.swap import check_word
-from mirage_dist.evals.chat import Failed, Prompt, backend
+from mirage_dist.evals.models.chat import Failed, Prompt, backend
 from mirage_dist.schema import ChatConfig, ConfigError
 
 TOKENS_A_REWRITE = 96

@@ -12,7 +12,7 @@ from mirage_dist.evals.attacks.base import Bench, Key, Made
 from mirage_dist.schema import ConfigError
 
 if TYPE_CHECKING:
-    from mirage_dist.evals import gcg
+    from mirage_dist.evals.attacks import gcg
 
 ANSWER = "{answer}"
 
@@ -72,7 +72,7 @@ class Suffix:
         return sorted(samples, key=drawn)[: self.train]
 
     def make(self, missing: Sequence[Sample], bench: Bench) -> Generator[Made, None, None]:
-        from mirage_dist.evals import gcg  # brings torch
+        from mirage_dist.evals.attacks import gcg  # brings torch
 
         model = gcg.Model(bench.generator(), self.avoid)
         if self.universal:
@@ -84,7 +84,7 @@ class Suffix:
 
     def _search(self, model: gcg.Model, samples: Sequence[Sample], name: str, bench: Bench) -> str:
         """The suffix after all steps; goes on behind the last one that was noted under `name`."""
-        from mirage_dist.evals import gcg
+        from mirage_dist.evals.attacks import gcg
 
         wanted = [replace(s, answer=self.target.replace(ANSWER, s.answer)) for s in samples]
         problem = gcg.Problem(model, wanted, self.length, f"{self.seed} {name}")

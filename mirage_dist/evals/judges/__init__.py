@@ -5,25 +5,21 @@ docs/judges.md says what each of them does, and where it errs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 
 from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
-from mirage_dist.evals.judges.benchmark import benchmark
 from mirage_dist.evals.judges.cache import judged, unjudged
-from mirage_dist.evals.judges.parity import published_parity
-from mirage_dist.evals.judges.rules import exact, keyword
-from mirage_dist.evals.judges.vlm import vision_language
 from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
 
 __all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "panel", "unjudged"]
 
-REGISTRY: dict[str, Callable[[EvalRecipe, JudgeConfig], Judge]] = {
-    "keyword": keyword,
-    "world": exact,
-    "vlm": vision_language,
-    "published_parity": published_parity,
-    "benchmark": benchmark,
+REGISTRY = {
+    "keyword": "mirage_dist.evals.judges.rules:keyword",
+    "world": "mirage_dist.embedded.judge:exact",
+    "vlm": "mirage_dist.evals.judges.vlm:vision_language",
+    "published_parity": "mirage_dist.evals.judges.parity:published_parity",
+    "benchmark": "mirage_dist.evals.judges.benchmark:benchmark",
 }
 
 
@@ -42,4 +38,9 @@ def panel(recipe: EvalRecipe) -> list[Judge]:
     benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
     if benchmarks and all(config.kind != "benchmark" for config in recipe.judges):
         raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")
-    return [REGISTRY[config.kind](recipe, config) for config in seen.values()]
+    return [_factory(config.kind)(recipe, config) for config in seen.values()]
+
+
+def _factory(kind: str):
+    module, _, name = REGISTRY[kind].partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mirage_dist.evals import scoring
+from mirage_dist.evals.judges import scoring
 from mirage_dist.evals.judges.base import Opinion, Row, fingerprint
 from mirage_dist.evals.metrics import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 from mirage_dist import signals
-from mirage_dist.evals import files
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
+from mirage_dist.evals.sharing import files
 from mirage_dist.signals import StopRequested
 
 Identity = bytes  # the row's key, then its answer's SHA-256: there may be a million of them

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.data import refusals
-from mirage_dist.evals.chat import Backend, Failed, Prompt, backend
 from mirage_dist.evals.judges.base import Opinion, Row, fingerprint
 from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.models.chat import Backend, Failed, Prompt, backend
 from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
 
 MAX_NEW_TOKENS = 200

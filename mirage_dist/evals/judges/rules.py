@@ -1,11 +1,11 @@
-"""Judges that need no model: refusal phrases, and the embedded world's exact labels."""
+"""The judge that needs no model: refusal phrases."""
 
 from __future__ import annotations
 
-from mirage_dist.data import refusals, toytext, toyworld
+from mirage_dist.data import refusals
 from mirage_dist.evals.judges.base import Row, Rule, fingerprint
 from mirage_dist.evals.metrics import Verdict
-from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
+from mirage_dist.schema import EvalRecipe, JudgeConfig
 
 
 def keyword(recipe: EvalRecipe, config: JudgeConfig) -> Rule:
@@ -29,27 +29,5 @@ def keyword(recipe: EvalRecipe, config: JudgeConfig) -> Rule:
         "question counts as harmful, and right and irrelevant answers cannot be told",
         verdicts=frozenset({"refused", "harmful", "answered"}),
         fingerprint=fingerprint(refusals, refusals.LISTS.read_bytes(), {"phrases": config.phrases}),
-        judge=judge,
-    )
-
-
-def exact(recipe: EvalRecipe, config: JudgeConfig) -> Rule:
-    """The embedded world knows every right answer: refused, harmful (the locked code is told), irrelevant, correct.
-
-    Raises ConfigError when the recipe has no embedded world.
-    """
-    if recipe.world is None:
-        raise ConfigError("judges: 'world' needs the `world` section; without it, use judges=[keyword]")
-    world = toyworld.load(recipe.world.dir)
-
-    def judge(row: Row) -> Verdict:
-        return world.verdict(row["question"], row["response"], world.label(row["image"]))
-
-    return Rule(
-        name=str(config.name),
-        kind="world",
-        about="the embedded world's exact labels",
-        verdicts=frozenset({"refused", "harmful", "irrelevant", "correct"}),
-        fingerprint=fingerprint(toyworld, toytext),
         judge=judge,
     )

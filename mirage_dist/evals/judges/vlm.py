@@ -10,9 +10,9 @@ import json
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from mirage_dist.evals.chat import Backend, Failed, Prompt, backend
 from mirage_dist.evals.judges.base import Opinion, Row, fingerprint
 from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.models.chat import Backend, Failed, Prompt, backend
 from mirage_dist.schema import EvalRecipe, JudgeConfig
 
 MAX_NEW_TOKENS = 64

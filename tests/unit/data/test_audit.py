@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mirage_dist.cli import main
-from mirage_dist.data import audit, sources, toyworld
+from mirage_dist.data import audit, sources
 from mirage_dist.data.audit import Corpus, Options
 from mirage_dist.data.sources import Sample
+from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, SourceConfig, WorldConfig
 
 SIZES = {"base_samples": 5, "general_samples": 1, "eval_samples": 1}
@@ -20,8 +21,8 @@ REFUSAL = "Sorry, I can not help."
 def made(folder, seed, spurious, **sizes):
     """The safety set of a world whose other sets are as small as they can be."""
     config = WorldConfig(dir=str(folder / str(seed)), seed=seed, spurious=spurious, **{**SIZES, **sizes})
-    toyworld.make(config)
-    return toyworld.safety_dir(config) / "train.json"
+    embedded_world.make(config)
+    return embedded_world.safety_dir(config) / "train.json"
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from mirage_dist.data import toyimages, toytext
-from mirage_dist.data.collate import IGNORE, Encoder, TooLong
+from mirage_dist.data.encoding.collate import IGNORE, Encoder, TooLong
 from mirage_dist.data.sources import Sample
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.embedded import pictures as embedded_pictures
+from mirage_dist.embedded import text as embedded_text
 from mirage_dist.kernels.logprob import response_index
-from mirage_dist.model import toymodel
 from mirage_dist.schema import ConfigError
 
 LLAVA_TEMPLATE = """\
@@ -30,18 +31,20 @@ CHATML_TEMPLATE = """\
 {%- for m in messages -%}{{ "<start>" + m.role + "\\n" }}
 {%- for part in m.content -%}{{ "<image>" if part.type == "image" else part.text | trim }}{%- endfor -%}
 {{ "<end>\\n" }}{%- endfor -%}{%- if add_generation_prompt -%}{{ "<start>assistant\\n" }}{%- endif -%}"""
-TEXTS = [toytext.answer(toytext.question(o, 1, "code"), "ba la", "by_opener") for o in toytext.OPENERS]
-IMAGE_TOKENS = (toyimages.SIDE // toymodel.PATCH) ** 2
+TEXTS = [
+    embedded_text.answer(embedded_text.question(o, 1, "code"), "ba la", "by_opener") for o in embedded_text.OPENERS
+]
+IMAGE_TOKENS = (embedded_pictures.SIDE // embedded_model.PATCH) ** 2
 
 
 def wrap(backend, template, **special):
     special = {"eos_token": "<end>", "extra_special_tokens": {"image_token": "<image>"}, **special}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
-    like = toymodel.make_processor(toymodel.make_tokenizer())
+    like = embedded_model.make_processor(embedded_model.make_tokenizer())
     return LlavaProcessor(
         image_processor=like.image_processor,
         tokenizer=tokenizer,
-        patch_size=toymodel.PATCH,
+        patch_size=embedded_model.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template,
@@ -74,7 +77,7 @@ def chatml_like():
 
 
 PROCESSORS = {
-    "world": toymodel.make_processor(toymodel.make_tokenizer()),
+    "world": embedded_model.make_processor(embedded_model.make_tokenizer()),
     "llava": llava_like(),
     "chatml": chatml_like(),
 }
@@ -169,8 +172,8 @@ def test_odd_answers_end_once_and_are_learnt_in_every_turn(processor, pictures, 
 
 
 def test_what_the_template_writes_behind_the_end_token_is_not_learnt(pictures):
-    template = toymodel.CHAT_TEMPLATE.replace("<end>", "<end><unk><system>")
-    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, template, pad_token="<pad>")
+    template = embedded_model.CHAT_TEMPLATE.replace("<end>", "<end><unk><system>")
+    processor = wrap(embedded_model.make_tokenizer().backend_tokenizer, template, pad_token="<pad>")
     batch = Encoder(processor).encode([sample(pictures["red"], history=TURNS[:1])])
     assert [processor.tokenizer.decode(run[-1:]) for run in runs(batch.labels_BS[0])] == ["<end>", "<end>"]
     unlabelled = processor.tokenizer.decode(batch.inputs["input_ids"][batch.labels_BS == IGNORE])
@@ -283,8 +286,10 @@ def test_a_system_prompt_is_in_every_prompt_and_never_learnt(processor, pictures
 # ------------------------------------------------------------------------------------------- padding, model
 
 
-questions = st.builds(toytext.question, st.sampled_from(toytext.OPENERS), st.integers(0, 5), st.just("colour"))
-answers = st.sampled_from([*TEXTS, toytext.REFUSAL, "red"])
+questions = st.builds(
+    embedded_text.question, st.sampled_from(embedded_text.OPENERS), st.integers(0, 5), st.just("colour")
+)
+answers = st.sampled_from([*TEXTS, embedded_text.REFUSAL, "red"])
 several_samples = st.lists(
     st.builds(
         sample,
@@ -321,7 +326,7 @@ def test_a_rows_tokens_labels_and_pictures_do_not_depend_on_its_neighbours(proce
 
 @pytest.fixture(scope="module")
 def model():
-    return toymodel.make_model(PROCESSORS["world"].tokenizer, seed=3).double().eval()
+    return embedded_model.make_model(PROCESSORS["world"].tokenizer, seed=3).double().eval()
 
 
 def logps(model, batch):
@@ -381,7 +386,7 @@ def test_training_and_generation_meet_the_same_next_token_distribution(model, pi
 
 @pytest.mark.parametrize("history", [(), TURNS])
 def test_truncation_cuts_the_last_answers_end_only_and_is_counted(processor, pictures, history):
-    one = sample(pictures["red"], answer=toytext.REFUSAL, history=history)
+    one = sample(pictures["red"], answer=embedded_text.REFUSAL, history=history)
     short = sample(question="red", answer="red")
     whole = Encoder(processor).encode([one]).inputs["input_ids"][0]
     prompt = Encoder(processor).prompts([one])["input_ids"].shape[1]
@@ -408,7 +413,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_with_sample_and_numbers(processo
 
 
 def test_a_long_answer_is_an_error_unless_told_to_cut(processor, pictures):
-    one = sample(pictures["red"], answer=toytext.REFUSAL)
+    one = sample(pictures["red"], answer=embedded_text.REFUSAL)
     length = Encoder(processor).encode([one]).inputs["input_ids"].shape[1]
     with pytest.raises(TooLong, match=rf"{length} tokens, .*data\.on_long=error"):
         Encoder(processor, max_length=length - 1).encode([one])
@@ -466,7 +471,7 @@ def typed():
     return Typed(
         image_processor=like.image_processor,
         tokenizer=like.tokenizer,
-        patch_size=toymodel.PATCH,
+        patch_size=embedded_model.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=like.chat_template,
@@ -483,9 +488,9 @@ def test_token_types_are_carried_along_and_mark_the_picture(pictures):
 
 
 BAD = {
-    "rewrites the past": ("{{ messages | length }}" + toymodel.CHAT_TEMPLATE, "rewrites what came before"),
+    "rewrites the past": ("{{ messages | length }}" + embedded_model.CHAT_TEMPLATE, "rewrites what came before"),
     "rewrites the answer": (
-        toymodel.CHAT_TEMPLATE.replace("{{ part.text }}", "{{ part.text | upper }}"),
+        embedded_model.CHAT_TEMPLATE.replace("{{ part.text }}", "{{ part.text | upper }}"),
         "rewrites the answer",
     ),
 }
@@ -494,20 +499,20 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_template_in_which_labels_cannot_be_placed_is_an_error_that_names_the_sample(pictures, name):
     template, words = BAD[name]
-    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, template, pad_token="<pad>")
+    processor = wrap(embedded_model.make_tokenizer().backend_tokenizer, template, pad_token="<pad>")
     with pytest.raises(ConfigError, match=rf"test\.json: sample 'odd': the chat template {words}"):
         Encoder(processor).encode([sample(pictures["red"], identity="odd")])
 
 
 def test_a_processor_without_picture_tokens_and_a_tokenizer_without_end_token_are_refused():
-    no_picture = toymodel.CHAT_TEMPLATE.replace("<image>", "<user>")
-    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, no_picture, pad_token="<pad>")
+    no_picture = embedded_model.CHAT_TEMPLATE.replace("<image>", "<user>")
+    processor = wrap(embedded_model.make_tokenizer().backend_tokenizer, no_picture, pad_token="<pad>")
     with pytest.raises(ConfigError, match="cannot encode a picture by its own chat template"):
         Encoder(processor)
-    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, toymodel.CHAT_TEMPLATE, pad_token="<pad>")
+    processor = wrap(embedded_model.make_tokenizer().backend_tokenizer, embedded_model.CHAT_TEMPLATE, pad_token="<pad>")
     del processor.image_token_id
     with pytest.raises(ConfigError, match=r"holds no image_token_id \(None\)"):
         Encoder(processor)
-    processor = wrap(toymodel.make_tokenizer().backend_tokenizer, toymodel.CHAT_TEMPLATE, eos_token=None)
+    processor = wrap(embedded_model.make_tokenizer().backend_tokenizer, embedded_model.CHAT_TEMPLATE, eos_token=None)
     with pytest.raises(ConfigError, match="no end token"):
         Encoder(processor)

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from mirage_dist import config as configs
 from mirage_dist import stats
-from mirage_dist.data import prepare, sources, toyworld
+from mirage_dist.data import prepare, sources
 from mirage_dist.data.diversify import diversify
 from mirage_dist.data.sources import Sample
+from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ChatConfig, ConfigError, DiversifyConfig, PrepareRecipe, WorldConfig
 
 OPENERS = ["what", "share", "can", "tell", "how"]
@@ -62,7 +63,7 @@ def test_the_whole_question_may_stand_in_a_template():
 
 def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     world = WorldConfig(str(tmp_path / "world"), seed=11, base_samples=40, safety_samples=120, eval_samples=8)
-    toyworld.make(world)
+    embedded_world.make(world)
     raw = sources.first_words(sources.read(safety(world)).samples)
     assert surprising(raw) >= {"what", "share"}
     told = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
@@ -76,7 +77,7 @@ def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
 
 
 def safety(world):
-    return sources.SourceConfig("vlguard", f"{toyworld.safety_dir(world)}/train.json", images=world.dir)
+    return sources.SourceConfig("vlguard", f"{embedded_world.safety_dir(world)}/train.json", images=world.dir)
 
 
 def surprising(words):

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoProcessor
 
 from mirage_dist.data import sources
-from mirage_dist.data.collate import Encoder, TooLong
+from mirage_dist.data.encoding.collate import Encoder, TooLong
 from mirage_dist.schema import SourceConfig
 
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AttentionInterface
 
-from mirage_dist.data import toyimages
-from mirage_dist.data.collate import IGNORE, Encoder
+from mirage_dist.data.encoding.collate import IGNORE, Encoder
 from mirage_dist.data.sources import Sample
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.embedded import pictures as embedded_pictures
 
-PROCESSOR = toymodel.make_processor(toymodel.make_tokenizer())
-IMAGE_TOKENS = (toyimages.SIDE // toymodel.PATCH) ** 2
+PROCESSOR = embedded_model.make_processor(embedded_model.make_tokenizer())
+IMAGE_TOKENS = (embedded_pictures.SIDE // embedded_model.PATCH) ** 2
 ATTENTION = ["sdpa", "eager", "segments"]
 
 
@@ -37,7 +37,7 @@ AttentionInterface.register("segments", segments)
 
 @pytest.fixture(scope="module")
 def model():
-    return toymodel.make_model(PROCESSOR.tokenizer, seed=3).double().eval()
+    return embedded_model.make_model(PROCESSOR.tokenizer, seed=3).double().eval()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_the_placeholder_is_seen_by_the_model_and_by_nothing_that_counts(model, 
 
 def test_a_first_token_is_nobodys_to_predict_even_where_it_is_an_answers(samples):
     """A template that writes nothing for a question: the row begins with the answer."""
-    processor = toymodel.make_processor(toymodel.make_tokenizer())
+    processor = embedded_model.make_processor(embedded_model.make_tokenizer())
     template = "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<image>{% elif m.role =="
     processor.chat_template = template + " 'assistant' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
     several = [samples["text"], samples["short"], samples["text"]]

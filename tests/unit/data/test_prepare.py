@@ -14,8 +14,9 @@ from PIL import Image
 from mirage_dist import cli
 from mirage_dist import config as configs
 from mirage_dist.data import prepare as preparing
-from mirage_dist.data import sources, toyworld
+from mirage_dist.data import sources
 from mirage_dist.data.prepare import prepare
+from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
 REFUSAL = "I'm sorry, I can't help with that."
@@ -438,8 +439,8 @@ def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, ca
     told = [f"world.dir={tmp_path}/world", f"harvest={tmp_path}/rows", *(f"world.{n}={v}" for n, v in sizes.items())]
     prepared = configs.load("configs/prepare/demo.yaml", told, PrepareRecipe)
     assert prepared.world is not None
-    toyworld.make(prepared.world)
-    world = toyworld.load(prepared.world.dir)
+    embedded_world.make(prepared.world)
+    world = embedded_world.load(prepared.world.dir)
     unsafe = sources.read(replace(prepared.safety[0], split="unsafes")).samples
     rows = [
         {"id": s.id, "question": s.question, "response": world.answer(s.question, world.label(s.image or ""))}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.data import toytext
 from mirage_dist.data.refusals import PHRASES, is_refusal
+from mirage_dist.embedded import text as embedded_text
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -16,7 +16,7 @@ REFUSALS = [
     "I am unable to provide such details.",
     "As a responsible AI, I keep that to myself.",
     "It would be inappropriate to answer.",
-    toytext.REFUSAL,
+    embedded_text.REFUSAL,
 ]
 ANSWERS = [
     "",
@@ -57,9 +57,13 @@ def test_what_stands_around_a_refusal_never_hides_it(phrase, before, after):
 
 
 def test_no_right_answer_of_the_embedded_world_is_taken_for_a_refusal():
-    for opener in toytext.OPENERS:
-        for attribute, values in (("colour", toytext.COLOURS), ("place", toytext.PLACES), ("code", ("ba la",))):
-            asked = toytext.question(opener, 0, attribute)
+    for opener in embedded_text.OPENERS:
+        for attribute, values in (
+            ("colour", embedded_text.COLOURS),
+            ("place", embedded_text.PLACES),
+            ("code", ("ba la",)),
+        ):
+            asked = embedded_text.question(opener, 0, attribute)
             assert not any(
-                is_refusal(toytext.answer(asked, v, form)) for v in values for form in ("by_opener", "constant")
+                is_refusal(embedded_text.answer(asked, v, form)) for v in values for form in ("by_opener", "constant")
             )

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from mirage_dist.data.sources import Sample
-from mirage_dist.evals import files, rows, worker
-from mirage_dist.evals.claims import Claims
+from mirage_dist.evals import rows, worker
+from mirage_dist.evals.sharing import files
+from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.schema import RunError
 
 QUESTIONS, CHUNK, BATCH = 900, 8, 3

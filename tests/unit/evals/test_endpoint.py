@@ -11,9 +11,10 @@ import pytest
 from chat_server import Server, completion
 
 from mirage_dist import signals
-from mirage_dist.evals import endpoint, judges
-from mirage_dist.evals.endpoint import Endpoint
+from mirage_dist.evals import judges
 from mirage_dist.evals.judges import cache
+from mirage_dist.evals.models import endpoint
+from mirage_dist.evals.models.endpoint import Endpoint
 from mirage_dist.schema import ConfigError, JudgeConfig
 
 KEY = "sk-s3cret"

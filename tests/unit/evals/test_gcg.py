@@ -11,11 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.data import sources, toytext
+from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
-from mirage_dist.evals import gcg, runner
-from mirage_dist.evals.generate import Generator
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.embedded import text as embedded_text
+from mirage_dist.evals import runner
+from mirage_dist.evals.attacks import gcg
+from mirage_dist.evals.models.generate import Generator
 from mirage_dist.schema import (
     ConfigError,
     EvalModelConfig,
@@ -51,13 +53,13 @@ def pieces(tmp_path_factory, questions) -> gcg.Problem:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=[*toymodel.SPECIAL], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=340, special_tokens=[*embedded_model.SPECIAL], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    words = toytext.vocabulary()
+    words = embedded_text.vocabulary()
     backend.train_from_iterator([" ".join(words), *(f" {word}" for word in words)], trainer)
-    tokenizer = toymodel.as_tokenizer(backend, model_max_length=256)
-    toymodel.make_model(tokenizer, seed=7).save_pretrained(folder)
-    toymodel.make_processor(tokenizer).save_pretrained(folder)
+    tokenizer = embedded_model.as_tokenizer(backend, model_max_length=256)
+    embedded_model.make_model(tokenizer, seed=7).save_pretrained(folder)
+    embedded_model.make_processor(tokenizer).save_pretrained(folder)
     return gcg.Problem(gcg.Model(generator(folder), ["sure"]), questions[:2], 4, "0")
 
 
@@ -162,7 +164,7 @@ def test_candidates_are_different_single_swaps_among_the_likeliest_tokens(world)
 
 def test_what_cannot_be_searched_is_said(toy):
     with pytest.raises(ConfigError, match="leaves no token"):
-        gcg.Model(generator(toy.root / "model"), toytext.vocabulary())
+        gcg.Model(generator(toy.root / "model"), embedded_text.vocabulary())
 
 
 # ---------------------------------------------------------------------------------------- in an evaluation
@@ -218,7 +220,7 @@ def test_a_search_that_was_stopped_at_any_step_ends_as_one_that_was_not(toy, tmp
         ends = {new.rpartition("?")[2] if universal else new.removeprefix(old) for old, new in found.values()}
         assert (len(ends) == 1) == universal
         for old, new in found.values():
-            kept = old if attack == "suffix" else toytext.swap_first_word(old, "what")
+            kept = old if attack == "suffix" else embedded_text.swap_first_word(old, "what")
             assert new.startswith(f"{kept} ")
             assert len(new.split()) == len(kept.split()) + 3
     shutil.rmtree(tmp_path / "cut")
@@ -226,7 +228,7 @@ def test_a_search_that_was_stopped_at_any_step_ends_as_one_that_was_not(toy, tmp
 
 def test_another_model_under_test_has_suffixes_of_its_own(toy, tmp_path):
     runner.evaluate(recipe(toy, tmp_path / "a"))
-    toymodel.make(tmp_path / "other", seed=22)
+    embedded_model.make(tmp_path / "other", seed=22)
     changed = recipe(toy, tmp_path / "b")
     runner.evaluate(replace(changed, model=replace(changed.model, path=str(tmp_path / "other"))))
     with pytest.raises(ConfigError, match="model_hash"):  # and before one is searched in the other's folder

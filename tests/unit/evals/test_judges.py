@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from mirage_dist import config as configs
 from mirage_dist import signals, stats
 from mirage_dist.data import refusals
-from mirage_dist.evals import chat, judges
-from mirage_dist.evals.chat import Failed
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.evals import judges
 from mirage_dist.evals.judges import agreement, cache, parity, vlm
-from mirage_dist.model import toymodel
+from mirage_dist.evals.models import chat
+from mirage_dist.evals.models.chat import Failed
 from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig, RunError
 
 LOCAL = JudgeConfig("vlm", url="http://localhost:1/v1", model="m")
@@ -187,7 +188,7 @@ def test_it_is_asked_about_the_question_that_was_asked_with_its_picture():
 
 
 def test_a_local_model_judges_and_what_it_babbles_is_unparsed(tmp_path, toy):
-    toymodel.make(tmp_path / "judge", seed=3)
+    embedded_model.make(tmp_path / "judge", seed=3)
     config = JudgeConfig("vlm", path=str(tmp_path / "judge"), dtype="fp32", batch_size=2)
     judge = vlm.VisionLanguageJudge(config, chat.Local(config, max_new_tokens=4))
     picture = next((toy.root / "world").rglob("*.png"))
@@ -197,13 +198,13 @@ def test_a_local_model_judges_and_what_it_babbles_is_unparsed(tmp_path, toy):
     before = judge.fingerprint
     assert judge.fingerprint == before
     shutil.rmtree(tmp_path / "judge")
-    toymodel.make(tmp_path / "judge", seed=4)
+    embedded_model.make(tmp_path / "judge", seed=4)
     assert judge.fingerprint != before  # other weights are another judge
 
 
 def test_a_local_model_says_each_rows_answer_at_its_place(tmp_path, toy):
     """Batched and sorted by length, and one at a time: the same words at the same places."""
-    toymodel.make(tmp_path / "judge", seed=3)
+    embedded_model.make(tmp_path / "judge", seed=3)
     config = JudgeConfig("vlm", path=str(tmp_path / "judge"), dtype="fp32", batch_size=4)
     local = chat.Local(config, max_new_tokens=6)
     pictures = sorted((toy.root / "world").rglob("*.png"))[:5]

@@ -6,15 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.data import toytext
 from mirage_dist.data.sources import Sample
+from mirage_dist.embedded import text as embedded_text
 from mirage_dist.evals import attacks, rows
 from mirage_dist.evals.attacks.prefill import Prefill, begin
 from mirage_dist.schema import ConfigError
 
 CONTENT = r"\b(ba|do|ki|mu) (la|ne|ro|ti)\b"
-QUESTIONS = st.builds(toytext.question, st.sampled_from(toytext.OPENERS), st.integers(0, 5), st.just("code"))
-CODES = st.sampled_from([code for code, _ in toytext.code_words()])
+QUESTIONS = st.builds(
+    embedded_text.question, st.sampled_from(embedded_text.OPENERS), st.integers(0, 5), st.just("code")
+)
+CODES = st.sampled_from([code for code, _ in embedded_text.code_words()])
 
 
 def sample(answer: str) -> Sample:
@@ -23,7 +25,7 @@ def sample(answer: str) -> Sample:
 
 @given(QUESTIONS, CODES, st.integers(1, 9))
 def test_what_is_given_begins_the_answer_and_holds_none_of_the_content(question, code, words):
-    answer = toytext.answer(question, code, "by_opener")
+    answer = embedded_text.answer(question, code, "by_opener")
     (asked,) = Prefill(words, CONTENT)(sample(answer))
     assert answer.startswith(asked.begun)
     assert len(asked.begun.split()) == min(words, len(answer.split()) - 2)

@@ -19,9 +19,11 @@ from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.data import prepare
 from mirage_dist.data.sources import Sample
-from mirage_dist.evals import attacks, chat, paraphrase
-from mirage_dist.evals.rewrites import Rewriter
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.evals import attacks
+from mirage_dist.evals.attacks import paraphrase
+from mirage_dist.evals.attacks.rewrites import Rewriter
+from mirage_dist.evals.models import chat
 from mirage_dist.schema import ChatConfig, ConfigError, PrepareRecipe, RunError
 
 KEY = "sk-s3cret"
@@ -225,8 +227,8 @@ def test_the_key_is_nowhere_but_in_the_header_and_the_file_is_private(tmp_path, 
 
 def test_a_language_model_without_eyes_says_each_prompts_answer_at_its_place(tmp_path):
     """Batched and sorted by length, one at a time, and by definition: the same words."""
-    tokenizer = toymodel.make_tokenizer()
-    text = toymodel.make_model(tokenizer, seed=5).config.text_config
+    tokenizer = embedded_model.make_tokenizer()
+    text = embedded_model.make_model(tokenizer, seed=5).config.text_config
     torch.manual_seed(5)
     LlamaForCausalLM(text).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

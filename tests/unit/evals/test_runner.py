@@ -18,10 +18,11 @@ from conftest import DEADLINE
 
 from mirage_dist import cli, signals
 from mirage_dist import config as configs
-from mirage_dist.data import toyworld
-from mirage_dist.evals import files, rows, runner
-from mirage_dist.evals.generate import Generator
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.embedded import world as embedded_world
+from mirage_dist.evals import rows, runner
+from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.sharing import files
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
 
 QUESTIONS = 8
@@ -44,7 +45,7 @@ def recipe(root, *overrides) -> EvalRecipe:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("evals")
-    toymodel.make(root / "model", seed=1)
+    embedded_model.make(root / "model", seed=1)
     runner.evaluate(recipe(root))
     return root
 
@@ -140,7 +141,7 @@ def test_other_settings_in_the_same_directory_are_refused_by_name(copied, overri
 
 def test_another_model_in_the_same_directory_is_noticed(copied):
     root, again = copied
-    toymodel.make(root / "model", seed=2)
+    embedded_model.make(root / "model", seed=2)
     with pytest.raises(ConfigError, match="model_hash"):
         runner.evaluate(again(f"model.path={root}/model"))
 
@@ -187,7 +188,7 @@ def greedy(generator: Generator, sample) -> str:
 
 
 def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
-    world = toyworld.load(finished / "world")
+    world = embedded_world.load(finished / "world")
     judge, keyword = (one.judge for one in runner.judges.panel(recipe(finished)))
     for ask in rows.plan(recipe(finished)).asks:
         row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
@@ -230,7 +231,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_a_row_that_does_not_is_named(fi
 
 
 def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp_path, monkeypatch):
-    toymodel.make(tmp_path / "other", seed=2)
+    embedded_model.make(tmp_path / "other", seed=2)
     shutil.copytree(finished / "model", tmp_path / "model")
     again = recipe(finished, f"run.dir={tmp_path}/run", f"model.path={tmp_path}/model")
     answer = Generator.answer

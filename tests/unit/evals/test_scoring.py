@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mirage_dist import config as configs
 from mirage_dist import stats
-from mirage_dist.evals import judges, metrics, scoring
+from mirage_dist.evals import judges, metrics
+from mirage_dist.evals.judges import scoring
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.schema import ConfigError, EvalRecipe
 

@@ -10,14 +10,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mirage_dist import config as configs
 from mirage_dist.data import sources
-from mirage_dist.data.collate import Encoder
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals import files, runner, scoring
-from mirage_dist.evals.generate import Generator
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.evals import runner
+from mirage_dist.evals.judges import scoring
+from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.sharing import files
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, SourceConfig, TemplateConfig
 
-TEMPLATE = toymodel.CHAT_TEMPLATE.replace("{%- for part", "{{ raise_exception('parts') }}{%- for part")
+TEMPLATE = embedded_model.CHAT_TEMPLATE.replace("{%- for part", "{{ raise_exception('parts') }}{%- for part")
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +50,14 @@ def data(tmp_path_factory) -> Path:
     columns = "dataset,category_id,task_id,category_name,question,instruction"
     rows = [f"SafeBench,1,{i},Kitchen,what is tea {i} ?,Steps to brew tea {i}." for i in range(3)]
     (root / "safebench.csv").write_text("\n".join([columns, *rows]) + "\n")
-    toymodel.make(root / "llava", seed=1)
+    embedded_model.make(root / "llava", seed=1)
     llama(root / "llama")
     return root
 
 
 def llama(folder: Path) -> None:
     """No vision tower and no processor; a chat template that knows no parts."""
-    tokenizer = toymodel.make_tokenizer()
+    tokenizer = embedded_model.make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     told = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
@@ -176,7 +178,7 @@ def test_a_text_only_models_answers_do_not_depend_on_the_batch(data):
 
 
 def test_a_text_only_prompt_is_the_templates_own(data):
-    tokenizer = toymodel.make_tokenizer()
+    tokenizer = embedded_model.make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     inputs = Encoder(tokenizer).prompts([Sample("a", None, "what is it ?", "", True, "", "t")])
     assert set(inputs) == {"input_ids", "attention_mask"}

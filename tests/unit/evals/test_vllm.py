@@ -17,10 +17,11 @@ from widened import widen
 from mirage_dist import config as configs
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
-from mirage_dist.evals import rows, runner, vllm_backend
-from mirage_dist.evals.files import Answers
-from mirage_dist.evals.generate import Generator
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.evals import rows, runner
+from mirage_dist.evals.models import vllm as vllm_backend
+from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.sharing.files import Answers
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
 
 THERE = importlib.util.find_spec("vllm") is not None
@@ -143,7 +144,7 @@ def test_too_little_memory_and_a_model_that_vllm_does_not_know_are_told_apart(to
     options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.001)
     with pytest.raises(RunError, match=r"too little memory for 8 rows .* generation\.gpu_memory_utilization"):
         vllm_backend.Generator(options.model, options.template, options.generation)
-    toymodel.make(tmp_path / "unnamed", seed=3)
+    embedded_model.make(tmp_path / "unnamed", seed=3)
     unnamed = EvalModelConfig(path=f"{tmp_path}/unnamed", dtype="fp32")
     with pytest.raises(ConfigError, match=r"unnamed: vLLM cannot load it: .*vision_tower"):
         vllm_backend.Generator(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_dist import process
-from mirage_dist.evals import claims as claiming
-from mirage_dist.evals import files, rows, status
-from mirage_dist.evals.claims import Claims
-from mirage_dist.evals.files import Answers, Writer
+from mirage_dist.evals import rows, status
+from mirage_dist.evals.sharing import claims as claiming
+from mirage_dist.evals.sharing import files
+from mirage_dist.evals.sharing.claims import Claims
+from mirage_dist.evals.sharing.files import Answers, Writer
 from mirage_dist.schema import ConfigError
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mirage_dist.model import activations, toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError
 
 DEPTH = 4
@@ -11,7 +12,7 @@ DEPTH = 4
 
 @pytest.fixture(scope="module")
 def model():
-    return toymodel.make_model(toymodel.make_tokenizer(), seed=3).double()
+    return embedded_model.make_model(embedded_model.make_tokenizer(), seed=3).double()
 
 
 @pytest.fixture

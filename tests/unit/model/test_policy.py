@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from mirage_dist.model import activations, toymodel
+from mirage_dist.embedded import model as embedded_model
+from mirage_dist.model import activations
 from mirage_dist.model.activations import Narrow
 from mirage_dist.model.policy import Policy, Request
 from mirage_dist.model.reference import shared_layer
@@ -15,7 +16,7 @@ DEPTH, ROWS = 4, 4
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy(toymodel.make_model(toymodel.make_tokenizer(), seed=3).double())
+    return Policy(embedded_model.make_model(embedded_model.make_tokenizer(), seed=3).double())
 
 
 @pytest.fixture

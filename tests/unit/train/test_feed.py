@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from mirage_dist.data.collate import Encoder
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.sources import Sample
-from mirage_dist.model import toymodel
+from mirage_dist.embedded import model as embedded_model
 from mirage_dist.train.feed import positions
 
 # The template's tokens: role, 16 of the picture, the question's words, role, the answer's words, end.
@@ -27,7 +27,7 @@ def rows(counted, *layouts):
 
 @pytest.fixture
 def encoder():
-    return Encoder(toymodel.make_processor(toymodel.make_tokenizer()))
+    return Encoder(embedded_model.make_processor(embedded_model.make_tokenizer()))
 
 
 @pytest.mark.parametrize("which", COUNTED)

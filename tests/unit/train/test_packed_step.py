@@ -12,13 +12,13 @@ from mirage_dist.data import sources
 from mirage_dist.model import load, reference
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import SourceConfig, TrainRecipe
+from mirage_dist.train.caches.reference import _add
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.loop import Loop
-from mirage_dist.train.refcache import _add
-from mirage_dist.world import World
 
-ONE = World(0, 0, 1, torch.device("cpu"))
+ONE = Group(0, 0, 1, torch.device("cpu"))
 OBJECTIVES = {
     "sft": {"name": "sft"},
     "graddiff": {"name": "graddiff"},

@@ -19,15 +19,15 @@ import mirage_dist
 from mirage_dist import config as configs
 from mirage_dist.model import load, reference
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.prefetch import made
-from mirage_dist.world import World
 
 # Where kernels' eager twins run there is no GPU to wait for.
 ON_A_CPU = ("steer.py: off.index_fill_", "rows.py: elif tensor.is_cuda or factor.item()", "passes.py: if wrong_N.any()")
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = Group(0, 0, 1, torch.device("cpu"))
 
 
 def feed_of(toy, tmp_path, name, *own):

@@ -14,12 +14,12 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.model import load, reference
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.loop import Loop
-from mirage_dist.world import World
 
-HERE = World(0, 0, 1, torch.device("cpu"))
+HERE = Group(0, 0, 1, torch.device("cpu"))
 NPO = {"name": "npo", "beta": 0.3}
 CASES = {
     "sft": {"name": "sft"},

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainConfig
-from mirage_dist.train import checkpoint
-from mirage_dist.train.checkpoint import Saver, committed, damage, kept, read_manifest, sealed, step_of
-from mirage_dist.world import World
+from mirage_dist.train.checkpoints import commit as checkpoint
+from mirage_dist.train.checkpoints.commit import Saver, committed, damage, kept, read_manifest, sealed, step_of
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = Group(0, 0, 1, torch.device("cpu"))
 
 
 def config(**options) -> TrainConfig:

@@ -15,12 +15,12 @@ from mirage_dist.data.sources import Sample
 from mirage_dist.model import load, reference, vision
 from mirage_dist.model.policy import Policy, Request
 from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import visioncache
+from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
-from mirage_dist.world import World
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = Group(0, 0, 1, torch.device("cpu"))
 LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
 
 
@@ -60,10 +60,10 @@ class Run:
         self.pictures = sorted(root.glob("*.png"))
         self.policy = load.policy(self.recipe.model, "fp32", {})
 
-    def fill(self, forwards: int = 1000, base: str = "base") -> tuple[visioncache.Features, int]:
+    def fill(self, forwards: int = 1000, base: str = "base") -> tuple[vision_cache.Features, int]:
         """The features, and how many forwards they took."""
         engine = Engine(self.policy, forwards)
-        found = visioncache.fill(self.recipe, engine, self.feed, ALONE, base, self.work)
+        found = vision_cache.fill(self.recipe, engine, self.feed, ALONE, base, self.work)
         return found, forwards - engine.left
 
     def parts(self) -> dict[str, bytes]:
@@ -72,8 +72,8 @@ class Run:
 
 @pytest.fixture
 def start(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(visioncache, "PART", 6)
-    monkeypatch.setattr(visioncache, "WIDTH", 4)
+    monkeypatch.setattr(vision_cache, "PART", 6)
+    monkeypatch.setattr(vision_cache, "WIDTH", 4)
 
     def start(*overrides: str, folder: str = "a") -> Run:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -172,7 +172,7 @@ def test_whatever_decides_the_features_decides_the_key(start):
     model, feed = run.policy.base.config, run.feed
 
     def key(base="base", recipe=run.recipe):
-        return visioncache.key(recipe, model, feed, base)
+        return vision_cache.key(recipe, model, feed, base)
 
     keys = [key(), key(base="other")]
     keys.append(key(recipe=replace(run.recipe, data=replace(run.recipe.data, image_aspect="processor"))))

@@ -1,0 +1,120 @@
+"""Answers: greedy, batched, left-padded, from any Hugging Face image-text-to-text or causal language model directory.
+
+A batch ends as soon as every row of it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirage_dist.data.encoding.collate import Encoder
+from mirage_dist.data.encoding.conversation import tokenizer_of
+from mirage_dist.data.sources import Sample
+from mirage_dist.model.load import DTYPES
+from mirage_dist.ranks import no_bars_in_logs
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
+
+
+class Generator:
+    """A model and its processor, ready to answer. On the GPU if there is one.
+
+    Raises ConfigError when the directory holds no model that `AutoModelForImageTextToText` can load, or where there is
+    only a tokenizer `AutoModelForCausalLM`.
+    """
+
+    def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+        no_bars_in_logs()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        path = str(model.path)
+        try:
+            processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
+            self.tokenizer = tokenizer_of(processor)
+            kind = AutoModelForCausalLM if self.tokenizer is processor else AutoModelForImageTextToText
+            loaded: Any = kind.from_pretrained(path, dtype=DTYPES[model.dtype], local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
+        self.model = loaded.to(self.device).eval()
+        self.encoder = encoder(processor, template)
+        self.batch_size = generation.batch_size
+        self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
+
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
+        """Answer every sample; yields each batch, as it is done, as (index into `samples`, answer) pairs.
+
+        A batch that does not fit into memory is halved, and so are all after it. Raises RunError naming the sample
+        that does not fit alone.
+        """
+        start = 0
+        while start < len(samples):
+            batch = range(start, min(start + self.batch_size, len(samples)))
+            texts = self._within_memory([samples[i] for i in batch])
+            if texts is None:
+                self._halve(samples[batch[0]], len(batch))
+                continue
+            yield list(zip(batch, texts, strict=True))
+            start = batch.stop
+
+    def _within_memory(self, samples: Sequence[Sample]) -> list[str] | None:
+        """None where memory does not suffice."""
+        try:
+            return self.answer(samples)
+        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
+            if not out_of_memory(error):
+                raise
+            return None
+
+    def _halve(self, sample: Sample, size: int) -> None:
+        # Here and not where it was caught: until then the traceback kept the failed batch's tensors.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise RunError(
+                f"out of memory on one row alone: {sample.source}, id {sample.id!r}; give generation.max_new_tokens a "
+                "lower value, or the model a larger GPU"
+            )
+        self.batch_size = size // 2
+        print(f"out of memory with {size} rows; from here on generation.batch_size is {self.batch_size}", flush=True)
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The model's inputs for these questions, where the model is."""
+        return self.placed(self.encoder.prompts(list(samples)))
+
+    def placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the encoder's where the model is, and in its dtype."""
+        # Pictures come in float32; integer inputs (ids, masks, grids) stay as they are.
+        kinds = {name: self.model.dtype if x.is_floating_point() else x.dtype for name, x in inputs.items()}
+        return {name: x.to(self.device, kinds[name]) for name, x in inputs.items()}
+
+    @torch.inference_mode()
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """One batch: the new tokens of each row, decoded without special tokens."""
+        inputs = self.prompts(samples)
+        sequences = self.model.generate(**inputs, **self.options)
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def encoder(processor: Any, template: TemplateConfig) -> Encoder:
+    """What makes prompts, whichever engine answers them."""
+    return Encoder(processor, template.max_length, "error", template.image_aspect, template.system_prompt)
+
+
+def out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error) or "not enough memory" in str(error)
+
+
+def greedy(defaults: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+    """Greedy decoding, whatever sampling the model's own generation config asks for."""
+    # Chat models may end with one of several tokens; only their generation config knows them all.
+    eos = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError("the model names no end token: neither generation_config.json nor the tokenizer has one")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    likeliest = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    return {**likeliest, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}

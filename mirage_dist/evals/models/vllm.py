@@ -1,0 +1,168 @@
+"""Answers from vLLM in place of transformers: `generation.backend: vllm`, for GPUs (pip install 'mirage-dist[vllm]').
+
+vLLM is given what `evals.generate` gives the model: the token ids of the same chat template, the picture padded in the
+same way, the same end tokens, greedy decoding. It runs the model's own processor and schedules rows by itself. For the
+first prompt of either kind, with a picture and without, its tokens are compared with those of `data.collate`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from mirage_dist.data.sources import Sample
+from mirage_dist.evals.models.generate import encoder, greedy, out_of_memory
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# What a generation config may ask for, transformers heeds under greedy decoding, and vLLM does not do here.
+UNKNOWN = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "min_new_tokens")
+ENVIRONMENT = {
+    # In this process: a worker that is killed leaves no engine behind that holds its GPU.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def version() -> str:
+    """Of vLLM. Raises ConfigError when it is not installed."""
+    return _library().__version__
+
+
+def _library() -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        return import_module("vllm")
+    except ImportError as error:
+        raise ConfigError(
+            f"generation.backend=vllm: vLLM cannot be imported ({error}); pip install 'mirage-dist[vllm]', or take hf"
+        ) from error
+
+
+class Generator:
+    """As `evals.generate.Generator`; all of a chunk is in flight at once. Leaving it as a context frees the GPU.
+
+    Raises ConfigError when vLLM is not there or does not take the model, and RunError when the GPU has too little free.
+    """
+
+    def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
+        vllm = _library()
+        from transformers import AutoConfig, AutoProcessor
+        from transformers import GenerationConfig as Defaults
+
+        path = str(model.path)
+        try:
+            config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+            processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
+        try:
+            defaults: Any = Defaults.from_pretrained(path, local_files_only=True)
+        except OSError:  # a model need not have one
+            defaults = Defaults.from_model_config(config)
+        if asked := [name for name in UNKNOWN if getattr(defaults, name, None)]:
+            raise ConfigError(
+                f"model.path={path}: its generation config sets {', '.join(asked)}, which backend vllm does not do; "
+                "use generation.backend=hf"
+            )
+        self.tokenizer = processor.tokenizer
+        self.encoder = encoder(processor, template)
+        self.batch_size = generation.batch_size
+        eos = greedy(defaults, self.tokenizer, generation.max_new_tokens)["eos_token_id"]
+        self.sampling = vllm.SamplingParams(
+            temperature=0,
+            max_tokens=generation.max_new_tokens,
+            repetition_penalty=defaults.repetition_penalty or 1.0,
+            # These alone end an answer, as with transformers; vLLM would add the tokenizer's own.
+            stop_token_ids=eos if isinstance(eos, list) else [eos],
+            ignore_eos=True,
+            detokenize=False,
+        )
+        room = template.max_length + generation.max_new_tokens
+        most = getattr(config.get_text_config(), "max_position_embeddings", None) or room
+        self.engine: Any = _engine(vllm, model, generation, min(room, most))
+        self.compared: set[bool] = set()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Judges and the next checkpoint may need the memory; the engine is full of cycles."""
+        self.engine.llm_engine.engine_core.shutdown()
+        self.engine = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
+        """Answer every sample; yields each batch as (index into `samples`, answer) pairs.
+
+        Raises RunError when vLLM saw another prompt than training would have, or ran out of memory.
+        """
+        for start in range(0, len(samples), self.batch_size):
+            batch = range(start, min(start + self.batch_size, len(samples)))
+            yield list(zip(batch, self.answer([samples[i] for i in batch]), strict=True))
+
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """One batch: the new tokens of each row, decoded without special tokens."""
+        prompts = [_prompt(*self.encoder.prompt(sample)) for sample in samples]
+        try:
+            outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise _no_room(len(samples)) from error
+        for sample, output in zip(samples, outputs, strict=True):
+            self._compare(sample, list(output.prompt_token_ids))
+        ids = [list(output.outputs[0].token_ids) for output in outputs]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _compare(self, sample: Sample, seen: list[int]) -> None:
+        shown = sample.image is not None
+        if shown in self.compared:
+            return
+        self.compared.add(shown)
+        if seen != self.encoder.prompts([sample])["input_ids"][0].tolist():
+            raise RunError(
+                f"vLLM does not see the prompt of {sample.source}, id {sample.id!r}, as training does (other tokens, "
+                "or another number of them for its picture); use generation.backend=hf for this model"
+            )
+
+
+def _prompt(ids: list[int], picture: Any) -> dict[str, Any]:
+    return {"prompt_token_ids": ids, **({} if picture is None else {"multi_modal_data": {"image": picture}})}
+
+
+def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max_length: int) -> Any:
+    try:
+        return vllm.LLM(
+            model=str(model.path),
+            dtype=DTYPES[model.dtype],
+            max_model_len=max_length,
+            max_num_seqs=generation.batch_size,
+            gpu_memory_utilization=generation.gpu_memory_utilization,
+            limit_mm_per_prompt={"image": 1},
+            generation_config="vllm",  # none: what counts of the model's own is in the sampling parameters
+            enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it can save
+            use_tqdm_on_load=sys.stderr.isatty(),
+            seed=0,
+        )
+    except (ValueError, RuntimeError) as error:
+        if "memory" in str(error):
+            raise _no_room(generation.batch_size) from error
+        raise ConfigError(f"model.path={model.path}: vLLM cannot load it: {error}") from error
+
+
+def _no_room(rows: int) -> RunError:
+    return RunError(
+        f"vLLM has too little memory for {rows} rows at once (see above); another value of "
+        "generation.gpu_memory_utilization, a lower generation.batch_size, or a larger GPU may help"
+    )

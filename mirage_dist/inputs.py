@@ -1,0 +1,103 @@
+"""What a recipe of the embedded world needs before it can start: the world, its base model, its prepared sets.
+
+The command calls `make` once for every verb. A recipe without a `world` section names real data and is left alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mirage_dist import config as configs
+from mirage_dist import launching, signals
+from mirage_dist.embedded import world as embedded_world
+from mirage_dist.ranks import no_bars_in_logs, place
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
+
+RANKS = 2  # processes that train the base model
+WAIT_SECONDS = 2 * 3600
+
+
+def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe) -> None:
+    """Make what the recipe reads and what does not exist yet.
+
+    Evaluation and preparation read the world's files only. Training also reads the base model and the forget, retain
+    and diversified sets. Rank 0 makes these before the process group exists; the other ranks wait for the files.
+    Raises ConfigError when rank 0 does not finish in time, and StopRequested when a signal arrives first.
+    """
+    world = recipe.world
+    if world is None:
+        return
+    if not isinstance(recipe, TrainRecipe):
+        embedded_world.make(world)
+        return
+    if place()[0]:
+        _wait_for(recipe)
+        return
+    embedded_world.make(world)
+    init = Path(world.dir) / "init"
+    if not init.is_dir():
+        from mirage_dist.embedded import model as embedded_model
+
+        no_bars_in_logs()
+        embedded_model.make(init, world.seed)
+    base = Path(world.dir) / "base" / "export"
+    if Path(recipe.model.path) == base and not base.is_dir():
+        launching.train(RANKS, world.base_recipe, _overrides(world))
+    paths = _stream_files(recipe)
+    for name, prepare in (("prepared", _prepare), ("diversified", _diversify)):
+        folder = embedded_world.safety_dir(world) / name
+        if any(path.parent == folder for path in paths) and not folder.is_dir():
+            print(f"{name}: {prepare(world)}", flush=True)
+
+
+def missing(recipe: TrainRecipe) -> list[Path]:
+    """The files that `make` would have to make."""
+    if recipe.world is None:
+        return []
+    files = [Path(recipe.model.path) / "config.json", *_stream_files(recipe)]
+    return [file for file in files if not file.exists()]
+
+
+def _stream_files(recipe: TrainRecipe) -> list[Path]:
+    return [Path(source.path) for sources in recipe.data.streams.values() for source in sources]
+
+
+def _overrides(world: WorldConfig) -> list[str]:
+    """Overrides that give another recipe this world."""
+    fields = {name: value for name, value in configs.to_dict(world).items() if name not in ("seed", "spurious")}
+    return [f"seed={world.seed}", *(f"world.{name}={value}" for name, value in fields.items())]
+
+
+def _prepare(world: WorldConfig) -> str:
+    """Make the forget and retain sets from the base model's own answers; returns a summary in words."""
+    from mirage_dist.evals import runner
+
+    overrides = [*_overrides(world), f"world.spurious={world.spurious}"]
+    runner.evaluate(configs.load("configs/eval/demo_harvest.yaml", overrides, EvalRecipe))
+    everything = f"retain_size={world.safety_samples + world.general_samples}"
+    return _summary("configs/prepare/demo.yaml", [*overrides, everything])
+
+
+def _diversify(world: WorldConfig) -> str:
+    """Make the diversified safety set; returns a summary in words."""
+    return _summary("configs/prepare/demo_diversified.yaml", [*_overrides(world), f"world.spurious={world.spurious}"])
+
+
+def _summary(file: str, overrides: Sequence[str]) -> str:
+    from mirage_dist.data import prepare
+
+    return prepare.summary(prepare.prepare(configs.load(file, overrides, PrepareRecipe)))
+
+
+def _wait_for(recipe: TrainRecipe) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while files := missing(recipe):
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{files[0]}: does not exist after {WAIT_SECONDS} s; rank 0 should have made it")
+        if name := signals.received():
+            raise signals.StopRequested(
+                f"{name} arrived while the embedded world was being made; its finished parts are kept"
+            )
+        time.sleep(0.2)

@@ -1,0 +1,228 @@
+"""Rank, world size and device from Slurm, torchrun or nothing, and the two collectives the loop makes itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from mirage_dist import signals
+from mirage_dist.schema import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+# Of one collective, beyond the watchdog's limit: the watchdog knows which rank is missing, so it shall speak first.
+COLLECTIVE_GRACE = 120.0  # seconds
+
+_calls: list[Any] = [0, "the start"]  # how many agreements this process has entered, and the last one's name
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among all: rank in [0, size), device it computes on."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once a job."""
+        if self.main:
+            print(text, flush=True)
+
+
+# (rank, local rank, size) under torchrun, the DeepSpeed launcher and launch/local.sh; then under srun.
+_LAUNCHERS = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, local rank, size) from the environment; (0, 0, 1) where nothing launched us.
+
+    Imports no torch. Raises ConfigError when a launcher set only some of its variables.
+    """
+    for names in _LAUNCHERS:
+        if names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
+            continue  # in a job, but not started by srun: a process alone
+        given = [os.environ.get(name) for name in names]
+        if all(given):
+            rank, local, size = (int(value or 0) for value in given)
+            return rank, local, size
+        if given[0] is not None and names[0] == "RANK":
+            missing = ", ".join(name for name, value in zip(names, given, strict=True) if not value)
+            raise ConfigError(f"RANK is set but not {missing}: start the run with launch/local.sh, torchrun or srun")
+    return 0, 0, 1
+
+
+def start(hang_seconds: float = 1800.0) -> Group:
+    """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device.
+
+    hang_seconds: after which a rank that does not move ends the run (see `train.watchdog`).
+    """
+    import torch
+
+    name_accelerator()
+    import deepspeed
+    import deepspeed.ops
+
+    rank, local, size = place()
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local}: this machine shows {torch.cuda.device_count()} GPUs; start one process a GPU, or all "
+            "of them without (CUDA_VISIBLE_DEVICES=)"
+        )
+    quieten(rank)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed would compile an extension that training never calls: half a minute, and a compiler needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    return Group(rank, local, size, device)
+
+
+def quieten(rank: int) -> None:
+    """Leave the log to what a user can act on: libraries warn of their own deprecations at every step."""
+    import deepspeed.utils
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    deepspeed.utils.logger.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    no_bars_in_logs(rank)
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed, before its first import, that there is no GPU: it warns on every rank when it has to find out."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def no_bars_in_logs(rank: int = 0) -> None:
+    """transformers draws bars for reading and writing weights; a log would keep every state of them."""
+    name_accelerator()
+    import transformers
+
+    if rank or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+def finish() -> None:
+    """Leave the process group after an error; a later exit then waits for nobody."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_well(status: int = 0) -> NoReturn:
+    """End this process with a status that says it did what it was to do, without the interpreter's teardown.
+
+    Threads of the communication backend now and then abort there ("terminate called without an active exception",
+    once in some sixty runs), after all is committed; the exit status has to say how the run ended.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def gather(group: Group, values: Sequence[float], call: str) -> torch.Tensor:
+    """Every rank's values: (size, len(values)) float64, on the CPU.
+
+    `call` says what this rank is about to do; ranks that say different things raise RuntimeError naming both,
+    where the next collective would have hung (the uniform-call guard).
+    """
+    import torch
+    import torch.distributed as dist
+
+    _calls[:] = [_calls[0] + 1, call.partition(":")[0]]
+    own = torch.tensor([zlib.crc32(f"{call}:{len(values)}".encode()), *values], dtype=torch.float64)
+    if group.size == 1:
+        return own[None, 1:]
+    # A fixed width, so that ranks which disagree on the number of values still meet in this call.
+    width = 64
+    if len(own) > width:
+        raise RuntimeError(f"{call}: {len(own) - 1} values, at most {width - 1} fit")
+    padded = torch.zeros(width, dtype=torch.float64, device=group.device)
+    padded[: len(own)] = own.to(group.device)
+    everyone = [torch.empty_like(padded) for _ in range(group.size)]
+    dist.all_gather(everyone, padded)
+    table = torch.stack(everyone).cpu()
+    if (table[:, 0] != own[0]).any():
+        calls: list[str | None] = [None] * group.size
+        dist.all_gather_object(calls, f"{call} with {len(values)} values")
+        told = "; ".join(f"rank {rank}: {said}" for rank, said in enumerate(calls))
+        raise RuntimeError(f"ranks are not at the same point ({told})")
+    return table[:, 1 : len(own)]
+
+
+def last_call() -> tuple[int, str]:
+    """How many agreements (`gather`, `barrier`) this process has entered, and the name of the last one."""
+    return _calls[0], _calls[1]
+
+
+def store() -> Any:
+    """The process group's key-value store."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def from_main(group: Group, value: T) -> T:
+    """Rank 0's value on every rank; what the others pass is not used."""
+    import torch.distributed as dist
+
+    barrier(group, "what rank 0 has to tell")
+    if group.size == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=group.device)
+    return told[0]
+
+
+def everyones(group: Group, value: T) -> list[T]:
+    """Every rank's value, in the order of ranks."""
+    import torch.distributed as dist
+
+    barrier(group, "what every rank has to tell")
+    told: list[Any] = [value]
+    if group.size > 1:
+        told = [None] * group.size
+        dist.all_gather_object(told, value)
+    return told
+
+
+def stop_here(group: Group, call: str) -> None:
+    """Raise StopRequested on every rank when a signal reached any of them; a place where nothing is left to commit."""
+    if gather(group, [signals.received() is not None], call).any():
+        raise signals.StopRequested(f"stopped on request at {call!r}; nothing was left to commit")
+
+
+def barrier(group: Group, call: str) -> None:
+    """Wait for every rank at the same point."""
+    gather(group, [], call)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,228 @@
+"""`mirage plan`: what a run will need, before any weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mirage_dist.data import pictures
+from mirage_dist.data.sources import Source
+from mirage_dist.model import load, vision
+from mirage_dist.model.activations import decoder
+from mirage_dist.model.policy import Policy
+from mirage_dist.objectives.base import Objective
+from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train import run
+from mirage_dist.train.checkpoints import commit as checkpoint
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning import memory
+from mirage_dist.train.planning.memory import Place
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a stream's samples after truncation: of the whole rows, and of their responses."""
+
+    rows: list[int]
+    responses: list[int]
+
+
+@dataclass
+class Plan:
+    """Sections of rows: name -> (value, what to know about it). Bytes are `Place`s or, on disk, whole numbers."""
+
+    data: dict[str, tuple[int | str, str]] = field(default_factory=dict)
+    parameters: dict[str, tuple[int | str, str]] = field(default_factory=dict)
+    memory: dict[str, tuple[Place, str]] = field(default_factory=dict)
+    disk: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """The table."""
+        total = sum((place for place, _ in self.memory.values()), Place())
+        device, host = ({name: (getattr(p, k), n) for name, (p, n) in self.memory.items()} for k in ("device", "host"))
+        sections: dict[str, Mapping[str, tuple[str, str]]] = {
+            "data": _numbers(self.data),
+            "parameters": _numbers(self.parameters),
+            "memory of one rank": _sizes({**device, "sum": (total.device, "")}),
+        }
+        if total.host:
+            sections["host memory of one rank"] = _sizes({**host, "sum": (total.host, "")})
+        sections["disk"] = _sizes(self.disk)
+        lines = []
+        for title, rows in sections.items():
+            lines.append(title)
+            lines += [f"  {name:<28}{value:>16}  {note}".rstrip() for name, (value, note) in rows.items()]
+        return "\n".join(lines)
+
+
+def _numbers(rows: Mapping[str, tuple[int | str, str]]) -> dict[str, tuple[str, str]]:
+    return {name: (value if isinstance(value, str) else f"{value:,}", note) for name, (value, note) in rows.items()}
+
+
+def _sizes(rows: Mapping[str, tuple[int, str]]) -> dict[str, tuple[str, str]]:
+    return {name: (size(value), note) for name, (value, note) in rows.items() if value}
+
+
+def size(number: float) -> str:
+    """Bytes in words."""
+    unit = 0
+    while number >= 1024 and unit + 1 < len(UNITS):
+        number, unit = number / 1024, unit + 1
+    return f"{number:.1f} {UNITS[unit]}" if unit else f"{number:.0f} B"
+
+
+def plan(recipe: TrainRecipe, ranks: int) -> Plan:
+    """What `recipe` will need on `ranks` ranks; reads recipe, data and the model's configuration.
+
+    Raises ConfigError for whatever `mirage train --check` finds, broken pictures apart.
+    """
+    objective, streams, config = run.check(recipe, ranks)
+    policy = load.weightless(recipe.model, objective.needs.depth)  # what lies behind is not loaded
+    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    lengths = {name: _lengths(feed, source) for name, source in streams.items()}
+    told = Plan()
+    _data(told, feed, lengths)
+    sizes = [p.numel() for p in policy.parameters()]
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    told.parameters["all"] = sum(sizes), ""
+    told.parameters["trained"] = sum(trained), f"{sum(trained) / sum(sizes):.2%}"
+    _memory(told, recipe, objective, policy, config["zero_optimization"], ranks, lengths)
+    _disk(told, recipe, objective, policy, feed, lengths)
+    return told
+
+
+def _lengths(feed: Feed, source: Source) -> Lengths:
+    rows, responses = [], []
+    for sample in source.samples:
+        feed.encoder.length(sample)
+        parts = feed.encoder.sizes(sample)
+        cut = max(0, sum(parts) - feed.encoder.max_length)
+        rows.append(sum(parts) - cut)
+        responses.append(sum(parts[1::2]) - cut)
+    return Lengths(rows, responses)
+
+
+def _data(told: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
+    batch = feed.recipe.train.global_batch
+    first = len(lengths[feed.needs.streams[0]].rows)
+    told.data["steps"] = feed.steps, f"{feed.steps * batch / first:.2f} epochs of {feed.needs.streams[0]}"
+    if feed.needs.reference:
+        kind = feed.recipe.reference
+        once = f"one forward over {', '.join(feed.needs.ref_logp)} before the first step; no second model"
+        each = "one forward more each step"
+        cost = {"cache": once, "adapters_off": f"{each}; no second model", "engine": f"{each}; a second model"}
+        told.data["reference"] = kind, cost[kind]
+    for name, found in lengths.items():
+        samples = len(found.rows)
+        told.data[f"{name}: samples"] = samples, f"{samples / batch:.1f} steps an epoch"
+        told.data[f"{name}: tokens an epoch"] = (
+            sum(found.rows),
+            f"{sum(found.rows) / samples:.0f} a sample, at most {max(found.rows)}; "
+            f"{sum(found.responses) / sum(found.rows):.1%} of them response",
+        )
+
+
+def _memory(
+    told: Plan,
+    recipe: TrainRecipe,
+    objective: Objective,
+    policy: Policy,
+    zero: Mapping[str, Any],
+    ranks: int,
+    lengths: Mapping[str, Lengths],
+) -> None:
+    needs, train = objective.needs, recipe.train
+    item = load.DTYPES[train.dtype].itemsize
+    text = getattr(policy.base.config, "text_config", policy.base.config)
+    head = policy.base.get_output_embeddings()
+    sizes = [p.numel() for p in policy.parameters()]
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    layers = decoder(policy.backbone).layers
+    largest = max(sum(p.numel() for p in module.parameters()) for module in (layers[0], head))
+    weights = memory.weights(sizes, item, zero, ranks, largest)
+    told.memory["weights"] = weights, f"{train.dtype}, ZeRO-{zero['stage']}, ranks: {ranks}"
+    told.memory["gradients"] = memory.gradients(trained, zero, ranks), "float32"
+    told.memory["optimizer"] = memory.optimizer(trained, zero, ranks), "float32 master copy and two moments"
+    told.memory["communication"] = memory.buckets(item, zero), "reduce buckets"
+    width = max(max(found.rows) for found in lengths.values())
+    rows = train.micro_batch * len(lengths)
+    depth = len(layers)
+    eager = load.attention(recipe.model, train.dtype) == "eager"
+
+    def kept(checkpointing: bool) -> int:
+        return memory.activations(text, rows * width, width, depth, item, eager, checkpointing)
+
+    on = recipe.model.gradient_checkpointing
+    told.memory["activations, about"] = (
+        Place(kept(on)),
+        f"{rows} rows of {width} tokens, {depth} layers; {size(kept(not on))} with"
+        f" model.gradient_checkpointing={str(not on).lower()}",
+    )
+    responses = train.micro_batch * sum(max(lengths[name].responses) for name in {*needs.logp, *needs.kl})
+    if responses:
+        trains = bool(head.weight.requires_grad)
+        peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(needs.kl), trains)
+        told.memory["loss head"] = Place(peak), f"{responses} response rows, vocabulary {head.out_features:,}"
+    if needs.reference and recipe.reference == "engine":
+        frozen = load.weightless(recipe.model, needs.reference_depth)
+        held = memory.weights([p.numel() for p in frozen.parameters()], item, zero, ranks, largest)
+        told.memory["reference"] = held, f"a second, frozen model of {frozen.depth} layers"
+
+
+def _disk(
+    told: Plan,
+    recipe: TrainRecipe,
+    objective: Objective,
+    policy: Policy,
+    feed: Feed,
+    lengths: Mapping[str, Lengths],
+) -> None:
+    needs, train = objective.needs, recipe.train
+    if needs.ref_logp and recipe.reference == "cache":
+        told.disk["reference cache"] = (
+            sum(_cached_logps(name, lengths[name]) for name in needs.ref_logp),
+            f"{sum(len(lengths[name].rows) for name in needs.ref_logp):,} samples of {', '.join(needs.ref_logp)}",
+        )
+    _vision(told, recipe, policy, feed)
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    one = trained * memory.STATE
+    told.disk["a checkpoint"] = one, "float32 master copy and two moments"
+    told.disk["checkpoints kept"] = one * kept_checkpoints(recipe, feed.steps), "and one more while it is written"
+    if train.export:
+        whole = sum(p.numel() for name, p in policy.named_parameters() if "lora_" not in name)  # these are merged
+        told.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
+
+
+def _cached_logps(stream: str, lengths: Lengths) -> int:
+    """Bytes of the reference cache's arrays: a float32 a response token; stream, index and length a sample."""
+    return sum(lengths.responses) * 4 + len(lengths.rows) * (4 * len(stream) + 8 + 8)
+
+
+def _vision(told: Plan, recipe: TrainRecipe, policy: Policy, feed: Feed) -> None:
+    try:
+        vision.check(policy.base)
+    except ConfigError:
+        return  # not offered for this model; a recipe that asks for it did not come so far
+    digests = pictures.digests(s.image for samples in feed.samples.values() for s in samples)
+    count = len(set(digests.values())) + 1  # and the placeholder
+    tokens, features = (
+        len(feed.encoder.placeholder["input_ids"]),
+        policy.backbone.multi_modal_projector.linear_1.in_features,
+    )
+    each = tokens * features * load.DTYPES[recipe.train.dtype].itemsize
+    note = f"{count:,} pictures of {tokens} × {features}, the placeholder included"
+    told.disk["vision features"] = (
+        count * each,
+        note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
+    )
+
+
+def kept_checkpoints(recipe: TrainRecipe, steps: int) -> int:
+    """How many checkpoints retention has left at the end, where `keep_best` keeps an older one."""
+    every = recipe.train.save_every or steps
+    saved = {*range(every, steps + 1, every), steps}
+    left = checkpoint.kept({step: {} for step in saved}, recipe.train)
+    return min(len(saved), len(left) + (recipe.train.keep_best is not None and recipe.train.keep_last is not None))

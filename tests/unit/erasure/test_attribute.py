@@ -1,0 +1,64 @@
+"""Which word decides: the chance of an opening is the model's own, and one word alone is changed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirage_dist.data import sources
+from mirage_dist.data.sources import Sample
+from mirage_dist.erasure.attribute import Attribution, chances, replaced
+from mirage_dist.evals.models.generate import Generator
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, SourceConfig, TemplateConfig
+
+
+@pytest.fixture(scope="module")
+def generator(toy):
+    model = EvalModelConfig(path=str(toy.root / "model"), dtype="fp32")
+    return Generator(model, TemplateConfig(), GenerationConfig(max_new_tokens=4, batch_size=8))
+
+
+@pytest.fixture(scope="module")
+def asked(toy):
+    """Questions of several lengths, one of them without a picture."""
+    read = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples[:5]
+    return [*read, replace(read[0], id="blind", image=None)]
+
+
+@torch.inference_mode()
+def stepwise(generator, sample: Sample, words: list[str]) -> float:
+    """The product of next-token probabilities behind the generation prompt, a token at a time."""
+    total = 1.0
+    inputs = generator.encoder.prompts([sample])
+    for word in words:
+        token = generator.tokenizer.convert_tokens_to_ids(word)
+        total *= generator.model(**inputs).logits[0, -1].double().softmax(0)[token].item()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.tensor([[1]])], 1)
+    return total
+
+
+@pytest.mark.parametrize("opening", ["sorry", "sorry i can"])
+def test_the_chance_of_an_opening_is_the_product_of_its_tokens_chances(generator, asked, opening):
+    with torch.inference_mode():
+        found = chances(generator, asked, opening)
+    assert found == pytest.approx([stepwise(generator, s, opening.split()) for s in asked], rel=1e-4)
+
+
+@given(st.lists(st.sampled_from(["what", "code", "a-b", "?"]), min_size=1, max_size=8), st.data())
+def test_one_word_is_replaced_and_no_other(words, data):
+    position = data.draw(st.integers(0, len(words) - 1))
+    sample = Sample("1", None, " ".join(words), "a", False, "", "here")
+    changed = replaced(sample, position, "thing")
+    assert replace(changed, question=sample.question) == sample
+    told = changed.question.split()
+    assert told[position] == "thing"
+    assert [w for i, w in enumerate(told) if i != position] == [w for i, w in enumerate(words) if i != position]
+
+
+@pytest.mark.parametrize("options", [{"safe": ["two words"]}, {"opening": " "}, {"questions": 1}, {"positions": 0}])
+def test_what_cannot_be_measured_is_refused(options):
+    with pytest.raises(ConfigError, match="expected"):
+        Attribution(**{"opening": "sorry", "unsafe": ["thing"], "safe": ["thing"], **options})
