@@ -171,7 +171,7 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], group: Group) ->
         try:
             if group.main:
                 lease = acquire(root)
-                with lease.told():
+                with lease.write_failures():
                     rundir.count_start(lease, recipe.train.max_restarts)
                     rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
         except (ConfigError, RunError) as error:
@@ -185,7 +185,7 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], group: Group) ->
         held = lease or Lease(root, token)
         manifest = json.loads((root / "manifest.json").read_text())
         told = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
-        with held.told():
+        with held.write_failures():
             yield held, {**told, "world_size": group.size}
     finally:
         if lease is not None:
