@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist.evals.sharing.files import Answers, Row, Writer, write_atomically
+from mirage_dist.evals.sharing import files
+from mirage_dist.evals.sharing.files import Answers, Row, Writer
 from mirage_dist.evals.status import status
 from mirage_dist.schema import EvalRecipe
 
@@ -90,7 +91,7 @@ def table(result: dict[str, Any]) -> str:
 def generation(folder: Path, model: Path | None, questions: int) -> dict[str, Any]:
     from mirage_dist.embedded import model as embedded_model
     from mirage_dist.embedded import world as embedded_world
-    from mirage_dist.evals import rows
+    from mirage_dist.evals import worklist
 
     if model is None:
         embedded_model.make(model := folder / "model", seed=0)
@@ -102,7 +103,7 @@ def generation(folder: Path, model: Path | None, questions: int) -> dict[str, An
     assert recipe.world is not None
     embedded_world.make(recipe.world)
     configs.write_yaml(recipe, folder / "recipe.yaml")
-    prompts = len(rows.plan(recipe).asks)
+    prompts = len(worklist.plan(recipe).questions)
     # Turn about, and the better of two: the machine may have other things to do.
     runs = [(together(folder, f"one{i}", 1), together(folder, f"two{i}", 2)) for i in range(2)]
     one, two = (min((run[i] for run in runs), key=lambda told: told["seconds"]) for i in range(2))
@@ -142,12 +143,12 @@ def await_files(files: Sequence[Path], started: Sequence[subprocess.Popen]) -> N
 
 def loaded(folder: Path) -> tuple[EvalRecipe, Any, dict[str, Any]]:
     """The recipe, a generator that has warmed up, and the work list by key."""
-    from mirage_dist.evals import rows
-    from mirage_dist.evals.models.generate import Generator
+    from mirage_dist.evals import rows, worklist
+    from mirage_dist.evals.models.hf import HuggingFace
 
     recipe = configs.load(folder / "recipe.yaml", [], EvalRecipe)
-    generator = Generator(recipe.model, recipe.template, recipe.generation)
-    asks = rows.keyed(rows.plan(recipe).asks, {})
+    generator = HuggingFace(recipe.model, recipe.template, recipe.generation)
+    asks = rows.keyed(worklist.plan(recipe).questions, {})
     generator.answer([ask.sample for ask in asks.values()][:4])
     return recipe, generator, asks
 
@@ -217,7 +218,7 @@ def many(folder: Path, count: int) -> dict[str, Any]:
         with Writer(suite) as writer:
             for start in range(part, count, FILES * APPENDED):
                 writer.append(row(i) for i in range(start, min(start + FILES * APPENDED, count), FILES))
-    write_atomically(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"what": count}}}))
+    files.write(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"what": count}}}))
     found: dict[str, Any] = {"rows": count}
     for part in ("status", "merge"):
         command = [sys.executable, __file__, "--part", part, str(suite), str(count)]

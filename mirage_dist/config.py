@@ -197,7 +197,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def write_yaml(config: Any, path: Path) -> None:
     """Write the resolved recipe; `load` reads it back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    path.write_text(to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved recipe as `write_yaml` writes it."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:

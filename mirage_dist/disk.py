@@ -116,6 +116,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def private_umask() -> Iterator[None]:
+    """Files and folders that any code creates in the block are readable by their owner only. Not for threads."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
 def refusals(place: Path, kept: str) -> Iterator[None]:
     """Raise RunError when a write under `place` fails because the disk accepts no more data (full, quota, read-only).
 
@@ -135,7 +145,7 @@ def _temporary(file: Path, durable: bool, private: bool, workspace: Path | None)
         file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(file, workspace)
     try:
-        with open(temporary, "xb", opener=_private_opener if private else None) as handle:
+        with open(temporary, "xb", opener=private_opener if private else None) as handle:
             yield handle, temporary
     finally:
         with suppress(FileNotFoundError):
@@ -146,7 +156,8 @@ def _sibling(path: Path, workspace: Path | None, suffix: str = "tmp") -> Path:
     return (workspace or path.parent) / f"{path.name}.{secrets.token_hex(4)}.{suffix}"
 
 
-def _private_opener(path: str, flags: int) -> int:
+def private_opener(path: str, flags: int) -> int:
+    """`opener` of `open`: a file that it creates is readable by its owner only."""
     return os.open(path, flags, 0o600)
 
 

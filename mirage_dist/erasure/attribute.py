@@ -16,7 +16,7 @@ from mirage_dist import stats
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.erasure.setting import Setting, group, order
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import ConfigError
 
 
@@ -49,7 +49,7 @@ class Attribution:
         return setting.kept("result", lambda: self._measured(setting))
 
     def _measured(self, setting: Setting) -> dict[str, Any]:
-        generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
+        generator = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation)
         return {
             "opening": self.opening,
             "sets": {
@@ -67,7 +67,7 @@ class Attribution:
         return [by_group[name] for name in order(list(by_group), setting.recipe.seed)[: self.questions]]
 
     def _of(
-        self, setting: Setting, generator: Generator, samples: Sequence[Sample], words: Sequence[str]
+        self, setting: Setting, generator: HuggingFace, samples: Sequence[Sample], words: Sequence[str]
     ) -> dict[str, Any]:
         whole = self._chances(setting, generator, samples)
 
@@ -84,7 +84,7 @@ class Attribution:
         return {"questions": len(samples), "whole": sum(whole) / len(whole), "words": found}
 
     @torch.inference_mode()
-    def _chances(self, setting: Setting, generator: Generator, samples: Sequence[Sample]) -> list[float]:
+    def _chances(self, setting: Setting, generator: HuggingFace, samples: Sequence[Sample]) -> list[float]:
         """P(answer begins with the opening) of each question."""
         found: list[float] = []
         for start in range(0, len(samples), generator.batch_size):
@@ -93,7 +93,7 @@ class Attribution:
         return found
 
 
-def chances(generator: Generator, samples: Sequence[Sample], opening: str) -> list[float]:
+def chances(generator: HuggingFace, samples: Sequence[Sample], opening: str) -> list[float]:
     """P(answer begins with `opening`), the product over its tokens, for one batch."""
     hf = generator.model
     batch = generator.encoder.encode([replace(sample, answer=opening) for sample in samples])

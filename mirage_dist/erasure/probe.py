@@ -23,7 +23,7 @@ from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.setting import Setting, content, group
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.metrics import Leaf, grouped_leaf
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, SourceConfig
 
@@ -165,7 +165,7 @@ class Reader:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
+        self.generator = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation)
 
     @torch.no_grad()  # in inference mode the probe could not be fitted on them
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:

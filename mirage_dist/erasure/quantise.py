@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_dist.erasure.setting import Setting, headline
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, EvalSetConfig
 
@@ -100,7 +100,7 @@ def write_rounded(setting: Setting, bits: int, group: int | None, out: Path) -> 
     shutil.rmtree(out, ignore_errors=True)  # a killed start left it
     source = Path(str(setting.model.path))
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*", "*.tmp"))
-    hf = Generator(setting.model, setting.recipe.template, setting.recipe.generation).model
+    hf = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation).model
     told = round_decoder(hf, bits, group)
     hf.save_pretrained(out)
     return told

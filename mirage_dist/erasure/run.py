@@ -24,11 +24,12 @@ from mirage_dist.erasure.probe import Probe
 from mirage_dist.erasure.quantise import Quantisation
 from mirage_dist.erasure.relearn import Relearning
 from mirage_dist.erasure.setting import Forget, Setting
-from mirage_dist.evals import rows, runner
+from mirage_dist.evals import manifest, runner
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.models import subject
+from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.evals.sharing.files import suite_dir, write_atomically
+from mirage_dist.evals.sharing.files import suite_dir
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, SourceConfig, TrainRecipe
 
@@ -95,7 +96,7 @@ def run(recipe: EvalRecipe) -> dict[str, Any]:
             result = _made(recipe, chosen, forget, before, claims)
         finally:
             claims.release(claim)
-    write_atomically(suite_dir(recipe) / "robustness.json", json.dumps(result, indent=1) + "\n")
+    files.write(suite_dir(recipe) / "robustness.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -119,7 +120,7 @@ def _made(
     for name, test in chosen.tests():
         start = time.monotonic()
         setting = Setting(replace(recipe, follow=None), model, before, forget, name)
-        rows.claim(setting.folder, {"settings": _decided_by(recipe, found.model_hash, forget, test)})
+        manifest.claim(setting.folder, {"settings": _decided_by(recipe, found.model_hash, forget, test)})
         result[name] = test(setting)
         result["seconds"][name] = round(time.monotonic() - start, 1)
         setting.say(f"done in {result['seconds'][name]} s")

@@ -14,8 +14,9 @@ from mirage_dist import signals
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals import runner
-from mirage_dist.evals.metrics import Leaf
-from mirage_dist.evals.sharing.files import suite_dir, write_atomically
+from mirage_dist.evals.results import Leaf, SuiteResult
+from mirage_dist.evals.sharing import files
+from mirage_dist.evals.sharing.files import suite_dir
 from mirage_dist.schema import EvalModelConfig, EvalRecipe, EvalSetConfig, RunError, SourceConfig
 
 SET = "forget"  # the name of the set of questions that a test makes itself
@@ -101,7 +102,7 @@ class Setting:
         if name := signals.received():
             raise signals.StopRequested(f"{self.name}: stopped by {name}; the next start does what is missing")
 
-    def ask(self, name: str, model: EvalModelConfig, sets: Mapping[str, EvalSetConfig]) -> dict[str, Any]:
+    def ask(self, name: str, model: EvalModelConfig, sets: Mapping[str, EvalSetConfig]) -> SuiteResult:
         """Put questions to a model, as a suite of its own below this test's folder (see `evals.runner.evaluate`)."""
         recipe = replace(self.recipe, suite=f"{self.suite}/{name}", model=model, sets=dict(sets), robustness=None)
         result = runner.evaluate(recipe)
@@ -122,7 +123,7 @@ class Setting:
         file = self.folder / f"{name}.json"
         if not file.is_file():
             self.stop_if_asked()
-            write_atomically(file, json.dumps(make(), indent=1) + "\n")
+            files.write(file, json.dumps(make(), indent=1) + "\n")
         return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.evals.sharing.files import write_atomically
+from mirage_dist.evals.sharing import files
 from mirage_dist.report import examples, page, plain
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import overview as _overview
@@ -57,7 +57,7 @@ def report(
         ("rates.csv", plain.csv_of_rates(loaded)),
         ("index.html", page.render(loaded, summary, shown)),
     ):
-        write_atomically(out / name, text)
+        files.write(out / name, text)
     return summary
 
 

@@ -72,7 +72,7 @@ class Bench(Protocol):
     def key(self) -> Key: ...
 
     def generator(self) -> Any:
-        """The model under test (`evals.generate.Generator`), loaded when first asked for."""
+        """The model under test (`evals.models.hf.HuggingFace`), loaded when first asked for."""
         ...
 
     def noted(self, name: str) -> dict[str, Any] | None:

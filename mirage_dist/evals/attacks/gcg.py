@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.collate import IGNORE, Batch
 from mirage_dist.data.sources import FIRST_WORD, Sample
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import vision
 from mirage_dist.model.policy import Policy, Request
 from mirage_dist.schema import ConfigError, RunError
@@ -63,7 +63,7 @@ class Model:
     avoid: words that no suffix may hold. Raises ConfigError where no token is left.
     """
 
-    def __init__(self, generator: Generator, avoid: Sequence[str]) -> None:
+    def __init__(self, generator: HuggingFace, avoid: Sequence[str]) -> None:
         self.policy = Policy(generator.model).requires_grad_(False).eval()
         self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
         self.placed = generator.placed

@@ -21,13 +21,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import signals
+from mirage_dist import disk, signals
 from mirage_dist.data.sources import Sample
 from mirage_dist.evals.attacks.base import Attack, Key, Made, Prepared, Table
 from mirage_dist.evals.attacks.combine import Combine
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.evals.sharing.files import lines, told
-from mirage_dist.evals.worker import Progress
+from mirage_dist.evals.sharing.files import KEPT, lines
+from mirage_dist.progress import Progress
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
@@ -60,7 +60,7 @@ class Journal:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """On disk when this returns. Raises RunError where the disk is full."""
-        with told(self.file.parent):
+        with disk.refusals(self.file.parent, KEPT):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             try:
@@ -111,7 +111,7 @@ class _Lost(Exception):
 
 
 class Rewriter:
-    """Makes an attack ready to be called, whatever it needs: `rows.plan` calls it for each attack of each set.
+    """Makes an attack ready to be called, whatever it needs: `worklist.plan` calls it for each attack of each set.
 
     under_test: all that answers depend on beside their questions. load: the model under test.
     """
@@ -167,7 +167,10 @@ def _make(attack: Prepared, bench: Bench) -> None:
     there, without, failed = len(samples) - len(missing), known.count([]), list[Made]()
     print(f"{bench.name}: {there} of {len(samples)} are there ({bench.journal.file})", flush=True)
     # Closed when a signal ends the loop, so that questions not yet under way are not put.
-    with Progress(len(samples), there, bench.name) as progress, closing(attack.make(missing, bench)) as making:
+    with (
+        Progress(len(samples), bench.name, "sample", initial=there) as progress,
+        closing(attack.make(missing, bench)) as making,
+    ):
         for made in making:
             without += not made.rewrites
             if made.failed:

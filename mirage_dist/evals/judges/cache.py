@@ -19,7 +19,7 @@ from itertools import compress
 from pathlib import Path
 from typing import IO, Any, overload
 
-from mirage_dist import signals
+from mirage_dist import disk, signals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
 from mirage_dist.evals.sharing import files
 from mirage_dist.signals import StopRequested
@@ -50,7 +50,7 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
                 raise StopRequested(f"judge {judge.name}: stopped by {name}; every verdict so far is on disk")
         whole = [opinion for opinion in found if opinion is not None]
         told = (_line(key, judge.fingerprint, opinion) for key, opinion in zip(keys, whole, strict=True))
-        files.write_atomically(suite / "verdicts" / f"{judge.name}.jsonl", told)
+        files.write(suite / "verdicts" / f"{judge.name}.jsonl", told)
     _tell(judge, whole)
     return whole
 
@@ -126,6 +126,7 @@ def _part(suite: Path, judge: Judge) -> Iterator[IO[str]]:
     """A file that no other process writes; gone when all went well, since the whole judging has it then."""
     file = suite / "verdicts" / f"{judge.name}.{time.time_ns()}-{uuid.uuid4().hex[:8]}.part.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with files.told(file.parent), open(file, "x", encoding="utf-8", opener=files.private) as handle:
+    private = disk.private_opener
+    with disk.refusals(file.parent, files.KEPT), open(file, "x", encoding="utf-8", opener=private) as handle:
         yield handle
     file.unlink(missing_ok=True)

@@ -16,13 +16,14 @@ import pytest
 import torch
 from conftest import DEADLINE
 
-from mirage_dist import cli, signals
+from mirage_dist import cli, inputs, signals
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals import rows, runner
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals import judges, rows, runner, worklist
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
+from mirage_dist.model.environment import Environment
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
 
 QUESTIONS = 8
@@ -46,6 +47,7 @@ def recipe(root, *overrides) -> EvalRecipe:
 def finished(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("evals")
     embedded_model.make(root / "model", seed=1)
+    inputs.make(recipe(root))
     runner.evaluate(recipe(root))
     return root
 
@@ -154,11 +156,11 @@ def test_how_it_is_judged_and_batched_may_change(copied):
 
 
 def test_a_key_follows_the_pictures_bytes_and_the_question(finished):
-    work = rows.plan(recipe(finished))
-    settings = rows.settings(recipe(finished), "model", "template")
-    assert len(rows.keyed(work.asks, settings)) == ROWS
-    ask = work.asks[0]
-    other_image = replace(ask.sample, image=work.asks[-1].sample.image)
+    work = worklist.plan(recipe(finished))
+    settings = rows.settings(recipe(finished), "model", "template", Environment(None, {}), {})
+    assert len(rows.keyed(work.questions, settings)) == ROWS
+    ask = work.questions[0]
+    other_image = replace(ask.sample, image=work.questions[-1].sample.image)
     other_text = replace(ask.sample, question=ask.sample.question + " ?")
     asks = [ask, replace(ask, sample=other_image), replace(ask, sample=other_text), replace(ask, shot=1)]
     assert len(rows.keyed(asks, settings)) == 4
@@ -167,14 +169,14 @@ def test_a_key_follows_the_pictures_bytes_and_the_question(finished):
 
 def test_answers_are_greedy_whatever_the_batch(finished):
     options = recipe(finished)
-    generator = Generator(options.model, options.template, options.generation)
-    samples = [ask.sample for ask in rows.plan(options).asks if ask.set == "unsafe"][:12]
+    generator = HuggingFace(options.model, options.template, options.generation)
+    samples = [ask.sample for ask in worklist.plan(options).questions if ask.set == "unsafe"][:12]
     batched = dict(pair for batch in generator(samples) for pair in batch)
     assert [batched[i] for i in range(12)] == [greedy(generator, sample) for sample in samples]
 
 
 @torch.inference_mode()
-def greedy(generator: Generator, sample) -> str:
+def greedy(generator: HuggingFace, sample) -> str:
     """The definition: one sample, no padding, no cache, the likeliest token each time."""
     inputs = generator.encoder.prompts([sample])
     start = inputs["input_ids"].shape[1]
@@ -189,8 +191,8 @@ def greedy(generator: Generator, sample) -> str:
 
 def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
     world = embedded_world.load(finished / "world")
-    judge, keyword = (one.judge for one in runner.judges.panel(recipe(finished)))
-    for ask in rows.plan(recipe(finished)).asks:
+    judge, keyword = (one.judge for one in judges.panel(recipe(finished)))
+    for ask in worklist.plan(recipe(finished)).questions:
         row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
         assert judge(row) == ("harmful" if ask.kind == "unsafe" else "correct")
         assert keyword(row) == ("harmful" if ask.kind == "unsafe" else "answered")
@@ -200,7 +202,7 @@ def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
 class Small:
     """A generator for so many rows at once; more do not fit."""
 
-    def __init__(self, generator: Generator, rows: int) -> None:
+    def __init__(self, generator: HuggingFace, rows: int) -> None:
         self.rows, self.answer = rows, generator.answer
         generator.answer = self  # type: ignore[method-assign]
 
@@ -212,8 +214,8 @@ class Small:
 
 def test_a_batch_that_does_not_fit_is_halved_and_a_row_that_does_not_is_named(finished, capsys):
     options = recipe(finished)
-    generator = Generator(options.model, options.template, options.generation)
-    samples = [ask.sample for ask in rows.plan(options).asks if ask.set == "unsafe"][:20]
+    generator = HuggingFace(options.model, options.template, options.generation)
+    samples = [ask.sample for ask in worklist.plan(options).questions if ask.set == "unsafe"][:20]
     whole = sorted(pair for batch in generator(samples) for pair in batch)
     Small(generator, 5)
     assert sorted(pair for batch in generator(samples) for pair in batch) == whole
@@ -234,7 +236,7 @@ def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp
     embedded_model.make(tmp_path / "other", seed=2)
     shutil.copytree(finished / "model", tmp_path / "model")
     again = recipe(finished, f"run.dir={tmp_path}/run", f"model.path={tmp_path}/model")
-    answer = Generator.answer
+    answer = HuggingFace.answer
 
     def put(model: Path) -> None:
         shutil.rmtree(tmp_path / "model")
@@ -245,7 +247,7 @@ def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp
         return answer(self, samples)
 
     with monkeypatch.context() as during:
-        during.setattr(Generator, "answer", meanwhile)
+        during.setattr(HuggingFace, "answer", meanwhile)
         with pytest.raises(RunError, match="the model changed while it was evaluated"):
             runner.evaluate(again)
     assert not (suite(tmp_path) / "metrics.json").exists()
@@ -316,7 +318,7 @@ def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
     unsafe = options.sets["unsafe"]
     doubled = replace(options, sets={"unsafe": replace(unsafe, sources=unsafe.sources * 2)})
     with pytest.raises(ConfigError, match=r"test_unsafe-0000.*twice"):
-        rows.plan(doubled)
+        worklist.plan(doubled)
 
 
 def test_the_world_judge_needs_a_world(finished):
@@ -334,14 +336,14 @@ def test_a_worker_answers_what_nobody_has_claimed_wherever_it_begins(finished, t
 def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(finished, tmp_path, monkeypatch):
     again = recipe(finished, f"run.dir={tmp_path}/run")
     monkeypatch.setattr(signals, "_received", [])
-    answer = Generator.answer
+    answer = HuggingFace.answer
 
     def interrupted(self, samples):
         signals.handler(signal.SIGTERM, None)
         return answer(self, samples)
 
     with monkeypatch.context() as during:
-        during.setattr(Generator, "answer", interrupted)
+        during.setattr(HuggingFace, "answer", interrupted)
         with pytest.raises(signals.StopRequested):
             runner.evaluate(again)
     assert len(lines(tmp_path)) == again.generation.batch_size

@@ -15,7 +15,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import runner
 from mirage_dist.evals.judges import scoring
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, SourceConfig, TemplateConfig
 
@@ -171,7 +171,7 @@ def test_a_text_only_models_answers_do_not_depend_on_the_batch(data):
 
     def answers(size):
         model = EvalModelConfig(path=str(data / "llama"), dtype="fp32")
-        generator = Generator(model, TemplateConfig(system_prompt="what"), GenerationConfig(8, size))
+        generator = HuggingFace(model, TemplateConfig(system_prompt="what"), GenerationConfig(8, size))
         return [text for batch in generator(asked) for _, text in batch]
 
     assert answers(1) == answers(3)

@@ -19,9 +19,10 @@ from mirage_dist.data import sources
 from mirage_dist.data.sources import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import rows, runner
-from mirage_dist.evals.models import vllm as vllm_backend
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.evals.models.vllm import VLLM
 from mirage_dist.evals.sharing.files import Answers
+from mirage_dist.model.environment import Environment
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
 
 THERE = importlib.util.find_spec("vllm") is not None
@@ -66,7 +67,7 @@ def full(*_: object, **__: object) -> None:
 def test_the_widened_model_is_the_same_function(toy, wide, tmp_path):
     options = recipe(toy, tmp_path)
     other = EvalModelConfig(path=f"{toy.root}/model", dtype="fp32")
-    first, second = (Generator(m, options.template, options.generation) for m in (options.model, other))
+    first, second = (HuggingFace(m, options.template, options.generation) for m in (options.model, other))
     samples = asked(toy)
     assert len(set(spoken(first, samples))) > 1
     assert spoken(first, samples) == spoken(second, samples)
@@ -74,7 +75,7 @@ def test_the_widened_model_is_the_same_function(toy, wide, tmp_path):
 
 def test_a_prompt_is_the_one_of_generation_with_its_picture_not_yet_expanded(toy, wide, tmp_path):
     options = recipe(toy, tmp_path)
-    encoder = Generator(options.model, options.template, options.generation).encoder
+    encoder = HuggingFace(options.model, options.template, options.generation).encoder
     mark = encoder.processor.image_token_id
     for sample in asked(toy):
         ids, picture = encoder.prompt(sample)
@@ -88,7 +89,7 @@ def test_a_prompt_is_the_one_of_generation_with_its_picture_not_yet_expanded(toy
 
 def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path):
     def settings(**generation: object) -> dict:
-        return rows.settings(recipe(toy, tmp_path, **generation), "model", "template")
+        return rows.settings(recipe(toy, tmp_path, **generation), "model", "template", Environment(None, {}), {})
 
     assert settings() != settings(backend="vllm")
     assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5)
@@ -101,7 +102,7 @@ def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path)
 
 @pytest.mark.skipif(THERE, reason="vLLM is installed")
 def test_without_vllm_this_is_said_before_anything_is_written(toy, tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot be imported .*pip install 'mirage-dist\[vllm\]', or take hf"):
+    with pytest.raises(ConfigError, match=r"cannot be imported .*pip install 'mirage-dist\[vllm\]', or use hf"):
         runner.evaluate(recipe(toy, tmp_path / "run", backend="vllm"))
     assert not (tmp_path / "run").exists()
 
@@ -110,7 +111,7 @@ def test_without_vllm_this_is_said_before_anything_is_written(toy, tmp_path):
 def test_vllm_says_what_transformers_says(toy, wide, tmp_path):
     options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.3)
     samples = asked(toy)
-    with vllm_backend.Generator(options.model, options.template, options.generation) as generator:
+    with VLLM(options.model, options.template, options.generation) as generator:
         said = spoken(generator, samples)
         assert generator.compared == {True, False}
         generator.compared.clear()
@@ -120,7 +121,7 @@ def test_vllm_says_what_transformers_says(toy, wide, tmp_path):
         generator.engine.generate = full
         with pytest.raises(RunError, match="too little memory for 3 rows"):
             generator.answer(samples[:3])
-    assert said == spoken(Generator(options.model, options.template, options.generation), samples)
+    assert said == spoken(HuggingFace(options.model, options.template, options.generation), samples)
 
 
 @needs_vllm
@@ -143,8 +144,8 @@ def test_a_suite_by_vllm_counts_as_one_by_transformers_and_is_not_mixed_with_it(
 def test_too_little_memory_and_a_model_that_vllm_does_not_know_are_told_apart(toy, wide, tmp_path):
     options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.001)
     with pytest.raises(RunError, match=r"too little memory for 8 rows .* generation\.gpu_memory_utilization"):
-        vllm_backend.Generator(options.model, options.template, options.generation)
+        VLLM(options.model, options.template, options.generation)
     embedded_model.make(tmp_path / "unnamed", seed=3)
     unnamed = EvalModelConfig(path=f"{tmp_path}/unnamed", dtype="fp32")
     with pytest.raises(ConfigError, match=r"unnamed: vLLM cannot load it: .*vision_tower"):
-        vllm_backend.Generator(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))
+        VLLM(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))

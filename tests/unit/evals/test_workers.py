@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_dist import liveness
-from mirage_dist.evals import rows, status
+from mirage_dist.evals import manifest, rows, status, worklist
 from mirage_dist.evals.sharing import claims as claiming
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
@@ -28,10 +28,12 @@ def nurse(suite: Path, *words: int) -> subprocess.CompletedProcess:
 
 
 def all_answered_once(suite: Path) -> Answers:
-    asks, answers = nursery.asks(), Answers(suite).refresh()
-    assert [row["response"] for row in answers.of(asks)] == [nursery.answer(ask.sample) for ask in asks.values()]
-    assert [row["key"] for row in answers.of(asks)] == list(asks)
-    assert (len(answers), answers.repeated) == (len(asks), 0)
+    questions, answers = nursery.questions(), Answers(suite).refresh()
+    assert [row["response"] for row in answers.of(questions)] == [
+        nursery.answer(question.sample) for question in questions.values()
+    ]
+    assert [row["key"] for row in answers.of(questions)] == list(questions)
+    assert (len(answers), answers.repeated) == (len(questions), 0)
     return answers
 
 
@@ -120,7 +122,7 @@ def test_of_many_that_find_a_worker_dead_one_follows_it(tmp_path):
 def test_of_two_runners_with_other_settings_that_start_at_once_one_is_refused(tmp_path):
     def start(suite: Path, tokens: int) -> str:
         try:
-            return str(rows.claim(suite, {"settings": {"tokens": tokens}})["settings"]["tokens"])
+            return str(manifest.claim(suite, {"settings": {"tokens": tokens}})["settings"]["tokens"])
         except ConfigError as error:
             return str(error)
 
@@ -171,7 +173,7 @@ def test_the_merge_is_of_whole_lines_and_does_not_depend_on_when_they_were_read(
         assert {row["key"]: row for row in answers.of(list(first))} == first
         assert (len(answers), answers.repeated, answers.broken) == (len(first), len(whole) - len(first), cut)
         assert answers.differing == {row["key"] for row in whole if row != first[row["key"]]}
-    files.write_atomically(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"clean": 6}}}))
+    files.write(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"clean": 6}}}))
     found = status.status(suite)
     assert (found.done, found.repeated, found.broken) == (len(first), len(whole) - len(first), cut)
 
@@ -197,12 +199,12 @@ def test_progress_is_told_by_set_and_attack_and_without_torch(tmp_path):
     (tmp_path / "rewrites" / "unsafe-what-0a1b.jsonl").write_text('{"key": "1"}\n{"key": "2"}\n{"ke')
     with pytest.raises(ConfigError, match=r"rewrites are being made first \(unsafe-what-0a1b: 2 lines\)"):
         status.status(tmp_path)
-    asks = nursery.asks()
-    files.write_atomically(tmp_path / "manifest.json", json.dumps({"asks": rows.by_condition(asks.values())}))
-    keys = list(asks)
+    questions = nursery.questions()
+    files.write(tmp_path / "manifest.json", json.dumps({"asks": worklist.by_attack(questions.values())}))
+    keys = list(questions)
     with Claims(tmp_path) as claims, Writer(tmp_path) as writer:
         claims.take("chunk", {"unsafe": {"clean": 8}})
-        writer.append(rows.row(key, asks[key], "x") for key in keys[:300])
+        writer.append(rows.row(key, questions[key], "x") for key in keys[:300])
         text = status.status(tmp_path).text()
         assert "| unsafe | clean | 300 of 900 | 8 | 592 |" in text
         assert "300 of 900 answers (33.3%); 1 workers at work" in text
@@ -219,7 +221,7 @@ def test_what_models_said_only_its_owner_may_read(tmp_path):
     try:
         with Writer(tmp_path) as writer:
             writer.append([{"key": "x"}])
-        files.write_atomically(tmp_path / "metrics.json", "{}")
+        files.write(tmp_path / "metrics.json", "{}")
     finally:
         os.umask(before)
     for file in (writer.file, tmp_path / "metrics.json"):
