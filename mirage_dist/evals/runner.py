@@ -56,7 +56,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     manifests.check(suite, decided)  # before anything is made for it
     rewriter = Rewriter(suite, settings, lambda claims: _load(HuggingFace, recipe, model, suite, claims))
     work = worklist.plan(recipe, rewriter)
-    _report_coverage(recipe, work)
+    worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
     manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
     files.write(suite / "config.yaml", configs.to_yaml(recipe))
@@ -105,23 +105,6 @@ def _report_repeated(recipe: EvalRecipe, answers: Answers) -> None:
 
 def _first(keys: Collection[str]) -> str:
     return f" (keys {', '.join(sorted(keys)[:3])} …)" if keys else ""
-
-
-def _report_coverage(recipe: EvalRecipe, work: WorkList) -> None:
-    """Log what the readers left out, and which samples have no rewrites; the manifest has the ids."""
-    for name, source in work.sources.items():
-        changes = {**source.dropped, "bad records": source.skipped, "ids renamed": source.renamed}
-        if any(changes.values()):
-            listed = ", ".join(f"{reason} × {count}" for reason, count in changes.items() if count)
-            log.info(f"eval {recipe.suite}: {name}: {len(source.samples)} questions; left out or changed: {listed}")
-    for name, attacks in work.coverage.items():
-        for title, coverage in attacks.items():
-            if coverage.without or coverage.unknown or coverage.unchanged:
-                log.info(
-                    f"eval {recipe.suite}: {title} on {name}: {len(coverage.without)} samples without rewrites, "
-                    f"{len(coverage.unknown)} ids of the file unknown, {coverage.unchanged} rewrites equal to the "
-                    "question"
-                )
 
 
 def _check_template(recipe: EvalRecipe, model: Subject) -> None:

@@ -14,6 +14,7 @@ from mirage_dist.data.sources import Source
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.results import CLEAN, AppliedAttack
+from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # (attack, samples, its name in messages and file names) -> the attack, ready to be called
@@ -77,6 +78,23 @@ def plan(recipe: EvalRecipe, ready: Ready = lambda attack, samples, name: attack
                 shots = enumerate(own, start=1)
                 work.questions.extend(Question(name, kind, title, k, row, sample.question) for k, row in shots)
     return work
+
+
+def log_coverage(suite: str, work: WorkList) -> None:
+    """Log which records were left out, and how many samples have no rewrites; `manifest.coverage` has the ids."""
+    for name, source in work.sources.items():
+        changes = {**source.dropped, "bad records": source.skipped, "ids renamed": source.renamed}
+        if any(changes.values()):
+            listed = ", ".join(f"{reason} × {count}" for reason, count in changes.items() if count)
+            log.info(f"eval {suite}: {name}: {len(source.samples)} questions; left out or changed: {listed}")
+    for name, attacks in work.coverage.items():
+        for title, coverage in attacks.items():
+            if coverage.without or coverage.unknown or coverage.unchanged:
+                log.info(
+                    f"eval {suite}: {title} on {name}: {len(coverage.without)} samples without rewrites, "
+                    f"{len(coverage.unknown)} ids of the file unknown, {coverage.unchanged} rewrites equal to the "
+                    "question"
+                )
 
 
 def by_attack(questions: Iterable[Question]) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ from lookalike import MISSING, NOT_ASKED, SHARED, TEST, TRAIN, UNCHANGED
 
 from mirage_dist import config as configs
 from mirage_dist.data import gold, sources
-from mirage_dist.evals import attacks, manifest, runner, worklist
+from mirage_dist.evals import attacks, manifest, worklist
 from mirage_dist.evals.judges import parity
 from mirage_dist.schema import ConfigError, EvalRecipe, SourceConfig
 
@@ -77,7 +77,7 @@ def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
     report = manifest.coverage(work)["safe_safes"]["attacks"]["share"]
     assert report["samples_without_rewrites"] == {"count": 2, "first": ["s556", "s557"]}
     assert report["unchanged_rewrites"] == 17
-    runner._tell(recipe(vlguard), work)
+    worklist.log_coverage("attacked", work)
     told = capsys.readouterr().out
     assert "share on safe_safes: 2 samples without rewrites" in told
     assert "17 rewrites equal to the question" in told
@@ -92,7 +92,7 @@ def test_what_a_reader_leaves_out_is_printed_and_in_the_manifest(vlguard, capsys
     left = {"instruction is N/A": NOT_ASKED["instruction"]}
     assert report["samples"] == TRAIN["unsafe"] - NOT_ASKED["instruction"]
     assert (report["skipped_records"], report["dropped"], report["renamed"]) == (0, left, 1)
-    runner._tell(told, work)
+    worklist.log_coverage("harvest", work)
     assert (
         "forget: 1017 questions; left out or changed: instruction is N/A × 6, ids renamed × 1"
         in capsys.readouterr().out

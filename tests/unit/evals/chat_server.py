@@ -15,7 +15,7 @@ def completion(content):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by `script(body, times asked this)` -> (status, headers, body), or None: says nothing. Keeps requests."""
+    """Responds by `script(body, earlier requests of it)` -> (status, headers, body), or None for silence."""
 
     daemon_threads = True
 
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][1]["content"][-1]["text"]
         with server.lock:
-            times = sum(told["text"] == text for told in server.seen)
+            times = sum(request["text"] == text for request in server.seen)
             request = {"path": self.path, "headers": dict(self.headers), "body": body, "text": text}
             server.seen.append({**request, "time": time.monotonic()})
             server.now += 1

@@ -10,11 +10,13 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEADLINE
+from safetensors.torch import save_file
 
 from mirage_dist import cli, inputs, signals
 from mirage_dist import config as configs
@@ -23,6 +25,7 @@ from mirage_dist.embedded import world as embedded_world
 from mirage_dist.evals import judges, rows, runner, worklist
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
+from mirage_dist.model import environment
 from mirage_dist.model.environment import Environment
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
 
@@ -101,9 +104,9 @@ def test_metrics_hold_pairs_categories_and_how_judges_agree(finished):
     assert {(p["judge"], p["labels"]) for p in result["agreement"]["against_labels"]} == {("keyword", "world")}
 
 
-def test_a_row_says_what_was_asked_and_what_the_data_has(finished):
-    found = [json.loads(line) for line in lines(finished)]
-    row = next(r for r in found if (r["set"], r["attack"], r["shot"]) == ("unsafe", "what", 1))
+def test_a_row_holds_the_question_as_put_and_as_in_the_data(finished):
+    answered = [json.loads(line) for line in lines(finished)]
+    row = next(r for r in answered if (r["set"], r["attack"], r["shot"]) == ("unsafe", "what", 1))
     assert row["question"].split()[0] == "what"
     assert row["question"].split()[1:] == row["original_question"].split()[1:]
     assert row["kind"] == "unsafe"
@@ -280,9 +283,9 @@ def test_three_workers_one_killed_half_way_count_and_report_what_one_does(finish
     pool = start_workers(again, 3, tmp_path)
     killed = claimed(tmp_path)
     os.kill(killed["pid"], signal.SIGKILL)
-    told, _ = pool.communicate()
-    assert pool.returncode == RunError.status, told
-    assert re.search(r"mirage: worker [012] of 3 was killed by signal 9 \(see above\), the first to fail", told)
+    output, _ = pool.communicate()
+    assert pool.returncode == RunError.status, output
+    assert re.search(r"mirage: worker [012] of 3 was killed by signal 9 \(see above\), the first to fail", output)
     mine, whole = (json.loads((suite(root) / "metrics.json").read_text()) for root in (tmp_path, finished))
     assert mine == whole
     assert len(lines(tmp_path)) == ROWS
@@ -300,17 +303,47 @@ def test_a_signal_to_many_workers_ends_all_of_them_in_order(finished, tmp_path):
     pool = start_workers(again, 2, tmp_path)
     claimed(tmp_path)
     pool.terminate()
-    told, _ = pool.communicate()
-    assert pool.returncode == signals.STOPPED, told
-    assert "stopped by SIGTERM; every answer so far is on disk" in told
+    output, _ = pool.communicate()
+    assert pool.returncode == signals.STOPPED, output
+    assert "stopped by SIGTERM; every answer so far is on disk" in output
     assert not list((suite(tmp_path) / "claims").iterdir())
     assert 0 < len(lines(tmp_path)) < ROWS
 
 
-def test_what_is_no_model_is_said_before_anything_is_written(finished, tmp_path):
+def test_a_folder_without_a_model_is_refused_before_anything_is_written(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         runner.evaluate(recipe(finished, f"model.path={tmp_path}", f"run.dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_peft_adapter_without_its_base_model_is_refused_with_what_to_do(finished, tmp_path):
+    """Its hash would be that of the adapter, whatever base model it is applied to."""
+    shutil.copytree(finished / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file({"layer.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    with pytest.raises(ConfigError, match=r"adapter without its base model; merge it first: .*merge_and_unload"):
+        runner.evaluate(recipe(finished, f"model.path={tmp_path}/adapter", f"run.dir={tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("library", "named"),
+    [("pillow", r"libraries\.pillow: '0' here"), ("transformers", r"libraries\.transformers: '0' here")],
+)
+def test_a_library_that_computes_the_answers_is_part_of_each_key(copied, monkeypatch, library, named):
+    _, again = copied
+    monkeypatch.setattr(environment, "version", lambda name: "0" if name == library else version(name))
+    with pytest.raises(ConfigError, match=named):
+        runner.evaluate(again())
+
+
+def test_the_image_processor_that_runs_is_part_of_each_key(copied, monkeypatch):
+    """On another machine the same model directory may be read by another class, which resizes differently."""
+    _, again = copied
+    here = environment.of
+    monkeypatch.setattr(environment, "of", lambda p: replace(here(p), image_processor="CLIPImageProcessor"))
+    with pytest.raises(ConfigError, match="image_processor: 'CLIPImageProcessor' here, 'CLIPImageProcessorPil' there"):
+        runner.evaluate(again())
 
 
 def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
