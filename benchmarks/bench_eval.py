@@ -195,9 +195,8 @@ def usual_loop(root: str, name: str, number: str, _count: str) -> None:
     folder = Path(root)
     _, generator, questions = loaded(folder)
     generator.options["eos_token_id"] = None
-    samples = [question.sample for question in questions.values()][
-        :: max(1, len(questions) // 200)
-    ]  # 200 of them suffice for its speed
+    every = max(1, len(questions) // 200)  # 200 questions suffice to measure the speed
+    samples = [question.sample for question in questions.values()][::every]
     await_go(folder, name, number)
     for sample in samples:
         generator.answer([sample])

@@ -87,8 +87,8 @@ def log_coverage(suite: str, work: WorkList) -> None:
         if any(changes.values()):
             listed = ", ".join(f"{reason} × {count}" for reason, count in changes.items() if count)
             log.info(f"eval {suite}: {name}: {len(source.samples)} questions; left out or changed: {listed}")
-    for name, attacks in work.coverage.items():
-        for title, coverage in attacks.items():
+    for name, by_title in work.coverage.items():
+        for title, coverage in by_title.items():
             if coverage.without or coverage.unknown or coverage.unchanged:
                 log.info(
                     f"eval {suite}: {title} on {name}: {len(coverage.without)} samples without rewrites, "
