@@ -35,8 +35,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     """Read a YAML recipe, apply `key=value` overrides, check and freeze.
 
-    Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown key
-    (naming the nearest known one) and a wrong value (naming the allowed ones).
+    Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
+    key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
     file = find(path)
     try:
