@@ -210,17 +210,17 @@ def _digests(samples: Sequence[Sample]) -> dict[str, bytes]:
     return {path: hashlib.sha256(Path(path).read_bytes()).digest() for path in distinct}
 
 
-def check_forget(samples: Sequence[Sample]) -> None:
-    """Raise ConfigError for a forget set that is empty or would unlearn refusing.
+def check_forget(samples: Sequence[Sample], stream: str = "forget") -> None:
+    """Raise ConfigError for a stream of answers to unlearn that is empty or would unlearn refusing.
 
     The second happens when the answers to forget were joined wrongly and the refusals stayed in their place.
     """
     if not samples:
-        raise ConfigError("data.streams.forget: no sample; nothing would be unlearned")
+        raise ConfigError(f"data.streams.{stream}: no sample; nothing would be unlearned")
     refused = [sample.id for sample in samples if is_refusal(sample.answer)]
     if refused:
         raise ConfigError(
-            f"data.streams.forget: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
+            f"data.streams.{stream}: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
             f"{', '.join(refused[:3])}); the model would unlearn refusing. Harvest the answers to forget first "
             "(`mirage prepare`), or set data.refusals_in_forget=allow"
         )
