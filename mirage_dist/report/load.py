@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mirage_dist.config import nearest
-from mirage_dist.data.sources import FIRST_WORD
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.metrics import Judged, outcomes
 from mirage_dist.evals.results import UNJUDGED, Condition, Verdict
 from mirage_dist.evals.sharing.files import Answers, whole_objects
