@@ -87,7 +87,7 @@ class GenerationConfig:
 
     max_new_tokens: int = 256
     batch_size: int = 16  # rows that are answered, and claimed, at once; vllm wants hundreds
-    backend: Literal["hf", "vllm"] = "hf"
+    backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
     gpu_memory_utilization: float | None = None  # vllm only: share of the GPU that it takes at once; default .9
 
     def __post_init__(self) -> None:

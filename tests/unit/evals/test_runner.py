@@ -346,6 +346,37 @@ def test_the_image_processor_that_runs_is_part_of_each_key(copied, monkeypatch):
         runner.evaluate(again())
 
 
+ENGINE = """
+from mirage_dist.evals.models.base import Generator
+
+class Echo(Generator):
+    def answer(self, samples):
+        return [sample.question for sample in samples]
+
+    @classmethod
+    def versions(cls):
+        return {"echo": "1"}
+
+class Other:
+    pass
+"""
+
+
+def test_an_engine_from_outside_the_package_answers_under_its_own_name_and_version(finished, tmp_path, monkeypatch):
+    (tmp_path / "lab_engine.py").write_text(ENGINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    runner.evaluate(recipe(finished, f"run.dir={tmp_path}/run", "generation.backend=lab_engine:Echo"))
+    answered = [json.loads(line) for line in lines(tmp_path)]
+    assert len(answered) == ROWS
+    assert all(row["response"] == row["question"] for row in answered)
+    settings = json.loads((suite(tmp_path) / "manifest.json").read_text())["settings"]
+    assert (settings["generation"]["backend"], settings["libraries"]["echo"]) == ("lab_engine:Echo", "1")
+    for backend, named in (("vlm", "generation backend.*vllm"), ("lab_engine:Other", "Generator")):
+        with pytest.raises(ConfigError, match=named):
+            runner.evaluate(recipe(finished, f"run.dir={tmp_path}/other", f"generation.backend={backend}"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
     options = recipe(finished)
     unsafe = options.sets["unsafe"]
