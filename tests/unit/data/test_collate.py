@@ -17,7 +17,6 @@ from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from mirage_dist.data import toyimages, toytext
 from mirage_dist.data.collate import IGNORE, Encoder, TooLong
 from mirage_dist.data.sources import Sample
-from mirage_dist.kernels.logprob import response_index
 from mirage_dist.model import toymodel
 from mirage_dist.schema import ConfigError
 
@@ -177,10 +176,11 @@ def test_what_the_template_writes_behind_the_end_token_is_not_learnt(pictures):
     assert unlabelled.count("<unk> <system>") == 1  # between the turns; the conversation ends with its end token
 
 
-def test_the_response_index_is_the_kernels(processor, pictures):
+def test_the_response_index_holds_the_positions_before_each_label(processor, pictures):
     batch = Encoder(processor).encode([sample(pictures["red"]), sample(history=TURNS), sample(pictures["wide"])])
-    assert torch.equal(batch.index_N, response_index(batch.labels_BS))
-    assert len(batch.index_N) == (batch.labels_BS != IGNORE).sum()
+    row, position = (batch.labels_BS != IGNORE).nonzero(as_tuple=True)
+    assert (position > 0).all()
+    assert torch.equal(batch.index_N, row * batch.labels_BS.shape[1] + position - 1)
 
 
 def test_the_text_mask_leaves_out_padding_and_pictures(processor, pictures):

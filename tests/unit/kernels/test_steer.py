@@ -1,4 +1,4 @@
-"""The steering error: its formula, its gradient, what is masked, and how much memory it takes."""
+"""The steering error: formula, gradient, masked rows, and memory."""
 
 import pytest
 import torch
