@@ -209,7 +209,7 @@ def measure_steering(device: str, rounds: int) -> dict[str, Any]:
 
     def ours() -> None:
         act.grad = None
-        steer_mse(act, target, None, mask.flatten()).backward()
+        steer_mse(act, target, mask.flatten()).backward()
 
     def plain() -> None:
         act.grad = None

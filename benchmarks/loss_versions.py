@@ -13,9 +13,8 @@ from common import MIB
 from torch import Tensor
 
 from mirage_dist.data.collate import IGNORE
-from mirage_dist.kernels.logprob import linear_token_logps
+from mirage_dist.kernels.logprob import WORKSPACE_MB, linear_token_logps
 
-WORKSPACE_MB = 512  # the default of linear_token_logps, which a training step uses
 SEQUENCES = 16  # of a batch, for NPO
 BETA = 0.1
 

@@ -27,6 +27,8 @@ from mirage_dist.kernels import passes
 from mirage_dist.kernels.projection import Projection, without_autocast
 from mirage_dist.kernels.softmax import Softmax
 
+WORKSPACE_MB = 512  # logits that exist at a time unless the caller says otherwise
+
 
 def linear_logits(
     hidden_ND: Tensor, weight_VD: Tensor, *, bias: Tensor | None = None, softcap: float | None = None
@@ -65,7 +67,7 @@ def linear_token_logps(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    workspace_mb: int = 512,
+    workspace_mb: int = WORKSPACE_MB,
 ) -> Tensor:
     """log softmax(W h)[label] of each row: (N,) in float32, in float64 for float64 input.
 

@@ -81,4 +81,4 @@ class RMU:
 def _squared_error(view: View, target: Tensor) -> Tensor:
     """Sum over marked positions of the mean over hidden units of (h − target)²; target is (D,) or (B, S, D)."""
     rows = target if target.dim() == 1 else target.flatten(0, 1)
-    return steer_mse(wanted(view.activation_BSD), rows, None, wanted(view.mask_BS).flatten())
+    return steer_mse(wanted(view.activation_BSD), rows, wanted(view.mask_BS).flatten())

@@ -26,7 +26,7 @@ SIGNATURES = {
     "lse_update_kernel": (F32, INT, I64, F32, F32, F32, F32, INT, INT, FLOAT),
     "dlogits_kernel": (F32, INT, BF16, INT, I64, F32, F32, F32, F32, F32, INT, INT, FLOAT),
     "scale_kernel": (BF16, F32, INT),
-    "errors_kernel": (BF16, INT, F32, INT, I64, F32, BF16, INT, F32, INT),
+    "errors_kernel": (BF16, INT, F32, INT, F32, BF16, INT, F32, INT),
 }
 
 
