@@ -46,7 +46,7 @@ class Case:
 CASES = {
     "cpu": [
         Case("response", 2048, 184, 32_000, 512, torch.float32, 12),
-        Case("all", 2048, 2048, 32_000, 512, torch.float32, 64),
+        Case("all", 512, 512, 32_000, 512, torch.float32, 16),
     ],
     "cuda": [
         Case("llava", 10_816, 960, 32_000, 4096, torch.bfloat16, 64),
