@@ -24,6 +24,7 @@ for ((rank = 0; rank < size; rank++)); do
   RANK=$rank LOCAL_RANK=$rank "$python" -m mirage_dist.cli "$@" &
   rank_of[$!]=$rank
 done
+exec 3>&2 2>/dev/null # bash would report each killed process a second time
 tell() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
 trap 'tell TERM' TERM INT
 trap 'tell USR1' USR1
@@ -42,10 +43,13 @@ while ((${#rank_of[@]})); do
   if ((code && !status)); then
     status=$code
     if ((code != 75)); then
-      echo "launch/local.sh: rank ${rank_of[$ended]} ended with status $code; stopping the others" >&2
+      how=
+      ((code == 137)) && how=" (SIGKILL, which the kernel sends when memory runs out)"
+      ((code > 128 && code != 137)) && how=" (SIG$(kill -l "$code"))"
+      echo "launch/local.sh: rank ${rank_of[$ended]} ended with status $code$how; stopping the others" >&3
       tell TERM
       # A rank that hangs, or waits for the one that is gone, does not end by asking.
-      (sleep "$grace" && kill -KILL "${!rank_of[@]}") >/dev/null 2>&1 &
+      (sleep "$grace" && kill -KILL "${!rank_of[@]}") >/dev/null 2>&1 3>&- &
       killer=$!
     fi
   fi

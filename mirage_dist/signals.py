@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
+
+from mirage_dist.progress import rank
 
 # EX_TEMPFAIL of sysexits.h: nothing failed, all is committed, the same command goes on. slurm/common.sh requeues on it.
 STOPPED = 75
@@ -27,6 +30,14 @@ def install() -> None:
         signal.signal(number, _note)
 
 
+def wait(seconds: float) -> bool:
+    """Wait for a signal; whether one has come, now or earlier."""
+    end = time.monotonic() + seconds
+    while not _received and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(_received)
+
+
 def received() -> str | None:
     """The name of the first signal that came, None so far."""
     return _received[0] if _received else None
@@ -34,6 +45,6 @@ def received() -> str | None:
 
 def _note(number: int, _frame: FrameType | None) -> None:
     # print() may be what was interrupted; a plain write to the descriptor is safe in a handler.
-    if not _received:
+    if not _received and rank() == 0:  # a launcher signals all ranks
         os.write(2, f"mirage: {signal.Signals(number).name} received: stopping in order\n".encode())
     _received.append(signal.Signals(number).name)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,6 +30,8 @@ from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
 from mirage_dist.train.watchdog import Watchdog
+
+LAUNCHER_SECONDS = 5.0  # in which a launcher notices that a rank ended, and stops the others
 
 
 def check_recipe(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, Any]]:
@@ -79,15 +81,31 @@ def dry(recipe: TrainRecipe) -> str:
 def train(recipe: TrainRecipe) -> None:
     """Train to the end, from the newest whole checkpoint where there is one. Every rank calls this.
 
-    Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then.
+    Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
+    RunError when another rank ended before this one.
     """
     objective, streams, config = check(recipe, ranks.place()[2])
     group = ranks.start(recipe.train.hang_seconds)
     try:
         _train(recipe, objective, streams, config, group)
-    except BaseException:
-        ranks.finish()
-        raise
+    except RuntimeError as error:
+        if (reason := ranks.peer_lost(error)) is None:
+            raise
+        _end_after_peer(recipe, group, reason)
+
+
+def _end_after_peer(recipe: TrainRecipe, group: Group, reason: str) -> NoReturn:
+    """End this rank because another one ended, without a word before the cause is known.
+
+    The rank that failed prints why, or its launcher names it and stops the others. Then one line of rank 0 is enough;
+    every rank speaks where no launcher stops it.
+    """
+    if signals.wait(LAUNCHER_SECONDS) and not group.main:
+        raise SystemExit(RunError.status)
+    raise RunError(
+        f"{recipe.run.dir}: another rank ended or does not answer, see above (rank {group.rank} was at "
+        f"{ranks.last_call()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
+    )
 
 
 def _train(

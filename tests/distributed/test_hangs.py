@@ -55,10 +55,23 @@ def test_a_second_job_on_a_run_directory_is_refused_with_the_owners_name(struck)
 
 
 def test_a_rank_that_dies_ends_the_run_by_name(struck):
-    status, told, seconds = struck["killed"]
+    status, output, seconds = struck["killed"]
     assert status == 128 + signal.SIGKILL
-    assert "rank 1 ended with status 137; stopping the others" in told
+    assert re.search(r"rank 1 ended with status 137 \(SIGKILL, .*\); stopping the others", output)
+    assert "another rank ended or does not answer" in output
     assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"), [("killed", "rank 1 ended"), ("stopped", "rank 1 on"), ("first", "rank 0 on")]
+)
+def test_the_cause_comes_first_once_and_in_few_lines(struck, name, cause):
+    lines = struck[name][1].splitlines()
+    end = [line for line in lines if not line.startswith("struck: ")]  # without the run's own lines
+    assert cause in end[0], end
+    assert sum(cause in line for line in end) == 1
+    assert len(end) <= 5, end
+    assert "Traceback" not in "".join(end)
 
 
 @pytest.mark.parametrize(
@@ -111,15 +124,30 @@ def _two(script: Path) -> list[subprocess.Popen]:
     ]
 
 
-def test_ranks_at_different_points_are_told_apart_instead_of_hanging(tmp_path):
-    script = tmp_path / "unequal.py"
+def test_ranks_at_different_points_are_named_and_one_that_fails_says_why_before_the_others_notice(tmp_path):
+    script, log = tmp_path / "unequal.py", tmp_path / "log"
     script.write_text(
+        "import os, sys\n"
+        f"os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)\n"
         "from mirage_dist import ranks\n"
         "w = ranks.start()\n"
-        "ranks.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
+        "try: ranks.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
+        "except RuntimeError as e: print(f'{w.rank}, {ranks.peer_lost(e)}: {e}', file=sys.stderr, flush=True)\n"
+        "if w.rank: raise ValueError('the cause')\n"
+        "try: ranks.barrier(w, 'step 4')\n"
+        "except RuntimeError as e: print(f'lost: {ranks.peer_lost(e)}', file=sys.stderr, flush=True)\n"
     )
+    statuses = []
     for rank in _two(script):
-        assert "rank 0: step 3 with 2 values; rank 1: save with 2 values" in rank.communicate(timeout=120)[1]
+        rank.communicate(timeout=120)
+        statuses.append(rank.returncode)
+    assert statuses == [0, 1]
+    text = log.read_text()
+    for rank in "01":
+        fault = "ranks are not at the same point (rank 0: step 3 with 2 values; rank 1: save with 2 values)"
+        assert f"{rank}, None: {fault}\n" in text
+    assert re.search(r"lost: .*(closed|reset) by peer", text)
+    assert text.index("ValueError: the cause") < text.index("lost: ")
 
 
 def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
