@@ -9,14 +9,14 @@ from mirage_dist import ranks
 from mirage_dist.schema import RunError
 
 CONSEQUENCES = {
-    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:13498: Connection reset by peer. "
+    "[/pytorch/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:13498: Connection reset by peer. "
     "This is typically caused by a remote worker hanging": "Read error [127.0.0.1]:13498: Connection reset by peer",
     "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv": (
         "Timed out waiting 1800000ms for recv"
     ),
-    "NCCL error in: /pytorch/NCCLUtils.hpp:268, remote process exited or there was a network error, NCCL version 2.27\n"
+    "NCCL error in: /pytorch/NCCLUtils.hpp:268, remote process exited or there was a network error\n"
     "ncclRemoteError: A call failed possibly due to a network error": (
-        "NCCL error in: /pytorch/NCCLUtils.hpp:268, remote process exited or there was a network error, NCCL version 2.27"
+        "NCCL error in: /pytorch/NCCLUtils.hpp:268, remote process exited or there was a network error"
     ),
     "failed to recv, got 0 bytes": "failed to recv, got 0 bytes",
     "sendBytes failed on SocketImpl(fd=3): Broken pipe": "sendBytes failed on SocketImpl(fd=3): Broken pipe",
