@@ -25,9 +25,9 @@ for ((rank = 0; rank < size; rank++)); do
   rank_of[$!]=$rank
 done
 exec 3>&2 2>/dev/null # bash would report each killed process a second time
-tell() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
-trap 'tell TERM' TERM INT
-trap 'tell USR1' USR1
+signal_ranks() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
+trap 'signal_ranks TERM' TERM INT
+trap 'signal_ranks USR1' USR1
 
 status=0
 while ((${#rank_of[@]})); do
@@ -47,7 +47,7 @@ while ((${#rank_of[@]})); do
       ((code == 137)) && how=" (SIGKILL, which the kernel sends when memory runs out)"
       ((code > 128 && code != 137)) && how=" (SIG$(kill -l "$code"))"
       echo "launch/local.sh: rank ${rank_of[$ended]} ended with status $code$how; stopping the others" >&3
-      tell TERM
+      signal_ranks TERM
       # A rank that hangs, or waits for the one that is gone, does not end by asking.
       (sleep "$grace" && kill -KILL "${!rank_of[@]}") >/dev/null 2>&1 3>&- &
       killer=$!

@@ -63,7 +63,7 @@ def test_a_rank_that_dies_ends_the_run_by_name(struck):
 
 
 @pytest.mark.parametrize(
-    ("name", "cause"), [("killed", "rank 1 ended"), ("stopped", "rank 1 on"), ("first", "rank 0 on")]
+    ("name", "cause"), [("killed", "rank 1 ended"), ("stopped", "mirage: rank 1"), ("first", "mirage: rank 0")]
 )
 def test_the_cause_comes_first_once_and_in_few_lines(struck, name, cause):
     lines = struck[name][1].splitlines()
