@@ -24,26 +24,26 @@ def struck(toy):
     """One long run: a second job wants its directory, then rank 1 is killed; started again, rank 1 stands still;
     and once more, rank 0 does. name -> (exit status, output, seconds from the blow to the end).
     """
-    folder, found = toy.root / "faults/struck", {}
-    told = ["train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), "train.max_steps=2000"]
-    told += ["train.global_batch=8", "train.save_every=1", "train.keep_last=2", "train.hang_seconds=6"]
+    folder, outcomes = toy.root / "faults/struck", {}
+    arguments = ["train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), "train.max_steps=2000"]
+    arguments += ["train.global_batch=8", "train.save_every=1", "train.keep_last=2", "train.hang_seconds=6"]
     for name, rank, blow in (
         ("killed", 1, signal.SIGKILL),
         ("stopped", 1, signal.SIGSTOP),
         ("first", 0, signal.SIGSTOP),
     ):
-        run = launch(2, *told, "train.micro_batch=4", start=True)
+        run = launch(2, *arguments, "train.micro_batch=4", start=True)
         there = steps_done(folder)
         # The first steps behind a resume may be made again: wait until the file grows beyond what was there.
         until(lambda there=there: steps_done(folder) > there + 2, run)
         ranks = ranks_of(run.pid)
         if name == "killed":
-            found["second job"] = (ranks[0], launch(1, *told, "train.micro_batch=8", check=False), run.poll())
+            outcomes["second job"] = (ranks[0], launch(1, *arguments, "train.micro_batch=8", check=False), run.poll())
         send(ranks[rank], blow)
         begin = time.monotonic()
-        found[name] = (run.wait(DEADLINE), run.stdout.read(), time.monotonic() - begin)
+        outcomes[name] = (run.wait(DEADLINE), run.stdout.read(), time.monotonic() - begin)
         run.stdout.close()
-    return found
+    return outcomes
 
 
 def test_a_second_job_on_a_run_directory_is_refused_with_the_owners_name(struck):
@@ -82,10 +82,10 @@ def test_the_cause_comes_first_once_and_in_few_lines(struck, name, cause):
     ],
 )
 def test_a_rank_that_stands_still_ends_the_run_by_name_within_the_limit(struck, name, words):
-    status, told, seconds = struck[name]
+    status, output, seconds = struck[name]
     assert status == 1
-    assert "resumed from" in told
-    assert re.search(rf"mirage: {words}.*the run ends \(train\.hang_seconds=6\)", told), told
+    assert "resumed from" in output
+    assert re.search(rf"mirage: {words}.*the run ends \(train\.hang_seconds=6\)", output), output
     assert seconds < 60
 
 
@@ -163,9 +163,9 @@ def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
     )
     ranks = _two(script)
     try:
-        said = ranks[0].communicate(timeout=120)[1]
+        output = ranks[0].communicate(timeout=120)[1]
         assert ranks[0].returncode == 1
-        assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in said
+        assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in output
     finally:
         for rank in ranks:
             rank.kill()
