@@ -136,7 +136,7 @@ def test_model_outputs_go_to_wandb_only_by_option_and_no_more_than_its_number(wh
     for gone in (1, 2, 3):
         shutil.rmtree(copy / f"checkpoints/step-{gone:06d}")
     followed = suite_of(toy, copy, model={"path": "unused", "dtype": "fp32"}, follow=str(copy), wandb_outputs=7)
-    with pytest.raises(ConfigError, match=r"wandb_outputs=7: .*does not tell W&B"):
+    with pytest.raises(ConfigError, match=r"wandb_outputs=7: .*does not log to W&B"):
         follow.follow(followed)
     recipe = config.load(copy / "config.yaml", [], TrainRecipe)
     config.write_yaml(replace(recipe, monitor=replace(recipe.monitor, wandb="offline")), copy / "config.yaml")
