@@ -79,13 +79,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def start_ranks(command: Sequence[str], ranks: int, **options: Any) -> list[subprocess.Popen]:
     """One process a rank, each with one thread unless the environment says otherwise. options: Popen's."""
-    from mirage_dist.ranks import _free_port
+    from mirage_dist.ranks import free_port
 
     shared = {
         **os.environ,
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "HF_HUB_OFFLINE": "1",
     }
@@ -283,7 +283,8 @@ def make_samples(size: Size, folder: Path, streams: Sequence[str], count: int) -
     import numpy as np
     from PIL import Image
 
-    from mirage_dist.data.sources import Sample, write_samples
+    from mirage_dist.data.sample import Sample
+    from mirage_dist.data.sources import write_samples
 
     folder.mkdir(parents=True, exist_ok=True)
     asked = size.tokens - size.picture_tokens - size.response - 2  # two marks of who speaks

@@ -115,6 +115,7 @@ def ours(recipe: Any, group: Any) -> Step:
     """The step of `mirage train`."""
     import torch
 
+    from mirage_dist.liveness import Owner
     from mirage_dist.model import load
     from mirage_dist.train import engine as engines
     from mirage_dist.train.context import Run
@@ -130,7 +131,7 @@ def ours(recipe: Any, group: Any) -> Step:
     torch.manual_seed(recipe.seed)
     engine = engines.build(recipe, checked.deepspeed, group, needs.depth)
     objective.start(engine.module.hidden_size, recipe.seed)
-    lease = Lease(Path(recipe.run.dir), "benchmark")
+    lease = Lease(Path(recipe.run.dir), Owner("benchmark"))
     lease.workspace.mkdir(parents=True, exist_ok=True)
     manifest = {"base_hash": load.base_hash(recipe.model.path)}
     run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)

@@ -1,29 +1,29 @@
 """Recipes: YAML files merged with dot-list overrides, checked against frozen dataclasses.
 
-OmegaConf reads, merges and interpolates; `schema` has the dataclasses. Every error names the
-key, what was found and what is allowed. This module imports neither torch nor transformers, so that a
-typo is reported in a fraction of a second.
+OmegaConf reads, merges and interpolates; `schema` holds the dataclasses. Every error names the key, its value and the
+allowed values. This module imports neither torch nor transformers, so that a typo is reported in a fraction of a
+second.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mirage_dist.schema import ConfigError
+from mirage_dist import disk
+from mirage_dist.schema import Choice, ConfigError
 
 T = TypeVar("T")
-# ${fixed2:0.5} is 0.50: how folders that are named by a number spell it.
+# ${fixed2:0.5} is 0.50, as folders named after a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,8 +35,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     """Read a YAML recipe, apply `key=value` overrides, check and freeze.
 
-    Raises ConfigError for a file that is not there or not YAML, an override that is no `key=value`, an unknown
-    key (naming the nearest right one) or a wrong value (naming what is allowed).
+    Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
+    key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
     file = find(path)
     try:
@@ -52,15 +52,54 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value, such as train.lr=5e-7")
     try:
-        for override in overrides:
-            key, _, value = override.partition("=")
-            # OmegaConf's own dot-list parser reads the value (numbers, null, lists), so 5e-7 is a float here.
-            parsed = OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
-            OmegaConf.update(tree, key, parsed, merge=True)
+        # OmegaConf's own dot-list parser reads the value (numbers, null, lists), so 5e-7 is a float here.
+        items = [
+            (key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value"))
+            for key, _, value in (override.partition("=") for override in overrides)
+        ]
+        # Classes are chosen first, so that their options may stand before the choice on the command line.
+        for key, value in items:
+            _choose(tree, schema, key, value)
+        for key, value in items:
+            OmegaConf.update(tree, key, value, merge=True)
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     return _build(schema, plain, source, "")
+
+
+def _choose(tree: Any, schema: Any, dotted: str, value: Any) -> None:
+    """Empty the mapping whose class `dotted`=`value` changes (see `schema.Choice`): its options belong to the old one.
+
+    A mapping that names its class replaces the one in the recipe as a whole, too.
+    """
+    for key, choice in _choices(schema, dotted.split(".")):
+        old = OmegaConf.select(tree, key)
+        if not OmegaConf.is_dict(old):
+            continue
+        if dotted == f"{key}.{choice.key}":
+            replaced = value != old.get(choice.key)
+        else:
+            replaced = dotted == key and OmegaConf.is_dict(value) and choice.key in value
+        if replaced:
+            OmegaConf.update(tree, key, {}, merge=False)
+
+
+def _choices(schema: Any, parts: Sequence[str], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Choice]]:
+    """The mappings marked as a `Choice` on the way from `schema` along `parts`, each with its dotted key."""
+    if typing.get_origin(schema) is Annotated:
+        schema, *marks = typing.get_args(schema)
+        yield from ((".".join(path), mark) for mark in marks if isinstance(mark, Choice))
+    if typing.get_origin(schema) in (typing.Union, types.UnionType):
+        schema = next(a for a in typing.get_args(schema) if a is not type(None))
+    if not parts:
+        return
+    if dataclasses.is_dataclass(schema):
+        inner = typing.get_type_hints(schema, include_extras=True).get(parts[0])
+    else:
+        inner = typing.get_args(schema)[1] if typing.get_origin(schema) is dict else None
+    if inner is not None:
+        yield from _choices(inner, parts[1:], (*path, parts[0]))
 
 
 def find(path: str | Path) -> Path:
@@ -156,9 +195,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_yaml(config: Any) -> str:
+    """The resolved recipe as YAML; `load` reads it back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
 def write_yaml(config: Any, path: Path) -> None:
-    """Write the resolved recipe; `load` reads it back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    """Write `to_yaml(config)`."""
+    path.write_text(to_yaml(config))
 
 
 def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:
@@ -171,7 +215,7 @@ def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:
             node = (node or {}).get(parent)
         if node:
             node.pop(last, None)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return disk.digest(tree)
 
 
 def differences(mine: Any, other: Any, key: str = "") -> list[str]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mirage_dist import progress
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import sources
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
+from mirage_dist.liveness import Owner
 from mirage_dist.ranks import Group
 from mirage_dist.schema import SourceConfig, WorldConfig
 from mirage_dist.train.context import Run
@@ -24,6 +26,12 @@ settings.register_profile("untimed", deadline=None)  # tests state properties; a
 settings.load_profile("untimed")
 
 DEADLINE = 180.0  # seconds, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _every_warning_is_new():
+    """A warning appears once a process, and one process runs all tests."""
+    progress.handler.warnings.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +57,7 @@ class Engine(torch.nn.Module):
 def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:
     """The context of a run of this process alone, without DeepSpeed; its lease owns nothing yet."""
     alone = Group(0, 0, 1, torch.device("cpu"))
-    lease = Lease(Path(recipe.run.dir), "test")
+    lease = Lease(Path(recipe.run.dir), Owner("test"))
     return Run(recipe, alone, objective, feed, engine, {}, {"base_hash": base}, lease)
 
 

@@ -86,9 +86,7 @@ class Codes(Objective):
     @property
     def needs(self) -> Needs:
         both = ("codes", "lessons")
-        return Needs(
-            streams=both, logp=both, unlearned=("codes",), audited=("lessons",), by_micro_batch=self.per_batch
-        )
+        return Needs(streams=both, logp=both, unlearned=("codes",), audited=("lessons",), by_micro_batch=self.per_batch)
 
     def __call__(self, views: Mapping[str, View]) -> Sequence[Term]:
         codes, lessons = (wanted(views[name].logp_N).sum() for name in ("codes", "lessons"))

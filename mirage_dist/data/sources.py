@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,6 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
 
 FOLDERS = ("mm_safetybench",)  # formats of which `path` may be a folder of files
-FIRST_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass
@@ -210,20 +208,6 @@ def _digests(samples: Sequence[Sample]) -> dict[str, bytes]:
     """Picture -> SHA-256 of its file."""
     distinct = {sample.image for sample in samples if sample.image}
     return {path: hashlib.sha256(Path(path).read_bytes()).digest() for path in distinct}
-
-
-def first_words(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Lower-cased first word -> {"refusal": n, "answer": n} answers, most frequent first (the paper's Fig. 3).
-
-    A question without a word counts under "".
-    """
-    counts: dict[str, Counter[str]] = {}
-    for sample in samples:
-        word = FIRST_WORD.search(sample.question)
-        count = counts.setdefault(word[0].lower() if word else "", Counter())
-        count["refusal" if is_refusal(sample.answer) else "answer"] += 1
-    ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    return {word: {"refusal": count["refusal"], "answer": count["answer"]} for word, count in ordered}
 
 
 def check_forget(samples: Sequence[Sample], stream: str = "forget") -> None:

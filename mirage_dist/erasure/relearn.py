@@ -17,7 +17,7 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import launching
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.setting import SET, Forget, Setting, attack_rate, group
 from mirage_dist.evals.metrics import Leaf

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_dist.data import sources, stream
+from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
-from mirage_dist.data.sources import Sample, Source
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import Source
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
@@ -152,7 +153,7 @@ def describe(streams: Mapping[str, Source]) -> dict[str, Any]:
                 "dropped": dict(source.dropped),
                 "renamed": source.renamed,
                 "skipped": source.skipped,
-                "first_words": sources.first_words(source.samples),
+                "first_words": words.first_words(source.samples),
             }
             for name, source in streams.items()
         }

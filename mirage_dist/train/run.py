@@ -13,8 +13,10 @@ import torch
 from mirage_dist import ranks, signals
 from mirage_dist.data import sources, stream
 from mirage_dist.data.sources import Source
+from mirage_dist.liveness import Owner
 from mirage_dist.model import export, load
 from mirage_dist.model.reference import AdaptersOff, Frozen, Reference
+from mirage_dist.progress import log
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.signals import StopRequested
@@ -55,13 +57,12 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
     feed = Feed(recipe, checked.needs, streams, processor)
     cut = feed.check_lengths(group)  # before the directory is claimed: an error here changes the recipe
     with _leased(checked, streams, group) as (lease, manifest):
-        group.say(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
+        log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for title, source in streams.items():
-            group.say(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-        if group.main:
-            warn(checked, streams)
+            log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
+        warn(checked, streams)
         if cut:
-            group.say(f"{name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut")
+            log.info(f"{name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut")
         torch.manual_seed(recipe.seed)
         ranks.stop_here(group, "data are checked")
         engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
@@ -102,7 +103,7 @@ def resume(run: Run) -> int:
         return 0
     saved, state = checkpoint.load(run.engine, newest, run.manifest)
     run.objective.load_state_dict(state)
-    run.group.say(f"{run.root.name}: resumed from {newest} at step {saved['step']}")
+    log.info(f"{run.root.name}: resumed from {newest} at step {saved['step']}")
     return saved["step"]
 
 
@@ -159,21 +160,21 @@ def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> It
         try:
             if group.main:
                 lease = acquire(root)
-                with lease.told():
+                with lease.write_failures():
                     rundir.count_start(lease, recipe.train.max_restarts)
                     rundir.open_run(recipe, checked.needs, streams, load.base_hash(recipe.model.path), lease)
         except (ConfigError, RunError) as error:
             fault = error
         # All ranks end alike: one that waited here would report a lost connection, perhaps before the cause is logged.
-        status, token = ranks.from_main(group, (fault.status if fault else 0, lease.token if lease else ""))
+        status, token = ranks.from_main(group, (fault.status if fault else 0, lease.owner.token if lease else ""))
         if fault is not None:
             raise fault
         if status:
             raise SystemExit(status)
-        held = lease or Lease(root, token)
+        held = lease or Lease(root, Owner(token))
         manifest = json.loads((root / "manifest.json").read_text())
         kept = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
-        with held.told():
+        with held.write_failures():
             yield held, {**kept, "world_size": group.size}
     finally:
         if lease is not None:

@@ -20,7 +20,7 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.data import sources
 from mirage_dist.model import load
 from mirage_dist.objectives.base import make
-from mirage_dist.ranks import Group, _free_port
+from mirage_dist.ranks import Group, free_port
 from mirage_dist.schema import SourceConfig, TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, read_streams
@@ -63,7 +63,7 @@ def finished(toy, tmp_path_factory):
             train = replace(recipe.train, micro_batch=BATCH // ranks**2)
             files.append(str(root / f"{name}-{ranks}.yaml"))
             configs.write_yaml(replace(recipe, train=train, deepspeed=f"{root}/sharded.json"), Path(files[-1]))
-        shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command = [sys.executable, "-c", TRAIN, *files]

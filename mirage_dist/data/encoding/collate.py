@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.conversation import Conversation, called, tokenizer_of
 from mirage_dist.data.encoding.packing import borders, pack
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
 IGNORE = -100

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.evals import runner
@@ -198,7 +198,7 @@ def test_a_search_that_was_stopped_at_any_step_ends_as_one_that_was_not(toy, tmp
     step, starts = gcg.Problem.step, 0
 
     def interrupted(self, *told):
-        signals._note(signal.SIGTERM, None)
+        signals.handler(signal.SIGTERM, None)
         return step(self, *told)
 
     with monkeypatch.context() as during:

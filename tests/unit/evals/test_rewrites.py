@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.data import prepare
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import paraphrase
@@ -144,7 +144,7 @@ def test_a_stopped_start_goes_on_where_it_was_and_makes_what_one_that_was_not_st
 
         def stopping(text, times):
             if item(text) == "item5":
-                signals._note(signal.SIGTERM, None)
+                signals.handler(signal.SIGTERM, None)
             return obedient(text, times)
 
         server.script = stopping

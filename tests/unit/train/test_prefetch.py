@@ -105,13 +105,13 @@ print(forks[0])
 def test_a_worker_that_hangs_in_its_fork_is_replaced_and_no_batch_is_lost():
     done = subprocess.run([sys.executable, "-c", STUCK, "1"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["a batch worker did not start in 1 s; all are started again", "4"]
+    assert done.stdout.splitlines() == ["WARNING: a batch worker did not start in 1 s; all are started again", "4"]
 
 
 def test_workers_that_never_start_are_an_error_that_says_what_to_do():
     done = subprocess.run([sys.executable, "-c", STUCK, "2"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert "data.workers=2: batch workers did not start, 3 times in a row; data.workers=0 needs none" in done.stderr
+    assert "data.workers=2: batch workers did not start, 3 times in a row; set data.workers=0 to need none" in done.stderr
 
 
 def gone(workers: set[int]) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 from mirage_dist import config as configs
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.model import load, reference, vision
 from mirage_dist.model.policy import Policy, Request
 from mirage_dist.objectives.base import make
