@@ -93,5 +93,5 @@ def _started(make: Callable[[Any], Any], items: Sequence[Any], workers: int) -> 
             worker.kill()  # it ignores the other signals, or hangs before it could receive them
             worker.join()
     raise RunError(
-        f"data.workers={workers}: batch workers did not start, {STARTS} times in a row; set data.workers=0 to need none"
+        f"data.workers={workers}: batch workers did not start, {STARTS} times in a row; data.workers=0 uses none"
     )

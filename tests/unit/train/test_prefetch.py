@@ -111,7 +111,7 @@ def test_a_worker_that_hangs_in_its_fork_is_replaced_and_no_batch_is_lost():
 def test_workers_that_never_start_are_an_error_that_says_what_to_do():
     done = subprocess.run([sys.executable, "-c", STUCK, "2"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert "data.workers=2: batch workers did not start, 3 times in a row; set data.workers=0 to need none" in done.stderr
+    assert "data.workers=2: batch workers did not start, 3 times in a row; data.workers=0 uses none" in done.stderr
 
 
 def gone(workers: set[int]) -> bool:
