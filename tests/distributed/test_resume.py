@@ -191,7 +191,8 @@ def test_a_step_does_not_change_what_is_still_to_be_copied(saved, toy, tmp_path)
 COUNT_LAYERS = """
 import sys
 from pathlib import Path
-from mirage_dist import config, liveness, ranks, schema
+from mirage_dist import config, ranks, schema
+from mirage_dist.liveness import Owner
 from mirage_dist.train import context, engine, feed, lease, loop
 from mirage_dist.train.planning import check
 from mirage_dist.model import load
@@ -205,7 +206,7 @@ calls = []
 for layer in built.module.backbone.language_model.layers:
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
-held = lease.Lease(Path(recipe.run.dir), liveness.Owner("test"))
+held = lease.Lease(Path(recipe.run.dir), Owner("test"))
 run = context.Run(recipe, here, objective, source, built, checked.deepspeed, {}, held)
 loop.Loop(run, None).step(0, source.window(0, here))
 print("layer forwards", len(calls))
