@@ -70,12 +70,12 @@ class Measured:
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
 
-    def add(self, told: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, answers: Sequence[Mapping[str, Any]]) -> None:
         """One step, as each rank tells it."""
-        self.seconds.append(max(t["seconds"] for t in told))
-        self.cpu_seconds.append(max(t["cpu_seconds"] for t in told))
-        self.losses.append(sum(t["loss"] for t in told) / len(told))
-        self.tokens = sum(t["tokens"] for t in told)
+        self.seconds.append(max(t["seconds"] for t in answers))
+        self.cpu_seconds.append(max(t["cpu_seconds"] for t in answers))
+        self.losses.append(sum(t["loss"] for t in answers) / len(answers))
+        self.tokens = sum(t["tokens"] for t in answers)
 
 
 # ------------------------------------------------------------------------------------------------ measure
@@ -99,8 +99,8 @@ class Bench:
 
     def measure(self, case: str, versions: Sequence[Version], ranks: int, profile: bool) -> list[Measured]:
         """All versions of a case; on the CPU by turns."""
-        found = [Measured(case, ranks, version) for version in versions]
-        for group in [found] if self.device == "cpu" else [[one] for one in found]:
+        measured_case = [Measured(case, ranks, version) for version in versions]
+        for group in [measured_case] if self.device == "cpu" else [[one] for one in measured_case]:
             self.say(f"{case}, {ranks} rank(s): loading {'; '.join(m.version.name for m in group)}")
             first, *others = DEEPSPEED[self.device]
             jobs = [self.start(measured, first) for measured in group]
@@ -112,18 +112,18 @@ class Bench:
                         jobs[number] = self.start(measured, left.pop(0))
                     measured.missing = None if fits else "does not fit, not even with offload"
                 alive = [(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None]
-                agree(found, self.size.dtype)
+                agree(measured_case, self.size.dtype)
                 for job, measured in alive:
                     measured.add(job.ask("step"))
-                    measured.peak_mib = max(told["peak_mib"] for told in job.ask("memory"))
+                    measured.peak_mib = max(answer["peak_mib"] for answer in job.ask("memory"))
                 self.rounds(alive)
-                agree(found, self.size.dtype)
+                agree(measured_case, self.size.dtype)
                 if profile:
                     self.look_at([(job, m) for job, m in alive if m.version.plain is None])
             finally:
                 for job in jobs:
                     job.close()
-        return found
+        return measured_case
 
     def look_at(self, alive: Sequence[tuple[Job, Measured]]) -> None:
         """Profile one more step of each on the first rank."""
@@ -146,16 +146,16 @@ class Bench:
         for number in range(self.repeats):
             for job, measured in alive:
                 measured.add(job.ask("step"))
-            told = "; ".join(f"{m.version.name} {m.seconds[-1]:.2f} s" for _, m in alive)
-            self.say(f"  round {number + 1} of {self.repeats}: {told}")
+            times = "; ".join(f"{m.version.name} {m.seconds[-1]:.2f} s" for _, m in alive)
+            self.say(f"  round {number + 1} of {self.repeats}: {times}")
 
 
 def ready(job: Job, measured: Measured) -> bool:
     """Wait for the load, then make the first step; False where a GPU's memory does not hold it."""
-    if any("out_of_memory" in told for told in job.hear()):
+    if any("out_of_memory" in answer for answer in job.hear()):
         return False
     first = job.ask("step")
-    if any("out_of_memory" in told for told in first):
+    if any("out_of_memory" in answer for answer in first):
         return False
     measured.add(first)
     return True
@@ -163,9 +163,9 @@ def ready(job: Job, measured: Measured) -> bool:
 
 def agree(case: Sequence[Measured], dtype: str) -> None:
     """Raise Disagreement unless each opponent's losses are its twin's; in 16 bits the first, since they drift apart."""
-    told = {m.version.name: m.losses for m in case}
+    losses = {m.version.name: m.losses for m in case}
     for measured in case:
-        own, twin = measured.losses, told.get(measured.version.twin or "", [])
+        own, twin = measured.losses, losses.get(measured.version.twin or "", [])
         pairs = list(zip(own, twin, strict=False))[: None if dtype == "fp32" else 1]
         for step, (a, b) in enumerate(pairs):
             if not abs(a - b) <= TOLERANCE[dtype] * abs(b):  # and neither is no number
@@ -176,16 +176,16 @@ def agree(case: Sequence[Measured], dtype: str) -> None:
 # ------------------------------------------------------------------------------------------------- report
 
 
-def table(found: Sequence[Measured], parameters: int, device: str) -> str:
+def table(measured: Sequence[Measured], parameters: int, device: str) -> str:
     head = ["step", "ranks", "version", "s a step (least – most)", "tokens/s", "× ours", "peak MiB", "× ours"]
     if device == "cuda":
         head += ["MFU", "DeepSpeed"]
     rows = []
-    for m in found:
+    for m in measured:
         if m.missing is not None:
             rows.append([m.case, str(m.ranks), m.version.name, m.missing, *[""] * (len(head) - 4)])
             continue
-        base = pick(found, m.case, m.ranks, m.version.against)
+        base = pick(measured, m.case, m.ranks, m.version.against)
         compared = base is not None and m.version.plain is not None
         row = [m.case, str(m.ranks), m.version.name]
         row += [f"{m.step_seconds:.2f} ({min(m.seconds[UNTIMED:]):.2f} – {max(m.seconds[UNTIMED:]):.2f})"]
@@ -199,19 +199,19 @@ def table(found: Sequence[Measured], parameters: int, device: str) -> str:
     return common.markdown(head, rows)
 
 
-def pick(found: Sequence[Measured], case: str, ranks: int, version: str) -> Measured | None:
+def pick(measured: Sequence[Measured], case: str, ranks: int, version: str) -> Measured | None:
     """The measurement of this name, None where there is none or it failed."""
-    same = (m for m in found if (m.case, m.ranks, m.version.name) == (case, ranks, version) and m.missing is None)
+    same = (m for m in measured if (m.case, m.ranks, m.version.name) == (case, ranks, version) and m.missing is None)
     return next(same, None)
 
 
-def targets(found: Sequence[Measured], parameters: int, device: str) -> list[tuple[str, bool]]:
+def targets(measured: Sequence[Measured], parameters: int, device: str) -> list[tuple[str, bool]]:
     judged: list[tuple[str, bool]] = []
 
     def ratio(
         what: str, value: Callable[[Measured], float], over: Any, under: Any, met: Callable[[float], bool]
     ) -> None:
-        a, b = pick(found, *over), pick(found, *under)
+        a, b = pick(measured, *over), pick(measured, *under)
         if a is not None and b is not None:
             share = value(a) / value(b)
             judged.append((f"{what} (is {share:.2f})", met(share)))
@@ -236,7 +236,7 @@ def targets(found: Sequence[Measured], parameters: int, device: str) -> list[tup
         return judged
     ratio("NPO >= 3 x the tokens/s of the five forwards", tokens, npo, five, lambda x: x >= 3)
     ratio("RMU >= 8 x faster than three hooked forwards", time_of, hooked, rmu, lambda x: x >= 8)
-    for case, ours_ in (("SFT", pick(found, "SFT", 1, "ours")), ("NPO", pick(found, *npo))):
+    for case, ours_ in (("SFT", pick(measured, "SFT", 1, "ours")), ("NPO", pick(measured, *npo))):
         if ours_ is None:
             continue
         if case == "SFT":
@@ -263,7 +263,7 @@ def main() -> None:
     size = SIZES[parsed.size or ("58m" if device == "cpu" else "7b")]
     repeats = parsed.repeats or (3 if device == "cpu" else 10)
     result = common.record(device, ("torch", "transformers", "deepspeed", "peft", "trl"), sys.argv[1:], threads=1)
-    found: list[Measured] = []
+    measured: list[Measured] = []
     with tempfile.TemporaryDirectory(dir=parsed.place) as folder:
         bench = Bench(size, device, parsed.lora, parsed.batch or 4, repeats, Path(folder))
         bench.say("making a model and data")
@@ -273,16 +273,16 @@ def main() -> None:
             for case, versions in cases(size, parsed.lora).items():
                 chosen = [v for v in versions if ranks == 1 or not v.single]
                 if chosen and (parsed.case is None or case in parsed.case):
-                    found += bench.measure(case, chosen, ranks, parsed.profile)
+                    measured += bench.measure(case, chosen, ranks, parsed.profile)
     batch = f"{bench.batch} samples of {size.tokens} tokens ({size.response} of the response) a stream"
     result |= {"size": asdict(size), "parameters": parameters, "lora": parsed.lora, "batch": batch, "repeats": repeats}
-    result["measured"] = [{**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in found]
+    result["measured"] = [{**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in measured]
     for name, profile in bench.profiles.items():
         print(f"\n{name}\n{profile}")
     print(f"\n{parameters / 1e6:.0f} M parameters, {size.dtype}, {batch} and rank\n")
-    print(table(found, parameters, device))
+    print(table(measured, parameters, device))
     print("TRL's SFT trainer: " + ("not installed" if result["versions"]["trl"] is None else "not measured"), "\n")
-    result["targets"] = common.say_targets(targets(found, parameters, device))
+    result["targets"] = common.say_targets(targets(measured, parameters, device))
     common.write(f"step_{device}{'_lora' if parsed.lora else ''}", result)
 
 

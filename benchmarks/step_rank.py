@@ -58,7 +58,7 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
             Version("plain, 3 hooked forwards", rmu, "rmu", "ours", reference=frozen, train=train, single=single),
         ]
 
-    found = {
+    versions = {
         "SFT": [Version("ours", sft), Version("plain, full logits", sft, "sft", "ours")],
         "NPO": [
             Version("ours", formula),
@@ -69,7 +69,9 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
         "RMU": steering(down),
     }
     # With adapters the recipe's patterns are not used: the two would be the same run.
-    return found if lora else {**found, "RMU, projector too": steering([*down, "*multi_modal_projector*"], single=True)}
+    if not lora:
+        versions["RMU, projector too"] = steering([*down, "*multi_modal_projector*"], single=True)
+    return versions
 
 
 def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
@@ -188,7 +190,7 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
 
 
 def rank(task: Mapping[str, Any]) -> None:
-    """Load, then step when asked to (see `common.answers`).
+    """Load, then step when requested (see `common.answers`).
 
     task: the `version`'s fields, `size`, `lora`, `batch` (samples of a stream), `deepspeed` (a JSON file), `place`
     (the folder of model and data) and `out` (a new folder, the run's).

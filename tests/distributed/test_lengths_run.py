@@ -25,8 +25,8 @@ def run(toy):
     forget = f"data.streams.forget=[{{format: samples, path: {root}/forget.jsonl}}]"
 
     def start(name, *overrides):
-        told = [*toy.overrides("npo", root / name), *short, forget, *overrides]
-        return launch(2, "train", "configs/train/demo_npo.yaml", *told, check=False), root / name
+        arguments = [*toy.overrides("npo", root / name), *short, forget, *overrides]
+        return launch(2, "train", "configs/train/demo_npo.yaml", *arguments, check=False), root / name
 
     start.samples = rows
     return start

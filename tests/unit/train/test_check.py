@@ -1,4 +1,4 @@
-"""What can be wrong before weights load is said before weights load, with its place and its remedy."""
+"""Errors that can be known before weights load are reported before weights load, with place and remedy."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ from mirage_dist.train.planning.check import check_inputs, check_recipe
 @pytest.fixture
 def recipe(toy, tmp_path):
     def build(*overrides, name="npo") -> TrainRecipe:
-        told = [*toy.overrides(name, tmp_path / "run"), *overrides]
-        return configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
+        given = [*toy.overrides(name, tmp_path / "run"), *overrides]
+        return configs.load(f"configs/train/demo_{name}.yaml", given, TrainRecipe)
 
     return build
 
@@ -94,8 +94,8 @@ def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
 
 
 def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
-    told = toy.overrides("npo", tmp_path / "run")
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 0
+    overrides = toy.overrides("npo", tmp_path / "run")
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == 0
     assert "forget 20, retain 30" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
@@ -115,7 +115,7 @@ def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
     ],
 )
 def test_a_name_that_the_model_does_not_have_is_told_from_its_configuration(recipe, toy, tmp_path, overrides, words):
-    """The weights are out of reach: what is wrong is told all the same."""
+    """The weights are missing: the error is reported all the same."""
     model = tmp_path / "model"
     shutil.copytree(toy.root / "model", model)
     (model / "model.safetensors").unlink()
@@ -140,10 +140,10 @@ def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused_by_its_con
         (LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=convolution), "not every layer of lfm2"),
     ):
         config.save_pretrained(tmp_path / config.model_type)
-        told = f"model.path={tmp_path / config.model_type}"
-        check(recipe(told))
+        path = f"model.path={tmp_path / config.model_type}"
+        check(recipe(path))
         with pytest.raises(ConfigError, match=rf"data\.packing: {words}"):
-            check(recipe(told, "data.packing=true"))
+            check(recipe(path, "data.packing=true"))
 
 
 def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
@@ -156,18 +156,18 @@ def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
 
 @pytest.mark.parametrize("wrong", [[], ["objective.name=nop"], ["objective.betta=3"], ["reference=adapters_off"]])
 def test_neither_a_check_nor_a_wrong_recipe_makes_the_embedded_world(tmp_path, capsys, wrong):
-    told = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/run", *wrong]
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == (2 if wrong else 0)
+    overrides = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/run", *wrong]
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == (2 if wrong else 0)
     if wrong:
-        assert main(["train", "configs/train/demo_npo.yaml", *told]) == 2
+        assert main(["train", "configs/train/demo_npo.yaml", *overrides]) == 2
     assert not any(tmp_path.iterdir())
 
 
 def test_check_counts_the_answers_that_will_be_cut_and_refuses_those_that_may_not(toy, tmp_path, capsys):
-    told = [*toy.overrides("npo", tmp_path / "run"), "data.max_length=30"]
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 2
+    overrides = [*toy.overrides("npo", tmp_path / "run"), "data.max_length=30"]
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == 2
     assert "max_length" in capsys.readouterr().err
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told, "data.on_long=truncate"]) == 0
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides, "data.on_long=truncate"]) == 0
     assert "; 0 answers to be cut" not in capsys.readouterr().out
 
 

@@ -31,8 +31,8 @@ ALONE = Group(0, 0, 1, torch.device("cpu"))
 
 
 def feed_of(toy, tmp_path, name, *own):
-    told = [*toy.overrides(name, tmp_path / "run"), "train.global_batch=8", "train.micro_batch=4", *own]
-    recipe = configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
+    overrides = [*toy.overrides(name, tmp_path / "run"), "train.global_batch=8", "train.micro_batch=4", *own]
+    recipe = configs.load(f"configs/train/demo_{name}.yaml", overrides, TrainRecipe)
     objective = make(recipe.objective)
     return (
         recipe,
@@ -59,22 +59,22 @@ def test_order_is_kept_errors_come_in_their_turn_and_no_process_is_left(workers)
             raise ConfigError("item 5 is bad")
         return item, os.getpid()
 
-    found = made(make_one, range(9), workers)
-    told = [next(found) for _ in range(5)]
-    assert [item for item, _ in told] == [0, 1, 2, 3, 4]
-    assert len({pid for _, pid in told} - {os.getpid()}) == workers
+    batches = made(make_one, range(9), workers)
+    results = [next(batches) for _ in range(5)]
+    assert [item for item, _ in results] == [0, 1, 2, 3, 4]
+    assert len({pid for _, pid in results} - {os.getpid()}) == workers
     with pytest.raises(ConfigError, match="item 5 is bad"):
-        next(found)
-    assert gone({pid for _, pid in told} - {os.getpid()})
+        next(batches)
+    assert gone({pid for _, pid in results} - {os.getpid()})
 
 
 def test_a_stop_that_is_told_to_every_process_ends_no_worker_before_its_rank_has_done_with_it():
-    with closing(made(lambda item: (item, os.getpid()), range(20), 2)) as found:
-        workers = {next(found)[1], next(found)[1]}
+    with closing(made(lambda item: (item, os.getpid()), range(20), 2)) as batches:
+        workers = {next(batches)[1], next(batches)[1]}
         for pid in workers:
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 os.kill(pid, number)
-        assert [next(found)[0] for _ in range(10)] == list(range(2, 12))  # stopped in the middle
+        assert [next(batches)[0] for _ in range(10)] == list(range(2, 12))  # stopped in the middle
     assert len(workers) == 2
     assert gone(workers)
 
@@ -95,9 +95,9 @@ def in_the_child():  # within fork() itself, where nothing of the worker's has r
 os.register_at_fork(after_in_child=in_the_child)
 prefetch.START_SECONDS = 1.0
 _utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits for each to end
-found = prefetch.made(lambda item: (item, os.getpid()), range(9), 2)
-told = list(found)
-assert [item for item, _ in told] == list(range(9)) and len({pid for _, pid in told}) == 2
+batches = prefetch.made(lambda item: (item, os.getpid()), range(9), 2)
+results = list(batches)
+assert [item for item, _ in results] == list(range(9)) and len({pid for _, pid in results}) == 2
 print(forks[0])
 """
 
