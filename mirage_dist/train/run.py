@@ -26,7 +26,7 @@ from mirage_dist.train.caches import reference as reference_cache
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.checkpoints.commit import Saver
-from mirage_dist.train.context import Run
+from mirage_dist.train.context import Identity, Run
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
@@ -152,7 +152,7 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, dict[str, Any]]]:
+def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, Identity]]:
     """The run directory, owned while the block runs, and its manifest; equal on every rank."""
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease, fault = None, None
@@ -173,9 +173,14 @@ def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> It
             raise SystemExit(status)
         held = lease or Lease(root, Owner(token))
         manifest = json.loads((root / "manifest.json").read_text())
-        kept = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
+        identity = Identity(
+            config_hash=manifest["config_hash"],
+            base_hash=manifest["base_hash"],
+            wandb_id=manifest["wandb_id"],
+            world_size=group.size,
+        )
         with held.write_failures():
-            yield held, {**kept, "world_size": group.size}
+            yield held, identity
     finally:
         if lease is not None:
             lease.release()
