@@ -3,10 +3,10 @@
     python benchmarks/bench_data.py
 
 Pictures of 336 x 336 pixels on disk, half of them JPEG and half PNG, and 676 tokens a sample, as LLaVA-1.5 has them.
-What is timed is what a step asks of its `Feed`, in this process and then in worker processes ahead of it, one thread
-each. Cold is the first epoch, workers' start included, warm the later ones (pictures are in the page cache in both).
-Then it says whether data would starve a step: that of bench_step.py on this CPU, if its result is there, and that of
-LLaVA-1.5-7B on one GPU at the model FLOPs utilisation that we aim for.
+The benchmark times what a step needs from its `Feed`, in this process and then in worker processes ahead of it, with
+one thread each. Cold is the first epoch, including the start of the workers; warm is every later one (pictures are in
+the page cache in both). The result is compared with the consumption of a step: that of bench_step.py on this CPU, if
+its result exists, and that of LLaVA-1.5-7B on one GPU at the model FLOPs utilisation that we aim for.
 
 Writes benchmarks/results/data.json and prints the table in Markdown.
 """
@@ -63,7 +63,7 @@ def make_feed(place: Path) -> Feed:
 
 
 def epochs(feed: Feed, workers: int, count: int) -> list[float]:
-    """Samples a second of each epoch, the first one cold; workers live through all of them, as in a run."""
+    """Samples per second of each epoch, the first one cold; as in a run, the same workers make all epochs."""
     steps, rates = SAMPLES // BATCH, []
     windows = made(lambda step: feed.window(step, HERE), range(steps * count), workers)
     for _ in range(count):
@@ -75,12 +75,12 @@ def epochs(feed: Feed, workers: int, count: int) -> list[float]:
 
 
 def parts(feed: Feed) -> dict[str, float]:
-    """Milliseconds of processor time a sample of the path's parts, in this process."""
+    """Milliseconds of processor time per sample, of each part of the data path, in this process."""
     samples, encoder = feed.samples["forget"], feed.encoder
 
     def milliseconds(act: Callable[[], Any]) -> float:
         act()
-        start = time.process_time()  # one thread that never waits: other work on the machine does not count
+        start = time.process_time()  # of one thread that never waits, so other load on the machine does not count
         act()
         return 1000 * (time.process_time() - start) / len(samples)
 
@@ -94,7 +94,7 @@ def parts(feed: Feed) -> dict[str, float]:
 
 
 def consumers() -> dict[str, float]:
-    """Samples a second that a rank's step takes."""
+    """Samples per second that a rank's step consumes."""
     tokens = UTILISATION * GPU_FLOPS / (6 * PARAMETERS)
     rates = {f"SFT of LLaVA-1.5-7B on one GPU at {UTILISATION:.0%} MFU": tokens / SIZE.tokens}
     file = common.RESULTS / "step_cpu.json"

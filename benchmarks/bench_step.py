@@ -1,4 +1,4 @@
-"""A training step against the paper's algorithm written plainly: time, tokens a second and peak memory.
+"""Our training step compared with a plain implementation of the paper's algorithm: time, tokens/s and peak memory.
 
     python benchmarks/bench_step.py                             # CPU, 60 M parameters, 1 and 2 ranks, 7 minutes
     python benchmarks/bench_step.py --device cuda               # LLaVA-1.5-7B's proportions, bfloat16, every parameter
@@ -7,14 +7,14 @@
 Ours is what `mirage train` runs (engine, feed, loop, reference cache). The opponents (published.py) get the same
 random model and micro-batches, dtype, attention, checkpointing, AdamW and DeepSpeed JSON, but run one forward a batch
 with full logits, and a second model as the reference. Losses must agree, the first one before anything is timed, or
-the benchmark stops. All samples are equally long: padding costs nobody anything. Our reference cache is filled before
-the first step, by one forward a sample and run, and is not timed.
+the benchmark stops. All samples have the same length, so padding costs no version anything. Our reference cache is
+filled before the first step, with one forward per sample and run, and is not timed.
 
-Each version runs in processes of its own, so that its memory is its own; on the CPU the versions of a case are alive
-together and step by turns, so that what disturbs one disturbs all. A time is the median of the steps behind the first
-two. Peak memory is a rank's high-water mark in those two, model, optimizer and all, beyond what it had before it loaded
-the model; on a CPU malloc keeps nothing of what is freed until then. On a GPU versions follow one another, and one that
-does not fit is tried again with its optimizer and parameters offloaded.
+Each version runs in separate processes, so that memory can be attributed. On the CPU the versions of a case run at the
+same time and take turns, so that other load affects all of them. The time of a step is the median of the steps after
+the first two. Peak memory is a rank's high-water mark in those two, with model and optimizer, beyond its memory before
+it loaded the model; on a CPU malloc returns freed memory at once until then. On a GPU the versions run one after the
+other, and one that does not fit is run again with optimizer and parameters offloaded.
 
 Writes benchmarks/results/step_DEVICE[_lora].json and prints the table in Markdown.
 """
@@ -49,7 +49,7 @@ DEEPSPEED = {
 
 @dataclass
 class Measured:
-    """What the steps of one version on so many ranks gave; lists have one value a step, the untimed included."""
+    """Measurements of one version on a number of ranks; lists have one value per step, untimed steps included."""
 
     case: str
     ranks: int
@@ -71,7 +71,7 @@ class Measured:
         return self.tokens / self.step_seconds
 
     def add(self, answers: Sequence[Mapping[str, Any]]) -> None:
-        """One step, as each rank tells it."""
+        """Add one step: the answer of each rank."""
         self.seconds.append(max(t["seconds"] for t in answers))
         self.cpu_seconds.append(max(t["cpu_seconds"] for t in answers))
         self.losses.append(sum(t["loss"] for t in answers) / len(answers))
@@ -82,7 +82,7 @@ class Measured:
 
 
 class Disagreement(SystemExit):
-    """Two versions that should compute one loss do not."""
+    """Two versions that should compute the same loss do not."""
 
 
 class Bench:
@@ -98,7 +98,7 @@ class Bench:
         print(f"[{time.monotonic() - self.begun:4.0f} s] {text}", flush=True)
 
     def measure(self, case: str, versions: Sequence[Version], ranks: int, profile: bool) -> list[Measured]:
-        """All versions of a case; on the CPU by turns."""
+        """Measure all versions of a case, on the CPU in turns."""
         measured_case = [Measured(case, ranks, version) for version in versions]
         for group in [measured_case] if self.device == "cpu" else [[one] for one in measured_case]:
             self.say(f"{case}, {ranks} rank(s): loading {'; '.join(m.version.name for m in group)}")
@@ -131,7 +131,7 @@ class Bench:
             self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.ask("profile")[0]["table"]
 
     def start(self, measured: Measured, deepspeed: str) -> Job:
-        """The version's ranks, set to load."""
+        """Start the ranks of a version; they begin to load."""
         self.jobs_started += 1
         measured.deepspeed = deepspeed
         out = self.place / f"job-{self.jobs_started}"
@@ -151,7 +151,7 @@ class Bench:
 
 
 def ready(job: Job, measured: Measured) -> bool:
-    """Wait for the load, then make the first step; False where a GPU's memory does not hold it."""
+    """Wait for the load, then make the first step. False when it does not fit into the GPU's memory."""
     if any("out_of_memory" in answer for answer in job.hear()):
         return False
     first = job.ask("step")
@@ -162,7 +162,7 @@ def ready(job: Job, measured: Measured) -> bool:
 
 
 def agree(case: Sequence[Measured], dtype: str) -> None:
-    """Raise Disagreement unless each opponent's losses are its twin's; in 16 bits the first, since they drift apart."""
+    """Raise Disagreement unless the losses of each version equal its twin's; in 16 bits only the first, as they drift."""
     losses = {m.version.name: m.losses for m in case}
     for measured in case:
         own, twin = measured.losses, losses.get(measured.version.twin or "", [])

@@ -58,7 +58,7 @@ def saved(toy):
 
 
 def half(run: Path, folder: Path) -> Path:
-    """A copy of the run as it was behind step 4."""
+    """A copy of the run as it was after step 4."""
     shutil.copytree(run, folder)
     shutil.rmtree(folder / f"checkpoints/step-{STEPS:06d}")
     return folder
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_came_from_another_run_is_refused(saved, toy, tmp_path
 def test_a_signal_ends_in_a_commit_and_the_next_start_goes_on_bitwise(saved, toy, tmp_path, number, receiver):
     """To the launcher, or to one rank only: all agree, commit the step they are in, and exit with 75."""
     folder = tmp_path / "run"
-    # So many saves would hide a commit on request, so this run has none of its own.
+    # Regular saves would hide a commit on request, so this run makes none.
     arguments = [*command(toy, folder, SAVED["two"][1]), "train.save_every=null"]
     process = launch(2, *arguments, start=True)
     deadline = time.monotonic() + 120
@@ -148,7 +148,7 @@ def environ(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
-def test_retention_keeps_what_was_asked_for(saved, toy, tmp_path):
+def test_retention_keeps_what_the_recipe_names(saved, toy, tmp_path):
     folder = tmp_path / "run"
     kept = ["train.save_every=1", "train.keep_last=2", "train.keep_every=3", "train.keep_best=loss"]
     launch(2, *command(toy, folder, SAVED["two"][1]), *kept)
@@ -214,7 +214,7 @@ ranks.exit_well()
 """
 
 
-def test_layers_are_computed_again_in_the_backward_pass_where_that_was_asked_for(toy, tmp_path):
+def test_layers_are_computed_again_in_the_backward_pass_with_gradient_checkpointing(toy, tmp_path):
     """Gradient checkpointing works in training mode only, which a loaded model is not in; and no reference cache or
     other forward has to put it there first.
     """

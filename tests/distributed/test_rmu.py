@@ -1,4 +1,4 @@
-"""RMU that stops early, narrows its rows, shares a prefix and loads no layer in vain: the numbers of three whole
+"""RMU that stops early, narrows its rows, shares a prefix and loads no unused layer has the numbers of three whole
 forwards with hooks.
 """
 
@@ -111,10 +111,10 @@ def test_the_reference_may_be_the_policy_without_its_adapters(finished):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_without_a_head_no_layer_behind_the_tapped_one_is_in_a_checkpoint(finished, name):
+def test_without_a_head_no_layer_after_the_tapped_one_is_in_a_checkpoint(finished, name):
     checkpoint = finished[name] / f"checkpoints/step-{STEPS:06d}"
     depth = read_manifest(checkpoint)["depth"]
     with Shards(checkpoint) as shards:
-        behind = [n for n in shards.shapes if "lm_head" in n or any(f"layers.{i}." in n for i in (2, 3))]
-    assert (depth, behind) == ((LAYER + 1, []) if "objective.ce_weight=0" in RUNS[name][2] else (None, behind))
-    assert behind or depth or name == "projector trains"
+        later = [n for n in shards.shapes if "lm_head" in n or any(f"layers.{i}." in n for i in (2, 3))]
+    assert (depth, later) == ((LAYER + 1, []) if "objective.ce_weight=0" in RUNS[name][2] else (None, later))
+    assert later or depth or name == "projector trains"

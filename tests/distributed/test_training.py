@@ -92,7 +92,7 @@ def test_losses_do_not_depend_on_ranks_accumulation_stage_packing_or_kind_of_ref
     torch.testing.assert_close(*norms, atol=0, rtol=1e-4)
 
 
-def test_padding_is_told_and_packing_has_none(finished):
+def test_padding_is_recorded_and_packing_has_none(finished):
     shares = {
         name: [m["padding"] for m in metrics(finished[name])] for name in ("sft", "sft_grouped", "npo", "npo_2x4")
     }
@@ -192,7 +192,7 @@ def test_a_killed_run_resumes_bitwise(finished, toy, tmp_path):
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)
     process.communicate(timeout=60)
-    # What was written behind the last commit would hide whether the resumed run wrote it.
+    # What was written after the last commit would hide whether the resumed run wrote it.
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:06d}", ignore_errors=True)
     shutil.rmtree(folder / "export", ignore_errors=True)
     done = launch(2, *command)

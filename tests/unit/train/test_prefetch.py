@@ -1,4 +1,4 @@
-"""Batches made ahead are those made in the step, in order, by other processes; and the step itself never waits."""
+"""Batches made ahead by other processes are those that the step would make, in order; the step itself never waits."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.prefetch import made
 from mirage_dist.train.views import Views
 
-# Where kernels' eager twins run there is no GPU to wait for.
+# Lines of the kernels' eager twins, which run only where there is no GPU to wait for.
 ON_A_CPU = ("steer.py: off.index_fill_", "rows.py: elif tensor.is_cuda or factor.item()", "passes.py: if wrong_N.any()")
 ALONE = Group(0, 0, 1, torch.device("cpu"))
 
@@ -68,7 +68,7 @@ def test_order_is_kept_errors_come_in_their_turn_and_no_process_is_left(workers)
     assert gone({pid for _, pid in results} - {os.getpid()})
 
 
-def test_a_stop_that_is_told_to_every_process_ends_no_worker_before_its_rank_has_done_with_it():
+def test_a_stop_signal_to_every_process_ends_no_worker_before_its_rank_closes_it():
     with closing(made(lambda item: (item, os.getpid()), range(20), 2)) as batches:
         workers = {next(batches)[1], next(batches)[1]}
         for pid in workers:
@@ -122,7 +122,7 @@ def gone(workers: set[int]) -> bool:
 
 
 class Waits(TorchDispatchMode):
-    """Counts, by our own line, what makes the host wait for a device: values that are read, shapes that follow them."""
+    """Counts, by our own line, the operations that make the host wait for a device: reads of values and of shapes."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item", "bincount")
 
