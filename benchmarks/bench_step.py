@@ -162,7 +162,7 @@ def ready(job: Job, measured: Measured) -> bool:
 
 
 def agree(case: Sequence[Measured], dtype: str) -> None:
-    """Raise Disagreement unless the losses of each version equal its twin's; in 16 bits only the first, as they drift."""
+    """Raise Disagreement unless each version's losses equal its twin's; in 16 bits only the first, as they drift."""
     losses = {m.version.name: m.losses for m in case}
     for measured in case:
         own, twin = measured.losses, losses.get(measured.version.twin or "", [])

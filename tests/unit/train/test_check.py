@@ -129,7 +129,7 @@ def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
         ),
     ],
 )
-def test_a_name_that_the_model_does_not_have_is_reported_from_its_configuration(recipe, toy, tmp_path, overrides, words):
+def test_a_name_that_the_model_lacks_is_reported_from_its_configuration(recipe, toy, tmp_path, overrides, words):
     """The weights are missing: the error is reported all the same."""
     model = tmp_path / "model"
     shutil.copytree(toy.root / "model", model)
