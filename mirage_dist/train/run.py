@@ -60,7 +60,8 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for title, source in streams.items():
             log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-        warn(checked, streams)
+        if group.main:  # an audit takes seconds on large streams
+            warn(checked, streams)
         if cut:
             log.info(f"{name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut")
         torch.manual_seed(recipe.seed)
