@@ -190,6 +190,9 @@ def _eval(parsed: argparse.Namespace) -> None:
     signals.install()
     tests = ROBUSTNESS in parsed.overrides
     recipe = configs.load(parsed.config, [word for word in parsed.overrides if word != ROBUSTNESS], EvalRecipe)
+    from mirage_dist.evals import judges
+
+    judges.read(recipe)  # a wrong option is an error before any data are made or read
     if tests:
         if parsed.workers or parsed.status or parsed.worker != (0, 1):
             raise ConfigError(f"{ROBUSTNESS} is one process: leave --workers, --worker and --status out")
