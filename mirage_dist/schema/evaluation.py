@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
 
@@ -40,7 +41,7 @@ class EvalSetConfig:
 
     kind: Literal["unsafe", "safe", "locality", "utility"]
     sources: list[SourceConfig]
-    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attacks: dict[str, Annotated[dict[str, Any], Choice("kind")]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
