@@ -140,10 +140,10 @@ def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
     from mirage_dist import inputs
     from mirage_dist.data import prepare
-    from mirage_dist.evals.attacks import paraphrase
+    from mirage_dist.evals.attacks import rewrites
 
     inputs.make(recipe)
-    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, paraphrase.reworder(recipe)))}")
+    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
 
 
 def _audit(parsed: argparse.Namespace) -> None:

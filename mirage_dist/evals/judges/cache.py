@@ -8,8 +8,8 @@ A `failed` verdict is written and counted, and the next start judges that row ag
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import time
 import uuid
 from collections import Counter
@@ -19,9 +19,11 @@ from itertools import compress
 from pathlib import Path
 from typing import IO, TypedDict, overload
 
-from mirage_dist import signals
+from mirage_dist import disk, signals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
-from mirage_dist.evals.sharing import files
+from mirage_dist.evals.sharing.files import whole_objects
+from mirage_dist.progress import EVERY_RANK, log
+from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
 Identity = bytes  # the row's key, then its answer's SHA-256: there may be a million of them
@@ -39,16 +41,20 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
     """The judge's opinion of each row, in their order; it judges those whose opinion is not on disk.
 
     Rows may lie on disk and are read one by one. Raises StopRequested when a signal arrives at a slow judge, after its
-    current opinion; every opinion is on disk then.
+    current opinion; every opinion is on disk then. Raises RunError when the disk is full or the judge leaves rows out.
     """
-    keys = [row["key"].encode() + hashlib.sha256(row["response"].encode()).digest() for row in rows]
+    keys = [row["key"].encode() + bytes.fromhex(disk.sha256_text(row["response"])) for row in rows]
     rules = judge.fingerprint
     cached = _read(suite, judge, rules)
     opinions = [cached.get(key) for key in keys]
     del cached
     missing = [i for i, opinion in enumerate(opinions) if opinion is None]
     # Closed when a signal ends the loop, so that no further request is sent.
-    with _part(suite, judge) as part, closing(judge.opinions(_Some(rows, missing), rows)) as judging:
+    with (
+        disk.refusals(suite / "verdicts", "whole verdicts are kept, and the next start judges the rest"),
+        _part(suite, judge) as part,
+        closing(judge.opinions(_Some(rows, missing), rows)) as judging,
+    ):
         for place, opinion in judging:
             opinions[missing[place]] = opinion
             if not judge.slow:
@@ -58,8 +64,10 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
             if name := signals.received():
                 raise StopRequested(f"judge {judge.name}: stopped by {name}; every verdict so far is on disk")
         whole = [opinion for opinion in opinions if opinion is not None]
+        if len(whole) < len(rows):
+            raise RunError(f"judge {judge.name}: its opinions leave out {len(rows) - len(whole)} of {len(rows)} rows")
         lines = (_line(key, rules, opinion) for key, opinion in zip(keys, whole, strict=True))
-        files.write_atomically(suite / "verdicts" / f"{judge.name}.jsonl", lines)
+        disk.write(suite / "verdicts" / f"{judge.name}.jsonl", lines, private=True)
     _report(judge, whole)
     return whole
 
@@ -104,10 +112,10 @@ def _report(judge: Judge, opinions: Sequence[Opinion]) -> None:
     counts = unjudged(opinions)
     if counts["unparsed"] or counts["failed"]:
         why = ", ".join(f"{reason} × {n}" for reason, n in counts["reasons"].items())
-        print(
+        log.info(
             f"judge {judge.name}: of {len(opinions)} verdicts {counts['unparsed']} are unparsed and {counts['failed']} "
             f"failed{f' ({why}); the next start judges these again' if why else ''}",
-            flush=True,
+            extra=EVERY_RANK,
         )
 
 
@@ -116,7 +124,7 @@ def _read(suite: Path, judge: Judge, rules: str) -> dict[Identity, Opinion]:
     folder = suite / "verdicts"
     opinions, shared = {}, {}
     for file in [folder / f"{judge.name}.jsonl", *sorted(folder.glob(f"{judge.name}.*.part.jsonl"))]:
-        for line in files.whole_objects(file):
+        for line in whole_objects(file):
             if line["verdict"] == "failed" or line["rules"] != rules:
                 continue
             key = line["key"].encode() + bytes.fromhex(line["answer"])
@@ -137,6 +145,7 @@ def _part(suite: Path, judge: Judge) -> Iterator[IO[str]]:
     """A file that no other process writes; removed after success, when the judge's own file holds its content."""
     file = suite / "verdicts" / f"{judge.name}.{time.time_ns()}-{uuid.uuid4().hex[:8]}.part.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with files.told(file.parent), open(file, "x", encoding="utf-8", opener=files.private) as handle:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as handle:
         yield handle
     file.unlink(missing_ok=True)

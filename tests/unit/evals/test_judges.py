@@ -197,6 +197,12 @@ def test_a_judge_from_outside_is_held_to_its_verdicts(outside, tmp_path):
         RunError, match="judge Short: row unsafe/a/clean/0: verdict 'refusal' is not one of its harmful"
     ):
         cache.judged(tmp_path, outside(OUTSIDE.replace('return "refused"', 'return "refusal"'), words=3), rows)
+    silent = OUTSIDE.replace(
+        "    def verdict(self, row)",
+        "    def opinions(self, rows, suite):\n        yield from ()\n\n    def _(self, row)",
+    )
+    with pytest.raises(RunError, match="judge Short: its opinions leave out 2 of 2 rows"):
+        cache.judged(tmp_path, outside(silent, words=3), rows)
 
 
 @pytest.mark.parametrize(
