@@ -57,7 +57,7 @@ class Registry(Mapping[str, str]):
             raise ConfigError(f"{source}: {where}={name!r}: {attribute} is not a class; expected module:Class")
         if self.base is not None and not issubclass(loaded, self.base):
             base = f"{self.base.__module__}.{self.base.__qualname__}"
-            raise ConfigError(f"{source}: {where}={name!r}: {attribute} is not a {self.kind}; derive it from {base}")
+            raise ConfigError(f"{source}: {where}={name!r}: {attribute} is no {self.kind}; derive it from {base}")
         return loaded
 
     def make(self, options: Mapping[str, Any], source: str, where: str) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import disk, signals
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Key
 from mirage_dist.evals.sharing.files import lines
 from mirage_dist.progress import EVERY_RANK, log

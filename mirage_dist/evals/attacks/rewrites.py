@@ -16,7 +16,7 @@ from typing import Any
 
 from mirage_dist import disk
 from mirage_dist.data.diversify import Reword
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack, Generated, Rewritten, Table
 from mirage_dist.evals.attacks.journal import Journal, Resources, Superseded, stop_if_requested
 from mirage_dist.evals.attacks.rewrite import Rewrite

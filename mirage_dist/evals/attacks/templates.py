@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, replace
 
 from mirage_dist.data import rewording
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import FIRST_WORD
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 

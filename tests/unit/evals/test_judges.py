@@ -208,7 +208,7 @@ def test_a_judge_from_outside_is_held_to_its_verdicts(outside, tmp_path):
 @pytest.mark.parametrize(
     ("judge", "options", "words"),
     [
-        ("Alien", {}, r"judges\[0\]\.kind=.*is not a judge; derive it from mirage_dist\.evals\.judges\.base\.Judge"),
+        ("Alien", {}, r"judges\[0\]\.kind=.*is no judge; derive it from mirage_dist\.evals\.judges\.base\.Judge"),
         ("Gone", {}, "cannot be imported"),
         ("Short", {}, r"judges\[0\]\.words is missing"),
         ("Short", {"words": "few"}, r"judges\[0\]\.words='few'; expected a whole number"),
