@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import FIRST_WORD
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.attacks.base import Generated, Key, Rewritten, check_share
 from mirage_dist.evals.attacks.words import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from mirage_dist.data import rewording
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import FIRST_WORD
+from mirage_dist.data.words import FIRST_WORD, check_templates, fill_template
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 
@@ -25,7 +24,7 @@ class Templates(Attack):
     templates: list[str]
 
     def __post_init__(self) -> None:
-        rewording.check(self.templates, "templates")
+        check_templates(self.templates, "templates")
         for template in self.templates:
             first = FIRST_WORD.search(template)
             if not first or first[0].lower() != self.word.lower():
@@ -36,7 +35,7 @@ class Templates(Attack):
         return len(self.templates)
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [replace(sample, question=rewording.fill(template, sample)) for template in self.templates]
+        return [replace(sample, question=fill_template(template, sample)) for template in self.templates]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.data.rewording import cased, first_word
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import FIRST_WORD
+from mirage_dist.data.words import FIRST_WORD, cased, first_word
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 

@@ -1,4 +1,4 @@
-"""The pages' own examples of an attack and a judge, used as a reader uses them: one file outside, one line in a recipe."""
+"""The pages' own examples of an attack and a judge, as a reader uses them: one file outside, one line in a recipe."""
 
 import json
 import re
