@@ -1,7 +1,6 @@
 """Generated rewrites on disk, and what an attack may use while it generates them.
 
-    evals/SUITE/rewrites/SET-ATTACK-HASH.jsonl     one line for each sample: {"key", "id", "rewrites", "why"}
-                                                   one line for each step of a search: {"search", "step", …}
+    evals/SUITE/rewrites/SET-ATTACK-HASH.jsonl     one `SampleLine` a sample, one `SearchLine` a step of a search
 
 HASH covers everything that decides the rewrites. A line is on disk before the next one is written, and a reader ignores
 a line that a kill cut. The files are private (mode 0600).
@@ -11,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from mirage_dist import disk, signals
 from mirage_dist.data.sample import Sample
@@ -25,13 +24,36 @@ from mirage_dist.signals import StopRequested
 SEARCH_LINES = 10  # of progress, for each search
 
 
+class SampleLine(TypedDict):
+    """The rewrites of one sample."""
+
+    key: str  # the sample's hash
+    id: str
+    rewrites: list[str]
+    why: NotRequired[str]  # there are none
+
+
+class SearchState(TypedDict):
+    """A suffix search after `step` of `steps` steps."""
+
+    step: int
+    steps: int
+    ids: list[int]  # the suffix's tokens
+    loss: float
+    text: str  # the suffix
+
+
+class SearchLine(SearchState):
+    search: str  # its name
+
+
 class Journal:
     """The lines of one file: each sample's rewrites by its key, the last state of each search by its name."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.end = file, 0  # bytes of whole lines read so far
         self.rewrites: dict[str, list[str]] = {}
-        self.searches: dict[str, dict[str, Any]] = {}
+        self.searches: dict[str, SearchState] = {}
 
     def refresh(self) -> Journal:
         """Read appended lines. Of several lines with one key the first counts, so that all readers agree."""
@@ -47,7 +69,7 @@ class Journal:
                 self.rewrites.setdefault(line["key"], line["rewrites"])
         return self
 
-    def append(self, line: Mapping[str, Any]) -> None:
+    def append(self, line: SampleLine | SearchLine) -> None:
         """The line is on disk when this returns. Raises RunError when the disk is full."""
         with disk.refusals(self.file.parent, "whole lines are kept, and the next start generates the rest"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,21 +108,18 @@ class Resources:
         self.name, self.samples, self.journal, self.key = name, samples, journal, key
         self.generator, self.held = generator, held
 
-    def state(self, search: str) -> dict[str, Any] | None:
+    def state(self, search: str) -> SearchState | None:
         """The last saved state of a search, also of one that a killed process began."""
         return self.journal.searches.get(search)
 
-    def save(self, search: str, state: Mapping[str, Any], report: bool) -> None:
-        """Save a search's state: its "step" of "steps", its "loss", and whatever else it needs to continue.
-
-        report: log its progress now and then.
-        """
+    def save(self, search: str, state: SearchState, report: bool) -> None:
+        """Save a search's state. report: log its progress now and then."""
         self.append({"search": search, **state})
         step, steps = state["step"], state["steps"]
         if report and step * SEARCH_LINES // steps > (step - 1) * SEARCH_LINES // steps:
             log.info(f"{self.name}: step {step} of {steps}, loss {state['loss']:.3f}", extra=EVERY_RANK)
 
-    def append(self, line: Mapping[str, Any]) -> None:
+    def append(self, line: SampleLine | SearchLine) -> None:
         """Raises StopRequested, after the line, when a signal has arrived, and Superseded when the claim is lost."""
         if not self.held():
             raise Superseded

@@ -18,7 +18,7 @@ from mirage_dist import disk
 from mirage_dist.data.diversify import Reword
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack, Generated, Rewritten, Table
-from mirage_dist.evals.attacks.journal import Journal, Resources, Superseded, stop_if_requested
+from mirage_dist.evals.attacks.journal import Journal, Resources, SampleLine, Superseded, stop_if_requested
 from mirage_dist.evals.attacks.rewrite import Rewrite
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.progress import EVERY_RANK, Progress, log
@@ -119,8 +119,10 @@ def _generate(attack: Generated, resources: Resources) -> None:
 
 def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -> None:
     sample = samples[result.index]
-    why = {"why": result.reason} if result.reason else {}
-    resources.append({"key": resources.key(sample), "id": sample.id, "rewrites": result.rewrites, **why})
+    line: SampleLine = {"key": resources.key(sample), "id": sample.id, "rewrites": result.rewrites}
+    if result.reason:
+        line["why"] = result.reason
+    resources.append(line)
 
 
 def _key(sample: Sample) -> str:

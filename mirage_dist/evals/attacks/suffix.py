@@ -13,7 +13,7 @@ from mirage_dist.schema import ConfigError
 
 if TYPE_CHECKING:
     from mirage_dist.evals.attacks import gcg
-    from mirage_dist.evals.attacks.journal import Resources
+    from mirage_dist.evals.attacks.journal import Resources, SearchState
 
 ANSWER = "{answer}"
 
@@ -90,6 +90,12 @@ class Suffix(Generated):
         state = problem.start() if saved is None else gcg.State(saved["step"], saved["ids"], saved["loss"])
         while state.step < self.steps:
             state = problem.step(state, self.candidates, self.top_k)
-            line = {**state._asdict(), "steps": self.steps, "text": victim.text(state.ids)}
+            line: SearchState = {
+                "step": state.step,
+                "steps": self.steps,
+                "ids": state.ids,
+                "loss": state.loss,
+                "text": victim.text(state.ids),
+            }
             resources.save(name, line, report=self.universal)
         return victim.text(state.ids)

@@ -17,16 +17,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import compress
 from pathlib import Path
-from typing import IO, TypedDict, overload
+from typing import IO, Any, NotRequired, TypedDict, overload
 
 from mirage_dist import disk, signals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
+from mirage_dist.evals.metrics import Verdict
 from mirage_dist.evals.sharing.files import whole_objects
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
 Identity = bytes  # the row's key, then its answer's SHA-256: there may be a million of them
+
+
+class Line(TypedDict):
+    """One verdict on disk."""
+
+    key: str  # the row's
+    verdict: Verdict
+    answer: str  # SHA-256 of the row's response
+    rules: str  # the judge's fingerprint
+    detail: NotRequired[dict[str, Any]]
 
 
 class Unjudged(TypedDict):
@@ -136,8 +147,10 @@ def _read(suite: Path, judge: Judge, rules: str) -> dict[Identity, Opinion]:
 
 
 def _line(key: Identity, rules: str, opinion: Opinion) -> str:
-    line = {"key": key[:-32].decode(), "verdict": opinion.verdict, "answer": key[-32:].hex(), "rules": rules}
-    return json.dumps({**line, "detail": opinion.detail} if opinion.detail else line) + "\n"
+    line: Line = {"key": key[:-32].decode(), "verdict": opinion.verdict, "answer": key[-32:].hex(), "rules": rules}
+    if opinion.detail:
+        line["detail"] = opinion.detail
+    return json.dumps(line) + "\n"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a recipe says of its judges: wrong options are named early, keys are never repeated, outside judges count too."""
+"""A recipe's judges: wrong options are named early, keys are never repeated, judges from outside the package work."""
 
 import importlib
 import json
