@@ -114,8 +114,8 @@ class Bench:
                 alive = [(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None]
                 agree(found, self.size.dtype)
                 for job, measured in alive:
-                    measured.add(job.ask("step"))
-                    measured.peak_mib = max(told["peak_mib"] for told in job.ask("memory"))
+                    measured.add(job.request("step"))
+                    measured.peak_mib = max(told["peak_mib"] for told in job.request("memory"))
                 self.rounds(alive)
                 agree(found, self.size.dtype)
                 if profile:
@@ -128,7 +128,7 @@ class Bench:
     def look_at(self, alive: Sequence[tuple[Job, Measured]]) -> None:
         """Profile one more step of each on the first rank."""
         for job, m in alive:
-            self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.ask("profile")[0]["table"]
+            self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.request("profile")[0]["table"]
 
     def start(self, measured: Measured, deepspeed: str) -> Job:
         """The version's ranks, set to load."""
@@ -139,22 +139,22 @@ class Bench:
         task |= {"place": str(self.place), "out": str(out), "deepspeed": deepspeed}
         command = [sys.executable, str(Path(__file__).with_name("step_rank.py")), json.dumps(task)]
         job = Job(command, measured.ranks, out.with_suffix(".log"))
-        job.tell("load")
+        job.send("load")
         return job
 
     def rounds(self, alive: Sequence[tuple[Job, Measured]]) -> None:
         for number in range(self.repeats):
             for job, measured in alive:
-                measured.add(job.ask("step"))
+                measured.add(job.request("step"))
             told = "; ".join(f"{m.version.name} {m.seconds[-1]:.2f} s" for _, m in alive)
             self.say(f"  round {number + 1} of {self.repeats}: {told}")
 
 
 def ready(job: Job, measured: Measured) -> bool:
     """Wait for the load, then make the first step; False where a GPU's memory does not hold it."""
-    if any("out_of_memory" in told for told in job.hear()):
+    if any("out_of_memory" in told for told in job.receive()):
         return False
-    first = job.ask("step")
+    first = job.request("step")
     if any("out_of_memory" in told for told in first):
         return False
     measured.add(first)

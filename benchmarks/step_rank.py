@@ -188,7 +188,7 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
 
 
 def rank(task: Mapping[str, Any]) -> None:
-    """Load, then step when asked to (see `common.answers`).
+    """Load, then step on command (see `common.answers`).
 
     task: the `version`'s fields, `size`, `lora`, `batch` (samples of a stream), `deepspeed` (a JSON file), `place`
     (the folder of model and data) and `out` (a new folder, the run's).

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,19 +33,37 @@ from mirage_dist.train.monitor import Clock, Means, Monitor
 from mirage_dist.train.planning.check import Checked, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
 
+LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
+
 
 def train(checked: Checked) -> None:
     """Train to the end, from the newest whole checkpoint if there is one. Every rank calls this.
 
-    Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then.
+    Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
+    RunError when another rank ended before this one.
     """
     streams = check_inputs(checked)
     group = ranks.start(checked.recipe.train.hang_seconds)
     try:
         _train(checked, streams, group)
-    except BaseException:
-        ranks.finish()
-        raise
+    except RuntimeError as error:
+        if (reason := ranks.peer_lost(error)) is None:
+            raise
+        _end_after_peer(checked.recipe.run.dir, group, reason)
+
+
+def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
+    """End this rank because another one ended first; `reason` is how a collective failed.
+
+    The rank that failed reports the cause, or its launcher names it and then stops the others. So this rank waits for
+    the launcher's signal, and only rank 0 adds a line. Without a launcher that stops the others, every rank reports.
+    """
+    if signals.wait(LAUNCHER_SECONDS) and not group.main:
+        raise SystemExit(RunError.status)
+    raise RunError(
+        f"{directory}: another rank ended or does not answer, see above (rank {group.rank} was at "
+        f"{ranks.last_call()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
+    )
 
 
 def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:

@@ -58,8 +58,8 @@ for stops in (2, None, None):
     signals.clear()
     calls.clear()
     save = reference_cache.reference.LogProbs.save
-    def interrupted(self, file):
-        save(self, file)
+    def interrupted(self, handle):
+        save(self, handle)
         if len(calls) == stops:
             signals.handler(10, None)
     reference_cache.reference.LogProbs.save = interrupted
@@ -69,6 +69,12 @@ for stops in (2, None, None):
     except signals.StopRequested:
         told.append(len(calls))
     reference_cache.reference.LogProbs.save = save
+parts = sorted((Path(recipe.run.dir) / "reference").glob("*/*.npz"))
+for damage in (lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-900] + bytes(10) + b[-890:]):
+    parts[1].write_bytes(damage(parts[1].read_bytes()))
+    calls.clear()
+    cache = reference_cache.fill(run)
+    told.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
 held.release()
 whole = reference_cache.reference.LogProbs()
 for rows in source.every_sample(("forget",), here):
@@ -85,11 +91,14 @@ def test_a_stopped_reference_cache_goes_on_with_what_is_missing_and_is_the_same(
     line = [sys.executable, str(tmp_path / "fill.py"), "configs/train/demo_npo.yaml", *told]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (stopped, resumed, again), whole = eval(done.stdout.rpartition("TOLD ")[2].strip().replace("] ", "], "))
+    (stopped, resumed, again, *mended), whole = eval(done.stdout.rpartition("TOLD ")[2].strip().replace("] ", "], "))
     # 20 samples in batches of 4: two parts before the stop, three after it, none in a third call; bitwise as in one go.
     assert stopped == 2
     assert resumed == (3, whole, 20)
     assert again == (0, whole, 20)
+    # A part that was cut off, emptied or overwritten in its middle is computed again, alone, and said to be damaged.
+    assert mended == [(1, whole, 20)] * 3
+    assert done.stdout.count("damaged") == 3
 
 
 def records(file: Path):

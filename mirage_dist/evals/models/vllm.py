@@ -2,7 +2,7 @@
 
 vLLM is given what `evals.generate` gives the model: the token ids of the same chat template, the picture padded in the
 same way, the same end tokens, greedy decoding. It runs the model's own processor and schedules rows by itself. For the
-first prompt of either kind, with a picture and without, its tokens are compared with those of `data.collate`.
+first prompt of either kind, with a picture and without, its tokens are compared with those of `data.encoding.collate`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,12 +66,15 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
 
 
 def check_samples(checked: Checked) -> str:
-    """`check_inputs`, every picture and the length of every sample; returns the counts in words.
+    """`check_inputs`, every picture, the length of every sample, and whether an existing run began with these samples.
+
+    Returns the counts in words.
 
     Raises ConfigError.
     """
     streams = check_inputs(checked)
     sources.check_pictures(streams)
+    rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
     warn(checked, streams)
     feed = Feed(checked.recipe, checked.needs, streams, load.processor(checked.recipe.model))
     cut = feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
