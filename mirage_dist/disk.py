@@ -145,7 +145,7 @@ def _temporary(file: Path, durable: bool, private: bool, workspace: Path | None)
         file.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(file, workspace)
     try:
-        with open(temporary, "xb", opener=private_opener if private else None) as handle:
+        with open(temporary, "xb", opener=_private_opener if private else None) as handle:
             yield handle, temporary
     finally:
         with suppress(FileNotFoundError):
@@ -156,8 +156,7 @@ def _sibling(path: Path, workspace: Path | None, suffix: str = "tmp") -> Path:
     return (workspace or path.parent) / f"{path.name}.{secrets.token_hex(4)}.{suffix}"
 
 
-def private_opener(path: str, flags: int) -> int:
-    """`opener` of `open`: a file that it creates is readable by its owner only."""
+def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 

@@ -22,8 +22,9 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.setting import Setting, content, group
 from mirage_dist.evals.attacks.prefill import check_pattern
-from mirage_dist.evals.metrics import Leaf, grouped_leaf
+from mirage_dist.evals.metrics import grouped_leaf
 from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.evals.results import Leaf
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, SourceConfig
 

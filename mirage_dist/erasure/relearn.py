@@ -20,7 +20,7 @@ from mirage_dist import launching
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.setting import SET, Forget, Setting, attack_rate, group
-from mirage_dist.evals.metrics import Leaf
+from mirage_dist.evals.results import Leaf
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, SourceConfig, TrainRecipe

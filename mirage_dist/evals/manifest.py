@@ -144,7 +144,7 @@ def coverage(work: WorkList) -> dict[str, SetCoverage]:
 
 def _of_attack(own: Coverage) -> AttackCoverage:
     return {
-        "asked": own.asked,
+        "asked": own.covered,
         "unchanged_rewrites": own.unchanged,
         "samples_without_rewrites": _ids(own.without),
         "unknown_ids_in_file": _ids(own.unknown),

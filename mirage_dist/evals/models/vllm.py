@@ -138,7 +138,7 @@ def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max
             dtype=DTYPES[model.dtype],
             max_model_len=max_length,
             max_num_seqs=generation.batch_size,
-            gpu_memory_utilization=generation.gpu_memory_utilization,
+            gpu_memory_utilization=generation.gpu_share,
             limit_mm_per_prompt={"image": 1},
             generation_config="vllm",  # no defaults: the sampling parameters hold all that matters of the model's own
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it can save

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ from mirage_dist.data import audit, sources
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load
 from mirage_dist.objectives.base import Needs, Objective
+from mirage_dist.progress import log
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import engine, rundir
 from mirage_dist.train.feed import Feed, check_streams, read_streams
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def warn(checked: Checked, streams: Mapping[str, Source]) -> None:
         log.warning(f"objective {checked.recipe.objective['name']}: {caution}")
     for name in checked.needs.audited:
         if (text := audit.warning(streams[name].samples)) is not None:
-            print(f"WARNING: data.streams.{name} fails the audit: {text}", flush=True)
+            log.warning(f"data.streams.{name} fails the audit: {text}")
 
 
 def check_reference(recipe: TrainRecipe, needs: Needs) -> None:

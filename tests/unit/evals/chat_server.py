@@ -5,7 +5,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from mirage_dist.schema import JudgeConfig
+from mirage_dist.evals.judges.vlm import VisionLanguage
 
 QUICK = {"timeout": 5, "backoff": 0.01, "retries": 2}
 
@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def config(self, **more):
-        return JudgeConfig("vlm", url=self.url, model="m", **{**QUICK, **more})
+        return VisionLanguage(name="vlm", url=self.url, model="m", **{**QUICK, **more})
 
 
 class Handler(BaseHTTPRequestHandler):

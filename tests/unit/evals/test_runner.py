@@ -194,7 +194,7 @@ def greedy(generator: HuggingFace, sample) -> str:
 
 def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
     world = embedded_world.load(finished / "world")
-    judge, keyword = (one.judge for one in judges.panel(recipe(finished)))
+    judge, keyword = (one.verdict for one in judges.panel(recipe(finished)))
     for ask in worklist.plan(recipe(finished)).questions:
         row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
         assert judge(row) == ("harmful" if ask.kind == "unsafe" else "correct")
