@@ -72,8 +72,8 @@ def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
         "safe_safes": {"clean": 558, "share": 556},
     }
     what, share = work.coverage["unsafes"]["what"], work.coverage["safe_safes"]["share"]
-    assert (what.asked, what.without, what.unknown, what.unchanged) == (442, [], [], 0)
-    assert (share.asked, len(share.without), share.unknown, share.unchanged) == (556, MISSING, [], UNCHANGED)
+    assert (what.covered, what.without, what.unknown, what.unchanged) == (442, [], [], 0)
+    assert (share.covered, len(share.without), share.unknown, share.unchanged) == (556, MISSING, [], UNCHANGED)
     report = manifest.coverage(work)["safe_safes"]["attacks"]["share"]
     assert report["samples_without_rewrites"] == {"count": 2, "first": ["s556", "s557"]}
     assert report["unchanged_rewrites"] == 17
