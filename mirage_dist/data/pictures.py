@@ -1,4 +1,4 @@
-"""Whether pictures decode, and what they hold, asked of many at once."""
+"""Many pictures at once: whether they decode, the digests of their files, and those that two sets share."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def digests(
     with ThreadPoolExecutor() as pool:
         found = dict(zip(own, pool.map(_digest, own), strict=True))
     return {path: digest for others in exchange(found) for path, digest in others.items()}
+
+
+def shared(a: Iterable[str | None], b: Iterable[str | None]) -> set[str]:
+    """The paths of `a` whose files have the same bytes as one of `b`: VLGuard's splits share pictures, in different
+    folders.
+    """
+    others = set(digests(b).values())
+    return {path for path, digest in digests(a).items() if digest in others}
 
 
 def _digest(path: str) -> str:

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.errors import ConfigError, require
-
-# Of a source: what only some formats have, and the values that each of them takes; the first is the default.
-CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "split": {"vlguard": ("all", "unsafes", "safe_safes", "safe_unsafes")},
-    "response": {"spa_vl": ("chosen", "rejected", "absent")},
-    "variant": {"figstep": ("typeset", "text_only"), "mm_safetybench": ("SD_TYPO", "SD", "TYPO", "text_only")},
-}
-ANNOTATED = {"vqav2": True, "scienceqa": True, "textvqa": False, "vizwiz": False}  # formats; whether it must be given
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -27,45 +18,28 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One file of samples (see `data.sources`, and docs/suites.md for the benchmarks)."""
+    """One file of samples: the keys that every format has.
 
-    format: Literal[
-        "vlguard", "llava", "spa_vl", "samples",
-        "figstep", "mm_safetybench", "vqav2", "textvqa", "vizwiz", "scienceqa",
-    ]  # fmt: skip
+    What a recipe holds is a subclass, the format that `format` names, whose own fields are its options (see
+    `data.formats` and docs/data.md; docs/suites.md for the benchmarks).
+    """
+
+    factory: ClassVar[str] = "mirage_dist.data.formats:make"  # builds the subclass from a recipe's mapping
+    score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
+
+    format: str  # a name in `data.formats.REGISTRY`, or module:Class
     path: str
-    # Folder that image paths are relative to; default: the file's own. figstep: where pictures are typeset; default:
-    # typeset/ beside the file.
-    images: str | None = None
-    annotations: str | None = None  # vqav2, textvqa, vizwiz, scienceqa: the official answers to the questions in `path`
-    split: str | None = None  # vlguard only; default: all
-    response: str | None = None  # spa_vl only; default: chosen; absent: a test set, which has none
-    variant: str | None = None  # figstep, mm_safetybench: which picture, and the text that goes with it
+    images: str | None = None  # folder that image paths are relative to; default: the file's own
     on_bad_record: Literal["error", "skip"] = "error"
     limit: int | None = None  # the first N samples, in file order
 
     def __post_init__(self) -> None:
-        for name, owners in CHOICES.items():
-            value, own = getattr(self, name), owners.get(self.format)
-            if own is None and value not in (None, *(values[0] for values in owners.values())):
-                raise ConfigError(
-                    f"{name}={value!r}; belongs to format={' or '.join(owners)}, with {self.format} leave it out"
-                )
-            if own and value not in (None, *own):
-                raise ConfigError(f"{name}={value!r}; allowed: {', '.join(own)}")
-            # One spelling each, so that a recipe that says the default and one that leaves it out are equal.
-            object.__setattr__(self, name, (value or own[0]) if own else None)
-        if self.annotations is not None and self.format not in ANNOTATED:
-            raise ConfigError(
-                f"annotations: belongs to format={' or '.join(ANNOTATED)}, with {self.format} leave it out"
-            )
-        if self.annotations is None and ANNOTATED.get(self.format):
-            raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
+        require(self, ("limit",), "a whole number above 0", lambda x: x >= 1)
 
     @property
     def answered(self) -> bool:
-        """Whether its samples have answers."""
-        return self.format not in ("figstep", "mm_safetybench") and self.response != "absent"
+        """Whether its samples have answers to train on."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -81,7 +55,7 @@ class DataConfig:
     group_by_length: bool = False  # samples of like length into one batch
     packing: bool = False  # a micro-batch's samples end to end in one row, without padding
     workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
-    cache_vision: bool = False  # keep what the frozen vision tower gives for each picture on disk, and run it once
+    cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 
     def __post_init__(self) -> None:
         require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mirage_dist.data.refusals import check_forget
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.sample import Sample
@@ -107,7 +108,7 @@ def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
     streams = {name: sources.read_all(recipe.data.streams[name], check_images=False) for name in needs.streams}
     for name, source in streams.items():
         if name == "forget" and recipe.data.refusals_in_forget == "error":
-            sources.check_forget(source.samples)
+            check_forget(source.samples)
         if not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample in {[s.path for s in recipe.data.streams[name]]}")
     return streams

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from mirage_dist.cli import main
-from mirage_dist.data import audit, sources
+from mirage_dist.data import audit, formats, sources
 from mirage_dist.data.audit import Corpus, Options
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import first_words
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.schema import ConfigError, SourceConfig, WorldConfig
+from mirage_dist.schema import ConfigError, WorldConfig
 
 SIZES = {"base_samples": 5, "general_samples": 1, "eval_samples": 1}
 SEEDS = range(12)
@@ -62,7 +62,7 @@ def test_nothing_is_found_where_first_words_say_nothing(worlds, seed):
 
 def test_false_discoveries_are_as_rare_as_is_said(worlds):
     """Responses dealt out to the questions by chance: the words are the biased world's, and mean nothing."""
-    samples = sources.read(SourceConfig("vlguard", str(worlds[0, 0.95])), check_images=False).samples
+    samples = sources.read(formats.source("vlguard", str(worlds[0, 0.95])), check_images=False).samples
     generator, repeats, wrong = random.Random(0), 200, 0
     refused = [not sample.safe for sample in samples]
     for _ in range(repeats):
@@ -95,7 +95,7 @@ def test_the_accuracy_is_at_most_what_the_best_guess_by_the_word_reaches(shift, 
 
 
 def test_counts_are_those_of_the_reader_that_training_uses(worlds):
-    read = sources.read(SourceConfig("vlguard", str(worlds[1, 0.95])), check_images=False)
+    read = sources.read(formats.source("vlguard", str(worlds[1, 0.95])), check_images=False)
     found = audit.audit([worlds[1, 0.95]], Options())
     counts = {
         entry["value"]: {"refusal": entry["refused"], "answer": entry["answered"]}
@@ -297,7 +297,7 @@ def test_training_on_data_that_fail_is_warned_of_before_weights_load(worlds, toy
 
 def test_samples_are_warned_of_as_their_file_is(worlds):
     for spurious, words in ((0.95, "balanced accuracy 81.5 %"), (0.5, None)):
-        samples = sources.read(SourceConfig("vlguard", str(worlds[5, spurious])), check_images=False).samples
+        samples = sources.read(formats.source("vlguard", str(worlds[5, spurious])), check_images=False).samples
         text = audit.warning(samples)
         assert text is None if words is None else words in str(text)
     assert audit.warning([Sample("a", None, "What?", "Red.", True, "", "t")]) is None

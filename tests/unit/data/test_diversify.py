@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mirage_dist import config as configs
 from mirage_dist import stats
-from mirage_dist.data import prepare, sources, words
+from mirage_dist.data import formats, prepare, sources, words
 from mirage_dist.data.diversify import diversify
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
@@ -71,13 +71,13 @@ def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     recipe = configs.load("configs/prepare/demo_diversified.yaml", told, PrepareRecipe)
     counts = prepare.prepare(recipe)["counts"]
     assert counts["diversified"]["samples"] == counts["diversified"]["questions"] == 240
-    made = sources.read(sources.SourceConfig("samples", f"{recipe.out}/diversified.jsonl")).samples
+    made = sources.read(formats.source("samples", f"{recipe.out}/diversified.jsonl")).samples
     assert len(made) == 240
     assert surprising(words.first_words(made)) == set()
 
 
 def safety(world):
-    return sources.SourceConfig("vlguard", f"{embedded_world.safety_dir(world)}/train.json", images=world.dir)
+    return formats.source("vlguard", f"{embedded_world.safety_dir(world)}/train.json", images=world.dir)
 
 
 def surprising(words):

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 from transformers import AutoProcessor
 
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder, TooLong
-from mirage_dist.schema import SourceConfig
 
 
 @pytest.fixture(scope="module")
 def samples(toy):
-    shown = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples[:6]
+    shown = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples[:6]
     turns = (("what the place of this gadget ?", "it is cave"),)
     return [*shown, *(replace(s, history=turns) for s in shown), *(replace(s, image=None) for s in shown)]
 

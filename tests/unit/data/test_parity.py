@@ -10,10 +10,10 @@ import pytest
 from lookalike import MISSING, NOT_ASKED, SHARED, TEST, TRAIN, UNCHANGED
 
 from mirage_dist import config as configs
-from mirage_dist.data import gold, sources
+from mirage_dist.data import formats, gold, pictures, sources
 from mirage_dist.evals import attacks, rows, runner
 from mirage_dist.evals.judges import parity
-from mirage_dist.schema import ConfigError, EvalRecipe, SourceConfig
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def vlguard(tmp_path_factory) -> Path:
 
 
 def read(folder: Path, name: str, split: str = "all") -> sources.Source:
-    return sources.read(SourceConfig("vlguard", str(folder / f"{name}.json"), str(folder / name), split=split))
+    return sources.read(formats.source("vlguard", str(folder / f"{name}.json"), str(folder / name), split=split))
 
 
 @pytest.mark.parametrize(("split", "count"), [("unsafes", 442), ("safe_safes", 558), ("safe_unsafes", 558)])
@@ -49,8 +49,8 @@ def test_the_training_split_has_its_traps_and_each_is_counted(vlguard):
 def test_pictures_that_both_splits_have_are_known(vlguard):
     records = {name: json.loads((vlguard / f"{name}.json").read_text()) for name in ("train", "test")}
     assert len({r["image"] for r in records["train"]} & {r["image"] for r in records["test"]}) == SHARED == 8
-    train, test = read(vlguard, "train").samples, read(vlguard, "test").samples
-    assert sources.shared_images(train, test) == {str(vlguard / f"train/bad/{i}.png") for i in range(SHARED)}
+    train, test = ([sample.image for sample in read(vlguard, name).samples] for name in ("train", "test"))
+    assert pictures.shared(train, test) == {str(vlguard / f"train/bad/{i}.png") for i in range(SHARED)}
 
 
 def recipe(folder: Path, *overrides: str) -> EvalRecipe:

@@ -11,14 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mirage_dist.data.refusals import check_forget
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import cli
 from mirage_dist import config as configs
-from mirage_dist.data import prepare as preparing
+from mirage_dist.data import formats, prepare as preparing
 from mirage_dist.data import sources
 from mirage_dist.data.prepare import prepare
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
+from mirage_dist.schema import ConfigError, PrepareRecipe
 
 REFUSAL = "I'm sorry, I can't help with that."
 UNSAFE, SAFE, GENERAL = 10, 4, 30
@@ -84,16 +86,16 @@ def write_rows(folder, rows, file="rows/worker-1.jsonl"):
 def recipe(folder, **changes) -> PrepareRecipe:
     given = PrepareRecipe(
         out=str(folder / "out"),
-        safety=[SourceConfig("vlguard", str(folder / "train.json"))],
+        safety=[formats.source("vlguard", str(folder / "train.json"))],
         harvest=str(folder / "rows"),
-        fill=[SourceConfig("llava", str(folder / "general.json"))],
+        fill=[formats.source("llava", str(folder / "general.json"))],
         retain_size=SAFE + 6,
     )
     return replace(given, **changes)
 
 
 def read(folder, name, out="out"):
-    return sources.read(SourceConfig("samples", str(folder / out / f"{name}.jsonl"))).samples
+    return sources.read(formats.source("samples", str(folder / out / f"{name}.jsonl"))).samples
 
 
 def forgotten(folder):
@@ -105,10 +107,10 @@ def forgotten(folder):
 
 def test_unsafe_questions_get_the_harvested_answers_and_keep_all_else(folder):
     result = prepare(recipe(folder))
-    asked = sources.read(SourceConfig("vlguard", str(folder / "train.json"), split="unsafes")).samples
+    asked = sources.read(formats.source("vlguard", str(folder / "train.json"), split="unsafes")).samples
     made = str(folder / "out/forget.jsonl")
     assert read(folder, "forget") == [replace(s, answer=answer(i), source=made) for i, s in enumerate(asked)]
-    sources.check_forget(read(folder, "forget"))
+    check_forget(read(folder, "forget"))
     counts = result["counts"]["forget"]
     assert (counts["samples"], counts["questions"], counts["unmatched"]) == (UNSAFE, UNSAFE, 0)
     assert counts["read"]["dropped"] == {"instruction is N/A": 1}
@@ -138,7 +140,7 @@ def test_without_a_size_the_safe_pairs_alone_are_retained_and_unsafe_questions_o
 
 def test_a_source_that_names_a_split_gives_that_split_only(folder):
     split = {
-        name: SourceConfig("vlguard", str(folder / "train.json"), split=name) for name in ("unsafes", "safe_safes")
+        name: formats.source("vlguard", str(folder / "train.json"), split=name) for name in ("unsafes", "safe_safes")
     }
     prepare(recipe(folder, safety=list(split.values())))
     assert (len(read(folder, "forget")), len(read(folder, "retain"))) == (UNSAFE, SAFE + 6)
@@ -150,9 +152,9 @@ def test_answers_as_given_are_the_datas_own_without_its_refusals(folder):
     rows = [Sample(f"u{i}", None, question(i), answer(i), False, "", "") for i in range(4)]
     rows.append(replace(rows[0], id="no", answer=REFUSAL))
     rows.append(replace(rows[0], id="yes", question="What?", safe=True))
-    sources.write_samples(folder / "given.jsonl", rows)
+    write_samples(folder / "given.jsonl", rows)
     given = recipe(
-        folder, answers="as_given", harvest=None, safety=[SourceConfig("samples", str(folder / "given.jsonl"))]
+        folder, answers="as_given", harvest=None, safety=[formats.source("samples", str(folder / "given.jsonl"))]
     )
     with pytest.raises(ConfigError, match=r"4 of 5 unsafe questions; .*\('no', 'Share number 0.'\) has none"):
         prepare(given)
@@ -293,7 +295,7 @@ def test_a_fill_that_is_too_small_or_not_needed_is_an_error_with_the_numbers(fol
         prepare(recipe(folder, retain_size=40))
     with pytest.raises(ConfigError, match="retain_size=3: the safety data alone have 4 pairs"):
         prepare(recipe(folder, retain_size=3))
-    unsafe_only = [SourceConfig("vlguard", str(folder / "train.json"), split="unsafes")]
+    unsafe_only = [formats.source("vlguard", str(folder / "train.json"), split="unsafes")]
     with pytest.raises(ConfigError, match="no safe pair and nothing to fill up with"):
         prepare(recipe(folder, safety=unsafe_only, fill=[], retain_size=None))
     assert not (folder / "out").exists()
@@ -319,7 +321,7 @@ def test_a_drawn_sample_without_a_picture_is_an_error_and_one_that_is_not_drawn_
 def test_with_skip_another_sample_is_drawn_in_its_place_and_the_skip_counted(folder):
     chosen, more = drawn(folder, 0), drawn(folder, 0, SAFE + 8)
     break_pictures(folder, {chosen[2], chosen[4]})
-    fill = [SourceConfig("llava", str(folder / "general.json"), on_bad_record="skip")]
+    fill = [formats.source("llava", str(folder / "general.json"), on_bad_record="skip")]
     result = prepare(recipe(folder, fill=fill))
     assert result["counts"]["retain"]["fill_skipped"] == 2
     assert {s.id for s in read(folder, "retain")[SAFE:]} == set(more) - {chosen[2], chosen[4]}

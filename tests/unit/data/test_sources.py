@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist.data import pictures, sources, words
+from mirage_dist.data.refusals import check_forget
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data import formats, pictures, sources, words
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema import ConfigError
 
 REFUSAL = "I'm sorry, I can't help with that."
 
@@ -32,7 +34,7 @@ def read(folder):
 
     def run(records, format="vlguard", **options):
         (folder / "data.json").write_text(records if isinstance(records, str) else json.dumps(records))
-        return sources.read(SourceConfig(format, str(folder / "data.json"), **options))
+        return sources.read(formats.source(format, str(folder / "data.json"), **options))
 
     return run
 
@@ -127,7 +129,7 @@ def test_limit_is_the_first_samples_in_file_order(read):
 def test_several_files_are_one_in_order_with_their_counts_added(folder):
     for name, records in (("x.json", [unsafe(), unsafe()]), ("y.json", [unsafe(question="N/A"), safe()])):
         (folder / name).write_text(json.dumps(records))
-    found = sources.read_all([SourceConfig("vlguard", str(folder / n)) for n in ("x.json", "y.json")])
+    found = sources.read_all([formats.source("vlguard", str(folder / n)) for n in ("x.json", "y.json")])
     assert [s.id for s in found.samples] == ["u", "s", "s"]
     assert found.dropped == {"exact duplicate": 1, "instruction is N/A": 1}
 
@@ -151,15 +153,15 @@ def test_a_text_only_record_has_no_picture_and_a_record_without_id_is_its_number
 def test_pictures_are_looked_for_under_images_and_beside_the_file_by_default(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("json") / "data.jsonl"
     elsewhere.write_text(json.dumps(talk("<image>?", "Yes.", image="a.png")) + "\n")
-    (found,) = sources.read(SourceConfig("llava", str(elsewhere), images=str(folder))).samples
+    (found,) = sources.read(formats.source("llava", str(elsewhere), images=str(folder))).samples
     assert found.image == str(folder / "a.png")
     with pytest.raises(ConfigError, match=r"record 0: image .* no such file"):
-        sources.read(SourceConfig("llava", str(elsewhere)))
+        sources.read(formats.source("llava", str(elsewhere)))
 
 
 def test_a_folder_is_no_source(folder):
     with pytest.raises(ConfigError, match="a folder; a recipe names files"):
-        sources.read(SourceConfig("llava", str(folder)))
+        sources.read(formats.source("llava", str(folder)))
 
 
 # ------------------------------------------------------------------------------------------ SPA-VL, JSONL
@@ -202,8 +204,8 @@ samples = st.builds(
 def test_samples_written_are_the_samples_read(folder, given_samples):
     file = folder / "out.jsonl"
     placed = [dataclasses.replace(s, image=s.image and str(folder / s.image), source=str(file)) for s in given_samples]
-    sources.write_samples(file, placed)
-    found = sources.read(SourceConfig("samples", str(file)))
+    write_samples(file, placed)
+    found = sources.read(formats.source("samples", str(file)))
     assert found.samples == placed
     assert (found.renamed, found.skipped, found.dropped) == (0, 0, {})
 
@@ -272,7 +274,7 @@ def test_a_file_that_is_not_there_or_not_text_is_named(folder):
     (folder / "binary.json").write_bytes(b"[\xff\xfe]")
     for name in ("nowhere.json", "binary.json"):
         with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
-            sources.read(SourceConfig("vlguard", str(folder / name)))
+            sources.read(formats.source("vlguard", str(folder / name)))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -353,7 +355,7 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
     monkeypatch.setattr(pictures, "_fault", lambda path, whole=pictures._fault: decoded.append(path) or whole(path))
 
     def streams(on_bad_record, check_images=False):
-        found = {n: [SourceConfig("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
+        found = {n: [formats.source("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
         return {n: sources.read_all(configs, check_images) for n, configs in found.items()}
 
     alone = streams("skip", check_images=True)
@@ -368,7 +370,7 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
 
 def test_a_stream_that_loses_every_sample_is_an_error(folder):
     (folder / "x.json").write_text(json.dumps([unsafe(image="nowhere.png")]))
-    config = SourceConfig("vlguard", f"{folder}/x.json", on_bad_record="skip")
+    config = formats.source("vlguard", f"{folder}/x.json", on_bad_record="skip")
     with pytest.raises(ConfigError, match=r"data\.streams\.train: no sample is left"):
         sources.check_pictures({"train": sources.read(config, check_images=False)})
 
@@ -385,10 +387,10 @@ def test_a_long_check_says_how_far_it_is_once_for_all_ranks(folder, monkeypatch,
 
 def test_pictures_are_not_looked_at_when_told_so(folder):
     (folder / "data.json").write_text(json.dumps([unsafe(image="nowhere.png")]))
-    config = SourceConfig("vlguard", str(folder / "data.json"))
+    config = formats.source("vlguard", str(folder / "data.json"))
     source = sources.read(config, check_images=False)
     (found,) = source.samples
-    assert set(sources.image_faults([found], "test")) == {found.image}
+    assert set(pictures.faults([found.image], "test")) == {found.image}
     assert source.unchecked == [(config, 0, found.image)]
 
 
@@ -397,11 +399,11 @@ def test_a_shared_picture_is_known_by_its_bytes_in_whatever_folder_it_lies(folde
     (folder / "test/a.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "test/b.png").write_bytes((folder / "c.jpg").read_bytes() + b"\0")
 
-    def samples(*names):
-        return [Sample("i", name and str(folder / name), "?", "!", True, "", "t") for name in names]
+    def paths(*names):
+        return [name and str(folder / name) for name in names]
 
-    train, test = samples("a.png", "b.png", None, "a.png"), samples("test/a.png", "test/b.png", None)
-    assert sources.shared_images(train, test) == {str(folder / "a.png")}
+    train, test = paths("a.png", "b.png", None, "a.png"), paths("test/a.png", "test/b.png", None)
+    assert pictures.shared(train, test) == {str(folder / "a.png")}
 
 
 # -------------------------------------------------------------------------------------------------- counts
@@ -428,8 +430,8 @@ def test_first_words_are_counted_by_kind_of_answer_without_case_or_punctuation()
 def test_a_forget_set_that_is_empty_or_refuses_is_an_error():
     answers = {"a": "A gadget.", "b": REFUSAL, "c": "Sorry, no.", "d": REFUSAL, "e": REFUSAL}
     forget = [Sample(name, None, "?", answer, False, "", "t") for name, answer in answers.items()]
-    sources.check_forget(forget[:1])
+    check_forget(forget[:1])
     with pytest.raises(ConfigError, match="no sample"):
-        sources.check_forget([])
+        check_forget([])
     with pytest.raises(ConfigError, match=r"4 of 5 answers look like refusals \(first ids: b, c, d\).*mirage prepare"):
-        sources.check_forget(forget)
+        check_forget(forget)

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig, Qwen2_5_VLConfig
 
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import config as configs
 from mirage_dist.cli import main
-from mirage_dist.data import sources
-from mirage_dist.schema import ConfigError, SourceConfig, TrainRecipe
+from mirage_dist.data import formats, sources
+from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import run
 
 
@@ -60,7 +61,7 @@ def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_
 
 
 def forget_of(tmp_path, samples):
-    sources.write_samples(tmp_path / "f.jsonl", samples)
+    write_samples(tmp_path / "f.jsonl", samples)
     return f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"
 
 
@@ -73,7 +74,7 @@ def test_an_empty_forget_set_is_an_error(recipe, tmp_path):
 
 
 def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp_path):
-    source = SourceConfig("samples", str(toy.root / "forget.jsonl"))
+    source = formats.source("samples", str(toy.root / "forget.jsonl"))
     samples = [replace(s, answer="sorry i can not help with that") for s in sources.read(source).samples]
     with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
         run.check(recipe(forget_of(tmp_path, samples)), 2)
