@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from mirage_dist.data.formats.samples import write_samples
+from mirage_dist import progress
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import WorldConfig
@@ -22,6 +23,12 @@ settings.register_profile("untimed", deadline=None)  # tests state properties; a
 settings.load_profile("untimed")
 
 DEADLINE = 180.0  # seconds, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _every_warning_is_new():
+    """A warning appears once a process, and one process runs all tests."""
+    progress.handler.warnings.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

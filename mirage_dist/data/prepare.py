@@ -12,15 +12,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from mirage_dist import disk
 from mirage_dist.config import config_hash, differences, to_dict
-from mirage_dist.data import diversify, pictures, sources, stream, words
+from mirage_dist.data import diversify, formats, pictures, sources, stream, words
 from mirage_dist.data.diversify import Reword
-from mirage_dist.data.formats import Format, Split
+from mirage_dist.data.formats import Split
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.harvest import Answers, as_given, harvest
 from mirage_dist.data.sample import Sample
@@ -171,8 +171,9 @@ def _forget(recipe: PrepareRecipe, harvested: Answers | None) -> tuple[list[Samp
     keys = [(sample.id, sample.question) for sample in questions]
     forget = [replace(s, answer=by_question[key]) for s, key in zip(questions, keys, strict=True) if key in by_question]
     if not forget or len(forget) / len(questions) < recipe.min_match:
+        of_data = set(keys)
         unanswered = next(key for key in keys if key not in by_question)
-        unused = next((key for key in by_question if key not in set(keys)), None)
+        unused = next((key for key in by_question if key not in of_data), None)
         raise ConfigError(
             f"{recipe.harvest or 'safety'}: answers to forget for {len(forget)} of {len(questions)} unsafe questions; "
             f"min_match={recipe.min_match} (answers: {len(by_question)}; left out: {left_out or 'none'}). They are "
@@ -240,7 +241,7 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
 
 def _safety(recipe: PrepareRecipe, split: Split) -> Source:
     """The samples of one split, read as an evaluation reads them, so that ids agree."""
-    own = [part for config in recipe.safety if (part := cast(Format, config).of_split(split)) is not None]
+    own = [part for config in recipe.safety if (part := formats.as_format(config).of_split(split)) is not None]
     source = sources.read_all(own)
     return replace(source, samples=[s for s in source.samples if s.safe == (split == "safe_safes")])
 
@@ -302,7 +303,7 @@ def _hashes(recipe: PrepareRecipe, harvested: Answers | None) -> dict[str, str]:
 
 def _files(config: SourceConfig, role: str) -> dict[str, str]:
     """Role -> path of the files of a source."""
-    others = cast(Format, config).other_files()
+    others = formats.as_format(config).other_files()
     return {role: config.path, **{f"{role}.{option}": file for option, file in others.items()}}
 
 

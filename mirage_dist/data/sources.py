@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.data import pictures, records
-from mirage_dist.data.formats import BadRecord, Format, Opened
+from mirage_dist.data.formats import BadRecord, Format, Opened, as_format
 from mirage_dist.data.formats.llava import PICTURE
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -42,7 +42,7 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
     Raises ConfigError naming file, record number, field and expectation, for a file that is not JSON, a record that
     does not conform to the format, or a picture that is missing or broken.
     """
-    config = _format(config)
+    config = as_format(config)
     if Path(config.path).is_dir():
         if config.folder is not None:
             return read_all(_files(config, config.folder), check_images)
@@ -67,7 +67,7 @@ def parsed(
 
     on_bytes: see `records.read`. Samples are as in the file: repeats are not dropped, and ids may occur twice.
     """
-    config = _format(config)
+    config = as_format(config)
     opened = config.open()
     rows = records.read(Path(config.path), on_bytes) if opened.records is None else opened.records
     for number, record in enumerate(rows):
@@ -114,12 +114,6 @@ def check_pictures(
         _apply_faults(source, faults, log=rank == 0)
         if before and not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are unusable")
-
-
-def _format(config: SourceConfig) -> Format:
-    if not isinstance(config, Format):
-        raise TypeError(f"{config}: no format; make it with data.formats.source")
-    return config
 
 
 def _files(config: Format, pattern: str) -> list[Format]:

@@ -9,9 +9,12 @@ from typing import Any
 from mirage_dist.config import build
 from mirage_dist.data.formats.base import BadRecord, Format, Opened, Split, get, identity, text
 from mirage_dist.registry import Registry
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, SourceConfig
 
-__all__ = ["REGISTRY", "BadRecord", "Format", "Opened", "Split", "get", "identity", "load", "make", "source", "text"]
+__all__ = [
+    *("REGISTRY", "as_format", "load", "make", "source"),
+    *("BadRecord", "Format", "Opened", "Split", "get", "identity", "text"),
+]
 
 REGISTRY = Registry(
     "format",
@@ -65,6 +68,13 @@ def make(options: Any, source: str, where: str) -> Format:
 def source(format: str, path: str, images: str | None = None, **options: Any) -> Format:
     """A source made in code, not by a recipe. Raises ConfigError as `make`."""
     return make({"format": format, "path": path, "images": images, **options}, path, "source")
+
+
+def as_format(config: SourceConfig) -> Format:
+    """The source of a recipe as what it is. Raises TypeError for one that neither `make` nor `source` made."""
+    if not isinstance(config, Format):
+        raise TypeError(f"{config}: has no format; make it with data.formats.source")
+    return config
 
 
 def _owners(option: str) -> dict[str, Any]:
