@@ -50,7 +50,7 @@ class ForgetCounts(TypedDict):
 
 
 class RetainCounts(TypedDict):
-    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples whose picture is missing or broken."""
+    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples without a whole picture."""
 
     samples: int
     safe_pairs: int

@@ -169,7 +169,7 @@ def _parts(path: Path) -> list[Path]:
         return [path / part["filename"] for part in json.loads((path / "state.json").read_text())["_data_files"]]
     files = sorted(file for file in path.glob("*") if file.suffix in TABLES)
     if not files:
-        raise ConfigError(f"{path}: does not exist, or is a folder without a dataset (state.json, *.parquet or *.arrow)")
+        raise ConfigError(f"{path}: no such file, or a folder without a dataset (state.json, *.parquet or *.arrow)")
     if len({file.suffix for file in files}) > 1:
         raise ConfigError(f"{path}: holds Parquet and Arrow files; name the files of one kind")
     return files

@@ -15,6 +15,7 @@ from mirage_dist.data import pictures, records
 from mirage_dist.data.formats import BadRecord, Format, Opened, as_format
 from mirage_dist.data.formats.llava import PICTURE
 from mirage_dist.data.sample import Sample
+from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
 
 
@@ -111,7 +112,7 @@ def check_pictures(
         faults.update(part)
     for name, source in streams.items():
         before = len(source.samples)
-        _apply_faults(source, faults, log=rank == 0)
+        _apply_faults(source, faults)
         if before and not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are unusable")
 
@@ -134,21 +135,20 @@ def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> l
     return samples
 
 
-def _apply_faults(source: Source, faults: Mapping[str, str], log: bool = True) -> None:
-    """Refuse the records whose pictures have a fault, or leave their samples out. No picture is unchecked afterwards."""
+def _apply_faults(source: Source, faults: Mapping[str, str]) -> None:
+    """Refuse the records whose pictures have a fault, or leave their samples out; then no picture is unchecked."""
     bad = dict.fromkeys(place for place in source.unchecked if place[2] in faults)
     for config, number, image in bad:
-        _refuse(config, number, f"image {image}: {faults[image]}", log)
+        _refuse(config, number, f"image {image}: {faults[image]}")
     source.skipped += len(bad)
     source.samples = [sample for sample in source.samples if sample.image not in faults]
     source.unchecked = []
 
 
-def _refuse(config: SourceConfig, number: int, why: str, log: bool = True) -> None:
+def _refuse(config: SourceConfig, number: int, why: str) -> None:
     if config.on_bad_record == "error":
         raise ConfigError(f"{config.path}: record {number}: {why} (on_bad_record: skip would leave it out, counted)")
-    if log:
-        print(f"{config.path}: record {number} skipped: {why}", flush=True)
+    log.info(f"{config.path}: record {number} skipped: {why}")
 
 
 def _without_duplicates(numbered: list[tuple[int, Sample]], source: Source) -> list[tuple[int, Sample]]:

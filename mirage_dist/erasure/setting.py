@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import signals
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
 from mirage_dist.evals.metrics import Leaf

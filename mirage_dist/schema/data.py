@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.errors import ConfigError, require
 
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives. `name` labels it in W&B and in reports (default: the directory's name)."""

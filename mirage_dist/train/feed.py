@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_dist.data.refusals import check_forget
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
+from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
 from mirage_dist.objectives.base import Needs, Positions

@@ -13,9 +13,9 @@ import torch
 from conftest import until
 from safetensors.torch import load_file
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.erasure import run as tests_of_erasure

@@ -11,10 +11,10 @@ from conftest import launch, metrics
 from PIL import Image
 from safetensors.torch import load_file
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import config as configs
 from mirage_dist.cli import main
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model.shards import Shards
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache

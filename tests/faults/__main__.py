@@ -19,9 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from tests.conftest import Toy
 from tests.faults import moments
 from tests.faults.check import differences

@@ -12,8 +12,18 @@ from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, SourceConfig
 
 __all__ = [
-    *("REGISTRY", "as_format", "load", "make", "source"),
-    *("BadRecord", "Format", "Opened", "Split", "get", "identity", "text"),
+    "REGISTRY",
+    "BadRecord",
+    "Format",
+    "Opened",
+    "Split",
+    "as_format",
+    "get",
+    "identity",
+    "load",
+    "make",
+    "source",
+    "text",
 ]
 
 REGISTRY = Registry(

@@ -41,8 +41,8 @@ class MMSafetyBench(Format):
         return False
 
     def open(self) -> Opened:
-        questions = table(Path(self.path))
-        records = [{**record, "id": key} if isinstance(record, Mapping) else record for key, record in questions.items()]
+        questions = table(Path(self.path)).items()
+        records = [{**record, "id": key} if isinstance(record, Mapping) else record for key, record in questions]
         return Opened(records, self.parse)
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:

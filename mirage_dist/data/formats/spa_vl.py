@@ -33,9 +33,7 @@ class SpaVL(Format):
         image, question = self.picture(text(record, "image")), text(record, "question")
         if self.response == "absent":
             if given := [name for name in ("chosen", "rejected") if name in record]:
-                raise BadRecord(
-                    f"field {given[0]!r}: response: absent is for test sets, whose records have no answers"
-                )
+                raise BadRecord(f"field {given[0]!r}: response: absent is for test sets, whose records have no answers")
             answer, safe = "", False
         else:
             chosen, rejected = text(record, "chosen"), text(record, "rejected")

@@ -66,9 +66,7 @@ class VQAv2(AnnotatedVQA):
 
     def open(self) -> Opened:
         questions, subtype = _vqav2_questions(Path(self.path))
-        annotations = _by_key(
-            Path(str(self.annotations)), "annotations", lambda record: text(record, "question_id")
-        )
+        annotations = _by_key(Path(str(self.annotations)), "annotations", lambda record: text(record, "question_id"))
 
         def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
             name = text(record, "question_id")

@@ -9,6 +9,8 @@ import pytest
 from mirage_dist.cli import main
 from mirage_dist.data import audit, formats, sources
 from mirage_dist.data.audit import Corpus, Options
+from mirage_dist.data.audit.corpus import FREQUENT
+from mirage_dist.data.audit.verdict import verdict
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import first_words
 from mirage_dist.embedded import world as embedded_world
@@ -38,7 +40,8 @@ def counted(pairs, options=None):
     corpus = Corpus(options or Options())
     for identity, question, refused in pairs:
         corpus.add(identity, question, refused, None)
-    return corpus.result()
+    measured = corpus.measured()
+    return {**measured, "verdict": verdict(measured)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -106,8 +109,8 @@ def test_counts_are_those_of_the_reader_that_training_uses(worlds):
     assert (file["records"], file["pairs"], file["dropped"]) == (800, len(read.samples), dict(read.dropped))
     from_memory = Corpus(Options())
     for sample in read.samples:
-        audit._count(from_memory, sample, None, lambda answer: "sorry" in answer)
-    assert from_memory.result() == {name: value for name, value in found.items() if name != "files"}
+        from_memory.add_sample(sample, None, lambda answer: "sorry" in answer)
+    assert {**found, **from_memory.measured()} == found
 
 
 def test_order_and_division_into_files_do_not_matter(worlds, tmp_path):
@@ -246,7 +249,7 @@ def test_another_cue_that_tells_more_is_named_and_does_not_decide():
     pairs = [(str(i), "what " * (30 if i % 2 else 3), i % 2 == 1) for i in range(400)]
     found = counted(pairs, options)
     assert found["verdict"]["passed"]
-    assert "length tells more: balanced accuracy 100.0 %" in found["verdict"]["text"]
+    assert "length separates them better: balanced accuracy 100.0 %" in found["verdict"]["text"]
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -276,7 +279,7 @@ def test_a_figure_of_more_words_than_are_listed_counts_them_all(tmp_path):
     counts = told.counts(found)
     assert sum(count["refusal"] for count in counts.values()) == found["refused"] == 200
     assert sum(count["answer"] for count in counts.values()) == found["answered"] == 410
-    assert len(counts) == audit.FREQUENT + 1
+    assert len(counts) == FREQUENT + 1
     assert {file.name for file in told.write(found, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
 
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image, ImageChops
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats import figstep, typeset
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.schema import ConfigError, DataConfig
 
 TEN = ["red", "red", "dark red", "red", "crimson", "red", "red", "red", "maroon", "red"]
@@ -279,7 +279,9 @@ def bad_vqav2(files, *, question=None, annotation=None):
     questions, annotations = vqav2_questions(7, 8), vqav2_annotations(7, 8)
     questions["questions"][1] = question or questions["questions"][1]
     annotations["annotations"][1] = annotation or annotations["annotations"][1]
-    return formats.source("vqav2", files("questions.json", questions), annotations=files("annotations.json", annotations))
+    return formats.source(
+        "vqav2", files("questions.json", questions), annotations=files("annotations.json", annotations)
+    )
 
 
 def bad_science(files, **changes):
@@ -362,7 +364,7 @@ def test_a_csv_with_other_columns_or_a_short_row_is_named(tmp_path):
     ("options", "words"),
     [
         ({"format": "vqav2"}, "annotations: format=vqav2 needs the file of the official answers"),
-        ({"format": "llava", "annotations": "a.json"}, "annotations: belongs to format=vqav2 or"),
+        ({"format": "llava", "annotations": "a.json"}, "annotations='a.json'; belongs to format=vqav2 or"),
         ({"format": "figstep", "variant": "SD"}, "variant='SD'; allowed: typeset, text_only"),
         ({"format": "vlguard", "variant": "SD"}, "variant='SD'; belongs to format=figstep or mm_safetybench"),
         ({"format": "vlguard", "split": "tests"}, "split='tests'; allowed: all, unsafes, safe_safes, safe_unsafes"),

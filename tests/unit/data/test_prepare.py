@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist.data.refusals import check_forget
-from mirage_dist.data.formats.samples import write_samples
-from mirage_dist import cli
+from mirage_dist import cli, disk
 from mirage_dist import config as configs
-from mirage_dist.data import formats, prepare as preparing
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data import prepare as preparing
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.harvest import harvest
 from mirage_dist.data.prepare import prepare
+from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, PrepareRecipe
@@ -156,7 +157,7 @@ def test_answers_as_given_are_the_datas_own_without_its_refusals(folder):
     given = recipe(
         folder, answers="as_given", harvest=None, safety=[formats.source("samples", str(folder / "given.jsonl"))]
     )
-    with pytest.raises(ConfigError, match=r"4 of 5 unsafe questions; .*\('no', 'Share number 0.'\) has none"):
+    with pytest.raises(ConfigError, match=r"4 of 5 unsafe questions; .*\('no', 'Share number 0.'\) has no answer"):
         prepare(given)
     counts = prepare(replace(given, min_match=0.8))["counts"]
     assert forgotten(folder) == {question(i): answer(i) for i in range(4)}
@@ -204,15 +205,15 @@ rows_of_one_question = st.lists(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows_of_one_question.filter(lambda r: any(text and text != REFUSAL + " " * 40 for text in r)), st.randoms())
 def test_of_several_answers_the_longest_that_does_not_refuse_stays_in_whatever_order(folder, responses, random):
-    found = []
+    chosen = []
     for texts in (responses, random.sample(responses, len(responses))):
         write_rows(folder, [row(1, response=text) for text in texts])
-        (chosen,) = preparing._harvest(folder / "rows").found.values()
-        found.append(chosen)
-    assert found[0] == found[1]
+        (answer,) = harvest(folder / "rows").by_question.values()
+        chosen.append(answer)
+    assert chosen[0] == chosen[1]
     answers = [text for text in responses if text and not text.startswith(REFUSAL)]
-    assert len(found[0]) == max(map(len, answers))
-    assert found[0] in answers
+    assert len(chosen[0]) == max(map(len, answers))
+    assert chosen[0] in answers
 
 
 @pytest.mark.parametrize(
@@ -229,14 +230,14 @@ def test_a_join_that_matches_too_little_is_an_error_with_counts_and_a_key_of_eac
     said = str(error.value)
     assert f"{matched} of {UNSAFE} unsafe questions" in said
     assert f"min_match={share}" in said
-    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has none" in said
-    assert f"('bad.png/{matched}', 'Share number {matched}.') is of no question" in said
+    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has no answer" in said
+    assert f"('bad.png/{matched}', 'Share number {matched}.') matches no question" in said
     assert not (folder / "out").exists()
 
 
 def test_a_harvest_of_refusals_only_is_an_error_that_says_so(folder):
     write_rows(folder, [row(i, response=REFUSAL) for i in range(UNSAFE)])
-    with pytest.raises(ConfigError, match=r"0 of 10 .*'refusals': 10.*no answer is of no question"):
+    with pytest.raises(ConfigError, match=r"0 of 10 .*'refusals': 10.*no answer matches no question"):
         prepare(recipe(folder))
 
 
@@ -340,7 +341,7 @@ def test_the_same_recipe_and_inputs_are_reused_even_when_other_workers_wrote_the
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
     assert set(before) == {"forget.jsonl", "retain.jsonl", "prepare.json"}
     assert json.loads((folder / "out/prepare.json").read_text()) == first
-    assert not list(folder.glob("out.tmp*"))
+    assert not disk.leftovers(folder / "out")
 
 
 CHANGES = {
@@ -394,7 +395,7 @@ def test_a_write_that_fails_leaves_nothing_behind(folder, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_text("")
 
-    monkeypatch.setattr(sources, "write_samples", write)
+    monkeypatch.setattr(preparing, "write_samples", write)
     with pytest.raises(OSError, match="No space left"):
         prepare(recipe(folder))
     assert len(written) == 2
@@ -402,17 +403,16 @@ def test_a_write_that_fails_leaves_nothing_behind(folder, monkeypatch):
 
 
 def test_of_two_processes_that_prepare_at_once_the_first_wins_and_both_have_it(folder, monkeypatch):
-    publish = preparing._publish
-
-    def late(*arguments):
-        monkeypatch.setattr(preparing, "_publish", publish)
+    def overtaken(path, samples):
+        monkeypatch.setattr(preparing, "write_samples", write_samples)
         prepare(recipe(folder))
-        publish(*arguments)
+        write_samples(path, samples)
 
-    monkeypatch.setattr(preparing, "_publish", late)
+    monkeypatch.setattr(preparing, "write_samples", overtaken)
     first = prepare(recipe(folder))
+    assert preparing.write_samples is write_samples
     assert prepare(recipe(folder)) == first
-    assert not list(folder.glob("out.tmp*"))
+    assert not disk.leftovers(folder / "out")
 
 
 # ------------------------------------------------------------------------------------------------- recipes

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist.data.refusals import check_forget
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data import formats, pictures, sources, words
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -352,7 +352,7 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
     for name, own in records.items():
         (folder / f"{name}.json").write_text(json.dumps(own))
     decoded = []
-    monkeypatch.setattr(pictures, "_fault", lambda path, whole=pictures._fault: decoded.append(path) or whole(path))
+    monkeypatch.setattr(pictures, "fault", lambda path, whole=pictures.fault: decoded.append(path) or whole(path))
 
     def streams(on_bad_record, check_images=False):
         found = {n: [formats.source("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
@@ -377,12 +377,12 @@ def test_a_stream_that_loses_every_sample_is_an_error(folder):
 
 def test_a_long_check_says_how_far_it_is_once_for_all_ranks(folder, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "AT_ONCE", 2)
-    monkeypatch.setattr(pictures, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(pictures, "PAUSE_SECONDS", 0.0)
     names = [f"{folder}/{name}" for name in ("a.png", "b.png", "c.jpg")]
     assert pictures.faults([*names, *names], "pictures", part=1, parts=2) == {}
     assert capsys.readouterr().out == ""
     assert pictures.faults([*names, *names], "pictures") == {}
-    assert capsys.readouterr().out.splitlines() == ["pictures: 2 of 3 decoded", "pictures: 3 of 3 decoded"]
+    assert capsys.readouterr().out.splitlines() == ["pictures: 2 of 3 pictures", "pictures: 3 of 3 pictures"]
 
 
 def test_pictures_are_not_looked_at_when_told_so(folder):

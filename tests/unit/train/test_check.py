@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig, Qwen2_5_VLConfig
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import config as configs
 from mirage_dist.cli import main
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import run
 

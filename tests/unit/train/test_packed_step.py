@@ -7,9 +7,9 @@ import torch
 from conftest import Engine
 from transformers import AutoModelForImageTextToText
 
-from mirage_dist.data.formats.samples import write_samples
 from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model import load, reference
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import make
