@@ -32,17 +32,17 @@ def is_refusal_as_published(text: str) -> bool:
     return lower in _LISTS["published"]["exact"] or any(phrase in lower for phrase in PUBLISHED)
 
 
-def check_forget(samples: Sequence[Sample]) -> None:
-    """Raise ConfigError for a forget set that is empty or contains refusals, which would be unlearned.
+def check_forget(samples: Sequence[Sample], stream: str = "forget") -> None:
+    """Raise ConfigError for a stream of answers to unlearn that is empty or contains refusals.
 
     It contains refusals when the harvested answers were joined wrongly and the data's own answers stayed.
     """
     if not samples:
-        raise ConfigError("data.streams.forget: no sample; nothing would be unlearned")
+        raise ConfigError(f"data.streams.{stream}: no sample; nothing would be unlearned")
     refused = [sample.id for sample in samples if is_refusal(sample.answer)]
     if refused:
         raise ConfigError(
-            f"data.streams.forget: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
+            f"data.streams.{stream}: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
             f"{', '.join(refused[:3])}); the model would unlearn refusing. Harvest the answers to forget first "
             "(`mirage prepare`), or set data.refusals_in_forget=allow"
         )
