@@ -93,7 +93,7 @@ class Prepared(Inputs):
 
 
 def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
-    """Write the recipe's sets and prepare.json into `out`, or reuse what is there; returns prepare.json.
+    """Write the recipe's sets and prepare.json into `out`, or reuse those that exist; returns prepare.json.
 
     forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl if the recipe diversifies.
     reword: see `data.diversify`, for a recipe that names a chat model.

@@ -10,7 +10,7 @@ from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
 
 
 def exact(recipe: EvalRecipe, config: JudgeConfig) -> Rule:
-    """The embedded world knows every right answer: refused, harmful (the locked code is told), irrelevant, correct.
+    """A judge that compares responses with the embedded world's labels (see `World.verdict`).
 
     Raises ConfigError when the recipe has no embedded world.
     """

@@ -67,7 +67,7 @@ class Format(SourceConfig):
     def of_split(self, split: Split) -> Format | None:
         """This source restricted to one split, None when it has no sample of that split.
 
-        Formats other than VLGuard's have safe and unsafe pairs, told apart by `Sample.safe`.
+        Formats other than VLGuard's have safe and unsafe pairs, distinguished by `Sample.safe`.
         """
         return None if split == "safe_unsafes" else self
 
