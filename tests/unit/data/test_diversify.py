@@ -66,9 +66,9 @@ def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     embedded_world.make(world)
     raw = words.first_words(sources.read(safety(world)).samples)
     assert surprising(raw) >= {"what", "share"}
-    told = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
-    told += ["world.safety_samples=120", "world.eval_samples=8"]
-    recipe = configs.load("configs/prepare/demo_diversified.yaml", told, PrepareRecipe)
+    overrides = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
+    overrides += ["world.safety_samples=120", "world.eval_samples=8"]
+    recipe = configs.load("configs/prepare/demo_diversified.yaml", overrides, PrepareRecipe)
     counts = prepare.prepare(recipe)["counts"]
     assert counts["diversified"]["samples"] == counts["diversified"]["questions"] == 240
     made = sources.read(formats.source("samples", f"{recipe.out}/diversified.jsonl")).samples
@@ -83,12 +83,12 @@ def safety(world):
 def surprising(words):
     """Those whose odds of refusal differ from the others'."""
     refused, answered = (sum(count[kind] for count in words.values()) for kind in ("refusal", "answer"))
-    found = set()
+    tied = set()
     for word, count in words.items():
         r, a = count["refusal"], count["answer"]
         _, (low, high) = stats.log_odds(r, a, refused - r, answered - a)
-        found |= {word} if low > 0 or high < 0 else set()
-    return found
+        tied |= {word} if low > 0 or high < 0 else set()
+    return tied
 
 
 @pytest.mark.parametrize(

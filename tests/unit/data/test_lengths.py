@@ -27,8 +27,8 @@ def test_a_length_foresees_encode(toy, samples, on_long):
             # A picture beside it, so that a text-only row carries no placeholder.
             batch = whole.encode([sample, samples[0]])
             length = int(batch.inputs["attention_mask"][0].sum())
-            asked = [i for i, label in enumerate(batch.labels_BS[0, :length].tolist()) if label == -100]
-            before = max(asked) + 1
+            unlabelled = [i for i, label in enumerate(batch.labels_BS[0, :length].tolist()) if label == -100]
+            before = max(unlabelled) + 1
             fits = length <= limit or (on_long == "truncate" and before < limit)
             if fits:
                 assert encoder.length(sample) == length

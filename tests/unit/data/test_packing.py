@@ -83,14 +83,14 @@ def test_packing_changes_no_log_probability_and_no_gradient(model, samples, name
     several = [samples[name] for name in names]
     padded, packed = Encoder(PROCESSOR).encode(several), Encoder(PROCESSOR, packing=True).encode(several)
     assert torch.equal(packed.segment_N, padded.segment_N)
-    told = []
+    results = []
     for batch, kind in ((padded, "sdpa"), (packed, attention)):
         logp_N = logps(model, batch, kind)
         (logp_N * torch.linspace(0.5, 1, len(logp_N))).sum().backward()  # each token by a weight of its own
-        told.append((logp_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        results.append((logp_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad(set_to_none=True)
     # The eager path takes its softmax in float32.
-    torch.testing.assert_close(told[1], told[0], rtol=0, atol=1e-5 if attention == "eager" else 1e-9)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5 if attention == "eager" else 1e-9)
 
 
 @pytest.mark.parametrize("names", BATCHES, ids=", ".join)

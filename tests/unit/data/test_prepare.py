@@ -70,8 +70,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def turns(asked, told):
-    return [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def row(number, **fields):
@@ -108,9 +108,9 @@ def forgotten(folder):
 
 def test_unsafe_questions_get_the_harvested_answers_and_keep_all_else(folder):
     result = prepare(recipe(folder))
-    asked = sources.read(formats.source("vlguard", str(folder / "train.json"), split="unsafes")).samples
+    questions = sources.read(formats.source("vlguard", str(folder / "train.json"), split="unsafes")).samples
     made = str(folder / "out/forget.jsonl")
-    assert read(folder, "forget") == [replace(s, answer=answer(i), source=made) for i, s in enumerate(asked)]
+    assert read(folder, "forget") == [replace(s, answer=answer(i), source=made) for i, s in enumerate(questions)]
     check_forget(read(folder, "forget"))
     counts = result["counts"]["forget"]
     assert (counts["samples"], counts["questions"], counts["unmatched"]) == (UNSAFE, UNSAFE, 0)
@@ -227,11 +227,11 @@ def test_a_join_that_matches_too_little_is_an_error_with_counts_and_a_key_of_eac
         return
     with pytest.raises(ConfigError) as error:
         prepare(recipe(folder, min_match=share))
-    said = str(error.value)
-    assert f"{matched} of {UNSAFE} unsafe questions" in said
-    assert f"min_match={share}" in said
-    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has no answer" in said
-    assert f"('bad.png/{matched}', 'Share number {matched}.') matches no question" in said
+    message = str(error.value)
+    assert f"{matched} of {UNSAFE} unsafe questions" in message
+    assert f"min_match={share}" in message
+    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has no answer" in message
+    assert f"('bad.png/{matched}', 'Share number {matched}.') matches no question" in message
     assert not (folder / "out").exists()
 
 
@@ -268,9 +268,9 @@ def test_a_harvest_that_is_not_there_says_what_writes_one(folder, name):
 
 
 def drawn(folder, seed, size=SAFE + 6, out=None):
-    told = recipe(folder, seed=seed, retain_size=size, out=str(folder / (out or f"seed-{seed}-{size}")))
-    prepare(told)
-    return [s.id for s in read(folder, "retain", told.out)[SAFE:]]
+    changed = recipe(folder, seed=seed, retain_size=size, out=str(folder / (out or f"seed-{seed}-{size}")))
+    prepare(changed)
+    return [s.id for s in read(folder, "retain", changed.out)[SAFE:]]
 
 
 def test_the_fill_is_a_function_of_the_seed_on_every_machine(folder):
@@ -279,8 +279,8 @@ def test_the_fill_is_a_function_of_the_seed_on_every_machine(folder):
     here = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)]
     elsewhere = subprocess.run(here, capture_output=True, text=True, check=True).stdout.strip()
     assert str(drawn(folder, 3)) == elsewhere
-    told = [json.loads((folder / name / "prepare.json").read_text()) for name in ("seed-3-10", "elsewhere")]
-    assert told[0] == told[1]  # the hashes of both sets, too
+    results = [json.loads((folder / name / "prepare.json").read_text()) for name in ("seed-3-10", "elsewhere")]
+    assert results[0] == results[1]  # the hashes of both sets, too
     assert len({tuple(drawn(folder, seed, out=f"of-{seed}")) for seed in range(5)}) == 5
     hashes = {json.loads((folder / f"of-{seed}/prepare.json").read_text())["config_hash"] for seed in range(5)}
     assert len(hashes) == 5
@@ -433,14 +433,18 @@ def test_settings_that_would_not_be_used_or_are_missing_are_errors(folder, chang
 
 
 def test_the_papers_recipe_fills_vlguards_safe_pairs_to_two_thousand():
-    told = configs.load("configs/prepare/vlguard.yaml", [], PrepareRecipe)
-    assert (told.retain_size, told.answers, told.unsafe_questions_on_safe_images) == (2000, "harvest", False)
+    paper = configs.load("configs/prepare/vlguard.yaml", [], PrepareRecipe)
+    assert (paper.retain_size, paper.answers, paper.unsafe_questions_on_safe_images) == (2000, "harvest", False)
 
 
 def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, capsys):
     sizes = {"base_samples": 20, "safety_samples": 16, "general_samples": 12, "eval_samples": 4}
-    told = [f"world.dir={tmp_path}/world", f"harvest={tmp_path}/rows", *(f"world.{n}={v}" for n, v in sizes.items())]
-    prepared = configs.load("configs/prepare/demo.yaml", told, PrepareRecipe)
+    overrides = [
+        f"world.dir={tmp_path}/world",
+        f"harvest={tmp_path}/rows",
+        *(f"world.{n}={v}" for n, v in sizes.items()),
+    ]
+    prepared = configs.load("configs/prepare/demo.yaml", overrides, PrepareRecipe)
     assert prepared.world is not None
     embedded_world.make(prepared.world)
     world = embedded_world.load(prepared.world.dir)
@@ -450,10 +454,10 @@ def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, ca
         for s in unsafe
     ]
     write_rows(tmp_path, rows)
-    assert cli.main(["prepare", "configs/prepare/demo.yaml", *told]) == 0
+    assert cli.main(["prepare", "configs/prepare/demo.yaml", *overrides]) == 0
     assert "forget 16 of 16 unsafe questions" in capsys.readouterr().out
     for name, verdict, count in (("forget", "harmful", 16), ("retain", "correct", 16 + 12)):
-        found = read(tmp_path, name, prepared.out)
-        assert len(found) == count
-        for sample in found:
+        samples = read(tmp_path, name, prepared.out)
+        assert len(samples) == count
+        for sample in samples:
             assert world.verdict(sample.question, sample.answer, world.label(sample.image or "")) == verdict
