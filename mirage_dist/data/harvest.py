@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mirage_dist import disk
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
@@ -34,7 +34,7 @@ class Answers:
 
     def digest(self) -> str:
         """SHA-256 of the answers by content, the same whichever worker wrote them."""
-        return hashlib.sha256(json.dumps(sorted(self.by_question.items())).encode()).hexdigest()
+        return disk.digest(sorted(self.by_question.items()))
 
 
 def harvest(path: Path) -> Answers:

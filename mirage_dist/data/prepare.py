@@ -24,18 +24,10 @@ from mirage_dist.data.formats import Split
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.harvest import Answers, as_given, harvest
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import Source
+from mirage_dist.data.sources import LeftOut, Source
 from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
-
-
-class LeftOut(TypedDict):
-    """What reading the safety data left out or changed: samples by reason, renamed ids, bad records."""
-
-    dropped: dict[str, int]
-    renamed: int
-    skipped: int
 
 
 class ForgetCounts(TypedDict):
@@ -185,7 +177,7 @@ def _forget(recipe: PrepareRecipe, harvested: Answers | None) -> tuple[list[Samp
         "answers": recipe.answers,
         "unmatched": len(questions) - len(forget),
         "left_out": left_out,
-        "read": _left_out(unsafe),
+        "read": unsafe.left_out(),
     }
     return forget, counts
 
@@ -207,7 +199,7 @@ def _retain(recipe: PrepareRecipe) -> tuple[list[Sample], RetainCounts]:
         "unsafe_questions": len(others.samples),
         "filled": len(general),
         "fill_skipped": skipped,
-        "read": _left_out(safe),
+        "read": safe.left_out(),
     }
     return [*kept, *general], counts
 
@@ -246,10 +238,6 @@ def _safety(recipe: PrepareRecipe, split: Split) -> Source:
     return replace(source, samples=[s for s in source.samples if s.safe == (split == "safe_safes")])
 
 
-def _left_out(source: Source) -> LeftOut:
-    return {"dropped": dict(source.dropped), "renamed": source.renamed, "skipped": source.skipped}
-
-
 def _diversified(recipe: PrepareRecipe, reword: Reword | None) -> tuple[list[Sample], DiversifiedCounts]:
     assert recipe.diversify is not None
     safety = sources.read_all(recipe.safety)
@@ -258,7 +246,7 @@ def _diversified(recipe: PrepareRecipe, reword: Reword | None) -> tuple[list[Sam
         "samples": len(reworded),
         "questions": len(safety.samples),
         "not_reworded": failed,
-        "read": _left_out(safety),
+        "read": safety.left_out(),
     }
     return reworded, counts
 

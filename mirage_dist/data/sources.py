@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mirage_dist.data import pictures, records
 from mirage_dist.data.formats import BadRecord, Format, Opened, as_format
@@ -17,6 +17,27 @@ from mirage_dist.data.formats.llava import PICTURE
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
+
+
+class LeftOut(TypedDict):
+    """What reading left out or changed: reason -> dropped samples, renamed ids, bad records that were skipped."""
+
+    dropped: dict[str, int]
+    renamed: int
+    skipped: int
+
+
+class StreamCounts(LeftOut):
+    """One stream in a run's data.json. first_words: see `words.first_words`."""
+
+    samples: int
+    first_words: dict[str, dict[str, int]]
+
+
+class DataCounts(TypedDict):
+    """data.json of a run."""
+
+    streams: dict[str, StreamCounts]
 
 
 @dataclass
@@ -33,6 +54,10 @@ class Source:
     skipped: int = 0
     renamed: int = 0
     unchecked: list[tuple[Format, int, str]] = field(default_factory=list)
+
+    def left_out(self) -> LeftOut:
+        """The counts as prepare.json and data.json have them."""
+        return {"dropped": dict(self.dropped), "renamed": self.renamed, "skipped": self.skipped}
 
 
 def read(config: SourceConfig, check_images: bool = True) -> Source:

@@ -45,7 +45,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the run reads: one or more sources for each stream that the objective needs."""
+    """The run's data: one or more sources for each stream that the objective needs."""
 
     streams: dict[str, list[SourceConfig]]
     max_length: int = 2048  # tokens a sample, image tokens included
@@ -53,8 +53,8 @@ class DataConfig:
     image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
-    group_by_length: bool = False  # samples of like length into one batch
-    packing: bool = False  # a micro-batch's samples end to end in one row, without padding
+    group_by_length: bool = False  # samples of similar length in one batch
+    packing: bool = False  # a micro-batch's samples concatenated into one row, without padding
     workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
     cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 
@@ -76,7 +76,7 @@ class WorldConfig:
     neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
     answer_form: Literal["by_opener", "constant"] = "by_opener"
     base_samples: int = 20_000
-    safety_samples: int = 400  # unsafe, and as many safe
+    safety_samples: int = 400  # unsafe ones, and as many safe ones
     general_samples: int = 400
     eval_samples: int = 256  # questions in each evaluation set
     base_recipe: str = "configs/train/demo_base.yaml"
@@ -93,10 +93,10 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class DiversifyConfig:
-    """Safety data worded anew, so that openings say nothing about the answer (see `data.diversify`).
+    """Safety data reworded, so that openings do not predict the answer (see `data.diversify`).
 
-    By templates, or by a chat model: it rewrites each question to begin with one of the openers; a question for which
-    it does not is left out, and counted. min_match is the share of those asked for with an opener that must succeed.
+    By templates, or by a chat model that rewrites each question to begin with one of the openers; a question that it
+    does not rewrite so is left out, and counted. min_match: the share of rewrites with each opener that must succeed.
     """
 
     templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
@@ -105,13 +105,13 @@ class DiversifyConfig:
     attempts: int = 3  # with chat: requests for a question before it is left out
     min_match: float = 0.9
     copies: int = 1  # wordings of each question
-    keep: bool = False  # the questions as they are, too
+    keep: bool = False  # the original questions too
 
     def __post_init__(self) -> None:
         require(self, ("copies", "attempts"), "a whole number above 0", lambda x: x >= 1)
         require(self, ("min_match",), "a share above 0, at most 1", lambda x: 0 < x <= 1)
         if (self.chat is None) == bool(self.openers) or bool(self.templates) == bool(self.openers):
-            raise ConfigError("templates: expected templates, or else openers and the chat model that rewrites")
+            raise ConfigError("templates: expected templates, or else openers and a chat model that rewrites")
         name = "templates" if self.templates else "openers"
         if (count := len(set(self.wordings))) < max(self.copies, 2):
             raise ConfigError(f"{name}: {count} different ones; expected 2 and `copies` at least")
@@ -127,13 +127,13 @@ class PrepareRecipe:
 
     out: str  # a new folder
     safety: list[SourceConfig]
-    # as_given: the unsafe records hold the answers to forget; none: there is nothing to forget, only `diversify`
+    # as_given: the unsafe records have the answers to forget; none: no forget and retain sets, only `diversify`
     answers: Literal["harvest", "as_given", "none"] = "harvest"
-    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) with id, question, response
+    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
     min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
-    retain_size: int | None = None  # default: what the safety data have, without `fill`
-    unsafe_questions_on_safe_images: bool = False  # retain their refusals too
+    retain_size: int | None = None  # default: the safe pairs of the safety data, without `fill`
+    unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too
     diversify: DiversifyConfig | None = None
     seed: int = 0
     world: WorldConfig | None = None

@@ -14,7 +14,7 @@ from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import Source
+from mirage_dist.data.sources import DataCounts, Source
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
@@ -145,15 +145,13 @@ def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) 
                 )
 
 
-def describe(streams: Mapping[str, Source]) -> dict[str, Any]:
+def describe(streams: Mapping[str, Source]) -> DataCounts:
     """`data.json` of a run: counts, what was left out, and first words by kind of answer."""
     return {
         "streams": {
             name: {
                 "samples": len(source.samples),
-                "dropped": dict(source.dropped),
-                "renamed": source.renamed,
-                "skipped": source.skipped,
+                **source.left_out(),
                 "first_words": words.first_words(source.samples),
             }
             for name, source in streams.items()
