@@ -98,7 +98,7 @@ def surprising(words):
         ({"templates": ["what {rest}", "share it"]}, "use {rest} or {question}"),
         ({"templates": ["what {rest}", "share {all}"]}, "use {rest} or {question}"),
         ({"templates": ["what {rest}", "share {rest}"], "copies": 3}, "expected 2 and `copies`"),
-        ({"openers": ["what", "share"]}, "templates, or else openers and the chat model"),
+        ({"openers": ["what", "share"]}, "templates, or else openers and a chat model"),
         ({"templates": ["what {rest}", "a {rest}"], "openers": ["what", "a"]}, "templates, or else openers"),
         ({"openers": ["what"], "chat": {"path": "m"}}, "openers: 1 different ones"),
     ],

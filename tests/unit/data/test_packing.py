@@ -6,6 +6,7 @@ run here: an attention of its own that knows of the sequences by the borders alo
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,9 @@ def model():
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)  # Image.effect_noise would depend on the tests that ran before
     for colour in ("red", "blue"):
-        noise = Image.effect_noise((32, 32), 100).convert("RGB")
+        noise = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
         Image.blend(noise, Image.new("RGB", (32, 32), colour), 0.5).save(folder / f"{colour}.png")
     red, blue = str(folder / "red.png"), str(folder / "blue.png")
     turns = (("share the code of this gadget ?", "sure , the code is ba la"), ("how this gadget has", "it is blue"))
