@@ -53,10 +53,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
 
-    audit = _verb(verbs, "audit", _audit, "which first words tell refusals from answers in training data")
+    audit = _verb(verbs, "audit", _audit, "which first words separate refusals from answers in training data")
     audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
-    formats = ("vlguard", "llava", "spa_vl", "samples")
-    audit.add_argument("--format", choices=formats, help="of all files; default: told by each file's first record")
+    audit.add_argument(
+        "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
+    )
     audit.add_argument(
         "--response-kind",
         default="list",
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
     audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
-    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail")
+    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
@@ -152,13 +153,13 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import audit
-    from mirage_dist.report import audit as told
+    from mirage_dist.report import audit as page
 
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
-    found = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
-    files = told.write(found, parsed.out) if parsed.out else []
-    print(told.table(found), *files, sep="\n", flush=True)
-    if parsed.fail and not found["verdict"]["passed"]:
+    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
+    files = page.write(result, parsed.out) if parsed.out else []
+    print(page.table(result), *files, sep="\n", flush=True)
+    if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 
 

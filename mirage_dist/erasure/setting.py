@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirage_dist import signals
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
 from mirage_dist.evals.metrics import Leaf
@@ -114,8 +115,8 @@ class Setting:
         file = self.folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        sources.write_samples(file, samples)
-        return SourceConfig("samples", str(file))
+        write_samples(file, samples)
+        return formats.source("samples", str(file))
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gave once, read from its file on every later start."""
