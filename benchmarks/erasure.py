@@ -22,7 +22,7 @@ from mirage_dist import config as configs
 from mirage_dist import launching
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.erasure import run as robustness
+from mirage_dist.erasure import run as erasure_tests
 from mirage_dist.ranks import exit_well
 from mirage_dist.report import erasure, named
 from mirage_dist.schema import EvalRecipe
@@ -42,7 +42,7 @@ def main() -> None:
     runs = {**named(parsed.runs), "never": parsed.out}
     for name, folder in runs.items():
         told = [f"world.dir={parsed.world}", f"run.dir={folder}", f"run.name={name}"]
-        robustness.run(configs.load(RECIPE, told, EvalRecipe))
+        erasure_tests.run(configs.load(RECIPE, told, EvalRecipe))
     tested = erasure.read(runs, "demo")
     told = {
         "command": "python benchmarks/erasure.py " + " ".join(sys.argv[1:]),

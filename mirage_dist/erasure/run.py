@@ -1,10 +1,10 @@
-"""`mirage eval CONFIG robustness`: is what the model no longer tells erased, or hidden?
+"""`mirage erasure CONFIG`: is what the model no longer tells erased, or hidden?
 
-    evals/SUITE/robustness.json            every figure: {"relearning", "quantisation", "probe", "completion", …}
-    evals/SUITE/robustness/TEST/           what a test keeps: suites of its own (as any other), figures, training runs
+    evals/SUITE/erasure.json            every figure: {"relearning", "quantisation", "probe", "completion", …}
+    evals/SUITE/erasure/TEST/           what a test keeps: suites of its own (as any other), figures, training runs
 
 Killed and started again it does what is missing. A test is one file with one dataclass, and one field of
-`RobustnessConfig`.
+`ErasureConfig`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Test = Relearning | Quantisation | Probe | Completion | Attribution
 
 
 @dataclass(frozen=True)
-class RobustnessConfig:
-    """`robustness` of an evaluation's recipe; a test that is not named is not made.
+class ErasureConfig:
+    """`erasure` of an evaluation's recipe; a test that is not named is not made.
 
     forget: what was to be forgotten, with the answers that tell it. content: a regular expression of the part of such
     an answer that must not be told; without one it is the whole answer.
@@ -61,15 +61,15 @@ class RobustnessConfig:
                 yield field.name, test
 
 
-def options(recipe: EvalRecipe) -> RobustnessConfig:
+def options(recipe: EvalRecipe) -> ErasureConfig:
     """The recipe's section, checked. Raises ConfigError."""
-    if recipe.robustness is None:
-        raise ConfigError("robustness is missing: this recipe names no test of erasure (see configs/eval/demo.yaml)")
-    return configs.build(RobustnessConfig, recipe.robustness, "the recipe", "robustness")
+    if recipe.erasure is None:
+        raise ConfigError("erasure is missing: this recipe names no test of erasure (see configs/eval/demo.yaml)")
+    return configs.build(ErasureConfig, recipe.erasure, "the recipe", "erasure")
 
 
 def run(recipe: EvalRecipe) -> dict[str, Any]:
-    """Make every test that the recipe names and write robustness.json; returns it.
+    """Make every test that the recipe names and write erasure.json; returns it.
 
     {"suite", "model_hash", "judge", "forget": {"samples", "contents", "without_content"}, "seconds": {test: of this
     start}, and each test's result, see its `__call__`}. Every rate is a leaf, see `evals.metrics`.
@@ -77,17 +77,17 @@ def run(recipe: EvalRecipe) -> dict[str, Any]:
     and what `evals.runner.evaluate` raises.
     """
     if place()[2] > 1:
-        raise ConfigError("robustness runs in one process; relearning.ranks says how many train")
+        raise ConfigError("erasure runs in one process; relearning.ranks says how many train")
     chosen = options(recipe)
     forget = settings.forget(chosen.forget, chosen.content, recipe.seed)
     if not forget.samples:
-        raise ConfigError(f"robustness.forget: no sample with the content {chosen.content!r}")
+        raise ConfigError(f"erasure.forget: no sample with the content {chosen.content!r}")
     if chosen.relearning is not None:
         chosen.relearning.check(forget, recipe.seed)
     before = runner.evaluate(recipe)
     if before is None:
         raise RunError(f"{suite_dir(recipe)}: another worker judges the suite; start again when it is done")
-    folder = suite_dir(recipe) / "robustness"
+    folder = suite_dir(recipe) / "erasure"
     with Claims(folder) as claims:
         if (claim := claims.take("tests")) is None:
             raise RunError(f"{folder}: another process makes these tests")
@@ -95,14 +95,14 @@ def run(recipe: EvalRecipe) -> dict[str, Any]:
             result = _made(recipe, chosen, forget, before, claims)
         finally:
             claims.release(claim)
-    write_atomically(suite_dir(recipe) / "robustness.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(suite_dir(recipe) / "erasure.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
 def _made(
-    recipe: EvalRecipe, chosen: RobustnessConfig, forget: Forget, before: Mapping[str, Any], claims: Claims
+    recipe: EvalRecipe, chosen: ErasureConfig, forget: Forget, before: Mapping[str, Any], claims: Claims
 ) -> dict[str, Any]:
-    folder = suite_dir(recipe) / "robustness"
+    folder = suite_dir(recipe) / "erasure"
     found = subject.find(recipe.model, Path(recipe.run.dir))
     model = found.loadable(folder, claims)
     result: dict[str, Any] = {

@@ -87,7 +87,7 @@ class Setting:
 
     @property
     def suite(self) -> str:
-        return f"{self.recipe.suite}/robustness/{self.name}"
+        return f"{self.recipe.suite}/erasure/{self.name}"
 
     @property
     def folder(self) -> Path:
@@ -103,7 +103,7 @@ class Setting:
 
     def ask(self, name: str, model: EvalModelConfig, sets: Mapping[str, EvalSetConfig]) -> dict[str, Any]:
         """Put questions to a model, as a suite of its own below this test's folder (see `evals.runner.evaluate`)."""
-        recipe = replace(self.recipe, suite=f"{self.suite}/{name}", model=model, sets=dict(sets), robustness=None)
+        recipe = replace(self.recipe, suite=f"{self.suite}/{name}", model=model, sets=dict(sets), erasure=None)
         result = runner.evaluate(recipe)
         if result is None:
             raise RunError(f"{suite_dir(recipe)}: another worker judges it; start again when it is done")

@@ -270,7 +270,7 @@ def _recipe_hash(recipe: EvalRecipe) -> str:
         "run",
         "follow",
         "wandb_outputs",
-        "robustness",
+        "erasure",
         "model.path",
         "model.run",
         "model.step",

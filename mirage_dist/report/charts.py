@@ -148,9 +148,9 @@ def _long(runs: Sequence[Run]) -> bool:
 
 
 def attribution(tested: Mapping[str, Mapping[str, Any]], kind: str, word: str) -> Draw:
-    """How much each of a question's first words carries the refusal (see `robustness.attribute`), a line a model.
+    """How much each of a question's first words carries the refusal (see `erasure.attribute`), a line a model.
 
-    tested: model -> its robustness.json. word: the one put in.
+    tested: model -> its erasure.json. word: the one put in.
     """
     shown = {
         name: found["sets"][kind]["words"][word]

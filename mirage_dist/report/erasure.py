@@ -1,4 +1,4 @@
-"""Figures of the tests of erasure, from each model's robustness.json (see `robustness.run`); one colour a model.
+"""Figures of the tests of erasure, from each model's erasure.json (see `erasure.run`); one colour a model.
 
 Every function gives a `drawing.Draw`, a function of axes and palette; a model whose recipe left a test out has no line.
 """
@@ -18,7 +18,7 @@ from mirage_dist.report.drawing import RC, Draw, interval, looks_of, name_lines,
 from mirage_dist.report.load import Leaf, condition_label
 from mirage_dist.report.style import LIGHT, Palette
 
-Tested = Mapping[str, Mapping[str, Any]]  # model -> its robustness.json
+Tested = Mapping[str, Mapping[str, Any]]  # model -> its erasure.json
 Part = Literal["all", "relearned", "other"]
 # Measure -> what to show of it, in the order of the dumbbell's groups.
 ASKED = {"asr": "ASR", "rr": "RR", "utility": "utility"}
@@ -26,7 +26,7 @@ ASKED = {"asr": "ASR", "rr": "RR", "utility": "utility"}
 
 def read(runs: Mapping[str, Path], suite: str) -> dict[str, dict[str, Any]]:
     """The results of those runs (name -> run directory) whose erasure was tested, in the order given."""
-    files = {name: Path(folder) / "evals" / suite / "robustness.json" for name, folder in runs.items()}
+    files = {name: Path(folder) / "evals" / suite / "erasure.json" for name, folder in runs.items()}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 

@@ -84,11 +84,16 @@ class Run:
         return {n for s in self.metrics["sets"].values() for n, a in s["attacks"].items() if a["control"]}
 
     @cached_property
-    def robustness(self) -> dict[str, Any]:
+    def erasure(self) -> dict[str, Any]:
         """The tests of erasure, of this suite or else of another; empty where none were made."""
-        files = [self.folder / "robustness.json", *sorted(self.dir.glob("evals/*/robustness.json"))]
+        files = [self.folder / "erasure.json", *sorted(self.dir.glob("evals/*/erasure.json"))]
         found = next((file for file in files if file.is_file()), None)
         return json.loads(found.read_text(encoding="utf-8")) if found else {}
+
+    @property
+    def outdated(self) -> list[Path]:
+        """Results of tests of erasure in the file of an earlier version, which the report does not read."""
+        return [] if self.erasure else sorted(self.dir.glob("evals/*/robustness.json"))
 
     @property
     def folder(self) -> Path:

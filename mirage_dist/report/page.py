@@ -100,7 +100,7 @@ def _attacks(runs: Sequence[Run]) -> str:
 
 
 def _erasure(runs: Sequence[Run]) -> str:
-    """Of runs whose erasure was tested (`mirage eval CONFIG robustness`)."""
+    """Of runs whose erasure was tested (`mirage erasure CONFIG`)."""
     tested = _tested(runs)
     parts = []
     for samples in erasure.sizes(tested):
@@ -119,7 +119,7 @@ def _erasure(runs: Sequence[Run]) -> str:
 
 
 def _tested(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
-    return {run.name: found for run in runs if (found := run.robustness)}
+    return {run.name: found for run in runs if (found := run.erasure)}
 
 
 def _methods(runs: Sequence[Run]) -> str:

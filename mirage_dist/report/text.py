@@ -105,6 +105,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
                 f"{run.name}: {lost} answers have no verdict (the judge's words were no verdict, or it could not be "
                 "asked). They are in no class and in no denominator."
             )
+        if run.outdated:
+            found.append(
+                f"{run.name}: {', '.join(map(str, run.outdated))}: tests of erasure by an earlier version, not shown "
+                "here. Run `mirage erasure` on this model again."
+            )
     return found
 
 

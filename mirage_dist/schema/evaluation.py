@@ -111,6 +111,8 @@ class TemplateConfig:
 class EvalRecipe:
     """`mirage eval`: one suite of questions put to one model; rows go to `run.dir`/evals/`suite`/."""
 
+    renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
+
     run: RunConfig
     suite: str
     model: EvalModelConfig
@@ -122,7 +124,7 @@ class EvalRecipe:
     world: WorldConfig | None = None
     follow: str | None = None  # a training run, each of whose checkpoints answers in place of `model` (`evals.follow`)
     wandb_outputs: int = 0  # with `follow`: so many answers of each checkpoint go to W&B too, in the model's words
-    robustness: dict[str, Any] | None = None  # `mirage eval CONFIG robustness` (see `robustness.run.RobustnessConfig`)
+    erasure: dict[str, Any] | None = None  # the tests of `mirage erasure` (see `erasure.run.ErasureConfig`)
 
     def __post_init__(self) -> None:
         require(self, ("wandb_outputs",), "a whole number from 0", lambda x: x >= 0)

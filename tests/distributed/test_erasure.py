@@ -60,9 +60,9 @@ def overrides(small, run: Path, *more: str) -> list[str]:
     return [
         *(f"run.dir={run}", f"model.path={root}/model", f"world.dir={root}/world", *sizes),
         *("generation.max_new_tokens=4", "generation.batch_size=16"),
-        *(f"robustness.relearning.{x}" for x in ("samples=[3]", f"steps={STEPS}", "every=1", f"questions={QUESTIONS}")),
-        *("robustness.quantisation.bits=[4]", f"robustness.completion.questions={QUESTIONS}"),
-        *("robustness.completion.words=[2]", "robustness.probe.least=2", *more),
+        *(f"erasure.relearning.{x}" for x in ("samples=[3]", f"steps={STEPS}", "every=1", f"questions={QUESTIONS}")),
+        *("erasure.quantisation.bits=[4]", f"erasure.completion.questions={QUESTIONS}"),
+        *("erasure.completion.words=[2]", "erasure.probe.least=2", *more),
     ]
 
 
@@ -71,7 +71,7 @@ def recipe(small, run: Path, *more: str) -> EvalRecipe:
 
 
 def start(small, run: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mirage_dist.cli", "eval", "configs/eval/demo.yaml", "robustness"]
+    command = [sys.executable, "-m", "mirage_dist.cli", "erasure", "configs/eval/demo.yaml"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     told = [*command, *overrides(small, run, *more)]
     return subprocess.Popen(told, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -84,7 +84,7 @@ def done(process: subprocess.Popen) -> str:
 
 
 def figures(run: Path) -> dict:
-    found = json.loads((run / "evals/demo/robustness.json").read_text())
+    found = json.loads((run / "evals/demo/erasure.json").read_text())
     del found["seconds"]
     return found
 
@@ -123,7 +123,7 @@ def test_what_models_said_and_what_was_forgotten_is_private(whole):
 
 
 def test_the_pictures_and_the_contents_that_are_asked_are_never_relearned(whole):
-    folder = whole / "evals/demo/robustness/relearning/n-0003"
+    folder = whole / "evals/demo/erasure/relearning/n-0003"
     learned, asked = ([json.loads(x) for x in (folder / f"{n}.jsonl").open()] for n in ("samples", "questions"))
     assert not {s["image"] for s in learned} & {s["image"] for s in asked}
     told = {settings.content(s["answer"], CONTENT) for s in learned}
@@ -133,17 +133,17 @@ def test_the_pictures_and_the_contents_that_are_asked_are_never_relearned(whole)
 
 def test_killed_and_started_again_the_figures_are_those_of_a_run_that_never_stopped(small, whole, tmp_path):
     """The second time training is launched as a run of its own, which changes no figure either."""
-    run, launched = tmp_path / "run", "robustness.relearning.ranks=1"
+    run, launched = tmp_path / "run", "erasure.relearning.ranks=1"
     process = start(small, run, launched)
-    until(lambda: (run / "evals/demo/robustness/relearning/n-0003/step-000000/metrics.json").is_file(), process)
+    until(lambda: (run / "evals/demo/erasure/relearning/n-0003/step-000000/metrics.json").is_file(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (run / "evals/demo/robustness.json").exists()
+    assert not (run / "evals/demo/erasure.json").exists()
     said = done(start(small, run, launched))
     assert "step-000000: 12 of 12 answers are there" in said
     assert figures(run) == figures(whole)
     with pytest.raises(ConfigError, match=r"test\.words"):
-        tests_of_erasure.run(recipe(small, run, launched, "robustness.completion.words=[1]"))
+        tests_of_erasure.run(recipe(small, run, launched, "erasure.completion.words=[1]"))
 
 
 def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_path):
@@ -174,13 +174,13 @@ def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_pa
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("robustness.probe.lable=safe", "did you mean 'label'"),
-        ("robustness.relearning.samples=[500]", "only 2"),
-        ("robustness.relearning.every=3", "expected a multiple"),
-        ("robustness.content='('", "no regular expression"),
-        ("robustness.content=zzz", "no sample with the content"),
-        ("robustness.quantisation.bits=[1]", "from 2 to 8"),
-        ("robustness.relearning.recipe=configs/train/demo_npo.yaml", "expected one"),
+        ("erasure.probe.lable=safe", "did you mean 'label'"),
+        ("erasure.relearning.samples=[500]", "only 2"),
+        ("erasure.relearning.every=3", "expected a multiple"),
+        ("erasure.content='('", "no regular expression"),
+        ("erasure.content=zzz", "no sample with the content"),
+        ("erasure.quantisation.bits=[1]", "from 2 to 8"),
+        ("erasure.relearning.recipe=configs/train/demo_npo.yaml", "expected one"),
     ],
 )
 def test_what_is_wrong_is_said_before_any_weights_load(small, tmp_path, override, words):

@@ -68,7 +68,7 @@ def test_a_figure_of_nothing_is_empty_and_no_error():
 def test_results_are_read_in_order_and_runs_without_them_left_out(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name / "evals/demo").mkdir(parents=True)
-        (tmp_path / name / "evals/demo/robustness.json").write_text(json.dumps(TESTED["npo"]))
+        (tmp_path / name / "evals/demo/erasure.json").write_text(json.dumps(TESTED["npo"]))
     found = erasure.read({name: tmp_path / name for name in ("b", "c", "a")}, "demo")
     assert list(found) == ["b", "a"]
     assert erasure.sizes(found) == ["8", "16"]

@@ -185,6 +185,16 @@ def test_runs_that_were_asked_differently_are_flagged(runs, tmp_path):
     assert "recipes differ" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, tmp_path):
+    (runs["sft"] / "evals/demo/robustness.json").write_text("{}")
+    for results in (False, True):
+        if results:  # of a new run of the tests
+            (runs["sft"] / "evals/demo/erasure.json").write_text('{"suite": "demo"}')
+        report.report(runs, tmp_path / "out")
+        for name in ("index.html", "report.md"):
+            assert ("mirage erasure" in (tmp_path / "out" / name).read_text()) != results
+
+
 def test_the_printed_table_has_a_line_a_measure_and_a_column_a_model(runs, tmp_path):
     table = report.print_table(report.report(runs, tmp_path / "out")).splitlines()
     assert table[0].split() == ["sft", "npo"]
