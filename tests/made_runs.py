@@ -4,14 +4,15 @@ import hashlib
 import json
 
 from mirage_dist.evals import metrics
-from mirage_dist.evals.metrics import Condition, Judged
+from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.results import AppliedAttack
 
 NASTY = "</td><script>alert('x')</script><img src=http://example.invalid/a.png onerror=alert(1)> & \"quoted\""
 EXACT = frozenset({"refused", "harmful", "irrelevant", "correct"})
 KEYWORD = frozenset({"refused", "harmful", "answered"})
 CONDITIONS = {
-    "unsafe": [Condition("what", 3, False), Condition("neutral", 1, True)],
-    "safe": [Condition("share", 1, False)],
+    "unsafe": [AppliedAttack("what", 3, False), AppliedAttack("neutral", 1, True)],
+    "safe": [AppliedAttack("share", 1, False)],
 }
 
 
