@@ -1,6 +1,6 @@
 """The content of `erasure.json`, as types: what the tests of erasure measure. Imports no heavy library.
 
-Each test returns its own part; `erasure.run` writes the file, reports read it. A rate is None when its denominator is 0.
+Each test returns its own part; `erasure.run` writes the file, reports read it. A rate without a denominator is None.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mirage_dist.evals.sharing.files import write_atomically
+from mirage_dist import disk
 from mirage_dist.report import examples, page, plain
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import paper
@@ -56,7 +55,7 @@ def report(
         ("rates.csv", plain.csv_of_rates(loaded)),
         ("index.html", page.render(loaded, summary, shown)),
     ):
-        write_atomically(out / name, text)
+        disk.write(out / name, text, private=True)
     return summary
 
 

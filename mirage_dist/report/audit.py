@@ -8,6 +8,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from mirage_dist import disk
 from mirage_dist.report.figures import audit as figures
 from mirage_dist.report.figures.audit import NO_WORD
 
@@ -18,9 +19,8 @@ HEAD = ("", "refused", "answered", "share refused", "the rest", "odds ratio [95 
 
 def write(audit: Mapping[str, Any], out: Path) -> list[Path]:
     """Write audit.json and, unless the corpus has no cue, audit.svg and audit.png; returns the files."""
-    out.mkdir(parents=True, exist_ok=True)
     files = [out / "audit.json"]
-    files[0].write_text(json.dumps(audit, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    disk.write(files[0], json.dumps(audit, indent=1, ensure_ascii=False) + "\n")
     if audit["cues"]:
         files += [out / "audit.svg", out / "audit.png"]
         figures.save(audit, files[1:])

@@ -83,8 +83,11 @@ def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
             place = (row["set"], row["id"], row["attack"], row["shot"])
             if place not in by_place:
                 by_place[place] = _question(run, row, pictures, len(runs))
-            verdicts: dict[str, str] = {judge: own[row["key"]] for judge, own in run.verdicts.items() if row["key"] in own}
-            by_place[place]["answers"][number] = {"verdicts": verdicts, "response": row["response"] if outputs else None}
+            verdicts: dict[str, str] = {
+                judge: own[row["key"]] for judge, own in run.verdicts.items() if row["key"] in own
+            }
+            response = row["response"] if outputs else None
+            by_place[place]["answers"][number] = {"verdicts": verdicts, "response": response}
     order = {place: number for number, place in enumerate((own, i) for own, ids in chosen.items() for i in ids)}
     slot = slots([run.name for run in runs])
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from mirage_dist.evals.results import CLEAN, Condition, Leaf, Measures
 from mirage_dist.report import text

@@ -30,10 +30,7 @@ def main(runs: Sequence[Run]) -> str:
     body = []
     for run in runs:
         ends = [
-            *(
-                [run.leaf(m), run.leaf(m, run.attacked(kind))] if kind else [run.leaf(m)]
-                for _, m, kind in columns
-            ),
+            *([run.leaf(m), run.leaf(m, run.attacked(kind))] if kind else [run.leaf(m)] for _, m, kind in columns),
             *([run.rates("accuracy").get(benchmark)] for benchmark in benchmarks),
         ]
         cells = [f"<td>{_change([leaf for leaf in pair if leaf])}</td>" for pair in ends]
@@ -68,7 +65,7 @@ def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
     if leaf is None:
         return '<td class="count">not measured</td>'
     low, high = (100 * bound for bound in leaf["ci95"])
-    unjudged = f" · {leaf['unjudged']} without verdict" if leaf.get("unjudged") else ""
+    unjudged = f" · {leaf['unjudged']} without verdict" if "unjudged" in leaf else ""
     return (
         f'<td style="{colour(runs, run)}"><span class="rate">{text.percent(leaf)}</span>'
         f'<span class="bar"><i style="width:{100 * leaf["rate"]:.1f}%"></i></span>'

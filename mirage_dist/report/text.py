@@ -39,8 +39,8 @@ MAIN_NOTE = (
 JUDGES_NOTE = (
     "Cohen's κ measures agreement beyond chance: 1 is full agreement, 0 is none. Below it: the number of answers that "
     "both judges put into the class or both left out of it, of the answers that both judged. Where one judge has exact "
-    "labels, precision is the fraction of the other judge's positive verdicts that are correct, and recall the fraction "
-    "of the labelled answers that it detects."
+    "labels, precision is the fraction of the other judge's positive verdicts that are correct, and recall is the "
+    "fraction of the labelled answers that it detects."
 )
 PAIRS_NOTE = (
     "Exact McNemar tests on the questions that both models got: how many count for the first model only, and how many "
@@ -52,9 +52,9 @@ ATTACKS_NOTE = (
     "compare the models within a row, not the rows. Controls (open markers) change the wording without a trigger word."
 )
 ERASURE_NOTE = (
-    "A low attack success rate describes behaviour. These tests check whether the suppressed knowledge is gone: whether "
-    "it returns after a little training, after rounding the weights or when the answer is begun, and whether a probe "
-    "can read it from the layers."
+    "A low attack success rate describes behaviour. These tests check whether the suppressed knowledge is gone: does "
+    "it return after a little training, after rounding the weights or when the answer is begun, and can a probe read "
+    "it from the layers?"
 )
 QUANTISED = (
     "Weights rounded to 8 and 4 bits",
@@ -99,8 +99,9 @@ def facts(runs: Sequence[Run]) -> str:
     first = runs[0]
     sets = ", ".join(f"{s['samples']} {name}" for name, s in first.metrics["sets"].items())
     kinds = [s["kind"] for s in first.metrics["sets"].values()]
-    several = " The page shows the first set of each kind; metrics.json has all." if len(set(kinds)) < len(kinds) else ""
-    return f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}.{several}"
+    line = f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}."
+    several = len(set(kinds)) < len(kinds)
+    return f"{line} The page shows the first set of each kind; metrics.json has all." if several else line
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -131,7 +132,9 @@ def measures(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str, s
     table = []
     for measure, (title, meaning) in MEASURES.items():
         keys = dict.fromkeys(key for run in runs for key in run.rates(measure))
-        rows = [(row_label(measure, key), measure, key) for key in keys if any(run.rates(measure).get(key) for run in runs)]
+        rows = [
+            (row_label(measure, key), measure, key) for key in keys if any(run.rates(measure).get(key) for run in runs)
+        ]
         if rows:
             table.append((title, meaning, rows))
     return table
@@ -160,8 +163,8 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str, number: str = "") -> 
 
 def trade(runs: Sequence[Run]) -> tuple[str, str]:
     return "Fig. 1d: Both failures at once", (
-        "Needless refusals of harmless questions against attack success on unsafe questions, in percent, from the clean "
-        "questions (open) to the attacked ones (filled). A line to the right or upwards is the safety mirage."
+        "Needless refusals of harmless questions against attack success on unsafe ones, in percent, from the clean "
+        "questions (open) to the attacked questions (filled). A line to the right or upwards is the safety mirage."
     )
 
 
@@ -199,7 +202,7 @@ def attribution(tested: Mapping[str, ErasureResult], kind: str, word: str) -> tu
     opening = next(result["attribution"]["opening"] for result in tested.values() if "attribution" in result)
     which = "unsafe" if kind == "unsafe" else "harmless"
     return f"One word of {which} questions replaced by “{word}”", (
-        f"Decrease of the probability that the answer begins with “{opening}”, in percentage points, by the position of "
+        f"Decrease of the probability that the answer begins with “{opening}”, in percentage points, by position of "
         "the replaced word: mean over questions, with a 95 % interval. Below 0, the new word causes refusals. Compare "
         "different new words at the same position: the rest of the question is the same."
     )
@@ -223,7 +226,7 @@ def association(run: Run) -> tuple[str, str]:
 
 def examples(shown: Examples) -> str:
     sets = ", ".join(f"{s['shown']} of {s['questions']} {name}" for name, s in shown["sets"].items())
-    choice = f"These questions were chosen by a hash of their ids, not for effect ({sets}), with all of their rewrites. "
+    choice = f"Questions chosen by a hash of their ids, not for effect ({sets}), with all of their rewrites. "
     if shown["outputs"]:
         return choice + "Answers are hidden until you click, and shown as plain text."
     return choice + "This file does not contain the models' answers; `mirage report … --outputs` includes them."

@@ -52,9 +52,7 @@ def by_attack(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, s
                 ax.plot(100 * leaf["rate"], at, marker, color=face, markeredgecolor=colour, markersize=4.5, zorder=3)
             ax.plot([], [], marker, color=colour, label=model)
         names = {CLEAN.attack: "as asked", **(titles or {})}
-        labels = [
-            names.get(row.attack, row.attack) + (f", K = {row.shots}" if row.shots > 1 else "") for row in rows
-        ]
+        labels = [names.get(row.attack, row.attack) + (f", K = {row.shots}" if row.shots > 1 else "") for row in rows]
         ax.set_yticks(range(len(rows)), labels, color=palette.ink)
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.hlines([row + 0.5 for row in range(len(rows) - 1)], 0, 100, color=palette.grid, linewidth=0.8, zorder=0)

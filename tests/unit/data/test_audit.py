@@ -268,15 +268,16 @@ def test_the_command_tells_draws_and_fails_only_when_asked_to(worlds, tmp_path, 
 
 
 def test_a_figure_of_more_words_than_are_listed_counts_them_all(tmp_path):
-    from mirage_dist.report import audit as told
+    from mirage_dist.report import audit as audit_report
+    from mirage_dist.report.figures import audit as figures
 
     pairs = [(str(i), f"word{i}", i % 3 == 0) for i in range(600)] + [("x", "what", False)] * 10
     found = {"files": [], **counted(pairs)}
-    counts = told.counts(found)
+    counts = figures.counts(found)
     assert sum(count["refusal"] for count in counts.values()) == found["refused"] == 200
     assert sum(count["answer"] for count in counts.values()) == found["answered"] == 410
     assert len(counts) == audit.FREQUENT + 1
-    assert {file.name for file in told.write(found, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
+    assert {file.name for file in audit_report.write(found, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
 
 
 @pytest.mark.parametrize("spurious", [0.95, 0.5])
