@@ -131,7 +131,11 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     from mirage_dist import demo
 
-    demo.demo(parsed.out, parsed.overrides, parsed.full)
+    summary = demo.demo(parsed.out, parsed.overrides, parsed.full)
+    from mirage_dist import report
+
+    print(report.table(summary))
+    print(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}", flush=True)
     exit_well()
 
 
@@ -223,7 +227,7 @@ def _report(parsed: argparse.Namespace) -> None:
 
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
-    report.print_table(summary)
+    print(report.table(summary))
     print(out / "index.html")
 
 

@@ -11,10 +11,10 @@ from mirage_dist.report import examples, page, plain
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
-from mirage_dist.report.plain import print_table
+from mirage_dist.report.plain import table
 from mirage_dist.report.summary import Provenance, Summary
 
-__all__ = ["Provenance", "Summary", "named", "overview", "print_table", "report"]
+__all__ = ["Provenance", "Summary", "named", "overview", "report", "table"]
 
 EXAMPLES = 100  # questions of each set that the page shows, with all of their rewrites
 

@@ -82,8 +82,8 @@ def _no_formula(cell: str) -> str:
     return f"'{cell}" if cell.startswith(tuple(FORMULA)) else cell
 
 
-def print_table(summary: Summary) -> str:
-    """Print the main table (rows: measures and conditions, columns: models, cells: `percent k/n`) and return it."""
+def table(summary: Summary) -> str:
+    """The main table for a terminal: a row for each measure and condition, a column for each model: `percent k/n`."""
     models = summary["models"]
     lines = [("", "", *models)]
     for measure, (title, _) in text.MEASURES.items():
@@ -94,6 +94,4 @@ def print_table(summary: Summary) -> str:
             cells = [f"{100 * x['rate']:5.1f} {x['k']}/{x['n']}" if x else "    –" for x in leaves]
             lines.append(("" if row else title, row_label(measure, key), *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-    print(table, flush=True)
-    return table
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -169,7 +169,7 @@ def test_a_run_without_a_world_is_reported_from_the_keyword_judge(tmp_path):
     html = (tmp_path / "out" / "index.html").read_text()
     assert "gibberish" in html
     assert "gadget" not in html
-    assert "–" in report.print_table(summary)
+    assert "–" in report.table(summary)
 
 
 def test_answers_without_a_verdict_are_shown_beside_the_rates_that_lack_them(tmp_path):
@@ -197,7 +197,7 @@ def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, 
 
 
 def test_the_printed_table_has_a_line_a_measure_and_a_column_a_model(runs, tmp_path):
-    table = report.print_table(report.report(runs, tmp_path / "out")).splitlines()
+    table = report.table(report.report(runs, tmp_path / "out")).splitlines()
     assert table[0].split() == ["sft", "npo"]
     assert any(re.fullmatch(r" +what, K = 3 +50\.0 3/6 +0\.0 0/6", line) for line in table)
 
@@ -244,7 +244,7 @@ def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
     metrics["judges"]["keyword"]["entry"] = {**nothing, "accuracy": {"vqav2": leaf}}
     metrics["sets"] = {"vqav2": {"kind": "utility", "samples": 6, "attacks": {}}}
     file.write_text(json.dumps(metrics))
-    table = report.print_table(report.report({"x": run}, tmp_path / "out"))
+    table = report.table(report.report({"x": run}, tmp_path / "out"))
     assert re.search(r"Accuracy +vqav2 +61\.5 3\.69/6", table)
     html = (tmp_path / "out" / "index.html").read_text()
     assert "Accuracy, vqav2" in html
