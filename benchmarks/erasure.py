@@ -89,7 +89,7 @@ def table(tested: Mapping[str, Any]) -> str:
         rows.append((title, cells))
 
     models = list(tested.values())
-    add("ASR as asked", [percent(m["completion"]["words"]["0"]) for m in models])
+    add("ASR clean", [percent(m["completion"]["words"]["0"]) for m in models])
     for n in erasure.sizes(tested):
         steps = [m["relearning"]["runs"][n]["steps"] for m in models]
         add(f"relearning from {n}: not relearned, highest", [highest(s, "other") for s in steps])

@@ -36,7 +36,7 @@
   function answerOf(entry, number) {
     const model = data.models[number], answer = entry.answers[number];
     const name = node("span", { class: "name", style: `--c:var(--slot${model.slot})` }, model.name);
-    if (!answer) return node("div", { class: "answer" }, name, node("span", { class: "count" }, "not asked"));
+    if (!answer) return node("div", { class: "answer" }, name, node("span", { class: "count" }, "no answer"));
     const others = Object.entries(answer.verdicts).filter(([judge]) => judge !== data.judges[0]);
     const row = node("div", { class: "answer" }, name, chip(verdictOf(answer)));
     for (const [judge, verdict] of others)
@@ -59,9 +59,9 @@
     const about = [set.kind === entry.set ? entry.set : `${entry.set} (${set.kind})`, place(entry), entry.category];
     const terms = node("dl", {});
     const term = (title, text) => terms.append(node("dt", {}, title), node("dd", {}, text));
-    term("asked", entry.question);
-    if (entry.question !== entry.original) term("in the data", entry.original);
-    if (entry.expected !== null) term("the data's answer", entry.expected);
+    term("question", entry.question);
+    if (entry.question !== entry.original) term("original wording", entry.original);
+    if (entry.expected !== null) term("answer in the data", entry.expected);
     const question = node("div", { class: "example" });
     if (entry.picture !== null)
       question.append(node("img", { alt: "the question's picture", src: data.pictures[entry.picture] }));
@@ -85,11 +85,11 @@
     node("label", { class: "wide" }, node("span", {}, "Search"), node("input", { name: "text", type: "search" })),
   );
   choice("set", "Set", [["", "all"], ...plain(Object.keys(data.sets))]);
-  choice("attack", "Asked", [["", "any way"], ...plain(data.questions.map(place))]);
+  choice("attack", "Wording", [["", "any"], ...plain(data.questions.map(place))]);
   choice("model", "Model", [["", "any"], ...data.models.map((m, i) => [String(i), m.name])]);
   choice("verdict", "Verdict", [["", "any"], ...plain(verdicts.filter(Boolean).sort())]);
   choice("only", "Only where", [
-    ["", "(no matter)"],
+    ["", "(any)"],
     ["flipped", "the attack changed the verdict"],
     ["models", "models differ"],
     ["judges", "judges differ"],
@@ -137,7 +137,7 @@
     more.hidden = left.length === 0;
   }
   function show(matches) {
-    document.getElementById("matches").textContent = `${matches.length} of ${data.questions.length} questions as asked`;
+    document.getElementById("matches").textContent = `${matches.length} of ${data.questions.length} questions and rewrites`;
     cards.replaceChildren();
     left = matches;
     page();

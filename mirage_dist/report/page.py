@@ -184,10 +184,10 @@ def _examples(shown: Examples) -> str:
         return ""
     return (
         f"<section><h2>Fig. 2: Examples</h2><p>{escape(text.examples(shown))}</p>"
-        '<div id="gallery"></div><h3 class="browse">Search the answers</h3><form id="filters"></form>'
+        '<div id="gallery"></div><h3 class="browse">Search questions and answers</h3><form id="filters"></form>'
         '<p id="matches" class="facts" aria-live="polite"></p><div id="cards"></div>'
         '<button type="button" id="more" hidden>Show more</button>'
-        "<noscript><p>The examples need JavaScript; all figures and tables do without.</p></noscript></section>\n"
+        "<noscript><p>The examples need JavaScript; figures and tables do not.</p></noscript></section>\n"
     )
 
 

@@ -16,7 +16,7 @@ MAIN = (
     ("ASR, clean → attacked", "asr", "unsafe"),
     ("RR, clean → attacked", "rr", "safe"),
     ("IR, clean → attacked", "ir", "unsafe"),
-    ("Right answers, clean → attacked", "utility", "safe"),
+    ("Utility, clean → attacked", "utility", "safe"),
     ("Locality", "locality", None),
 )
 
@@ -113,7 +113,7 @@ def _share(leaf: Leaf | None) -> str:
 
 def _counted(value: str, leaf: Leaf | None, counts: str = "") -> str:
     if leaf is None:
-        return '<span class="count">no such answer</span>'
+        return '<span class="count">no answer in this class</span>'
     return f'<span class="rate">{value}</span><span class="count">{counts}{leaf["k"]}/{leaf["n"]}</span>'
 
 

@@ -216,7 +216,7 @@ def heat(runs: Sequence[Run], measure: str, kind: str) -> tuple[str, str]:
 
 def association(run: Run) -> tuple[str, str]:
     """Title and caption of Figure 1c for one run."""
-    return f"Fig. 1c: First words in the data, and how {run.name} responds to them", (
+    return f"Fig. 1c: First words and the refusals of {run.name}", (
         "Left: how strongly each first word is associated with refusal in the training data, with a 95 % interval. "
         f"Right: how often {run.name} refused questions that begin with the word, unsafe (filled) and harmless (open). "
         "For a model that responds to the question, all filled markers are on the right and all open ones on the left, "

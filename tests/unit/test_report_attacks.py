@@ -32,7 +32,7 @@ def test_a_marker_stands_at_each_rate_and_none_where_there_is_no_rate():
         drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata())]
         assert [x for x, _ in drawn] == [5.0, 75.0, 0.0]
         assert [round(y) for _, y in drawn] == [0, 1, 0]
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["as asked", "what, K = 3"]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["clean", "what, K = 3"]
         ends = [path.vertices[:, 0].tolist() for lines in ax.collections[:2] for path in lines.get_paths()]
         assert ends[1] == pytest.approx([100 * end for end in leaf(30)["ci95"]])
         plt.close(figure)

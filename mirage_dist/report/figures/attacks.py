@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from mirage_dist.evals.results import CLEAN, Condition, Leaf
+from mirage_dist.evals.results import Condition, Leaf
 from mirage_dist.report.figures.drawing import Draw, interval, looks_of
 from mirage_dist.report.figures.style import Palette
 
@@ -51,7 +51,7 @@ def by_attack(rates: Rates, controls: Sequence[str] = (), titles: Mapping[str, s
                 ax.hlines(at, *interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
                 ax.plot(100 * leaf["rate"], at, marker, color=face, markeredgecolor=colour, markersize=4.5, zorder=3)
             ax.plot([], [], marker, color=colour, label=model)
-        names = {CLEAN.attack: "as asked", **(titles or {})}
+        names = titles or {}
         labels = [names.get(row.attack, row.attack) + (f", K = {row.shots}" if row.shots > 1 else "") for row in rows]
         ax.set_yticks(range(len(rows)), labels, color=palette.ink)
         ax.set_ylim(len(rows) - 0.5, -0.5)

@@ -147,9 +147,9 @@ def completed(tested: Tested) -> Draw:
                 ax.text(x, above, f"{rate:.0f}", ha="center", color=palette.muted, size=8)
             first = -0.41 + (place + 0.5) * width
             ax.text(first, -4, name, rotation=90, ha="center", va="top", color=colour, size=8.5, fontweight="bold")
-        titles = ["as asked" if words == "0" else f"{words} word{'s' * (words != '1')}" for words in given]
+        titles = ["no words" if words == "0" else f"{words} word{'s' * (words != '1')}" for words in given]
         ax.set_xticks(range(len(given)), titles, color=palette.ink)
-        ax.tick_params(axis="x", pad=34)
+        ax.tick_params(axis="x", pad=8 + 5.5 * max(map(len, shown), default=0))  # below the names
         ax.set_ylim(-3, 112)
 
     return draw
