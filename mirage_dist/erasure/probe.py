@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.results import PlaceAccuracy, Probed, ProbeResult
 from mirage_dist.erasure.setting import Setting, content, group

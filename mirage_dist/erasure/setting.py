@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from mirage_dist import disk, signals
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
 from mirage_dist.evals.results import CLEAN, Condition, JudgeResult, Leaf, SuiteResult
 from mirage_dist.evals.sharing.files import suite_dir

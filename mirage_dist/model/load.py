@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,14 +204,14 @@ def check_directory(model: ModelConfig) -> None:
             raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
-def check_names(model: ModelConfig, data: DataConfig, layer: int | None, depth: int | None) -> None:
+def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> None:
     """Raise ConfigError for what the model does not have or cannot do, from its configuration alone: a name pattern, a
     layer, packing, a vision tower whose features can be cached.
 
-    layer: the one that is tapped. depth: see `policy`.
+    layers: the tapped ones. depth: see `policy`.
     """
     found = weightless(model, depth)
-    if layer is not None:
+    for layer in layers:
         activations.check_layer(found.backbone, layer)
     if data.packing:
         check_packing(found.backbone)

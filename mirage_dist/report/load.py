@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from mirage_dist.config import nearest
-from mirage_dist.data.sources import FIRST_WORD
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.metrics import Judged, outcomes
 from mirage_dist.evals.results import (
     CLEAN,

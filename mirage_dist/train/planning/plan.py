@@ -13,10 +13,9 @@ from mirage_dist.model.activations import decoder
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import run
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed
-from mirage_dist.train.planning import memory
+from mirage_dist.train.planning import check, memory
 from mirage_dist.train.planning.memory import Place
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -79,7 +78,8 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
 
     Raises ConfigError for whatever `mirage train --check` finds, broken pictures apart.
     """
-    objective, streams, config = run.check(recipe, ranks)
+    checked = check.check_recipe(recipe, ranks)
+    objective, streams = checked.objective, check.check_inputs(checked)
     policy = load.weightless(recipe.model, objective.needs.depth)  # what lies behind is not loaded
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     lengths = {name: _lengths(feed, source) for name, source in streams.items()}
@@ -89,7 +89,7 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     trained = [p.numel() for p in policy.parameters() if p.requires_grad]
     told.parameters["all"] = sum(sizes), ""
     told.parameters["trained"] = sum(trained), f"{sum(trained) / sum(sizes):.2%}"
-    _memory(told, recipe, objective, policy, config["zero_optimization"], ranks, lengths)
+    _memory(told, recipe, objective, policy, checked.deepspeed["zero_optimization"], ranks, lengths)
     _disk(told, recipe, objective, policy, feed, lengths)
     return told
 
