@@ -47,7 +47,7 @@ def clustered(clusters: Sequence[tuple[int, int]]) -> Interval:
     if groups == 1:
         return _score(rate, 1)
     deff = max(1.0, _spread(clusters, rate) * trials / (rate * (1 - rate)))
-    return _score(rate, trials / deff * (Z95 / _student(groups - 1)) ** 2)
+    return _score(rate, trials / deff * (Z95 / student(groups - 1)) ** 2)
 
 
 def scored(clusters: Sequence[tuple[float, int]]) -> Interval:
@@ -63,7 +63,7 @@ def scored(clusters: Sequence[tuple[float, int]]) -> Interval:
     spread = _spread(clusters, rate) if groups > 1 else 0.0
     if spread == 0:
         return _score(rate, groups)  # the variance cannot be estimated
-    return _score(rate, rate * (1 - rate) / spread * (Z95 / _student(groups - 1)) ** 2)
+    return _score(rate, rate * (1 - rate) / spread * (Z95 / student(groups - 1)) ** 2)
 
 
 def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
@@ -72,7 +72,7 @@ def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
     return groups / (groups - 1) * sum((k - rate * n) ** 2 for k, n in clusters) / trials**2
 
 
-def _student(freedom: int) -> float:
+def student(freedom: int) -> float:
     """Student's .975 quantile, expanded around the normal one (Abramowitz and Stegun 26.7.5); 5 % too low at 2."""
     z = Z95
     if freedom == 1:
@@ -87,7 +87,7 @@ def mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean, lower and upper bound (Student's t; Biometrika 1908) of at least two independent values."""
     n = len(values)
     middle = math.fsum(values) / n
-    half = _student(n - 1) * math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (n - 1) / n)
+    half = student(n - 1) * math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (n - 1) / n)
     return middle, middle - half, middle + half
 
 
@@ -152,12 +152,13 @@ def paired(before: Mapping[K, bool], after: Mapping[K, bool]) -> Paired | None:
         "only_after": only_after,
         "unpaired": len(before.keys() ^ after.keys()),
         "difference": (second - first) / n,
-        "ci95": list(_newcombe(both, only_after, only_before, n)),
+        "ci95": list(newcombe(both, only_after, only_before, n)),
         "p": mcnemar(only_before, only_after),
     }
 
 
-def _newcombe(both: int, only_after: int, only_before: int, n: int) -> Interval:
+def newcombe(both: int, only_after: int, only_before: int, n: int) -> Interval:
+    """Interval of the difference of two paired rates (see `paired`); n: the number of pairs."""
     neither = n - both - only_after - only_before
     after, before = both + only_after, both + only_before
     low_a, high_a = (abs(bound - after / n) for bound in wilson(after, n))
