@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mirage_dist import disk
-from mirage_dist.report import examples, page, plain
+from mirage_dist.progress import ON_STDERR, log
+from mirage_dist.report import examples, page, plain, text
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
@@ -28,7 +29,8 @@ def report(
 ) -> Summary:
     """Write the report of the runs (name -> run directory) into `out` and return its summary.
 
-    Writes index.html, report.md, rates.csv and summary.json (see `Summary`), all private (mode 0600).
+    Writes index.html, report.md, rates.csv and summary.json (see `Summary`), all private (mode 0600), and logs warnings
+    where a comparison may be invalid or results are left out.
     provenance: top-level values of the summary that the runs' files do not hold; those that are missing are None.
     outputs: include model outputs on real data in the page, hidden until clicked. Outputs on embedded worlds are always
     included.
@@ -36,6 +38,8 @@ def report(
     Raises ConfigError when a run was not evaluated, or when `suite` is None and the runs do not share exactly one.
     """
     loaded = read(runs, suite)
+    for warning in text.warnings(loaded):
+        log.warning(warning, extra=ON_STDERR)
     summary: Summary = {
         "models": {run.name: run.entry for run in loaded},
         "comparisons": comparisons(loaded),
@@ -49,13 +53,13 @@ def report(
     }
     benign = all(run.metrics["world"] for run in loaded)
     shown = examples.gather(loaded, EXAMPLES, outputs or benign)
-    for name, text in (
+    for name, content in (
         ("summary.json", json.dumps(summary, indent=1) + "\n"),
         ("report.md", plain.markdown(loaded, summary)),
         ("rates.csv", plain.csv_of_rates(loaded)),
         ("index.html", page.render(loaded, summary, shown)),
     ):
-        disk.write(out / name, text, private=True)
+        disk.write(out / name, content, private=True)
     return summary
 
 

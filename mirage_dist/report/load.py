@@ -77,7 +77,7 @@ class Run:
 
     def leaf(self, measure: str, condition: Condition | None = CLEAN) -> Leaf | None:
         """A headline rate. None when it was not measured, when the judge cannot tell, or without a condition."""
-        return self.rates(measure).get(str(condition))
+        return None if condition is None else self.rates(measure).get(str(condition))
 
     def headline_set(self, kind: str) -> str | None:
         """The first set of a kind, which gives the headline figures."""

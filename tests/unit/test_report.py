@@ -186,7 +186,7 @@ def test_runs_with_different_recipes_are_flagged(runs, tmp_path):
     assert "recipes differ" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, tmp_path):
+def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, tmp_path, capsys):
     (runs["sft"] / "evals/demo/robustness.json").write_text("{}")
     for results in (False, True):
         if results:  # of a new run of the tests
@@ -194,6 +194,7 @@ def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, 
         report.report(runs, tmp_path / "out")
         for name in ("index.html", "report.md"):
             assert ("mirage erasure" in (tmp_path / "out" / name).read_text()) != results
+        assert ("mirage erasure" in capsys.readouterr().err) != results
 
 
 def test_the_printed_table_has_a_line_a_measure_and_a_column_a_model(runs, tmp_path):
