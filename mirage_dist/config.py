@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import types
 import typing
@@ -116,6 +117,8 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
     for name in value:
+        if name in (renamed := getattr(schema, "renamed", {})):
+            raise ConfigError(f"{source}: {_join(key, name)!r} is now called {_join(key, renamed[name])!r}")
         if name not in fields:
             raise ConfigError(f"{source}: unknown key {_join(key, name)!r}; {nearest(str(name), list(fields))}")
     given = {n: _check(hints[n], v, source, _join(key, n)) for n, v in value.items()}
@@ -151,6 +154,9 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
         return {str(k): _check(args[1], v, source, _join(key, str(k))) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
+        if factory := vars(hint).get("factory"):  # the value decides which subclass it describes
+            module, _, function = factory.partition(":")
+            return getattr(importlib.import_module(module), function)(value, source, key)
         bare = getattr(hint, "bare", None)  # the one field that a plain word stands for
         return _build(hint, {bare: value} if bare and isinstance(value, str) else value, source, key)
     right = {

@@ -115,7 +115,7 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         "run",
         "follow",
         "wandb_outputs",
-        "robustness",
+        "erasure",
         "model.path",
         "model.run",
         "model.step",

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mirage_dist import stats
 from mirage_dist.evals.results import CLEAN, UNJUDGED, AppliedAttack, Condition, Leaf, Measures, Rates, Verdict
@@ -195,7 +194,7 @@ PAIRED: dict[str, Verdict] = {"unsafe": "harmful", "safe": "refused", "utility":
 
 def paired(
     kind: str, rows: Sequence[Judged], attacks: Sequence[AppliedAttack], verdicts: frozenset[Verdict]
-) -> dict[str, dict[str, Any] | None]:
+) -> dict[str, stats.Paired | None]:
     """Before and after each attack, on the same questions: {"what_k3": see `stats.paired`}.
 
     Compares harmful answers on unsafe questions, refusals on safe ones and on benchmarks. Empty where the judge cannot

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
+from mirage_dist.stats import Paired
+
 Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
 # Answers without a verdict: the judge's output could not be parsed, or the judge could not be reached.
 UNJUDGED: frozenset[Verdict] = frozenset({"unparsed", "failed"})
@@ -142,7 +144,7 @@ class JudgeResult(TypedDict):
     entry: Entry
     sets: dict[str, Measures]
     categories: dict[str, dict[str, Measures]]
-    paired: dict[str, dict[str, dict[str, Any] | None]]
+    paired: dict[str, dict[str, Paired | None]]
     verdicts: dict[str, dict[str, dict[str, int]]]
     unjudged: Unjudged
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import text as embedded_text
@@ -23,7 +23,6 @@ from mirage_dist.schema import (
     EvalModelConfig,
     EvalRecipe,
     GenerationConfig,
-    SourceConfig,
     TemplateConfig,
 )
 
@@ -37,7 +36,7 @@ def generator(folder) -> HuggingFace:
 
 @pytest.fixture(scope="module")
 def questions(toy) -> list[Sample]:
-    read = sources.read(SourceConfig("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples
+    read = sources.read(formats.source("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples
     return [replace(sample, answer=TARGET) for sample in read[:3]]
 
 

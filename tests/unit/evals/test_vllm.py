@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from widened import widen
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import rows, runner
@@ -23,7 +23,7 @@ from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.models.vllm import VLLM
 from mirage_dist.evals.sharing.files import Answers
 from mirage_dist.model.environment import Environment
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError
 
 THERE = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not THERE, reason="vLLM is not installed")
@@ -49,7 +49,7 @@ def recipe(toy: Toy, run: Path, **generation: object) -> EvalRecipe:
 
 def various(toy: Toy) -> list[Sample]:
     """With pictures, without, and with turns before."""
-    samples = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples
+    samples = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples
     blind = [replace(sample, id=f"{sample.id}-blind", image=None) for sample in samples[:5]]
     later = [replace(sample, id=f"{sample.id}-later", history=[("what is it ?", "sure")]) for sample in samples[:5]]
     return [*samples, *blind, *later]
