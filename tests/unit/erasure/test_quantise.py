@@ -5,7 +5,7 @@ import os
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mirage_dist.erasure.quantise import round_decoder, rounded, write_rounded
@@ -87,7 +87,7 @@ def test_a_rounded_model_is_an_ordinary_directory_with_modes_by_the_umask(toy, t
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o640}
-    loaded = Generator(EvalModelConfig(path=str(out), dtype="fp32"), recipe.template, recipe.generation).model
+    loaded = HuggingFace(EvalModelConfig(path=str(out), dtype="fp32"), recipe.template, recipe.generation).model
     state = loaded.state_dict()
     name = next(name for name in state if "language_model" in name and "q_proj" in name)
     assert torch.allclose(rounded(state[name], 4, 8), state[name], rtol=1e-6, atol=0)
