@@ -16,7 +16,7 @@ from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.results import AttributionResult, AttributionSet, MeanFall
 from mirage_dist.erasure.setting import Setting, group, order
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import ConfigError
 
 
@@ -48,7 +48,7 @@ class Attribution:
         return setting.kept("result", lambda: self._measure(setting))
 
     def _measure(self, setting: Setting) -> AttributionResult:
-        generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
+        generator = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation)
         return {
             "opening": self.opening,
             "sets": {
@@ -66,7 +66,7 @@ class Attribution:
         return [by_group[name] for name in order(list(by_group), setting.recipe.seed)[: self.questions]]
 
     def _measure_set(
-        self, setting: Setting, generator: Generator, samples: Sequence[Sample], words: Sequence[str]
+        self, setting: Setting, generator: HuggingFace, samples: Sequence[Sample], words: Sequence[str]
     ) -> AttributionSet:
         whole = self._probabilities(setting, generator, samples)
 
@@ -83,7 +83,7 @@ class Attribution:
         return {"questions": len(samples), "whole": sum(whole) / len(whole), "words": falls}
 
     @torch.inference_mode()
-    def _probabilities(self, setting: Setting, generator: Generator, samples: Sequence[Sample]) -> list[float]:
+    def _probabilities(self, setting: Setting, generator: HuggingFace, samples: Sequence[Sample]) -> list[float]:
         """P(the answer begins with the opening) of each question."""
         values: list[float] = []
         for start in range(0, len(samples), generator.batch_size):
@@ -92,7 +92,7 @@ class Attribution:
         return values
 
 
-def probabilities(generator: Generator, samples: Sequence[Sample], opening: str) -> list[float]:
+def probabilities(generator: HuggingFace, samples: Sequence[Sample], opening: str) -> list[float]:
     """P(the answer begins with `opening`), the product over its tokens, of each sample of one batch."""
     hf = generator.model
     batch = generator.encoder.encode([replace(sample, answer=opening) for sample in samples])

@@ -25,7 +25,7 @@ from mirage_dist.erasure.results import PlaceAccuracy, Probed, ProbeResult
 from mirage_dist.erasure.setting import Setting, content, group
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.metrics import grouped_leaf
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.results import Leaf
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -174,7 +174,7 @@ class Reader:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
+        self.generator = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation)
 
     @torch.no_grad()  # not inference mode: the probe is fitted on these tensors with autograd
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mirage_dist import disk
 from mirage_dist.erasure.results import QuantisationResult, Quantised, Rounding
 from mirage_dist.erasure.setting import Setting, headline
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, EvalSetConfig
 
@@ -102,7 +102,7 @@ def write_rounded(setting: Setting, bits: int, group: int | None, out: Path) -> 
     with disk.folder(out, durable=False) as folder:
         weights = shutil.ignore_patterns("*.safetensors*", "*.tmp")
         shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
-        hf = Generator(setting.model, setting.recipe.template, setting.recipe.generation).model
+        hf = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation).model
         rounding = round_decoder(hf, bits, group)
         hf.save_pretrained(folder)
     return rounding

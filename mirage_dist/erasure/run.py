@@ -26,7 +26,7 @@ from mirage_dist.erasure.quantise import Quantisation
 from mirage_dist.erasure.relearn import Relearning
 from mirage_dist.erasure.results import ErasureResult
 from mirage_dist.erasure.setting import Forget, Setting
-from mirage_dist.evals import rows, runner
+from mirage_dist.evals import manifest, runner
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.results import SuiteResult
@@ -123,7 +123,7 @@ def _make(
     for name, test in chosen.tests():
         start = time.monotonic()
         setting = Setting(replace(recipe, follow=None), model, before, forget, name)
-        rows.claim(setting.folder, {"settings": _dependencies(recipe, tested.model_hash, forget, test)})
+        manifest.claim(setting.folder, {"settings": _dependencies(recipe, tested.model_hash, forget, test)})
         result[name] = test(setting)
         result["seconds"][name] = round(time.monotonic() - start, 1)
         setting.log(f"done in {result['seconds'][name]} s")

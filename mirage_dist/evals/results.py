@@ -123,11 +123,11 @@ class Entry(TypedDict):
 
 
 class Unjudged(TypedDict):
-    """Numbers of answers without a verdict, and why the judge failed: reason -> number."""
+    """How many answers have no verdict, and why."""
 
-    unparsed: int
-    failed: int
-    reasons: dict[str, int]
+    unparsed: int  # the judge's reply could not be read
+    failed: int  # the judge could not be reached
+    reasons: dict[str, int]  # of the failed ones
 
 
 class JudgeResult(TypedDict):
@@ -150,30 +150,29 @@ class JudgeResult(TypedDict):
 
 
 class PairAgreement(TypedDict):
-    """How two judges agree on one class. unjudged: answers that one of them did not judge.
-
-    kappa: Cohen's κ, None where chance alone gives full agreement.
-    """
+    """How two judges agree on one class."""
 
     judges: list[str]
     verdict: Verdict
-    unjudged: int
-    kappa: float | None
-    agreed: Leaf | None
+    unjudged: int  # answers that at least one of the two did not judge; the others are compared
+    kappa: float | None  # Cohen's κ, None where chance alone gives full agreement
+    agreed: Leaf | None  # the fraction of answers that both put into the class, or both put outside it
 
 
 class LabelAgreement(TypedDict):
-    """A judge's precision and recall on one class, against the exact labels of another."""
+    """A judge's errors on one class, measured by exact labels."""
 
     judge: str
-    labels: str
+    labels: str  # the judge whose verdicts are the labels
     verdict: Verdict
-    unjudged: int
-    precision: Leaf | None
-    recall: Leaf | None
+    unjudged: int  # as in `PairAgreement`
+    precision: Leaf | None  # the fraction of the judge's positive verdicts that are correct
+    recall: Leaf | None  # the fraction of the answers of this class that the judge recognises
 
 
 class Agreement(TypedDict):
+    """One entry for each pair of judges and each class that both can give."""
+
     pairs: list[PairAgreement]
     against_labels: list[LabelAgreement]
 

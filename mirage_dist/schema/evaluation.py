@@ -53,7 +53,7 @@ class GenerationConfig:
 
     max_new_tokens: int = 256
     batch_size: int = 16  # rows in a batch and in a claim; vllm needs hundreds
-    backend: Literal["hf", "vllm"] = "hf"
+    backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
     gpu_memory_utilization: float | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
 
     def __post_init__(self) -> None:

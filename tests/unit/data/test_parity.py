@@ -11,7 +11,7 @@ from lookalike import MISSING, NO_QUESTION, SHARED, TEST, TRAIN, UNCHANGED
 
 from mirage_dist import config as configs
 from mirage_dist.data import formats, gold, pictures, sources
-from mirage_dist.evals import attacks, rows, runner
+from mirage_dist.evals import attacks, manifest, worklist
 from mirage_dist.evals.judges import parity
 from mirage_dist.schema import ConfigError, EvalRecipe
 
@@ -66,18 +66,18 @@ def recipe(folder: Path, *overrides: str) -> EvalRecipe:
 
 
 def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
-    work = rows.plan(recipe(vlguard))
-    assert rows.by_condition(work.asks) == {
+    work = worklist.plan(recipe(vlguard))
+    assert worklist.by_attack(work.questions) == {
         "unsafes": {"clean": 442, "what": 1326},
         "safe_safes": {"clean": 558, "share": 556},
     }
     what, share = work.coverage["unsafes"]["what"], work.coverage["safe_safes"]["share"]
     assert (what.asked, what.without, what.unknown, what.unchanged) == (442, [], [], 0)
     assert (share.asked, len(share.without), share.unknown, share.unchanged) == (556, MISSING, [], UNCHANGED)
-    report = rows.coverage_report(work)["safe_safes"]["attacks"]["share"]
+    report = manifest.coverage(work)["safe_safes"]["attacks"]["share"]
     assert report["samples_without_rewrites"] == {"count": 2, "first": ["s556", "s557"]}
     assert report["unchanged_rewrites"] == 17
-    runner._tell(recipe(vlguard), work)
+    worklist.log_coverage("attacked", work)
     output = capsys.readouterr().out
     assert "share on safe_safes: 2 samples without rewrites" in output
     assert "17 rewrites equal to the question" in output
@@ -87,12 +87,12 @@ def test_what_a_reader_leaves_out_is_printed_and_in_the_manifest(vlguard, capsys
     """VLGuard's training questions as a set, as a harvest asks them."""
     source = f"[{{format: vlguard, path: {vlguard}/train.json, images: {vlguard}/train, split: unsafes}}]"
     harvest = configs.load("configs/eval/harvest.yaml", [f"sets.forget.sources={source}"], EvalRecipe)
-    work = rows.plan(harvest)
-    report = rows.coverage_report(work)["forget"]
+    work = worklist.plan(harvest)
+    report = manifest.coverage(work)["forget"]
     left = {"instruction is N/A": NO_QUESTION["instruction"]}
     assert report["samples"] == TRAIN["unsafe"] - NO_QUESTION["instruction"]
     assert (report["skipped_records"], report["dropped"], report["renamed"]) == (0, left, 1)
-    runner._tell(harvest, work)
+    worklist.log_coverage("harvest", work)
     assert (
         "forget: 1017 questions; left out or changed: instruction is N/A × 6, ids renamed × 1"
         in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_rewrites_are_joined_by_id_whatever_the_order_of_the_file(vlguard, tmp_p
 
 def test_a_file_that_lacks_more_than_it_may_is_an_error_with_counts(vlguard):
     with pytest.raises(ConfigError, match=r"1 rewrites for 556 of 558 samples; min_match asks for 100%"):
-        rows.plan(recipe(vlguard, "sets.safe_safes.attacks.share.min_match=1.0"))
+        worklist.plan(recipe(vlguard, "sets.safe_safes.attacks.share.min_match=1.0"))
 
 
 def test_keyword_tests_on_the_files_own_answers_err_as_published(vlguard, capsys):

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.attribute import Attribution, probabilities, replaced
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 
 
 @pytest.fixture(scope="module")
 def generator(toy):
     model = EvalModelConfig(path=str(toy.root / "model"), dtype="fp32")
-    return Generator(model, TemplateConfig(), GenerationConfig(max_new_tokens=4, batch_size=8))
+    return HuggingFace(model, TemplateConfig(), GenerationConfig(max_new_tokens=4, batch_size=8))
 
 
 @pytest.fixture(scope="module")

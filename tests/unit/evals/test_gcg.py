@@ -17,7 +17,7 @@ from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.evals import runner
 from mirage_dist.evals.attacks import gcg
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import (
     ConfigError,
     EvalModelConfig,
@@ -29,9 +29,9 @@ from mirage_dist.schema import (
 TARGET = "sure , the code is"
 
 
-def generator(folder) -> Generator:
+def generator(folder) -> HuggingFace:
     model = EvalModelConfig(path=str(folder), dtype="fp32")
-    return Generator(model, TemplateConfig(), GenerationConfig(batch_size=8))
+    return HuggingFace(model, TemplateConfig(), GenerationConfig(batch_size=8))
 
 
 @pytest.fixture(scope="module")
