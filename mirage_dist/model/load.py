@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mirage_dist.config import nearest
-from mirage_dist.model import activations, vision
+from mirage_dist.model import activations, directory, vision
 from mirage_dist.model.policy import Policy
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
@@ -32,7 +29,7 @@ def processor(model: ModelConfig) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(model.path)
+        return AutoProcessor.from_pretrained(directory.resolve(model.path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: its processor cannot be loaded: {error}") from error
 
@@ -57,7 +54,7 @@ def policy(
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(
-            model.path,
+            directory.resolve(model.path),
             config=_config(model, depth),
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
@@ -100,7 +97,7 @@ def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
 def _config(model: ModelConfig, depth: int | None) -> Any:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(model.path)
+    config: Any = AutoConfig.from_pretrained(directory.resolve(model.path))
     text = config.get_text_config()
     # Never more than there are: `check_names` has told, or will tell, that a layer is missing.
     if depth is not None and depth < text.num_hidden_layers:
@@ -165,43 +162,15 @@ def attention(model: ModelConfig, dtype: str) -> str:
 
 
 def base_hash(path: str) -> str:
-    """SHA-256 over the weight files of a model directory or of a hub name's snapshot in the cache, names included.
+    """SHA-256 of the files that decide the base model (see `directory.files`), of a directory or a hub name.
 
-    Raises ConfigError when there is no safetensors file: other weights are never loaded.
+    Raises ConfigError when there is no model, or when it has no safetensors file.
     """
-    from transformers.utils.hub import cached_file
-
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(str(cached_file(path, "config.json"))).parent
-        except OSError as error:
-            raise ConfigError(f"model.path={path}: neither a directory nor in the model cache: {error}") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model.path={path}: no *.safetensors in {folder}; other weights are never loaded")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    return directory.model_hash(directory.resolve(path))
 
 
 def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-
-
-def check_directory(model: ModelConfig) -> None:
-    """Raise ConfigError early when a local `model.path` is no model directory; a hub name is left to the loader."""
-    folder = Path(model.path)
-    looks_local = folder.is_absolute() or model.path.startswith((".", "runs/")) or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={model.path}: no config.json there; give a Hugging Face model directory")
-    if (folder / "config.json").is_file():
-        try:
-            json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
 
 
 def check_names(model: ModelConfig, data: DataConfig, layer: int | None, depth: int | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from mirage_dist import objectives, ranks, signals
 from mirage_dist.data import audit, sources, stream
 from mirage_dist.data.sources import Source
-from mirage_dist.model import export, load, reference
+from mirage_dist.model import directory, export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
@@ -50,7 +50,7 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     Raises ConfigError.
     """
     objective, config = check_recipe(recipe, world_size)
-    load.check_directory(recipe.model)
+    directory.check(recipe.model.path, weights=False)
     load.check_names(recipe.model, recipe.data, objective.needs.layer, objective.needs.depth)
     return objective, read_streams(recipe, objective.needs), config
 
