@@ -79,13 +79,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def start_ranks(command: Sequence[str], ranks: int, **options: Any) -> list[subprocess.Popen]:
     """One process a rank, each with one thread unless the environment says otherwise. options: Popen's."""
-    from mirage_dist.ranks import _free_port
+    from mirage_dist.ranks import free_port
 
     shared = {
         **os.environ,
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "HF_HUB_OFFLINE": "1",
     }

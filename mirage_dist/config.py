@@ -13,14 +13,14 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import Choice, ConfigError
 
 T = TypeVar("T")
 # ${fixed2:0.5} is 0.50: how folders that are named by a number spell it.
@@ -52,15 +52,54 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value, such as train.lr=5e-7")
     try:
-        for override in overrides:
-            key, _, value = override.partition("=")
-            # OmegaConf's own dot-list parser reads the value (numbers, null, lists), so 5e-7 is a float here.
-            parsed = OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
-            OmegaConf.update(tree, key, parsed, merge=True)
+        # OmegaConf's own dot-list parser reads the value (numbers, null, lists), so 5e-7 is a float here.
+        items = [
+            (key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value"))
+            for key, _, value in (override.partition("=") for override in overrides)
+        ]
+        # Classes are chosen first, so that their options may stand before the choice on the command line.
+        for key, value in items:
+            _choose(tree, schema, key, value)
+        for key, value in items:
+            OmegaConf.update(tree, key, value, merge=True)
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     return _build(schema, plain, source, "")
+
+
+def _choose(tree: Any, schema: Any, dotted: str, value: Any) -> None:
+    """Empty the mapping whose class `dotted`=`value` changes (see `schema.Choice`): its options belong to the old one.
+
+    A mapping that names its class replaces the one in the recipe as a whole, too.
+    """
+    for key, choice in _choices(schema, dotted.split(".")):
+        old = OmegaConf.select(tree, key)
+        if not OmegaConf.is_dict(old):
+            continue
+        if dotted == f"{key}.{choice.key}":
+            replaced = value != old.get(choice.key)
+        else:
+            replaced = dotted == key and OmegaConf.is_dict(value) and choice.key in value
+        if replaced:
+            OmegaConf.update(tree, key, {}, merge=False)
+
+
+def _choices(schema: Any, parts: Sequence[str], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Choice]]:
+    """The mappings marked as a `Choice` on the way from `schema` along `parts`, each with its dotted key."""
+    if typing.get_origin(schema) is Annotated:
+        schema, *marks = typing.get_args(schema)
+        yield from ((".".join(path), mark) for mark in marks if isinstance(mark, Choice))
+    if typing.get_origin(schema) in (typing.Union, types.UnionType):
+        schema = next(a for a in typing.get_args(schema) if a is not type(None))
+    if not parts:
+        return
+    if dataclasses.is_dataclass(schema):
+        inner = typing.get_type_hints(schema, include_extras=True).get(parts[0])
+    else:
+        inner = typing.get_args(schema)[1] if typing.get_origin(schema) is dict else None
+    if inner is not None:
+        yield from _choices(inner, parts[1:], (*path, parts[0]))
 
 
 def find(path: str | Path) -> Path:

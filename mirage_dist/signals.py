@@ -24,7 +24,7 @@ class StopRequested(Exception):
 def install() -> None:
     """Note the signals instead of dying by them; as early as can be, since importing torch takes seconds."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, handler)
 
 
 def received() -> str | None:
@@ -32,8 +32,13 @@ def received() -> str | None:
     return _received[0] if _received else None
 
 
-def _note(number: int, _frame: FrameType | None) -> None:
-    # print() may be what was interrupted; a plain write to the descriptor is safe in a handler.
+def clear() -> None:
+    """Forget the signals received so far: a process that goes on after a stop, such as a test, starts anew."""
+    _received.clear()
+
+
+def handler(number: int, _frame: FrameType | None) -> None:
+    """Record a signal. `print` may be the very thing that was interrupted; a plain write to the descriptor is safe."""
     if not _received:
         os.write(2, f"mirage: {signal.Signals(number).name} received: stopping in order\n".encode())
     _received.append(signal.Signals(number).name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mirage_dist import progress
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import sources
 from mirage_dist.embedded import model as embedded_model
@@ -21,6 +22,12 @@ settings.register_profile("untimed", deadline=None)  # tests state properties; a
 settings.load_profile("untimed")
 
 DEADLINE = 180.0  # seconds, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _every_warning_is_new():
+    """A warning appears once a process, and one process runs all tests."""
+    progress.handler.warnings.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

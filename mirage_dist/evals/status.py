@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.evals.sharing import claims
 from mirage_dist.evals.sharing.files import KEY, lines, suite_dir
+from mirage_dist.liveness import Owner, read
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # JSON escapes quotes within strings, so that no text of a row can look like one of its fields.
@@ -120,17 +120,17 @@ def _count_rows(suite: Path, found: Status) -> None:
 
 
 def _count_claims(suite: Path, found: Status) -> None:
-    for told in _last_claims(suite / "claims"):
-        if claims.process_alive(told) is not False:
-            for name, attacks in told.get("rows", {}).items():
+    for record in _last_claims(suite / "claims"):
+        if Owner.from_record(record).alive() is not False:
+            for name, attacks in record.get("rows", {}).items():
                 for attack, n in attacks.items():
                     count = found.counts[name, attack]
                     # A batch may have been appended whose claim is not given back yet.
                     count.claimed = min(count.claimed + n, count.total - count.done)
     for file in (suite / "claims").glob("*.worker"):
-        worker = claims.read(file)
-        if worker is not None and claims.process_alive(worker) is not False:
-            beat = claims.read(file.with_suffix(".beat")) or {"rows": 0, "seconds": 1.0}
+        worker = read(file)
+        if worker is not None and Owner.from_record(worker).alive() is not False:
+            beat = read(file.with_suffix(".beat")) or {"rows": 0, "seconds": 1.0}
             found.workers += 1
             found.rows_per_s += beat["rows"] / beat["seconds"]
 
@@ -142,5 +142,5 @@ def _last_claims(folder: Path) -> Iterator[dict[str, Any]]:
         if file.suffix[1:].isdecimal():
             last[file.stem] = max(last.get(file.stem, 0), int(file.suffix[1:]))
     for name, number in last.items():
-        if told := claims.read(folder / f"{name}.{number}"):
-            yield told
+        if record := read(folder / f"{name}.{number}"):
+            yield record

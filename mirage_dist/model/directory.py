@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
+from mirage_dist import disk
 from mirage_dist.schema import ConfigError
 
 WEIGHTS = "*.safetensors"  # weights in other formats are never loaded
@@ -86,11 +86,7 @@ def state(folder: Path) -> State:
 def model_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of `files`. Raises ConfigError when there are no weights among them."""
     require_weights(folder)
-    digest = hashlib.sha256()
-    for file in files(folder):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    return disk.sha256_files(files(folder))
 
 
 def _whole_weights(folder: Path) -> list[Path]:

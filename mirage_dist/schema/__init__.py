@@ -6,6 +6,7 @@ Imports nothing heavy, and nothing of ours.
 from __future__ import annotations
 
 from mirage_dist.schema.chat import ChatConfig
+from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, DiversifyConfig, PrepareRecipe, RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, RunError
 from mirage_dist.schema.evaluation import (
@@ -20,6 +21,7 @@ from mirage_dist.schema.training import LoraConfig, ModelConfig, MonitorConfig, 
 
 __all__ = [
     "ChatConfig",
+    "Choice",
     "ConfigError",
     "DataConfig",
     "DiversifyConfig",

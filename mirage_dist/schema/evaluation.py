@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
+from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
 
@@ -42,7 +43,7 @@ class EvalSetConfig:
 
     kind: Literal["unsafe", "safe", "locality", "utility"]
     sources: list[SourceConfig]
-    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attacks: dict[str, Annotated[dict[str, Any], Choice("kind")]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

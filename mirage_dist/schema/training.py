@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
 from mirage_dist.schema.errors import require
 
@@ -101,7 +102,7 @@ class TrainRecipe:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
-    objective: dict[str, Any]  # `name` and the fields of that objective's dataclass
+    objective: Annotated[dict[str, Any], Choice("name")]  # `name` and the fields of that objective's dataclass
     train: TrainConfig
     seed: int = 0
     reference: Literal["cache", "adapters_off", "engine"] = "cache"

@@ -13,6 +13,7 @@ import torch
 from mirage_dist import objectives, ranks, signals
 from mirage_dist.data import audit, sources, stream
 from mirage_dist.data.sources import Source
+from mirage_dist.liveness import Owner
 from mirage_dist.model import directory, export, load, reference
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.ranks import Group
@@ -171,21 +172,21 @@ def _leased(recipe: TrainRecipe, streams: Mapping[str, Source], group: Group) ->
         try:
             if group.main:
                 lease = acquire(root)
-                with lease.told():
+                with lease.write_failures():
                     rundir.count_start(lease, recipe.train.max_restarts)
                     rundir.open_run(recipe, streams, load.base_hash(recipe.model.path), lease)
         except (ConfigError, RunError) as error:
             fault = error
         # All ranks end alike: one that waited here would tell of a lost connection, and perhaps be heard first.
-        status, token = ranks.from_main(group, (fault.status if fault else 0, lease.token if lease else ""))
+        status, token = ranks.from_main(group, (fault.status if fault else 0, lease.owner.token if lease else ""))
         if fault is not None:
             raise fault
         if status:
             raise SystemExit(status)
-        held = lease or Lease(root, token)
+        held = lease or Lease(root, Owner(token))
         manifest = json.loads((root / "manifest.json").read_text())
         told = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
-        with held.told():
+        with held.write_failures():
             yield held, {**told, "world_size": group.size}
     finally:
         if lease is not None:

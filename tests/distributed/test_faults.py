@@ -24,7 +24,7 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.evals import follow, runner, status
 from mirage_dist.evals.sharing import files
 from mirage_dist.model import export
-from mirage_dist.ranks import _free_port
+from mirage_dist.ranks import free_port
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
 SHORT = ("train.max_steps=6", "train.global_batch=8", "train.save_every=1", "train.keep_last=null")
@@ -311,7 +311,7 @@ def test_a_job_that_slurm_restarts_in_vain_is_stopped(toy, copy, monkeypatch):
 
 
 def test_without_wandb_a_run_goes_on_says_so_and_is_recorded(toy, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{_free_port()}")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "10")
     folder = tmp_path / "run"

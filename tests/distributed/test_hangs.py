@@ -14,7 +14,7 @@ from conftest import DEADLINE, launch, steps_done, until
 from faults.processes import ranks_of, send
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.ranks import _free_port
+from mirage_dist.ranks import free_port
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -103,7 +103,7 @@ def test_ranks_that_die_at_the_same_time_do_not_hold_their_launcher(tmp_path):
 
 def _two(script: Path) -> list[subprocess.Popen]:
     """The script as two ranks."""
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(script)]
     return [
         subprocess.Popen(command, env={**shared, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)

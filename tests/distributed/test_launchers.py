@@ -11,7 +11,7 @@ import pytest
 from conftest import launch, metrics
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.ranks import _free_port
+from mirage_dist.ranks import free_port
 
 SHORT = ("train.max_steps=4", "train.global_batch=8", "train.micro_batch=4", "train.export=false")
 BIN = Path(sys.executable).parent
@@ -29,7 +29,7 @@ LAUNCHERS = {
 
 
 def command(name: str, toy, run: Path, *own: str) -> list[str]:
-    starter = [word.format(port=_free_port()) for word in LAUNCHERS[name]]
+    starter = [word.format(port=free_port()) for word in LAUNCHERS[name]]
     return [*starter, "train", "configs/train/demo_npo.yaml", *toy.overrides("npo", run), *SHORT, *own]
 
 

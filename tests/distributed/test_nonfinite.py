@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import metrics
 
-from mirage_dist.ranks import _free_port
+from mirage_dist.ranks import free_port
 
 # `mirage train`, but the second gradient of rank 1 is NaN. A step here is one micro-batch.
 SCRIPT = """\
@@ -42,7 +42,7 @@ def test_a_bf16_step_without_a_finite_gradient_is_skipped_and_counted(toy, tmp_p
         *told,
         "train.dtype=bf16",
     ]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [subprocess.Popen(command, env={**shared, "RANK": r, "LOCAL_RANK": r}, **pipes) for r in "01"]

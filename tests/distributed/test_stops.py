@@ -52,13 +52,13 @@ from pathlib import Path
 held = lease.acquire(Path(recipe.run.dir))
 told = []
 for stops in (2, None, None):
-    signals._received.clear()
+    signals.clear()
     calls.clear()
     save = reference_cache.reference.LogProbs.save
     def interrupted(self, file):
         save(self, file)
         if len(calls) == stops:
-            signals._note(10, None)
+            signals.handler(10, None)
     reference_cache.reference.LogProbs.save = interrupted
     try:
         cache = reference_cache.fill(recipe, built, source, here, "hash", held.workspace)

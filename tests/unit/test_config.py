@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
 RECIPE = {
     "run": {"dir": "runs/x"},
@@ -131,3 +131,39 @@ def test_differences_are_found_within_lists_and_an_absent_key_is_null():
     there = {"sources": [{"path": "a"}, {"path": "b"}]}
     assert configs.differences(mine, there) == ["sources[1].limit: 3 here, None there"]
     assert configs.differences({"x": [1]}, {"x": [1, 2]}) == ["x: [1] here, [1, 2] there"]
+
+
+NPO = {"name": "npo", "beta": 0.3, "retain": "kl"}
+
+
+def options(*overrides):
+    return configs.from_tree(
+        OmegaConf.create({**RECIPE, "objective": dict(NPO)}), overrides, TrainRecipe, "r"
+    ).objective
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.name=graddiff"], {"name": "graddiff"}),
+        (["objective={name: rmu, layer: 3}"], {"name": "rmu", "layer": 3}),
+        (["objective={name: npo}"], {"name": "npo"}),
+        (["objective.retain_weight=2", "objective.name=graddiff"], {"name": "graddiff", "retain_weight": 2}),
+        (["objective.name=graddiff", "objective.retain_weight=2"], {"name": "graddiff", "retain_weight": 2}),
+        (["objective.name=npo"], NPO),
+        (["objective={beta: 0.5}"], {**NPO, "beta": 0.5}),
+        (["objective.beta=0.5"], {**NPO, "beta": 0.5}),
+    ],
+)
+def test_choosing_another_class_replaces_its_options_as_a_whole(overrides, expected):
+    assert options(*overrides) == expected
+
+
+def test_a_choice_within_a_mapping_of_choices_replaces_its_own_options_only():
+    attacks = {"what": {"kind": "swap", "words": ["what"]}, "other": {"kind": "file", "path": "x"}}
+    sets = {"unsafe": {"kind": "unsafe", "sources": [], "attacks": attacks}}
+    tree = {"run": {"dir": "r"}, "suite": "s", "model": {"path": "m"}, "sets": sets}
+    recipe = configs.from_tree(
+        OmegaConf.create(tree), ["sets.unsafe.attacks.what.kind=prefix"], EvalRecipe, "recipe.yaml"
+    )
+    assert recipe.sets["unsafe"].attacks == {"what": {"kind": "prefix"}, "other": {"kind": "file", "path": "x"}}

@@ -174,7 +174,7 @@ def test_refusing_many_requests_for_their_content_is_not_being_dead(serve):
 
 def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypatch, tmp_path):
     def script(_, __):
-        signals._note(signal.SIGTERM, None)
+        signals.handler(signal.SIGTERM, None)
         time.sleep(0.05)  # a busy machine must not be through before the first verdict is seen
         return completion(GOOD)
 

@@ -198,7 +198,7 @@ def test_a_search_that_was_stopped_at_any_step_ends_as_one_that_was_not(toy, tmp
     step, starts = gcg.Problem.step, 0
 
     def interrupted(self, *told):
-        signals._note(signal.SIGTERM, None)
+        signals.handler(signal.SIGTERM, None)
         return step(self, *told)
 
     with monkeypatch.context() as during:

@@ -241,7 +241,7 @@ def test_a_judge_stopped_half_way_goes_on_from_there(tmp_path, monkeypatch):
 
     def interrupted(_):
         if len(backend.asked) == 3:
-            signals._note(signal.SIGTERM, None)
+            signals.handler(signal.SIGTERM, None)
         return said()
 
     backend = Scripted(interrupted)

@@ -144,7 +144,7 @@ def test_a_stopped_start_goes_on_where_it_was_and_makes_what_one_that_was_not_st
 
         def stopping(text, times):
             if item(text) == "item5":
-                signals._note(signal.SIGTERM, None)
+                signals.handler(signal.SIGTERM, None)
             return obedient(text, times)
 
         server.script = stopping

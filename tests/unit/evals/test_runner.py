@@ -337,7 +337,7 @@ def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(
     answer = Generator.answer
 
     def interrupted(self, samples):
-        signals._note(signal.SIGTERM, None)
+        signals.handler(signal.SIGTERM, None)
         return answer(self, samples)
 
     with monkeypatch.context() as during:

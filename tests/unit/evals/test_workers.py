@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist import process
+from mirage_dist import liveness
 from mirage_dist.evals import rows, status
 from mirage_dist.evals.sharing import claims as claiming
 from mirage_dist.evals.sharing import files
@@ -63,14 +63,9 @@ def test_a_full_disk_ends_a_worker_in_words_and_the_next_start_does_the_rest(tmp
 @pytest.fixture
 def elsewhere(monkeypatch):
     """No process table tells of the others, as on another host; beats are quick."""
-    monkeypatch.setattr(process, "boot", lambda: "")
-    monkeypatch.setattr(claiming, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(liveness, "boot_id", lambda: "")
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(claiming, "EXPIRY_SECONDS", 0.4)
-
-
-def stop_beating(claims: Claims) -> None:
-    claims._stop.set()
-    claims._thread.join()
 
 
 def taken(claims: Claims, name: str):
@@ -86,7 +81,7 @@ def test_a_claim_is_kept_by_a_beat_that_moves_and_lost_by_one_that_stands_still(
         while time.monotonic() < end:
             assert second.take("chunk") is None
             time.sleep(0.02)
-        stop_beating(first)
+        first.heartbeat.stop()
         began = time.monotonic()
         new = taken(second, "chunk")
         assert time.monotonic() - began > 0.3
@@ -99,13 +94,23 @@ def test_a_claim_is_kept_by_a_beat_that_moves_and_lost_by_one_that_stands_still(
         assert third.take("chunk") == claiming.Claim("chunk", 0)
 
 
+@pytest.mark.parametrize("content", ["", '{"token": "ab'])
+def test_a_claim_that_a_power_failure_emptied_expires(tmp_path, elsewhere, content):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "chunk.0").write_text(content)
+    with Claims(tmp_path) as claims:
+        began = time.monotonic()
+        assert taken(claims, "chunk") == claiming.Claim("chunk", 1)
+        assert time.monotonic() - began > 0.3
+
+
 def test_of_many_that_find_a_worker_dead_one_follows_it(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     with Claims(tmp_path) as owner:
-        told = {**owner._self(), "token": "dead", "pid": dead.pid, "process": "1"}
+        record = {**owner.owner.record(), "token": "dead", "pid": dead.pid, "process": "1"}
     for name in map(str, range(20)):
-        (tmp_path / "claims" / f"{name}.0").write_text(json.dumps(told))
+        (tmp_path / "claims" / f"{name}.0").write_text(json.dumps(record))
         many = [Claims(tmp_path) for _ in range(8)]
         with ThreadPoolExecutor(8) as threads:
             found = list(threads.map(lambda claims, name=name: claims.take(name), many))
@@ -201,7 +206,7 @@ def test_progress_is_told_by_set_and_attack_and_without_torch(tmp_path):
         text = status.status(tmp_path).text()
         assert "| unsafe | clean | 300 of 900 | 8 | 592 |" in text
         assert "300 of 900 answers (33.3%); 1 workers at work" in text
-        dead = {**claims._self(), "process": "1"}
+        dead = {**claims.owner.record(), "process": "1"}
         (tmp_path / "claims/chunk.0").write_text(json.dumps({**dead, "rows": {"unsafe": {"clean": 8}}}))
         assert "| unsafe | clean | 300 of 900 | 0 | 600 |" in status.status(tmp_path).text()
     code = "import sys; from mirage_dist.evals import status; print('torch' in sys.modules or 'PIL' in sys.modules)"

@@ -11,24 +11,28 @@ import time
 
 import pytest
 
-from mirage_dist import process
+from mirage_dist import liveness
+from mirage_dist.liveness import Owner, process_start
 from mirage_dist.schema import RunError
 from mirage_dist.train import lease as leases
 from mirage_dist.train import rundir
 from mirage_dist.train.lease import Fenced, acquire
 
+# As in a container that has this host's name and process numbers of its own.
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Beats come every 50 ms, and this is no Slurm job."""
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.05)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
 def forge(root, **changes):
     """An owner.json and a workspace as another process left them."""
-    owner = {"token": "forged", **leases._self(), **changes}
+    owner = {**Owner.current().record(), "token": "forged", **changes}
     (root / "work-forged.tmp").mkdir(parents=True, exist_ok=True)
     (root / "owner.json").write_text(json.dumps(owner))
     return root / "work-forged.tmp"
@@ -40,9 +44,9 @@ def names(root):
 
 def test_what_is_released_leaves_nothing_behind(tmp_path):
     lease = acquire(tmp_path / "run")
-    lease.publish("told.json", "{}")
+    lease.publish("data.json", "{}")
     lease.release()
-    assert names(tmp_path / "run") == ["owner.lock", "told.json"]
+    assert names(tmp_path / "run") == ["data.json", "owner.lock"]
     acquire(tmp_path / "run").release()
 
 
@@ -66,11 +70,11 @@ def test_the_number_of_a_dead_owner_may_be_used_again_by_another_process(tmp_pat
     forge(tmp_path, process="1")  # a process of this number, started at another time
     acquire(tmp_path).release()
     other = subprocess.Popen(["sleep", "60"])
-    forge(tmp_path, pid=other.pid, process=process.started(other.pid))
+    forge(tmp_path, pid=other.pid, process=process_start(other.pid))
     with pytest.raises(RunError, match=f"process {other.pid},"):
         acquire(tmp_path)
     other.kill()  # and not waited for: a zombie is dead
-    while process.started(other.pid) is not None:
+    while process_start(other.pid) is not None:
         time.sleep(0.01)
     acquire(tmp_path).release()
     other.wait()
@@ -82,8 +86,8 @@ def test_a_host_that_has_started_anew_runs_nothing_of_before(tmp_path):
 
 
 def test_where_no_process_table_can_be_read_the_beat_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "boot", lambda: "")
-    monkeypatch.setattr(process, "started", lambda _: None)
+    monkeypatch.setattr(liveness, "boot_id", lambda: "")
+    monkeypatch.setattr(liveness, "process_start", lambda _: None)
     forge(tmp_path)  # dead: nobody beats in its workspace
     lease = acquire(tmp_path)
     with pytest.raises(RunError, match="which is running"):
@@ -112,6 +116,28 @@ def test_an_owner_on_another_host_whose_beat_moves_is_named_and_keeps_its_worksp
     assert names(tmp_path) == ["owner.json", "owner.lock", "work-forged.tmp"]
 
 
+@pytest.mark.skipif(
+    subprocess.run([*UNSHARE, "true"], capture_output=True).returncode != 0, reason="users can make no namespaces here"
+)
+def test_two_containers_with_one_host_name_are_not_taken_for_one_another(tmp_path):
+    """The owner's process number means another process here, or none; only its heartbeat shows that it lives."""
+    code = (
+        "import sys; from pathlib import Path; from mirage_dist import liveness; liveness.BEAT_SECONDS = 0.02\n"
+        "from mirage_dist.train.lease import acquire\n"
+        "lease = acquire(Path(sys.argv[1])); print(lease.owner.pid, flush=True); input()"
+    )
+    command = [*UNSHARE, "--kill-child", sys.executable, "-c", code, str(tmp_path)]
+    container = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert container.stdout is not None
+    number = int(container.stdout.readline())
+    assert number != container.pid
+    with pytest.raises(RunError, match=f"belongs to a job on {socket.gethostname()}, process {number},"):
+        acquire(tmp_path)
+    container.kill()
+    container.communicate()
+    acquire(tmp_path).release()
+
+
 @pytest.mark.parametrize("beat", [None, "", "41"])
 def test_an_owner_on_another_host_whose_beat_stands_still_is_taken_over_from(tmp_path, beat):
     workspace = forge(tmp_path, host="node7")
@@ -119,7 +145,7 @@ def test_an_owner_on_another_host_whose_beat_stands_still_is_taken_over_from(tmp
         (workspace / "beat").write_text(beat)
     begin = time.monotonic()
     lease = acquire(tmp_path)
-    assert time.monotonic() - begin >= leases.BEATS_MISSED * leases.BEAT_SECONDS
+    assert time.monotonic() - begin >= leases.BEATS_MISSED * liveness.BEAT_SECONDS
     assert not workspace.exists()
     lease.release()
 
@@ -150,7 +176,7 @@ def test_a_requeued_job_takes_over_from_what_is_left_of_its_last_start(tmp_path,
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != "beat"}
     with pytest.raises(Fenced, match=r"was taken over by Slurm job 77 \(restart 1\)"):
         orphan.check()
-    with pytest.raises(Fenced), orphan.told():
+    with pytest.raises(Fenced), orphan.write_failures():
         orphan.publish("manifest.json", "{}")
     orphan.release()
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != "beat"} == before
@@ -204,9 +230,9 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_takes_nothing_more_is_told(tmp_path, number):
     lease = acquire(tmp_path)
-    with pytest.raises(RunError, match=r"cannot be written .* every checkpoint in it is whole"), lease.told():
+    with pytest.raises(RunError, match=r"cannot be written .* every checkpoint in it is whole"), lease.write_failures():
         raise OSError(number, os.strerror(number))
-    with pytest.raises(FileNotFoundError), lease.told():  # somebody else's file
+    with pytest.raises(FileNotFoundError), lease.write_failures():  # somebody else's file
         (tmp_path / "nowhere").read_text()
     lease.release()
 

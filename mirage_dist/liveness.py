@@ -1,0 +1,186 @@
+"""Which process owns a directory and whether it still runs: identity, heartbeat, and observation of a heartbeat.
+
+A process on this host, in this boot and in this pid namespace is looked up in the process table. Every other one (on
+another host, or in another container, which may have the same host name) is judged by its heartbeat: a file whose
+content changes while the owner lives, timed on the observer's own clock. Clocks of two machines are never compared.
+
+To fence a dead owner off, remove the folder out of which it publishes by renames (`disk.remove`, which renames first):
+every later rename of that owner fails, however late it comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BEAT_SECONDS = 5.0  # between two beats
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, unmistakable among all hosts, containers, boots and reused process numbers; a JSON object on disk.
+
+    token: drawn at random, also part of file names. job, restart: Slurm's. boot, namespace: see `boot_id` and
+    `pid_namespace`. process: see `process_start`. since: local time, for people.
+    """
+
+    token: str
+    job: str | None = None
+    restart: int = 0
+    host: str = ""
+    boot: str = ""
+    namespace: str = ""
+    pid: int = 0
+    process: str | None = None
+    since: str = ""
+
+    @classmethod
+    def current(cls) -> Owner:
+        """This process, with a new token."""
+        return cls(
+            token=secrets.token_hex(6),
+            job=os.environ.get("SLURM_JOB_ID"),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            host=socket.gethostname(),
+            boot=boot_id(),
+            namespace=pid_namespace(),
+            pid=os.getpid(),
+            process=process_start(os.getpid()),
+            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Owner:
+        """An owner as `record` wrote it. Other keys are ignored; one that is missing matches no process."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{"token": "", **{key: value for key, value in record.items() if key in names}})
+
+    def record(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def alive(self) -> bool | None:
+        """Whether the process runs, by the process table; None where this process cannot see it there."""
+        place = (socket.gethostname(), boot_id(), pid_namespace())
+        if place != (self.host, self.boot, self.namespace) or not all(place):
+            return None
+        if (start := process_start(self.pid)) is None and _hidden(self.pid):
+            return None
+        return start is not None and start == self.process
+
+    def superseded(self) -> bool:
+        """Whether this process is a later start of the same Slurm job.
+
+        Slurm restarts a job only after it has given up the last start, so what is left of that is an orphan.
+        """
+        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return job is not None and self.job == job and self.restart < restart
+
+    def __str__(self) -> str:
+        job = f"Slurm job {self.job} (restart {self.restart})" if self.job else "a job"
+        return f"{job} on {self.host}, process {self.pid}, since {self.since}"
+
+
+class Heartbeat:
+    """A thread that writes a new content to `file` every BEAT_SECONDS until `stop` or the process's end."""
+
+    def __init__(self, file: Path, content: Callable[[int], str] = str) -> None:
+        """content: from the number of the beat, which counts from 1, to what is written."""
+        self.file, self.content = file, content
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"heartbeat {file.parent.name}", daemon=True)
+
+    def start(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread; does nothing when it was never started."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(BEAT_SECONDS):
+            count += 1
+            # A full disk must not end the owner here: it ends where it writes its results.
+            with suppress(OSError):
+                self.file.write_text(self.content(count))
+
+
+class Observer:
+    """Times on this process's own clock how long files that others write have stood still."""
+
+    def __init__(self) -> None:
+        self._last: dict[Path, tuple[str | None, float]] = {}
+
+    def still_for(self, file: Path) -> float:
+        """Seconds for which the content has not changed (no file counts as a content).
+
+        0.0 at the first look at a file and at every look that finds a change.
+        """
+        content, now = _text(file), time.monotonic()
+        before, since = self._last.setdefault(file, (content, now))
+        if before != content:
+            self._last[file] = (content, now)
+            return 0.0
+        return now - since
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where no file exists or it does not hold a whole object."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def process_start(pid: int) -> str | None:
+    """When the process started, in clock ticks since boot: unlike a number, never used again. None for no process."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]  # a zombie is dead, whoever was to reap it
+
+
+def boot_id() -> str:
+    """The id of this boot of this host, the same in all its containers; empty where none can be read."""
+    return (_text(Path("/proc/sys/kernel/random/boot_id")) or "").strip()
+
+
+def pid_namespace() -> str:
+    """The namespace in which this process's numbers are valid, one a container; empty where none can be read."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _hidden(pid: int) -> bool:
+    """Whether a process of another user exists that /proc does not show (mount option hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text()
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,164 @@
+"""Progress bars on a terminal, plain lines in a log, and the package's one logger.
+
+`log` writes plain text to the current standard output. Rank 0 alone speaks, except in records that carry EVERY_RANK,
+and the text of a warning appears once a process:
+
+    log.info(f"{name}: 3 of 10 answers are on disk")
+    log.warning(f"{file}: unreadable, computed again ({error})", extra=EVERY_RANK)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINES = 10  # at most, of one task in a log
+EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank only, whichever it is
+ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standard output is its result
+
+log = logging.getLogger("mirage_dist")
+
+
+def rank() -> int:
+    """This process's rank according to its launcher, 0 without one; never an error, unlike the launch itself."""
+    names = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
+    for name in names:
+        if (value := os.environ.get(name, "")).isdecimal():
+            return int(value)
+    return 0
+
+
+class LogHandler(logging.Handler):
+    """Writes records to what `sys.stdout` is at that moment, flushed, since a killed process loses what it buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        """Whether the record is written: see the module's rules on ranks and on repeated warnings."""
+        if rank() != 0 and not getattr(record, "every_rank", False):
+            return False
+        if record.levelno == logging.WARNING:
+            text = record.getMessage()
+            if text in self.warnings:
+                return False
+            self.warnings.add(text)
+        return super().filter(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            stream = sys.stderr if getattr(record, "on_stderr", False) else sys.stdout
+            text = self.format(record) + "\n"
+            if Progress.bars:  # a bar on the terminal is cleared first and drawn again below the line
+                tqdm.write(text, file=stream, end="")
+            else:
+                stream.write(text)
+            stream.flush()
+        except Exception:  # as every handler of the standard library does
+            self.handleError(record)
+
+
+class Progress:
+    """How far a task is: a bar where standard error is a terminal, otherwise at most LINES lines in the log.
+
+    A context manager. Only rank 0 shows anything. Use `update` for what has been added, `show` for the sum.
+    """
+
+    bars = 0  # on the terminal now
+
+    def __init__(
+        self,
+        total: float | None,
+        what: str,
+        unit: str = "step",
+        *,
+        initial: float = 0,
+        delay: float = 0.0,
+        pause: float = 0.0,
+        lines: int = LINES,
+        leave: bool = True,
+        disable: bool = False,
+        on_stderr: bool = False,
+    ) -> None:
+        """total: in units, None where it is unknown (lines then come at intervals that double). initial: units that
+        an earlier start has done.
+
+        unit: singular, or "B" for bytes. delay: seconds before a bar appears. pause: seconds before the first line and
+        between two. lines: at most so many; 0 for a caller that writes its own. leave: the bar stays when it is full.
+        on_stderr: lines go to standard error, for a command whose standard output is its result.
+        """
+        self.total, self.what, self.unit, self.done = total, what, unit, initial
+        self._lines, self._pause, self._extra = lines, pause, ON_STDERR if on_stderr else None
+        self._shown, self._last = self._part(), time.monotonic()
+        self.silent = disable or rank() != 0
+        self.bar: tqdm | None = None
+        if not self.silent and sys.stderr.isatty():
+            scale = unit == "B"
+            options = {"delay": delay, "leave": leave, "unit": unit, "unit_scale": scale, "file": sys.stderr}
+            self.bar = tqdm(total=total, initial=initial, desc=what, **options)
+            Progress.bars += 1
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(self, n: float = 1, text: str = "") -> None:
+        """Add `n` units. text: the latest values, shown after the bar or in the line."""
+        self.show(self.done + n, text)
+
+    def show(self, done: float, text: str = "") -> None:
+        """Set the units done so far, by this process and by others."""
+        if self.bar is not None:
+            if text:
+                self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(done - self.done)
+        self.done = done
+        if self.bar is None and not self.silent and self._line_is_due():
+            log.info(f"{self.what}: {self._amount()}{text and f'  {text}'}", extra=self._extra)
+
+    def close(self) -> None:
+        """Take the bar off or leave it as it is; more than once does no harm."""
+        if self.bar is not None:
+            Progress.bars -= 1
+            self.bar.close()
+            self.bar, self.silent = None, True
+
+    def _line_is_due(self) -> bool:
+        now = time.monotonic()
+        part, pause = self._part(), self._pause
+        if self.total is None:
+            part, pause = self._shown + 1, (pause or 30.0) * 2**self._shown
+        if part <= self._shown or part > self._lines or now - self._last < pause:
+            return False
+        self._shown, self._last = part, now
+        return True
+
+    def _part(self) -> int:
+        """Of `lines` equal parts of the total, how many are done."""
+        return int(self.done * self._lines // self.total) if self.total else 0
+
+    def _amount(self) -> str:
+        if self.unit == "B":
+            done, total, unit = f"{self.done / 1e6:.0f}", f"{(self.total or 0) / 1e6:.0f}", "MB"
+        else:
+            done, total, unit = f"{self.done:g}", f"{self.total or 0:g}", f"{self.unit}s"
+        return f"{done} {unit}" if self.total is None else f"{done} of {total} {unit}"
+
+
+handler = LogHandler()
+log.addHandler(handler)
+log.setLevel(logging.INFO)

@@ -1,0 +1,180 @@
+"""Bars on a terminal, lines in a log; one logger that speaks on rank 0 and warns once."""
+
+import logging
+import os
+import pty
+import subprocess
+import sys
+import termios
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mirage_dist import progress
+from mirage_dist.progress import EVERY_RANK, ON_STDERR, Progress, log
+
+
+@pytest.fixture(autouse=True)
+def _rank_0(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(progress.handler, "warnings", set())
+
+
+def in_terminal(code: str, **environment: str) -> str:
+    """What a Python process writes when both of its outputs are a terminal of 80 columns."""
+    main, other = pty.openpty()
+    termios.tcsetwinsize(other, (24, 80))  # a terminal without a width gets no bar
+    command = [sys.executable, "-c", "from mirage_dist.progress import *; import time\n" + code]
+    process = subprocess.Popen(command, stdout=other, stderr=other, env={**os.environ, **environment})
+    os.close(other)
+    output = b""
+    try:
+        while piece := os.read(main, 65536):
+            output += piece
+    except OSError:  # how Linux reports that nobody has the terminal open any more
+        pass
+    os.close(main)
+    assert process.wait() == 0, output
+    return output.decode()
+
+
+def test_a_terminal_gets_a_bar_and_no_lines():
+    output = in_terminal(
+        "with Progress(20, 'answers of x', 'answer') as p:\n  for i in range(20): p.update(text='loss 1')"
+    )
+    assert "20/20" in output
+    assert "loss 1" in output
+    assert "20 of 20" not in output
+
+
+def test_a_line_written_while_a_bar_is_drawn_stands_alone():
+    output = in_terminal("with Progress(20, 'bar', leave=False) as p:\n  p.update(5)\n  log.info('a line')")
+    assert "a line" in [line.rpartition("\r")[2] for line in output.split("\r\n")]
+
+
+def test_work_that_ends_within_the_delay_shows_no_bar():
+    assert in_terminal("with Progress(9, 'check', delay=60.0, leave=False) as p:\n  p.update(9)").strip() == ""
+
+
+def test_other_ranks_draw_no_bar():
+    assert in_terminal("with Progress(9, 'check') as p:\n  p.update(9)", RANK="1") == ""
+
+
+def test_a_disabled_progress_shows_nothing():
+    assert in_terminal("with Progress(9, 'check', disable=True) as p:\n  p.update(9)") == ""
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(initial=st.integers(0, 50), steps=st.lists(st.integers(1, 40), min_size=1, max_size=60))
+def test_a_log_gets_at_most_ten_lines_and_the_last_one_says_all(capsys, initial, steps):
+    total = initial + sum(steps)
+    with Progress(total, "eval s", "answer", initial=initial) as shown:
+        for n in steps:
+            shown.update(n)
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 10
+    assert lines[-1] == f"eval s: {total} of {total} answers"
+    assert len(set(lines)) == len(lines)
+
+
+def test_the_sum_may_be_shown_in_place_of_what_was_added(capsys):
+    with Progress(10, "rewrites", "sample") as shown:
+        shown.show(4)
+        shown.show(4)
+        shown.show(10, "loss 0.5")
+    assert capsys.readouterr().out == "rewrites: 4 of 10 samples\nrewrites: 10 of 10 samples  loss 0.5\n"
+
+
+def test_lines_keep_a_pause(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress(1_000_000_000, "audit", "B", pause=30.0, on_stderr=True) as shown:
+        for _ in range(100):
+            now[0] += 1.0
+            shown.update(10_000_000)
+    output = capsys.readouterr()
+    assert output.err.splitlines() == [f"audit: {n} of 1000 MB" for n in (300, 600, 900)]
+    assert output.out == ""
+
+
+def test_an_unknown_total_gives_lines_at_intervals_that_double(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress(None, "scan", "record") as shown:
+        for _ in range(100_000):
+            now[0] += 1.0
+            shown.update()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["scan: 30 records", "scan: 90 records", "scan: 210 records"]
+    assert len(lines) == 10
+
+
+def test_no_total_at_all_is_no_division_by_zero(capsys):
+    with Progress(0, "nothing") as shown:
+        shown.show(0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_caller_that_writes_its_own_lines_knows_whether_a_bar_is_drawn(capsys):
+    with Progress(10, "run", lines=0) as shown:
+        shown.update(10)
+        assert shown.bar is None
+    assert capsys.readouterr().out == ""
+
+
+def test_warnings_are_marked_and_given_once(capsys):
+    for _ in range(2):
+        log.info("plain")
+        log.warning("one %s", "warning")
+        log.warning("another warning")
+        log.error("an error")
+    assert capsys.readouterr().out.splitlines() == [
+        *("plain", "WARNING: one warning", "WARNING: another warning", "ERROR: an error"),
+        *("plain", "ERROR: an error"),
+    ]
+
+
+@pytest.mark.parametrize("names", [("RANK",), ("SLURM_PROCID", "SLURM_STEP_ID")])
+def test_other_ranks_are_silent_unless_the_record_concerns_them(capsys, monkeypatch, names):
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    log.info("of the run")
+    log.warning("of the run")
+    log.info("of this rank", extra=EVERY_RANK)
+    log.warning("of this rank", extra=EVERY_RANK)
+    with Progress(1, "task") as shown:
+        shown.update()
+    assert capsys.readouterr().out == "of this rank\nWARNING: of this rank\n"
+
+
+def test_a_process_in_a_job_that_srun_did_not_start_is_alone(capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    log.info("text")
+    assert capsys.readouterr().out == "text\n"
+
+
+def test_a_broken_launch_does_not_end_the_log(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    log.info("text")
+    monkeypatch.setenv("RANK", "many")
+    log.info("100% of it")
+    assert capsys.readouterr().out == "text\n100% of it\n"
+
+
+def test_child_loggers_and_standard_error(capsys):
+    logging.getLogger("mirage_dist.evals").info("child")
+    log.info("aside", extra=ON_STDERR)
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("child\n", "aside\n")
+
+
+def test_pytest_sees_the_records(caplog):
+    log.warning("seen")
+    assert caplog.messages == ["seen"]
+
+
+def test_text_is_on_the_stream_when_the_call_returns():
+    code = "from mirage_dist.progress import log; import os; log.info('text'); os._exit(0)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "text\n"
