@@ -156,7 +156,8 @@ def build(parameters: int, group: Any) -> Any:
             return self.hf(x)
 
     module = Model()
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-5, fused=group.device.type == "cuda")
+    parameters_of_all = {"params": list(module.parameters()), "match": None, "peak": 1e-5, "share": 1.0}
+    optimizer = torch.optim.AdamW([parameters_of_all], 1e-5, fused=group.device.type == "cuda")
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},

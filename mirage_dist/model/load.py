@@ -173,19 +173,20 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layer: int | None, depth: int | None) -> None:
-    """Raise ConfigError for what the model does not have or cannot do, from its configuration alone: a name pattern, a
-    layer, packing, a vision tower whose features can be cached.
+def check_names(model: ModelConfig, data: DataConfig, layer: int | None, depth: int | None) -> Policy:
+    """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
-    layer: the one that is tapped. depth: see `policy`.
+    layer: the one that is tapped. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
+    layer that does not exist, or when the model cannot be packed or its vision features cannot be cached.
     """
-    found = weightless(model, depth)
+    built = weightless(model, depth)
     if layer is not None:
-        activations.check_layer(found.backbone, layer)
+        activations.check_layer(built.backbone, layer)
     if data.packing:
-        check_packing(found.backbone)
+        check_packing(built.backbone)
     if data.cache_vision:
-        vision.check(found.base)
+        vision.check(built.base)
+    return built
 
 
 def weightless(model: ModelConfig, depth: int | None = None) -> Policy:

@@ -17,7 +17,14 @@ from mirage_dist.schema.evaluation import (
     JudgeConfig,
     TemplateConfig,
 )
-from mirage_dist.schema.training import LoraConfig, ModelConfig, MonitorConfig, TrainConfig, TrainRecipe
+from mirage_dist.schema.training import (
+    GroupConfig,
+    LoraConfig,
+    ModelConfig,
+    MonitorConfig,
+    TrainConfig,
+    TrainRecipe,
+)
 
 __all__ = [
     "ChatConfig",
@@ -29,6 +36,7 @@ __all__ = [
     "EvalRecipe",
     "EvalSetConfig",
     "GenerationConfig",
+    "GroupConfig",
     "JudgeConfig",
     "LoraConfig",
     "ModelConfig",

@@ -18,6 +18,7 @@ from mirage_dist.ranks import Group, gather
 from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, MicroBatch
+from mirage_dist.train.optimizers.groups import set_rates
 
 
 class NonFinite(RunError):
@@ -61,8 +62,7 @@ class Loop:
         """
         counts = self.agree(number, self.feed.counts(window))
         rate = learning_rate(self.train, number, self.feed.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        group_rates = set_rates(self.engine.optimizer, rate)
         sums: dict[str, Tensor] = {}
         for micro in window:
             terms = self.objective(self.views(micro.to(self.group.device)))
@@ -76,7 +76,8 @@ class Loop:
                 sums[t.name] = sums.get(t.name, 0) + t.sum.detach()
         local = [sums[t.name].double() for t in terms]
         table = gather(self.group, [*torch.stack(local).tolist(), *flags], f"terms of step {number}")
-        return self.record(number, rate, counts, terms, table[:, : len(terms)].sum(0)), table[:, len(terms) :]
+        record = self.record(number, rate, counts, terms, table[:, : len(terms)].sum(0))
+        return record | ({"group_lr": group_rates} if group_rates else {}), table[:, len(terms) :]
 
     def agree(self, number: int, own: Mapping[str, float]) -> dict[str, float]:
         """Global counts of the whole window, before its first forward; every rank must be at the same step."""

@@ -29,6 +29,7 @@ from mirage_dist.train.feed import Feed, check_streams, read_streams
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
+from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.watchdog import Watchdog
 
 
@@ -52,7 +53,8 @@ def check(recipe: TrainRecipe, world_size: int) -> tuple[Objective, dict[str, So
     """
     objective, config = check_recipe(recipe, world_size)
     directory.check(recipe.model.path, weights=False)
-    load.check_names(recipe.model, recipe.data, objective.needs.layer, objective.needs.depth)
+    policy = load.check_names(recipe.model, recipe.data, objective.needs.layer, objective.needs.depth)
+    split(policy, recipe.train)
     return objective, read_streams(recipe, objective.needs), config
 
 
