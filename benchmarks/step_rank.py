@@ -115,26 +115,31 @@ def ours(recipe: Any, group: Any) -> Step:
     """The step of `mirage train`."""
     import torch
 
+    from mirage_dist.liveness import Owner
     from mirage_dist.model import load
     from mirage_dist.train import engine as engines
-    from mirage_dist.train import run
+    from mirage_dist.train.context import Run
     from mirage_dist.train.feed import Feed
     from mirage_dist.train.lease import Lease
     from mirage_dist.train.loop import Loop
+    from mirage_dist.train.planning.check import check_inputs, check_recipe
+    from mirage_dist.train.run import reference_of
 
-    objective, streams, config = run.check(recipe, group.size)
-    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    checked = check_recipe(recipe, group.size)
+    objective, needs = checked.objective, checked.needs
+    feed = Feed(recipe, needs, check_inputs(checked), load.processor(recipe.model))
     torch.manual_seed(recipe.seed)
-    engine = engines.build(recipe, config, group, objective.needs.depth)
+    engine = engines.build(recipe, checked.deepspeed, group, needs.depth)
     objective.start(engine.module.hidden_size, recipe.seed)
-    lease = Lease(Path(recipe.run.dir), "benchmark")
+    lease = Lease(Path(recipe.run.dir), Owner("benchmark"))
     lease.workspace.mkdir(parents=True, exist_ok=True)
-    forward, cache = run._reference(recipe, engine, config, feed, group, load.base_hash(recipe.model.path), lease)
-    loop = Loop(recipe, engine, objective, feed, group, forward, cache)
+    manifest = {"base_hash": load.base_hash(recipe.model.path)}
+    run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
+    loop = Loop(run, reference_of(run))
 
     def step(number: int) -> tuple[float, int]:
-        told = loop.step(number, feed.window(number, group))[0]
-        return told["loss"], told["tokens"] // group.size
+        record = loop.step(number, feed.window(number, group))[0]
+        return record["loss"], record["tokens"] // group.size
 
     return step
 
@@ -146,11 +151,12 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
     import torch
 
     from mirage_dist.model import load
-    from mirage_dist.train import run
     from mirage_dist.train.feed import Feed
+    from mirage_dist.train.planning.check import check_inputs, check_recipe
 
-    objective, streams, config = run.check(recipe, group.size)
-    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    checked = check_recipe(recipe, group.size)
+    objective, config = checked.objective, checked.deepspeed
+    feed = Feed(recipe, objective.needs, check_inputs(checked), load.processor(recipe.model))
     hf = load.policy(recipe.model, recipe.train.dtype, config).hf
     optimizer = torch.optim.AdamW(
         [p for p in hf.parameters() if p.requires_grad], recipe.train.lr, weight_decay=0.0, fused=True

@@ -162,17 +162,20 @@ def _train(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
     from mirage_dist import inputs
-    from mirage_dist.train import run
+    from mirage_dist.train.planning import check
 
-    run.check_recipe(recipe, place()[2])
+    checked = check.check_recipe(recipe, place()[2])
     if parsed.check:
         if not inputs.missing(recipe):
-            print(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({run.dry(recipe)})")
+            counts = check.check_samples(checked)
+            print(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
         else:
             print(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start")
         return
+    from mirage_dist.train import run
+
     inputs.make(recipe)
-    run.train(recipe)
+    run.train(checked)
     exit_well()
 
 

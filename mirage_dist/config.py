@@ -1,15 +1,14 @@
 """Recipes: YAML files merged with dot-list overrides, checked against frozen dataclasses.
 
-OmegaConf reads, merges and interpolates; `schema` has the dataclasses. Every error names the
-key, what was found and what is allowed. This module imports neither torch nor transformers, so that a
-typo is reported in a fraction of a second.
+OmegaConf reads, merges and interpolates; `schema` holds the dataclasses. Every error names the key, its value and the
+allowed values. This module imports neither torch nor transformers, so that a typo is reported in a fraction of a
+second.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import types
 import typing
@@ -20,10 +19,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mirage_dist import disk
 from mirage_dist.schema import Choice, ConfigError
 
 T = TypeVar("T")
-# ${fixed2:0.5} is 0.50: how folders that are named by a number spell it.
+# ${fixed2:0.5} is 0.50, as folders named after a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,8 +35,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     """Read a YAML recipe, apply `key=value` overrides, check and freeze.
 
-    Raises ConfigError for a file that is not there or not YAML, an override that is no `key=value`, an unknown
-    key (naming the nearest right one) or a wrong value (naming what is allowed).
+    Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
+    key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
     file = find(path)
     try:
@@ -197,9 +197,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_yaml(config: Any) -> str:
+    """The resolved recipe as YAML; `load` reads it back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
 def write_yaml(config: Any, path: Path) -> None:
-    """Write the resolved recipe; `load` reads it back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    """Write `to_yaml(config)`."""
+    path.write_text(to_yaml(config))
 
 
 def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:
@@ -212,7 +217,7 @@ def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:
             node = (node or {}).get(parent)
         if node:
             node.pop(last, None)
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return disk.digest(tree)
 
 
 def differences(mine: Any, other: Any, key: str = "") -> list[str]:

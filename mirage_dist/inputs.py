@@ -12,6 +12,7 @@ from pathlib import Path
 from mirage_dist import config as configs
 from mirage_dist import launching, signals
 from mirage_dist.embedded import world as embedded_world
+from mirage_dist.progress import log
 from mirage_dist.ranks import no_bars_in_logs, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 
@@ -49,7 +50,7 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe) -> None:
     for name, prepare in (("prepared", _prepare), ("diversified", _diversify)):
         folder = embedded_world.safety_dir(world) / name
         if any(path.parent == folder for path in paths) and not folder.is_dir():
-            print(f"{name}: {prepare(world)}", flush=True)
+            log.info(f"{name}: {prepare(world)}")
 
 
 def missing(recipe: TrainRecipe) -> list[Path]:

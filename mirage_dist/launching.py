@@ -1,4 +1,4 @@
-"""Starting a training run of several processes on this machine from a process that is none of them."""
+"""Starting a training run of several processes on this machine, from a process outside that run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.schema import ConfigError
 
 LAUNCHER = REPOSITORY / "launch" / "local.sh"
-# Variables by which a process knows that it is one of many; a run started from within is not one of them.
+# Variables that make a process a rank of a job; a run that such a process starts must not inherit them.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
-    """`launch/local.sh RANKS train FILE …`, to its end; a signal is passed on.
+    """Run `launch/local.sh RANKS train FILE …` to its end; a signal is passed on to it.
 
     Raises StopRequested after a signal, and ConfigError when the run ends with an error.
     """
@@ -32,13 +32,13 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
             process.wait()
         time.sleep(0.1)
     if name := signals.received():
-        raise signals.StopRequested(f"{name} came during a training run; what is whole of it is kept")
+        raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
     if process.returncode:
         raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
 
 
 def _gpus_for(ranks: int) -> dict[str, str]:
-    """The variable that keeps processes off the GPUs where there are fewer than one each."""
+    """The variable that keeps the processes off the GPUs where there is less than one GPU for each."""
     import torch
 
     return {} if torch.cuda.device_count() >= ranks else {"CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,4 @@
-"""Rank, world size and device from Slurm, torchrun or nothing, and the two collectives the loop makes itself."""
+"""The ranks of one job: rank, world size and device from Slurm, torchrun or nothing, and the loop's own collectives."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# Of one collective, beyond the watchdog's limit: the watchdog knows which rank is missing, so it shall speak first.
+# A collective times out this much later than the watchdog, which knows the missing rank and should report first.
 COLLECTIVE_GRACE = 120.0  # seconds
 
-_calls: list[Any] = [0, "the start"]  # how many agreements this process has entered, and the last one's name
+_calls: list[Any] = [0, "the start"]  # number of `gather` and `barrier` calls so far, and the name of the last
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among all: rank in [0, size), device it computes on."""
+    """This process and its job: rank in [0, size), number of ranks, and the device that this rank computes on."""
 
     rank: int
     local_rank: int
@@ -50,9 +50,9 @@ _LAUNCHERS = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCA
 
 
 def place() -> tuple[int, int, int]:
-    """(rank, local rank, size) from the environment; (0, 0, 1) where nothing launched us.
+    """(rank, local rank, size) from the launcher's environment variables; (0, 0, 1) without a launcher.
 
-    Imports no torch. Raises ConfigError when a launcher set only some of its variables.
+    Imports no torch. Raises ConfigError when only some of the launcher's variables are set.
     """
     for names in _LAUNCHERS:
         if names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
@@ -70,7 +70,8 @@ def place() -> tuple[int, int, int]:
 def start(hang_seconds: float = 1800.0) -> Group:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device.
 
-    hang_seconds: after which a rank that does not move ends the run (see `train.watchdog`).
+    hang_seconds: a rank that makes no progress for this long ends the run (see `train.watchdog`).
+    Raises ConfigError when this machine has fewer GPUs than local ranks.
     """
     import torch
 
@@ -100,7 +101,7 @@ def start(hang_seconds: float = 1800.0) -> Group:
 
 
 def quieten(rank: int) -> None:
-    """Leave the log to what a user can act on: libraries warn of their own deprecations at every step."""
+    """Silence what a user cannot act on: libraries warn of their own deprecations at every step."""
     import deepspeed.utils
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -110,7 +111,7 @@ def quieten(rank: int) -> None:
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed, before its first import, that there is no GPU: it warns on every rank when it has to find out."""
+    """Name the CPU as DeepSpeed's accelerator where no GPU exists; otherwise its import warns on every rank."""
     import torch
 
     if not torch.cuda.is_available():
@@ -118,7 +119,7 @@ def name_accelerator() -> None:
 
 
 def no_bars_in_logs(rank: int = 0) -> None:
-    """transformers draws bars for reading and writing weights; a log would keep every state of them."""
+    """Switch off transformers' bars for reading and writing weights, of which a log would keep every state."""
     name_accelerator()
     import transformers
 
@@ -127,7 +128,7 @@ def no_bars_in_logs(rank: int = 0) -> None:
 
 
 def finish() -> None:
-    """Leave the process group after an error; a later exit then waits for nobody."""
+    """Leave the process group after an error, so that the exit of this process waits for no other rank."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -170,13 +171,13 @@ def gather(group: Group, values: Sequence[float], call: str) -> torch.Tensor:
     if (table[:, 0] != own[0]).any():
         calls: list[str | None] = [None] * group.size
         dist.all_gather_object(calls, f"{call} with {len(values)} values")
-        told = "; ".join(f"rank {rank}: {said}" for rank, said in enumerate(calls))
-        raise RuntimeError(f"ranks are not at the same point ({told})")
+        points = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(calls))
+        raise RuntimeError(f"ranks are not at the same point ({points})")
     return table[:, 1 : len(own)]
 
 
 def last_call() -> tuple[int, str]:
-    """How many agreements (`gather`, `barrier`) this process has entered, and the name of the last one."""
+    """The number of `gather` and `barrier` calls of this process so far, and the name of the last one."""
     return _calls[0], _calls[1]
 
 
@@ -188,31 +189,31 @@ def store() -> Any:
 
 
 def from_main(group: Group, value: T) -> T:
-    """Rank 0's value on every rank; what the others pass is not used."""
+    """Rank 0's value on every rank; the values that other ranks pass are ignored."""
     import torch.distributed as dist
 
-    barrier(group, "what rank 0 has to tell")
+    barrier(group, "a value of rank 0")
     if group.size == 1:
         return value
-    told = [value]
-    dist.broadcast_object_list(told, src=0, device=group.device)
-    return told[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=group.device)
+    return values[0]
 
 
 def everyones(group: Group, value: T) -> list[T]:
     """Every rank's value, in the order of ranks."""
     import torch.distributed as dist
 
-    barrier(group, "what every rank has to tell")
-    told: list[Any] = [value]
+    barrier(group, "a value of every rank")
+    values: list[Any] = [value]
     if group.size > 1:
-        told = [None] * group.size
-        dist.all_gather_object(told, value)
-    return told
+        values = [None] * group.size
+        dist.all_gather_object(values, value)
+    return values
 
 
 def stop_here(group: Group, call: str) -> None:
-    """Raise StopRequested on every rank when a signal reached any of them; a place where nothing is left to commit."""
+    """Raise StopRequested on every rank when a signal has reached any of them. Call it where nothing is uncommitted."""
     if gather(group, [signals.received() is not None], call).any():
         raise signals.StopRequested(f"stopped on request at {call!r}; nothing was left to commit")
 

@@ -1,7 +1,7 @@
 """SIGUSR1 and SIGTERM as a request to stop in order: finish the step, commit, exit with a status that says "again".
 
-A scheduler sends them before a time limit, at a preemption, at a cancellation. The handler only takes a note; whoever
-does the work asks for it where stopping is safe.
+A scheduler sends them before a time limit, at a preemption and at a cancellation. The handler only records the signal;
+the code at work checks for it wherever it can stop safely.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import os
 import signal
 from types import FrameType
 
-# EX_TEMPFAIL of sysexits.h: nothing failed, all is committed, the same command goes on. slurm/common.sh requeues on it.
+# EX_TEMPFAIL of sysexits.h: nothing failed, all work is committed, and the same command continues it. slurm/common.sh
+# requeues the job on this status.
 STOPPED = 75
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -18,17 +19,17 @@ _received: list[str] = []
 
 
 class StopRequested(Exception):
-    """Raised where work can be left; the message says what is committed."""
+    """Raised at a point where the work can stop; the message says what is committed."""
 
 
 def install() -> None:
-    """Note the signals instead of dying by them; as early as can be, since importing torch takes seconds."""
+    """Record the signals instead of dying from them. Call it early: importing torch takes seconds."""
     for number in SIGNALS:
         signal.signal(number, handler)
 
 
 def received() -> str | None:
-    """The name of the first signal that came, None so far."""
+    """The name of the first signal received, None before one arrives."""
     return _received[0] if _received else None
 
 

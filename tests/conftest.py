@@ -16,7 +16,11 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.data import sources
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
+from mirage_dist.liveness import Owner
+from mirage_dist.ranks import Group
 from mirage_dist.schema import SourceConfig, WorldConfig
+from mirage_dist.train.context import Run
+from mirage_dist.train.lease import Lease
 
 settings.register_profile("untimed", deadline=None)  # tests state properties; a busy machine has none of its own
 settings.load_profile("untimed")
@@ -48,6 +52,13 @@ class Engine(torch.nn.Module):
 
     def forward(self, *told):
         return self.module(*told)
+
+
+def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:
+    """The context of a run of this process alone, without DeepSpeed; its lease owns nothing yet."""
+    alone = Group(0, 0, 1, torch.device("cpu"))
+    lease = Lease(Path(recipe.run.dir), Owner("test"))
+    return Run(recipe, alone, objective, feed, engine, {}, {"base_hash": base}, lease)
 
 
 class Toy:

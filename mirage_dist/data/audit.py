@@ -26,7 +26,8 @@ from tqdm import tqdm
 from mirage_dist import stats
 from mirage_dist.data import records, sources
 from mirage_dist.data.refusals import is_refusal, is_refusal_as_published
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.schema import ConfigError, SourceConfig
 
 FDR = 0.05  # of the values that are said to be tied to a kind of response, the share that may be by chance

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mirage_dist.data import rewording, stream
-from mirage_dist.data.sources import Sample
+from mirage_dist.data import stream, words
+from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, DiversifyConfig
 
 # Of samples and a first word: each question reworded to begin with it, None where that failed.
@@ -37,7 +37,7 @@ def diversify(
     said: dict[tuple[int, str], str | None] = {}
     for wording, members in by_wording.items():
         own = [samples[i] for i in members]
-        told = reword(own, wording) if reword else [rewording.fill(wording, sample) for sample in own]
+        told = reword(own, wording) if reword else [words.fill_template(wording, sample) for sample in own]
         said.update(zip(((i, wording) for i in members), told, strict=True))
     made: list[Sample] = []
     for i, sample in enumerate(samples):

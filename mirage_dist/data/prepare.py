@@ -21,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 
 from mirage_dist.config import config_hash, differences, to_dict
-from mirage_dist.data import diversify, rewording, sources, stream
+from mirage_dist.data import diversify, sources, stream, words
 from mirage_dist.data.diversify import Reword
 from mirage_dist.data.refusals import is_refusal
-from mirage_dist.data.sources import Sample, Source
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import Source
 from mirage_dist.schema import ConfigError, PrepareRecipe
 
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
@@ -90,7 +91,7 @@ def _check(recipe: PrepareRecipe) -> None:
         if recipe.fill or recipe.retain_size is not None or recipe.unsafe_questions_on_safe_images:
             raise ConfigError("answers=none makes no retain set; leave out what is about it (fill, retain_size, …)")
     if recipe.diversify is not None and recipe.diversify.templates:
-        rewording.check(recipe.diversify.templates, "diversify.templates")
+        words.check_templates(recipe.diversify.templates, "diversify.templates")
     if recipe.fill and recipe.retain_size is None:
         raise ConfigError("retain_size is missing: how many samples to retain, `fill` included")
     if not 0 <= recipe.min_match <= 1:

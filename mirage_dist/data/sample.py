@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -11,10 +14,10 @@ class Sample:
 
     image: path of the picture, None for a text-only record. answer: "" where the data publish none. safe: whether the
     *pair* should be answered (VLGuard's label for the split it comes from). history: earlier (question, answer) turns,
-    oldest first. references: what each annotator answered, for benchmarks that score against several; `answer` is then
-    the most frequent of them. begun: what stands in the answer's place already when the model is asked (see
-    `evals.attacks.prefill`); no file has it. source: the file it was read from, for messages. `id` is unique within a
-    source file and split.
+    oldest first. references: the answer of each annotator, for benchmarks that score against several; `answer` is then
+    the most frequent of them. begun: the text with which an attack begins the model's answer (see
+    `evals.attacks.prefill`); "" in every file. source: the file that the sample was read from, for messages. `id` is
+    unique within a source file and split.
     """
 
     id: str
@@ -25,5 +28,22 @@ class Sample:
     category: str
     source: str
     history: tuple[tuple[str, str], ...] = ()
-    references: tuple[str, ...] = field(default=(), repr=False)  # no part of what a run trains on, which is hashed so
+    references: tuple[str, ...] = field(default=(), repr=False)
     begun: str = field(default="", repr=False)
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the fields that decide what a run trains on.
+
+        These are id, image (the path), question, answer, safe, category and history: the same sample in a moved file
+        has the same digest. The digest depends on no version of Python and on no change to this class's other fields.
+        """
+        fields = [self.id, self.image, self.question, self.answer, self.safe, self.category, self.history]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def stream_digest(samples: Iterable[Sample]) -> str:
+    """SHA-256, in hexadecimal, over the samples' digests in their order: the same samples reordered hash otherwise."""
+    total = hashlib.sha256()
+    for sample in samples:
+        total.update(bytes.fromhex(sample.digest()))
+    return total.hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,6 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
 
 FOLDERS = ("mm_safetybench",)  # formats of which `path` may be a folder of files
-FIRST_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass
@@ -212,31 +210,17 @@ def _digests(samples: Sequence[Sample]) -> dict[str, bytes]:
     return {path: hashlib.sha256(Path(path).read_bytes()).digest() for path in distinct}
 
 
-def first_words(samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    """Lower-cased first word -> {"refusal": n, "answer": n} answers, most frequent first (the paper's Fig. 3).
-
-    A question without a word counts under "".
-    """
-    counts: dict[str, Counter[str]] = {}
-    for sample in samples:
-        word = FIRST_WORD.search(sample.question)
-        count = counts.setdefault(word[0].lower() if word else "", Counter())
-        count["refusal" if is_refusal(sample.answer) else "answer"] += 1
-    ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
-    return {word: {"refusal": count["refusal"], "answer": count["answer"]} for word, count in ordered}
-
-
-def check_forget(samples: Sequence[Sample]) -> None:
-    """Raise ConfigError for a forget set that is empty or would unlearn refusing.
+def check_forget(samples: Sequence[Sample], stream: str = "forget") -> None:
+    """Raise ConfigError for a stream of answers to unlearn that is empty or would unlearn refusing.
 
     The second happens when the answers to forget were joined wrongly and the refusals stayed in their place.
     """
     if not samples:
-        raise ConfigError("data.streams.forget: no sample; nothing would be unlearned")
+        raise ConfigError(f"data.streams.{stream}: no sample; nothing would be unlearned")
     refused = [sample.id for sample in samples if is_refusal(sample.answer)]
     if refused:
         raise ConfigError(
-            f"data.streams.forget: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
+            f"data.streams.{stream}: {len(refused)} of {len(samples)} answers look like refusals (first ids: "
             f"{', '.join(refused[:3])}); the model would unlearn refusing. Harvest the answers to forget first "
             "(`mirage prepare`), or set data.refusals_in_forget=allow"
         )

@@ -14,7 +14,7 @@ import torch
 
 from mirage_dist import stats
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.setting import Setting, group, order
 from mirage_dist.evals.models.generate import Generator
 from mirage_dist.schema import ConfigError

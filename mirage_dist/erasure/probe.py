@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.setting import Setting, content, group
 from mirage_dist.evals.attacks.prefill import check_pattern

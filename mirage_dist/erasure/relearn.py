@@ -17,13 +17,15 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import launching
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.setting import SET, Forget, Setting, attack_rate, group
 from mirage_dist.evals.metrics import Leaf
 from mirage_dist.model.shards import committed, step_of
+from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, SourceConfig, TrainRecipe
 from mirage_dist.train import run
+from mirage_dist.train.planning import check
 
 RELEARNED, OTHER = "relearned", "other"
 
@@ -62,7 +64,7 @@ class Relearning:
     def check(self, forget: Forget, seed: int) -> TrainRecipe:
         """The recipe to train by. Raises ConfigError for what can be known of it and of the samples beforehand."""
         recipe = configs.load(self.recipe, self.overrides, TrainRecipe)
-        run.check_recipe(recipe, self.ranks or 1)
+        check.check_recipe(recipe, self.ranks or 1)
         if len(recipe.data.streams) != 1:
             raise ConfigError(f"relearning.recipe={self.recipe}: has streams {list(recipe.data.streams)}; expected one")
         pool, _ = self.split(forget, seed)
@@ -121,7 +123,7 @@ class Relearning:
         if there[-1:] == [recipe.train.max_steps]:
             return
         if self.ranks is None:
-            run.train(recipe)
+            run.train(check.check_recipe(recipe, place()[2]))
             gc.collect()  # the engine's memory is wanted for the evaluation
             torch.cuda.empty_cache()
             return

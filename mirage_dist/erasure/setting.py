@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mirage_dist import signals
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
 from mirage_dist.evals.metrics import Leaf
 from mirage_dist.evals.sharing.files import suite_dir, write_atomically

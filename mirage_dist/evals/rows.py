@@ -15,7 +15,8 @@ from typing import Any
 
 from mirage_dist.config import differences
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample, Source
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import Source
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.metrics import Condition

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mirage_dist import signals
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals import rows
 from mirage_dist.evals.rows import Ask, Chunk
 from mirage_dist.evals.sharing.claims import Claim, Claims

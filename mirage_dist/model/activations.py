@@ -7,7 +7,7 @@ differs (`Prefix`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -99,15 +99,15 @@ def seeing(backbone: Any, layers: set[int], depth: int | None = None) -> Iterato
 
 
 def run(
-    backbone: Any, layers: range, hidden_BSD: Tensor, arguments: dict[str, Any], tap: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """These decoder layers, one after the other; their output, and that of layer `tap` if it is among them."""
-    tapped = None
+    backbone: Any, layers: range, hidden_BSD: Tensor, arguments: dict[str, Any], taps: Collection[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run these decoder layers one after the other: the last output, and the outputs of those among `taps`."""
+    tapped = {}
     for number in layers:
         output = decoder(backbone).layers[number](hidden_BSD, **arguments)
         hidden_BSD = output[0] if isinstance(output, tuple) else output
-        if number == tap:
-            tapped = hidden_BSD
+        if number in taps:
+            tapped[number] = hidden_BSD
     return hidden_BSD, tapped
 
 

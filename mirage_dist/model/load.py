@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -173,14 +173,14 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layer: int | None, depth: int | None) -> Policy:
+def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> Policy:
     """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
-    layer: the one that is tapped. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
+    layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
     layer that does not exist, or when the model cannot be packed or its vision features cannot be cached.
     """
     built = weightless(model, depth)
-    if layer is not None:
+    for layer in layers:
         activations.check_layer(built.backbone, layer)
     if data.packing:
         check_packing(built.backbone)

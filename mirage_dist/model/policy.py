@@ -18,8 +18,8 @@ class Request(NamedTuple):
     """What to compute; positions are flat (b·S + t) into the hidden states.
 
     index_N, labels_N: rows whose log-probability is wanted, and what they predict. kl_index_M: rows whose KL to
-    `ref_logits_MV` is wanted; without reference logits, whose own logits are (what a reference is asked). layer: tap
-    this decoder layer. narrow: only these rows go on from a layer; every row asked for above must be among them.
+    `ref_logits_MV` is wanted; without reference logits, whose own logits are (what a reference is asked). layers: tap
+    these decoder layers. narrow: only these rows go on from a layer; every row asked for above must be among them.
     share: keep what goes into this layer. prefix: start with that, whatever the inputs are. vision: nothing but
     the features of the pictures (see `model.vision`).
     """
@@ -28,7 +28,7 @@ class Request(NamedTuple):
     labels_N: Tensor | None = None
     kl_index_M: Tensor | None = None
     ref_logits_MV: Tensor | None = None
-    layer: int | None = None
+    layers: tuple[int, ...] = ()
     narrow: Narrow | None = None
     share: int | None = None
     prefix: Prefix | None = None
@@ -36,15 +36,15 @@ class Request(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activation_BSD, vision_IPF in the model's dtype. None where not asked for.
+    """logp_N, kl_M, logits_MV in float32; activations, vision_IPF in the model's dtype. None where not requested.
 
-    activation_BSD holds the rows that reached the tapped layer; prefix is what `share` asked for.
+    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: what `share` requests.
     """
 
     logp_N: Tensor | None = None
     kl_M: Tensor | None = None
     logits_MV: Tensor | None = None
-    activation_BSD: Tensor | None = None
+    activations_BSD: dict[int, Tensor] | None = None
     prefix: Prefix | None = None
     vision_IPF: Tensor | None = None
 
@@ -84,15 +84,15 @@ class Policy(nn.Module):
         return [p for module in later for p in module.parameters() if id(p) not in tied]
 
     def forward(self, inputs: dict[str, Tensor], request: Request) -> Outputs:
-        """One pass; it ends behind the tapped layer when no row of the head's is needed."""
+        """One pass; it ends after the last tapped layer when no output of the LM head is requested."""
         if request.vision:
             return Outputs(vision_IPF=vision.features(self.backbone, inputs["pixel_values"]))
         needs_head = request.index_N is not None or request.kl_index_M is not None
-        end = self.depth if needs_head or request.layer is None else request.layer + 1
+        end = self.depth if needs_head or not request.layers else max(request.layers) + 1
         if request.prefix is not None:
             layers, prefix = range(request.prefix.layer, end), request.prefix
-            _, tapped = activations.run(self.backbone, layers, prefix.hidden_BSD, prefix.arguments, request.layer)
-            return Outputs(activation_BSD=tapped)
+            _, tapped = activations.run(self.backbone, layers, prefix.hidden_BSD, prefix.arguments, request.layers)
+            return Outputs(activations_BSD=tapped)
         narrow = request.narrow if request.narrow is not None and request.narrow.first < end else None
         hidden_BSD, tapped_BSD, prefix = self.hidden(inputs, request._replace(narrow=narrow), end)
         logp_N = kl_M = logits_MV = None
@@ -111,20 +111,20 @@ class Policy(nn.Module):
 
     def hidden(
         self, inputs: dict[str, Tensor], request: Request, end: int
-    ) -> tuple[Tensor, Tensor | None, Prefix | None]:
-        """Through `end` decoder layers and the norm: hidden states, the tapped layer's output, the prefix to share."""
-        narrow, share, tap = request.narrow, request.share, request.layer
+    ) -> tuple[Tensor, dict[int, Tensor], Prefix | None]:
+        """Through `end` decoder layers and the norm: hidden states, outputs of tapped layers, the prefix to share."""
+        narrow, share, taps = request.narrow, request.share, request.layers
         entered = vision.entered(self.backbone, inputs)
         own = end if narrow is None else narrow.first  # layers that the backbone itself runs
-        asked = {number for number in (share, tap, own - 1) if number is not None and number < own}
-        with activations.seeing(self.backbone, asked, own) as seen:
+        kept = {number for number in (share, *taps, own - 1) if number is not None and number < own}
+        with activations.seeing(self.backbone, kept, own) as seen:
             hidden_BSD = self.backbone(**entered, use_cache=False).last_hidden_state
-        tapped_BSD = seen.outputs.get(-1 if tap is None else tap)
+        tapped_BSD = {number: seen.outputs[number] for number in taps if number < own}
         if narrow is not None:
             _, arguments = seen.inputs[own - 1]
             hidden_BSD, arguments = activations.narrowed(seen.outputs[own - 1], arguments, narrow.rows)
-            hidden_BSD, late_BSD = activations.run(self.backbone, range(own, end), hidden_BSD, arguments, tap)
-            tapped_BSD = late_BSD if tapped_BSD is None else tapped_BSD
+            hidden_BSD, late_BSD = activations.run(self.backbone, range(own, end), hidden_BSD, arguments, taps)
+            tapped_BSD |= late_BSD
             hidden_BSD = activations.decoder(self.backbone).norm(hidden_BSD)
         prefix = None
         if share is not None:

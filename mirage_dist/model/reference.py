@@ -1,12 +1,13 @@
-"""The reference model in three forms: the policy with its adapters off, a frozen sharded engine, or a cache.
+"""The reference model in three forms: a cache, the policy with its adapters off, or a frozen sharded engine.
 
-The cache holds response-token log-probabilities, which are constants of a frozen model. It is filled by the
-policy itself before anything has trained, so that no second model is ever in memory.
+The cache holds the log-probabilities of response tokens, which are constants of a frozen model. The policy itself
+fills it before anything has trained, so that a second model is never in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,49 @@ from mirage_dist.model import activations
 from mirage_dist.model.policy import Outputs, Policy, Request, no_grad_forward
 from mirage_dist.schema import ConfigError
 
-Forward = Callable[[dict[str, Tensor], Request], Outputs]
+SampleKey = tuple[str, int]  # stream, index of the sample in it
 
 
-def adapters_off(engine: Any) -> Forward:
+class Reference(ABC):
+    """What the policy is compared with."""
+
+    @abstractmethod
+    def outputs(self, inputs: dict[str, Tensor], request: Request, samples: Sequence[SampleKey]) -> Outputs:
+        """What `request` names, under the reference; without a gradient.
+
+        inputs: the model's keyword arguments. samples: those whose response tokens `request.index_N` holds, in order.
+        """
+
+
+class Frozen(Reference):
+    """A second engine, whose parameters never change."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def outputs(self, inputs: dict[str, Tensor], request: Request, samples: Sequence[SampleKey]) -> Outputs:
+        return no_grad_forward(self.engine, inputs, request)
+
+
+class AdaptersOff(Reference):
     """The policy without its adapters. Raises ConfigError when it has none."""
-    hf = engine.module.hf
-    if not hasattr(hf, "disable_adapter"):
-        raise ConfigError("reference=adapters_off needs model.lora; full fine-tuning has cache or engine")
 
-    def forward(inputs: dict[str, Tensor], request: Request) -> Outputs:
-        with hf.disable_adapter():
-            return no_grad_forward(engine, inputs, request)
+    def __init__(self, engine: Any) -> None:
+        if not hasattr(engine.module.hf, "disable_adapter"):
+            raise ConfigError("reference=adapters_off requires model.lora; use cache or engine for full fine-tuning")
+        self.engine = engine
 
-    return forward
-
-
-def frozen(engine: Any) -> Forward:
-    """A second engine whose parameters never change."""
-    return lambda inputs, request: no_grad_forward(engine, inputs, request)
+    def outputs(self, inputs: dict[str, Tensor], request: Request, samples: Sequence[SampleKey]) -> Outputs:
+        with self.engine.module.hf.disable_adapter():
+            return no_grad_forward(self.engine, inputs, request)
 
 
 def shared_layer(policy: Policy, tap: int) -> int | None:
-    """The lowest decoder layer that trains: what goes into it is the same in policy and reference, so that a reference
-    which is asked for the output of layer `tap` can start there.
+    """The lowest decoder layer that trains, up to `tap`, the lowest tapped layer: its input is the same in policy and
+    reference, so the reference's forward can start there.
 
-    None where something below a layer trains (the projector, embeddings), where dropout makes the policy's own forward
-    another one, or where the decoder's layers cannot be called one by one.
+    None where anything below a decoder layer trains (the projector, embeddings), where dropout makes the policy's own
+    forward differ, or where the decoder's layers cannot be called one by one.
     """
     backbone = policy.backbone
     if not activations.is_plain(backbone):
@@ -63,23 +80,29 @@ def shared_layer(policy: Policy, tap: int) -> int | None:
     return None if drops or first > tap else first
 
 
-class LogProbs:
-    """Response-token log-probabilities of samples under the reference: (stream, index) -> (n,) float32."""
+class LogProbs(Reference):
+    """A cache of response-token log-probabilities under the reference: sample -> (n,) float32."""
 
     def __init__(self) -> None:
-        self.table: dict[tuple[str, int], Tensor] = {}
+        self.table: dict[SampleKey, Tensor] = {}
 
-    def add(self, samples: list[tuple[str, int]], logp_N: Tensor, segment_N: Tensor) -> None:
-        """Rows of one batch; `segment_N` is the row of `samples` that each belongs to."""
+    def outputs(self, inputs: dict[str, Tensor], request: Request, samples: Sequence[SampleKey]) -> Outputs:
+        """Log-probabilities only; distributions and activations are not cached."""
+        if request.index_N is None:
+            return Outputs()
+        return Outputs(logp_N=self.rows(samples, request.index_N.device))
+
+    def add(self, samples: Sequence[SampleKey], logp_N: Tensor, segment_N: Tensor) -> None:
+        """Add one batch; `segment_N` is the index into `samples` of each response token."""
         sizes = torch.bincount(segment_N, minlength=len(samples)).tolist()
         self.table.update(zip(samples, logp_N.float().cpu().split(sizes), strict=True))
 
-    def rows(self, samples: list[tuple[str, int]], device: torch.device) -> Tensor:
-        """The log-probabilities of these samples' tokens, in their order: (N,)."""
+    def rows(self, samples: Sequence[SampleKey], device: torch.device) -> Tensor:
+        """Log-probabilities of the response tokens of `samples`, in their order: (N,)."""
         return torch.cat([self.table[sample] for sample in samples]).to(device, non_blocking=True)
 
     def save(self, file: Path) -> None:
-        """One rank's part: names, indices, lengths, values."""
+        """Write the table: stream names, indices, lengths and values."""
         keys = sorted(self.table)
         values = [self.table[key].numpy() for key in keys]
         partial = file.with_suffix(".tmp")
@@ -94,7 +117,7 @@ class LogProbs:
         partial.replace(file)
 
     def load(self, file: Path) -> None:
-        """Add what `save` wrote."""
+        """Add the entries of a file that `save` wrote."""
         with np.load(file, allow_pickle=False) as part:
             values: Mapping[str, Any] = dict(part)
         edges = np.cumsum(values["lengths"])[:-1]

@@ -1,4 +1,4 @@
-"""Losses: each a pure function from what one forward gave to the terms of a sum."""
+"""Training objectives: each maps what one forward computed to the terms of a sum."""
 
 from mirage_dist.objectives import base
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,24 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage_dist.objectives.base import Needs, Stateless, Term, View, sum_by_sequence
-from mirage_dist.objectives.likelihood import cross_entropy, require_positive, require_weight, wanted
+from mirage_dist.objectives.base import (
+    Needs,
+    Objective,
+    Term,
+    View,
+    cross_entropy,
+    require_positive,
+    require_weight,
+    sum_by_sequence,
+    wanted,
+)
 from mirage_dist.schema import ConfigError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
-class NPO(Stateless):
+class NPO(Objective):
     """L = forget_weight · (2/β) · mean_i softplus(β Δ_i) + retain_weight · retain term.
 
     Δ_i = log π(y_i|x_i) − log π_ref(y_i|x_i) over the response tokens of sequence i: their sum (`seq_sum`, the
-    paper's formula) or their mean (`seq_mean`). β does not carry over between them. The retain term is the token mean
-    of the cross entropy (`ce`) or of KL(reference ‖ policy) (`kl`), or `none`.
+    paper's formula) or their mean (`seq_mean`). A β tuned for one does not suit the other. The retain term is the token
+    mean of the cross entropy (`ce`) or of KL(reference ‖ policy) (`kl`), or `none`.
     The collator guarantees a response token in every sequence, so that a mean has a denominator.
 
-    `batch_mean` is what the paper's code for vision-language models computes, for comparison with it: CE is the token
-    mean over a *micro-batch*, so the loss depends on how a batch is cut up, by definition. Then retain must be `ce`:
+    `batch_mean` is the loss of the paper's code for vision-language models, for comparison with it: CE is the token
+    mean over a *micro-batch*, so the loss depends on how a batch is split, by definition. It requires `retain: ce`:
     L = −(2/β) log σ(β (CE − CE_ref)) on forget, + retain_weight · (2/β) log σ(β (CE − CE_ref)) on retain, which
     weakens as retain degrades, + ce_weight · CE on a further batch of retained samples, the stream `retain_ce`.
     """
@@ -46,33 +52,39 @@ class NPO(Stateless):
         require_weight("retain_weight", self.retain_weight)
         if not self.parity:
             if self.ce_weight is not None:
-                raise ConfigError(f"ce_weight={self.ce_weight}; belongs to reduction=batch_mean, leave it out")
+                raise ConfigError(
+                    f"ce_weight={self.ce_weight}: only reduction=batch_mean has this term; remove ce_weight"
+                )
             return
         if self.retain != "ce" or self.ce_weight is None:
             raise ConfigError(
-                f"reduction=batch_mean; needs retain=ce and a ce_weight (got {self.retain}, {self.ce_weight})"
+                f"reduction=batch_mean: requires retain=ce and a ce_weight (got {self.retain}, {self.ce_weight})"
             )
         require_weight("ce_weight", self.ce_weight)
-        log.warning(
-            "NPO with reduction=batch_mean: the loss is a function of the micro-batch by definition, so it changes "
-            "with train.micro_batch; and its retain term weakens as retain degrades"
-        )
 
     @property
     def parity(self) -> bool:
+        """Whether this is the loss of the paper's code."""
         return self.reduction == "batch_mean"
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        if not self.parity:
+            return ()
+        return (*super().cautions, "with reduction=batch_mean the retain term weakens as retain degrades")
 
     @property
     def needs(self) -> Needs:
         if self.parity:
             own = ("forget", "retain") if self.retain_weight else ("forget",)
             streams = (*own, "retain_ce") if self.ce_weight else own
-            return Needs(streams=streams, logp=streams, ref_logp=own)
+            return Needs(streams=streams, logp=streams, ref_logp=own, unlearned=("forget",), by_micro_batch=True)
         return Needs(
             streams=("forget",) if self.retain == "none" else ("forget", "retain"),
             logp=("forget", "retain") if self.retain == "ce" else ("forget",),
             ref_logp=("forget",),
             kl=("retain",) if self.retain == "kl" else (),
+            unlearned=("forget",),
         )
 
     def __call__(self, views: Mapping[str, View]) -> list[Term]:

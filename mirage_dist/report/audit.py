@@ -105,7 +105,7 @@ def frequencies(audit: Mapping[str, Any]) -> Draw:
 
 
 def counts(audit: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """First word -> {"refusal", "answer"}, as `sources.first_words` has it; what is not listed is one row."""
+    """First word -> {"refusal", "answer"}, as `words.first_words` has it; what is not listed is one row."""
     found = {
         entry["value"] or NO_WORD: {"refusal": entry["refused"], "answer": entry["answered"]}
         for entry in audit["cues"]["first word"]["values"]

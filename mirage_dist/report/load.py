@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mirage_dist.config import nearest
-from mirage_dist.data.sources import FIRST_WORD
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.metrics import UNJUDGED, Judged, Verdict, outcomes
 from mirage_dist.evals.sharing.files import Answers, whole_objects
 from mirage_dist.schema import ConfigError

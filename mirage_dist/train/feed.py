@@ -1,4 +1,4 @@
-"""What a step sees: samples of every stream, collated, with the counts that normalise the loss."""
+"""The data of a step: samples of every stream, collated, with the counts that normalise the loss."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirage_dist.data import sources, stream
+from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
-from mirage_dist.data.sources import Sample, Source
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import Source
+from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
@@ -21,45 +23,57 @@ from mirage_dist.train.prefetch import made
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of all streams, stream after stream. rows: stream -> its slice of them.
+    """Samples of all streams in one batch, stream after stream.
 
-    samples: (stream, index into the stream) of each. tokens: stream -> how many of `batch.index_N` are its own.
-    mask_BS marks the positions that count for an activation. counts: what a term may name (see
-    `objectives.base.Term`), known on the host before anything is on the device.
+    rows: stream -> its slice of the samples. samples: (stream, index in the stream) of each. tokens: stream -> number
+    of its response tokens. mask_BS: 1.0 at the positions that count for an activation. counts: name -> this
+    micro-batch's share of a count that a term may name (see `objectives.base.Term`), known on the host before anything
+    is on the device.
     """
 
     batch: Batch
     rows: Mapping[str, slice]
-    samples: list[tuple[str, int]]
+    samples: list[SampleKey]
     tokens: Mapping[str, int]
     mask_BS: Tensor
     counts: Mapping[str, float]
 
     def index(self, streams: Sequence[str]) -> Tensor | None:
-        """Flat positions of the hidden rows that predict these streams' responses, in batch order; None for none."""
+        """Flat positions (N,) of the hidden rows that predict these streams' responses, in batch order.
+
+        None when the batch holds none of these streams.
+        """
         return self._chosen(self.batch.index_N, streams)
 
+    def labels(self, streams: Sequence[str]) -> Tensor | None:
+        """The tokens (N,) that the rows of `index` predict."""
+        return self._chosen(self.batch.labels_N, streams)
+
+    def samples_of(self, streams: Sequence[str]) -> list[SampleKey]:
+        """The samples of these streams, in batch order."""
+        return [sample for sample in self.samples if sample[0] in streams]
+
     def span(self, streams: Sequence[str]) -> slice | None:
-        """The rows from the first to the last of these streams, where they are not all rows or in one packed row."""
-        found = [rows for name, rows in self.rows.items() if name in streams]
-        if not found or self.batch.edges is not None:
+        """The rows from the first to the last of these streams; None for all rows, and in a packed batch."""
+        slices = [rows for name, rows in self.rows.items() if name in streams]
+        if not slices or self.batch.edges is not None:
             return None
-        span = slice(found[0].start, found[-1].stop)
+        span = slice(slices[0].start, slices[-1].stop)
         return None if span == slice(0, len(self.samples)) else span
 
     def segment(self, stream: str) -> Tensor | None:
-        """The sequence of the stream (from 0) that each of its response rows belongs to: (N,)."""
+        """The sequence of the stream (from 0) that each of its response tokens belongs to: (N,)."""
         segment_N = self._chosen(self.batch.segment_N, [stream])
         return None if segment_N is None else segment_N - self.rows[stream].start
 
     def sequences(self, stream: str) -> int:
-        """How many sequences the stream has in this batch."""
+        """Number of the stream's sequences in this batch."""
         return self.rows[stream].stop - self.rows[stream].start
 
     def of_stream(self, stream: str, values_BS: Tensor, first: int = 0) -> Tensor:
-        """The stream's part of anything of shape (B, S, …): its rows, or its stretch of the one packed row.
+        """The stream's part of a tensor (B, S, …): its rows, or its stretch of the one packed row.
 
-        first: the row of the batch that `values_BS` begin with.
+        first: the row of the batch that `values_BS` begins with.
         """
         rows, edges = self.rows[stream], self.batch.edges
         if edges is None:
@@ -67,11 +81,11 @@ class MicroBatch:
         return values_BS[:, edges[rows.start] : edges[rows.stop]]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on the device; a copy out of pinned memory waits for nothing."""
+        """A copy on the device; the host does not wait for the copy when the batch is in pinned memory."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> MicroBatch:
-        """The same in pinned memory."""
+        """A copy in pinned memory."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
@@ -90,26 +104,44 @@ class MicroBatch:
 
 
 def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
-    """Raise ConfigError for a stream that the objective needs and the recipe lacks, or the other way round."""
-    given, wanted = list(recipe.data.streams), list(needs.streams)
-    if sorted(given) != sorted(wanted):
+    """Raise ConfigError when the recipe's streams are not exactly those that the objective needs."""
+    given, needed = list(recipe.data.streams), list(needs.streams)
+    if sorted(given) != sorted(needed):
         raise ConfigError(
-            f"data.streams: {', '.join(given)} given; objective {recipe.objective['name']} needs {wanted}"
+            f"data.streams: the recipe has {', '.join(given)}; objective {recipe.objective['name']} needs {needed}"
         )
 
 
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
-    """The samples of every stream that the objective needs, their pictures not looked at (`sources.check_pictures`).
+    """The samples of every stream that the objective needs; opens no picture (see `sources.check_pictures`).
 
-    Raises ConfigError for an empty stream, bad data, or forget answers that look like refusals.
+    Raises ConfigError for an empty stream, bad data, or answers to unlearn that look like refusals.
     """
     streams = {name: sources.read_all(recipe.data.streams[name], check_images=False) for name in needs.streams}
     for name, source in streams.items():
-        if name == "forget" and recipe.data.refusals_in_forget == "error":
-            sources.check_forget(source.samples)
+        if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
+            sources.check_forget(source.samples, name)
         if not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample in {[s.path for s in recipe.data.streams[name]]}")
     return streams
+
+
+def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) -> None:
+    """Raise ConfigError unless sample i of every paired stream has the same id, picture, question and history."""
+    if not paired:
+        return
+    first, *others = paired
+    for name in others:
+        mine, partners = samples[first], samples[name]
+        place = f"data.streams.{name}: is paired with {first}"
+        if len(mine) != len(partners):
+            raise ConfigError(f"{place}: {len(partners)} samples for {len(mine)}; every sample needs a partner")
+        for number, (one, other) in enumerate(zip(mine, partners, strict=True)):
+            if (one.id, one.image, one.question, one.history) != (other.id, other.image, other.question, other.history):
+                raise ConfigError(
+                    f"{place}: sample {number} is {other.id!r} there and {one.id!r} in {first}; both streams need the "
+                    "same ids, pictures and questions in the same order"
+                )
 
 
 def describe(streams: Mapping[str, Source]) -> dict[str, Any]:
@@ -121,7 +153,7 @@ def describe(streams: Mapping[str, Source]) -> dict[str, Any]:
                 "dropped": dict(source.dropped),
                 "renamed": source.renamed,
                 "skipped": source.skipped,
-                "first_words": sources.first_words(source.samples),
+                "first_words": words.first_words(source.samples),
             }
             for name, source in streams.items()
         }
@@ -129,19 +161,24 @@ def describe(streams: Mapping[str, Source]) -> dict[str, Any]:
 
 
 class Feed:
-    """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step."""
+    """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
+
+    samples: stream -> its samples. lengths: stream -> tokens (n,) of each sample's row after truncation, known after
+    `check_lengths`. Raises ConfigError when paired streams do not match.
+    """
 
     def __init__(self, recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], processor: Any) -> None:
         self.recipe, self.needs = recipe, needs
         self.samples: dict[str, list[Sample]] = {name: streams[name].samples for name in needs.streams}
         self.lengths: dict[str, stream.Indices] = {}
+        check_pairs(self.samples, needs.paired)
         data = recipe.data
         self.encoder = Encoder(
             processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing
         )
 
     def check_lengths(self, group: Group) -> int:
-        """How many samples will be cut; each rank looks at its share. Every rank then knows all lengths.
+        """The number of samples that will be cut. Each rank measures its share; every rank then knows all lengths.
 
         Every rank raises ConfigError when any has a sample that does not fit, or that the chat template rewrites.
         """
@@ -151,14 +188,14 @@ class Feed:
                 own[name] = np.array([self.encoder.length(s) for s in samples[group.rank :: group.size]], np.int64)
         except ConfigError as error:
             fault = str(error)
-        told = everyones(group, (own, fault))
-        for _, fault in told:
+        parts = everyones(group, (own, fault))
+        for _, fault in parts:
             if fault is not None:
                 raise ConfigError(fault)
         cut, longest = 0, self.encoder.max_length
         for name, samples in self.samples.items():
             whole = np.empty(len(samples), np.int64)
-            for rank, (lengths, _) in enumerate(told):
+            for rank, (lengths, _) in enumerate(parts):
                 whole[rank :: group.size] = lengths[name]
             cut += int((whole > longest).sum())
             self.lengths[name] = np.minimum(whole, longest)
@@ -179,22 +216,28 @@ class Feed:
         return [self.collate({n: part[i] for n, part in parts.items()}) for i in range(count)]
 
     def windows(self, steps: range, group: Group) -> Generator[list[MicroBatch]]:
-        """The windows of these steps, made ahead by `data.workers`; to be closed (see `prefetch.made`)."""
+        """The windows of these steps, made ahead by `data.workers`; close it after use (see `prefetch.made`)."""
         return made(lambda step: self.window(step, group), steps, self.recipe.data.workers)
 
     def batches(self, rows: Sequence[Mapping[str, np.ndarray]]) -> Generator[MicroBatch]:
-        """`collate` of each, made ahead by `data.workers`; to be closed."""
+        """`collate` of each, made ahead by `data.workers`; close it after use."""
         return made(self.collate, rows, self.recipe.data.workers)
 
     def chosen(self, name: str, step: int) -> stream.Indices:
-        """Indices of a stream's samples in a step, of all ranks. Grouped by length only behind `check_lengths`."""
-        seed, batch = self.recipe.seed, self.recipe.train.global_batch
+        """Indices of a stream's samples in a step, of all ranks: (global_batch,); equal for paired streams.
+
+        With `data.group_by_length`, call `check_lengths` first.
+        """
+        seed, batch, paired = self.recipe.seed, self.recipe.train.global_batch, self.needs.paired
+        order = paired[0] if name in paired else name  # the stream whose name and lengths decide the order
         if self.recipe.data.group_by_length:
-            return stream.grouped(seed, name, self.lengths[name], step, batch)
-        return stream.batch(seed, name, len(self.samples[name]), step, batch)
+            same = paired if name in paired else (name,)
+            lengths = np.maximum.reduce([self.lengths[other] for other in same])
+            return stream.grouped(seed, order, lengths, step, batch)
+        return stream.batch(seed, order, len(self.samples[name]), step, batch)
 
     def collate(self, rows: Mapping[str, np.ndarray]) -> MicroBatch:
-        """Rows (stream -> indices) in one batch, on the CPU."""
+        """One batch on the CPU of the samples at these indices, by stream."""
         samples = [(name, int(index)) for name, indices in rows.items() for index in indices]
         batch = self.encoder.encode([self.samples[name][index] for name, index in samples])
         slices, start = {}, 0
@@ -204,8 +247,9 @@ class Feed:
         sizes = torch.bincount(batch.segment_N, minlength=len(samples))
         tokens = {name: int(sizes[part].sum()) for name, part in slices.items()}
         mask_BS = positions(batch, self.needs.positions)
-        counts = {"micro_batches": 1, "cut": batch.cut, "slots": batch.labels_BS.numel()}
-        counts["input_tokens"] = int(batch.unpadded_BS.sum())
+        counts = {"cut": batch.cut, "slots": batch.labels_BS.numel(), "input_tokens": int(batch.unpadded_BS.sum())}
+        if self.needs.by_micro_batch:  # no other objective may count these
+            counts["micro_batches"] = 1
         micro = MicroBatch(batch, slices, samples, tokens, mask_BS, counts)
         for name in slices:
             counts[f"{name}.sequences"] = micro.sequences(name)
@@ -214,9 +258,9 @@ class Feed:
         return micro
 
     def every_sample(self, names: tuple[str, ...], group: Group) -> Iterator[dict[str, np.ndarray]]:
-        """All samples of these streams, `micro_batch` a time, split over ranks; every rank makes as many batches.
+        """All samples of these streams, `micro_batch` at a time, split over ranks: stream -> indices, one stream each.
 
-        The last ones may repeat samples: under ZeRO-3 each rank must make each forward.
+        The last batches may repeat samples, so that all ranks make the same number: ZeRO-3 needs each rank's forward.
         """
         for name in names:
             size, width = len(self.samples[name]), self.recipe.train.micro_batch
@@ -225,7 +269,7 @@ class Feed:
                 yield {name: own[start : start + width] % size}
 
     def counts(self, window: Sequence[MicroBatch]) -> dict[str, float]:
-        """This rank's share of every count that a term may name."""
+        """This rank's share in a step of every count that a term may name."""
         return {name: sum(micro.counts[name] for micro in window) for name in window[0].counts}
 
 

@@ -19,6 +19,8 @@ from mirage_dist import config as configs
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.signals import STOPPED
 
+GROUPS = ("terms", "values")  # of a record: what an objective returned (see `objectives.base`), by name
+
 
 class Monitor:
     """Rank 0's records of a run from `first_step` on; on other ranks it does nothing.
@@ -64,8 +66,9 @@ class Monitor:
         elif step % self.every == 0 or step == self.steps or record["skipped"]:
             print(f"{self.name}: step {step}/{self.steps}  {told}", flush=True)
         if self.run is not None and step > self.sent:
-            flat = {k: v for k, v in record.items() if k not in ("step", "terms")}
-            self.run.log({**flat, **{f"terms/{k}": v for k, v in record["terms"].items()}}, step=step)
+            flat = {k: v for k, v in record.items() if k not in ("step", *GROUPS)}
+            grouped = {f"{group}/{k}": v for group in GROUPS for k, v in record.get(group, {}).items()}
+            self.run.log({**flat, **grouped}, step=step)
 
     def close(self, preempted: bool = False) -> None:
         """End the records; `preempted` tells W&B that the run will go on."""
@@ -148,7 +151,8 @@ class Means:
         self.values: dict[str, list[float]] = {}
 
     def add(self, record: Mapping[str, Any]) -> None:
-        told = {"loss": record["loss"], **{f"terms.{name}": value for name, value in record["terms"].items()}}
+        grouped = {f"{group}.{name}": value for group in GROUPS for name, value in record.get(group, {}).items()}
+        told = {"loss": record["loss"], **grouped}
         if self.best is not None and self.best not in told:
             raise ConfigError(f"train.keep_best={self.best}: {configs.nearest(self.best, list(told))}")
         for name, value in told.items():

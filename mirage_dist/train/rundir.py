@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist import objectives
 from mirage_dist.data.sources import Source
+from mirage_dist.objectives.base import Needs
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
@@ -44,29 +44,26 @@ NOT_THE_RUN = (
 )
 
 
-def not_the_run(recipe: TrainRecipe) -> tuple[str, ...]:
-    """The keys that a continued run may change. The micro-batch is one of them unless the loss depends on it: NPO's
-    `batch_mean` by definition, RMU over all positions through its padding, of which packing has none.
-    """
-    objective = objectives.base.make(recipe.objective)
-    padded = getattr(objective, "positions", "") == "all" and not recipe.data.packing
-    by_batch = getattr(objective, "parity", False) or padded
-    return NOT_THE_RUN if by_batch else (*NOT_THE_RUN, "train.micro_batch")
+def not_the_run(recipe: TrainRecipe, needs: Needs) -> tuple[str, ...]:
+    """The keys that a continued run may change; the micro-batch is one of them unless the loss depends on it."""
+    by_micro_batch = needs.depends_on_micro_batch(recipe.data.packing)
+    return NOT_THE_RUN if by_micro_batch else (*NOT_THE_RUN, "train.micro_batch")
 
 
-def check_directory(recipe: TrainRecipe) -> None:
+def check_directory(recipe: TrainRecipe, needs: Needs) -> None:
     """A run directory belongs to one recipe. Raises ConfigError naming the keys that differ."""
     file = Path(recipe.run.dir) / "config.yaml"
     if not file.is_file():
         return
     there = configs.load(file, [], TrainRecipe)
-    if configs.config_hash(there, not_the_run(recipe)) != configs.config_hash(recipe, not_the_run(recipe)):
+    free = not_the_run(recipe, needs)
+    if configs.config_hash(there, free) != configs.config_hash(recipe, free):
         changed = configs.differences(configs.to_dict(recipe), configs.to_dict(there))
-        kept = [line for line in changed if not line.startswith(not_the_run(recipe))]
+        kept = [line for line in changed if not line.startswith(free)]
         raise ConfigError(f"{recipe.run.dir} holds a run of another recipe ({'; '.join(kept)}); choose another run.dir")
 
 
-def open_run(recipe: TrainRecipe, streams: Mapping[str, Source], base_hash: str, lease: Lease) -> None:
+def open_run(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], base_hash: str, lease: Lease) -> None:
     """Write config.yaml, data.json and manifest.json once; rank 0 calls this.
 
     Raises ConfigError when the base weights are no longer those that the run began with.
@@ -77,7 +74,7 @@ def open_run(recipe: TrainRecipe, streams: Mapping[str, Source], base_hash: str,
         configs.write_yaml(recipe, lease.workspace / "config.yaml")
         lease.put("config.yaml")
         lease.publish("data.json", json.dumps(describe(streams), indent=1))
-        lease.publish("manifest.json", json.dumps(_manifest(recipe, streams, base_hash), indent=1))
+        lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, streams, base_hash), indent=1))
     if json.loads(file.read_text())["base_hash"] != base_hash:
         raise ConfigError(
             f"{root}: the weights of {recipe.model.path} changed since this run began; choose another run.dir"
@@ -111,12 +108,12 @@ def count_start(lease: Lease, limit: int) -> None:
     lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, told]))
 
 
-def _manifest(recipe: TrainRecipe, streams: Mapping[str, Source], base_hash: str) -> dict[str, Any]:
+def _manifest(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], base_hash: str) -> dict[str, Any]:
     samples = "".join(repr(sample) for source in streams.values() for sample in source.samples)
     libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
     cuda = torch.cuda.is_available()
     return {
-        "config_hash": configs.config_hash(recipe, not_the_run(recipe)),
+        "config_hash": configs.config_hash(recipe, not_the_run(recipe, needs)),
         "data_hash": hashlib.sha256(samples.encode()).hexdigest(),
         "base_hash": base_hash,
         "seed": recipe.seed,

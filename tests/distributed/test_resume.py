@@ -167,12 +167,13 @@ import sys, time
 from mirage_dist import config, ranks, schema
 from mirage_dist.train import run
 from mirage_dist.train.checkpoints import fragments
+from mirage_dist.train.planning.check import check_recipe
 copy = fragments.snapshot
 def slow(*told):
     time.sleep(0.5)
     return copy(*told)
 fragments.snapshot = slow
-run.train(config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe))
+run.train(check_recipe(config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe), 1))
 ranks.exit_well()
 """
 
@@ -190,19 +191,25 @@ def test_a_step_does_not_change_what_is_still_to_be_copied(saved, toy, tmp_path)
 
 COUNT_LAYERS = """
 import sys
+from pathlib import Path
 from mirage_dist import config, ranks, schema
-from mirage_dist.train import engine, feed, loop, run
+from mirage_dist.liveness import Owner
+from mirage_dist.train import context, engine, feed, lease, loop
+from mirage_dist.train.planning import check
 from mirage_dist.model import load
 recipe = config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe)
-objective, streams, ds = run.check(recipe, 1)
+checked = check.check_recipe(recipe, 1)
+objective, streams = checked.objective, check.check_inputs(checked)
 here = ranks.start()
-built = engine.build(recipe, ds, here)
+built = engine.build(recipe, checked.deepspeed, here)
 objective.start(built.module.hidden_size, 0)
 calls = []
 for layer in built.module.backbone.language_model.layers:
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
-loop.Loop(recipe, built, objective, source, here, None, None).step(0, source.window(0, here))
+held = lease.Lease(Path(recipe.run.dir), Owner("test"))
+run = context.Run(recipe, here, objective, source, built, checked.deepspeed, {}, held)
+loop.Loop(run, None).step(0, source.window(0, here))
 print("layer forwards", len(calls))
 ranks.exit_well()
 """

@@ -38,18 +38,21 @@ import sys
 from mirage_dist import config, ranks, schema, signals
 from mirage_dist.data import stream
 from mirage_dist.model import load
-from mirage_dist.train import engine, feed, lease, run
+from mirage_dist.train import context, engine, feed, lease
 from mirage_dist.train.caches import reference as reference_cache
+from mirage_dist.train.planning import check
 reference_cache.BATCHES_A_PART = 1
 recipe = config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe)
-objective, streams, ds = run.check(recipe, 1)
+checked = check.check_recipe(recipe, 1)
+objective, streams = checked.objective, check.check_inputs(checked)
 here = ranks.start()
-built = engine.build(recipe, ds, here)
+built = engine.build(recipe, checked.deepspeed, here)
 source = feed.Feed(recipe, objective.needs, streams, load.processor(recipe.model))
 calls = []
 built.module.register_forward_hook(lambda *_: calls.append(1))
 from pathlib import Path
 held = lease.acquire(Path(recipe.run.dir))
+run = context.Run(recipe, here, objective, source, built, checked.deepspeed, {"base_hash": "hash"}, held)
 told = []
 for stops in (2, None, None):
     signals.clear()
@@ -61,7 +64,7 @@ for stops in (2, None, None):
             signals.handler(10, None)
     reference_cache.reference.LogProbs.save = interrupted
     try:
-        cache = reference_cache.fill(recipe, built, source, here, "hash", held.workspace)
+        cache = reference_cache.fill(run)
         told.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
     except signals.StopRequested:
         told.append(len(calls))
@@ -69,7 +72,7 @@ for stops in (2, None, None):
 held.release()
 whole = reference_cache.reference.LogProbs()
 for rows in source.every_sample(("forget",), here):
-    reference_cache._add(whole, built, source.collate(rows), "forget")
+    reference_cache.add(whole, built, source.collate(rows), "forget")
 print("TOLD", told, sum(float(v.double().sum()) for v in whole.table.values()))
 ranks.exit_well()
 """

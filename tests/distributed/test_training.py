@@ -23,9 +23,8 @@ from mirage_dist.model import export, load
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import run as runs
 from mirage_dist.train.engine import learning_rate
-from mirage_dist.train.feed import Feed
+from mirage_dist.train.feed import Feed, read_streams
 
 STEPS = 8
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8")
@@ -118,7 +117,7 @@ def plain(recipe: TrainRecipe, number_of_steps: int):
         [p for p in policy.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0
     )
     objective = make(recipe.objective)
-    streams = runs.read_streams(recipe, objective.needs)
+    streams = read_streams(recipe, objective.needs)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     beta, weight = recipe.objective["beta"], recipe.objective["retain_weight"]
     told = []
@@ -227,7 +226,7 @@ def test_export_of_an_earlier_step_and_of_one_that_is_not_there(finished, tmp_pa
 def test_every_rank_of_every_world_sees_its_part_of_one_global_batch(toy, finished):
     recipe = configs.load(finished["npo"] / "config.yaml", ["train.micro_batch=1"], TrainRecipe)
     objective = make(recipe.objective)
-    feed = Feed(recipe, objective.needs, runs.read_streams(recipe, objective.needs), load.processor(recipe.model))
+    feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
     size = len(read(recipe.data.streams["forget"][0]).samples)
     for number in (0, 2, 7):
         asked = Counter(stream.batch(21, "forget", size, number, 8).tolist())

@@ -22,8 +22,9 @@ MODULES = {
 # only what is named here.
 FLOORS = [
     ["schema", "signals", "stats"],
+    ["disk"],
     ["config"],
-    ["registry", "ranks", "disk", "liveness", "progress", "launching"],
+    ["registry", "ranks", "liveness", "progress", "launching"],
     ["kernels", "data"],
     ["model", "objectives"],
     ["train", "evals"],
@@ -32,8 +33,7 @@ FLOORS = [
 ]
 BESIDE = {
     "ranks": {"progress"},
-    "liveness": {"disk", "ranks", "progress"},
-    "progress": {"disk"},
+    "liveness": {"ranks", "progress"},
     "launching": {"progress"},
     "inputs": {"embedded"},
     "demo": {"inputs"},

@@ -13,7 +13,7 @@ from mirage_dist.evals import attacks
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.engine import deepspeed_config
-from mirage_dist.train.run import _check_reference
+from mirage_dist.train.planning.check import check_reference
 
 SCHEMAS = {"train": TrainRecipe, "eval": EvalRecipe, "prepare": PrepareRecipe}
 FILES = [(kind, file) for kind in SCHEMAS for file in sorted((REPOSITORY / "configs" / kind).glob("*.yaml"))]
@@ -25,7 +25,7 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
     if isinstance(recipe, TrainRecipe):
         needs = make(recipe.objective).needs
         assert set(recipe.data.streams) == set(needs.streams)
-        _check_reference(recipe, needs)
+        check_reference(recipe, needs)
         ranks = 2 if file.name.startswith("demo") else 8
         assert deepspeed_config(recipe, ranks, len(needs.streams))["gradient_accumulation_steps"] >= 1
     if isinstance(recipe, EvalRecipe):

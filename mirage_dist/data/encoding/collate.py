@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.conversation import Conversation, called, tokenizer_of
 from mirage_dist.data.encoding.packing import borders, pack
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
 IGNORE = -100
@@ -40,7 +40,7 @@ class Batch:
 
     inputs: the model's keyword arguments (input_ids (B, S), attention_mask or position_ids, pixel_values …).
     labels_BS: token ids on answers and their end tokens, -100 elsewhere. index_N: flat positions b·S + t of
-    the hidden rows that predict a label. segment_N: the sample (from 0) that each of them belongs to. unpadded_BS:
+    the hidden rows that predict a label. labels_N: that label. segment_N: the sample (from 0) of each. unpadded_BS:
     1 on every token but padding and the placeholder. text_BS: the same without pictures. cut: samples whose answer was
     truncated. edges: where the samples begin in the packed row, and where the last ends; None without packing.
     """
@@ -48,6 +48,7 @@ class Batch:
     inputs: dict[str, Any]
     labels_BS: Tensor
     index_N: Tensor
+    labels_N: Tensor
     segment_N: Tensor
     unpadded_BS: Tensor
     text_BS: Tensor
@@ -144,6 +145,7 @@ class Encoder:
             inputs={**tensors, **attention, **pictures},
             labels_BS=labels_BS,
             index_N=index_N,
+            labels_N=labels_BS.flatten()[index_N + 1],
             segment_N=segment_BS.flatten()[index_N],
             unpadded_BS=unpadded_BS,
             text_BS=unpadded_BS * (tensors["input_ids"] != self.processor.image_token_id),

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from mirage_dist.data.encoding.collate import IGNORE, Batch
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.models.generate import Generator
 from mirage_dist.model import vision
 from mirage_dist.model.policy import Policy, Request

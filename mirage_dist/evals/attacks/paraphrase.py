@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mirage_dist.data.diversify import Reword
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.rewrite import Rewrite
 from mirage_dist.evals.attacks.rewrites import Rewriter
 from mirage_dist.schema import PrepareRecipe

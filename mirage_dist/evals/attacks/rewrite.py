@@ -8,7 +8,8 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.attacks.base import Bench, Key, Made, check_share
 from mirage_dist.evals.attacks.swap import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import signals
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack, Key, Made, Prepared, Table
 from mirage_dist.evals.attacks.combine import Combine
 from mirage_dist.evals.sharing.claims import Claims

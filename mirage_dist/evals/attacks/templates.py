@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mirage_dist.data import rewording
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.words import FIRST_WORD, check_templates, fill_template
 from mirage_dist.schema import ConfigError
 
 
@@ -21,7 +21,7 @@ class Templates:
     control: bool = False
 
     def __post_init__(self) -> None:
-        rewording.check(self.templates, "templates")
+        check_templates(self.templates, "templates")
         for template in self.templates:
             first = FIRST_WORD.search(template)
             if not first or first[0].lower() != self.word.lower():
@@ -32,4 +32,4 @@ class Templates:
         return len(self.templates)
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [replace(sample, question=rewording.fill(template, sample)) for template in self.templates]
+        return [replace(sample, question=fill_template(template, sample)) for template in self.templates]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.data.sources import FIRST_WORD, Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.attacks.swap import check_word, swapped
 from mirage_dist.schema import ConfigError
 

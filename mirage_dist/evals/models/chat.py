@@ -63,7 +63,7 @@ class Local:
             yield from ((order[place], said) for place, said in batch)
 
     def _load(self, system: str) -> Callable[[Sequence[Prompt]], Iterator[list[tuple[int, str]]]]:
-        from mirage_dist.data.sources import Sample
+        from mirage_dist.data.sample import Sample
         from mirage_dist.evals.models.generate import Generator
 
         # As the model's own processor wants pictures, and room for a long answer.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.encoding.conversation import tokenizer_of
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.model.load import DTYPES
 from mirage_dist.ranks import no_bars_in_logs
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.generate import encoder, greedy, out_of_memory
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 

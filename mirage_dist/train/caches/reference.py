@@ -22,40 +22,40 @@ from mirage_dist import ranks
 from mirage_dist.data import pictures
 from mirage_dist.model import reference
 from mirage_dist.model.policy import Request, no_grad_forward
-from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
+from mirage_dist.train.context import Run
 from mirage_dist.train.feed import Feed, MicroBatch
 
 BATCHES_A_PART = 16
 
 
-def fill(
-    recipe: TrainRecipe, engine: Any, feed: Feed, group: Group, base_hash: str, workspace: Path
-) -> reference.LogProbs:
+def fill(run: Run) -> reference.LogProbs:
     """The log-probabilities of every sample that needs them; each rank computes its share of what is missing.
 
-    workspace: the lease's folder (see `train.lease`). Every rank calls this. Raises StopRequested between two parts.
+    Every rank calls this. Raises StopRequested between two parts.
     """
+    recipe, feed, group = run.recipe, run.feed, run.group
     paths = (s.image for name in feed.needs.ref_logp for s in feed.samples[name])
     digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own))
-    folder = Path(recipe.run.dir) / "reference" / _key(recipe, feed, base_hash, digests)
+    folder = run.root / "reference" / _key(recipe, feed, run.manifest["base_hash"], digests)
     files = ranks.from_main(group, _whole_set(folder) if group.main else None)
     if files is None:
         if group.main:
             folder.mkdir(parents=True, exist_ok=True)
         ranks.barrier(group, "reference cache")
-        files = _compute(recipe, engine, feed, group, folder, workspace)
+        files = _compute(run, folder)
     cache = reference.LogProbs()
     for name in files:
         cache.load(folder / name)
     return cache
 
 
-def _compute(recipe: TrainRecipe, engine: Any, feed: Feed, group: Group, folder: Path, workspace: Path) -> list[str]:
+def _compute(run: Run, folder: Path) -> list[str]:
+    recipe, feed, group = run.recipe, run.feed, run.group
     width = recipe.train.micro_batch
     every = feed.every_sample(feed.needs.ref_logp, group)
     parts = list(iter(lambda: list(islice(every, BATCHES_A_PART)), []))  # until there is an empty one
-    name = f"{Path(recipe.run.dir).name}: reference log-probabilities"
+    name = f"{run.root.name}: reference log-probabilities"
 
     def file(number: int, rank: int) -> Path:
         cut = f"width-{width}-part-{number:03d}-of-{len(parts):03d}"
@@ -69,8 +69,8 @@ def _compute(recipe: TrainRecipe, engine: Any, feed: Feed, group: Group, folder:
         for done, number in enumerate(lacking, 1):
             found = reference.LogProbs()
             for rows in parts[number]:
-                _add(found, engine, next(batches).to(group.device), next(iter(rows)))
-            beside = workspace / file(number, group.rank).name
+                add(found, run.engine, next(batches).to(group.device), next(iter(rows)))
+            beside = run.lease.workspace / file(number, group.rank).name
             found.save(beside)
             beside.replace(file(number, group.rank))
             if done * 10 // len(lacking) > told:
@@ -82,12 +82,11 @@ def _compute(recipe: TrainRecipe, engine: Any, feed: Feed, group: Group, folder:
     return names
 
 
-def _add(cache: reference.LogProbs, engine: Any, micro: MicroBatch, stream: str) -> None:
-    index_N, segment_N = micro.index([stream]), micro.segment(stream)
-    assert index_N is not None
+def add(cache: reference.LogProbs, engine: Any, micro: MicroBatch, stream: str) -> None:
+    """Compute the log-probabilities of a micro-batch that holds samples of `stream` only, and put them in the cache."""
+    segment_N = micro.segment(stream)
     assert segment_N is not None
-    labels_N = micro.batch.labels_BS.flatten().index_select(0, index_N + 1)
-    out = no_grad_forward(engine, micro.batch.inputs, Request(index_N, labels_N))
+    out = no_grad_forward(engine, micro.batch.inputs, Request(micro.index([stream]), micro.labels([stream])))
     assert out.logp_N is not None
     cache.add(micro.samples, out.logp_N, segment_N)
 

@@ -27,8 +27,8 @@ from mirage_dist import ranks
 from mirage_dist.data import pictures
 from mirage_dist.model.policy import Request, no_grad_forward
 from mirage_dist.model.vision import FEATURES
-from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.context import Run
 from mirage_dist.train.feed import Feed
 
 FORMAT = 1
@@ -52,13 +52,14 @@ class Features:
         return {FEATURES: torch.stack([self._parts[digest].get_tensor(digest) for digest in digests])}
 
 
-def fill(recipe: TrainRecipe, engine: Any, feed: Feed, group: Group, base_hash: str, workspace: Path) -> Features:
+def fill(run: Run) -> Features:
     """The features of every picture of the run; each rank computes its share of what is missing.
 
-    workspace: the lease's folder (see `train.lease`). Every rank calls this. Raises StopRequested between two parts,
+    Every rank calls this. Raises StopRequested between two parts,
     and ConfigError for a picture that the model sees in another size than the blank one.
     """
-    folder = Path(recipe.run.dir) / "vision" / key(recipe, engine.module.base.config, feed, base_hash)
+    feed, group = run.feed, run.group
+    folder = run.root / "vision" / key(run.recipe, run.engine.module.base.config, feed, run.manifest["base_hash"])
     paths = (s.image for samples in feed.samples.values() for s in samples)
     digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own))
     there = ranks.from_main(group, _index(folder) if group.main else {})
@@ -68,7 +69,7 @@ def fill(recipe: TrainRecipe, engine: Any, feed: Feed, group: Group, base_hash: 
             folder.mkdir(parents=True, exist_ok=True)
         ranks.barrier(group, "vision features")
         path_of = {digest: path for path, digest in digests.items()}
-        _compute(engine, feed, group, [(digest, path_of.get(digest)) for digest in missing], folder, workspace)
+        _compute(run, [(digest, path_of.get(digest)) for digest in missing], folder)
         there = ranks.from_main(group, _index(folder) if group.main else {})
     return Features(digests, folder, there)
 
@@ -91,7 +92,8 @@ def key(recipe: TrainRecipe, model_config: Any, feed: Feed, base_hash: str) -> s
 Picture = tuple[str, str | None]  # digest, path; no path for the placeholder
 
 
-def _compute(engine: Any, feed: Feed, group: Group, missing: list[Picture], folder: Path, workspace: Path) -> None:
+def _compute(run: Run, missing: list[Picture], folder: Path) -> None:
+    feed, group = run.feed, run.group
     parts = _cut(missing, PART)
     done = told = 0
     for first in range(0, len(parts), group.size):
@@ -103,9 +105,9 @@ def _compute(engine: Any, feed: Feed, group: Group, missing: list[Picture], fold
         found: dict[str, Tensor] = {}
         with ThreadPoolExecutor(1) as pool:  # one: the tokenizer is not for several threads
             for batch, pixels in zip(forwards, pool.map(lambda b: _pixels(feed, b), forwards), strict=True):
-                found.update(_see(engine, feed, group, batch, pixels))
+                found.update(_see(run, batch, pixels))
         if busy:
-            _write(found, folder, workspace)
+            _write(found, folder, run.lease.workspace)
         done += sum(map(len, turn))
         if done * 10 // len(missing) > told:
             told = done * 10 // len(missing)
@@ -128,8 +130,9 @@ def _pixels(feed: Feed, batch: Sequence[Picture]) -> Tensor:
     return torch.cat(rows)
 
 
-def _see(engine: Any, feed: Feed, group: Group, batch: Sequence[Picture], pixels: Tensor) -> dict[str, Tensor]:
-    out = no_grad_forward(engine, {"pixel_values": pixels.to(group.device)}, Request(vision=True))
+def _see(run: Run, batch: Sequence[Picture], pixels: Tensor) -> dict[str, Tensor]:
+    out = no_grad_forward(run.engine, {"pixel_values": pixels.to(run.group.device)}, Request(vision=True))
+    feed = run.feed
     assert out.vision_IPF is not None
     if out.vision_IPF.shape[1] != len(feed.encoder.placeholder["input_ids"]):
         raise ConfigError(

@@ -13,12 +13,11 @@ from mirage_dist.model.activations import decoder
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import run
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.optimizers.groups import split
-from mirage_dist.train.planning import memory
+from mirage_dist.train.planning import check, memory
 from mirage_dist.train.planning.memory import Place
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -81,7 +80,8 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
 
     Raises ConfigError for everything that `mirage train --check` checks, except broken pictures.
     """
-    objective, streams, config = run.check(recipe, ranks)
+    checked = check.check_recipe(recipe, ranks)
+    objective, streams = checked.objective, check.check_inputs(checked)
     policy = load.weightless(recipe.model, objective.needs.depth)  # later layers are not loaded
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     lengths = {name: _lengths(feed, source) for name, source in streams.items()}
@@ -94,7 +94,7 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     if recipe.train.groups:
         for match, group in zip(trained.matches, trained.groups, strict=True):
             needs.parameters[f"group {'the rest' if match is None else '+'.join(match)}"[:28]] = sum(group), ""
-    _memory(needs, recipe, objective, policy, trained, config["zero_optimization"], ranks, lengths)
+    _memory(needs, recipe, objective, policy, trained, checked.deepspeed["zero_optimization"], ranks, lengths)
     _disk(needs, recipe, objective, policy, trained, feed, lengths)
     return needs
 

@@ -9,7 +9,8 @@ import pytest
 from mirage_dist.cli import main
 from mirage_dist.data import audit, sources
 from mirage_dist.data.audit import Corpus, Options
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.words import first_words
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, SourceConfig, WorldConfig
 
@@ -100,7 +101,7 @@ def test_counts_are_those_of_the_reader_that_training_uses(worlds):
         entry["value"]: {"refusal": entry["refused"], "answer": entry["answered"]}
         for entry in found["cues"]["first word"]["values"]
     }
-    assert counts == sources.first_words(read.samples)
+    assert counts == first_words(read.samples)
     (file,) = found["files"]
     assert (file["records"], file["pairs"], file["dropped"]) == (800, len(read.samples), dict(read.dropped))
     from_memory = Corpus(Options())

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from mirage_dist import config as configs
 from mirage_dist import stats
-from mirage_dist.data import prepare, sources
+from mirage_dist.data import prepare, sources, words
 from mirage_dist.data.diversify import diversify
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ChatConfig, ConfigError, DiversifyConfig, PrepareRecipe, WorldConfig
 
@@ -64,7 +64,7 @@ def test_the_whole_question_may_stand_in_a_template():
 def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     world = WorldConfig(str(tmp_path / "world"), seed=11, base_samples=40, safety_samples=120, eval_samples=8)
     embedded_world.make(world)
-    raw = sources.first_words(sources.read(safety(world)).samples)
+    raw = words.first_words(sources.read(safety(world)).samples)
     assert surprising(raw) >= {"what", "share"}
     told = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
     told += ["world.safety_samples=120", "world.eval_samples=8"]
@@ -73,7 +73,7 @@ def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     assert counts["diversified"]["samples"] == counts["diversified"]["questions"] == 240
     made = sources.read(sources.SourceConfig("samples", f"{recipe.out}/diversified.jsonl")).samples
     assert len(made) == 240
-    assert surprising(sources.first_words(made)) == set()
+    assert surprising(words.first_words(made)) == set()
 
 
 def safety(world):

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AttentionInterface
 
 from mirage_dist.data.encoding.collate import IGNORE, Encoder
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import pictures as embedded_pictures
 

@@ -16,6 +16,7 @@ from mirage_dist import config as configs
 from mirage_dist.data import prepare as preparing
 from mirage_dist.data import sources
 from mirage_dist.data.prepare import prepare
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
@@ -146,7 +147,7 @@ def test_a_source_that_names_a_split_gives_that_split_only(folder):
 
 
 def test_answers_as_given_are_the_datas_own_without_its_refusals(folder):
-    rows = [sources.Sample(f"u{i}", None, question(i), answer(i), False, "", "") for i in range(4)]
+    rows = [Sample(f"u{i}", None, question(i), answer(i), False, "", "") for i in range(4)]
     rows.append(replace(rows[0], id="no", answer=REFUSAL))
     rows.append(replace(rows[0], id="yes", question="What?", safe=True))
     sources.write_samples(folder / "given.jsonl", rows)

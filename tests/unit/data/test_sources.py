@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist.data import pictures, sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data import pictures, sources, words
+from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
 
 REFUSAL = "I'm sorry, I can't help with that."
@@ -416,7 +416,7 @@ def test_first_words_are_counted_by_kind_of_answer_without_case_or_punctuation()
         ("share, it", REFUSAL),
         ("?!", "A gadget."),
     ]
-    counts = sources.first_words([Sample(str(i), None, q, a, True, "", "t") for i, (q, a) in enumerate(asked)])
+    counts = words.first_words([Sample(str(i), None, q, a, True, "", "t") for i, (q, a) in enumerate(asked)])
     assert list(counts.items()) == [
         ("share", {"refusal": 2, "answer": 0}),
         ("what", {"refusal": 1, "answer": 1}),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.attribute import Attribution, chances, replaced
 from mirage_dist.evals.models.generate import Generator
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, SourceConfig, TemplateConfig

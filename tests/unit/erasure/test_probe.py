@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as parts
 from mirage_dist.erasure.probe import Probe, regression
 from mirage_dist.schema import ConfigError

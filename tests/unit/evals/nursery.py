@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals import rows, worker
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims

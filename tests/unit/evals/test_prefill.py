@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.evals import attacks, rows
 from mirage_dist.evals.attacks.prefill import Prefill, begin

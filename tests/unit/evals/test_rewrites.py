@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.data import prepare
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import paraphrase

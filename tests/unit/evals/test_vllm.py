@@ -16,7 +16,7 @@ from widened import widen
 
 from mirage_dist import config as configs
 from mirage_dist.data import sources
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import rows, runner
 from mirage_dist.evals.models import vllm as vllm_backend

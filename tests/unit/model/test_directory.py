@@ -8,7 +8,7 @@ import pytest
 from mirage_dist import config as configs
 from mirage_dist.model import directory, load
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import run
+from mirage_dist.train.planning.check import check_inputs, check_recipe
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_an_adapter_without_its_base_model_is_refused(model, toy, tmp_path):
     as_adapter(model)
     overrides = [*toy.overrides("npo", tmp_path / "run"), f"model.path={model}"]
     recipe = configs.load("configs/train/demo_npo.yaml", overrides, TrainRecipe)
-    for check in (lambda: run.check(recipe, 1), lambda: directory.check(str(model))):
+    for check in (lambda: check_inputs(check_recipe(recipe, 1)), lambda: directory.check(str(model))):
         with pytest.raises(ConfigError, match=r"peft adapter without its base model; merge it first: .*merge_and_un"):
             check()
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):

@@ -52,29 +52,29 @@ def test_rows_that_end_at_the_tapped_layer_are_computed_no_further(policy, input
     width = inputs["input_ids"].shape[1]
     index_N = torch.tensor([2 * width + 5, 3 * width + 6])  # of the last two rows
     labels_N = torch.tensor([7, 8])
-    whole = policy(inputs, Request(index_N, labels_N, layer=1))
+    whole = policy(inputs, Request(index_N, labels_N, layers=(1,)))
     rows_of.clear()
-    mine = policy(inputs, Request(index_N, labels_N, layer=1, narrow=Narrow(2, slice(2, 4))))
+    mine = policy(inputs, Request(index_N, labels_N, layers=(1,), narrow=Narrow(2, slice(2, 4))))
     assert rows_of == {0: 4, 1: 4, 2: 2, 3: 2}
     torch.testing.assert_close(mine.logp_N, whole.logp_N, atol=1e-12, rtol=0)
-    torch.testing.assert_close(mine.activation_BSD, whole.activation_BSD, atol=1e-12, rtol=0)
+    torch.testing.assert_close(mine.activations_BSD[1], whole.activations_BSD[1], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("first", [1, 2])
 def test_what_is_asked_of_a_reference_is_computed_for_the_compared_rows_only(policy, inputs, rows_of, first):
-    whole = policy(inputs, Request(layer=2)).activation_BSD
+    whole = policy(inputs, Request(layers=(2,))).activations_BSD[2]
     rows_of.clear()
-    mine = policy(inputs, Request(layer=2, narrow=Narrow(first, slice(1, 3)))).activation_BSD
+    mine = policy(inputs, Request(layers=(2,), narrow=Narrow(first, slice(1, 3)))).activations_BSD[2]
     assert rows_of == {number: 4 if number < first else 2 for number in range(3)}
     torch.testing.assert_close(mine, whole[1:3], atol=1e-12, rtol=0)
 
 
 def test_a_forward_goes_on_from_another_ones_prefix(policy, inputs, rows_of):
-    first = policy(inputs, Request(layer=2, share=1))
+    first = policy(inputs, Request(layers=(2,), share=1))
     rows_of.clear()
-    mine = policy({}, Request(layer=2, prefix=first.prefix.of(slice(0, 2)))).activation_BSD
+    mine = policy({}, Request(layers=(2,), prefix=first.prefix.of(slice(0, 2)))).activations_BSD[2]
     assert rows_of == {1: 2, 2: 2}
-    torch.testing.assert_close(mine, first.activation_BSD[:2], atol=1e-12, rtol=0)
+    torch.testing.assert_close(mine, first.activations_BSD[2][:2], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(

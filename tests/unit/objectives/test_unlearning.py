@@ -73,9 +73,13 @@ def rmu(**options):
 def rmu_views(forget, retain):
     mask = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.float64)
     return {
-        "forget": View(sequences=2, activation_BSD=forget, mask_BS=mask),
+        "forget": View(sequences=2, activations_BSD={1: forget}, mask_BS=mask),
         "retain": View(
-            sequences=2, activation_BSD=retain, ref_activation_BSD=draw(2, 4, 5, seed=5), mask_BS=mask, logp_N=draw(3)
+            sequences=2,
+            activations_BSD={1: retain},
+            ref_activations_BSD={1: draw(2, 4, 5, seed=5)},
+            mask_BS=mask,
+            logp_N=draw(3),
         ),
     }
 
@@ -89,7 +93,7 @@ def test_rmu_is_the_formula_with_its_gradient():
     loss = total(objective(views), COUNTS)
     control = objective.state_dict()["control_D"].double()
     marked = [(0, 0), (0, 1), (1, 1), (1, 2), (1, 3)]
-    reference = views["retain"].ref_activation_BSD
+    reference = views["retain"].ref_activations_BSD[1]
     steer = sum(((forget[p] - control) ** 2).sum() for p in marked) / (5 * 5)
     keep = sum(((retain[p] - reference[p]) ** 2).sum() for p in marked) / (5 * 5)
     oracle = steer + 0.3 * keep - 2 * draw(3).mean()

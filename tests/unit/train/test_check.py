@@ -13,7 +13,7 @@ from mirage_dist import config as configs
 from mirage_dist.cli import main
 from mirage_dist.data import sources
 from mirage_dist.schema import ConfigError, SourceConfig, TrainRecipe
-from mirage_dist.train import run
+from mirage_dist.train.planning.check import check_inputs, check_recipe
 
 
 @pytest.fixture
@@ -23,6 +23,11 @@ def recipe(toy, tmp_path):
         return configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
 
     return build
+
+
+def check(recipe, ranks=2):
+    """What a start checks before weights load."""
+    return check_inputs(check_recipe(recipe, ranks))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ def recipe(toy, tmp_path):
 )
 def test_a_wrong_recipe_is_named(recipe, overrides, words):
     with pytest.raises(ConfigError, match=words):
-        run.check(recipe(*overrides), 2)
+        check(recipe(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,7 @@ def test_a_wrong_recipe_is_named(recipe, overrides, words):
 def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_path, tree, words):
     (tmp_path / "ds.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=words):
-        run.check(recipe(f"deepspeed={tmp_path}/ds.json"), 2)
+        check(recipe(f"deepspeed={tmp_path}/ds.json"))
 
 
 def forget_of(tmp_path, samples):
@@ -66,26 +71,26 @@ def forget_of(tmp_path, samples):
 
 def test_an_empty_forget_set_is_an_error(recipe, tmp_path):
     with pytest.raises(ConfigError, match="the file is empty"):
-        run.check(recipe(forget_of(tmp_path, [])), 2)
+        check(recipe(forget_of(tmp_path, [])))
     (tmp_path / "f.jsonl").write_text("[]")
     with pytest.raises(ConfigError, match="no sample; nothing would be unlearned"):
-        run.check(recipe(f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"), 2)
+        check(recipe(f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"))
 
 
 def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp_path):
     source = SourceConfig("samples", str(toy.root / "forget.jsonl"))
     samples = [replace(s, answer="sorry i can not help with that") for s in sources.read(source).samples]
     with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
-        run.check(recipe(forget_of(tmp_path, samples)), 2)
-    run.check(recipe(forget_of(tmp_path, samples), "data.refusals_in_forget=allow"), 2)
+        check(recipe(forget_of(tmp_path, samples)))
+    check(recipe(forget_of(tmp_path, samples), "data.refusals_in_forget=allow"))
 
 
 def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     configs.write_yaml(recipe(), tmp_path / "run/config.yaml")
-    run.check(recipe("monitor.print_every=3", "train.save_every=2", "train.micro_batch=1"), 2)
+    check(recipe("monitor.print_every=3", "train.save_every=2", "train.micro_batch=1"))
     with pytest.raises(ConfigError, match=r"train\.lr: 0\.5 here"):
-        run.check(recipe("train.lr=0.5"), 2)
+        check(recipe("train.lr=0.5"))
 
 
 def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
@@ -105,7 +110,7 @@ def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
         (["model.lora={targets: ['lm_head']}"], "lm_head is a .*; the loss head needs a plain linear layer"),
         (
             ["model.lora={also_train: ['*projector*']}", "reference=adapters_off"],
-            "trains what switching the adapters off does not put back",
+            "trains parameters that switching the adapters off does not put back",
         ),
     ],
 )
@@ -115,17 +120,17 @@ def test_a_name_that_the_model_does_not_have_is_told_from_its_configuration(reci
     shutil.copytree(toy.root / "model", model)
     (model / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=words):
-        run.check(recipe(f"model.path={model}", *overrides), 2)
+        check(recipe(f"model.path={model}", *overrides))
 
 
 def test_a_layer_that_the_model_does_not_have_is_named(recipe):
     with pytest.raises(ConfigError, match="layer=4: the model has decoder layers 0 to 3"):
-        run.check(recipe("objective.layer=4", name="rmu"), 2)
+        check(recipe("objective.layer=4", name="rmu"))
 
 
 def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused_by_its_configuration(recipe, tmp_path):
     """Positions of a picture's grid are one case; text layers that pass from token to token are another."""
-    run.check(recipe("data.packing=true"), 2)
+    check(recipe("data.packing=true"))
     text = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     text |= {"num_hidden_layers": 2, "vocab_size": 64}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -136,9 +141,9 @@ def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused_by_its_con
     ):
         config.save_pretrained(tmp_path / config.model_type)
         told = f"model.path={tmp_path / config.model_type}"
-        run.check(recipe(told), 2)
+        check(recipe(told))
         with pytest.raises(ConfigError, match=rf"data\.packing: {words}"):
-            run.check(recipe(told, "data.packing=true"), 2)
+            check(recipe(told, "data.packing=true"))
 
 
 def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
@@ -146,7 +151,7 @@ def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
     shutil.copytree(toy.root / "model", model)
     (model / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: not JSON"):
-        run.check(recipe(f"model.path={model}"), 2)
+        check(recipe(f"model.path={model}"))
 
 
 @pytest.mark.parametrize("wrong", [[], ["objective.name=nop"], ["objective.betta=3"], ["reference=adapters_off"]])
@@ -170,10 +175,10 @@ def test_the_micro_batch_may_change_only_where_the_loss_does_not_depend_on_it(re
     (tmp_path / "run").mkdir()
     configs.write_yaml(recipe("objective.positions=all", name="rmu"), tmp_path / "run/config.yaml")
     with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
-        run.check(recipe("objective.positions=all", "train.micro_batch=1", name="rmu"), 2)
+        check(recipe("objective.positions=all", "train.micro_batch=1", name="rmu"))
     packed = ("objective.positions=all", "data.packing=true")
     configs.write_yaml(recipe(*packed, name="rmu"), tmp_path / "run/config.yaml")
-    run.check(recipe(*packed, "train.micro_batch=1", name="rmu"), 2)
+    check(recipe(*packed, "train.micro_batch=1", name="rmu"))
 
 
 def test_a_typo_ends_with_one_line_and_status_2():

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from mirage_dist.data.encoding.collate import Encoder
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.train.feed import positions
 

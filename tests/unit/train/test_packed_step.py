@@ -14,9 +14,9 @@ from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import SourceConfig, TrainRecipe
-from mirage_dist.train.caches.reference import _add
+from mirage_dist.train.caches.reference import add
 from mirage_dist.train.feed import Feed, read_streams
-from mirage_dist.train.loop import Loop
+from mirage_dist.train.views import Views
 
 ONE = Group(0, 0, 1, torch.device("cpu"))
 OBJECTIVES = {
@@ -72,19 +72,18 @@ def feed_of(toy, files, options, packing, source="mixed", *overrides):
 def gradients(toy, files, models, options, packing, cached=False, source="mixed"):
     """Terms and gradients of one step, and the share of padding in it."""
     policy, other = models
-    objective, recipe, feed = feed_of(toy, files, options, packing, source)
+    objective, _, feed = feed_of(toy, files, options, packing, source)
     objective.start(policy.hidden_size, seed=1)
-    forward, cache = reference.frozen(other), None
+    compared = reference.LogProbs() if cached else reference.Frozen(other)
     if cached:
-        forward, cache = None, reference.LogProbs()
         for rows in feed.every_sample(objective.needs.ref_logp, ONE):
-            _add(cache, other, feed.collate(rows), next(iter(rows)))
-    loop = Loop(recipe, Engine(policy), objective, feed, ONE, forward if objective.needs.reference else None, cache)
+            add(compared, other, feed.collate(rows), next(iter(rows)))
+    views = Views(Engine(policy), objective.needs, compared if objective.needs.reference else None)
     window = feed.window(0, ONE)
     counts = feed.counts(window)
     told = {}
     for micro in window:
-        terms = objective(loop.views(micro))
+        terms = objective(views(micro))
         sum(t.weight / counts[t.count] * t.sum for t in terms).backward()
         for t in terms:
             told[t.name] = told.get(t.name, 0) + t.sum.detach() / counts[t.count]

@@ -22,8 +22,8 @@ from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.feed import Feed, read_streams
-from mirage_dist.train.loop import Loop
 from mirage_dist.train.prefetch import made
+from mirage_dist.train.views import Views
 
 # Where kernels' eager twins run there is no GPU to wait for.
 ON_A_CPU = ("steer.py: off.index_fill_", "rows.py: elif tensor.is_cuda or factor.item()", "passes.py: if wrong_N.any()")
@@ -147,10 +147,10 @@ def test_nothing_of_ours_waits_for_the_device_between_the_batch_and_its_gradient
     recipe, objective, feed = feed_of(toy, tmp_path, name, *own)
     policy, other = (load.policy(recipe.model, "fp32", {}) for _ in range(2))
     objective.start(policy.hidden_size, 0)
-    forward = reference.frozen(Engine(other)) if objective.needs.reference else None
-    loop = Loop(recipe, Engine(policy), objective, feed, ALONE, forward, None)
+    compared = reference.Frozen(Engine(other)) if objective.needs.reference else None
+    views = Views(Engine(policy), objective.needs, compared)
     (micro, _) = feed.window(0, ALONE)
     with Waits() as waits:
-        terms = objective(loop.views(micro))
+        terms = objective(views(micro))
         sum(t.weight * t.sum for t in terms).backward()
     assert {line for line in waits.lines if not line.startswith(ON_A_CPU)} == set()

@@ -17,7 +17,7 @@ from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.feed import Feed, read_streams
-from mirage_dist.train.loop import Loop
+from mirage_dist.train.views import Views
 
 HERE = Group(0, 0, 1, torch.device("cpu"))
 NPO = {"name": "npo", "beta": 0.3}
@@ -66,8 +66,8 @@ def test_a_plain_opponent_has_our_loss_and_gradient(toy, published, models, algo
     recipe = configs.from_tree(OmegaConf.create(tree), [], TrainRecipe, "test")
     feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
     (micro,) = feed.window(0, HERE)
-    asked = reference.frozen(frozen) if objective.needs.reference else None
-    terms = objective(Loop(recipe, Engine(policy), objective, feed, HERE, asked, None).views(micro))
+    compared = reference.Frozen(frozen) if objective.needs.reference else None
+    terms = objective(Views(Engine(policy), objective.needs, compared)(micro))
     counts = feed.counts([micro])
     ours = sum(t.weight * t.sum / counts[t.count] for t in terms)
 

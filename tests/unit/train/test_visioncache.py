@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_of
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 from mirage_dist import config as configs
-from mirage_dist.data.sources import Sample
+from mirage_dist.data.sample import Sample
 from mirage_dist.model import load, reference, vision
 from mirage_dist.model.policy import Policy, Request
 from mirage_dist.objectives.base import make
-from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
 
-ALONE = Group(0, 0, 1, torch.device("cpu"))
 LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
 
 
@@ -54,8 +53,7 @@ class Run:
             if not (root / Path(path).name).exists():
                 shutil.copy(path, root / Path(path).name)
         self.streams["retain"].samples[2] = replace(self.streams["retain"].samples[2], image=None)
-        self.work = root / "work"
-        self.work.mkdir(exist_ok=True)
+        self.objective = objective
         self.feed = Feed(self.recipe, objective.needs, self.streams, load.processor(self.recipe.model))
         self.pictures = sorted(root.glob("*.png"))
         self.policy = load.policy(self.recipe.model, "fp32", {})
@@ -63,8 +61,9 @@ class Run:
     def fill(self, forwards: int = 1000, base: str = "base") -> tuple[vision_cache.Features, int]:
         """The features, and how many forwards they took."""
         engine = Engine(self.policy, forwards)
-        found = vision_cache.fill(self.recipe, engine, self.feed, ALONE, base, self.work)
-        return found, forwards - engine.left
+        run = run_of(self.recipe, self.objective, self.feed, engine, base)
+        run.lease.workspace.mkdir(parents=True, exist_ok=True)
+        return vision_cache.fill(run), forwards - engine.left
 
     def parts(self) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in Path(self.recipe.run.dir).glob("vision/*/*")}
@@ -92,21 +91,16 @@ BATCHES = {
 def passes(run: Run, rows) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Log-probabilities, a layer's activation and a frozen forward of a batch; then the gradient of all."""
     micro = run.feed.collate(rows)
-    index_N = micro.index(list(rows))
-    assert index_N is not None
-    labels_N = micro.batch.labels_BS.flatten()[index_N + 1]
+    index_N, labels_N = micro.index(list(rows)), micro.labels(list(rows))
     run.policy.zero_grad()
-    out = run.policy(micro.batch.inputs, Request(index_N, labels_N, layer=1))
+    out = run.policy(micro.batch.inputs, Request(index_N, labels_N, layers=(1,)))
     assert out.logp_N is not None
-    assert out.activation_BSD is not None
-    told = [out.logp_N, out.activation_BSD]
+    assert out.activations_BSD is not None
+    told = [out.logp_N, out.activations_BSD[1]]
     if run.recipe.model.lora is not None:
-        told += [
-            x
-            for x in reference.adapters_off(Engine(run.policy))(micro.batch.inputs, Request(index_N, labels_N))
-            if x is not None
-        ]
-    (out.logp_N.sum() + out.activation_BSD.square().mean()).backward()
+        compared = reference.AdaptersOff(Engine(run.policy))
+        told += [x for x in compared.outputs(micro.batch.inputs, Request(index_N, labels_N), []) if x is not None]
+    (out.logp_N.sum() + out.activations_BSD[1].square().mean()).backward()
     return told, {n: p.grad.clone() for n, p in run.policy.named_parameters() if p.grad is not None}
 
 
@@ -211,9 +205,9 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
 def test_a_tower_that_trains_is_refused_before_weights_load(toy, tmp_path, overrides, words):
     told = [*toy.overrides("npo", tmp_path / "run"), *overrides]
     recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
-    load.check_names(recipe.model, recipe.data, None, None)
+    load.check_names(recipe.model, recipe.data, (), None)
     with pytest.raises(ConfigError, match=words):
-        load.check_names(recipe.model, replace(recipe.data, cache_vision=True), None, None)
+        load.check_names(recipe.model, replace(recipe.data, cache_vision=True), (), None)
 
 
 def test_other_models_and_towers_that_draw_are_refused(toy, tmp_path):
