@@ -67,9 +67,7 @@ def _matches(pattern: str, name: str, role_of: dict[str, str]) -> bool:
 
 def _unmatched(pattern: str, trained: list[str], left: list[str], role_of: dict[str, str]) -> str:
     if any(_matches(pattern, name, role_of) for name in trained):
-        return (
-            f"all trained parameters that {pattern!r} matches are in an earlier group; put this entry before that one"
-        )
+        return f"all trained parameters that {pattern!r} matches are in earlier groups; move this entry up"
     if any(_matches(pattern, name, role_of) for name in role_of):
         return f"{pattern!r} matches only parameters that do not train; change model.train, model.freeze or model.lora"
     present = sorted(set(role_of.values()))
