@@ -14,13 +14,14 @@ from mirage_dist.model import activations, directory, vision
 from mirage_dist.model.policy import Policy
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
-# Vision-language models that hand positions and the borders of packed sequences to their text decoder and to nothing
-# else. Others make positions of a picture's grid (Qwen2-VL), or attention of token types (Gemma 3).
+# Vision-language models that pass positions and the borders of packed sequences to their text decoder only. Others
+# derive positions from a picture's grid (Qwen2-VL), or attention from token types (Gemma 3).
 PACKABLE = {
     *("aya_vision", "cohere2_vision", "got_ocr2", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
     "vipllava",
 }
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep them apart
+# Kinds of layers that keep packed sequences apart.
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -28,8 +29,9 @@ def processor(model: ModelConfig) -> Any:
     """The processor of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
     from transformers import AutoProcessor
 
+    folder = directory.resolve(model.path)
     try:
-        return AutoProcessor.from_pretrained(directory.resolve(model.path))
+        return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: its processor cannot be loaded: {error}") from error
 
@@ -41,20 +43,20 @@ def policy(
     depth: int | None = None,
     frozen: bool = False,
 ) -> Policy:
-    """The model to train (or with `frozen` a reference), its parameters partitioned while they load under ZeRO-3.
+    """The model to train, or with `frozen` a reference. Under ZeRO-3 its parameters are partitioned while they load.
 
-    depth: with it only so many decoder layers are loaded, and the norm and head above them do not train. Raises
-    ConfigError when the model cannot be loaded, a pattern of `model.train` or `model.freeze` matches nothing, or
-    nothing within `depth` trains.
+    depth: load only this many decoder layers; the norm and head above them do not train. Raises ConfigError when the
+    model cannot be loaded, a pattern of `model.train` matches nothing, or nothing within `depth` trains.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # transformers partitions what it loads as long as this object lives.
+    folder = directory.resolve(model.path)
+    # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(
-            directory.resolve(model.path),
+            folder,
             config=_config(model, depth),
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
@@ -68,12 +70,12 @@ def policy(
         return Policy(hf.requires_grad_(False))
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-        hf.enable_input_require_grads()  # else adapters behind a checkpoint get no gradient
+        hf.enable_input_require_grads()  # otherwise adapters in checkpointed layers get no gradient
     return trainable(hf, model, depth)
 
 
 def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
-    """The model with adapters, or with the parameters chosen that train; none of them behind `depth` decoder layers.
+    """The model with adapters, or with the parameters selected that train; none after `depth` decoder layers.
 
     Raises ConfigError as `policy` does.
     """
@@ -84,12 +86,12 @@ def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
         built = Policy(hf)
     if depth is not None:
         activations.check_layer(built.backbone, depth - 1)
-        for parameter in built.behind(depth):
+        for parameter in built.unused(depth):
             parameter.requires_grad_(False)
         if not any(p.requires_grad for p in built.parameters()):
             raise ConfigError(
-                f"objective.layer={depth - 1}: nothing that trains lies below that layer's output, and no term reaches "
-                "further up; change model.train, or model.lora.targets"
+                f"objective.layer={depth - 1}: no trained parameter lies below that layer's output, and no term uses a "
+                "later layer; change model.train, or model.lora.targets"
             )
     return built
 
@@ -99,7 +101,7 @@ def _config(model: ModelConfig, depth: int | None) -> Any:
 
     config: Any = AutoConfig.from_pretrained(directory.resolve(model.path))
     text = config.get_text_config()
-    # Never more than there are: `check_names` has told, or will tell, that a layer is missing.
+    # Never more layers than the model has: `check_names` reports a missing layer.
     if depth is not None and depth < text.num_hidden_layers:
         text.num_hidden_layers = depth
         if getattr(text, "layer_types", None):
@@ -108,10 +110,10 @@ def _config(model: ModelConfig, depth: int | None) -> Any:
 
 
 def choose_trainable(hf: Any, train: Sequence[str], freeze: Sequence[str]) -> list[str]:
-    """Set requires_grad by name patterns; returns the names that train.
+    """Set requires_grad by name patterns; returns the names of the parameters that train.
 
-    Raises ConfigError for a `train` pattern that matches no parameter, or when nothing is left to train. A
-    `freeze` pattern may match nothing: the defaults name several families' vision towers.
+    Raises ConfigError for a `train` pattern that matches no parameter, or when no parameter is left to train. A
+    `freeze` pattern may match nothing: the defaults name the vision towers of several model families.
     """
     names = [name for name, _ in hf.named_parameters()]
     for pattern in train:
@@ -154,7 +156,7 @@ def _with_adapters(hf: Any, model: ModelConfig) -> Any:
 
 
 def attention(model: ModelConfig, dtype: str) -> str:
-    """The attention implementation; `auto` takes flash-attention for bf16 where it is installed and there is a GPU."""
+    """The attention implementation; `auto` is flash-attention for bf16 on a GPU where it is installed, else sdpa."""
     if model.attention != "auto":
         return model.attention
     flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -190,8 +192,9 @@ def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], d
 
 
 def weightless(model: ModelConfig, depth: int | None = None) -> Policy:
-    """The model to train, adapters and requires_grad included, without memory (on the meta device): it takes a second
-    where weights take minutes. Raises ConfigError as `policy` does.
+    """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
+
+    Raises ConfigError as `policy` does.
     """
     from transformers import AutoModelForImageTextToText
 

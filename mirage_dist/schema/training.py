@@ -105,7 +105,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`metrics.jsonl` is always written; W&B only when asked."""
+    """`metrics.jsonl` is always written; W&B only where `wandb` says so."""
 
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "mirage_dist"
