@@ -40,7 +40,7 @@ def test_by_hand():
     st.none() | st.integers(1, 40),
     st.booleans(),
 )
-def test_nothing_that_is_asked_for_goes_and_nothing_else_stays(losses, last, every, best):
+def test_retention_keeps_what_the_recipe_says_and_nothing_else(losses, last, every, best):
     train = config(keep_last=last, keep_every=every, keep_best="loss" if best else None)
     keep = kept(metrics(losses, losses.values()), train)
     assert keep <= set(losses)
