@@ -14,7 +14,6 @@ from mirage_dist.schema.evaluation import (
     EvalRecipe,
     EvalSetConfig,
     GenerationConfig,
-    JudgeConfig,
     TemplateConfig,
 )
 from mirage_dist.schema.training import (
@@ -37,7 +36,6 @@ __all__ = [
     "EvalSetConfig",
     "GenerationConfig",
     "GroupConfig",
-    "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
     "MonitorConfig",

@@ -20,7 +20,7 @@ from mirage_dist.train.optimizers.whole import WholeParameters, owners
 from mirage_dist.train.planning.check import check_inputs, check_recipe
 
 NAMES = [name for name in base.REGISTRY if name != "adamw8bit" or importlib.util.find_spec("bitsandbytes")]
-SHAPES = {"layer.weight": (40, 70), "layer.bias": (40,), "embed.weight": (30, 20), "conv.weight": (4, 3, 5, 5)}
+SHAPES = {"layer.weight": (80, 70), "layer.bias": (80,), "embed.weight": (30, 20), "conv.weight": (4, 3, 5, 5)}
 
 
 @pytest.fixture
