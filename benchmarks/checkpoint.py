@@ -29,7 +29,7 @@ TARGET = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--parameters", type=float, default=60e6)
     parser.add_argument("--out", type=Path, help="a folder on the disk to measure; default: the temporary one")

@@ -28,8 +28,9 @@ class Record(TypedDict):
     """One step in metrics.jsonl; null stands for a value that is not finite.
 
     step: from 1. terms, values: what the objective returned (see `objectives.base`), divided by the global counts;
-    `values` is left out when it is empty. skipped: the gradient was not finite, so no weight changed. tokens: input
-    tokens of all ranks, without padding. padding: fraction of the positions. cut: samples whose answer was truncated.
+    `values` is left out when it is empty. group_lr: the rate of each entry of train.groups, by its patterns. skipped:
+    the gradient was not finite, so no weight changed. tokens: input tokens of all ranks, without padding. padding:
+    fraction of the positions. cut: samples whose answer was truncated.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Record(TypedDict):
     values: NotRequired[dict[str, float | None]]
     grad_norm: float | None
     lr: float
+    group_lr: NotRequired[dict[str, float]]
     skipped: bool
     tokens: int
     padding: float
@@ -82,7 +84,9 @@ class Loop:
         local = torch.stack([s.double() for s in sums]).tolist()
         table = gather(self.group, [*local, *flags], f"terms of step {number}")
         record = self.record(number, rate, counts, values, table[:, : len(local)].sum(0))
-        return record | ({"group_lr": group_rates} if group_rates else {}), table[:, len(local) :]
+        if group_rates:
+            record["group_lr"] = group_rates
+        return record, table[:, len(local) :]
 
     def agree(self, number: int, own: Mapping[str, float]) -> dict[str, float]:
         """Global counts of the whole window, before its first forward; every rank must be at the same step."""

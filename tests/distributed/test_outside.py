@@ -90,7 +90,7 @@ def plain(recipe: TrainRecipe, loss_of):
     policy, reference = (AutoModelForImageTextToText.from_pretrained(recipe.model.path) for _ in range(2))
     load.choose_trainable(policy, recipe.model.train, recipe.model.freeze)
     optimizer = torch.optim.AdamW(
-        [p for p in policy.parameters() if p.requires_grad], betas=tuple(recipe.train.betas), weight_decay=0
+        [p for p in policy.parameters() if p.requires_grad], betas=tuple(recipe.train.optimizer["betas"]), weight_decay=0
     )
     objective = make(recipe.objective)
     objective.start(policy.config.text_config.hidden_size, recipe.seed)
