@@ -29,7 +29,7 @@ TARGET = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--parameters", type=float, default=60e6)
     parser.add_argument("--out", type=Path, help="a folder on the disk to measure; default: the temporary one")
@@ -48,8 +48,8 @@ def main() -> None:
         statuses = [process.wait() for process in ranks]
         if any(statuses):
             raise SystemExit("a rank failed (see above)")
-        told = json.loads((Path(folder) / "told.json").read_text())
-    result |= {"ranks": parsed.ranks, **told}
+        figures = json.loads((Path(folder) / "figures.json").read_text())
+    result |= {"ranks": parsed.ranks, **figures}
     print(table(result))
     stall = result["stall_seconds"]
     share = stall["background"] / stall["waiting"]
@@ -119,16 +119,16 @@ def rank(parameters: int, folder: Path) -> None:
             stalls[way].append(stall)
             costs[way].append(time.perf_counter() - start - steps * plain)
     if group.main:
-        told: dict[str, Any] = {
+        figures: dict[str, Any] = {
             "parameters": sum(p.ds_numel for p in engine.module.parameters()),
             "checkpoint_mib": sum(f.stat().st_size for f in (folder / "waiting").rglob("rank-*")) / 2**20,
             "step_seconds": plain,
-            # The first of each kind pays for the host copy's memory pages and for cold caches; it is told apart.
+            # The first of each kind pays for the host copy's memory pages and for cold caches; it is kept apart.
             "first_stall_seconds": {way: values[0] for way, values in stalls.items()},
             "stall_seconds": {way: median(values[1:]) for way, values in stalls.items()},
             "cost_seconds": {way: median(values[1:]) for way, values in costs.items()},
         }
-        (folder / "told.json").write_text(json.dumps(told))
+        (folder / "figures.json").write_text(json.dumps(figures))
     for way, saver in savers.items():
         saver.close()
         if group.main:
@@ -156,7 +156,8 @@ def build(parameters: int, group: Any) -> Any:
             return self.hf(x)
 
     module = Model()
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-5, fused=group.device.type == "cuda")
+    parameters_of_all = {"params": list(module.parameters()), "match": None, "peak": 1e-5, "share": 1.0}
+    optimizer = torch.optim.AdamW([parameters_of_all], 1e-5, fused=group.device.type == "cuda")
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -170,7 +171,7 @@ def build(parameters: int, group: Any) -> Any:
 
 def table(result: dict[str, Any]) -> str:
     stall, first, cost = (result[f"{kind}_seconds"] for kind in ("stall", "first_stall", "cost"))
-    rows = [[way, *(f"{told[way]:.3f} s" for told in (stall, first, cost))] for way in stall]
+    rows = [[way, *(f"{figures[way]:.3f} s" for figures in (stall, first, cost))] for way in stall]
     return (
         f"{result['parameters'] / 1e6:.0f} M parameters, {result['checkpoint_mib']:.0f} MiB a checkpoint, "
         f"{result['ranks']} ranks, {result['step_seconds'] * 1e3:.0f} ms a step\n\n"

@@ -1,8 +1,8 @@
-"""A decoder layer's output, and forwards that compute no more layers and rows than are wanted.
+"""Outputs of decoder layers, and forwards that compute no more layers and rows than needed.
 
-A forward has up to two parts: the backbone's own, as far as all rows are wanted, and the layers behind it on those
-rows that go on (`Narrow`). A model whose lower layers are another's starts with what went into the first layer that
-differs (`Prefix`).
+A forward has up to two parts: the backbone's own forward over all rows, and the later layers on the rows that continue
+(`Narrow`). A model that shares its lower layers with another one starts from the input of the first layer that differs
+(`Prefix`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Narrow(NamedTuple):
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a decoder layer was called with: hidden_BSD, and keyword arguments. No gradient flows through it.
+    """The input of a decoder layer: hidden_BSD and keyword arguments. No gradient flows through it.
 
-    ZeRO-3's hooks look into tuples and dicts for tensors, not into this; there is nothing in it for them.
+    ZeRO-3's hooks search tuples and dicts for tensors, but not this class, and need none of its tensors.
     """
 
     layer: int
@@ -39,14 +39,14 @@ class Prefix:
     arguments: dict[str, Any]
 
     def of(self, rows: slice) -> Prefix:
-        """The same of some rows of the batch."""
+        """The prefix of some rows of the batch."""
         hidden_BSD, arguments = narrowed(self.hidden_BSD, self.arguments, rows)
         return Prefix(self.layer, hidden_BSD, arguments)
 
 
 @dataclass
 class Seen:
-    """Of one forward: inputs (hidden_BSD, arguments) and output of the layers that were asked for."""
+    """Inputs (hidden_BSD, arguments) and outputs of the observed layers in one forward, by layer number."""
 
     inputs: dict[int, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -72,10 +72,10 @@ def is_plain(backbone: Any) -> bool:
 
 @contextmanager
 def seeing(backbone: Any, layers: set[int], depth: int | None = None) -> Iterator[Seen]:
-    """Of the forward made inside, keep what goes into these decoder layers and comes out of them.
+    """Record inputs and outputs of these decoder layers during the forward inside the block.
 
-    With `depth` the decoder runs no more than so many layers: it counts them in its configuration, which is lowered
-    for the time being. Raising from a hook would leave ZeRO-3 with parameters gathered.
+    With `depth` the decoder runs at most this many layers: the block lowers the number in its configuration. Raising
+    from a hook instead would leave ZeRO-3 with gathered parameters.
     """
     text = decoder(backbone)
     seen, whole = Seen(), text.config.num_hidden_layers
@@ -112,7 +112,7 @@ def run(
 
 
 def narrowed(hidden_BSD: Tensor, arguments: dict[str, Any], rows: slice) -> tuple[Tensor, dict[str, Any]]:
-    """A decoder layer's input for some rows of the batch; what all rows share stays as it is."""
+    """A decoder layer's input for some rows of the batch; values that all rows share are unchanged."""
     count = len(hidden_BSD)
     # The rows' dimension, from the end where there may be one before it: position_ids ([3,] B, S), cos and sin of
     # position_embeddings ([3,] B, S, d).

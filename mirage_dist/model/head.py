@@ -1,4 +1,4 @@
-"""lm_head whose own forward is the token log-probability of selected rows.
+"""An LM head whose forward computes the token log-probabilities of selected rows.
 
 Under ZeRO-3 a weight is whole only inside its module's forward and backward, so the loss head has to be that
 module's forward; the parameter keeps its Hugging Face name. Without labels it is the plain linear layer.
@@ -22,8 +22,8 @@ class TokenLogProbHead(nn.Linear):
     def forward(  # type: ignore[override]
         self, hidden: Tensor, labels_N: Tensor | None = None, ref_logits_NV: Tensor | None = None, exact: bool = False
     ) -> Tensor:
-        """Of rows (N, D): log-probabilities of `labels_N` (N,), KL(reference ‖ policy) where `ref_logits_NV` is given
-        (N,), or with `exact` the float32 logits (N, V). Otherwise what the layer always gave.
+        """For rows (N, D): log-probabilities of `labels_N` (N,), KL(reference ‖ policy) where `ref_logits_NV` is given
+        (N,), or with `exact` the float32 logits (N, V). Otherwise the output of the plain linear layer.
         """
         options: dict[str, Any] = {"bias": self.bias, "softcap": self.softcap}
         if labels_N is not None:
@@ -36,9 +36,9 @@ class TokenLogProbHead(nn.Linear):
 
 
 def install(model: Any) -> TokenLogProbHead:
-    """Make the model's output embedding a `TokenLogProbHead`, in place, and return it.
+    """Turn the model's output embedding into a `TokenLogProbHead`, in place, and return it.
 
-    Raises ConfigError when it is no plain linear layer (an adapter on lm_head).
+    Raises ConfigError when it is not a plain linear layer (for example with an adapter on lm_head).
     """
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear:

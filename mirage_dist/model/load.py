@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import importlib.util
-import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mirage_dist.config import nearest
-from mirage_dist.model import activations, vision
+from mirage_dist.model import activations, directory, vision
 from mirage_dist.model.policy import Policy
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
-# Vision-language models that hand positions and the borders of packed sequences to their text decoder and to nothing
-# else. Others make positions of a picture's grid (Qwen2-VL), or attention of token types (Gemma 3).
+# Vision-language models that pass positions and the borders of packed sequences to their text decoder only. Others
+# derive positions from a picture's grid (Qwen2-VL), or attention from token types (Gemma 3).
 PACKABLE = {
     *("aya_vision", "cohere2_vision", "got_ocr2", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
     "vipllava",
 }
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that keep them apart
+# Kinds of layers that keep packed sequences apart.
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -31,8 +29,9 @@ def processor(model: ModelConfig) -> Any:
     """The processor of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
     from transformers import AutoProcessor
 
+    folder = directory.resolve(model.path)
     try:
-        return AutoProcessor.from_pretrained(model.path)
+        return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: its processor cannot be loaded: {error}") from error
 
@@ -44,20 +43,20 @@ def policy(
     depth: int | None = None,
     frozen: bool = False,
 ) -> Policy:
-    """The model to train (or with `frozen` a reference), its parameters partitioned while they load under ZeRO-3.
+    """The model to train, or with `frozen` a reference. Under ZeRO-3 its parameters are partitioned while they load.
 
-    depth: with it only so many decoder layers are loaded, and the norm and head above them do not train. Raises
-    ConfigError when the model cannot be loaded, a pattern of `model.train` or `model.freeze` matches nothing, or
-    nothing within `depth` trains.
+    depth: load only this many decoder layers; the norm and head above them do not train. Raises ConfigError when the
+    model cannot be loaded, a pattern of `model.train` matches nothing, or nothing within `depth` trains.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    # transformers partitions what it loads as long as this object lives.
+    folder = directory.resolve(model.path)
+    # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
         hf: Any = AutoModelForImageTextToText.from_pretrained(
-            model.path,
+            folder,
             config=_config(model, depth),
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
@@ -71,12 +70,12 @@ def policy(
         return Policy(hf.requires_grad_(False))
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
-        hf.enable_input_require_grads()  # else adapters behind a checkpoint get no gradient
+        hf.enable_input_require_grads()  # otherwise adapters in checkpointed layers get no gradient
     return trainable(hf, model, depth)
 
 
 def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
-    """The model with adapters, or with the parameters chosen that train; none of them behind `depth` decoder layers.
+    """The model with adapters, or with the parameters selected that train; none after `depth` decoder layers.
 
     Raises ConfigError as `policy` does.
     """
@@ -87,12 +86,12 @@ def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
         built = Policy(hf)
     if depth is not None:
         activations.check_layer(built.backbone, depth - 1)
-        for parameter in built.behind(depth):
+        for parameter in built.unused(depth):
             parameter.requires_grad_(False)
         if not any(p.requires_grad for p in built.parameters()):
             raise ConfigError(
-                f"objective.layer={depth - 1}: nothing that trains lies below that layer's output, and no term reaches "
-                "further up; change model.train, or model.lora.targets"
+                f"objective.layer={depth - 1}: no trained parameter lies below that layer's output, and no term uses a "
+                "later layer; change model.train, or model.lora.targets"
             )
     return built
 
@@ -100,9 +99,9 @@ def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
 def _config(model: ModelConfig, depth: int | None) -> Any:
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(model.path)
+    config: Any = AutoConfig.from_pretrained(directory.resolve(model.path))
     text = config.get_text_config()
-    # Never more than there are: `check_names` has told, or will tell, that a layer is missing.
+    # Never more layers than the model has: `check_names` reports a missing layer.
     if depth is not None and depth < text.num_hidden_layers:
         text.num_hidden_layers = depth
         if getattr(text, "layer_types", None):
@@ -111,10 +110,10 @@ def _config(model: ModelConfig, depth: int | None) -> Any:
 
 
 def choose_trainable(hf: Any, train: Sequence[str], freeze: Sequence[str]) -> list[str]:
-    """Set requires_grad by name patterns; returns the names that train.
+    """Set requires_grad by name patterns; returns the names of the parameters that train.
 
-    Raises ConfigError for a `train` pattern that matches no parameter, or when nothing is left to train. A
-    `freeze` pattern may match nothing: the defaults name several families' vision towers.
+    Raises ConfigError for a `train` pattern that matches no parameter, or when no parameter is left to train. A
+    `freeze` pattern may match nothing: the defaults name the vision towers of several model families.
     """
     names = [name for name, _ in hf.named_parameters()]
     for pattern in train:
@@ -157,7 +156,7 @@ def _with_adapters(hf: Any, model: ModelConfig) -> Any:
 
 
 def attention(model: ModelConfig, dtype: str) -> str:
-    """The attention implementation; `auto` takes flash-attention for bf16 where it is installed and there is a GPU."""
+    """The attention implementation; `auto` is flash-attention for bf16 on a GPU where it is installed, else sdpa."""
     if model.attention != "auto":
         return model.attention
     flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -165,63 +164,37 @@ def attention(model: ModelConfig, dtype: str) -> str:
 
 
 def base_hash(path: str) -> str:
-    """SHA-256 over the weight files of a model directory or of a hub name's snapshot in the cache, names included.
+    """SHA-256 of the files that decide the base model (see `directory.files`), of a directory or a hub name.
 
-    Raises ConfigError when there is no safetensors file: other weights are never loaded.
+    Raises ConfigError when there is no model, or when it has no safetensors file.
     """
-    from transformers.utils.hub import cached_file
-
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(str(cached_file(path, "config.json"))).parent
-        except OSError as error:
-            raise ConfigError(f"model.path={path}: neither a directory nor in the model cache: {error}") from error
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model.path={path}: no *.safetensors in {folder}; other weights are never loaded")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    return directory.model_hash(directory.resolve(path))
 
 
 def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_directory(model: ModelConfig) -> None:
-    """Raise ConfigError early when a local `model.path` is no model directory; a hub name is left to the loader."""
-    folder = Path(model.path)
-    looks_local = folder.is_absolute() or model.path.startswith((".", "runs/")) or folder.exists()
-    if looks_local and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={model.path}: no config.json there; give a Hugging Face model directory")
-    if (folder / "config.json").is_file():
-        try:
-            json.loads((folder / "config.json").read_text())
-        except ValueError as error:
-            raise ConfigError(f"{folder / 'config.json'}: not JSON: {error}") from error
+def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> Policy:
+    """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
-
-def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> None:
-    """Raise ConfigError for what the model does not have or cannot do, from its configuration alone: a name pattern, a
-    layer, packing, a vision tower whose features can be cached.
-
-    layers: the tapped ones. depth: see `policy`.
+    layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
+    layer that does not exist, or when the model cannot be packed or its vision features cannot be cached.
     """
-    found = weightless(model, depth)
+    built = weightless(model, depth)
     for layer in layers:
-        activations.check_layer(found.backbone, layer)
+        activations.check_layer(built.backbone, layer)
     if data.packing:
-        check_packing(found.backbone)
+        check_packing(built.backbone)
     if data.cache_vision:
-        vision.check(found.base)
+        vision.check(built.base)
+    return built
 
 
 def weightless(model: ModelConfig, depth: int | None = None) -> Policy:
-    """The model to train, adapters and requires_grad included, without memory (on the meta device): it takes a second
-    where weights take minutes. Raises ConfigError as `policy` does.
+    """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
+
+    Raises ConfigError as `policy` does.
     """
     from transformers import AutoModelForImageTextToText
 

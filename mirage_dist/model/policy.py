@@ -1,6 +1,6 @@
-"""The module that DeepSpeed wraps: one forward that gives everything an objective asked for.
+"""The module that DeepSpeed wraps: one forward that computes everything an objective requests.
 
-What goes in and comes out are named tuples and dicts, because ZeRO-3's hooks look for tensors in no other type.
+Arguments and results are named tuples and dicts, because ZeRO-3's hooks find tensors in no other types.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mirage_dist.model.activations import Narrow, Prefix
 class Request(NamedTuple):
     """What to compute; positions are flat (b·S + t) into the hidden states.
 
-    index_N, labels_N: rows whose log-probability is wanted, and what they predict. kl_index_M: rows whose KL to
-    `ref_logits_MV` is wanted; without reference logits, whose own logits are (what a reference is asked). layers: tap
-    these decoder layers. narrow: only these rows go on from a layer; every row asked for above must be among them.
-    share: keep what goes into this layer. prefix: start with that, whatever the inputs are. vision: nothing but
-    the features of the pictures (see `model.vision`).
+    index_N, labels_N: rows whose log-probabilities to compute, and the tokens that they predict. kl_index_M: rows whose
+    KL divergence from `ref_logits_MV` to compute, or whose logits where no reference logits are given (the request to a
+    reference model). layers: decoder layers to tap. narrow: the rows that continue after a layer; they must include
+    every row requested above. share: return the input of this layer as a prefix. prefix: start from it, whatever the
+    inputs are. vision: compute the features of the pictures only (see `model.vision`).
     """
 
     index_N: Tensor | None = None
@@ -38,7 +38,7 @@ class Request(NamedTuple):
 class Outputs(NamedTuple):
     """logp_N, kl_M, logits_MV in float32; activations, vision_IPF in the model's dtype. None where not requested.
 
-    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: what `share` requests.
+    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`.
     """
 
     logp_N: Tensor | None = None
@@ -76,8 +76,11 @@ class Policy(nn.Module):
         """Number of decoder layers."""
         return len(activations.decoder(self.backbone).layers)
 
-    def behind(self, depth: int) -> list[nn.Parameter]:
-        """Parameters that nothing reaches which ends behind `depth` decoder layers: later ones, the norm, the head."""
+    def unused(self, depth: int) -> list[nn.Parameter]:
+        """Parameters that a forward truncated after `depth` decoder layers never uses.
+
+        These are the later layers, the final norm and the LM head (unless tied to the embeddings).
+        """
         text = activations.decoder(self.backbone)
         later = [*text.layers[depth:], getattr(text, "norm", nn.Identity()), self.base.get_output_embeddings()]
         tied = {id(p) for p in text.get_input_embeddings().parameters()}
@@ -97,7 +100,7 @@ class Policy(nn.Module):
         hidden_BSD, tapped_BSD, prefix = self.hidden(inputs, request._replace(narrow=narrow), end)
         logp_N = kl_M = logits_MV = None
         hidden_RD, lm_head = hidden_BSD.flatten(0, 1), self.base.get_output_embeddings()
-        # Positions of the whole batch, where only some of its rows have come so far.
+        # The request's positions are of the whole batch, of which only some rows may have come this far.
         left_out = narrow.rows.start * hidden_BSD.shape[1] if narrow is not None else 0
         if request.index_N is not None:
             logp_N = lm_head(hidden_RD.index_select(0, request.index_N - left_out), labels_N=request.labels_N)
@@ -134,7 +137,7 @@ class Policy(nn.Module):
 
 
 def no_grad_forward(module: Any, inputs: dict[str, Tensor], request: Request) -> Outputs:
-    """A forward without dropout and without a graph; the module's mode is put back."""
+    """A forward without dropout and without a graph; the module's mode is restored."""
     training = module.training
     module.eval()
     try:

@@ -1,16 +1,16 @@
 """A checkpoint directory on disk: safetensors files of flat fragments, readable on any number of ranks.
 
-A shard holds one rank's fragments. The tensor `KEY/NAME` is the flat, contiguous part of parameter NAME that begins at
-element `starts[NAME]`; KEY is `param` (the float32 master copy), `exp_avg` or `exp_avg_sq` (AdamW's moments). Starts
-and whole shapes stand in the file's metadata. Which rank wrote what matters to nobody: a reader asks for elements.
+A shard holds one rank's fragments. The tensor `KEY/NAME` is the flat, contiguous part, of whatever belongs to parameter
+NAME under KEY, that begins at element `starts[KEY/NAME]`; the whole has the shape `shapes[KEY/NAME]`. KEY is `param`
+(the float32 master copy) or the name of a state tensor of the optimizer (AdamW: `exp_avg`, `exp_avg_sq`). State that is
+a plain number, such as a step count, is in `scalars[NAME]`. Starts, shapes and scalars are in the file's metadata. It
+does not matter which rank wrote what: a reader asks for elements.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,84 +21,98 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mirage_dist import disk
+from mirage_dist.disk import Written
 from mirage_dist.schema import RunError
 
 PARAM = "param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PATTERN = "rank-*.safetensors"
-CHUNK = 16 * 2**20  # bytes written and hashed at once
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # that a shard can hold, by their names in safetensors files
+# Parameter -> name of its state -> JSON value (see `train.checkpoints.fragments`).
+Scalars = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A flat part (n,) of the parameter `name`, from element `start` of its row-major elements on.
+    """A flat part (n,) of the tensor `key` of parameter `name`, from element `start` of its row-major elements on.
 
-    tensors: KEY -> (n,) float32, on any device.
+    shape: of the whole tensor. tensor: on any device, of a dtype in DTYPES.
     """
 
+    key: str
     name: str
     shape: tuple[int, ...]
     start: int
-    tensors: Mapping[str, Tensor]
+    tensor: Tensor
+
+    @property
+    def title(self) -> str:
+        return f"{self.key}/{self.name}"
 
 
-def write(file: Path, fragments: Sequence[Fragment]) -> dict[str, Any]:
-    """Write one shard and sync it to disk; returns {"bytes", "sha256"}.
-
-    The digest is of what was meant to be written, taken on the way: a disk that keeps something else is found out.
-    Raises OSError.
-    """
-    flat = [(f"{key}/{f.name}", tensor) for f in fragments for key, tensor in f.tensors.items()]
+def write(file: Path, fragments: Sequence[Fragment], scalars: Scalars | None = None) -> Written:
+    """Write one shard and sync it to disk. Raises OSError."""
+    # By falling size of an element, so that each tensor is aligned in the file.
+    ordered = sorted(fragments, key=lambda f: -f.tensor.itemsize)
     header: dict[str, Any] = {
         "__metadata__": {
-            "starts": json.dumps({f.name: f.start for f in fragments}),
-            "shapes": json.dumps({f.name: f.shape for f in fragments}),
+            "starts": json.dumps({f.title: f.start for f in ordered}),
+            "shapes": json.dumps({f.title: f.shape for f in ordered}),
+            "scalars": json.dumps(scalars or {}),
         }
     }
     end = 0
-    for name, tensor in flat:
-        start, end = end, end + tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
+    for f in ordered:
+        start, end = end, end + f.tensor.nbytes
+        header[f.title] = {"dtype": DTYPES[f.tensor.dtype], "shape": [len(f.tensor)], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    digest, size = hashlib.sha256(), 0
-    with file.open("wb", buffering=0) as handle:
-        for part in (len(text).to_bytes(8, "little"), text, *(_bytes(tensor) for _, tensor in flat)):
-            view = memoryview(part)
-            for begin in range(0, len(view), CHUNK):
-                size += _write_all(handle, view[begin : begin + CHUNK])
-                digest.update(view[begin : begin + CHUNK])
-        os.fsync(handle.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    content = (len(text).to_bytes(8, "little"), text, *map(_bytes, ordered))
+    return disk.write(file, content, workspace=file.parent)  # a folder that another job has removed is not made again
 
 
-def _write_all(handle: Any, part: memoryview) -> int:
-    done = 0
-    while done < len(part):
-        done += handle.write(part[done:])
-    return done
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B")
+def _bytes(fragment: Fragment) -> memoryview | bytes:
+    flat = fragment.tensor.detach().to("cpu").contiguous()
+    return flat.view(torch.uint8).numpy().data if len(flat) else b""
 
 
 class Shards:
-    """The shards of one checkpoint directory, opened by memory map. A context manager."""
+    """The shards of one checkpoint directory, opened by memory map. A context manager.
+
+    shapes: of the parameters, by name. scalars: see `Scalars`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.scalars: dict[str, dict[str, Any]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of all tensors
         self._stack = ExitStack()
         # (file, start of its fragment), by tensor
         self._pieces: dict[str, list[tuple[Any, int]]] = {}
         for file in sorted(folder.glob(PATTERN)):
             handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            told = handle.metadata()
-            starts = json.loads(told["starts"])
-            self.shapes.update({name: tuple(shape) for name, shape in json.loads(told["shapes"]).items()})
-            for tensor in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                self._pieces.setdefault(tensor, []).append((handle, starts[tensor.partition("/")[2]]))
+            metadata = handle.metadata()
+            starts = json.loads(metadata["starts"])
+            self._shapes |= {title: tuple(shape) for title, shape in json.loads(metadata["shapes"]).items()}
+            self.scalars |= json.loads(metadata["scalars"])
+            for title in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                self._pieces.setdefault(title, []).append((handle, starts[title]))
+        for title, shape in self._shapes.items():
+            key, _, name = title.partition("/")
+            if key == PARAM:
+                self.shapes[name] = shape
 
     def __enter__(self) -> Shards:
         return self
@@ -106,28 +120,33 @@ class Shards:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def states(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The optimizer's state tensors of a parameter: key -> shape."""
+        parts = (title.partition("/") for title in self._shapes)
+        return {key: self._shapes[f"{key}/{name}"] for key, _, owner in parts if owner == name and key != PARAM}
+
     def read(self, key: str, name: str, start: int, count: int) -> Tensor:
-        """Elements [start, start + count) of a parameter's `key`: (count,) float32 on the CPU.
+        """Elements [start, start + count) of the tensor `key` of a parameter: (count,) on the CPU.
 
         Raises RunError when the shards together do not hold all of them.
         """
-        out = torch.empty(count)
-        found = 0
-        for piece, begin in self._overlaps(f"{key}/{name}", start, start + count):
+        pieces = list(self._overlaps(f"{key}/{name}", start, start + count))
+        held = sum(len(piece) for piece, _ in pieces)
+        if held != count:
+            raise RunError(f"{self.folder}: holds {held} of {count} elements of {key} of {name} from {start} on")
+        out = torch.empty(count, dtype=pieces[0][0].dtype if pieces else torch.float32)
+        for piece, begin in pieces:
             out[begin - start : begin - start + len(piece)] = piece
-            found += len(piece)
-        if found != count:
-            raise RunError(f"{self.folder}: holds {found} of {count} elements of {key} of {name} from {start} on")
         return out
 
-    def whole(self, name: str) -> Tensor:
-        """A parameter in float32, in its shape."""
-        shape = self.shapes[name]
-        return self.read(PARAM, name, 0, math.prod(shape)).view(shape)
+    def whole(self, name: str, key: str = PARAM) -> Tensor:
+        """A parameter, or another tensor that belongs to it, in its shape."""
+        shape = self._shapes[f"{key}/{name}"]
+        return self.read(key, name, 0, math.prod(shape)).view(shape)
 
-    def _overlaps(self, tensor: str, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
-        for handle, begin in self._pieces.get(tensor, []):
-            part = handle.get_slice(tensor)
+    def _overlaps(self, title: str, start: int, stop: int) -> Iterator[tuple[Tensor, int]]:
+        for handle, begin in self._pieces.get(title, []):
+            part = handle.get_slice(title)
             low, high = max(start, begin), min(stop, begin + part.get_shape()[0])
             if low < high:
                 yield part[low - begin : high - begin], low
@@ -143,42 +162,33 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory. Raises OSError, or ValueError when it is not what was written."""
+    """The manifest of a checkpoint directory. Raises OSError, or ValueError when it is damaged."""
     manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
-        raise ValueError("manifest.json does not have the SHA-256 that stands in it")
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != disk.digest(manifest):
+        raise ValueError("manifest.json does not have the SHA-256 that it states")
     return manifest
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
-    """A manifest as it is written, with its own SHA-256: a flipped byte in it is found out like one in a shard."""
-    return json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1)
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    """The text of a manifest with its own SHA-256, which reveals a flipped byte in it as in a shard."""
+    return json.dumps({**manifest, "sha256": disk.digest(manifest)}, indent=1)
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole: manifest, each file's size and SHA-256.
+    """What is wrong with a checkpoint's manifest or with the size or SHA-256 of a file; None when it is whole.
 
-    Of the files, those with number `part` modulo `parts` are read.
+    Only the files whose number modulo `parts` is `part` are read.
     """
     try:
         files = read_manifest(checkpoint)["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"no readable manifest ({error})"
-    for name, told in sorted(files.items())[part::parts]:
+    for name, written in sorted(files.items())[part::parts]:
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != told["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {told['bytes']}"
-        if _sha256(file) != told["sha256"]:
+        if file.stat().st_size != written["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, the manifest says {written['bytes']}"
+        if disk.sha256(file) != written["sha256"]:
             return f"{name} does not have the SHA-256 of the manifest"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

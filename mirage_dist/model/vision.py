@@ -1,6 +1,6 @@
-"""Pictures whose features are known: what a frozen vision tower gives is a constant, so it need not run again.
+"""Pictures with cached features: the output of a frozen vision tower is a constant, so it need not run again.
 
-The features are what goes into the projector, which may train. Shapes: I pictures, P image tokens of each, F features.
+The features are the input of the projector, which may train. Shapes: I pictures, P tokens per picture, F features.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from mirage_dist.schema import ConfigError
 
-FEATURES = "vision_features"  # the input that stands in for `pixel_values`
+FEATURES = "vision_features"  # the input that replaces `pixel_values`
 SUPPORTED = "LlavaForConditionalGeneration"
 
 
 def check(base: Any) -> None:
-    """Raise ConfigError unless the features of a picture are a constant of fixed size that this module can put in.
+    """Raise ConfigError unless a picture's features are a constant of fixed size that `entered` can insert.
 
-    base: the Hugging Face model, adapters and requires_grad as in training; it may lie on the meta device.
+    base: the Hugging Face model, with adapters and requires_grad as in training; it may be on the meta device.
     """
     kind, vision = type(base).__name__, getattr(base.config, "vision_config", None)
     if kind != SUPPORTED or vision is None or vision.model_type == "pixtral":
-        told = f"{kind} with {vision.model_type}" if kind == SUPPORTED and vision is not None else kind
-        raise ConfigError(f"data.cache_vision: {told} is not supported, only {SUPPORTED} with pictures of fixed size")
+        model = f"{kind} with {vision.model_type}" if kind == SUPPORTED and vision is not None else kind
+        raise ConfigError(f"data.cache_vision: {model} is not supported, only {SUPPORTED} with pictures of fixed size")
     trained = [name for name, p in base.model.vision_tower.named_parameters() if p.requires_grad]
     if trained:
         raise ConfigError(
@@ -37,27 +37,27 @@ def check(base: Any) -> None:
 
 
 def features(backbone: Any, pixel_values: Tensor) -> Tensor:
-    """What the vision tower gives the projector for these pictures: (I, P, F), in the model's dtype.
+    """The projector's input for these pictures: (I, P, F), in the model's dtype.
 
-    The model selects layers and positions itself; the projector's input is read where it arrives.
+    The model selects layers and positions itself; a hook on the projector reads the result.
     """
-    found: list[Tensor] = []
+    inputs_IPF: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0])
+        inputs_IPF.append(inputs[0])
 
     handle = backbone.multi_modal_projector.register_forward_pre_hook(keep)
     try:
         backbone.get_image_features(pixel_values=pixel_values)
     finally:
         handle.remove()
-    return found[0]
+    return inputs_IPF[0]
 
 
 def entered(backbone: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's keyword arguments; where there are features, they are projected into the token embeddings here.
+    """The backbone's keyword arguments, with cached features projected into the token embeddings if `inputs` has them.
 
-    All modules are called as modules, so that ZeRO-3's hooks gather them.
+    Every module is called as a module, so that ZeRO-3's hooks gather its parameters.
     """
     if FEATURES not in inputs:
         return dict(inputs)

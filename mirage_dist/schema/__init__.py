@@ -16,7 +16,14 @@ from mirage_dist.schema.evaluation import (
     GenerationConfig,
     TemplateConfig,
 )
-from mirage_dist.schema.training import LoraConfig, ModelConfig, MonitorConfig, TrainConfig, TrainRecipe
+from mirage_dist.schema.training import (
+    GroupConfig,
+    LoraConfig,
+    ModelConfig,
+    MonitorConfig,
+    TrainConfig,
+    TrainRecipe,
+)
 
 __all__ = [
     "ChatConfig",
@@ -28,6 +35,7 @@ __all__ = [
     "EvalRecipe",
     "EvalSetConfig",
     "GenerationConfig",
+    "GroupConfig",
     "LoraConfig",
     "ModelConfig",
     "MonitorConfig",

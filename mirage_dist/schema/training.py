@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
@@ -47,8 +47,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """Trained parameters with their own learning rate or weight decay; what is left out is as in `train`.
+
+    match: shell globs over parameter names, or roles: connector, decoder, vision, head. The schedule scales `lr` as it
+    scales `train.lr`.
+    """
+
+    match: list[str]
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self, ("match",), "at least one pattern", lambda x: bool(x))
+        require(self, ("lr",), "a number above 0", lambda x: 0 < x < math.inf)
+        require(self, ("weight_decay",), "a number of at least 0", lambda x: 0 <= x < math.inf)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The optimizer and the batch. `global_batch` and `micro_batch` count rows of *each* stream."""
+
+    renamed: ClassVar[dict[str, str]] = {"betas": "optimizer.betas"}
 
     lr: float
     global_batch: int
@@ -56,8 +76,10 @@ class TrainConfig:
     max_steps: int | None = None  # default: `epochs` passes over the first stream
     epochs: float = 1.0
     dtype: Literal["fp32", "bf16"] = "bf16"
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    # `name` and the fields of that optimizer's dataclass
+    optimizer: Annotated[dict[str, Any], Choice("name")] = field(default_factory=lambda: {"name": "adamw"})
     weight_decay: float = 0.0
+    groups: list[GroupConfig] = field(default_factory=list)  # the first entry that matches a parameter has it
     clip: float = 1.0  # global gradient norm; 0 is off
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # what happens in the last `decay` of the run
     warmup: float = 0.03  # fraction of the steps
@@ -79,12 +101,11 @@ class TrainConfig:
         require(self, ("lr", "epochs", "hang_seconds"), "a number above 0", lambda x: 0 < x < math.inf)
         require(self, ("weight_decay", "clip"), "a number of at least 0", lambda x: 0 <= x < math.inf)
         require(self, ("warmup", "decay", "min_lr"), "a share from 0 to 1", lambda x: 0 <= x <= 1)
-        require(self, ("betas",), "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x))
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`metrics.jsonl` is always written; W&B only when asked."""
+    """`metrics.jsonl` is always written; W&B only where `wandb` says so."""
 
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "mirage_dist"

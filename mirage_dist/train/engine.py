@@ -1,4 +1,4 @@
-"""deepspeed.initialize, the optimizer and the learning rate."""
+"""The DeepSpeed engine and its configuration, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from mirage_dist.config import find
 from mirage_dist.model import load
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
+from mirage_dist.train.checkpoints.fragments import check_state
+from mirage_dist.train.optimizers import base as optimizers
+from mirage_dist.train.optimizers.groups import split
+from mirage_dist.train.optimizers.partitions import slices
+from mirage_dist.train.optimizers.whole import WholeParameters
 
 # The recipe decides these; in the JSON they would be a second truth.
 OURS = {
@@ -20,7 +25,7 @@ OURS = {
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.global_batch",
     "gradient_clipping": "train.clip",
-    "optimizer": "train.lr, train.betas, train.weight_decay",
+    "optimizer": "train.optimizer, train.lr, train.weight_decay",
     "scheduler": "train.schedule",
     "bf16": "train.dtype",
     "fp16": "train.dtype",
@@ -30,7 +35,8 @@ OURS = {
 def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict[str, Any]:
     """The DeepSpeed JSON that the recipe names, completed. Touches no device.
 
-    Raises ConfigError when it is no JSON object, sets what the recipe decides, or the batch does not come out even.
+    Raises ConfigError when it is no JSON object, sets what the recipe decides, does not suit the recipe's optimizer, or
+    the batch does not divide evenly.
     """
     file = find(recipe.deepspeed)
     try:
@@ -41,7 +47,7 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
         raise ConfigError(f"{file}: expected a JSON object")
     for key, ours in OURS.items():
         if key in config:
-            raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); take it out")
+            raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); remove it")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage")
     if stage not in (2, 3):
@@ -50,6 +56,7 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
         device = zero.get(key, {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
+    optimizers.make(recipe.train.optimizer).check(zero)
     train = recipe.train
     if train.global_batch % (train.micro_batch * world_size):
         raise ConfigError(
@@ -71,22 +78,29 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
 
 
 def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:
-    """The policy's engine, of `depth` decoder layers or all. The step size is set every step from `learning_rate`."""
+    """The policy's engine, of `depth` decoder layers or all. `groups.set_rates` sets the rates before every step."""
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    first, second = recipe.train.betas
-    optimizer = torch.optim.AdamW(
-        trained,
-        recipe.train.lr,
-        (first, second),
-        weight_decay=recipe.train.weight_decay,
-        fused=True,  # six times as fast on a CPU, too
-    )
+    options = optimizers.make(recipe.train.optimizer)
+    groups = split(policy, recipe.train)
+    optimizer = options.make(groups) if options.elementwise else WholeParameters(groups, options.make)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)
+    if isinstance(optimizer, WholeParameters):
+        optimizer.attach(slices(engine), group)
+    _check_once(optimizer)
     # A loaded model is in evaluation mode, and DeepSpeed's wrapper does not pass its own mode on: without this,
     # gradient checkpointing would silently do nothing.
     engine.train()
     return engine
+
+
+def _check_once(optimizer: torch.optim.Optimizer) -> None:
+    """After the first step, check that checkpoints can hold the optimizer's state; a later save would lose the run."""
+
+    def check(*_: Any) -> None:
+        handle.remove()
+        check_state(optimizer)
+
+    handle = optimizer.register_step_post_hook(check)
 
 
 def build_reference(recipe: TrainRecipe, config: dict[str, Any], depth: int | None = None) -> Any:

@@ -16,6 +16,7 @@ from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.train.context import Run
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import MicroBatch
+from mirage_dist.train.optimizers.groups import set_rates
 from mirage_dist.train.views import Views
 
 
@@ -27,8 +28,9 @@ class Record(TypedDict):
     """One step in metrics.jsonl; null stands for a value that is not finite.
 
     step: from 1. terms, values: what the objective returned (see `objectives.base`), divided by the global counts;
-    `values` is left out when it is empty. skipped: the gradient was not finite, so no weight changed. tokens: input
-    tokens of all ranks, without padding. padding: fraction of the positions. cut: samples whose answer was truncated.
+    `values` is left out when it is empty. group_lr: the rate of each entry of train.groups, by its patterns. skipped:
+    the gradient was not finite, so no weight changed. tokens: input tokens of all ranks, without padding. padding:
+    fraction of the positions. cut: samples whose answer was truncated.
     """
 
     step: int
@@ -37,6 +39,7 @@ class Record(TypedDict):
     values: NotRequired[dict[str, float | None]]
     grad_norm: float | None
     lr: float
+    group_lr: NotRequired[dict[str, float]]
     skipped: bool
     tokens: int
     padding: float
@@ -66,8 +69,7 @@ class Loop:
         """
         counts = self.agree(number, self.run.feed.counts(window))
         rate = learning_rate(self.run.recipe.train, number, self.run.feed.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        group_rates = set_rates(self.engine.optimizer, rate)
         sums: list[Any] = []
         for micro in window:
             values = self.objective(self.views(micro.to(self.group.device)))
@@ -81,7 +83,10 @@ class Loop:
             sums = [s + v.sum.detach() for s, v in zip(sums or [0] * len(values), values, strict=True)]
         local = torch.stack([s.double() for s in sums]).tolist()
         table = gather(self.group, [*local, *flags], f"terms of step {number}")
-        return self.record(number, rate, counts, values, table[:, : len(local)].sum(0)), table[:, len(local) :]
+        record = self.record(number, rate, counts, values, table[:, : len(local)].sum(0))
+        if group_rates:
+            record["group_lr"] = group_rates
+        return record, table[:, len(local) :]
 
     def agree(self, number: int, own: Mapping[str, float]) -> dict[str, float]:
         """Global counts of the whole window, before its first forward; every rank must be at the same step."""

@@ -41,19 +41,19 @@ RUNS = {
 @pytest.fixture(scope="module")
 def finished(toy):
     (toy.root / "offload.json").write_text(json.dumps(NO_PIN))
-    found = {}
+    folders = {}
     for name, (ranks, own) in RUNS.items():
         folder = toy.root / "more" / name
-        told = [
+        overrides = [
             *toy.overrides("npo", folder),
             *SHORT,
             *(o.replace("{offload}", f"{toy.root}/offload.json") for o in own),
         ]
         if name == "parity":
-            told.append(f"data.streams.retain_ce=[{{format: samples, path: {toy.root}/retain.jsonl}}]")
-        launch(ranks, "train", "configs/train/demo_npo.yaml", *told)
-        found[name] = folder
-    return found
+            overrides.append(f"data.streams.retain_ce=[{{format: samples, path: {toy.root}/retain.jsonl}}]")
+        launch(ranks, "train", "configs/train/demo_npo.yaml", *overrides)
+        folders[name] = folder
+    return folders
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_the_same_losses_by_another_way(finished, one, other):
 
 
 def test_lora_learns_although_layers_are_checkpointed(finished):
-    told = metrics(finished["lora_cache"])
-    assert all(m["grad_norm"] > 0 for m in told)
+    lines = metrics(finished["lora_cache"])
+    assert all(m["grad_norm"] > 0 for m in lines)
     # At the reference every margin is 0; the batches differ, this value does not.
-    assert told[0]["terms"]["forget"] == pytest.approx(2 / 0.5 * math.log(2), abs=1e-5)
-    assert told[-1]["terms"]["forget"] < told[0]["terms"]["forget"] - 1e-3
+    assert lines[0]["terms"]["forget"] == pytest.approx(2 / 0.5 * math.log(2), abs=1e-5)
+    assert lines[-1]["terms"]["forget"] < lines[0]["terms"]["forget"] - 1e-3
 
 
 def test_a_lora_checkpoint_holds_adapters_only_and_its_export_is_merged(finished, toy):
@@ -92,9 +92,9 @@ def test_parity_mode_starts_where_its_formula_says(finished):
 
 
 def test_kl_is_zero_at_the_reference_and_grows(finished):
-    told = [m["terms"]["retain_kl"] for m in metrics(finished["kl_engine"])]
-    assert told[0] == pytest.approx(0, abs=1e-6)
-    assert told[-1] > 1e-4
+    lines = [m["terms"]["retain_kl"] for m in metrics(finished["kl_engine"])]
+    assert lines[0] == pytest.approx(0, abs=1e-6)
+    assert lines[-1] > 1e-4
 
 
 def test_wandb_is_one_run_with_the_manifests_id(finished):

@@ -90,9 +90,8 @@ def plain(recipe: TrainRecipe, loss_of):
     """Whole batches, two whole models, full logits and hooks in PyTorch alone. Losses and the trained model."""
     policy, reference = (AutoModelForImageTextToText.from_pretrained(recipe.model.path) for _ in range(2))
     load.choose_trainable(policy, recipe.model.train, recipe.model.freeze)
-    optimizer = torch.optim.AdamW(
-        [p for p in policy.parameters() if p.requires_grad], betas=tuple(recipe.train.betas), weight_decay=0
-    )
+    betas = tuple(recipe.train.optimizer["betas"])
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], betas=betas, weight_decay=0)
     objective = make(recipe.objective)
     objective.start(policy.config.text_config.hidden_size, recipe.seed)
     feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))

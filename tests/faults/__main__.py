@@ -77,7 +77,7 @@ class Harness:
         self.life = time.monotonic() - begin
 
     def start(self, run: Path, background: bool, log: str) -> Start:
-        told = [
+        overrides = [
             *self.toy.overrides("npo", run),
             f"deepspeed={self.folder}/deepspeed.json",
             f"train.max_steps={STEPS}",
@@ -87,7 +87,7 @@ class Harness:
             f"train.keep_last={KEEP}",
             f"train.save_in_background={str(background).lower()}",
         ]
-        command = [f"{REPOSITORY}/launch/local.sh", str(RANKS), "train", "configs/train/demo_npo.yaml", *told]
+        command = [f"{REPOSITORY}/launch/local.sh", str(RANKS), "train", "configs/train/demo_npo.yaml", *overrides]
         return Start(command, self.environment, self.folder / log)
 
     def run(self, number: int) -> Outcome:
@@ -126,7 +126,7 @@ class Harness:
         orphans = start.kill(victim, rank)
         if victim == "all ranks" or (victim == "a rank" and rank == 0):
             now = moments.look(run)  # nobody writes there any more: what is seen is what there was
-        out.kills.append(self.told(now, before, victim, str(moment)))
+        out.kills.append(self.kill_record(now, before, victim, str(moment)))
         if freeze:
             for number in orphans:
                 send(number, signal.SIGSTOP)
@@ -141,13 +141,13 @@ class Harness:
         """A start beside ranks that lost their launcher: it is refused by name, or the directory is its own."""
         start = self.start(run, out.background, self.log(out))
         status = start.wait(LIMIT)
-        told = re.search(r"belongs to a job on (\S+), process (\d+), .* which is running", start.log.read_text())
-        if status == 1 and told and told[1] == socket.gethostname() and int(told[2]) in orphans:
+        refused = re.search(r"belongs to a job on (\S+), process (\d+), .* which is running", start.log.read_text())
+        if status == 1 and refused and refused[1] == socket.gethostname() and int(refused[2]) in orphans:
             out.refused += 1
         elif status != 0:
             out.not_resumed.append(f"{start.log}: ended with status {status} beside the orphans {orphans}")
         if end(orphans) and status != 0:
-            out.kills.append(self.told(moments.look(run), before, ORPHANS, "behind a refused start"))
+            out.kills.append(self.kill_record(moments.look(run), before, ORPHANS, "behind a refused start"))
         return status == 0
 
     def ended(self, start: Start, out: Outcome, seconds: float) -> bool:
@@ -169,7 +169,7 @@ class Harness:
         out.starts += 1
         return f"run-{out.run:03d}-start-{out.starts}.log"
 
-    def told(self, now: moments.Now, before: moments.Now, victim: str, moment: str) -> dict[str, str]:
+    def kill_record(self, now: moments.Now, before: moments.Now, victim: str, moment: str) -> dict[str, str]:
         return {"victim": victim, "phase": moments.phase(now, before, KEEP, STEPS), "moment": moment}
 
     def forget(self, number: int) -> None:
@@ -235,12 +235,13 @@ def main() -> int:
         print(f"{number + 1}/{parsed.runs}: {kills}: {'; '.join(wrong) or 'resumed'}, {out.seconds:.0f} s", flush=True)
         if not wrong:
             harness.forget(number)
-    told = summary(harness, outcomes, begin)
+    results = summary(harness, outcomes, begin)
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    parsed.out.write_text(json.dumps(told, indent=1) + "\n")
+    parsed.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(outcomes))
-    failed = told["could_not_resume"] + told["differ"]
-    print(f"{told['runs']} runs, {told['could_not_resume']} could not resume, {told['differ']} differ; {parsed.out}")
+    failed = results["could_not_resume"] + results["differ"]
+    counts = f"{results['runs']} runs, {results['could_not_resume']} could not resume, {results['differ']} differ"
+    print(f"{counts}; {parsed.out}")
     if failed:
         print(f"what is left of them: {folder}")
     else:

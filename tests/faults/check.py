@@ -11,32 +11,32 @@ CLOCKED = ("tokens_per_s", "step_seconds", "memory_mib")
 
 def differences(run: Path, whole: Path) -> list[str]:
     """In words, what of a finished run is not as in the never-stopped one; empty when all is."""
-    found = []
+    faults = []
     steps, others = (_records(f) for f in (run, whole))
     if [m["step"] for m in steps] != [m["step"] for m in others]:
-        found.append(f"metrics.jsonl has steps {[m['step'] for m in steps]}")
+        faults.append(f"metrics.jsonl has steps {[m['step'] for m in steps]}")
     elif steps != others:
         first = next(m["step"] for m, other in zip(steps, others, strict=True) if m != other)
-        found.append(f"metrics.jsonl differs from step {first} on")
+        faults.append(f"metrics.jsonl differs from step {first} on")
     kept, wanted = (sorted(f.name for f in (r / "checkpoints").glob("step-*")) for r in (run, whole))
     if kept != wanted:
-        found.append(f"checkpoints {kept}, wanted {wanted}")
+        faults.append(f"checkpoints {kept}, wanted {wanted}")
     latest, last = ((r / "checkpoints/latest").read_text() for r in (run, whole))
     if latest != last:
-        found.append(f"latest names {latest}, wanted {last}")
+        faults.append(f"latest names {latest}, wanted {last}")
     for folder in (f"checkpoints/{last}", "export", "reference"):
-        found += _unequal(run / folder, whole / folder)
+        faults += _unequal(run / folder, whole / folder)
     # What decides whether a run may go on; a half-written one would say so at the next start.
     for name in ("config.yaml", "data.json", "manifest.json"):
         if not (run / name).is_file() or not (run / name).read_text().strip():
-            found.append(f"{name} is missing or empty")
+            faults.append(f"{name} is missing or empty")
     litter = [*run.glob("work-*"), *run.rglob("*.tmp"), *run.rglob("*.gone"), *run.glob("owner.json")]
-    return found + [f"{file.relative_to(run)} was left behind" for file in sorted(set(litter))]
+    return faults + [f"{file.relative_to(run)} was left behind" for file in sorted(set(litter))]
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    told = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in told]
+    records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in records]
 
 
 def _unequal(mine: Path, other: Path) -> list[str]:

@@ -25,7 +25,7 @@ class Now:
     committed: int  # how many there are
     latest: int | None  # what `latest` names
     gone: bool  # step-*.gone
-    export: bool  # export.tmp
+    export: bool  # export.*.tmp
     cache: bool  # the reference cache's folder
     metrics: int | None  # metrics.jsonl: which file; a start puts a new one in place when set-up is over
 
@@ -52,7 +52,7 @@ def look(run: Path) -> Now:
         committed=len(steps),
         latest=latest,
         gone=any(name.endswith(".gone") for name in inside),
-        export="export.tmp" in inside,
+        export=any(name.startswith("export.") for name in inside),
         cache=(run / "reference").is_dir(),
         metrics=metrics,
     )

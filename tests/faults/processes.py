@@ -1,4 +1,4 @@
-"""A run as its user starts it, found in the process table, and SIGKILL."""
+"""A run as its user starts it, with its ranks in the process table, and SIGKILL."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Start:
 
 def ranks_of(launcher: int) -> dict[int, int]:
     """rank -> process id, of those that a launcher has started and that run."""
-    found = {}
+    ranks = {}
     with suppress(OSError):
         for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
             if _running(child) and (rank := _rank(child)) is not None:
-                found[rank] = child
-    return found
+                ranks[rank] = child
+    return ranks
 
 
 def send(number: int, name: signal.Signals) -> None:
@@ -76,8 +76,8 @@ def _rank(number: int) -> int | None:
     """Which rank a process is; the launcher's own helpers are none."""
     if b"mirage_dist.cli" not in Path(f"/proc/{number}/cmdline").read_bytes():
         return None
-    told = dict(v.split(b"=", 1) for v in Path(f"/proc/{number}/environ").read_bytes().split(b"\0") if b"=" in v)
-    return int(told[b"RANK"]) if b"RANK" in told else None
+    environment = dict(v.split(b"=", 1) for v in Path(f"/proc/{number}/environ").read_bytes().split(b"\0") if b"=" in v)
+    return int(environment[b"RANK"]) if b"RANK" in environment else None
 
 
 def _running(number: int) -> bool:

@@ -5,20 +5,18 @@
 
 Every rank writes its fragments (`model.shards`) into the owner's workspace, synced and hashed; the manifest comes
 last; then one rename makes it a checkpoint. A process may die at any moment: what was committed before stays whole.
-In the background the step pays for almost nothing: what is saved changes in the optimizer's update only, so it is
+Saving in the background costs the step almost nothing: the saved state changes only in the optimizer's update, so it is
 copied to host memory while the next forward and backward run, and that update waits for the copy. The commit follows
 at the first step boundary at which all ranks have written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,35 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mirage_dist.model.shards import Fragment, Shards, committed, damage, read_manifest, sealed, step_of, write
+from mirage_dist import disk
+from mirage_dist.model.shards import (
+    Fragment,
+    Scalars,
+    Shards,
+    committed,
+    damage,
+    read_manifest,
+    sealed,
+    step_of,
+    write,
+)
+from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import Group, barrier, everyones, gather
 from mirage_dist.schema import ConfigError, RunError, TrainConfig
-from mirage_dist.train.checkpoints import fragments as held
+from mirage_dist.train.checkpoints import fragments as state
+from mirage_dist.train.optimizers.groups import OptimizerRecord, record
 
-FORMAT = 1
+FORMAT = 2
 Digests = dict[str, dict[str, Any]]  # file -> {"bytes", "sha256"}
 Snapshot = tuple[list[Fragment], Tensor]  # see `fragments.snapshot`
 
 
 @dataclass
 class _Pending:
-    """A checkpoint that is being written: `digests` resolves to this rank's files, `copied` (in the background) to the
-    copy of the training state that they are written from.
+    """A checkpoint that is being written.
+
+    copied: in the background, resolves to the copy of the training state that the files are written from. digests:
+    resolves to the sizes and digests of this rank's files.
     """
 
     name: str
@@ -58,34 +71,35 @@ class Saver:
     def __init__(self, folder: Path, workspace: Path, train: TrainConfig, group: Group) -> None:
         self.folder, self.workspace, self.train, self.group = folder, workspace, train, group
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._copier = ThreadPoolExecutor(1, "snapshot")  # its own, since a copy must not wait for a removal
+        self._copier = ThreadPoolExecutor(1, "snapshot")  # another thread: a copy must not wait for a removal
         self._buffer: Tensor | None = None
         self._pending: _Pending | None = None
 
     def save(self, engine: Any, manifest: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
-        """Write the checkpoint of `manifest["step"]`, in the background where `train.save_in_background` says so;
-        `before_update` is then to be called before the next update.
+        """Write the checkpoint of `manifest["step"]`.
 
-        Raises RunError when it cannot be written (no space left); earlier checkpoints are as they were.
+        With `train.save_in_background` it is written in the background; call `before_update` before the next update.
+        Raises RunError when it cannot be written (no space left); earlier checkpoints stay whole.
         """
         self.finish()
         name = f"step-{manifest['step']:06d}"
         partial = self.workspace / f"{name}.tmp"
         if self.group.main:
-            with _told(partial):
+            with _write_failures(partial):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
         barrier(self.group, f"checkpoint {name}")
-        fragments = held.fragments(engine)
-        steps = held.steps_taken(engine)
-        told = {"format": FORMAT, **manifest, "adamw_steps": steps, "zero_stage": engine.zero_optimization_stage()}
-        state = {key: value.clone().contiguous() for key, value in objective.items()} if self.group.main else None
+        fragments, scalars = state.fragments(engine)
+        optimizer: OptimizerRecord = record(engine, str(self.train.optimizer["name"]))
+        stage = engine.zero_optimization_stage()
+        whole = {"format": FORMAT, **manifest, "optimizer": optimizer, "zero_stage": stage}
+        own = {key: value.clone().contiguous() for key, value in objective.items()} if self.group.main else None
         copied = None
         if self.train.save_in_background:
-            copied = self._copier.submit(held.snapshot, fragments, self._buffer, held.moment(self.group.device))
-        digests = self._writer.submit(_write, partial, self.group, copied or fragments, state)
-        self._pending = _Pending(name, partial, told, copied, digests)
+            copied = self._copier.submit(state.snapshot, fragments, self._buffer, state.moment(self.group.device))
+        digests = self._writer.submit(_write, partial, self.group, copied or fragments, scalars, own)
+        self._pending = _Pending(name, partial, whole, copied, digests)
         if copied is None:
             self.finish()
 
@@ -96,7 +110,7 @@ class Saver:
 
     @property
     def written(self) -> bool:
-        """Whether this rank has nothing left to write of the pending checkpoint; what failed is done, too."""
+        """Whether this rank has nothing left to write of the pending checkpoint; a failed write counts as done."""
         return self._pending is None or self._pending.digests.done()
 
     @property
@@ -115,67 +129,59 @@ class Saver:
             return
         self.before_update()
         pending, self._pending = self._pending, None
-        with _told(pending.partial):
+        with _write_failures(pending.partial):
             own = pending.digests.result()
         files = dict(sorted(item for part in everyones(self.group, own) for item in part.items()))
         if self.group.main:
-            with _told(pending.partial):
+            with _write_failures(pending.partial):
                 self._commit(pending, files)
                 self._retain(pending.name)
 
     def settle(self, step: int) -> None:
-        """Do what a commit that was cut off left undone: `latest` and retention, as of the checkpoint resumed from."""
+        """Complete an interrupted commit: `latest` and retention, as of the checkpoint that the run resumed from."""
         if step and self.group.main:
             name = f"step-{step:06d}"
-            with _told(self.workspace / name):
+            with _write_failures(self.workspace / name):
                 self._point_to(name)
                 self._retain(name)
 
     def _commit(self, pending: _Pending, files: Digests) -> None:
-        _write_synced(pending.partial / "manifest.json", sealed({**pending.manifest, "files": files}).encode())
-        _sync_folder(pending.partial)
+        text = sealed({**pending.manifest, "files": files})
+        disk.write(pending.partial / "manifest.json", text, workspace=pending.partial)
         final = self.folder / pending.name
-        if final.exists():  # a damaged one that was passed over, or one made again after a resume from an older one
-            self._take_away(final)
-        os.rename(pending.partial, final)
-        _sync_folder(self.folder)
+        if final.exists():  # it was damaged, or is made again after a resume from an older checkpoint
+            self._remove_later(final)
+        disk.publish(pending.partial, final)
         self._point_to(pending.name)
 
     def _point_to(self, name: str) -> None:
-        beside = self.workspace / "latest"
-        _write_synced(beside, name.encode())
-        os.replace(beside, self.folder / "latest")
-        _sync_folder(self.folder)
+        disk.write(self.folder / "latest", name, workspace=self.workspace)
 
     def _retain(self, newest: str) -> None:
-        """Take away what retention does not keep. The commit is done: what cannot be removed is only reported.
+        """Remove the checkpoints that retention does not keep. A failure is only reported: the commit is complete.
 
-        Damaged checkpoints take nobody's place: what lies behind the newest was passed over and will be made again,
-        and what has no readable manifest stays for someone to look at.
+        Damaged checkpoints do not count. Those later than the newest whole one will be written again, and those without
+        a readable manifest are left for inspection.
         """
-        there = {}
+        metrics: dict[Path, Mapping[str, float]] = {}
         for checkpoint in committed(self.folder):
             with suppress(ValueError, OSError):
-                there[checkpoint] = read_manifest(checkpoint).get("metrics", {})
-        there = {c: metrics for c, metrics in there.items() if step_of(c) <= step_of(self.folder / newest)}
-        keep = kept({step_of(c): metrics for c, metrics in there.items()}, self.train)
-        for checkpoint in there:
+                if step_of(checkpoint) <= step_of(self.folder / newest):
+                    metrics[checkpoint] = read_manifest(checkpoint).get("metrics", {})
+        keep = kept({step_of(c): values for c, values in metrics.items()}, self.train)
+        for checkpoint in metrics:
             if step_of(checkpoint) not in keep and checkpoint.name != newest:
                 try:
-                    gone = self._take_away(checkpoint)
+                    self._remove_later(checkpoint)
                 except OSError as error:
                     if not self.workspace.is_dir():
                         raise
-                    print(f"{checkpoint}: retention cannot remove it ({error})", flush=True)
-                else:
-                    self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
+                    log.warning(f"{checkpoint}: retention cannot remove it ({error})")
 
-    def _take_away(self, checkpoint: Path) -> Path:
-        """Out of the folder in one rename: a checkpoint is there whole or not at all."""
-        gone = self.workspace / f"{checkpoint.name}.gone"
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(checkpoint, gone)
-        return gone
+    def _remove_later(self, checkpoint: Path) -> None:
+        """Rename a checkpoint out of its folder, so that it is never half there, and remove it in the background."""
+        gone = disk.detach(checkpoint, self.workspace)
+        self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def close(self) -> None:
         """Commit what is pending and end the writer's thread."""
@@ -185,10 +191,10 @@ class Saver:
 
 
 def kept(checkpoints: Mapping[int, Mapping[str, float]], train: TrainConfig) -> set[int]:
-    """Which of these steps retention keeps; `checkpoints` gives each one's metrics (means since the one before).
+    """The steps that retention keeps; checkpoints: the metrics of each (means since the one before).
 
-    The last `keep_last`, every multiple of `keep_every`, and the one with the least `keep_best`; all when `keep_last`
-    is None.
+    These are the last `keep_last`, every multiple of `keep_every`, and the one with the least `keep_best`; all when
+    `keep_last` is None.
     """
     steps = sorted(checkpoints)
     if train.keep_last is None:
@@ -204,7 +210,7 @@ def kept(checkpoints: Mapping[int, Mapping[str, float]], train: TrainConfig) -> 
 
 
 def newest(folder: Path, group: Group) -> Path | None:
-    """The newest whole checkpoint, the same on every rank; damaged ones are reported and passed over.
+    """The newest whole checkpoint, the same on every rank; damaged ones are reported and skipped.
 
     The ranks share the reading: each compares size and SHA-256 of its part of the files.
     """
@@ -221,31 +227,31 @@ def newest(folder: Path, group: Group) -> Path | None:
         if not faulty.any():
             return checkpoint
         if fault is not None and group.rank == int(faulty.argmax()):
-            print(f"{checkpoint} is passed over: {fault}", flush=True)
+            log.warning(f"{checkpoint} is passed over: {fault}", extra=EVERY_RANK)
 
 
 def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Put parameters and moments back, whatever world size and ZeRO stage saved them; returns the manifest and the
-    objective's state.
+    """Restore parameters and the optimizer's state, whatever world size and ZeRO stage saved them; returns the manifest
+    and the objective's state.
 
     Raises ConfigError when the checkpoint is of another recipe, other base weights or another format.
     """
     manifest = read_manifest(checkpoint)
-    wanted = {"format": FORMAT, **expected}
+    present = {"format": FORMAT, **expected}
     for key, what in (("format", "format"), ("config_hash", "recipe"), ("base_hash", "base weights")):
-        if manifest.get(key) != wanted[key]:
+        if manifest.get(key) != present[key]:
             raise ConfigError(
-                f"{checkpoint}: saved with another {what} ({key} {manifest.get(key)}, now {wanted[key]}); "
+                f"{checkpoint}: saved with another {what} ({key} {manifest.get(key)}, now {present[key]}); "
                 "resume with the one it was saved with, or choose another run.dir"
             )
     with Shards(checkpoint) as shards:
-        held.load(engine, shards, manifest["adamw_steps"])
+        state.load(engine, shards)
     return manifest, load_file(checkpoint / "objective.safetensors")
 
 
 @contextmanager
-def _told(partial: Path) -> Iterator[None]:
-    """Say what a failed write means. The rank that fails ends, and its launcher ends the others."""
+def _write_failures(partial: Path) -> Iterator[None]:
+    """Explain a failed write. The rank that fails ends, and its launcher ends the others."""
     try:
         yield
     except OSError as error:
@@ -258,29 +264,14 @@ def _write(
     partial: Path,
     group: Group,
     source: Sequence[Fragment] | Future[Snapshot],
+    scalars: Scalars,
     objective: dict[str, Tensor] | None,
 ) -> Digests:
-    """This rank's files; rank 0 has the objective's state as well. Runs in the writer's thread."""
+    """Write this rank's files; rank 0 has the objective's state as well. Runs in the writer's thread."""
     fragments = source.result()[0] if isinstance(source, Future) else source
     name = f"rank-{group.rank:05d}-of-{group.size:05d}.safetensors"
-    digests = {name: write(partial / name, fragments)}
+    digests = {name: asdict(write(partial / name, fragments, scalars))}
     if objective is not None:
-        content = serialize(objective)
-        _write_synced(partial / "objective.safetensors", content)
-        digests["objective.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        file = partial / "objective.safetensors"
+        digests[file.name] = asdict(disk.write(file, serialize(objective), workspace=partial))
     return digests
-
-
-def _write_synced(file: Path, content: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,13 +12,14 @@ import torch
 from mirage_dist import objectives
 from mirage_dist.data import audit, sources
 from mirage_dist.data.sources import Source
-from mirage_dist.model import load
+from mirage_dist.model import directory, load
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import engine, rundir
 from mirage_dist.train.feed import Feed, check_streams, read_streams
+from mirage_dist.train.optimizers.groups import split
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     Loads no weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
-    load.check_directory(recipe.model)
-    load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
+    directory.check(recipe.model.path, weights=False)
+    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
+    split(policy, recipe.train)
     return read_streams(recipe, needs)
 
 

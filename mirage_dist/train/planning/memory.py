@@ -1,7 +1,7 @@
 """What a run holds in memory, in formulas over sizes alone.
 
 Elements of parameters and of optimizer state are exact (tests compare them with a run's shards); activations are an
-estimate, whose assumptions `activations` tells.
+estimate, whose assumptions the docstring of `activations` states.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirage_dist.kernels.logprob import linear_token_logps
+from mirage_dist.train.optimizers.whole import owners
 
 FP32 = 4  # bytes
-STATE = 3 * FP32  # bytes of a trained element in an optimizer or a checkpoint: master copy and AdamW's two moments
 WORKSPACE = inspect.signature(linear_token_logps).parameters["workspace_mb"].default << 20
 # DeepSpeed's defaults for what its JSON leaves out, in elements.
 BUCKETS = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5}
@@ -31,16 +31,20 @@ class Place:
         return Place(self.device + other.device, self.host + other.host)
 
 
-def state_elements(sizes: Sequence[int], stage: int, ranks: int) -> list[int]:
-    """Trained elements whose master copy and moments each rank holds, without padding; `sizes` is of each parameter.
+def state_elements(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> list[int]:
+    """Trained elements whose master copy each rank holds, without padding.
 
-    Stage 3 cuts every parameter into equal parts, stage 2 one buffer of all of them.
+    groups: the sizes of the parameters of each parameter group. Stage 3 cuts every parameter into equal parts, stage 2
+    one buffer of all parameters of a group.
     """
-    if stage == 3:
-        return [sum(_part(size, -(-size // ranks), rank) for size in sizes) for rank in range(ranks)]
-    # The buffer is a multiple of two elements a rank, for the sake of NCCL.
-    part = 2 * -(-sum(sizes) // (2 * ranks))
-    return [_part(sum(sizes), part, rank) for rank in range(ranks)]
+    held = [0] * ranks
+    for sizes in groups:
+        # A buffer is a multiple of two elements a rank, for the sake of NCCL.
+        buffer = [(sum(sizes), 2 * -(-sum(sizes) // (2 * ranks)))]
+        pieces = [(size, -(-size // ranks)) for size in sizes] if stage == 3 else buffer
+        for rank in range(ranks):
+            held[rank] += sum(_part(size, part, rank) for size, part in pieces)
+    return held
 
 
 def _part(size: int, part: int, rank: int) -> int:
@@ -48,8 +52,10 @@ def _part(size: int, part: int, rank: int) -> int:
 
 
 def weights(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks: int, largest: int) -> Place:
-    """All parameters, trained or not. Stage 2: whole. Stage 3: a part of each, the small ones whole besides, and what
-    is gathered at a time, taken as the largest module (of `largest` elements) and the prefetch bucket.
+    """All parameters, trained or not.
+
+    Stage 2 holds them whole. Stage 3 holds a part of each, the small ones also whole, and the parameters that are
+    gathered at a time, estimated as the largest module (of `largest` elements) and the prefetch bucket.
     """
     if zero["stage"] != 3:
         return Place(sum(sizes) * itemsize)
@@ -59,14 +65,50 @@ def weights(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks:
     return _offloaded(shards, zero, "offload_param") + Place((small + gathered) * itemsize)
 
 
-def gradients(sizes: Sequence[int], zero: Mapping[str, Any], ranks: int) -> Place:
-    """This rank's part of the gradient, in float32."""
-    return _offloaded(Place(max(state_elements(sizes, zero["stage"], ranks)) * FP32), zero, "offload_optimizer")
+def gradients(groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int) -> Place:
+    """This rank's part of the gradient, in float32; groups: see `state_elements`."""
+    return _offloaded(Place(max(state_elements(groups, zero["stage"], ranks)) * FP32), zero, "offload_optimizer")
 
 
-def optimizer(sizes: Sequence[int], zero: Mapping[str, Any], ranks: int) -> Place:
-    """Master copy and AdamW's moments of the rank that has most."""
-    return _offloaded(Place(max(state_elements(sizes, zero["stage"], ranks)) * STATE), zero, "offload_optimizer")
+def optimizer(
+    groups: Sequence[Sequence[int]], states: Sequence[int], elementwise: bool, zero: Mapping[str, Any], ranks: int
+) -> Place:
+    """Master copy and optimizer state of the rank that has most (see `optimizer_bytes`)."""
+    most = max(optimizer_bytes(groups, states, elementwise, zero["stage"], ranks))
+    return _offloaded(Place(most), zero, "offload_optimizer")
+
+
+def optimizer_bytes(
+    groups: Sequence[Sequence[int]], states: Sequence[int], elementwise: bool, stage: int, ranks: int
+) -> list[int]:
+    """Bytes of each rank's part of the master copy and the optimizer state, without padding.
+
+    groups: see `state_elements`. states: bytes of the state of each parameter, in the order of `groups`. The state of
+    an elementwise optimizer is cut as the parameters are, that of another is whole, on the rank that `owners` names.
+    """
+    elements = state_elements(groups, stage, ranks)
+    sizes = [size for group in groups for size in group]
+    if elementwise:  # every element has as many bytes of state as any other
+        return [count * FP32 + count * sum(states) // sum(sizes) for count in elements]
+    held = [count * FP32 for count in elements]
+    for owner, size in zip(owners(sizes, ranks), states, strict=True):
+        held[owner] += size
+    return held
+
+
+def exchange(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> Place:
+    """Buffers of an update of whole parameters (see `optimizers.whole`) on the rank that has most.
+
+    These are values and gradients of a group's own parameters, received and assembled, beside those that are sent.
+    """
+    chosen, most, end = owners([size for group in groups for size in group], ranks), 0, 0
+    for group in groups:
+        updated = [0] * ranks
+        for owner, size in zip(chosen[end : end + len(group)], group, strict=True):
+            updated[owner] += size
+        end += len(group)
+        most = max(most, *(4 * u + 2 * s for u, s in zip(updated, state_elements([group], stage, ranks), strict=True)))
+    return Place(most * FP32)
 
 
 def buckets(itemsize: int, zero: Mapping[str, Any]) -> Place:
@@ -84,12 +126,13 @@ def _offloaded(place: Place, zero: Mapping[str, Any], key: str) -> Place:
 
 
 def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, eager: bool, checkpointing: bool) -> int:
-    """Bytes that a decoder of `depth` layers keeps for backward: an estimate.
+    """Estimated bytes that a decoder of `depth` layers keeps for the backward pass.
 
     text: the decoder's configuration. tokens: rows times `width`, padding included. For each token a layer like Llama's
-    keeps ten vectors of the hidden size and four of the feed-forward in the model's dtype, and one hidden vector more
-    in float32 for its norms; eager attention its probabilities, in 16 bits also as float32. With checkpointing every
-    layer keeps its input, and one at a time all of that. A vision tower is taken as frozen, to keep nothing.
+    keeps ten vectors of the hidden size and four of the feed-forward size in the model's dtype, and one hidden vector
+    in float32 for its norms; eager attention also keeps its probabilities, in 16-bit dtypes a second time in float32.
+    With checkpointing each layer keeps its input only, and one layer at a time everything. The vision tower is assumed
+    to be frozen and to keep nothing.
     """
     layer = itemsize * (10 * text.hidden_size + 4 * text.intermediate_size) + FP32 * text.hidden_size
     if eager:
@@ -99,8 +142,10 @@ def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, e
 
 
 def loss_head(rows: int, vocabulary: int, hidden: int, itemsize: int, kl: bool, trains: bool) -> int:
-    """Bytes of the loss head at its peak: logits of `rows` response rows within the workspace, their hidden rows'
-    gradient, and the weight's where it trains. KL keeps three whole float32 matrices of logits.
+    """Bytes of the loss head at its peak, for `rows` response rows.
+
+    These are logits within the workspace, the gradient of the hidden rows, and that of the weight where it trains. KL
+    keeps three whole float32 matrices of logits.
     """
     logits = rows * vocabulary * FP32
     held = 3 * logits if kl else min(logits, WORKSPACE)

@@ -1,4 +1,4 @@
-"""`mirage plan`: what a run will need, before any weights load."""
+"""`mirage plan`: what a run will need, computed before any weights load."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed
+from mirage_dist.train.optimizers import base as optimizers
+from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.planning import check, memory
 from mirage_dist.train.planning.memory import Place
 
@@ -23,7 +25,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a stream's samples after truncation: of the whole rows, and of their responses."""
+    """Tokens of each sample of a stream after truncation: of the whole row, and of its responses."""
 
     rows: list[int]
     responses: list[int]
@@ -31,7 +33,7 @@ class Lengths:
 
 @dataclass
 class Plan:
-    """Sections of rows: name -> (value, what to know about it). Bytes are `Place`s or, on disk, whole numbers."""
+    """Sections of rows: name -> (value, note). Bytes are `Place`s or, on disk, whole numbers."""
 
     data: dict[str, tuple[int | str, str]] = field(default_factory=dict)
     parameters: dict[str, tuple[int | str, str]] = field(default_factory=dict)
@@ -76,22 +78,53 @@ def size(number: float) -> str:
 def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     """What `recipe` will need on `ranks` ranks; reads recipe, data and the model's configuration.
 
-    Raises ConfigError for whatever `mirage train --check` finds, broken pictures apart.
+    Raises ConfigError for everything that `mirage train --check` checks, except broken pictures.
     """
     checked = check.check_recipe(recipe, ranks)
     objective, streams = checked.objective, check.check_inputs(checked)
-    policy = load.weightless(recipe.model, objective.needs.depth)  # what lies behind is not loaded
+    policy = load.weightless(recipe.model, objective.needs.depth)  # later layers are not loaded
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     lengths = {name: _lengths(feed, source) for name, source in streams.items()}
-    told = Plan()
-    _data(told, feed, lengths)
+    needs = Plan()
+    _data(needs, feed, lengths)
+    trained = Trained.of(policy, recipe)
     sizes = [p.numel() for p in policy.parameters()]
-    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
-    told.parameters["all"] = sum(sizes), ""
-    told.parameters["trained"] = sum(trained), f"{sum(trained) / sum(sizes):.2%}"
-    _memory(told, recipe, objective, policy, checked.deepspeed["zero_optimization"], ranks, lengths)
-    _disk(told, recipe, objective, policy, feed, lengths)
-    return told
+    needs.parameters["all"] = sum(sizes), ""
+    needs.parameters["trained"] = trained.elements, f"{trained.elements / sum(sizes):.2%}"
+    if recipe.train.groups:
+        for match, group in zip(trained.matches, trained.groups, strict=True):
+            needs.parameters[f"group {'the rest' if match is None else '+'.join(match)}"[:28]] = sum(group), ""
+    _memory(needs, recipe, objective, policy, trained, checked.deepspeed["zero_optimization"], ranks, lengths)
+    _disk(needs, recipe, objective, policy, trained, feed, lengths)
+    return needs
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Sizes of the trained parameters, by group, and bytes of their optimizer state, in the same order.
+
+    matches: the patterns of each group.
+    """
+
+    matches: list[list[str] | None]
+    groups: list[list[int]]
+    states: list[int]
+    elementwise: bool
+
+    @classmethod
+    def of(cls, policy: Policy, recipe: TrainRecipe) -> Trained:
+        optimizer, groups = optimizers.make(recipe.train.optimizer), split(policy, recipe.train)
+        named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
+        return cls(
+            matches=[group["match"] for group in groups],
+            groups=[[p.numel() for p in group["params"]] for group in groups],
+            states=[optimizer.state_bytes(name, p.shape) for name, p in named],
+            elementwise=optimizer.elementwise,
+        )
+
+    @property
+    def elements(self) -> int:
+        return sum(map(sum, self.groups))
 
 
 def _lengths(feed: Feed, source: Source) -> Lengths:
@@ -105,49 +138,53 @@ def _lengths(feed: Feed, source: Source) -> Lengths:
     return Lengths(rows, responses)
 
 
-def _data(told: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
+def _data(plan: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
     batch = feed.recipe.train.global_batch
     first = len(lengths[feed.needs.streams[0]].rows)
-    told.data["steps"] = feed.steps, f"{feed.steps * batch / first:.2f} epochs of {feed.needs.streams[0]}"
+    plan.data["steps"] = feed.steps, f"{feed.steps * batch / first:.2f} epochs of {feed.needs.streams[0]}"
     if feed.needs.reference:
         kind = feed.recipe.reference
         once = f"one forward over {', '.join(feed.needs.ref_logp)} before the first step; no second model"
         each = "one forward more each step"
         cost = {"cache": once, "adapters_off": f"{each}; no second model", "engine": f"{each}; a second model"}
-        told.data["reference"] = kind, cost[kind]
-    for name, found in lengths.items():
-        samples = len(found.rows)
-        told.data[f"{name}: samples"] = samples, f"{samples / batch:.1f} steps an epoch"
-        told.data[f"{name}: tokens an epoch"] = (
-            sum(found.rows),
-            f"{sum(found.rows) / samples:.0f} a sample, at most {max(found.rows)}; "
-            f"{sum(found.responses) / sum(found.rows):.1%} of them response",
+        plan.data["reference"] = kind, cost[kind]
+    for name, counts in lengths.items():
+        samples = len(counts.rows)
+        plan.data[f"{name}: samples"] = samples, f"{samples / batch:.1f} steps an epoch"
+        plan.data[f"{name}: tokens an epoch"] = (
+            sum(counts.rows),
+            f"{sum(counts.rows) / samples:.0f} a sample, at most {max(counts.rows)}; "
+            f"{sum(counts.responses) / sum(counts.rows):.1%} of them response",
         )
 
 
 def _memory(
-    told: Plan,
+    plan: Plan,
     recipe: TrainRecipe,
     objective: Objective,
     policy: Policy,
+    trained: Trained,
     zero: Mapping[str, Any],
     ranks: int,
     lengths: Mapping[str, Lengths],
 ) -> None:
-    needs, train = objective.needs, recipe.train
+    required, train = objective.needs, recipe.train
     item = load.DTYPES[train.dtype].itemsize
     text = getattr(policy.base.config, "text_config", policy.base.config)
     head = policy.base.get_output_embeddings()
     sizes = [p.numel() for p in policy.parameters()]
-    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
     layers = decoder(policy.backbone).layers
     largest = max(sum(p.numel() for p in module.parameters()) for module in (layers[0], head))
     weights = memory.weights(sizes, item, zero, ranks, largest)
-    told.memory["weights"] = weights, f"{train.dtype}, ZeRO-{zero['stage']}, ranks: {ranks}"
-    told.memory["gradients"] = memory.gradients(trained, zero, ranks), "float32"
-    told.memory["optimizer"] = memory.optimizer(trained, zero, ranks), "float32 master copy and two moments"
-    told.memory["communication"] = memory.buckets(item, zero), "reduce buckets"
-    width = max(max(found.rows) for found in lengths.values())
+    plan.memory["weights"] = weights, f"{train.dtype}, ZeRO-{zero['stage']}, ranks: {ranks}"
+    plan.memory["gradients"] = memory.gradients(trained.groups, zero, ranks), "float32"
+    optimizer = memory.optimizer(trained.groups, trained.states, trained.elementwise, zero, ranks)
+    plan.memory["optimizer"] = optimizer, f"float32 master copy and the state of {train.optimizer['name']}"
+    if not trained.elementwise:
+        exchanged = memory.exchange(trained.groups, zero["stage"], ranks)
+        plan.memory["update"] = exchanged, "values and gradients of whole parameters"
+    plan.memory["communication"] = memory.buckets(item, zero), "reduce buckets"
+    width = max(max(counts.rows) for counts in lengths.values())
     rows = train.micro_batch * len(lengths)
     depth = len(layers)
     eager = load.attention(recipe.model, train.dtype) == "eager"
@@ -156,44 +193,44 @@ def _memory(
         return memory.activations(text, rows * width, width, depth, item, eager, checkpointing)
 
     on = recipe.model.gradient_checkpointing
-    told.memory["activations, about"] = (
+    plan.memory["activations, about"] = (
         Place(kept(on)),
         f"{rows} rows of {width} tokens, {depth} layers; {size(kept(not on))} with"
         f" model.gradient_checkpointing={str(not on).lower()}",
     )
-    responses = train.micro_batch * sum(max(lengths[name].responses) for name in {*needs.logp, *needs.kl})
+    responses = train.micro_batch * sum(max(lengths[name].responses) for name in {*required.logp, *required.kl})
     if responses:
         trains = bool(head.weight.requires_grad)
-        peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(needs.kl), trains)
-        told.memory["loss head"] = Place(peak), f"{responses} response rows, vocabulary {head.out_features:,}"
-    if needs.reference and recipe.reference == "engine":
-        frozen = load.weightless(recipe.model, needs.reference_depth)
+        peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(required.kl), trains)
+        plan.memory["loss head"] = Place(peak), f"{responses} response rows, vocabulary {head.out_features:,}"
+    if required.reference and recipe.reference == "engine":
+        frozen = load.weightless(recipe.model, required.reference_depth)
         held = memory.weights([p.numel() for p in frozen.parameters()], item, zero, ranks, largest)
-        told.memory["reference"] = held, f"a second, frozen model of {frozen.depth} layers"
+        plan.memory["reference"] = held, f"a second, frozen model of {frozen.depth} layers"
 
 
 def _disk(
-    told: Plan,
+    plan: Plan,
     recipe: TrainRecipe,
     objective: Objective,
     policy: Policy,
+    trained: Trained,
     feed: Feed,
     lengths: Mapping[str, Lengths],
 ) -> None:
-    needs, train = objective.needs, recipe.train
-    if needs.ref_logp and recipe.reference == "cache":
-        told.disk["reference cache"] = (
-            sum(_cached_logps(name, lengths[name]) for name in needs.ref_logp),
-            f"{sum(len(lengths[name].rows) for name in needs.ref_logp):,} samples of {', '.join(needs.ref_logp)}",
+    required, train = objective.needs, recipe.train
+    if required.ref_logp and recipe.reference == "cache":
+        plan.disk["reference cache"] = (
+            sum(_cached_logps(name, lengths[name]) for name in required.ref_logp),
+            f"{sum(len(lengths[name].rows) for name in required.ref_logp):,} samples of {', '.join(required.ref_logp)}",
         )
-    _vision(told, recipe, policy, feed)
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    one = trained * memory.STATE
-    told.disk["a checkpoint"] = one, "float32 master copy and two moments"
-    told.disk["checkpoints kept"] = one * kept_checkpoints(recipe, feed.steps), "and one more while it is written"
+    _vision(plan, recipe, policy, feed)
+    one = trained.elements * memory.FP32 + sum(trained.states)
+    plan.disk["a checkpoint"] = one, f"float32 master copy and the state of {train.optimizer['name']}"
+    plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, feed.steps), "and one more while it is written"
     if train.export:
         whole = sum(p.numel() for name, p in policy.named_parameters() if "lora_" not in name)  # these are merged
-        told.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
+        plan.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
 
 
 def _cached_logps(stream: str, lengths: Lengths) -> int:
@@ -201,7 +238,7 @@ def _cached_logps(stream: str, lengths: Lengths) -> int:
     return sum(lengths.responses) * 4 + len(lengths.rows) * (4 * len(stream) + 8 + 8)
 
 
-def _vision(told: Plan, recipe: TrainRecipe, policy: Policy, feed: Feed) -> None:
+def _vision(plan: Plan, recipe: TrainRecipe, policy: Policy, feed: Feed) -> None:
     try:
         vision.check(policy.base)
     except ConfigError:
@@ -214,14 +251,14 @@ def _vision(told: Plan, recipe: TrainRecipe, policy: Policy, feed: Feed) -> None
     )
     each = tokens * features * load.DTYPES[recipe.train.dtype].itemsize
     note = f"{count:,} pictures of {tokens} × {features}, the placeholder included"
-    told.disk["vision features"] = (
+    plan.disk["vision features"] = (
         count * each,
         note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 
 
 def kept_checkpoints(recipe: TrainRecipe, steps: int) -> int:
-    """How many checkpoints retention has left at the end, where `keep_best` keeps an older one."""
+    """How many checkpoints retention leaves at the end, if `keep_best` keeps one that the other rules would not."""
     every = recipe.train.save_every or steps
     saved = {*range(every, steps + 1, every), steps}
     left = checkpoint.kept({step: {} for step in saved}, recipe.train)

@@ -48,8 +48,8 @@ def gradients(model, activation_BSD):
 
 @pytest.mark.parametrize("layer", range(DEPTH))
 def test_a_forward_that_stops_runs_no_later_layer_and_gives_what_the_full_one_gives(model, inputs, ran, layer):
-    told = []
-    kept = activations.decoder(model.model).layers[layer].register_forward_hook(lambda *args: told.append(args[2]))
+    outputs = []
+    kept = activations.decoder(model.model).layers[layer].register_forward_hook(lambda *args: outputs.append(args[2]))
     model.model(**inputs, use_cache=False)
     kept.remove()
     assert ran == list(range(DEPTH))
@@ -57,7 +57,7 @@ def test_a_forward_that_stops_runs_no_later_layer_and_gives_what_the_full_one_gi
     with activations.seeing(model.model, {layer}, layer + 1) as seen:
         model.model(**inputs, use_cache=False)
     assert ran == list(range(layer + 1))
-    (whole,), mine = told, seen.outputs[layer]
+    (whole,), mine = outputs, seen.outputs[layer]
     assert torch.equal(mine, whole)
     expected = gradients(model, whole)
     torch.testing.assert_close(gradients(model, mine), expected, rtol=1e-12, atol=0)

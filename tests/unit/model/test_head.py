@@ -31,12 +31,12 @@ def test_the_installed_head_is_the_same_layer_with_another_forward(softcap, trai
 
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     oracle = capped.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
-    found = fused(hidden, labels_N=labels)
-    torch.testing.assert_close(found, oracle)
+    logps = fused(hidden, labels_N=labels)
+    torch.testing.assert_close(logps, oracle)
     torch.testing.assert_close(fused(hidden, exact=True), capped)
     leaves = [hidden, *(fused.parameters() if trains else ())]
     upstream = torch.randn(5, dtype=torch.float64)
-    torch.testing.assert_close(*(torch.autograd.grad(x, leaves, upstream) for x in (found, oracle)))
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaves, upstream) for x in (logps, oracle)))
 
 
 def test_an_adapter_on_lm_head_is_refused():

@@ -1,4 +1,4 @@
-"""What one forward computes: no layer and no row more than was asked for, and the same numbers as the whole one."""
+"""What one forward computes: no more layers and rows than requested, and the same numbers as the whole one."""
 
 from collections import Counter
 
@@ -38,12 +38,12 @@ def inputs(policy):
 @pytest.fixture
 def rows_of(policy):
     """Rows that each decoder layer has computed since."""
-    found = Counter()
+    rows = Counter()
     handles = [
-        layer.register_forward_pre_hook(lambda _, given, number=number: found.update({number: len(given[0])}))
+        layer.register_forward_pre_hook(lambda _, given, number=number: rows.update({number: len(given[0])}))
         for number, layer in enumerate(activations.decoder(policy.backbone).layers)
     ]
-    yield found
+    yield rows
     for handle in handles:
         handle.remove()
 
@@ -61,7 +61,7 @@ def test_rows_that_end_at_the_tapped_layer_are_computed_no_further(policy, input
 
 
 @pytest.mark.parametrize("first", [1, 2])
-def test_what_is_asked_of_a_reference_is_computed_for_the_compared_rows_only(policy, inputs, rows_of, first):
+def test_a_request_to_a_reference_is_computed_for_the_compared_rows_only(policy, inputs, rows_of, first):
     whole = policy(inputs, Request(layers=(2,))).activations_BSD[2]
     rows_of.clear()
     mine = policy(inputs, Request(layers=(2,), narrow=Narrow(first, slice(1, 3)))).activations_BSD[2]

@@ -1,4 +1,4 @@
-"""Fragments in any cut, read back over any ranges; what is missing or damaged is told."""
+"""Fragments in any cut are read back over any ranges, in any dtype; missing elements are reported."""
 
 import hashlib
 import math
@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mirage_dist.model import shards
-from mirage_dist.model.shards import MOMENTS, PARAM, Fragment, Shards, write
+from mirage_dist import disk
+from mirage_dist.disk import Written
+from mirage_dist.model.shards import PARAM, Fragment, Shards, write
 from mirage_dist.schema import RunError
 
-KEYS = (PARAM, *MOMENTS)
+KEYS = (PARAM, "exp_avg", "exp_avg_sq")
 
 
 @st.composite
@@ -41,14 +42,15 @@ def test_any_fragmentation_is_read_back_over_any_ranges(tmp_path_factory, fragme
     }
     for rank in range(ranks):
         held = [
-            Fragment(name, shape, cuts[rank], {k: whole[k, name][cuts[rank] : cuts[rank + 1]] for k in KEYS})
+            Fragment(key, name, shape, cuts[rank], whole[key, name][cuts[rank] : cuts[rank + 1]])
             for name, (shape, cuts) in parameters.items()
+            for key in KEYS
             if cuts[rank] < cuts[rank + 1]
         ]
         file = folder / f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
-        told = write(file, held)
-        assert told == {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        assert set(load_file(file)) == {f"{k}/{f.name}" for f in held for k in KEYS}  # an ordinary safetensors file
+        written = write(file, held)
+        assert written == Written(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+        assert set(load_file(file)) == {f"{f.key}/{f.name}" for f in held}  # an ordinary safetensors file
     with Shards(folder) as read:
         assert read.shapes == {name: shape for name, (shape, _) in parameters.items()}
         for name, (shape, _) in parameters.items():
@@ -60,13 +62,13 @@ def test_any_fragmentation_is_read_back_over_any_ranges(tmp_path_factory, fragme
                 assert torch.equal(read.read(key, name, start, size), whole[key, name][start : start + size])
 
 
-def fragment(start: int, stop: int) -> Fragment:
-    return Fragment("w", (10,), start, {key: torch.arange(float(start), float(stop)) for key in KEYS})
+def fragments(start: int, stop: int) -> list[Fragment]:
+    return [Fragment(key, "w", (10,), start, torch.arange(float(start), float(stop))) for key in KEYS]
 
 
 def test_elements_that_no_shard_holds_are_missed(tmp_path):
-    write(tmp_path / "rank-00000-of-00002.safetensors", [fragment(0, 4)])
-    write(tmp_path / "rank-00001-of-00002.safetensors", [fragment(6, 10)])
+    write(tmp_path / "rank-00000-of-00002.safetensors", fragments(0, 4))
+    write(tmp_path / "rank-00001-of-00002.safetensors", fragments(6, 10))
     with Shards(tmp_path) as read:
         assert read.read(PARAM, "w", 6, 4).tolist() == [6, 7, 8, 9]
         with pytest.raises(RunError, match="holds 2 of 4 elements of exp_avg of w from 2 on"):
@@ -76,14 +78,39 @@ def test_elements_that_no_shard_holds_are_missed(tmp_path):
 
 
 def test_values_keep_every_bit_and_chunks_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "CHUNK", 24)
+    monkeypatch.setattr(disk, "CHUNK_BYTES", 24)
     odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-45, 3.4e38, -1.5, 2.0, 7.0, 1 / 3])
     strided = torch.arange(20, dtype=torch.float64)[::2]
-    held = Fragment("w", (2, 5), 0, {PARAM: odd, "exp_avg": strided, "exp_avg_sq": odd.flip(0)})
-    told = write(tmp_path / "rank-00000-of-00001.safetensors", [held])
+    tensors = {PARAM: odd, "exp_avg": strided, "exp_avg_sq": odd.flip(0)}
+    held = [Fragment(key, "w", (2, 5), 0, tensor) for key, tensor in tensors.items()]
+    written = write(tmp_path / "rank-00000-of-00001.safetensors", held)
     content = (tmp_path / "rank-00000-of-00001.safetensors").read_bytes()
-    assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert written == Written(len(content), hashlib.sha256(content).hexdigest())
     with Shards(tmp_path) as read:
         assert torch.equal(read.read(PARAM, "w", 0, 10).view(torch.int32), odd.view(torch.int32))
         assert read.read("exp_avg", "w", 0, 10).tolist() == list(range(0, 20, 2))
         assert torch.equal(read.read("exp_avg_sq", "w", 0, 3), torch.tensor([1 / 3, 7.0, 2.0]))
+
+
+def test_state_of_any_name_shape_and_dtype_is_read_back(tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    states = {
+        "row_var": torch.randn(3, 1, generator=generator),
+        "momentum": torch.randn(3, 5, generator=generator).bfloat16(),
+        "state1": torch.randint(0, 256, (3, 5), generator=generator, dtype=torch.uint8),
+        "count": torch.arange(15, dtype=torch.int64).view(3, 5) + 2**40,
+        "mask": torch.tensor([True, False, True]),
+        "nothing": torch.zeros(0),
+    }
+    held = [Fragment(key, "w", tuple(t.shape), 0, t.reshape(-1)) for key, t in states.items()]
+    scalars = {"w": {"step": {"float32": 7.0}, "RMS": 1 / 3, "none": None}, "v": {}}
+    write(tmp_path / "rank-00000-of-00002.safetensors", held, scalars)
+    write(tmp_path / "rank-00001-of-00002.safetensors", [Fragment(PARAM, "v", (2,), 0, torch.ones(2))], {"v": {"n": 1}})
+    with Shards(tmp_path) as read:
+        assert read.shapes == {"v": (2,)}
+        assert read.scalars == {**scalars, "v": {"n": 1}}
+        assert read.states("v") == {}
+        assert read.states("w") == {key: tuple(t.shape) for key, t in states.items()}
+        for key, tensor in states.items():
+            assert torch.equal(read.whole("w", key), tensor), key
+            assert read.whole("w", key).dtype == tensor.dtype or not tensor.numel()

@@ -12,12 +12,17 @@ from mirage_dist.train.planning.memory import Place
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
 
-@given(SIZES, st.sampled_from([2, 3]), st.integers(1, 5))
-def test_the_ranks_together_hold_every_trained_element_once(sizes, stage, ranks):
-    held = memory.state_elements(sizes, stage, ranks)
+@given(st.lists(SIZES, min_size=1, max_size=3), st.sampled_from([2, 3]), st.integers(1, 5))
+def test_the_ranks_together_hold_every_trained_element_once(groups, stage, ranks):
+    held = memory.state_elements(groups, stage, ranks)
     assert len(held) == ranks
-    assert sum(held) == sum(sizes)
+    assert sum(held) == sum(map(sum, groups))
     assert max(held) == held[0]
+    sizes = [size for group in groups for size in group]
+    for elementwise in (True, False):
+        state = memory.optimizer_bytes(groups, [8 * size for size in sizes], elementwise, stage, ranks)
+        assert sum(state) == 12 * sum(sizes)
+    assert memory.exchange(groups, stage, 1).device == 4 * 6 * max(map(sum, groups))
 
 
 def kept(config: LlamaConfig, attention: str, dtype: torch.dtype, rows: int, width: int) -> int:
@@ -49,8 +54,8 @@ def test_the_estimate_of_activations_is_near_what_a_decoder_keeps(hidden, forwar
         num_hidden_layers=4,
         num_attention_heads=heads,
     )
-    told = memory.activations(config, 2 * 64, 64, 4, dtype.itemsize, attention == "eager", False)
-    assert told == pytest.approx(kept(config, attention, dtype, 2, 64), rel=0.12)
+    estimate = memory.activations(config, 2 * 64, 64, 4, dtype.itemsize, attention == "eager", False)
+    assert estimate == pytest.approx(kept(config, attention, dtype, 2, 64), rel=0.12)
 
 
 def test_what_zero_cuts_and_what_it_offloads():
@@ -60,8 +65,9 @@ def test_what_zero_cuts_and_what_it_offloads():
     assert memory.weights(sizes, 2, stage2, 2, 50) == Place(214)
     assert memory.weights(sizes, 2, stage3, 2, 50) == Place(2 * (50 + 4 + 7 + 55))
     assert memory.weights(sizes, 2, {**stage3, **offload}, 2, 50) == Place(2 * (7 + 55), 2 * (50 + 4))
-    assert memory.optimizer(sizes, {**stage3, **offload}, 2) == Place(0, 12 * 54)
-    assert memory.gradients(sizes, stage2, 2) == Place(4 * 54)
+    assert memory.optimizer([sizes], [800, 56], True, {**stage3, **offload}, 2) == Place(0, 12 * 54)
+    assert memory.optimizer([sizes], [800, 56], False, stage3, 2) == Place(4 * 54 + 800)
+    assert memory.gradients([sizes], stage2, 2) == Place(4 * 54)
 
 
 def test_checkpointing_keeps_layer_inputs_and_one_layer():

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirage_dist import disk
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainConfig
-from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.checkpoints.commit import Saver, committed, damage, kept, read_manifest, sealed, step_of
 
 ALONE = Group(0, 0, 1, torch.device("cpu"))
@@ -40,7 +40,7 @@ def test_by_hand():
     st.none() | st.integers(1, 40),
     st.booleans(),
 )
-def test_nothing_that_is_asked_for_goes_and_nothing_else_stays(losses, last, every, best):
+def test_retention_keeps_what_the_recipe_says_and_nothing_else(losses, last, every, best):
     train = config(keep_last=last, keep_every=every, keep_best="loss" if best else None)
     keep = kept(metrics(losses, losses.values()), train)
     assert keep <= set(losses)
@@ -96,19 +96,19 @@ def test_what_cannot_be_removed_is_reported(folder, monkeypatch, capsys):
     def refused(*_):
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(checkpoint.os, "rename", refused)
+    monkeypatch.setattr(disk.os, "rename", refused)
     saver(folder, keep_last=3).settle(8)
     assert "step-000002: retention cannot remove it (not yours)" in capsys.readouterr().out
 
 
 def test_a_manifest_with_any_byte_changed_is_damaged_or_says_the_same(folder):
     manifest = folder / "step-000004/manifest.json"
-    content, told = manifest.read_bytes(), read_manifest(manifest.parent)
+    content, original = manifest.read_bytes(), read_manifest(manifest.parent)
     assert damage(manifest.parent) is None
     for place in range(len(content)):
         for change in (1, 2, 32, 255):
             manifest.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
-            assert damage(manifest.parent) is not None or read_manifest(manifest.parent) == told
+            assert damage(manifest.parent) is not None or read_manifest(manifest.parent) == original
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", json.dumps({"files": {}}), "\x00" * 40])

@@ -1,0 +1,107 @@
+"""Parameter groups: which parameters train at which rate and weight decay."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from typing import Any, TypedDict
+
+from mirage_dist.config import nearest
+from mirage_dist.model import activations
+from mirage_dist.model.policy import Policy
+from mirage_dist.schema import ConfigError, TrainConfig
+from mirage_dist.train.optimizers.base import Groups
+from mirage_dist.train.optimizers.partitions import slices
+
+ROLES = ("connector", "decoder", "vision", "head")
+
+
+class GroupRecord(TypedDict):
+    """One parameter group in a checkpoint's manifest; `match` is null for the parameters that no pattern matches."""
+
+    match: list[str] | None
+    lr: float
+    weight_decay: float
+    parameters: int  # elements
+
+
+class OptimizerRecord(TypedDict):
+    """The optimizer in a checkpoint's manifest."""
+
+    name: str
+    groups: list[GroupRecord]
+
+
+def split(policy: Policy, train: TrainConfig) -> Groups:
+    """The trained parameters in groups: those of each entry of `train.groups`, and first those that no entry matches.
+
+    A parameter belongs to the first entry that matches it. `peak` is the group's largest rate, and `share` the
+    same as a multiple of `train.lr`.
+    Raises ConfigError when a pattern matches no trained parameter that an earlier entry has left.
+    """
+    left = {name: p for name, p in policy.hf.named_parameters() if p.requires_grad}
+    trained, role_of = list(left), roles(policy)
+    groups: Groups = []
+    for number, entry in enumerate(train.groups):
+        matches = {}
+        for pattern in entry.match:
+            names = [name for name in left if _matches(pattern, name, role_of)]
+            if not names:
+                raise ConfigError(f"train.groups[{number}].match: {_unmatched(pattern, trained, list(left), role_of)}")
+            matches |= {name: left.pop(name) for name in names}
+        decay = train.weight_decay if entry.weight_decay is None else entry.weight_decay
+        groups.append(_group(matches, entry.match, train.lr if entry.lr is None else entry.lr, decay, train.lr))
+    rest = [_group(left, None, train.lr, train.weight_decay, train.lr)] if left else []
+    return rest + groups
+
+
+def _group(parameters: dict[str, Any], match: list[str] | None, lr: float, decay: float, base: float) -> dict[str, Any]:
+    named = {"params": list(parameters.values()), "names": list(parameters)}
+    return {**named, "match": match, "lr": lr, "peak": lr, "share": lr / base, "weight_decay": decay}
+
+
+def _matches(pattern: str, name: str, role_of: dict[str, str]) -> bool:
+    return role_of[name] == pattern if pattern in ROLES else fnmatch.fnmatchcase(name, pattern)
+
+
+def _unmatched(pattern: str, trained: list[str], left: list[str], role_of: dict[str, str]) -> str:
+    if any(_matches(pattern, name, role_of) for name in trained):
+        return f"all trained parameters that {pattern!r} matches are in earlier groups; move this entry up"
+    if any(_matches(pattern, name, role_of) for name in role_of):
+        return f"{pattern!r} matches only parameters that do not train; change model.train, model.freeze or model.lora"
+    present = sorted(set(role_of.values()))
+    return f"{pattern!r} matches no parameter; roles here: {', '.join(present)}; {nearest(pattern, left[:2000])}"
+
+
+def roles(policy: Policy) -> dict[str, str]:
+    """The role of every parameter, by name: `vision`, `decoder`, `head`, or `connector` for what lies between them."""
+    parts = {
+        "head": policy.base.get_output_embeddings(),
+        "vision": policy.backbone.get_encoder(modality="image"),
+        "decoder": activations.decoder(policy.backbone),
+    }
+    of = {id(p): role for role, module in parts.items() if module is not policy.backbone for p in module.parameters()}
+    return {name: of.get(id(p), "connector") for name, p in policy.hf.named_parameters()}
+
+
+def record(engine: Any, name: str) -> OptimizerRecord:
+    """What a checkpoint's manifest says of the optimizer `name` and its parameter groups."""
+    sizes = Counter[int]()
+    for piece in slices(engine):
+        sizes[piece.group] += math.prod(piece.shape)
+    groups = [
+        GroupRecord(match=g["match"], lr=g["peak"], weight_decay=g["weight_decay"], parameters=sizes[number])
+        for number, g in enumerate(engine.optimizer.param_groups)
+    ]
+    return OptimizerRecord(name=name, groups=groups)
+
+
+def set_rates(optimizer: Any, rate: float) -> dict[str, float]:
+    """Give every group its share of the schedule's `rate`; returns the rates of the groups with patterns, by these."""
+    rates = {}
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
+        if group["match"] is not None:
+            rates["+".join(group["match"])] = group["lr"]
+    return rates
