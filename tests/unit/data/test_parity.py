@@ -116,7 +116,7 @@ def test_rewrites_are_joined_by_id_whatever_the_order_of_the_file(vlguard, tmp_p
 
 
 def test_a_file_that_lacks_more_than_it_may_is_an_error_with_counts(vlguard):
-    with pytest.raises(ConfigError, match=r"1 rewrites for 556 of 558 samples; min_match asks for 100%"):
+    with pytest.raises(ConfigError, match=r"1 rewrites for 556 of 558 samples; min_match requires 100%"):
         worklist.plan(recipe(vlguard, "sets.safe_safes.attacks.share.min_match=1.0"))
 
 
