@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
+    # errors stay. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run: Callable[[argparse.Namespace], None] = parsed.run
     try:
         run(parsed)
@@ -141,10 +145,10 @@ def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
     from mirage_dist import inputs
     from mirage_dist.data import prepare
-    from mirage_dist.evals.attacks import paraphrase
+    from mirage_dist.evals.attacks import rewrites
 
     inputs.make(recipe)
-    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, paraphrase.reworder(recipe)))}")
+    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
 
 
 def _audit(parsed: argparse.Namespace) -> None:
@@ -194,6 +198,9 @@ def _eval(parsed: argparse.Namespace) -> None:
     signals.install()
     tests = ROBUSTNESS in parsed.overrides
     recipe = configs.load(parsed.config, [word for word in parsed.overrides if word != ROBUSTNESS], EvalRecipe)
+    from mirage_dist.evals import judges
+
+    judges.read(recipe)  # a wrong option is an error before any data are made or read
     if tests:
         if parsed.workers or parsed.status or parsed.worker != (0, 1):
             raise ConfigError(f"{ROBUSTNESS} is one process: leave --workers, --worker and --status out")

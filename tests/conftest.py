@@ -51,8 +51,8 @@ class Engine(torch.nn.Module):
         super().__init__()
         self.module = policy
 
-    def forward(self, *told):
-        return self.module(*told)
+    def forward(self, *arguments):
+        return self.module(*arguments)
 
 
 def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:
@@ -75,11 +75,12 @@ class Toy:
         write_samples(root / "retain.jsonl", base[20:50])
 
     def overrides(self, recipe: str, run: Path) -> list[str]:
-        told = [f"run.dir={run}", f"model.path={self.root}/model", "world=null", "seed=21", "monitor.print_every=100"]
+        overrides = [f"run.dir={run}", f"model.path={self.root}/model", "world=null", "seed=21"]
+        overrides.append("monitor.print_every=100")
         if recipe == "sft":
-            return [*told, f"data.streams.train=[{{format: samples, path: {self.root}/retain.jsonl}}]"]
+            return [*overrides, f"data.streams.train=[{{format: samples, path: {self.root}/retain.jsonl}}]"]
         streams = (f"data.streams.{n}=[{{format: samples, path: {self.root}/{n}.jsonl}}]" for n in ("forget", "retain"))
-        return [*told, *streams]
+        return [*overrides, *streams]
 
 
 @pytest.fixture(scope="session")

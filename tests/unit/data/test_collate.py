@@ -19,7 +19,6 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
-from mirage_dist.kernels.logprob import response_index
 from mirage_dist.schema import ConfigError
 
 LLAVA_TEMPLATE = """\
@@ -180,10 +179,11 @@ def test_what_the_template_writes_behind_the_end_token_is_not_learnt(pictures):
     assert unlabelled.count("<unk> <system>") == 1  # between the turns; the conversation ends with its end token
 
 
-def test_the_response_index_is_the_kernels(processor, pictures):
+def test_the_response_index_holds_the_positions_before_each_label(processor, pictures):
     batch = Encoder(processor).encode([sample(pictures["red"]), sample(history=TURNS), sample(pictures["wide"])])
-    assert torch.equal(batch.index_N, response_index(batch.labels_BS))
-    assert len(batch.index_N) == (batch.labels_BS != IGNORE).sum()
+    row, position = (batch.labels_BS != IGNORE).nonzero(as_tuple=True)
+    assert (position > 0).all()
+    assert torch.equal(batch.index_N, row * batch.labels_BS.shape[1] + position - 1)
 
 
 def test_the_text_mask_leaves_out_padding_and_pictures(processor, pictures):

@@ -92,7 +92,7 @@ def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path)
 
     assert settings() != settings(backend="vllm")
     assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5)
-    assert recipe(toy, tmp_path, backend="vllm").generation.gpu_memory_utilization == 0.9
+    assert recipe(toy, tmp_path, backend="vllm").generation.gpu_share == 0.9
     with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization: belongs to backend vllm"):
         settings(gpu_memory_utilization=0.5)
     with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization=1\.5; expected a share"):
