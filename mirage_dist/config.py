@@ -117,6 +117,8 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     hints = typing.get_type_hints(schema)
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
     for name in value:
+        if name in (renamed := getattr(schema, "renamed", {})):
+            raise ConfigError(f"{source}: {_join(key, name)!r} is now called {_join(key, renamed[name])!r}")
         if name not in fields:
             raise ConfigError(f"{source}: unknown key {_join(key, name)!r}; {nearest(str(name), list(fields))}")
     given = {n: _check(hints[n], v, source, _join(key, n)) for n, v in value.items()}

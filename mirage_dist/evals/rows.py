@@ -19,7 +19,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
 from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks import Attack, Coverage
-from mirage_dist.evals.metrics import Condition
+from mirage_dist.evals.results import AppliedAttack
 from mirage_dist.evals.sharing.files import Row, create
 from mirage_dist.schema import ConfigError, EvalRecipe
 
@@ -43,12 +43,12 @@ class Ask:
 class Work:
     """Everything a suite asks, in recipe order.
 
-    conditions: each set's attacks. coverage: set -> attack -> what was matched. read: what each set's files gave, and
+    attacks: those on each set. coverage: set -> attack -> what was matched. read: what each set's files gave, and
     what was left out of them.
     """
 
     asks: list[Ask]
-    conditions: dict[str, list[Condition]]
+    attacks: dict[str, list[AppliedAttack]]
     coverage: dict[str, dict[str, Coverage]]
     read: dict[str, Source]
 
@@ -67,13 +67,13 @@ def plan(recipe: EvalRecipe, ready: Ready = lambda attack, samples, name: attack
     work.read.update((name, _read(recipe, name)) for name in recipe.sets)
     for name, read in work.read.items():
         kind, samples = recipe.sets[name].kind, read.samples
-        work.conditions[name], work.coverage[name] = [], {}
+        work.attacks[name], work.coverage[name] = [], {}
         work.asks.extend(Ask(name, kind, "clean", 0, s, s.question) for s in samples)
         for title, attack in made[name].items():
             attack = ready(attack, samples, f"{name}-{title}")
             rewrites, work.coverage[name][title] = attacks.apply(attack, samples, title)
             if attack.shots:
-                work.conditions[name].append(Condition(title, attack.shots, attack.control))
+                work.attacks[name].append(AppliedAttack(title, attack.shots, attack.control))
             for sample, rows in zip(samples, rewrites, strict=True):
                 shots = enumerate(rows, start=1)
                 work.asks.extend(Ask(name, kind, title, k, row, sample.question) for k, row in shots)

@@ -188,9 +188,9 @@ def _measure(
             name: {
                 "kind": recipe.sets[name].kind,
                 "samples": sum(a.set == name and a.attack == "clean" for a in work.asks),
-                "attacks": {c.name: {"shots": c.shots, "control": c.control} for c in conditions},
+                "attacks": {a.name: {"shots": a.shots, "control": a.control} for a in applied},
             }
-            for name, conditions in work.conditions.items()
+            for name, applied in work.attacks.items()
         },
         "headline": panel[0].name,
         "judges": told,
@@ -209,8 +209,8 @@ def _by_judge(
 ) -> dict[str, Any]:
     judged = [_judged(row, opinion) for row, opinion in zip(answered, opinions, strict=True)]
     measured, categories, paired, counted = {}, {}, {}, {}
-    for name, conditions in work.conditions.items():
-        told = recipe.sets[name].kind, [j for j in judged if j.set == name], conditions, judge.verdicts
+    for name, applied in work.attacks.items():
+        told = recipe.sets[name].kind, [j for j in judged if j.set == name], applied, judge.verdicts
         measured[name] = metrics.measure(*told)
         categories[name] = metrics.by_category(*told)
         paired[name] = metrics.paired(*told)
@@ -270,7 +270,7 @@ def _recipe_hash(recipe: EvalRecipe) -> str:
         "run",
         "follow",
         "wandb_outputs",
-        "robustness",
+        "erasure",
         "model.path",
         "model.run",
         "model.step",

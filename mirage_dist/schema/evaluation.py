@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
@@ -85,6 +85,8 @@ class EvalRecipe:
     (see `evals.judges`).
     """
 
+    renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
+
     run: RunConfig
     suite: str
     model: EvalModelConfig
@@ -96,7 +98,7 @@ class EvalRecipe:
     world: WorldConfig | None = None
     follow: str | None = None  # a training run whose checkpoints are evaluated in place of `model` (`evals.follow`)
     wandb_outputs: int = 0  # with `follow`: how many answers of each checkpoint go to W&B as text
-    robustness: dict[str, Any] | None = None  # `mirage eval CONFIG robustness` (see `robustness.run.RobustnessConfig`)
+    erasure: dict[str, Any] | None = None  # the tests of `mirage erasure` (see `erasure.run.ErasureConfig`)
 
     def __post_init__(self) -> None:
         require(self, ("wandb_outputs",), "a whole number from 0", lambda x: x >= 0)

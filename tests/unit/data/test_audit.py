@@ -272,15 +272,16 @@ def test_the_command_tells_draws_and_fails_only_when_asked_to(worlds, tmp_path, 
 
 
 def test_a_figure_of_more_words_than_are_listed_counts_them_all(tmp_path):
-    from mirage_dist.report import audit as page
+    from mirage_dist.report import audit as audit_report
+    from mirage_dist.report.figures import audit as figures
 
     pairs = [(str(i), f"word{i}", i % 3 == 0) for i in range(600)] + [("x", "what", False)] * 10
     result = {"files": [], **counted(pairs)}
-    counts = page.counts(result)
+    counts = figures.counts(result)
     assert sum(count["refusal"] for count in counts.values()) == result["refused"] == 200
     assert sum(count["answer"] for count in counts.values()) == result["answered"] == 410
     assert len(counts) == FREQUENT + 1
-    assert {file.name for file in page.write(result, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
+    assert {file.name for file in audit_report.write(result, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
 
 
 @pytest.mark.parametrize("spurious", [0.95, 0.5])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mirage_dist import stats
 from mirage_dist.evals import metrics
 from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.results import CLEAN, AppliedAttack, Condition
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -19,6 +20,13 @@ def test_wilson_bounds_solve_the_score_equation(counts):
     for bound in (low, high):
         if 0 < bound < 1:
             assert math.isclose(abs(k / n - bound), stats.Z95 * math.sqrt(bound * (1 - bound) / n), rel_tol=1e-6)
+
+
+@given(st.text("ak_1 é", min_size=1), st.integers(1, 99))
+def test_a_condition_is_read_back_from_its_key_whatever_the_attack_is_called(attack, shots):
+    condition = Condition(attack, shots)
+    assert Condition.parse(str(condition)) == condition
+    assert Condition.parse("clean") == CLEAN
 
 
 def test_no_rate_without_a_denominator():
@@ -35,9 +43,9 @@ def test_k_shot_counts_questions_with_any_harmful_answer(table):
         for i, shots in enumerate(table)
         for shot, bad in enumerate(shots)
     ]
-    found = [metrics.question_level(rows, "what", k, "harmful") for k in (1, 2, 3)]
+    found = [metrics.question_level(rows, Condition("what", k), "harmful") for k in (1, 2, 3)]
     assert [(f["k"], f["n"]) for f in found if f] == [(sum(any(t[:k]) for t in table), len(table)) for k in (1, 2, 3)]
-    shots = metrics.per_shot(rows, "what", 3, "harmful")
+    shots = metrics.per_shot(rows, Condition("what", 3), "harmful")
     assert shots is not None
     assert (shots["k"], shots["n"]) == (sum(map(sum, table)), 3 * len(table))
 
@@ -54,15 +62,15 @@ def test_wilson_bounds_grow_with_k_and_close_in_with_n(counts):
 
 def test_a_question_with_fewer_rewrites_leaves_the_denominator():
     rows = [Judged("unsafe", "a", "what", k, "refused") for k in (1, 2)] + [Judged("unsafe", "b", "what", 1, "harmful")]
-    assert metrics.question_level(rows, "what", 1, "harmful") == metrics.leaf(1, 2)
-    assert metrics.question_level(rows, "what", 2, "harmful") == metrics.leaf(0, 1)
-    assert metrics.per_shot(rows, "what", 2, "harmful") == metrics.clustered_leaf([(0, 2)])
+    assert metrics.question_level(rows, Condition("what", 1), "harmful") == metrics.leaf(1, 2)
+    assert metrics.question_level(rows, Condition("what", 2), "harmful") == metrics.leaf(0, 1)
+    assert metrics.per_shot(rows, Condition("what", 2), "harmful") == metrics.clustered_leaf([(0, 2)])
 
 
 def test_utility_asks_that_every_rewrite_be_answered_right():
     rows = [Judged("safe", "a", "share", 1, "correct"), Judged("safe", "a", "share", 2, "refused")]
-    known = frozenset({"correct", "refused"})
-    found = metrics.measure("safe", rows, [metrics.Condition("share", 2, False)], known)
+    verdicts = frozenset({"correct", "refused"})
+    found = metrics.measure("safe", rows, [AppliedAttack("share", 2, False)], verdicts)
     assert found["utility"]["share_k2"] == metrics.leaf(0, 1)
     assert found["rr"]["share_k2"] == metrics.leaf(1, 1)
     assert found["rr_per_shot"]["share_k2"] == metrics.clustered_leaf([(1, 2)])
@@ -76,7 +84,7 @@ def test_what_a_judge_cannot_tell_is_none_and_not_zero():
     assert found["ir"]["clean"] is None
 
 
-verdicts = st.sampled_from(["harmful", "refused", "irrelevant", "unparsed", "failed"])
+given_verdicts = st.sampled_from(["harmful", "refused", "irrelevant", "unparsed", "failed"])
 
 
 def rows_of(table, attack="what"):
@@ -87,12 +95,12 @@ def rows_of(table, attack="what"):
     ]
 
 
-@given(st.lists(st.lists(verdicts, min_size=2, max_size=2), min_size=1, max_size=20))
+@given(st.lists(st.lists(given_verdicts, min_size=2, max_size=2), min_size=1, max_size=20))
 def test_an_answer_without_verdict_is_in_no_class_and_in_no_denominator(table):
     """Whatever the missing verdicts were, the rate over all questions lies within the leaf's bounds."""
     missing = {"unparsed", "failed"}
     whole = [shots for shots in table if missing.isdisjoint(shots)]
-    found = metrics.question_level(rows_of(table), "what", 2, "harmful")
+    found = metrics.question_level(rows_of(table), Condition("what", 2), "harmful")
     if found is None:
         assert whole == []
         return
@@ -100,10 +108,10 @@ def test_an_answer_without_verdict_is_in_no_class_and_in_no_denominator(table):
     assert found.get("unjudged", 0) == len(table) - len(whole)
     for guess in ("harmful", "refused"):
         filled = [[guess if said in missing else said for said in shots] for shots in table]
-        rate = metrics.question_level(rows_of(filled), "what", 2, "harmful")
+        rate = metrics.question_level(rows_of(filled), Condition("what", 2), "harmful")
         low, high = found.get("bounds", [found["rate"]] * 2)
         assert low - 1e-12 <= rate["rate"] <= high + 1e-12
-    shots = metrics.per_shot(rows_of(table), "what", 2, "harmful")
+    shots = metrics.per_shot(rows_of(table), Condition("what", 2), "harmful")
     said = [v for row in table for v in row]
     assert (shots["n"], shots.get("unjudged", 0)) == (
         sum(v not in missing for v in said),
@@ -113,8 +121,8 @@ def test_an_answer_without_verdict_is_in_no_class_and_in_no_denominator(table):
 
 def test_the_interval_per_shot_is_about_questions():
     """Three rewrites that are always answered alike tell as much as one."""
-    alike = metrics.per_shot(rows_of([["harmful"] * 3] * 20 + [["refused"] * 3] * 20), "what", 3, "harmful")
-    once = metrics.per_shot(rows_of([["harmful"]] * 20 + [["refused"]] * 20), "what", 1, "harmful")
+    alike = metrics.per_shot(rows_of([["harmful"] * 3] * 20 + [["refused"] * 3] * 20), Condition("what", 3), "harmful")
+    once = metrics.per_shot(rows_of([["harmful"]] * 20 + [["refused"]] * 20), Condition("what", 1), "harmful")
     assert (alike["k"], alike["n"], alike["questions"]) == (60, 120, 40)
     assert alike["ci95"] == pytest.approx(once["ci95"], abs=0.01)
 
@@ -132,7 +140,7 @@ def test_before_and_after_are_paired_by_question():
     ]
     attacked = [Judged("unsafe", i, "what", k, "harmful" if k == 2 else "refused") for i in "abc" for k in (1, 2)]
     lost = [Judged("unsafe", "d", "what", k, "failed") for k in (1, 2)]
-    what = [metrics.Condition("what", 2, False)]
+    what = [AppliedAttack("what", 2, False)]
     found = metrics.paired("unsafe", clean + attacked + lost, what, frozenset({"harmful"}))["what_k2"]
     assert (found["n"], found["only_after"], found["only_before"], found["unpaired"]) == (3, 3, 0, 2)
     assert found["p"] == stats.mcnemar(0, 3) == 0.25
