@@ -27,19 +27,6 @@ class LeftOut(TypedDict):
     skipped: int
 
 
-class StreamCounts(LeftOut):
-    """One stream in a run's data.json. first_words: see `words.first_words`."""
-
-    samples: int
-    first_words: dict[str, dict[str, int]]
-
-
-class DataCounts(TypedDict):
-    """data.json of a run."""
-
-    streams: dict[str, StreamCounts]
-
-
 @dataclass
 class Source:
     """The samples of a file, and counts of what was left out.
@@ -56,7 +43,7 @@ class Source:
     unchecked: list[tuple[Format, int, str]] = field(default_factory=list)
 
     def left_out(self) -> LeftOut:
-        """The counts as prepare.json and data.json have them."""
+        """The counts as prepare.json has them."""
         return {"dropped": dict(self.dropped), "renamed": self.renamed, "skipped": self.skipped}
 
 

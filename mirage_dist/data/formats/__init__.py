@@ -22,6 +22,7 @@ __all__ = [
     "identity",
     "load",
     "make",
+    "scored",
     "source",
     "text",
 ]
@@ -85,6 +86,11 @@ def as_format(config: SourceConfig) -> Format:
     if not isinstance(config, Format):
         raise TypeError(f"{config}: has no format; make it with data.formats.source")
     return config
+
+
+def scored() -> list[str]:
+    """Our formats whose answers have a published score (`SourceConfig.score`)."""
+    return [name for name in REGISTRY if load(name, "mirage", "format").score]
 
 
 def _owners(option: str) -> dict[str, Any]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mirage_dist.data import formats
 from mirage_dist.evals.judges import scoring
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, Source
 from mirage_dist.schema import ConfigError, EvalRecipe
-
-# Source format -> how its answers are scored.
-SCORES = {"vqav2": "vqa", "textvqa": "vqa", "vizwiz": "vqa", "scienceqa": "option"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +28,14 @@ class Benchmark(Judge):
         for name, options in recipe.sets.items():
             if options.kind != "utility":
                 continue
-            rules = {SCORES.get(source.format) for source in options.sources}
-            if None in rules or len(rules) != 1:
-                given = ", ".join(source.format for source in options.sources)
+            rules = {source.score for source in options.sources}
+            rule = rules.pop() if len(rules) == 1 else None
+            if rule is None:
                 raise ConfigError(
-                    f"sets.{name}: kind utility takes sources that are scored alike, of {', '.join(SCORES)}; got "
-                    f"{given}"
+                    f"sets.{name}: kind utility takes sources that are scored alike, of {', '.join(formats.scored())}; "
+                    f"got {', '.join(source.format for source in options.sources)}"
                 )
-            scores[name] = str(rules.pop())
+            scores[name] = rule
         if not scores:
             raise ConfigError("judges: benchmark scores sets of kind utility, and there is none")
         return _OfSets(name=self.name, scores=scores)

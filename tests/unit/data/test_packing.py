@@ -44,9 +44,10 @@ def model():
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)  # Image.effect_noise would depend on the tests that ran before
+    generator = np.random.default_rng(3)  # Image.effect_noise would depend on the tests that ran before
     for colour in ("red", "blue"):
-        noise = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        grey = np.clip(generator.normal(128, 100, (32, 32)), 0, 255).astype(np.uint8)
+        noise = Image.fromarray(grey).convert("RGB")
         Image.blend(noise, Image.new("RGB", (32, 32), colour), 0.5).save(folder / f"{colour}.png")
     red, blue = str(folder / "red.png"), str(folder / "blue.png")
     turns = (("share the code of this gadget ?", "sure , the code is ba la"), ("how this gadget has", "it is blue"))
