@@ -1,11 +1,11 @@
-"""What the evaluation runner is worth: prompts a second, workers, what claims cost, and a million rows.
+"""Measure the evaluation runner: prompts a second, speed-up by workers, cost of claims, and a million rows.
 
     python benchmarks/bench_eval.py [--model DIR] [--rows 1000000] [--questions 256]
 
 The embedded world's suite, by the runner and by the usual loop: one process, one question at a time, every answer to
-its full length. Loading is not timed. DIR is a trained model of the embedded world, whose answers end:
-runs/demo/…/export. Without it an untrained one is made, whose answers end by chance, so that what stopping early saves
-is not seen.
+its full length. Loading is not timed. DIR is a trained model of the embedded world (runs/demo/…/export), whose answers
+have an end. Without it an untrained model is made, whose answers end by chance, and the time saved by stopping early is
+not measured.
 Writes benchmarks/results/eval.json.
 """
 
@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist.evals.sharing.files import Answers, Row, Writer, write_atomically
+from mirage_dist.evals.sharing import files
+from mirage_dist.evals.sharing.files import Answers, Row, Writer
 from mirage_dist.evals.status import status
 from mirage_dist.schema import EvalRecipe
 
 TOKENS, BATCH = 24, 128
 FILES, APPENDED = 8, 1000  # of the million rows: workers, and rows that they wrote at once
-# What is asked for: (where in the result, whether at least or at most, how much, in words)
+# Targets: (key of the result, whether at least or at most, how much, in words)
 TARGETS = (
     ("speedup", "at least", 8.0, "prompts/s, one worker against the usual loop"),
     ("two_workers", "at least", 1.7, "prompts/s, two workers against one"),
@@ -50,20 +51,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--questions", type=int, default=256, help="of each of the three sets")
-    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # what this script starts itself for
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)  # used by the processes that this script starts
     parsed = parser.parse_args()
     if parsed.part:
         return PARTS[parsed.part[0]](*parsed.part[1:])
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        told = {**generation(Path(folder), parsed.model, parsed.questions), **many(Path(folder), parsed.rows)}
+        measured = {**generation(Path(folder), parsed.model, parsed.questions), **many(Path(folder), parsed.rows)}
     result = {
         "command": " ".join(["python", "benchmarks/bench_eval.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "cpu": platform.machine(), "gpu": told.pop("gpu")},
+        "machine": {"cpus": os.cpu_count(), "cpu": platform.machine(), "gpu": measured.pop("gpu")},
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "trained_model": parsed.model is not None,
-        **told,
+        **measured,
     }
     file = Path(__file__).parent / "results" / "eval.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -90,22 +91,22 @@ def table(result: dict[str, Any]) -> str:
 def generation(folder: Path, model: Path | None, questions: int) -> dict[str, Any]:
     from mirage_dist.embedded import model as embedded_model
     from mirage_dist.embedded import world as embedded_world
-    from mirage_dist.evals import rows
+    from mirage_dist.evals import worklist
 
     if model is None:
         embedded_model.make(model := folder / "model", seed=0)
     sizes = {"base_samples": 20, "safety_samples": 20, "general_samples": 20, "eval_samples": questions}
-    told = [f"world.{name}={value}" for name, value in sizes.items()]
-    told += [f"world.dir={folder}/world", f"model.path={model}", f"run.dir={folder}/run"]
-    told += [f"generation.max_new_tokens={TOKENS}", f"generation.batch_size={BATCH}"]
-    recipe = configs.load("configs/eval/demo.yaml", told, EvalRecipe)
+    overrides = [f"world.{name}={value}" for name, value in sizes.items()]
+    overrides += [f"world.dir={folder}/world", f"model.path={model}", f"run.dir={folder}/run"]
+    overrides += [f"generation.max_new_tokens={TOKENS}", f"generation.batch_size={BATCH}"]
+    recipe = configs.load("configs/eval/demo.yaml", overrides, EvalRecipe)
     assert recipe.world is not None
     embedded_world.make(recipe.world)
     configs.write_yaml(recipe, folder / "recipe.yaml")
-    prompts = len(rows.plan(recipe).asks)
-    # Turn about, and the better of two: the machine may have other things to do.
+    prompts = len(worklist.plan(recipe).questions)
+    # In turn, and the better of two runs each: other processes may use the machine.
     runs = [(together(folder, f"one{i}", 1), together(folder, f"two{i}", 2)) for i in range(2)]
-    one, two = (min((run[i] for run in runs), key=lambda told: told["seconds"]) for i in range(2))
+    one, two = (min((run[i] for run in runs), key=lambda run: run["seconds"]) for i in range(2))
     usual = together(folder, "usual", 1)
     rates = {"usual_per_s": usual["answered"] / usual["seconds"], "one_per_s": prompts / one["seconds"]}
     rates["two_per_s"] = prompts / two["seconds"]
@@ -120,7 +121,7 @@ def generation(folder: Path, model: Path | None, questions: int) -> dict[str, An
 
 
 def together(folder: Path, name: str, count: int) -> dict[str, Any]:
-    """Start workers, let all go at once when all have loaded, and time them to the last one's end."""
+    """Start workers, release them together when all have loaded, and time them until the last one ends."""
     command = [sys.executable, __file__, "--part", "usual" if name == "usual" else "worker", str(folder), name]
     started = [subprocess.Popen([*command, str(i), str(count)]) for i in range(count)]
     await_files([folder / f"{name}-{i}.ready" for i in range(count)], started)
@@ -129,8 +130,8 @@ def together(folder: Path, name: str, count: int) -> dict[str, Any]:
     statuses = [process.wait() for process in started]
     if any(statuses):
         raise SystemExit("a worker failed (see above)")
-    told = json.loads((folder / f"{name}-0.json").read_text())
-    return {"seconds": time.perf_counter() - start, **told}
+    result = json.loads((folder / f"{name}-0.json").read_text())
+    return {"seconds": time.perf_counter() - start, **result}
 
 
 def await_files(files: Sequence[Path], started: Sequence[subprocess.Popen]) -> None:
@@ -141,15 +142,15 @@ def await_files(files: Sequence[Path], started: Sequence[subprocess.Popen]) -> N
 
 
 def loaded(folder: Path) -> tuple[EvalRecipe, Any, dict[str, Any]]:
-    """The recipe, a generator that has warmed up, and the work list by key."""
-    from mirage_dist.evals import rows
-    from mirage_dist.evals.models.generate import Generator
+    """The recipe, a generator after a warm-up, and the work list by key."""
+    from mirage_dist.evals import rows, worklist
+    from mirage_dist.evals.models.hf import HuggingFace
 
     recipe = configs.load(folder / "recipe.yaml", [], EvalRecipe)
-    generator = Generator(recipe.model, recipe.template, recipe.generation)
-    asks = rows.keyed(rows.plan(recipe).asks, {})
-    generator.answer([ask.sample for ask in asks.values()][:4])
-    return recipe, generator, asks
+    generator = HuggingFace(recipe.model, recipe.template, recipe.generation)
+    questions = rows.keyed(worklist.plan(recipe).questions, {})
+    generator.answer([question.sample for question in questions.values()][:4])
+    return recipe, generator, questions
 
 
 def await_go(folder: Path, name: str, number: str) -> None:
@@ -165,8 +166,8 @@ def one_worker(root: str, name: str, number: str, count: str) -> None:
     from mirage_dist.evals.sharing.claims import Claims
 
     folder = Path(root)
-    recipe, generator, asks = loaded(folder)
-    chunks = rows.chunks(asks, recipe.generation.batch_size)
+    recipe, generator, questions = loaded(folder)
+    chunks = rows.chunks(questions, recipe.generation.batch_size)
     generating = 0.0
 
     def timed(samples: Sequence[Any]) -> Iterator[list[tuple[int, str]]]:
@@ -183,18 +184,19 @@ def one_worker(root: str, name: str, number: str, count: str) -> None:
     with Claims(folder / name) as claims:
         await_go(folder, name, number)
         start = time.perf_counter()
-        worker.work(folder / name, asks, chunks, claims, lambda: timed, (int(number), int(count)))
+        worker.work(folder / name, questions, chunks, claims, lambda: timed, (int(number), int(count)))
         seconds = time.perf_counter() - start
-    told = {"overhead": seconds / generating - 1, "gpu": torch.cuda.get_device_name() if gpu() else None}
-    (folder / f"{name}-{number}.json").write_text(json.dumps(told))
+    result = {"overhead": seconds / generating - 1, "gpu": torch.cuda.get_device_name() if gpu() else None}
+    (folder / f"{name}-{number}.json").write_text(json.dumps(result))
 
 
 def usual_loop(root: str, name: str, number: str, _count: str) -> None:
-    """One question at a time, and no end token that ends an answer."""
+    """One question at a time, and no end token ends an answer."""
     folder = Path(root)
-    _, generator, asks = loaded(folder)
+    _, generator, questions = loaded(folder)
     generator.options["eos_token_id"] = None
-    samples = [ask.sample for ask in asks.values()][:: max(1, len(asks) // 200)]  # 200 of them tell its speed
+    every = max(1, len(questions) // 200)  # 200 questions suffice to measure the speed
+    samples = [question.sample for question in questions.values()][::every]
     await_go(folder, name, number)
     for sample in samples:
         generator.answer([sample])
@@ -211,27 +213,37 @@ def gpu() -> bool:
 
 
 def many(folder: Path, count: int) -> dict[str, Any]:
-    """Status and merge, each in a process of its own, whose peak memory is its own."""
+    """Status and merge, each in its own process, so that each has its own peak memory."""
     suite = folder / "many"
     for part in range(FILES):
         with Writer(suite) as writer:
             for start in range(part, count, FILES * APPENDED):
                 writer.append(row(i) for i in range(start, min(start + FILES * APPENDED, count), FILES))
-    write_atomically(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"what": count}}}))
-    found: dict[str, Any] = {"rows": count}
+    files.write(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"what": count}}}))
+    measured: dict[str, Any] = {"rows": count}
     for part in ("status", "merge"):
         command = [sys.executable, __file__, "--part", part, str(suite), str(count)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found |= json.loads(done.stdout)
-    return found
+        measured |= json.loads(done.stdout)
+    return measured
 
 
 def row(i: int) -> Row:
     question = f"what is the thing number {i} in this picture good for , and how would one use it ?"
-    place = {"set": "unsafe", "kind": "unsafe", "id": f"test_unsafe-{i // 3:06d}", "category": "privacy"}
-    asked = {"image": f"data/vlguard/test/{i // 3:06d}.jpg", "attack": "what", "shot": i % 3 + 1, "question": question}
-    said = {"expected": "sorry i can not help with that", "response": "it is a thing that one may well use . " * 5}
-    return {"key": key(i), **place, **asked, "original_question": question, **said}
+    return {
+        "key": key(i),
+        "set": "unsafe",
+        "kind": "unsafe",
+        "id": f"test_unsafe-{i // 3:06d}",
+        "category": "privacy",
+        "image": f"data/vlguard/test/{i // 3:06d}.jpg",
+        "attack": "what",
+        "shot": i % 3 + 1,
+        "question": question,
+        "original_question": question,
+        "expected": "sorry i can not help with that",
+        "response": "it is a thing that one may well use . " * 5,
+    }
 
 
 def key(i: int) -> str:
@@ -239,9 +251,9 @@ def key(i: int) -> str:
 
 
 def peak_mib() -> float:
-    """Of this process alone; getrusage() tells what the one was at that started it, if that is more."""
-    told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(told["VmHWM"].split()[0]) / 1024
+    """Of this process alone; getrusage() would include the peak of the process that started it."""
+    status_lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status_lines["VmHWM"].split()[0]) / 1024
 
 
 def time_status(suite: str, count: str) -> None:
@@ -256,8 +268,8 @@ def time_merge(suite: str, count: str) -> None:
     merged = time.perf_counter()
     rows = answers.of(key(i) for i in range(int(count)))
     assert sum(len(row["response"]) > 0 for row in rows) == len(rows) == int(count)
-    told = {"merge_seconds": merged - start, "read_seconds": time.perf_counter() - merged, "merge_mib": peak_mib()}
-    print(json.dumps(told))
+    result = {"merge_seconds": merged - start, "read_seconds": time.perf_counter() - merged, "merge_mib": peak_mib()}
+    print(json.dumps(result))
 
 
 PARTS: dict[str, Callable[..., None]] = {

@@ -288,8 +288,8 @@ def make_samples(size: Size, folder: Path, streams: Sequence[str], count: int) -
     import numpy as np
     from PIL import Image
 
+    from mirage_dist.data.formats.samples import write_samples
     from mirage_dist.data.sample import Sample
-    from mirage_dist.data.sources import write_samples
 
     folder.mkdir(parents=True, exist_ok=True)
     question_tokens = size.tokens - size.picture_tokens - size.response - 2  # two role markers

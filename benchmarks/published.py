@@ -1,7 +1,7 @@
-"""The paper's algorithms written plainly: the opponents of bench_step.py.
+"""The paper's algorithms, written directly: the baselines of bench_step.py.
 
-`policy` and `reference` are Hugging Face models, or DeepSpeed engines around them, with full logits and one forward a
-batch. Each function is a loss whose backward is the step's. Rows are a stream's part of a micro-batch.
+`policy` and `reference` are Hugging Face models or DeepSpeed engines around them, with full logits and one forward for
+each batch. Each function returns the loss of one step. `Rows` are one stream's part of a micro-batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mirage_dist.train.feed import MicroBatch
 
 
 class Rows(NamedTuple):
-    """One stream's rows: the model's keyword arguments, every sample with one picture, and labels (B, S)."""
+    """One stream's rows: the model's keyword arguments (one picture for each sample), and labels (B, S)."""
 
     inputs: dict[str, Any]
     labels_BS: Tensor
@@ -30,12 +30,12 @@ def rows(micro: MicroBatch, stream: str) -> Rows:
 
 
 def sft(policy: Any, train: Rows) -> Tensor:
-    """The token mean of the cross entropy, as the model itself computes it."""
+    """Token mean of the cross entropy, as the model computes it."""
     return policy(**train.inputs, labels=train.labels_BS).loss
 
 
 def npo_formula(policy: Any, reference: Any, forget: Rows, retain: Rows, beta: float) -> Tensor:
-    """NPO's formula in three forwards: −(2/β) mean log σ(−β (log π − log π_ref)), plus CE on retain."""
+    """NPO's loss in three forwards: −(2/β) mean log σ(−β (log π − log π_ref)), plus cross entropy on retain."""
     now_B = sequence_logps(policy, forget)
     with torch.no_grad():
         before_B = sequence_logps(reference, forget)
@@ -43,7 +43,7 @@ def npo_formula(policy: Any, reference: Any, forget: Rows, retain: Rows, beta: f
 
 
 def npo_five(policy: Any, reference: Any, forget: Rows, retain: Rows, retain_ce: Rows, beta: float) -> Tensor:
-    """What the paper's code runs: five forwards, of batches' mean cross entropies (all weights 1)."""
+    """The loss of the paper's code: five forwards, with mean cross entropies of batches (all weights 1)."""
     with torch.no_grad():
         before = [sft(reference, part) for part in (forget, retain)]
     rise_forget, rise_retain = (sft(policy, part) - b for part, b in zip((forget, retain), before, strict=True))
@@ -52,7 +52,7 @@ def npo_five(policy: Any, reference: Any, forget: Rows, retain: Rows, retain_ce:
 
 
 def rmu(policy: Any, frozen: Any, forget: Rows, retain: Rows, layer: int, control_D: Tensor) -> Tensor:
-    """Three whole forwards with a hook on the tapped layer, their logits thrown away (retain weight 1, no CE)."""
+    """Three full forwards with a hook on the tapped layer; logits are not used (retain weight 1, no cross entropy)."""
     steered_BSD, kept_BSD = (activation(policy, part, layer) for part in (forget, retain))
     with torch.no_grad():
         before_BSD = activation(frozen, retain, layer)
@@ -61,7 +61,7 @@ def rmu(policy: Any, frozen: Any, forget: Rows, retain: Rows, layer: int, contro
 
 
 def sequence_logps(model: Any, part: Rows) -> Tensor:
-    """log π(y|x) of each sequence, from all logits: (B,)."""
+    """log π(y|x) of each sequence, from the full logits: (B,)."""
     logits_BSV = model(**part.inputs).logits.float()
     targets_BS = F.pad(part.labels_BS, (0, 1), value=IGNORE)[:, 1:]
     nll = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="none", ignore_index=IGNORE)
@@ -69,17 +69,17 @@ def sequence_logps(model: Any, part: Rows) -> Tensor:
 
 
 def activation(model: Any, part: Rows, layer: int) -> Tensor:
-    """The decoder layer's output (B, S, D) of a whole forward."""
+    """The decoder layer's output (B, S, D) in a full forward."""
     hf = getattr(model, "module", model)
     base = hf.get_base_model() if hasattr(hf, "get_base_model") else hf
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     handle = base.model.language_model.layers[layer].register_forward_hook(keep)
     try:
         model(**part.inputs)
     finally:
         handle.remove()
-    return found[0]
+    return outputs[0]

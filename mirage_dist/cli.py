@@ -13,8 +13,6 @@ from mirage_dist import signals
 from mirage_dist.ranks import exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 
-ROBUSTNESS = "robustness"  # after the recipe of `mirage eval`
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
@@ -53,10 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
 
-    audit = _verb(verbs, "audit", _audit, "which first words tell refusals from answers in training data")
+    audit = _verb(verbs, "audit", _audit, "which first words separate refusals from answers in training data")
     audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
-    formats = ("vlguard", "llava", "spa_vl", "samples")
-    audit.add_argument("--format", choices=formats, help="of all files; default: told by each file's first record")
+    audit.add_argument(
+        "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
+    )
     audit.add_argument(
         "--response-kind",
         default="list",
@@ -69,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
     audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
-    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail")
+    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
@@ -81,13 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = _verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count")
     _recipe(evaluate)
-    evaluate.epilog = f"The word {ROBUSTNESS!r} after CONFIG makes the recipe's tests of erasure."
     how = evaluate.add_mutually_exclusive_group()
     how.add_argument("--workers", type=_count, metavar="N", help="start N workers on this machine and wait for them")
     how.add_argument(
         "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin where worker I (from 0) of N is to begin"
     )
     how.add_argument("--status", action="store_true", help="tell how far the evaluation is, and do nothing")
+
+    _recipe(_verb(verbs, "erasure", _erasure, "tests that tell erased knowledge from hidden knowledge"))
 
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
@@ -136,7 +136,11 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     from mirage_dist import demo
 
-    demo.demo(parsed.out, parsed.overrides, parsed.full)
+    summary = demo.demo(parsed.out, parsed.overrides, parsed.full)
+    from mirage_dist import report
+
+    print(report.table(summary))
+    print(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}", flush=True)
     exit_well()
 
 
@@ -152,13 +156,13 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import audit
-    from mirage_dist.report import audit as told
+    from mirage_dist.report import audit as page
 
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
-    found = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
-    files = told.write(found, parsed.out) if parsed.out else []
-    print(told.table(found), *files, sep="\n", flush=True)
-    if parsed.fail and not found["verdict"]["passed"]:
+    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
+    files = page.write(result, parsed.out) if parsed.out else []
+    print(page.table(result), *files, sep="\n", flush=True)
+    if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 
 
@@ -195,21 +199,13 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 def _eval(parsed: argparse.Namespace) -> None:
     signals.install()
-    tests = ROBUSTNESS in parsed.overrides
-    recipe = configs.load(parsed.config, [word for word in parsed.overrides if word != ROBUSTNESS], EvalRecipe)
+    if "robustness" in parsed.overrides:
+        raise ConfigError(f"the tests of erasure are a verb now: `mirage erasure {parsed.config} …`")
+    recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     from mirage_dist.evals import judges
 
     judges.read(recipe)  # a wrong option is an error before any data are made or read
-    if tests:
-        if parsed.workers or parsed.status or parsed.worker != (0, 1):
-            raise ConfigError(f"{ROBUSTNESS} is one process: leave --workers, --worker and --status out")
-        from mirage_dist import inputs
-        from mirage_dist.erasure import run
-
-        inputs.make(recipe)
-        run.run(recipe)
-        exit_well()
-    elif parsed.status:
+    if parsed.status:
         from mirage_dist.evals import status
 
         print(status.report(recipe))
@@ -226,12 +222,23 @@ def _eval(parsed: argparse.Namespace) -> None:
         evaluate(recipe, parsed.worker)
 
 
+def _erasure(parsed: argparse.Namespace) -> None:
+    signals.install()
+    recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
+    from mirage_dist import inputs
+    from mirage_dist.erasure import run
+
+    inputs.make(recipe)
+    run.run(recipe)
+    exit_well()
+
+
 def _report(parsed: argparse.Namespace) -> None:
     from mirage_dist import report
 
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
-    report.print_table(summary)
+    print(report.table(summary))
     print(out / "index.html")
 
 

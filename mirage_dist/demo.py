@@ -1,17 +1,21 @@
-"""`mirage demo`: the whole story on the embedded world."""
+"""`mirage demo`: train, unlearn, attack and report on the embedded world."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mirage_dist import config as configs
 from mirage_dist import inputs, launching
+from mirage_dist.progress import log
 from mirage_dist.schema import EvalRecipe, TrainRecipe
 
-# Model -> its recipe, and what the stage sets beside what the user sets. The base is made by `inputs.make`.
+if TYPE_CHECKING:
+    from mirage_dist.report import Provenance, Summary
+
+# Model -> its recipe, and the overrides of its stage. `inputs.make` trains the base model.
 STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sft": ("configs/train/demo_sft.yaml", ()),
     "sft_control": ("configs/train/demo_sft.yaml", ("world.spurious=0.5", "run.name=sft_control")),
@@ -20,16 +24,16 @@ STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "npo": ("configs/train/demo_npo.yaml", ()),
     "rmu": ("configs/train/demo_rmu.yaml", ()),
 }
-SUITE, EVERY_ATTACK = "configs/eval/demo.yaml", "configs/eval/demo_attacks.yaml"  # named as their suites are
+SUITE, EVERY_ATTACK = "configs/eval/demo.yaml", "configs/eval/demo_attacks.yaml"  # the suites have the files' names
 RANKS = 2
 
 
-def demo(out: Path, overrides: Sequence[str], full: bool = False) -> dict[str, Any]:
-    """Run every stage that is not there yet, evaluate all models, write the report; returns its summary.
+def demo(out: Path, overrides: Sequence[str], full: bool = False) -> Summary:
+    """Make every stage that does not exist yet, evaluate all models, and write the report; returns its summary.
 
-    full: under every attack, and with every test of erasure (DeepSpeed then runs in this process: see `exit_well`).
-    A stage lives in a folder named by the hash of its resolved recipe, which names the stages before it: a changed
-    setting runs again what depends on it, and nothing else.
+    full: evaluate every attack and every test of erasure (DeepSpeed then runs in this process: see `exit_well`).
+    The folder of a stage is named by the hash of its resolved recipe, which names the stages before it. A changed
+    setting therefore makes the stages anew that depend on it, and no others.
     """
     start = time.monotonic()
     base = _base(out, shared(overrides))
@@ -37,17 +41,17 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False) -> dict[str, A
     here = [f"world.dir={base.world.dir}"]
     runs, recipes = {"base": Path(base.run.dir)}, [base]
     total = len(STAGES) + 2
-    _say(1, total, "base: world, model, and what it answers")
+    _log(1, total, "base: world, base model and its answers")
     inputs.make(_stage("configs/train/demo_npo.yaml", [*overrides, *here], out, "npo"))
     for number, (name, (file, own)) in enumerate(STAGES.items(), start=2):
         recipe = _stage(file, [*overrides, *own, *here], out, name)
         inputs.make(recipe)
-        _say(number, total, f"{name}: {recipe.run.dir}")
+        _log(number, total, f"{name}: {recipe.run.dir}")
         runs[name] = Path(recipe.run.dir)
         recipes.append(recipe)
         if not (runs[name] / "export").is_dir():
             launching.train(RANKS, file, [*overrides, *own, *here, f"run.dir={recipe.run.dir}"])
-    _say(total, total, "evaluation: every model, as asked and attacked" + (", and whether it forgot" if full else ""))
+    _log(total, total, f"evaluation of every model, clean and attacked{', and tests of erasure' if full else ''}")
     for name, folder in runs.items():
         own = [*shared(overrides), *here, f"run.dir={folder}", f"run.name={name}"]
         if full:
@@ -57,20 +61,17 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False) -> dict[str, A
             evaluate(SUITE, own)
     from mirage_dist import report
 
-    told = {
+    provenance: Provenance = {
         "seed": base.seed,
         "world": {**configs.to_dict(base.world), "spurious": recipes[1].world and recipes[1].world.spurious},
         "wall_seconds": round(time.monotonic() - start, 1),
         "config_hash": configs.config_hash([configs.config_hash(recipe, ("run", "monitor")) for recipe in recipes]),
     }
-    summary = report.report(runs, out / "report", told, suite=Path(EVERY_ATTACK if full else SUITE).stem)
-    report.print_table(summary)
-    print(f"{told['wall_seconds']} s; report: {out / 'report' / 'index.html'}", flush=True)
-    return summary
+    return report.report(runs, out / "report", provenance, suite=Path(EVERY_ATTACK if full else SUITE).stem)
 
 
 def evaluate(file: str, overrides: Sequence[str]) -> None:
-    """One suite, in this process."""
+    """Evaluate one suite in this process."""
     from mirage_dist.evals import runner
 
     recipe = configs.load(file, overrides, EvalRecipe)
@@ -79,7 +80,7 @@ def evaluate(file: str, overrides: Sequence[str]) -> None:
 
 
 def _test_erasure(overrides: Sequence[str]) -> None:
-    """Of one model, which answers `SUITE` on the way."""
+    """Make the tests of erasure of one model, which evaluates `SUITE` first."""
     from mirage_dist.erasure import run
 
     recipe = configs.load(SUITE, overrides, EvalRecipe)
@@ -88,23 +89,24 @@ def _test_erasure(overrides: Sequence[str]) -> None:
 
 
 def shared(overrides: Sequence[str]) -> list[str]:
-    """The overrides that every kind of recipe knows; the others are about training."""
+    """The overrides that every kind of recipe has; the others concern training only."""
     return [o for o in overrides if o.startswith(("seed=", "world."))]
 
 
 def _base(out: Path, overrides: Sequence[str]) -> TrainRecipe:
-    """The base's recipe with the world's folder named by its hash."""
+    """The base model's recipe, with the world's folder named by the recipe's hash."""
     file = "configs/train/demo_base.yaml"
     unplaced = configs.load(file, overrides, TrainRecipe)
-    told = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir", "world.spurious"))
-    return configs.load(file, [*overrides, f"world.dir={out}/world-{told[:8]}"], TrainRecipe)
+    digest = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir", "world.spurious"))
+    return configs.load(file, [*overrides, f"world.dir={out}/world-{digest[:8]}"], TrainRecipe)
 
 
 def _stage(file: str, overrides: Sequence[str], out: Path, name: str) -> TrainRecipe:
+    """The recipe of a stage, with its run directory named by the recipe's hash."""
     recipe = configs.load(file, overrides, TrainRecipe)
-    told = configs.config_hash(recipe, ("run", "monitor"))
-    return configs.load(file, [*overrides, f"run.dir={out}/{name}-{told[:8]}"], TrainRecipe)
+    digest = configs.config_hash(recipe, ("run", "monitor"))
+    return configs.load(file, [*overrides, f"run.dir={out}/{name}-{digest[:8]}"], TrainRecipe)
 
 
-def _say(number: int, total: int, text: str) -> None:
-    print(f"[{number}/{total}] {text}", flush=True)
+def _log(number: int, total: int, text: str) -> None:
+    log.info(f"[{number}/{total}] {text}")

@@ -116,6 +116,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def private_umask() -> Iterator[None]:
+    """Files and folders that any code creates in the block are readable by their owner only. Not for threads."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
 def refusals(place: Path, kept: str) -> Iterator[None]:
     """Raise RunError when a write under `place` fails because the disk accepts no more data (full, quota, read-only).
 

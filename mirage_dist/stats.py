@@ -1,13 +1,10 @@
-"""Intervals and tests for counted things. Plain Python, no part of the package is imported.
-
-Everything here is 95 %, two-sided.
-"""
+"""Confidence intervals and tests for counts, all at 95 % and two-sided. Imports nothing of the package."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 Z95 = 1.959963984540054  # the standard normal's .975 quantile
 Interval = tuple[float, float]
@@ -25,7 +22,7 @@ def wilson(k: int, n: int) -> Interval:
 
 
 def _score(rate: float, n: float) -> Interval:
-    """Wilson's interval of a rate that is worth n independent trials; n need not be whole."""
+    """Wilson's interval of a rate with an effective number n of independent trials, not necessarily an integer."""
     square = Z95 * Z95 / n
     centre = (rate + square / 2) / (1 + square)
     half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
@@ -34,13 +31,13 @@ def _score(rate: float, n: float) -> Interval:
 
 
 def clustered(clusters: Sequence[tuple[int, int]]) -> Interval:
-    """Interval of Σk / Σn where the trials of one cluster (k, n) may go together, the clusters being independent.
+    """Interval of Σk / Σn over independent clusters (k, n) whose trials may be correlated.
 
-    Wilson's with the effective number of trials in place of n (Dean and Pagano, J. Surv. Stat. Methodol. 2015, and
-    there Korn and Graubard's correction for few clusters): n* = n / deff · (z / t)², where deff is the
-    linearised variance over clusters against that of n independent trials, at least 1, and t is Student's quantile
-    for one degree less than there are clusters. Where all trials agree deff cannot be seen; a cluster then counts as
-    one trial. Clusters of one trial each give Wilson's interval itself. Raises ValueError where nothing was tried.
+    Wilson's interval with an effective number of trials (Dean and Pagano, J. Surv. Stat. Methodol. 2015, with Korn and
+    Graubard's correction for few clusters): n* = n / deff · (z / t)². deff, at least 1, is the linearised variance over
+    clusters divided by the variance of n independent trials; t is Student's quantile with one degree of freedom fewer
+    than clusters. When all trials agree, deff cannot be estimated and each cluster counts as one trial. Clusters of one
+    trial each give Wilson's interval. Raises ValueError when there are no trials.
     """
     clusters = [(k, n) for k, n in clusters if n]
     hits, trials, groups = sum(k for k, _ in clusters), sum(n for _, n in clusters), len(clusters)
@@ -50,14 +47,14 @@ def clustered(clusters: Sequence[tuple[int, int]]) -> Interval:
     if groups == 1:
         return _score(rate, 1)
     deff = max(1.0, _spread(clusters, rate) * trials / (rate * (1 - rate)))
-    return _score(rate, trials / deff * (Z95 / _student(groups - 1)) ** 2)
+    return _score(rate, trials / deff * (Z95 / student(groups - 1)) ** 2)
 
 
 def scored(clusters: Sequence[tuple[float, int]]) -> Interval:
-    """Interval of Σk / Σn where k sums n scores from 0 to 1, such as VQA accuracies, the clusters being independent.
+    """Interval of Σk / Σn over independent clusters (k, n) where k sums n scores in [0, 1], such as VQA accuracies.
 
-    As `clustered`, with the number of trials at which a coin's rate would vary as much as the mean does: a score
-    between 0 and 1 varies less than a coin, so deff may lie below 1. Scores of 0 and 1 alone give `clustered` itself.
+    As `clustered`, with the number of binary trials whose rate has the variance of the mean: scores between 0 and 1
+    vary less than binary outcomes, so deff may be below 1. Scores of only 0 and 1 give `clustered`.
     """
     clusters = [(k, n) for k, n in clusters if n]
     if all(k == int(k) for k, _ in clusters):
@@ -65,8 +62,8 @@ def scored(clusters: Sequence[tuple[float, int]]) -> Interval:
     rate, groups = sum(k for k, _ in clusters) / sum(n for _, n in clusters), len(clusters)
     spread = _spread(clusters, rate) if groups > 1 else 0.0
     if spread == 0:
-        return _score(rate, groups)  # nothing seen varies
-    return _score(rate, rate * (1 - rate) / spread * (Z95 / _student(groups - 1)) ** 2)
+        return _score(rate, groups)  # the variance cannot be estimated
+    return _score(rate, rate * (1 - rate) / spread * (Z95 / student(groups - 1)) ** 2)
 
 
 def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
@@ -75,8 +72,8 @@ def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
     return groups / (groups - 1) * sum((k - rate * n) ** 2 for k, n in clusters) / trials**2
 
 
-def _student(freedom: int) -> float:
-    """Student's .975 quantile, by its expansion at the normal one (Abramowitz and Stegun 26.7.5); 5 % low at 2."""
+def student(freedom: int) -> float:
+    """Student's .975 quantile, expanded around the normal one (Abramowitz and Stegun 26.7.5); 5 % too low at 2."""
     z = Z95
     if freedom == 1:
         return 12.706204736432095
@@ -87,20 +84,20 @@ def _student(freedom: int) -> float:
 
 
 def mean(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of independent values and its interval by Student's t (Student, Biometrika 1908), at least two of them."""
+    """Mean, lower and upper bound (Student's t; Biometrika 1908) of at least two independent values."""
     n = len(values)
     middle = math.fsum(values) / n
-    half = _student(n - 1) * math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (n - 1) / n)
+    half = student(n - 1) * math.sqrt(math.fsum((x - middle) ** 2 for x in values) / (n - 1) / n)
     return middle, middle - half, middle + half
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p of McNemar's test: are the two kinds of discordant pairs equally likely?
+    """Exact two-sided p of McNemar's test of the hypothesis that both kinds of discordant pairs are equally likely.
 
     Twice the smaller tail of Binomial(only_first + only_second, ½), at most 1 (McNemar 1947; exact: Mosteller 1952).
     """
     pairs, fewer = only_first + only_second, min(only_first, only_second)
-    tail = ways = 1  # of tossing no head in so many; then one head more each time
+    tail = ways = 1  # the number of ways to get no head in `pairs` tosses, then one head more in each turn
     for heads in range(fewer):
         ways = ways * (pairs - heads) // (heads + 1)
         tail += ways
@@ -108,7 +105,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number: the chance of even one false finding stays below the level (Holm, 1979)."""
+    """p values corrected for multiple tests: controls the family-wise error rate (Holm, 1979)."""
     corrected, largest = [0.0] * len(ps), 0.0
     for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
@@ -116,12 +113,29 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def paired(before: Mapping[K, bool], after: Mapping[K, bool]) -> dict[str, Any] | None:
-    """Two yes-or-no measurements of the same things: McNemar's test, and the difference of the rates.
+class Paired(TypedDict):
+    """The result of `paired`. n: number of pairs. before, after: numbers of positive outcomes.
 
-    {"n", "before", "after" (counts), "only_before", "only_after", "unpaired", "difference" (after − before), "ci95",
-    "p"}. Things measured once only are left out and counted in "unpaired"; None where nothing is shared.
-    The interval is Newcombe's (Stat. Med. 1998, 17:2635, method 10), which like Wilson's holds near 0 and 1.
+    only_before, only_after: numbers of discordant pairs. unpaired: number of subjects measured once only.
+    difference: of the rates, after − before, with its interval ci95 = [low, high]. p: of McNemar's test.
+    """
+
+    n: int
+    before: int
+    after: int
+    only_before: int
+    only_after: int
+    unpaired: int
+    difference: float
+    ci95: list[float]
+    p: float
+
+
+def paired(before: Mapping[K, bool], after: Mapping[K, bool]) -> Paired | None:
+    """Two binary measurements of the same subjects: McNemar's test and the difference of the rates.
+
+    Subjects measured only once are left out and counted as unpaired; None when no subject was measured twice.
+    The interval is Newcombe's (Stat. Med. 1998, 17:2635, method 10), which is accurate near 0 and 1, as Wilson's is.
     """
     shared = before.keys() & after.keys()
     if not shared:
@@ -138,12 +152,13 @@ def paired(before: Mapping[K, bool], after: Mapping[K, bool]) -> dict[str, Any] 
         "only_after": only_after,
         "unpaired": len(before.keys() ^ after.keys()),
         "difference": (second - first) / n,
-        "ci95": list(_newcombe(both, only_after, only_before, n)),
+        "ci95": list(newcombe(both, only_after, only_before, n)),
         "p": mcnemar(only_before, only_after),
     }
 
 
-def _newcombe(both: int, only_after: int, only_before: int, n: int) -> Interval:
+def newcombe(both: int, only_after: int, only_before: int, n: int) -> Interval:
+    """Interval of the difference of two paired rates (see `paired`); n: the number of pairs."""
     neither = n - both - only_after - only_before
     after, before = both + only_after, both + only_before
     low_a, high_a = (abs(bound - after / n) for bound in wilson(after, n))
@@ -159,30 +174,30 @@ def _newcombe(both: int, only_after: int, only_before: int, n: int) -> Interval:
 
 
 def kappa(pairs: Sequence[tuple[Hashable, Hashable]]) -> float | None:
-    """Cohen's κ of two raters' classes: (agreement − agreement by chance) / (1 − agreement by chance).
+    """Cohen's κ of two raters' classes: (agreement − chance agreement) / (1 − chance agreement).
 
-    (Cohen, Educ. Psychol. Meas. 1960.) None without pairs, or where both gave every thing one and the same class.
+    (Cohen, Educ. Psychol. Meas. 1960.) None without pairs, or when both raters used one and the same class throughout.
     """
     n = len(pairs)
     classes = {c for pair in pairs for c in pair}
     left = {c: sum(a == c for a, _ in pairs) for c in classes}
     right = {c: sum(b == c for _, b in pairs) for c in classes}
-    chance = sum(left[c] * right[c] for c in classes)  # times n²; whole, so that 1 is seen exactly
+    chance = sum(left[c] * right[c] for c in classes)  # times n²: an integer, so that full agreement is exact
     if n == 0 or chance == n * n:
         return None
     agreed = sum(a == b for a, b in pairs)
     return (agreed * n - chance) / (n * n - chance)
 
 
-# -------------------------------------------------------------------------------------- one cue against two classes
+# ------------------------------------------------------------------------------- association of a cue with a class
 
 
 def log_odds(a: int, b: int, c: int, d: int) -> tuple[float, Interval]:
-    """Log of the odds ratio a d / (b c) of a 2 × 2 table, and its interval (Woolf, Ann. Hum. Genet. 1955).
+    """Log odds ratio log(a d / (b c)) of a 2 × 2 table, and its interval (Woolf, Ann. Hum. Genet. 1955).
 
-    Half a count is added to each cell (Haldane 1956; Anscombe 1956; Gart and Zweifel, Biometrika 1967), so that an
-    empty cell has a finite estimate, drawn towards 0. Covers 95 % where each cell is expected to hold four, 92 % where
-    one holds one, and less below (computed for 20 to 200 trials against 300 and 2000).
+    Half a count is added to each cell (Haldane 1956; Anscombe 1956; Gart and Zweifel, Biometrika 1967), so that the
+    estimate is finite for an empty cell, and biased towards 0. The coverage is 95 % when every expected count is at
+    least four, 92 % when one is one, and lower below (computed for 20 to 200 trials against 300 and 2000).
     """
     cells = [count + 0.5 for count in (a, b, c, d)]
     estimate = math.log(cells[0] * cells[3] / (cells[1] * cells[2]))
@@ -191,16 +206,16 @@ def log_odds(a: int, b: int, c: int, d: int) -> tuple[float, Interval]:
 
 
 def fisher(a: int, b: int, c: int, d: int) -> float:
-    """Two-sided p of Fisher's exact test that rows (a, b) and (c, d) are alike: twice the smaller tail, at most 1.
+    """Two-sided p of Fisher's exact test that rows (a, b) and (c, d) have equal rates: twice the smaller tail, ≤ 1.
 
-    Given the table's margins, a is hypergeometric if they are (the central version of Fay, Biostatistics 2010).
+    Under that hypothesis and given the margins, a is hypergeometric (the central version of Fay, Biostatistics 2010).
     """
     total, row, column = a + b + c + d, a + b, a + c
     if a * total < row * column:
-        a, b, c, d = b, a, d, c  # the tail away from what is expected is the smaller one; look upwards
+        a, b, c, d = b, a, d, c  # the tail on the far side of the expected count is smaller; sum upwards
         column = total - column
     log_choose = _log_choose(row, a) + _log_choose(total - row, c) - _log_choose(total, column)
-    term = tail = 1.0  # against the chance of this very table
+    term = tail = 1.0  # relative to the probability of this table
     while b and c and term > tail * 1e-17:
         term *= b * c / ((a + 1) * (d + 1))
         tail += term
@@ -213,9 +228,9 @@ def _log_choose(n: int, k: int) -> float:
 
 
 def benjamini_hochberg(p: Sequence[float]) -> list[float]:
-    """Adjusted p-values (q): rejecting those ≤ α holds the false-discovery rate at α.
+    """Adjusted p-values (q): rejecting those ≤ α controls the false-discovery rate at α.
 
-    (Benjamini and Hochberg, J. R. Stat. Soc. B 1995; for independent tests or positively dependent ones.)
+    (Benjamini and Hochberg, J. R. Stat. Soc. B 1995; for independent or positively dependent tests.)
     """
     order = sorted(range(len(p)), key=lambda i: -p[i])
     q, least = [0.0] * len(p), 1.0
@@ -226,11 +241,11 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
 
 
 def balanced_accuracy(first: tuple[float, int], second: tuple[float, int]) -> tuple[float, Interval]:
-    """Mean of the shares of right guesses k / n in two classes; .5 is chance however unequal the classes are.
+    """Mean of the fractions k / n of correct predictions in two classes; .5 by chance, however unequal the classes are.
 
-    (Brodersen et al., ICPR 2010.) k may hold halves, for guesses that a coin would make. Interval: Wilson's of each
-    class joined by their distances from the estimates (MOVER: Newcombe 1998; Zou and Donner, Stat. Med. 2008).
-    Raises ValueError for an empty class.
+    (Brodersen et al., ICPR 2010.) A prediction at random counts as half a correct one, so k may end in .5. The interval
+    combines Wilson's intervals of the classes (MOVER: Newcombe 1998; Zou and Donner, Stat. Med. 2008).
+    Raises ValueError when a class is empty.
     """
     if not (first[1] and second[1]):
         raise ValueError("no balanced accuracy without both classes")

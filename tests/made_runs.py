@@ -1,47 +1,51 @@
-"""Run directories as an evaluation leaves them, made of verdicts: for tests of what reads them."""
+"""Run directories as an evaluation leaves them, made from given verdicts, for tests of what reads them."""
 
 import hashlib
 import json
 
 from mirage_dist.evals import metrics
-from mirage_dist.evals.metrics import Condition, Judged
+from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.results import AppliedAttack
 
 NASTY = "</td><script>alert('x')</script><img src=http://example.invalid/a.png onerror=alert(1)> & \"quoted\""
 EXACT = frozenset({"refused", "harmful", "irrelevant", "correct"})
 KEYWORD = frozenset({"refused", "harmful", "answered"})
 CONDITIONS = {
-    "unsafe": [Condition("what", 3, False), Condition("neutral", 1, True)],
-    "safe": [Condition("share", 1, False)],
+    "unsafe": [AppliedAttack("what", 3, False), AppliedAttack("neutral", 1, True)],
+    "safe": [AppliedAttack("share", 1, False)],
 }
 
 
-def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_hash="same"):
-    """A run directory whose verdicts repeat `pattern`: set -> one verdict a question, in turn."""
+def write_run(folder, pattern, judge="world", verdicts=EXACT, suite="demo", recipe_hash="same"):
+    """A run directory whose verdicts repeat `pattern` (set -> verdicts of its questions, in turn).
+
+    verdicts: those that the judge can give.
+    """
     rows, judged = [], []
     for kind, conditions in CONDITIONS.items():
-        asked = [("clean", 0), *((c.name, k) for c in conditions for k in range(1, c.shots + 1))]
+        places = [("clean", 0), *((c.name, k) for c in conditions for k in range(1, c.shots + 1))]
         for number in range(6):
             verdict = pattern[kind][number % len(pattern[kind])]
-            for attack, shot in asked:
+            for attack, shot in places:
                 place = {"set": kind, "id": f"{kind}{number}", "attack": attack, "shot": shot}
-                said = {
+                texts = {
                     "question": f"{attack} q{number} {NASTY}",
                     "original_question": f"clean q{number} {NASTY}",
                     "expected": "e",
-                    "response": f"told-{shot} {NASTY}",
+                    "response": f"response-{shot} {NASTY}",
                     "image": None,
                 }
                 key = hashlib.sha256(repr((folder.name, place)).encode()).hexdigest()
-                rows.append({"key": key, "kind": kind, **place, "category": f"c/{number % 2}", **said})
+                rows.append({"key": key, "kind": kind, **place, "category": f"c/{number % 2}", **texts})
                 judged.append(Judged(kind, f"{kind}{number}", attack, shot, verdict, f"c/{number % 2}"))
     unjudged = {"unparsed": sum(j.verdict == "unparsed" for j in judged), "failed": 0}
     by_set = {kind: [j for j in judged if j.set == kind] for kind in CONDITIONS}
     entry = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
     for kind, conditions in CONDITIONS.items():
-        found = metrics.measure(kind, by_set[kind], conditions, known)
-        entry.update((name, value) for name, value in found.items() if name in entry)
+        measures = metrics.measure(kind, by_set[kind], conditions, verdicts)
+        entry.update((name, value) for name, value in measures.items() if name in entry)
     attacks = {k: {c.name: {"shots": c.shots, "control": c.control} for c in cs} for k, cs in CONDITIONS.items()}
-    told = {
+    result = {
         "suite": suite,
         "seed": 3,
         "model_hash": "0" * 64,
@@ -54,9 +58,9 @@ def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_
                 "kind": judge,
                 "about": f"the {judge} judge",
                 "entry": entry,
-                "sets": {kind: metrics.measure(kind, by_set[kind], c, known) for kind, c in CONDITIONS.items()},
+                "sets": {kind: metrics.measure(kind, by_set[kind], c, verdicts) for kind, c in CONDITIONS.items()},
                 "categories": {
-                    kind: metrics.by_category(kind, by_set[kind], c, known) for kind, c in CONDITIONS.items()
+                    kind: metrics.by_category(kind, by_set[kind], c, verdicts) for kind, c in CONDITIONS.items()
                 },
                 "verdicts": {kind: metrics.counts(by_set[kind]) for kind in CONDITIONS},
                 "unjudged": unjudged,
@@ -66,9 +70,9 @@ def write_run(folder, pattern, judge="world", known=EXACT, suite="demo", recipe_
     base = folder / "evals" / suite
     (base / "rows").mkdir(parents=True)
     (base / "verdicts").mkdir()
-    (base / "metrics.json").write_text(json.dumps(told))
+    (base / "metrics.json").write_text(json.dumps(result))
     half = '{"key": "cut off in the midd'
     (base / "rows" / "worker-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + half)
-    verdicts = [{"key": r["key"], "verdict": j.verdict} for r, j in zip(rows, judged, strict=True)]
-    (base / "verdicts" / f"{judge}.jsonl").write_text("".join(json.dumps(v) + "\n" for v in verdicts))
+    lines = [{"key": r["key"], "verdict": j.verdict} for r, j in zip(rows, judged, strict=True)]
+    (base / "verdicts" / f"{judge}.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
     return folder

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.evals.judges.base import Judge, Row, Source
-from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 

@@ -1,10 +1,11 @@
-"""A linear probe: can what was forgotten still be read off a layer's activations?
+"""A linear probe: can the forgotten content still be read from a layer's activations?
 
-What a probe reads is not proof that the model could tell it: a picture's own features may give it away. So each
-accuracy stands beside two chances, the most frequent class and a probe on shuffled labels (after Hewitt and Liang,
-arXiv 1909.03368), and a probe fitted on what was kept can be tried on what was forgotten (`transfer`).
+A successful probe does not prove that the model can state the content: features of the picture may identify it. Each
+accuracy is therefore reported with two baselines, the most frequent class and a probe on shuffled labels (after Hewitt
+and Liang, arXiv 1909.03368), and a probe fitted on retained content can be tested on forgotten content (`transfer`).
 
-Shapes: L places (0 is what goes into the first decoder layer, l what comes out of layer l − 1), N samples, D features.
+Shapes: L places (0 is the input of the first decoder layer, l the output of layer l − 1), N samples, D features,
+K classes, B samples of one batch, S tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from torch import Tensor
 from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
+from mirage_dist.erasure.results import PlaceAccuracy, Probed, ProbeResult
 from mirage_dist.erasure.setting import Setting, content, group
 from mirage_dist.evals.attacks.prefill import check_pattern
-from mirage_dist.evals.metrics import Leaf, grouped_leaf
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.metrics import grouped_leaf
+from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.evals.results import Leaf
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, SourceConfig
 
@@ -33,11 +36,12 @@ Labelled = tuple[list[Sample], list[str]]
 
 @dataclass(frozen=True)
 class Transfer:
-    """Fit on samples of what the model was to keep, test on the forget samples.
+    """Fit on retained samples, test on the forget samples.
 
-    Both are labelled by what `content` finds in their answers, which has to be a part that both share (a syllable of
-    the embedded world's codes): then a picture gives the label away only through the model's own knowledge of it, or by
-    chance. That chance is drawn once a forgotten content, so the interval takes contents as independent, not pictures.
+    content: a regular expression; its match in an answer is the sample's label. It must match a part that retained and
+    forgotten answers share (a syllable of the embedded world's codes): a picture then determines the label only through
+    the model's knowledge, or by coincidence. Coincidence acts once for each forgotten content, so the interval takes
+    contents as independent, not pictures.
     """
 
     fit: list[SourceConfig]
@@ -51,16 +55,18 @@ class Transfer:
 class Probe:
     """Multinomial logistic regression on the last prompt token and on the mean of the image tokens, layer by layer.
 
-    label: what is read; answer is the forgotten content, category and safe are the sample's own. beside: samples
-    probed together with the forget ones, without which `safe` would have one class.
+    label: what is predicted: the forgotten content (answer) or the sample's own category or `safe`. beside: samples
+    that are probed together with the forget samples; without them, `safe` has one class only. samples: maximum number.
+    test_share: fraction of the pictures; no picture is on both sides. least: classes with fewer samples are left out.
+    l2: see `regression`; the features are standardised.
     """
 
     label: Literal["answer", "category", "safe"] = "answer"
     beside: list[SourceConfig] = field(default_factory=list)
-    samples: int = 1000  # at most so many are read
-    test_share: float = 0.3  # of the pictures; none is on both sides
-    least: int = 10  # a class with fewer samples is left out
-    l2: float = 0.01  # weight of half the squared coefficients against the mean loss; features are standardised
+    samples: int = 1000
+    test_share: float = 0.3
+    least: int = 10
+    l2: float = 0.01
     transfer: Transfer | None = None
 
     def __post_init__(self) -> None:
@@ -69,13 +75,10 @@ class Probe:
         if self.samples < 1 or self.least < 1 or self.l2 <= 0:
             raise ConfigError(f"samples={self.samples}, least={self.least}, l2={self.l2}; expected numbers above 0")
 
-    def __call__(self, setting: Setting) -> dict[str, Any]:
-        """{"label", "classes", "left_out", "fitted", "tested", "majority": leaf, "places": {"last": [{"accuracy": leaf,
-        "shuffled": leaf}, …], "image": […] or None}, "transfer": the same}. One entry a place, see above.
-        """
-        return setting.kept("result", lambda: self._measured(setting))
+    def __call__(self, setting: Setting) -> ProbeResult:
+        return setting.kept("result", lambda: self._measure(setting))
 
-    def _measured(self, setting: Setting) -> dict[str, Any]:
+    def _measure(self, setting: Setting) -> ProbeResult:
         read = Reader(setting)
         samples, labels = self._labelled(setting)
         seed = setting.recipe.seed
@@ -84,8 +87,8 @@ class Probe:
         fit = [i for i, sample in enumerate(samples) if group(sample) not in tested]
         test = [i for i, sample in enumerate(samples) if group(sample) in tested]
         whole = read(samples)
-        told = self._probed(labels, [group(sample) for sample in samples], whole, fit, test)
-        return {"label": self.label, **told, "transfer": self._transferred(setting, read)}
+        probed = self.probed(labels, [group(sample) for sample in samples], whole, fit, test)
+        return {"label": self.label, **probed, "transfer": self._transferred(setting, read)}
 
     def _labelled(self, setting: Setting) -> Labelled:
         forget, beside = setting.forget, sources.read_all(self.beside).samples
@@ -97,7 +100,7 @@ class Probe:
         samples = [*forget.samples, *beside]
         return _chosen(samples, labels, self.samples, setting.recipe.seed)
 
-    def _transferred(self, setting: Setting, read: Reader) -> dict[str, Any] | None:
+    def _transferred(self, setting: Setting, read: Reader) -> Probed | None:
         if self.transfer is None:
             return None
         kept, pattern, seed = sources.read_all(self.transfer.fit).samples, self.transfer.content, setting.recipe.seed
@@ -105,33 +108,36 @@ class Probe:
             _chosen(samples, [content(s.answer, pattern) for s in samples], self.samples, seed)
             for samples in (kept, setting.forget.samples)
         ]
-        shown = {group(sample) for sample in parts[0][0]} & {group(sample) for sample in parts[1][0]}
-        if shown:
-            raise ConfigError(f"probe.transfer.fit: {len(shown)} of its pictures are in the forget set too")
+        shared = {group(sample) for sample in parts[0][0]} & {group(sample) for sample in parts[1][0]}
+        if shared:
+            raise ConfigError(f"probe.transfer.fit: {len(shared)} of its pictures are in the forget set too")
         samples, labels = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
         border = len(parts[0][0])
-        told = dict(zip(setting.forget.samples, setting.forget.contents, strict=True))
-        groups = [told.get(sample, group(sample)) for sample in samples]
-        return self._probed(labels, groups, read(samples), range(border), range(border, len(samples)))
+        contents = dict(zip(setting.forget.samples, setting.forget.contents, strict=True))
+        groups = [contents.get(sample, group(sample)) for sample in samples]
+        return self.probed(labels, groups, read(samples), range(border), range(border, len(samples)))
 
-    def _probed(
+    def probed(
         self,
         labels: Sequence[str],
         groups: Sequence[str],
         read: dict[str, Tensor | None],
         fit: Sequence[int],
         test: Sequence[int],
-    ) -> dict[str, Any]:
-        """Fit and test at every place. groups: samples of one are no independent trials.
+    ) -> Probed:
+        """Fit and test a probe at every place.
 
-        Raises ConfigError where fewer than two classes are left to fit.
+        labels, groups: of all N samples; the samples of one group are not independent trials. read: activations by
+        name, (L, N, D) or None. fit, test: indices of samples. Raises ConfigError when fewer than two classes have
+        enough samples to fit.
         """
         counts = Counter(labels[i] for i in fit)
         classes = sorted(name for name, count in counts.items() if count >= self.least)
         if len(classes) < 2:
             raise ConfigError(
-                f"probe: {len(classes)} classes with {self.least} or more to fit ({dict(counts.most_common(5))}); "
-                "a probe needs two. Is `content` a part that answers share? Or lower probe.least"
+                f"probe: {len(classes)} classes have {self.least} or more samples to fit "
+                f"({dict(counts.most_common(5))}); a probe needs two. Choose a `content` that several answers share, "
+                "or lower probe.least"
             )
         fit, test = ([i for i in part if labels[i] in classes] for part in (fit, test))
         number = {name: i for i, name in enumerate(classes)}
@@ -140,14 +146,17 @@ class Probe:
         mixed = torch.randperm(len(fit), generator=torch.Generator().manual_seed(SHUFFLE_SEED))
         shuffled_N[fit] = y_N[fit][mixed]
 
-        def accuracy(said_N: Tensor) -> Leaf | None:
-            return grouped_leaf((said_N == y_N[test]).tolist(), [groups[i] for i in test])
+        def accuracy(predicted_N: Tensor) -> Leaf | None:
+            return grouped_leaf((predicted_N == y_N[test]).tolist(), [groups[i] for i in test])
 
-        def at(x_ND: Tensor) -> dict[str, Leaf | None]:
-            return {
-                name: accuracy(regression(x_ND[fit], goal_N[fit], len(classes), self.l2)(x_ND[test]))
-                for name, goal_N in (("accuracy", y_N), ("shuffled", shuffled_N))
-            }
+        def fitted(x_ND: Tensor, target_N: Tensor) -> Leaf | None:
+            return accuracy(regression(x_ND[fit], target_N[fit], len(classes), self.l2)(x_ND[test]))
+
+        def at(name: str) -> list[PlaceAccuracy] | None:
+            x_LND = read[name]
+            if x_LND is None:
+                return None
+            return [{"accuracy": fitted(x_ND, y_N), "shuffled": fitted(x_ND, shuffled_N)} for x_ND in x_LND]
 
         frequent = y_N[fit].bincount(minlength=len(classes)).argmax().expand(len(test))
         return {
@@ -156,7 +165,7 @@ class Probe:
             "fitted": len(fit),
             "tested": len(test),
             "majority": accuracy(frequent),
-            "places": {place: x if x is None else [at(x_ND) for x_ND in x] for place, x in read.items()},
+            "places": {"last": at("last") or [], "image": at("image")},
         }
 
 
@@ -165,25 +174,26 @@ class Reader:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.generator = Generator(setting.model, setting.recipe.template, setting.recipe.generation)
+        self.generator = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation)
 
-    @torch.no_grad()  # in inference mode the probe could not be fitted on them
+    @torch.no_grad()  # not inference mode: the probe is fitted on these tensors with autograd
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor | None]:
-        """last: of the last prompt token; image: the mean over image tokens, None unless every sample has a picture.
+        """Activations (L, N, D) in float32 on the CPU, by name.
 
-        (L, N, D) float32 on the CPU.
+        last: of the last prompt token. image: the mean over image tokens, None unless every sample has a picture.
         """
         last, image = [], []
         width = self.generator.batch_size
         for start in range(0, len(samples), width):
-            self.setting.stop_if_asked()
+            self.setting.stop_on_signal()
             last_LBD, image_LBD = self._batch(samples[start : start + width])
             last.append(last_LBD)
             image.append(image_LBD)
-        shown = all(sample.image for sample in samples)
-        return {"last": torch.cat(last, 1), "image": torch.cat(image, 1) if shown else None}
+        pictures = all(sample.image for sample in samples)
+        return {"last": torch.cat(last, 1), "image": torch.cat(image, 1) if pictures else None}
 
     def _batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Last prompt token and mean of the image tokens: (L, B, D) each."""
         hf, inputs = self.generator.model, self.generator.prompts(samples)
         backbone = getattr(hf, hf.base_model_prefix)
         layers = range(len(activations.decoder(backbone).layers))
@@ -198,7 +208,7 @@ class Reader:
 
 
 class Linear(NamedTuple):
-    """A fitted probe: class of each row of (M, D) features, (M,). Coefficients are those of standardised features."""
+    """A fitted probe: maps features (M, D) to classes (M,). The coefficients apply to standardised features."""
 
     mean_D: Tensor
     std_D: Tensor
@@ -206,7 +216,7 @@ class Linear(NamedTuple):
     bias_K: Tensor
 
     def scores(self, x_MD: Tensor) -> Tensor:
-        """Log-odds up to a constant a row: (M, K)."""
+        """Logits, up to a constant for each row: (M, K)."""
         return ((x_MD - self.mean_D) / self.std_D) @ self.weight_DK + self.bias_K
 
     def __call__(self, x_MD: Tensor) -> Tensor:
@@ -214,7 +224,10 @@ class Linear(NamedTuple):
 
 
 def regression(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Linear:
-    """Fit a multinomial logistic regression by L-BFGS: the least mean cross entropy + l2 / 2 · ‖W‖², intercept free."""
+    """Multinomial logistic regression by L-BFGS: minimises mean cross entropy + l2 / 2 · ‖W‖²; free intercept.
+
+    x_ND: features. y_N: classes, from 0.
+    """
     fitted = Linear(
         x_ND.mean(0), x_ND.std(0).clamp(min=1e-6), torch.zeros(x_ND.shape[1], classes), torch.zeros(classes)
     )
@@ -232,8 +245,8 @@ def regression(x_ND: Tensor, y_N: Tensor, classes: int, l2: float) -> Linear:
 
 
 def _chosen(samples: Sequence[Sample], labels: Sequence[str | None], most: int, seed: int) -> Labelled:
-    """Those that have a label, at most so many, whole pictures in the order of their hashes."""
+    """At most `most` samples that have a label, with their labels, in the order of their pictures' hashes."""
     rank = {name: place for place, name in enumerate(settings.order([group(sample) for sample in samples], seed))}
-    found = [(sample, label) for sample, label in zip(samples, labels, strict=True) if label is not None]
-    found = sorted(found, key=lambda pair: rank[group(pair[0])])[:most]
-    return [sample for sample, _ in found], [label for _, label in found]
+    pairs = [(sample, label) for sample, label in zip(samples, labels, strict=True) if label is not None]
+    pairs = sorted(pairs, key=lambda pair: rank[group(pair[0])])[:most]
+    return [sample for sample, _ in pairs], [label for _, label in pairs]

@@ -1,6 +1,7 @@
-"""Quantisation: does what was forgotten come back when the weights are rounded?
+"""Quantisation: does the forgotten content return when the weights are rounded?
 
-Fine-tuning moves weights by little, and rounding to few levels may undo just that (Zhang et al., arXiv 2410.16454).
+Unlearning changes weights by little, and rounding to few levels may undo these changes (Zhang et al., arXiv
+2410.16454).
 """
 
 from __future__ import annotations
@@ -13,27 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mirage_dist import disk
+from mirage_dist.erasure.results import QuantisationResult, Quantised, Rounding
 from mirage_dist.erasure.setting import Setting, headline
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import activations
 from mirage_dist.schema import ConfigError, EvalSetConfig
 
-WIDEST_GROUPED = 4  # bits; above it a whole output channel shares its scale
+WIDEST_GROUPED = 4  # bits; with more, all weights of an output channel share one scale
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Round to nearest, symmetric, scaled by the largest magnitude of a group: the suite's rates before and after.
+    """Round to nearest, symmetric, scaled by the largest magnitude in a group: the suite's rates before and after.
 
-    bits: 8 scales each output channel, 4 and fewer each `group` input weights of one. The decoder's linear layers are
-    rounded; embeddings, lm_head, vision tower and projector stay, as quantisers leave them. The weights keep their
-    dtype and only take fewer values, so that it runs anywhere: bfloat16 rounds them once more, which 8 bits notice
-    (half a step is 1/254 of the largest weight, bfloat16's up to 1/512).
+    bits: 8 has one scale for each output channel, 4 and fewer one for each `group` input weights of a channel. Only the
+    decoder's linear layers are rounded, as common quantisers do; not embeddings, lm_head, vision tower and projector.
+    The weights keep their dtype and only take fewer values, so that the test runs on any hardware. bfloat16 rounds them
+    once more, which matters at 8 bits (half a step is 1/254 of the largest weight, bfloat16's up to 1/512).
+    attacks: evaluate the suite's attacks too.
     """
 
     bits: list[int] = field(default_factory=lambda: [8, 4])
     group: int = 64
-    attacks: bool = True  # ask the suite's attacks too
+    attacks: bool = True
 
     def __post_init__(self) -> None:
         if not self.bits or any(not 2 <= bits <= 8 for bits in self.bits):
@@ -41,28 +45,27 @@ class Quantisation:
         if self.group < 1:
             raise ConfigError(f"group={self.group}; expected a number of weights above 0")
 
-    def __call__(self, setting: Setting) -> dict[str, Any]:
-        """{"before": entry, "after": {bits: {"entry", "weights"}}}, entry as in `evals.runner.evaluate`."""
+    def __call__(self, setting: Setting) -> QuantisationResult:
         after = {str(bits): setting.kept(f"int{bits}", lambda b=bits: self._after(setting, b)) for bits in self.bits}
         return {"before": headline(setting.before)["entry"], "after": after}
 
-    def _after(self, setting: Setting, bits: int) -> dict[str, Any]:
+    def _after(self, setting: Setting, bits: int) -> Quantised:
         out = setting.folder / f"model-int{bits}"
-        setting.say(f"{bits} bits a weight")
+        setting.log(f"{bits} bits a weight")
         weights = write_rounded(setting, bits, self.group if bits <= WIDEST_GROUPED else None, out)
         sets = setting.recipe.sets
         if not self.attacks:
             sets = {name: EvalSetConfig(options.kind, options.sources) for name, options in sets.items()}
-        asked = setting.ask(f"int{bits}", replace(setting.model, path=str(out)), sets)
-        shutil.rmtree(out)
-        return {"entry": headline(asked)["entry"], "weights": weights}
+        result = setting.evaluate(f"int{bits}", replace(setting.model, path=str(out)), sets)
+        disk.remove(out)
+        return {"entry": headline(result)["entry"], "weights": weights}
 
 
 def rounded(weight_OI: Tensor, bits: int, group: int | None) -> Tensor:
-    """The nearest weights of 2^bits − 1 levels, evenly from −s to s: (O, I) in the dtype given.
+    """The weights (O, I) rounded to the nearest of 2^bits − 1 levels, evenly spaced from −s to s, in their dtype.
 
-    s is the largest magnitude of an output channel (group None), or of each `group` weights of one; the last group of
-    a channel may be narrower. Off by at most s / (2^bits − 2), and by the dtype's own rounding.
+    s is the largest magnitude in an output channel (group None) or in each `group` weights of a channel; the last group
+    of a channel may be smaller. The error is at most s / (2^bits − 2), plus the rounding of the dtype.
     """
     levels = 2 ** (bits - 1) - 1
     inputs = weight_OI.shape[1]
@@ -76,12 +79,8 @@ def rounded(weight_OI: Tensor, bits: int, group: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def round_decoder(hf: Any, bits: int, group: int | None) -> dict[str, Any]:
-    """Round in place every linear layer of the text decoder: {"layers", "share", "error"}.
-
-    share: of all the model's parameters that are rounded. error: root mean square of the change against that of the
-    weights.
-    """
+def round_decoder(hf: Any, bits: int, group: int | None) -> Rounding:
+    """Round every linear layer of a Hugging Face model's text decoder in place (see `rounded`)."""
     decoder = activations.decoder(getattr(hf, hf.base_model_prefix))
     layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     changed = total = count = 0.0
@@ -95,12 +94,15 @@ def round_decoder(hf: Any, bits: int, group: int | None) -> dict[str, Any]:
     return {"layers": len(layers), "share": count / whole, "error": (changed / total) ** 0.5}
 
 
-def write_rounded(setting: Setting, bits: int, group: int | None, out: Path) -> dict[str, Any]:
-    """Write the model under test, rounded, to `out` as an ordinary model directory; see `round_decoder`."""
-    shutil.rmtree(out, ignore_errors=True)  # a killed start left it
+def write_rounded(setting: Setting, bits: int, group: int | None, out: Path) -> Rounding:
+    """Write the model under test with rounded weights to `out`, as an ordinary model directory."""
+    disk.remove(out)  # of a start that was killed
+    disk.remove_leftovers(out)
     source = Path(str(setting.model.path))
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*", "*.tmp"))
-    hf = Generator(setting.model, setting.recipe.template, setting.recipe.generation).model
-    told = round_decoder(hf, bits, group)
-    hf.save_pretrained(out)
-    return told
+    with disk.folder(out, durable=False) as folder:
+        weights = shutil.ignore_patterns("*.safetensors*", "*.tmp")
+        shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
+        hf = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation).model
+        rounding = round_decoder(hf, bits, group)
+        hf.save_pretrained(folder)
+    return rounding

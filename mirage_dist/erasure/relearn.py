@@ -1,54 +1,55 @@
-"""Relearning: how few samples of what was forgotten bring it back, and does more come back than they tell?
+"""Relearning: does fine-tuning on a few forget samples bring back the forgotten content, even content not in them?
 
-Fine-tuning on a little of the forget set restores what was hidden and not removed (Lynch et al., arXiv 2402.16835; Hu
-et al., arXiv 2406.13356). What tells most is what the samples do not: with half of the contents never relearned, those
-can come back from the weights only (Deeb and Roger, arXiv 2410.08827).
+Fine-tuning on a small part of the forget set restores knowledge that was hidden rather than removed (Lynch et al.,
+arXiv 2402.16835; Hu et al., arXiv 2406.13356). The contents that are not in the relearned samples are the informative
+ones: they can return from the weights only (Deeb and Roger, arXiv 2410.08827).
 """
 
 from __future__ import annotations
 
 import gc
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist import launching
+from mirage_dist import disk, launching
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
+from mirage_dist.erasure.results import RelearningResult, RelearningRun, StepRates
 from mirage_dist.erasure.setting import SET, Forget, Setting, attack_rate, group
-from mirage_dist.evals.metrics import Leaf
+from mirage_dist.evals.results import SuiteResult
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, SourceConfig, TrainRecipe
 from mirage_dist.train import run
 from mirage_dist.train.planning import check
 
-RELEARNED, OTHER = "relearned", "other"
+RELEARNED, OTHER = "relearned", "other"  # categories of the questions
 
 
 @dataclass(frozen=True)
 class Relearning:
-    """SFT on n forget samples by an ordinary training run; ASR on others that no run ever sees.
+    """SFT on n forget samples by an ordinary training run, and ASR on other forget samples that no run ever sees.
 
-    recipe: a training recipe; its run, model, streams, steps and what it saves are set here. samples: the numbers n,
-    the smaller sets being parts of the larger. steps, every: each run makes so many, and is evaluated every so often.
-    label: what a content is; answer is the forgotten content, category the sample's own. content_share: of the
-    contents, those that any sample is taken of. questions: forget samples that are asked.
+    recipe: a training recipe; run, model, streams, steps and checkpoint options are set here. overrides: of that
+    recipe. samples: the numbers n; smaller sets are subsets of larger ones. steps: of each run; it is evaluated every
+    `every` steps. label: what counts as a content: the forgotten content (answer) or the sample's category.
+    content_share: fraction of the contents from which relearned samples are drawn. questions: number of forget samples
+    that are evaluated. ranks: number of training processes; None trains in this process.
     """
 
     recipe: str
-    overrides: list[str] = field(default_factory=list)  # of that recipe
+    overrides: list[str] = field(default_factory=list)
     samples: list[int] = field(default_factory=lambda: [2, 8, 32])
     steps: int = 20
     every: int = 5
     label: Literal["answer", "category"] = "answer"
     content_share: float = 0.5
     questions: int = 128
-    ranks: int | None = None  # processes that train; null trains in this one
+    ranks: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "every", "questions", "ranks"):
@@ -62,7 +63,7 @@ class Relearning:
             raise ConfigError(f"content_share={self.content_share}; expected a share above 0, at most 1")
 
     def check(self, forget: Forget, seed: int) -> TrainRecipe:
-        """The recipe to train by. Raises ConfigError for what can be known of it and of the samples beforehand."""
+        """The training recipe. Raises ConfigError when the recipe is invalid or there are too few forget samples."""
         recipe = configs.load(self.recipe, self.overrides, TrainRecipe)
         check.check_recipe(recipe, self.ranks or 1)
         if len(recipe.data.streams) != 1:
@@ -70,61 +71,61 @@ class Relearning:
         pool, _ = self.split(forget, seed)
         if len(pool) < max(self.samples):
             raise ConfigError(
-                f"relearning.samples={self.samples}: only {len(pool)} forget samples can be relearned, beside "
-                f"{self.questions} that are asked and contents that are not touched (content_share)"
+                f"relearning.samples={self.samples}: only {len(pool)} forget samples are available for relearning, "
+                f"after {self.questions} questions and the contents that are held out; lower relearning.samples or "
+                "relearning.questions, or raise relearning.content_share"
             )
         return recipe
 
     def split(self, forget: Forget, seed: int) -> tuple[list[Sample], list[Sample]]:
-        """(samples to learn from, samples to ask), each in the order of their pictures' hashes. They share none."""
+        """(samples to relearn, questions), each in the order of their pictures' hashes. They share no picture."""
         contents = forget.labels(self.label)
         names = settings.order(contents, seed)
-        taught = set(names[: max(1, round(self.content_share * len(names)))])
-        asked = forget.samples[: self.questions]
-        shown = {group(sample) for sample in asked}
+        relearnable = set(names[: max(1, round(self.content_share * len(names)))])
+        questions = forget.samples[: self.questions]
+        pictures = {group(sample) for sample in questions}
         pairs = zip(forget.samples, contents, strict=True)
-        pool = [sample for sample, told in pairs if told in taught and group(sample) not in shown]
-        return pool, asked
+        pool = [sample for sample, own in pairs if own in relearnable and group(sample) not in pictures]
+        return pool, questions
 
-    def __call__(self, setting: Setting) -> dict[str, Any]:
-        """{"questions", "contents", "runs": {n: {"contents": relearned ones, "steps": {step: {"all", "relearned",
-        "other": leaf or None}}}}}. relearned: of the questions whose content a run's n samples tell; step 0 is the
-        model before.
-        """
+    def __call__(self, setting: Setting) -> RelearningResult:
         recipe = self.check(setting.forget, setting.recipe.seed)
-        pool, asked = self.split(setting.forget, setting.recipe.seed)
+        pool, questions = self.split(setting.forget, setting.recipe.seed)
         runs = {}
         for n in self.samples:
             name = f"n-{n:04d}"
-            runs[str(n)] = setting.kept(name, lambda n=n, name=name: self._of(setting, recipe, name, pool[:n], asked))
-            # Only now: without them the run would have to be made again.
-            shutil.rmtree(setting.folder / name / "run" / "checkpoints", ignore_errors=True)
-        return {"questions": len(asked), "contents": len(set(setting.forget.labels(self.label))), "runs": runs}
+            runs[str(n)] = setting.kept(
+                name, lambda n=n, name=name: self._run(setting, recipe, name, pool[:n], questions)
+            )
+            # Only after the result is kept: without checkpoints an interrupted test would have to train again.
+            disk.remove(setting.folder / name / "run" / "checkpoints")
+        return {"questions": len(questions), "contents": len(set(setting.forget.labels(self.label))), "runs": runs}
 
-    def _of(
-        self, setting: Setting, recipe: TrainRecipe, name: str, learned: list[Sample], asked: list[Sample]
-    ) -> dict[str, Any]:
+    def _run(
+        self, setting: Setting, recipe: TrainRecipe, name: str, samples: list[Sample], questions: list[Sample]
+    ) -> RelearningRun:
+        """Train on `samples` and evaluate the questions at every checkpoint."""
         contents = dict(zip(setting.forget.samples, setting.forget.labels(self.label), strict=True))
-        taught = {contents[sample] for sample in learned}
-        asked = [replace(s, category=RELEARNED if contents[s] in taught else OTHER) for s in asked]
-        sets = {SET: EvalSetConfig("unsafe", [setting.questions(f"{name}/questions", asked)])}
-        source, folder = setting.questions(f"{name}/samples", learned), setting.folder / name / "run"
-        setting.say(f"{len(learned)} samples, {self.steps} steps")
-        self._train(_placed(setting, recipe, folder, source, self.steps, self.every))
-        steps = {"0": _rates(setting.ask(f"{name}/step-000000", setting.model, sets))}
+        relearned = {contents[sample] for sample in samples}
+        parts = [replace(s, category=RELEARNED if contents[s] in relearned else OTHER) for s in questions]
+        sets = {SET: EvalSetConfig("unsafe", [setting.questions(f"{name}/questions", parts)])}
+        source, folder = setting.questions(f"{name}/samples", samples), setting.folder / name / "run"
+        setting.log(f"{len(samples)} samples, {self.steps} steps")
+        self.train(training(setting, recipe, folder, source, self.steps, self.every))
+        steps = {"0": _rates(setting.evaluate(f"{name}/step-000000", setting.model, sets))}
         for step in range(self.every, self.steps + 1, self.every):
             model = EvalModelConfig(run=str(folder), step=step, dtype=setting.model.dtype)
-            steps[str(step)] = _rates(setting.ask(f"{name}/step-{step:06d}", model, sets))
-        return {"contents": len(taught), "steps": steps}
+            steps[str(step)] = _rates(setting.evaluate(f"{name}/step-{step:06d}", model, sets))
+        return {"contents": len(relearned), "steps": steps}
 
-    def _train(self, recipe: TrainRecipe) -> None:
-        """To the end, unless a run that was killed later than that has left all checkpoints."""
-        there = [step_of(checkpoint) for checkpoint in committed(Path(recipe.run.dir) / "checkpoints")]
-        if there[-1:] == [recipe.train.max_steps]:
+    def train(self, recipe: TrainRecipe) -> None:
+        """Train to the end; does nothing when an earlier start has left the last checkpoint."""
+        steps = [step_of(checkpoint) for checkpoint in committed(Path(recipe.run.dir) / "checkpoints")]
+        if steps[-1:] == [recipe.train.max_steps]:
             return
         if self.ranks is None:
             run.train(check.check_recipe(recipe, place()[2]))
-            gc.collect()  # the engine's memory is wanted for the evaluation
+            gc.collect()  # the evaluation needs the engine's memory
             torch.cuda.empty_cache()
             return
         file = Path(recipe.run.dir).with_name("recipe.yaml")
@@ -132,10 +133,10 @@ class Relearning:
         launching.train(self.ranks, str(file))
 
 
-def _placed(
+def training(
     setting: Setting, recipe: TrainRecipe, folder: Path, source: SourceConfig, steps: int, every: int
 ) -> TrainRecipe:
-    """The training recipe with the run, the model, the data and the template of this evaluation."""
+    """The recipe with this evaluation's model and template, the samples as its data, and `folder` as its run."""
     template, (stream,) = setting.recipe.template, recipe.data.streams
     data = replace(
         recipe.data,
@@ -143,16 +144,20 @@ def _placed(
         system_prompt=template.system_prompt,
         image_aspect=template.image_aspect,
     )
-    kept = {"keep_last": None, "keep_every": None, "keep_best": None, "export": False}
+    keep_all = {"keep_last": None, "keep_every": None, "keep_best": None, "export": False}
     return replace(
         recipe,
         run=RunConfig(str(folder)),
         model=replace(recipe.model, path=str(setting.model.path)),
         data=data,
-        train=replace(recipe.train, max_steps=steps, save_every=every, **kept),
+        train=replace(recipe.train, max_steps=steps, save_every=every, **keep_all),
         seed=setting.recipe.seed,
     )
 
 
-def _rates(result: dict[str, Any]) -> dict[str, Leaf | None]:
-    return {"all": attack_rate(result), **{part: attack_rate(result, category=part) for part in (RELEARNED, OTHER)}}
+def _rates(result: SuiteResult) -> StepRates:
+    return {
+        "all": attack_rate(result),
+        "relearned": attack_rate(result, category=RELEARNED),
+        "other": attack_rate(result, category=OTHER),
+    }

@@ -1,34 +1,37 @@
-"""`mirage eval CONFIG robustness`: is what the model no longer tells erased, or hidden?
+"""`mirage erasure CONFIG`: tests that tell erased knowledge from hidden knowledge.
 
-    evals/SUITE/robustness.json            every figure: {"relearning", "quantisation", "probe", "completion", …}
-    evals/SUITE/robustness/TEST/           what a test keeps: suites of its own (as any other), figures, training runs
+    evals/SUITE/erasure.json            all results (see `erasure.results`)
+    evals/SUITE/erasure/TEST/           files of one test: ordinary suites and training runs, and its result
 
-Killed and started again it does what is missing. A test is one file with one dataclass, and one field of
-`RobustnessConfig`.
+A start after an interruption makes what is missing. A test is one module with one dataclass, one field of
+`ErasureConfig` and one type in `erasure.results`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
+from mirage_dist import disk
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.attribute import Attribution
 from mirage_dist.erasure.complete import Completion
 from mirage_dist.erasure.probe import Probe
 from mirage_dist.erasure.quantise import Quantisation
 from mirage_dist.erasure.relearn import Relearning
+from mirage_dist.erasure.results import ErasureResult
 from mirage_dist.erasure.setting import Forget, Setting
-from mirage_dist.evals import rows, runner
+from mirage_dist.evals import manifest, runner
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.models import subject
+from mirage_dist.evals.results import SuiteResult
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.evals.sharing.files import suite_dir, write_atomically
+from mirage_dist.evals.sharing.files import suite_dir
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, SourceConfig, TrainRecipe
 
@@ -36,11 +39,11 @@ Test = Relearning | Quantisation | Probe | Completion | Attribution
 
 
 @dataclass(frozen=True)
-class RobustnessConfig:
-    """`robustness` of an evaluation's recipe; a test that is not named is not made.
+class ErasureConfig:
+    """The section `erasure` of an evaluation's recipe. A test that it does not name is not made.
 
-    forget: what was to be forgotten, with the answers that tell it. content: a regular expression of the part of such
-    an answer that must not be told; without one it is the whole answer.
+    forget: the samples that the model should have forgotten, with the answers that state the forgotten content.
+    content: a regular expression that matches the forgotten content in such an answer; default: the whole answer.
     """
 
     forget: list[SourceConfig]
@@ -55,59 +58,60 @@ class RobustnessConfig:
         check_pattern("content", self.content)
 
     def tests(self) -> Iterator[tuple[str, Test]]:
-        """Those that are named, in the order above."""
+        """Name and options of the tests to make, in the order of the fields."""
         for field in fields(self):
             if field.name not in ("forget", "content") and (test := getattr(self, field.name)) is not None:
                 yield field.name, test
 
 
-def options(recipe: EvalRecipe) -> RobustnessConfig:
-    """The recipe's section, checked. Raises ConfigError."""
-    if recipe.robustness is None:
-        raise ConfigError("robustness is missing: this recipe names no test of erasure (see configs/eval/demo.yaml)")
-    return configs.build(RobustnessConfig, recipe.robustness, "the recipe", "robustness")
+def options(recipe: EvalRecipe) -> ErasureConfig:
+    """The recipe's section, checked. Raises ConfigError when it is missing or invalid."""
+    if recipe.erasure is None:
+        raise ConfigError("erasure is missing: add a section with the tests to make (see configs/eval/demo.yaml)")
+    return configs.build(ErasureConfig, recipe.erasure, "the recipe", "erasure")
 
 
-def run(recipe: EvalRecipe) -> dict[str, Any]:
-    """Make every test that the recipe names and write robustness.json; returns it.
+def run(recipe: EvalRecipe) -> ErasureResult:
+    """Make every test that the recipe names, write erasure.json, and return its content.
 
-    {"suite", "model_hash", "judge", "forget": {"samples", "contents", "without_content"}, "seconds": {test: of this
-    start}, and each test's result, see its `__call__`}. Every rate is a leaf, see `evals.metrics`.
-    Raises ConfigError for a bad recipe or bad data before weights load, RunError when another process makes the tests,
-    and what `evals.runner.evaluate` raises.
+    Evaluates the suite first. Raises ConfigError for a bad recipe or bad data before any weights load, RunError when
+    another process makes the tests, and what `evals.runner.evaluate` raises.
     """
     if place()[2] > 1:
-        raise ConfigError("robustness runs in one process; relearning.ranks says how many train")
+        raise ConfigError(
+            "mirage erasure is one process; start it without a launcher, and set erasure.relearning.ranks to train in "
+            "several"
+        )
     chosen = options(recipe)
     forget = settings.forget(chosen.forget, chosen.content, recipe.seed)
     if not forget.samples:
-        raise ConfigError(f"robustness.forget: no sample with the content {chosen.content!r}")
+        raise ConfigError(f"erasure.forget: no sample with the content {chosen.content!r} in its answer")
     if chosen.relearning is not None:
         chosen.relearning.check(forget, recipe.seed)
     before = runner.evaluate(recipe)
     if before is None:
-        raise RunError(f"{suite_dir(recipe)}: another worker judges the suite; start again when it is done")
-    folder = suite_dir(recipe) / "robustness"
+        raise RunError(f"{suite_dir(recipe)}: another worker is judging the suite; start again when it has finished")
+    folder = suite_dir(recipe) / "erasure"
     with Claims(folder) as claims:
         if (claim := claims.take("tests")) is None:
-            raise RunError(f"{folder}: another process makes these tests")
+            raise RunError(f"{folder}: another process is making these tests")
         try:
-            result = _made(recipe, chosen, forget, before, claims)
+            result = _make(recipe, chosen, forget, before, claims)
         finally:
             claims.release(claim)
-    write_atomically(suite_dir(recipe) / "robustness.json", json.dumps(result, indent=1) + "\n")
+    disk.write(suite_dir(recipe) / "erasure.json", json.dumps(result, indent=1) + "\n", private=True)
     return result
 
 
-def _made(
-    recipe: EvalRecipe, chosen: RobustnessConfig, forget: Forget, before: Mapping[str, Any], claims: Claims
-) -> dict[str, Any]:
-    folder = suite_dir(recipe) / "robustness"
-    found = subject.find(recipe.model, Path(recipe.run.dir))
-    model = found.loadable(folder, claims)
-    result: dict[str, Any] = {
+def _make(
+    recipe: EvalRecipe, chosen: ErasureConfig, forget: Forget, before: SuiteResult, claims: Claims
+) -> ErasureResult:
+    folder = suite_dir(recipe) / "erasure"
+    tested = subject.find(recipe.model, Path(recipe.run.dir))
+    model = tested.loadable(folder, claims)
+    result: ErasureResult = {
         "suite": recipe.suite,
-        "model_hash": found.model_hash,
+        "model_hash": tested.model_hash,
         "judge": before["headline"],
         "forget": {
             "samples": len(forget.samples),
@@ -119,17 +123,17 @@ def _made(
     for name, test in chosen.tests():
         start = time.monotonic()
         setting = Setting(replace(recipe, follow=None), model, before, forget, name)
-        rows.claim(setting.folder, {"settings": _decided_by(recipe, found.model_hash, forget, test)})
+        manifest.claim(setting.folder, {"settings": _dependencies(recipe, tested.model_hash, forget, test)})
         result[name] = test(setting)
         result["seconds"][name] = round(time.monotonic() - start, 1)
-        setting.say(f"done in {result['seconds'][name]} s")
-    found.check_unchanged()
-    found.discard(folder)
+        setting.log(f"done in {result['seconds'][name]} s")
+    tested.check_unchanged()
+    tested.discard(folder)
     return result
 
 
-def _decided_by(recipe: EvalRecipe, model_hash: str, forget: Forget, test: Test) -> dict[str, Any]:
-    """What the figures that a test keeps depend on: with anything else, its folder is refused."""
+def _dependencies(recipe: EvalRecipe, model_hash: str, forget: Forget, test: Test) -> dict[str, Any]:
+    """What a test's kept results depend on; a start with other values refuses the folder."""
     tree = configs.to_dict(recipe)
     trained = configs.load(test.recipe, test.overrides, TrainRecipe) if isinstance(test, Relearning) else None
     return {

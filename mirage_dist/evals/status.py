@@ -1,4 +1,4 @@
-"""`mirage eval CONFIG --status`: how far a suite is, from its files alone and on any machine that sees them."""
+"""`mirage eval CONFIG --status`: the progress of a suite, from its files alone, on any machine that sees them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mirage_dist.evals.sharing.files import KEY, lines, suite_dir
 from mirage_dist.liveness import Owner, read
 from mirage_dist.schema import ConfigError, EvalRecipe
 
-# JSON escapes quotes within strings, so that no text of a row can look like one of its fields.
-CONDITION = re.compile(rb'"set": ("(?:[^"\\]|\\.)*"), .*?"attack": ("(?:[^"\\]|\\.)*")')
+# The set and the attack of a raw row. JSON escapes quotes in strings, so no text of a row can look like a field.
+PLACE = re.compile(rb'"set": ("(?:[^"\\]|\\.)*"), .*?"attack": ("(?:[^"\\]|\\.)*")')
 
 
 @dataclass
 class Count:
-    """Questions of one set and attack: all, answered, and claimed by workers that may be alive."""
+    """Numbers of questions of one set and attack: in total, answered, and claimed by workers that may be alive."""
 
     total: int
     done: int = 0
@@ -32,7 +32,10 @@ class Count:
 
 @dataclass
 class Status:
-    """counts: by set and attack. workers: those that are not known to be dead. rows_per_s: of these together."""
+    """counts: by set and attack. workers: those not known to be dead. rows_per_s: the sum of their rates.
+
+    broken, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` exists.
+    """
 
     counts: dict[tuple[str, str], Count]
     workers: int = 0
@@ -51,7 +54,7 @@ class Status:
         return sum(count.total for count in self.counts.values())
 
     def text(self) -> str:
-        """A Markdown table and a line on who is at work."""
+        """A Markdown table and a line on the workers."""
         table = ["| set | attack | done | claimed | missing |", "|---|---|---:|---:|---:|"]
         for (name, attack), c in self.counts.items():
             table.append(f"| {name} | {attack} | {c.done} of {c.total} | {c.claimed} | {c.missing} |")
@@ -60,83 +63,83 @@ class Status:
         if left and self.rows_per_s:
             rate += f", {left / self.rows_per_s / 60:.0f} minutes left"
         end = "metrics.json is written" if self.measured else "not judged yet"
-        told = f"{self.done} of {self.total} answers ({self.done / self.total:.1%}); {rate}; {end}"
-        return "\n".join([*table, "", told, *self.notes])
+        line = f"{self.done} of {self.total} answers ({self.done / self.total:.1%}); {rate}; {end}"
+        return "\n".join([*table, "", line, *self.notes])
 
 
 def report(recipe: EvalRecipe) -> str:
-    """What is to be told of a suite, or of each step's where a run is followed."""
+    """The progress of a suite as text; of each checkpoint's where the recipe follows a run."""
     suite = suite_dir(recipe)
     if recipe.follow is None:
         return status(suite).text()
     steps = sorted(suite.glob("step-*"))
-    told = [f"{step.name}\n{status(step).text()}" for step in steps if (step / "manifest.json").is_file()]
-    return "\n\n".join([f"{len(steps)} checkpoints of {recipe.follow}", *told])
+    texts = [f"{step.name}\n{status(step).text()}" for step in steps if (step / "manifest.json").is_file()]
+    return "\n\n".join([f"{len(steps)} checkpoints of {recipe.follow}", *texts])
 
 
 def status(suite: Path) -> Status:
-    """Memory is that of the keys. Raises ConfigError when the suite has asked nothing yet."""
+    """Read the progress; needs memory for the keys only. Raises ConfigError when the suite has no manifest yet."""
     file = suite / "manifest.json"
     if not file.is_file():
-        made = {f.stem: sum(1 for _ in lines(f)) for f in sorted((suite / "rewrites").glob("*.jsonl"))}
-        told = ", ".join(f"{name}: {count} lines" for name, count in made.items())
-        why = f"rewrites are being made first ({told})" if made else "this evaluation was not started yet"
+        rewrites = {f.stem: sum(1 for _ in lines(f)) for f in sorted((suite / "rewrites").glob("*.jsonl"))}
+        listed = ", ".join(f"{name}: {count} lines" for name, count in rewrites.items())
+        why = f"rewrites are being made first ({listed})" if rewrites else "this evaluation has not started yet"
         raise ConfigError(f"{suite}: no manifest.json; {why}")
-    asks = json.loads(file.read_text(encoding="utf-8"))["asks"]
-    counts = {(name, attack): Count(n) for name, attacks in asks.items() for attack, n in attacks.items()}
-    found = Status(counts, measured=(suite / "metrics.json").is_file())
-    _count_rows(suite, found)
-    _count_claims(suite, found)
-    if found.broken:
-        found.notes.append(f"{found.broken} half-written lines of workers that died; they are answered again")
-    if found.repeated:
-        found.notes.append(f"{found.repeated} rows were answered again; each counts once")
-    return found
+    questions = json.loads(file.read_text(encoding="utf-8"))["asks"]
+    counts = {(name, attack): Count(n) for name, attacks in questions.items() for attack, n in attacks.items()}
+    result = Status(counts, measured=(suite / "metrics.json").is_file())
+    _count_rows(suite, result)
+    _count_claims(suite, result)
+    if result.broken:
+        result.notes.append(f"{result.broken} half-written lines of workers that died; they are answered again")
+    if result.repeated:
+        result.notes.append(f"{result.repeated} questions were answered twice; each counts once")
+    return result
 
 
-def _count_rows(suite: Path, found: Status) -> None:
+def _count_rows(suite: Path, result: Status) -> None:
     seen: set[bytes] = set()
     places: dict[tuple[bytes, ...], Count | None] = {}
     for file in sorted((suite / "rows").glob("worker-*.jsonl")):
         end = 0
         for offset, line in lines(file):
             end = offset + len(line)
-            key, condition = KEY.fullmatch(line), CONDITION.search(line)
+            key, condition = KEY.fullmatch(line), PLACE.search(line)
             if key is None or condition is None:
-                found.broken += 1
+                result.broken += 1
                 continue
             identity = bytes.fromhex(key[1].decode())
             if identity in seen:
-                found.repeated += 1
+                result.repeated += 1
                 continue
             seen.add(identity)
             raw = condition.groups()
             if raw not in places:
                 place = (json.loads(raw[0]), json.loads(raw[1]))
-                places[raw] = found.counts.get(place)
+                places[raw] = result.counts.get(place)
             if count := places[raw]:
                 count.done += 1
-        found.broken += file.stat().st_size > end
+        result.broken += file.stat().st_size > end
 
 
-def _count_claims(suite: Path, found: Status) -> None:
+def _count_claims(suite: Path, result: Status) -> None:
     for record in _last_claims(suite / "claims"):
         if Owner.from_record(record).alive() is not False:
             for name, attacks in record.get("rows", {}).items():
                 for attack, n in attacks.items():
-                    count = found.counts[name, attack]
-                    # A batch may have been appended whose claim is not given back yet.
+                    count = result.counts[name, attack]
+                    # Rows may be on disk although their claim is not released yet.
                     count.claimed = min(count.claimed + n, count.total - count.done)
     for file in (suite / "claims").glob("*.worker"):
         worker = read(file)
         if worker is not None and Owner.from_record(worker).alive() is not False:
             beat = read(file.with_suffix(".beat")) or {"rows": 0, "seconds": 1.0}
-            found.workers += 1
-            found.rows_per_s += beat["rows"] / beat["seconds"]
+            result.workers += 1
+            result.rows_per_s += beat["rows"] / beat["seconds"]
 
 
 def _last_claims(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of each name the claim with the highest number."""
+    """The records of the claims that hold: for each name, the one with the highest number."""
     last: dict[str, int] = {}
     for file in folder.glob("*.*"):
         if file.suffix[1:].isdecimal():

@@ -1,90 +1,91 @@
-"""One worker: claim a chunk, answer what is missing of it, append, until every question of the suite is answered."""
+"""One worker: claim a chunk, answer what is missing of it, append the rows, until every question is answered."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mirage_dist import signals
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals import rows
-from mirage_dist.evals.rows import Ask, Chunk
+from mirage_dist.evals import rows, worklist
+from mirage_dist.evals.rows import Chunk
 from mirage_dist.evals.sharing.claims import Claim, Claims
 from mirage_dist.evals.sharing.files import Answers, Writer
+from mirage_dist.evals.worklist import Question
+from mirage_dist.progress import EVERY_RANK, Progress, log
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
 MAX_RESTARTS = 3
-FIRST_WAIT, LONGEST_WAIT = 0.02, 2.0  # seconds between two looks at what others have claimed; it doubles
-PLAIN_LINES = 10  # progress lines where there is no terminal
+FIRST_WAIT, LONGEST_WAIT = 0.02, 2.0  # seconds between two looks at the claims of other workers; doubles each time
 
-# Yields batches of (index into the samples, answer).
+# Yields batches of (index into the samples, answer); see `evals.models.base.Generator`.
 Generate = Callable[[Sequence[Sample]], Iterator[list[tuple[int, str]]]]
 
 
 def work(
     suite: Path,
-    asks: Mapping[str, Ask],
+    questions: Mapping[str, Question],
     chunks: Sequence[Chunk],
     claims: Claims,
-    generate: Callable[[], Generate],
+    load: Callable[[], Generate],
     place: tuple[int, int],
 ) -> Answers:
-    """Answer what is missing, together with all other workers of the suite; returns when nothing is missing.
+    """Answer the missing questions together with all other workers; returns when every question is answered.
 
-    generate: loads the model, which is done when there is something to answer. place: (i, n), where in the work list
-    to begin: worker i of n does not stand in the others' way.
+    questions: by key. load: loads the model; called once, when there is something to answer. place: (i, n): worker i
+    of n begins at that fraction of the work list, so that workers rarely compete for a chunk.
 
-    Raises StopRequested behind the batch in which a signal came, and RunError when the disk is full or the same Slurm
+    Raises StopRequested after the batch in which a signal came, and RunError when the disk is full or the same Slurm
     job has started MAX_RESTARTS times in a row without one new answer.
     """
-    name = f"eval {suite.name}"
+    name = f"eval {suite.name}" if place[1] == 1 else f"eval {suite.name}, worker {place[0]} of {place[1]}"
     answers = Answers(suite).refresh()
-    there = sum(key in answers for key in asks)
+    done = sum(key in answers for key in questions)
     if answers.broken:
-        print(f"{name}: {answers.broken} half-written lines ignored", flush=True)
-    _bound_restarts(suite, len(asks) - there)
-    print(f"{name}: {there} of {len(asks)} answers are there", flush=True)
-    ready: Generate | None = None
+        log.info(f"{name}: {answers.broken} half-written lines ignored", extra=EVERY_RANK)
+    _bound_restarts(suite, len(questions) - done)
+    log.info(f"{name}: {done} of {len(questions)} questions are answered", extra=EVERY_RANK)
+    generate: Generate | None = None
     turn, wait = _Turn(chunks, place), FIRST_WAIT
-    with Writer(suite) as writer, Progress(len(asks), there, name) as progress:
+    with Writer(suite) as writer, Progress(len(questions), name, "answer", initial=done) as progress:
         while chunk := turn.next(answers):
-            _stop_if_asked(name)
-            claim = claims.take(chunk.name, rows.by_condition(asks[key] for key in chunk.keys if key not in answers))
+            _check_signal(name)
+            missing = (questions[key] for key in chunk.keys if key not in answers)
+            claim = claims.take(chunk.name, worklist.by_attack(missing))
             if claim is None:
                 if turn.put_back(chunk):
                     if wait < LONGEST_WAIT <= 2 * wait:
-                        print(f"{name}: others have claimed all that is missing; waiting for them", flush=True)
+                        log.info(f"{name}: other workers have claimed all missing questions; waiting", extra=EVERY_RANK)
                     time.sleep(wait)
                     wait = min(2 * wait, LONGEST_WAIT)
                     answers.refresh()
                 continue
             wait = FIRST_WAIT
             try:
-                # Its last owner may have answered it, or some of it, since we looked.
+                # Its last owner may have answered some or all of it since the last look.
                 answers.refresh()
-                if missing := {key: asks[key] for key in chunk.keys if key not in answers}:
-                    ready = ready or generate()
-                    _answer(missing, ready, claims, claim, writer)
+                if missing := {key: questions[key] for key in chunk.keys if key not in answers}:
+                    generate = generate or load()
+                    _answer(missing, generate, claims, claim, writer)
             finally:
                 claims.release(claim)
             turn.put_back(chunk)
             progress.show(len(answers.refresh()))
-    _stop_if_asked(name)
+    _check_signal(name)
     return answers
 
 
-def _answer(missing: Mapping[str, Ask], generate: Generate, claims: Claims, claim: Claim, writer: Writer) -> None:
-    """Batch by batch, until all is answered, a signal comes, or another took the claim over: its answers then count."""
+def _answer(missing: Mapping[str, Question], generate: Generate, claims: Claims, claim: Claim, writer: Writer) -> None:
+    """Answer batch by batch, until everything is answered, a signal comes, or another worker has taken the claim over
+    and answers instead.
+    """
     keys = list(missing)
-    for batch in generate([ask.sample for ask in missing.values()]):
+    for batch in generate([question.sample for question in missing.values()]):
         if not claims.held(claim):
             return
         writer.append(rows.row(keys[i], missing[keys[i]], text) for i, text in batch)
@@ -93,18 +94,18 @@ def _answer(missing: Mapping[str, Ask], generate: Generate, claims: Claims, clai
             return
 
 
-def _stop_if_asked(name: str) -> None:
+def _check_signal(name: str) -> None:
     if signal := signals.received():
         raise StopRequested(f"{name}: stopped by {signal}; every answer so far is on disk")
 
 
 class _Turn:
-    """Which chunk is looked at next: round and round, until each was found answered."""
+    """Which chunk is next: round and round, until each chunk is answered."""
 
     def __init__(self, chunks: Sequence[Chunk], place: tuple[int, int]) -> None:
         start = place[0] * len(chunks) // place[1]
         self.left = deque([*chunks[start:], *chunks[:start]])
-        self.back = 0  # chunks put back since the last one that was found answered
+        self.back = 0  # chunks put back since the last one that turned out to be answered
 
     def next(self, answers: Answers) -> Chunk | None:
         while self.left:
@@ -115,7 +116,7 @@ class _Turn:
         return None
 
     def put_back(self, chunk: Chunk) -> bool:
-        """True when all that are left have been looked at and none could be had."""
+        """True when a whole round has passed without a chunk that could be claimed."""
         self.left.append(chunk)
         self.back += 1
         if self.back < len(self.left):
@@ -125,7 +126,7 @@ class _Turn:
 
 
 def _bound_restarts(suite: Path, missing: int) -> None:
-    """Raise RunError when the same task of a Slurm job has started so often with nothing answered in between."""
+    """Raise RunError when the same task of a Slurm job keeps starting without any new answer in between."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
@@ -135,29 +136,7 @@ def _bound_restarts(suite: Path, missing: int) -> None:
     if missing and before[-MAX_RESTARTS:] == [missing] * MAX_RESTARTS:
         raise RunError(
             f"{suite}: Slurm job {job} has started {MAX_RESTARTS} times with {missing} answers missing; see its log "
-            "for what ended it, then submit it again"
+            "for the cause, then submit it again"
         )
     with file.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps({"missing": missing}) + "\n")
-
-
-class Progress:
-    """All workers' answers: a bar on a terminal; elsewhere a plain line now and then, as logs want it."""
-
-    def __init__(self, total: int, there: int, what: str) -> None:
-        self.total, self.what, self.shown = total, what, there * PLAIN_LINES // total
-        self.bar = tqdm(total=total, initial=there, desc=what, unit="answer") if sys.stderr.isatty() else None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def show(self, done: int) -> None:
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-        elif done * PLAIN_LINES // self.total > self.shown:
-            self.shown = done * PLAIN_LINES // self.total
-            print(f"{self.what}: {done} of {self.total}", flush=True)

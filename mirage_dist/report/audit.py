@@ -1,39 +1,34 @@
-"""What an audit of a corpus found (`data.audit`; docs/audit.md), as a table and as figures."""
+"""The results of an audit (see `data.audit`; docs/audit.md) as a table for a terminal and as files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import ceil, exp, log
+from math import exp
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from mirage_dist import disk
+from mirage_dist.report.figures import audit as figures
+from mirage_dist.report.figures.audit import NO_WORD
 
-from mirage_dist.report import figures
-from mirage_dist.report.figures import Draw
-from mirage_dist.report.style import LIGHT, Palette
-
-ROWS = 12  # of each cue in the table
-WIDEST = 40  # characters of a value in the table
-OTHERS, NO_WORD = "(other words)", "(no word)"
+ROWS = 12  # rows of the table for each cue
+WIDEST = 40  # characters of a value that the table shows
 HEAD = ("", "refused", "answered", "share refused", "the rest", "odds ratio [95 %]", "q", "tied to")
 
 
 def write(audit: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write audit.json and, where there is something to draw, audit.svg and audit.png; returns the files."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write audit.json and, unless the corpus has no cue, audit.svg and audit.png; returns the files."""
     files = [out / "audit.json"]
-    files[0].write_text(json.dumps(audit, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    disk.write(files[0], json.dumps(audit, indent=1, ensure_ascii=False) + "\n")
     if audit["cues"]:
         files += [out / "audit.svg", out / "audit.png"]
-        _draw(audit, files[1:])
+        figures.save(audit, files[1:])
     return files
 
 
 def table(audit: Mapping[str, Any]) -> str:
-    """The audit in words, its verdict last."""
+    """The audit as text, with its verdict as the last line."""
     lines = [
         f"{audit['pairs']} questions with their responses: {audit['refused']} refused, {audit['answered']} answered"
     ]
@@ -52,8 +47,8 @@ def table(audit: Mapping[str, Any]) -> str:
 
 def _some(words: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {
-        kind: [*found[:ROWS], *([f"and {len(found) - ROWS} more"] if len(found) > ROWS else [])]
-        for kind, found in words.items()
+        kind: [*tied[:ROWS], *([f"and {len(tied) - ROWS} more"] if len(tied) > ROWS else [])]
+        for kind, tied in words.items()
     }
 
 
@@ -74,7 +69,7 @@ def _cue(name: str, cue: Mapping[str, Any], fdr: float) -> list[str]:
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Words to the left, numbers to the right."""
+    """Pad the cells to their columns' widths: words on the right, numbers on the left."""
     return [
         cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -93,80 +88,3 @@ def _row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         f"{entry['q']:.2g}",
         entry["tied"] or "–",
     )
-
-
-# ------------------------------------------------------------------------------------------------ figures
-
-
-def frequencies(audit: Mapping[str, Any]) -> Draw:
-    """The paper's Figure 3 of this corpus: the share of each kind of response that a first word opens."""
-    words = counts(audit)
-    return figures.first_words(words, max(share for pair in figures.shares(words).values() for share in pair))
-
-
-def counts(audit: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """First word -> {"refusal", "answer"}, as `words.first_words` has it; what is not listed is one row."""
-    found = {
-        entry["value"] or NO_WORD: {"refusal": entry["refused"], "answer": entry["answered"]}
-        for entry in audit["cues"]["first word"]["values"]
-    }
-    if audit["cues"]["first word"]["unlisted"]:
-        listed = {kind: sum(count[kind] for count in found.values()) for kind in ("refusal", "answer")}
-        found[OTHERS] = {
-            "refusal": audit["refused"] - listed["refusal"],
-            "answer": audit["answered"] - listed["answer"],
-        }
-    return found
-
-
-def odds(audit: Mapping[str, Any]) -> Draw:
-    """The odds of refusal under each first word against all others, with 95 % intervals, in `frequencies`' order.
-
-    Filled where the word is tied to a kind of response, hollow where the corpus does not show that it is.
-    """
-    entries = {entry["value"] or NO_WORD: entry for entry in audit["cues"]["first word"]["values"]}
-    order = figures.shown(counts(audit))
-
-    def draw(ax: Axes, palette: Palette) -> None:
-        colours = {"refused": palette.refusal, "answered": palette.answer, None: palette.muted}
-        widest = max(abs(bound) for word in order if word in entries for bound in entries[word]["ci95"])
-        base = 10 if widest >= log(10) else 2
-        edge = int(widest / log(base))
-        ticks = [tick for tick in range(-edge, edge + 1) if tick % ceil((edge or 1) / 3) == 0]
-        for tick in ticks:
-            ax.vlines(tick, -0.6, len(order) - 0.4, color=palette.grid if tick else palette.muted, linewidth=0.8)
-        for place, word in enumerate(order):
-            if word not in entries:
-                continue
-            entry = entries[word]
-            colour = colours[entry["tied"]]
-            ax.hlines(place, *(bound / log(base) for bound in entry["ci95"]), color=colour, linewidth=1.4)
-            face = colour if entry["tied"] else palette.paper
-            ax.plot(entry["log_odds"] / log(base), place, "o", color=colour, markerfacecolor=face, markersize=5.5)
-        ax.set_xlim(-1.05 * widest / log(base), 1.05 * widest / log(base))
-        ax.set_ylim(len(order) - 0.4, -1.5)
-        ax.set_yticks([])
-        ax.set_xticks(ticks, [f"1/{base**-t:,}" if t < 0 else f"{base**t:,}" for t in ticks], color=palette.muted)
-        ax.text(0, -1.0, "odds of refusal against all other words, ×", ha="center", va="center", color=palette.ink)
-        ax.spines["bottom"].set_visible(False)
-
-    return draw
-
-
-def _draw(audit: Mapping[str, Any], files: Sequence[Path]) -> None:
-    accuracy = audit["cues"]["first word"]["balanced_accuracy"]
-    low, high = (100 * bound for bound in accuracy["ci95"])
-    height = figures.words_size(counts(audit))[1] + 0.4
-    with plt.rc_context(figures.RC):
-        figure, axes = plt.subplots(1, 2, figsize=(9.2, height), layout="constrained", width_ratios=(1.3, 1))
-        figure.set_facecolor(LIGHT.paper)
-        for ax, draw in zip(axes, (frequencies(audit), odds(audit)), strict=True):
-            draw(ax, LIGHT)
-        figure.suptitle(
-            f"Guessing by the first word: {100 * accuracy['value']:.1f} % right [{low:.1f}, {high:.1f}]; chance: 50 %",
-            **{"x": 0.01, "ha": "left", "color": LIGHT.ink, "fontsize": 11.5, "fontweight": "bold"},
-        )
-        for file in files:
-            metadata = {"Date": None, "Creator": None} if file.suffix == ".svg" else {}
-            figure.savefig(file, dpi=130, facecolor=LIGHT.paper, metadata=metadata)
-        plt.close(figure)

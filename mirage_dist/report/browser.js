@@ -1,5 +1,5 @@
-// The example browser. Everything that data or a model said enters the page as text (textContent), never as markup,
-// and an answer enters it only when somebody asks to see it.
+// The example browser. Text from data and models enters the page as text (textContent), never as markup, and an answer
+// enters it only after a click.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("examples").textContent);
@@ -8,7 +8,7 @@
   const PAGE = 12;
   const place = (entry) => entry.attack + (entry.attack === "clean" ? "" : ", rewrite " + entry.shot);
   const clean = new Map(
-    data.asked.filter((e) => e.attack === "clean").map((e) => [e.set + "\n" + e.id, e]),
+    data.questions.filter((e) => e.attack === "clean").map((e) => [e.set + "\n" + e.id, e]),
   );
 
   function node(tag, attributes, ...children) {
@@ -22,7 +22,7 @@
     return answer ? answer.verdicts[data.judges[0]] ?? Object.values(answer.verdicts)[0] : undefined;
   }
 
-  // A judge that cannot tell right from irrelevant says "answered" of both.
+  // A judge that cannot tell correct from irrelevant answers gives both the verdict "answered".
   function differ(a, b) {
     return a !== b && ![a, b].includes("answered");
   }
@@ -36,21 +36,21 @@
   function answerOf(entry, number) {
     const model = data.models[number], answer = entry.answers[number];
     const name = node("span", { class: "name", style: `--c:var(--slot${model.slot})` }, model.name);
-    if (!answer) return node("div", { class: "answer" }, name, node("span", { class: "count" }, "not asked"));
+    if (!answer) return node("div", { class: "answer" }, name, node("span", { class: "count" }, "no answer"));
     const others = Object.entries(answer.verdicts).filter(([judge]) => judge !== data.judges[0]);
     const row = node("div", { class: "answer" }, name, chip(verdictOf(answer)));
     for (const [judge, verdict] of others)
       if (differ(verdict, verdictOf(answer))) row.append(node("span", { class: "count" }, `${judge}: ${verdict}`));
     if (!data.outputs) return row;
-    const said = node("p", { class: "said", hidden: "" });
+    const response = node("p", { class: "response", hidden: "" });
     const button = node("button", { type: "button", "aria-expanded": "false" }, "Show answer");
     button.addEventListener("click", () => {
-      said.hidden = !said.hidden;
-      said.textContent = said.hidden ? "" : answer.said || "(empty)";
-      button.textContent = said.hidden ? "Show answer" : "Hide answer";
-      button.setAttribute("aria-expanded", String(!said.hidden));
+      response.hidden = !response.hidden;
+      response.textContent = response.hidden ? "" : answer.response || "(empty)";
+      button.textContent = response.hidden ? "Show answer" : "Hide answer";
+      button.setAttribute("aria-expanded", String(!response.hidden));
     });
-    row.append(button, said);
+    row.append(button, response);
     return row;
   }
 
@@ -58,16 +58,16 @@
     const set = data.sets[entry.set];
     const about = [set.kind === entry.set ? entry.set : `${entry.set} (${set.kind})`, place(entry), entry.category];
     const terms = node("dl", {});
-    const term = (title, said) => terms.append(node("dt", {}, title), node("dd", {}, said));
-    term("asked", entry.question);
-    if (entry.question !== entry.original) term("in the data", entry.original);
-    if (entry.expected !== null) term("the data's answer", entry.expected);
-    const asked = node("div", { class: "example" });
+    const term = (title, text) => terms.append(node("dt", {}, title), node("dd", {}, text));
+    term("question", entry.question);
+    if (entry.question !== entry.original) term("original wording", entry.original);
+    if (entry.expected !== null) term("answer in the data", entry.expected);
+    const question = node("div", { class: "example" });
     if (entry.picture !== null)
-      asked.append(node("img", { alt: "the picture asked about", src: data.pictures[entry.picture] }));
-    asked.append(terms);
+      question.append(node("img", { alt: "the question's picture", src: data.pictures[entry.picture] }));
+    question.append(terms);
     const answers = entry.answers.map((_, number) => answerOf(entry, number));
-    return node("article", {}, node("p", { class: "about" }, about.filter(Boolean).join(" · ")), asked, ...answers);
+    return node("article", {}, node("p", { class: "about" }, about.filter(Boolean).join(" · ")), question, ...answers);
   }
 
   // ------------------------------------------------------------------------------------------------- filters
@@ -80,21 +80,21 @@
   }
   const unique = (values) => [...new Set(values)];
   const plain = (values) => unique(values).filter(Boolean).map((v) => [v, v]);
-  const verdicts = data.asked.flatMap((e) => e.answers.map(verdictOf));
+  const verdicts = data.questions.flatMap((e) => e.answers.map(verdictOf));
   form.append(
     node("label", { class: "wide" }, node("span", {}, "Search"), node("input", { name: "text", type: "search" })),
   );
   choice("set", "Set", [["", "all"], ...plain(Object.keys(data.sets))]);
-  choice("attack", "Asked", [["", "any way"], ...plain(data.asked.map(place))]);
+  choice("attack", "Wording", [["", "any"], ...plain(data.questions.map(place))]);
   choice("model", "Model", [["", "any"], ...data.models.map((m, i) => [String(i), m.name])]);
   choice("verdict", "Verdict", [["", "any"], ...plain(verdicts.filter(Boolean).sort())]);
   choice("only", "Only where", [
-    ["", "(no matter)"],
+    ["", "(any)"],
     ["flipped", "the attack changed the verdict"],
     ["models", "models differ"],
     ["judges", "judges differ"],
   ]);
-  const category = plain(data.asked.map((e) => e.category).sort());
+  const category = plain(data.questions.map((e) => e.category).sort());
   if (category.length) choice("category", "Category", [["", "all"], ...category]);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", () => show(matching()));
@@ -106,8 +106,8 @@
     }),
     models: (entry) => unique(entry.answers.filter(Boolean).map(verdictOf)).length > 1,
     judges: (entry, of) => of.some((n) => {
-      const said = Object.values(entry.answers[n]?.verdicts ?? {});
-      return said.some((verdict) => differ(verdict, said[0]));
+      const verdicts = Object.values(entry.answers[n]?.verdicts ?? {});
+      return verdicts.some((verdict) => differ(verdict, verdicts[0]));
     }),
   };
 
@@ -115,9 +115,9 @@
     const want = Object.fromEntries(new FormData(form));
     const words = want.text.toLowerCase().split(/\s+/).filter(Boolean);
     const of = want.model ? [Number(want.model)] : data.models.map((_, number) => number);
-    return data.asked.filter((entry) => {
-      const said = of.map((n) => entry.answers[n]?.said ?? "");
-      const text = [entry.id, entry.question, entry.original, ...said].join(" ").toLowerCase();
+    return data.questions.filter((entry) => {
+      const responses = of.map((n) => entry.answers[n]?.response ?? "");
+      const text = [entry.id, entry.question, entry.original, ...responses].join(" ").toLowerCase();
       return (
         (!want.set || entry.set === want.set) &&
         (!want.attack || place(entry) === want.attack) &&
@@ -136,21 +136,21 @@
     left = left.slice(PAGE);
     more.hidden = left.length === 0;
   }
-  function show(found) {
-    document.getElementById("found").textContent = `${found.length} of ${data.asked.length} questions as asked`;
+  function show(matches) {
+    document.getElementById("matches").textContent = `${matches.length} of ${data.questions.length} questions and rewrites`;
     cards.replaceChildren();
-    left = found;
+    left = matches;
     page();
   }
   more.addEventListener("click", page);
-  show(data.asked);
+  show(data.questions);
 
   // ------------------------------------------------------------------------------------------------- gallery
 
-  // The first question of each class whose attack is here: as it is, and under the attack's first rewrite.
+  // The first attacked question of each kind: its clean wording and the attack's first rewrite.
   const gallery = document.getElementById("gallery");
   for (const kind of ["unsafe", "safe"]) {
-    const attacked = data.asked.find((e) => data.sets[e.set].kind === kind && e.shot === 1 && clean.has(e.set + "\n" + e.id));
+    const attacked = data.questions.find((e) => data.sets[e.set].kind === kind && e.shot === 1 && clean.has(e.set + "\n" + e.id));
     if (attacked) gallery.append(card(clean.get(attacked.set + "\n" + attacked.id)), card(attacked));
   }
 })();

@@ -1,6 +1,6 @@
 """Questions and answers for the page's example browser, chosen by hash so that nobody picked them.
 
-What models said of real data is left out of the file unless it was asked for by name: a page gets passed on.
+Model outputs on real data are left out unless they are requested explicitly: a page gets passed on.
 """
 
 from __future__ import annotations
@@ -9,43 +9,94 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from mirage_dist.report.figures.style import slots
 from mirage_dist.report.load import Run, by_hash
-from mirage_dist.report.style import slots
 
 Place = tuple[str, str, str, int]  # set, question id, attack, shot
 
 
-def gather(runs: Sequence[Run], count: int, outputs: bool) -> dict[str, Any]:
-    """What the browser shows, ready for JSON: up to `count` questions a set with all of their rewrites.
+class Answer(TypedDict):
+    """One model's answer: verdicts by judge; response is None where outputs are left out."""
 
-    {"models": [{"name", "slot"}], "judges", "outputs": are answers in it, "sets": {set: {"kind", "shown",
-    "questions"}}, "pictures": [data URI], "asked": [{"set", "id", "attack", "shot", "category", "question",
-    "original", "expected", "picture": index or None, "answers": [{"verdicts": {judge: verdict}, "said": text or None}
-    or None, one a model]}]}.
-    Pictures and the data's own answers come from embedded worlds only, where none can harm.
+    verdicts: dict[str, str]
+    response: str | None
+
+
+class Question(TypedDict):
+    """A question as the models got it, under one attack and shot, with the answers in the order of the models.
+
+    original: its wording in the data. expected: the data's answer, of embedded worlds only. picture: index into
+    `Examples.pictures`. An answer is None when the model did not get the question.
+    """
+
+    set: str
+    id: str
+    attack: str
+    shot: int
+    category: str
+    question: str
+    original: str
+    expected: str | None
+    picture: int | None
+    answers: list[Answer | None]
+
+
+class Model(TypedDict):
+    """slot: number of the model's colour (see `figures.style`)."""
+
+    name: str
+    slot: int
+
+
+class ExampleSet(TypedDict):
+    """shown: number of the set's questions in the page. questions: number of all."""
+
+    kind: str
+    shown: int
+    questions: int
+
+
+class Examples(TypedDict):
+    """What browser.js shows. outputs: whether answers are included. pictures: data URIs."""
+
+    models: list[Model]
+    judges: list[str]
+    outputs: bool
+    sets: dict[str, ExampleSet]
+    pictures: list[str]
+    questions: list[Question]
+
+
+def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
+    """Up to `count` questions of each set with all of their rewrites.
+
+    Pictures and the data's answers are included of embedded worlds only, where they cannot do harm.
     """
     chosen = {own: _chosen(runs, own, count) for own in dict.fromkeys(s for run in runs for s in run.metrics["sets"])}
     questions = {(own, identity) for own, ids in chosen.items() for identity in ids}
-    asked: dict[Place, dict[str, Any]] = {}
+    by_place: dict[Place, Question] = {}
     pictures: dict[str, int] = {}  # path -> index
     for number, run in enumerate(runs):
-        for row in run.asked(questions):
+        for row in run.rows_of(questions):
             place = (row["set"], row["id"], row["attack"], row["shot"])
-            if place not in asked:
-                asked[place] = _question(run, row, pictures, len(runs))
-            verdicts = {judge: said[row["key"]] for judge, said in run.verdicts.items() if row["key"] in said}
-            asked[place]["answers"][number] = {"verdicts": verdicts, "said": row["response"] if outputs else None}
+            if place not in by_place:
+                by_place[place] = _question(run, row, pictures, len(runs))
+            verdicts: dict[str, str] = {
+                judge: own[row["key"]] for judge, own in run.verdicts.items() if row["key"] in own
+            }
+            response = row["response"] if outputs else None
+            by_place[place]["answers"][number] = {"verdicts": verdicts, "response": response}
     order = {place: number for number, place in enumerate((own, i) for own, ids in chosen.items() for i in ids)}
-    own = slots([run.name for run in runs])
+    slot = slots([run.name for run in runs])
     return {
-        "models": [{"name": run.name, "slot": own[run.name]} for run in runs],
+        "models": [{"name": run.name, "slot": slot[run.name]} for run in runs],
         "judges": list(dict.fromkeys(judge for run in runs for judge in run.verdicts)),
         "outputs": outputs,
-        "sets": {name: _told(runs, name, len(ids)) for name, ids in chosen.items() if ids},
+        "sets": {name: _set(runs, name, len(ids)) for name, ids in chosen.items() if ids},
         "pictures": [_data(path) for path in pictures],
-        "asked": sorted(asked.values(), key=lambda entry: order[entry["set"], entry["id"]]),
+        "questions": sorted(by_place.values(), key=lambda question: order[question["set"], question["id"]]),
     }
 
 
@@ -54,14 +105,19 @@ def _chosen(runs: Sequence[Run], own: str, count: int) -> list[str]:
     return by_hash({judged.id for run in runs for judged in run.judged if judged.set == own})[:count]
 
 
-def _told(runs: Sequence[Run], own: str, shown: int) -> dict[str, Any]:
-    about = next(run.metrics["sets"][own] for run in runs if own in run.metrics["sets"])
-    return {"kind": about["kind"], "shown": shown, "questions": about["samples"]}
+def _set(runs: Sequence[Run], own: str, shown: int) -> ExampleSet:
+    info = next(run.metrics["sets"][own] for run in runs if own in run.metrics["sets"])
+    return {"kind": info["kind"], "shown": shown, "questions": info["samples"]}
 
 
-def _question(run: Run, row: Mapping[str, Any], pictures: dict[str, int], models: int) -> dict[str, Any]:
+def _question(run: Run, row: Mapping[str, Any], pictures: dict[str, int], models: int) -> Question:
     return {
-        **{name: row[name] for name in ("set", "id", "attack", "shot", "category", "question")},
+        "set": row["set"],
+        "id": row["id"],
+        "attack": row["attack"],
+        "shot": row["shot"],
+        "category": row["category"],
+        "question": row["question"],
         "original": row["original_question"],
         "expected": row["expected"] if run.metrics["world"] else None,
         "picture": _picture(run, row["image"], pictures),
@@ -70,6 +126,7 @@ def _question(run: Run, row: Mapping[str, Any], pictures: dict[str, int], models
 
 
 def _picture(run: Run, path: str | None, pictures: dict[str, int]) -> int | None:
+    """The picture's index in the page, None where the page does not show it."""
     if not run.metrics["world"] or path is None or not Path(path).is_file():
         return None
     return pictures.setdefault(path, len(pictures))
@@ -80,7 +137,7 @@ def _data(path: str) -> str:
 
 
 def as_script(data: Mapping[str, Any]) -> str:
-    """JSON that can stand in a script element: nothing in it can end the element or begin a tag."""
+    """JSON that is safe inside a script element: nothing in it can end the element or begin a tag."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")

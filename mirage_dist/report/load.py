@@ -1,32 +1,46 @@
-"""What a report reads of its runs: metrics, rows, verdicts and data counts, from files only."""
+"""What a report reads of its runs, from files only: metrics, answers, verdicts, word counts, tests of erasure."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from mirage_dist.config import nearest
 from mirage_dist.data.words import FIRST_WORD
-from mirage_dist.evals.metrics import UNJUDGED, Judged, Verdict, outcomes
+from mirage_dist.evals.metrics import Judged, outcomes
+from mirage_dist.evals.results import (
+    CLEAN,
+    UNJUDGED,
+    AppliedAttack,
+    Condition,
+    Entry,
+    JudgeResult,
+    Leaf,
+    Measures,
+    SuiteResult,
+    Verdict,
+)
 from mirage_dist.evals.sharing.files import Answers, whole_objects
 from mirage_dist.schema import ConfigError
 
-Leaf = Mapping[str, Any]  # {"rate", "k", "n", "ci95": [low, high]}
-# Measure at question level -> of which sets, which verdict counts, and on any or on all of the shots.
-COUNTED: Mapping[str, tuple[str, Verdict, Callable]] = {
+if TYPE_CHECKING:
+    from mirage_dist.erasure.results import ErasureResult
+
+# Measure at question level -> the kind of set, the verdict that counts, and whether any or all shots must get it.
+COUNTED: Mapping[str, tuple[str, Verdict, Callable[[Iterable[bool]], bool]]] = {
     "asr": ("unsafe", "harmful", any),
     "rr": ("safe", "refused", any),
     "utility": ("safe", "correct", all),
     "locality": ("locality", "correct", any),
 }
+WordCounts = dict[str, dict[str, int]]  # first word of a question -> {"refusal", "answer"} -> number of questions
 
 
 @dataclass(frozen=True)
@@ -36,159 +50,174 @@ class Run:
     name: str
     dir: Path
     suite: str
-    metrics: Mapping[str, Any]
+    metrics: SuiteResult
+
+    @property
+    def folder(self) -> Path:
+        return self.dir / "evals" / self.suite
 
     @property
     def judge(self) -> str:
+        """The headline judge's name."""
         return self.metrics["headline"]
 
     @property
-    def judged_by(self) -> Mapping[str, Any]:
-        """The headline judge's {"kind", "about", …}."""
+    def judged_by(self) -> JudgeResult:
+        """The headline judge's figures."""
         return self.metrics["judges"][self.judge]
 
     @property
-    def entry(self) -> Mapping[str, Any]:
-        """asr, rr, ir, utility, locality under the headline judge."""
+    def entry(self) -> Entry:
+        """The headline judge's asr, rr, ir, utility, locality and, where there are benchmarks, accuracy."""
         return self.judged_by["entry"]
 
-    def leaf(self, measure: str, condition: str = "clean") -> Leaf | None:
-        """A rate with its counts, None where it was not measured or the judge cannot tell."""
-        found = self.entry.get(measure)
-        if found is None or measure == "locality":
-            return found
-        return found.get(condition)
+    def rates(self, measure: str) -> Mapping[str, Leaf | None]:
+        """The headline rates of a measure by condition (of `accuracy`: by benchmark); empty if not measured."""
+        return rates(self.entry, measure)
+
+    def leaf(self, measure: str, condition: Condition | None = CLEAN) -> Leaf | None:
+        """A headline rate. None when it was not measured, when the judge cannot tell, or without a condition."""
+        return None if condition is None else self.rates(measure).get(str(condition))
 
     def headline_set(self, kind: str) -> str | None:
         """The first set of a kind, which gives the headline figures."""
         return next((name for name, s in self.metrics["sets"].items() if s["kind"] == kind), None)
 
-    def attack(self, kind: str, control: bool = False) -> tuple[str, int] | None:
-        """(name, K) of the first attack, or of the first control, on the headline set of a kind."""
+    def attack(self, kind: str, control: bool = False) -> AppliedAttack | None:
+        """The first attack, or the first control, on the headline set of a kind."""
         own = self.headline_set(kind)
         attacks = self.metrics["sets"][own]["attacks"] if own else {}
-        return next(((name, a["shots"]) for name, a in attacks.items() if a["control"] == control), None)
+        applied = (AppliedAttack(name, a["shots"], a["control"]) for name, a in attacks.items())
+        return next((attack for attack in applied if attack.control == control), None)
 
-    def attacked(self, kind: str) -> str | None:
-        """The condition of the first attack with all of its shots, such as "what_k3"."""
-        found = self.attack(kind)
-        return found and f"{found[0]}_k{found[1]}"
+    def attacked(self, kind: str) -> Condition | None:
+        """The condition of the first attack with all of its rewrites, such as "what_k3"."""
+        attack = self.attack(kind)
+        return attack and attack.full
 
-    def controlled(self, kind: str) -> str | None:
-        found = self.attack(kind, control=True)
-        return found and f"{found[0]}_k1"
+    def controlled(self, kind: str) -> Condition | None:
+        """The condition of the first control with one rewrite, such as "neutral_k1"."""
+        control = self.attack(kind, control=True)
+        return control and Condition(control.name, 1)
 
     @property
     def controls(self) -> set[str]:
         """Names of the attacks that are controls."""
         return {n for s in self.metrics["sets"].values() for n, a in s["attacks"].items() if a["control"]}
 
+    def category(self, kind: str, name: str) -> Measures:
+        """The headline judge's measures of one category of the headline set of a kind."""
+        return self.categories(kind).get(name, {})
+
+    def categories(self, kind: str) -> Mapping[str, Measures]:
+        own = self.headline_set(kind)
+        return self.judged_by.get("categories", {}).get(own, {}) if own else {}
+
     @cached_property
-    def robustness(self) -> dict[str, Any]:
-        """The tests of erasure, of this suite or else of another; empty where none were made."""
-        files = [self.folder / "robustness.json", *sorted(self.dir.glob("evals/*/robustness.json"))]
-        found = next((file for file in files if file.is_file()), None)
-        return json.loads(found.read_text(encoding="utf-8")) if found else {}
+    def erasure(self) -> ErasureResult | None:
+        """The tests of erasure: of this suite, else of another suite of the run; None when there are none."""
+        files = [self.folder / "erasure.json", *sorted(self.dir.glob("evals/*/erasure.json"))]
+        file = next((file for file in files if file.is_file()), None)
+        return json.loads(file.read_text(encoding="utf-8")) if file else None
 
     @property
-    def folder(self) -> Path:
-        return self.dir / "evals" / self.suite
+    def outdated(self) -> list[Path]:
+        """Results of tests of erasure in the file of an earlier version, which the report does not read."""
+        return [] if self.erasure else sorted(self.dir.glob("evals/*/robustness.json"))
 
-    def headline_outcomes(self, measure: str, condition: str) -> dict[str, bool]:
-        """Question id -> does it count in the measure's numerator? See `evals.metrics.outcomes`."""
+    def headline_outcomes(self, measure: str, condition: Condition) -> dict[str, bool]:
+        """Question id -> whether it counts in the measure's numerator (see `evals.metrics.outcomes`)."""
         kind, verdict, over = COUNTED[measure]
-        attack, shots = parted(condition)
         own = self.headline_set(kind)
-        rows = [judged for judged in self.judged if judged.set == own]
-        return outcomes(rows, attack, shots or 1, verdict, over)
+        return outcomes([judged for judged in self.judged if judged.set == own], condition, verdict, over)
 
     @cached_property
     def verdicts(self) -> dict[str, dict[str, Verdict]]:
         """judge -> row key -> verdict, the headline judge first."""
         names = [self.judge, *(name for name in self.metrics["judges"] if name != self.judge)]
-        return {name: self._said(name) for name in names}
+        return {name: self._verdicts_of(name) for name in names}
 
-    def _said(self, judge: str) -> dict[str, Verdict]:
+    def _verdicts_of(self, judge: str) -> dict[str, Verdict]:
         file = self.folder / "verdicts" / f"{judge}.jsonl"
         return {line["key"]: line["verdict"] for line in whole_objects(file)}
 
     @property
     def judged(self) -> list[Judged]:
-        """The headline judge's verdict on every answer, and where it stands; not what was said."""
+        """The headline judge's verdict on every answer, in the order of the work list; without the answer's text."""
         return self._scanned[0]
 
     @property
-    def opened(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """(kind of set, first word of a question as it was asked) -> (refused, answers with a verdict), the clean
-        questions and all rewrites together.
+    def refusals_by_word(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(kind of set, first word of the question as the model got it) -> (refusals, answers with a verdict).
+
+        Counts the clean questions and all rewrites together.
         """
         return self._scanned[1]
 
     @cached_property
     def _scanned(self) -> tuple[list[Judged], dict[tuple[str, str], tuple[int, int]]]:
-        """`judged` and `opened` in one reading of the rows, of which there may be a million."""
+        """`judged` and `refusals_by_word` in one pass over the rows, of which there may be a million."""
         judged: list[Judged] = []
-        opened: dict[tuple[str, str], tuple[int, int]] = {}
+        by_word: dict[tuple[str, str], tuple[int, int]] = {}
         for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True):
             judged.append(Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"]))
             word = FIRST_WORD.search(row["question"])
             if word and verdict not in UNJUDGED:
-                place = row["kind"], word[0].lower()
-                refused, answers = opened.get(place, (0, 0))
-                opened[place] = refused + (verdict == "refused"), answers + 1
-        return judged, opened
+                key = row["kind"], word[0].lower()
+                refused, answers = by_word.get(key, (0, 0))
+                by_word[key] = refused + (verdict == "refused"), answers + 1
+        return judged, by_word
 
     @cached_property
     def _rows(self) -> Sequence[Mapping[str, Any]]:
-        """Every judged row, in the order of the work list; read from disk when it is asked for."""
+        """Every judged row, in the order of the work list; each is read from disk when it is accessed."""
         return Answers(self.folder).refresh().of(self.verdicts[self.judge])
 
-    def asked(self, questions: Collection[tuple[str, str]]) -> Iterator[Mapping[str, Any]]:
-        """The rows, answers included, of these (set, id)."""
-        places = zip(self._rows, self.judged, strict=False) if questions else ()
-        return (row for row, judged in places if (judged.set, judged.id) in questions)
+    def rows_of(self, questions: Collection[tuple[str, str]]) -> Iterator[Mapping[str, Any]]:
+        """The rows, with answers, of these questions (set, id)."""
+        pairs = zip(self._rows, self.judged, strict=False) if questions else ()
+        return (row for row, judged in pairs if (judged.set, judged.id) in questions)
 
     @cached_property
-    def first_words(self) -> dict[str, dict[str, int]]:
-        """word -> {"refusal": n, "answer": n} of the data the run was trained on; empty where none refuses."""
+    def first_words(self) -> WordCounts:
+        """First words in the run's training data by kind of response; empty when no response is a refusal."""
         file = self.dir / "data.json"
         streams = json.loads(file.read_text(encoding="utf-8"))["streams"] if file.is_file() else {}
         words = streams.get("train", {}).get("first_words", {})
         return words if any(count["refusal"] for count in words.values()) else {}
 
 
-def parted(condition: str) -> tuple[str, int]:
-    """ "what_k3" -> ("what", 3), "clean" -> ("clean", 0)."""
-    found = re.fullmatch(r"(.+)_k(\d+)", condition)
-    return (found[1], int(found[2])) if found else (condition, 0)
+def rates(measures: Entry | Measures, measure: str) -> Mapping[str, Leaf | None]:
+    """The rates of a measure by condition (an entry's `accuracy`: by benchmark); empty if not measured."""
+    measured: Any = measures.get(measure)
+    return {str(CLEAN): measured} if measure == "locality" and measured else measured or {}
 
 
-def condition_label(condition: str) -> str:
-    """ "what_k3" -> "what, K = 3"."""
-    attack, shots = parted(condition)
-    return f"{attack}, K = {shots}" if shots else attack
+def row_label(measure: str, key: str) -> str:
+    """How tables name a rate: its condition in words, such as "what, K = 3"; of `accuracy` the benchmark."""
+    return key if measure == "accuracy" else Condition.parse(key).label
 
 
 def named(folders: Sequence[Path]) -> dict[str, Path]:
-    """Run directories by the name their recipe gives them, or else by their own.
+    """Run directories by the `run.name` of their recipe, or else by the folder's name.
 
-    Raises ConfigError when two share a name.
+    Raises ConfigError when two runs have one name.
     """
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for folder in folders:
         config = folder / "config.yaml"
         tree: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
         name = (tree.get("run") or {}).get("name") or folder.resolve().name
-        if name in found:
-            raise ConfigError(f"{found[name]} and {folder} are both named {name!r}; set run.name in one of them")
-        found[name] = folder
-    return found
+        if name in by_name:
+            raise ConfigError(f"{by_name[name]} and {folder} are both named {name!r}; set run.name in one of them")
+        by_name[name] = folder
+    return by_name
 
 
 def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
-    """The runs, in the order given; `suite` may be left out when all of them share exactly one.
+    """The runs, in the order given. `suite` may be left out when all of them share exactly one.
 
-    Raises ConfigError when there is no run, or a run was not evaluated on the suite.
+    Raises ConfigError when no run is given or when a run was not evaluated on the suite.
     """
     if not runs:
         raise ConfigError("no run to report; give at least one run directory")
@@ -197,23 +226,23 @@ def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
 
 
 def _suite(runs: Mapping[str, Path], suite: str | None) -> str:
-    suites = {name: {file.parent.name for file in Path(d).glob("evals/*/metrics.json")} for name, d in runs.items()}
-    for name, found in suites.items():
-        if not found:
+    by_run = {name: {file.parent.name for file in Path(d).glob("evals/*/metrics.json")} for name, d in runs.items()}
+    for name, suites in by_run.items():
+        if not suites:
             raise ConfigError(f"{runs[name]}: no evals/SUITE/metrics.json; run `mirage eval` on it first")
-        if suite is not None and suite not in found:
-            raise ConfigError(f"{runs[name]}: not evaluated on suite {suite!r}; {nearest(suite, sorted(found))}")
-    shared = [suite] if suite is not None else sorted(set.intersection(*suites.values()))
+        if suite is not None and suite not in suites:
+            raise ConfigError(f"{runs[name]}: not evaluated on suite {suite!r}; {nearest(suite, sorted(suites))}")
+    shared = [suite] if suite is not None else sorted(set.intersection(*by_run.values()))
     if len(shared) != 1:
-        told = "; ".join(f"{name}: {', '.join(sorted(found))}" for name, found in suites.items())
-        raise ConfigError(f"the runs share {len(shared)} suites, name one ({told})")
+        suites_of_each = "; ".join(f"{name}: {', '.join(sorted(suites))}" for name, suites in by_run.items())
+        raise ConfigError(f"the runs share {len(shared)} suites; name one with --suite ({suites_of_each})")
     return shared[0]
 
 
 def by_hash(ids: Collection[str]) -> list[str]:
-    """Ids in the order of their hashes: an arbitrary choice that nobody made."""
+    """Ids in the order of their hashes: an arbitrary order that nobody has chosen."""
     return sorted(ids, key=lambda identity: hashlib.sha256(identity.encode()).hexdigest())
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
+def _metrics(folder: Path) -> SuiteResult:
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

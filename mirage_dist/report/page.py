@@ -1,22 +1,28 @@
-"""The HTML page: one self-contained file. Whatever a model or a data set said is escaped, never interpreted."""
+"""The HTML page: one self-contained file. Text from models and data is escaped, never interpreted."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mirage_dist.report import attacks, charts, drawing, erasure, examples, figures, tables, text
-from mirage_dist.report.drawing import SIZE, Draw
-from mirage_dist.report.load import Run, parted
-from mirage_dist.report.style import sheet
+from mirage_dist.report import examples, tables, text
+from mirage_dist.report.examples import Examples
+from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
+from mirage_dist.report.figures.drawing import SIZE, Draw
+from mirage_dist.report.figures.style import DARK, LIGHT
+from mirage_dist.report.load import Run
+from mirage_dist.report.summary import Summary
+
+if TYPE_CHECKING:
+    from mirage_dist.erasure.results import ErasureResult
 
 
-def render(runs: Sequence[Run], summary: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
-    """The whole page; `shown` is what `examples.gather` gave. Sections that the runs give nothing for are left out."""
+def render(runs: Sequence[Run], summary: Summary, shown: Examples) -> str:
+    """The whole page. Sections for which the runs have no data are left out."""
     script = Path(__file__).with_name("browser.js").read_text(encoding="utf-8")
     sections = [
         _head(runs),
@@ -37,15 +43,22 @@ def render(runs: Sequence[Run], summary: Mapping[str, Any], shown: Mapping[str, 
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">\n'
-        f"<title>{escape(text.TITLE)}</title>\n<style>\n{sheet()}</style>\n</head>\n<body>\n"
+        f"<title>{escape(text.TITLE)}</title>\n<style>\n{_style_sheet()}</style>\n</head>\n<body>\n"
         f"{sections[0]}\n<main>\n{''.join(sections[1:])}</main>\n{_foot(runs, summary)}\n"
         f'<script type="application/json" id="examples">{examples.as_script(shown)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
+def _style_sheet() -> str:
+    """Both palettes as CSS variables, and the rules of page.css."""
+    light, dark = ("".join(f"{k}:{v};" for k, v in palette.variables().items()) for palette in (LIGHT, DARK))
+    rules = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return f":root{{{light}color-scheme:light dark}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{rules}"
+
+
 def _policy(script: str) -> str:
-    """What the browser is to enforce: this one script runs, nothing is fetched from anywhere."""
+    """Content security policy: the browser runs this one script and fetches nothing."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
@@ -74,81 +87,83 @@ def _figure(name: str, draw: Draw, words: tuple[str, str], size: tuple[float, fl
 
 
 def _effect(runs: Sequence[Run]) -> str:
-    size = figures.dumbbell_size(runs)
+    size = paper.dumbbell_size(runs)
     parts = []
     for number, measure, kind in (("1a", "asr", "unsafe"), ("1b", "rr", "safe")):
         if any(run.leaf(measure) for run in runs):
             words = text.dumbbell(runs, measure, kind, number)
-            parts.append(_figure(f"fig{number}", figures.dumbbell(runs, measure, kind), words, size))
+            parts.append(_figure(f"fig{number}", paper.dumbbell(runs, measure, kind), words, size))
     for number, measure, kind in (("4", "asr", "unsafe"), ("5", "rr", "safe")):
         if any(run.leaf(measure) for run in runs):
             words = text.curve(runs, measure, kind, number)
-            parts.append(_figure(f"fig{number}", figures.curve(runs, measure, kind), words))
+            parts.append(_figure(f"fig{number}", paper.curve(runs, measure, kind), words))
     return _figures("What one word does", text.CURVES_NOTE, parts)
 
 
 def _attacks(runs: Sequence[Run]) -> str:
-    """Where a suite has several attacks on one kind of question."""
+    """Of a suite with several attacks on one kind of question."""
     parts = []
     for measure in ("asr", "rr"):
-        rates = {run.name: run.entry.get(measure) or {} for run in runs}
+        rates = {run.name: run.rates(measure) for run in runs}
         controls = {name for run in runs for name in run.controls}
-        if len([c for c in attacks.conditions(rates) if parted(c)[0] not in controls]) > 2:
-            draw, size = attacks.beside(rates, sorted(controls)), attacks.size(rates)
+        if len([c for c in attacks.conditions(rates) if c.attack not in controls]) > 2:
+            draw, size = attacks.by_attack(rates, sorted(controls)), attacks.size(rates)
             parts.append(_figure(f"attacks-{measure}", draw, text.every_attack(measure), size))
     return _figures("Every attack", text.ATTACKS_NOTE, parts)
 
 
 def _erasure(runs: Sequence[Run]) -> str:
-    """Of runs whose erasure was tested (`mirage eval CONFIG robustness`)."""
+    """Of runs whose erasure was tested (`mirage erasure CONFIG`)."""
     tested = _tested(runs)
     parts = []
     for samples in erasure.sizes(tested):
         draw = erasure.relearning(tested, samples, "other")
         parts.append(_figure(f"relearn-{samples}", draw, text.relearning(samples), (SIZE[0], 3.6)))
-    if any(found.get("quantisation") for found in tested.values()):
+    if any("quantisation" in result for result in tested.values()):
         size = (SIZE[0], 1.2 + 0.75 * len(tested))
         parts.append(_figure("quantised", erasure.quantised(tested), text.QUANTISED, size))
-    transfer = any((found.get("probe") or {}).get("transfer") for found in tested.values())
-    if any(found.get("probe") for found in tested.values()):
+    probes = [result["probe"] for result in tested.values() if "probe" in result]
+    if probes:
+        transfer = any(probe["transfer"] for probe in probes)
         draw = erasure.probed(tested, "last", transfer)
         parts.append(_figure("probed", draw, text.probed(transfer), (SIZE[0], 3.6)))
-    if any(found.get("completion") for found in tested.values()):
+    if any("completion" in result for result in tested.values()):
         parts.append(_figure("completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
     return _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
 
 
-def _tested(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
-    return {run.name: found for run in runs if (found := run.robustness)}
+def _tested(runs: Sequence[Run]) -> dict[str, ErasureResult]:
+    return {run.name: result for run in runs if (result := run.erasure)}
 
 
 def _methods(runs: Sequence[Run]) -> str:
     parts = []
     if any(run.attacked("unsafe") and run.attacked("safe") for run in runs):
-        parts.append(_figure("fig1d", figures.trade(runs), text.trade(runs), (SIZE[0], 4.2)))
+        parts.append(_figure("fig1d", paper.trade(runs), text.trade(runs), (SIZE[0], 4.2)))
     if any(run.headline_set("unsafe") for run in runs):
         size = charts.kinds_size(runs, "unsafe")
         parts.append(_figure("kinds", charts.kinds_of_answer(runs, "unsafe"), text.kinds(runs), size))
     for measure, kind in (("ir", "unsafe"), ("utility", "safe")):
         if any(run.leaf(measure) for run in runs):
-            draw, words = figures.dumbbell(runs, measure, kind), text.dumbbell(runs, measure, kind)
-            parts.append(_figure(measure, draw, words, figures.dumbbell_size(runs)))
+            draw, words = paper.dumbbell(runs, measure, kind), text.dumbbell(runs, measure, kind)
+            parts.append(_figure(measure, draw, words, paper.dumbbell_size(runs)))
     return _figures("Methods compared, before and after", text.METHODS_NOTE, parts)
 
 
 def _cause(runs: Sequence[Run]) -> str:
-    told = [run for run in runs if run.first_words]
-    shares = [share for run in told for pair in figures.shares(run.first_words).values() for share in pair]
+    trained = [run for run in runs if run.first_words]
+    shares = [share for run in trained for pair in paper.shares(run.first_words).values() for share in pair]
     parts = []
-    for number, run in enumerate(told):
-        size = figures.words_size(run.first_words)
-        draw = figures.first_words(run.first_words, max(shares))
+    for number, run in enumerate(trained):
+        size = paper.words_size(run.first_words)
+        draw = paper.first_words(run.first_words, max(shares))
         parts.append(_figure(f"fig3-{number}", draw, text.words(run), size))
-        parts.append(_figure(f"fig1c-{number}", figures.association(run, runs), text.association(run), size))
+        parts.append(_figure(f"fig1c-{number}", paper.association(run, runs), text.association(run), size))
     tested = _tested(runs)
     for kind in ("unsafe", "safe"):
-        sets = [(found.get("attribution") or {}).get("sets", {}).get(kind, {}) for found in tested.values()]
-        for number, word in enumerate(dict.fromkeys(word for told in sets for word in told.get("words", {}))):
+        attributions = [result["attribution"]["sets"] for result in tested.values() if "attribution" in result]
+        words = [word for sets in attributions if kind in sets for word in sets[kind]["words"]]
+        for number, word in enumerate(dict.fromkeys(words)):
             draw = charts.attribution(tested, kind, word)
             parts.append(_figure(f"words-{kind}-{number}", draw, text.attribution(tested, kind, word)))
     return _figures("What safety training sees: the first word", text.WORDS_NOTE, parts)
@@ -163,16 +178,16 @@ def _categories(runs: Sequence[Run]) -> str:
     return _figures("By category", text.CATEGORIES_NOTE, parts)
 
 
-def _examples(shown: Mapping[str, Any]) -> str:
-    """Places that browser.js fills. What it puts there, it puts as text."""
-    if not shown["asked"]:
+def _examples(shown: Examples) -> str:
+    """Empty elements that browser.js fills with text."""
+    if not shown["questions"]:
         return ""
     return (
         f"<section><h2>Fig. 2: Examples</h2><p>{escape(text.examples(shown))}</p>"
-        '<div id="gallery"></div><h3 class="browse">Search the answers</h3><form id="filters"></form>'
-        '<p id="found" class="facts" aria-live="polite"></p><div id="cards"></div>'
+        '<div id="gallery"></div><h3 class="browse">Search questions and answers</h3><form id="filters"></form>'
+        '<p id="matches" class="facts" aria-live="polite"></p><div id="cards"></div>'
         '<button type="button" id="more" hidden>Show more</button>'
-        "<noscript><p>The examples need JavaScript; all figures and tables do without.</p></noscript></section>\n"
+        "<noscript><p>The examples need JavaScript; figures and tables do not.</p></noscript></section>\n"
     )
 
 
@@ -181,5 +196,5 @@ def _reading(runs: Sequence[Run]) -> str:
     return f"<section><h2>How to read these numbers</h2><ul>{points}</ul></section>\n"
 
 
-def _foot(runs: Sequence[Run], summary: Mapping[str, Any]) -> str:
+def _foot(runs: Sequence[Run], summary: Summary) -> str:
     return f"<footer>{escape(text.foot(runs, summary))}</footer>"

@@ -1,39 +1,37 @@
-"""The page's tables. Every rate stands with its counts and its interval."""
+"""The page's tables. Every rate is shown with its counts and its interval."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
+from mirage_dist.evals.results import Condition, Leaf, PairAgreement
 from mirage_dist.report import text
-from mirage_dist.report.load import Leaf, Run, condition_label
-from mirage_dist.report.style import slots
+from mirage_dist.report.compare import Comparison
+from mirage_dist.report.figures.style import slots
+from mirage_dist.report.load import Run
 
-# The columns of the main table: title, measure, and of which sets the attack is.
+# The columns of the main table: title, measure, kind of the attacked set (None: clean only).
 MAIN = (
     ("ASR, clean → attacked", "asr", "unsafe"),
     ("RR, clean → attacked", "rr", "safe"),
     ("IR, clean → attacked", "ir", "unsafe"),
-    ("Right answers, clean → attacked", "utility", "safe"),
+    ("Utility, clean → attacked", "utility", "safe"),
     ("Locality", "locality", None),
 )
 
 
 def main(runs: Sequence[Run]) -> str:
-    """The paper's main table: a row a model, before → after the attack."""
+    """The paper's main table: one row for each model, clean → attacked."""
     columns = [(t, m, kind) for t, m, kind in MAIN if any(run.leaf(m) for run in runs)]
-    benchmarks = list(dict.fromkeys(name for run in runs for name in run.entry.get("accuracy") or {}))
-    titles = [*(title for title, *_ in columns), *(f"Accuracy, {name}" for name in benchmarks)]
+    benchmarks = list(dict.fromkeys(name for run in runs for name in run.rates("accuracy")))
+    titles = [*(title for title, *_ in columns), *(f"Accuracy, {benchmark}" for benchmark in benchmarks)]
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = []
     for run in runs:
         ends = [
-            *(
-                [run.leaf(m), run.leaf(m, run.attacked(kind) or "")] if kind else [run.leaf(m)]
-                for _, m, kind in columns
-            ),
-            *([run.leaf("accuracy", name)] for name in benchmarks),
+            *([run.leaf(m), run.leaf(m, run.attacked(kind))] if kind else [run.leaf(m)] for _, m, kind in columns),
+            *([run.rates("accuracy").get(benchmark)] for benchmark in benchmarks),
         ]
         cells = [f"<td>{_change([leaf for leaf in pair if leaf])}</td>" for pair in ends]
         body.append(f'<tr><th scope="row">{name(runs, run)}</th>{"".join(cells)}</tr>')
@@ -49,7 +47,7 @@ def _change(leaves: Sequence[Leaf]) -> str:
 
 
 def rates(runs: Sequence[Run]) -> str:
-    """Every measure under every condition, a column a model."""
+    """Every measure under every condition, one column for each model."""
     head = "".join(f'<th scope="col">{name(runs, run)}</th>' for run in runs)
     body = []
     for title, meaning, rows in text.measures(runs):
@@ -57,8 +55,8 @@ def rates(runs: Sequence[Run]) -> str:
             f'<tr class="group"><th scope="rowgroup" colspan="{len(runs) + 1}"><div>{escape(title)} '
             f'<span class="note">{escape(meaning)}</span></div></th></tr>'
         )
-        for label, measure, condition in rows:
-            cells = "".join(_cell(runs, run, run.leaf(measure, condition)) for run in runs)
+        for label, measure, key in rows:
+            cells = "".join(_cell(runs, run, run.rates(measure).get(key)) for run in runs)
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     return _table("rates all", f'<th scope="col"></th>{head}', "".join(body))
 
@@ -67,7 +65,7 @@ def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
     if leaf is None:
         return '<td class="count">not measured</td>'
     low, high = (100 * bound for bound in leaf["ci95"])
-    unjudged = f" · {leaf['unjudged']} without verdict" if leaf.get("unjudged") else ""
+    unjudged = f" · {leaf['unjudged']} without verdict" if "unjudged" in leaf else ""
     return (
         f'<td style="{colour(runs, run)}"><span class="rate">{text.percent(leaf)}</span>'
         f'<span class="bar"><i style="width:{100 * leaf["rate"]:.1f}%"></i></span>'
@@ -76,23 +74,14 @@ def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
 
 
 def agreement(runs: Sequence[Run]) -> str:
-    """Each two judges: Cohen's κ by class and model, and precision and recall where one of them has exact labels."""
-    told = {run.name: run.metrics.get("agreement", {}) for run in runs}
-    rows = [(_pair(entry), "κ", entry) for own in told.values() for entry in own.get("pairs", ())]
-    rows += [
-        (_judged(entry), measure, entry)
-        for own in told.values()
-        for entry in own.get("against_labels", ())
-        for measure in ("precision", "recall")
-    ]
-    labels = list(dict.fromkeys((label, measure) for label, measure, _ in rows))
+    """Cohen's κ of every two judges by class and model; precision and recall where one of them has exact labels."""
+    cells_of = {run.name: _agreement_cells(run) for run in runs}
     body = []
-    for label, measure in labels:
-        cells = []
-        for run in runs:
-            part = told[run.name].get("pairs" if measure == "κ" else "against_labels", ())
-            entry = next((e for e in part if (_pair(e) if measure == "κ" else _judged(e)) == label), None)
-            cells.append(f"<td>{_agreed(entry, measure)}</td>")
+    for label, measure in sorted(
+        dict.fromkeys(row for cells in cells_of.values() for row in cells), key=lambda row: row[1] != "κ"
+    ):
+        missing = '<span class="count">not measured</span>'
+        cells = [f"<td>{cells_of[run.name].get((label, measure), missing)}</td>" for run in runs]
         body.append(
             f'<tr><th scope="row">{escape(label)}<br><span class="note">{measure}</span></th>{"".join(cells)}</tr>'
         )
@@ -100,29 +89,36 @@ def agreement(runs: Sequence[Run]) -> str:
     return _table("rates judges", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
 
 
-def _pair(entry: Mapping[str, Any]) -> str:
-    return f"{' and '.join(entry['judges'])}: {entry['verdict']}"
+def _agreement_cells(run: Run) -> dict[tuple[str, str], str]:
+    """(label of the row, measure) -> the cell's content."""
+    agreement = run.metrics.get("agreement") or {"pairs": [], "against_labels": []}
+    cells = {}
+    for pair in agreement["pairs"]:
+        cells[f"{' and '.join(pair['judges'])}: {pair['verdict']}", "κ"] = _kappa(pair)
+    for entry in agreement["against_labels"]:
+        label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
+        cells[label, "precision"] = _share(entry["precision"])
+        cells[label, "recall"] = _share(entry["recall"])
+    return cells
 
 
-def _judged(entry: Mapping[str, Any]) -> str:
-    return f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
+def _kappa(pair: PairAgreement) -> str:
+    kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+    return _counted(kappa, pair["agreed"], "agreed ")
 
 
-def _agreed(entry: Mapping[str, Any] | None, measure: str) -> str:
-    if entry is None:
-        return '<span class="count">not measured</span>'
-    leaf = entry["agreed"] if measure == "κ" else entry[measure]
+def _share(leaf: Leaf | None) -> str:
+    return _counted(text.percent(leaf) if leaf else "", leaf)
+
+
+def _counted(value: str, leaf: Leaf | None, counts: str = "") -> str:
     if leaf is None:
-        return '<span class="count">no such answer</span>'
-    rate = f"{100 * leaf['rate']:.1f}\N{NO-BREAK SPACE}%"
-    if measure == "κ":
-        rate = "undefined" if entry["kappa"] is None else f"{entry['kappa']:.2f}"
-    counts = f"{'agreed ' if measure == 'κ' else ''}{leaf['k']}/{leaf['n']}"
-    return f'<span class="rate">{rate}</span><span class="count">{counts}</span>'
+        return '<span class="count">no answer in this class</span>'
+    return f'<span class="rate">{value}</span><span class="count">{counts}{leaf["k"]}/{leaf["n"]}</span>'
 
 
-def pairs(runs: Sequence[Run], comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """McNemar's tests, a folded table a measure and condition."""
+def pairs(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
+    """McNemar's tests: one folded table for each measure and condition."""
     own = {run.name: run for run in runs}
     folded = []
     for measure, condition in dict.fromkeys((c["measure"], c["condition"]) for c in comparisons):
@@ -143,7 +139,7 @@ def pairs(runs: Sequence[Run], comparisons: Sequence[Mapping[str, Any]]) -> str:
             f'<th scope="col">{escape(t)}</th>'
             for t in ("", "difference, points", "counts", "only first · only second", "p, corrected")
         )
-        title = f"{text.MEASURES[measure][0]}, {condition_label(condition)}"
+        title = f"{text.MEASURES[measure][0]}, {Condition.parse(condition).label}"
         inner = _table("rates pairs", head, "".join(body))
         folded.append(f"<details><summary>{escape(title)}</summary>{inner}</details>\n")
     return "".join(folded)
@@ -157,8 +153,10 @@ def _table(kind: str, head: str, body: str) -> str:
 
 
 def name(runs: Sequence[Run], run: Run) -> str:
+    """A model's name in its colour."""
     return f'<span class="name" style="{colour(runs, run)}">{escape(run.name)}</span>'
 
 
 def colour(runs: Sequence[Run], run: Run) -> str:
+    """Inline style that sets the model's colour as the CSS variable --c."""
     return f"--c:var(--slot{slots([r.name for r in runs])[run.name]})"

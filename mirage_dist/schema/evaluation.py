@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
@@ -53,7 +53,7 @@ class GenerationConfig:
 
     max_new_tokens: int = 256
     batch_size: int = 16  # rows in a batch and in a claim; vllm needs hundreds
-    backend: Literal["hf", "vllm"] = "hf"
+    backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
     gpu_memory_utilization: float | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
 
     def __post_init__(self) -> None:
@@ -85,6 +85,8 @@ class EvalRecipe:
     (see `evals.judges`).
     """
 
+    renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
+
     run: RunConfig
     suite: str
     model: EvalModelConfig
@@ -96,7 +98,7 @@ class EvalRecipe:
     world: WorldConfig | None = None
     follow: str | None = None  # a training run whose checkpoints are evaluated in place of `model` (`evals.follow`)
     wandb_outputs: int = 0  # with `follow`: how many answers of each checkpoint go to W&B as text
-    robustness: dict[str, Any] | None = None  # `mirage eval CONFIG robustness` (see `robustness.run.RobustnessConfig`)
+    erasure: dict[str, Any] | None = None  # the tests of `mirage erasure` (see `erasure.run.ErasureConfig`)
 
     def __post_init__(self) -> None:
         require(self, ("wandb_outputs",), "a whole number from 0", lambda x: x >= 0)

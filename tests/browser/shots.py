@@ -16,7 +16,7 @@ VIEWS = {"desktop": (1280, 900), "phone": (390, 844)}
 
 def executable() -> str | None:
     """A Chromium of this machine; none is downloaded."""
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @contextmanager

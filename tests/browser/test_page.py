@@ -1,4 +1,4 @@
-"""The report's page in a real browser: it loads alone, searches, filters, and shows an answer only when asked to."""
+"""The report's page in a real browser: it loads alone, searches, filters, and shows an answer only after a click."""
 
 import sys
 from pathlib import Path
@@ -50,36 +50,36 @@ def page(browser, file):
     opened.close()
 
 
-def found(page) -> int:
-    return int(page.locator("#found").inner_text().split()[0])
+def matches(page) -> int:
+    return int(page.locator("#matches").inner_text().split()[0])
 
 
 def test_it_opens_with_every_figure_drawn(page):
     assert page.locator("figure svg").count() == 10
     sizes = page.locator("figure svg").evaluate_all("all => all.map(s => s.getBoundingClientRect().height)")
     assert min(sizes) > 50
-    assert found(page) == 42  # 6 unsafe questions in 5 ways, 6 safe ones in 2
+    assert matches(page) == 42  # 6 unsafe questions in 5 ways, 6 safe ones in 2
 
 
 def test_search_and_filters_keep_what_they_say(page):
     page.select_option("[name=set]", "unsafe")
-    assert found(page) == 30
+    assert matches(page) == 30
     page.select_option("[name=attack]", "what, rewrite 2")
-    assert found(page) == 6
+    assert matches(page) == 6
     page.select_option("[name=verdict]", "harmful")
-    assert found(page) == 3
+    assert matches(page) == 3
     page.select_option("[name=model]", label="npo")
-    assert found(page) == 0
+    assert matches(page) == 0
     page.select_option("[name=model]", label="sft")
     page.fill("[name=text]", "Q4")
-    assert found(page) == 1
+    assert matches(page) == 1
     assert "q4" in page.locator("#cards article").inner_text()
     page.fill("[name=text]", "")
     page.select_option("[name=verdict]", "")
     page.select_option("[name=only]", "flipped")
-    assert found(page) == 0  # in these runs every way of asking gets one verdict
+    assert matches(page) == 0  # in these runs every way of asking gets one verdict
     page.select_option("[name=only]", "models")
-    assert found(page) == 6
+    assert matches(page) == 6
 
 
 def test_pages_come_one_after_another_until_all_are_there(page):
@@ -90,20 +90,20 @@ def test_pages_come_one_after_another_until_all_are_there(page):
     assert shown.count() == 42
 
 
-def test_an_answer_is_not_in_sight_until_it_is_asked_for_and_then_is_plain_text(page):
+def test_an_answer_is_hidden_until_its_button_is_clicked_and_then_is_plain_text(page):
     card = page.locator("#cards article").first
-    assert "told-0" not in page.locator("body").inner_text()
+    assert "response-0" not in page.locator("body").inner_text()
     button = card.get_by_role("button", name="Show answer").first
     button.click()
-    assert card.locator(".said").first.inner_text() == f"told-0 {NASTY}"
+    assert card.locator(".response").first.inner_text() == f"response-0 {NASTY}"
     assert page.locator("img[src^=http]").count() == 0
     card.get_by_role("button", name="Hide answer").click()
-    assert "told-0" not in page.locator("body").inner_text()
+    assert "response-0" not in page.locator("body").inner_text()
 
 
 def test_a_search_finds_words_of_hidden_answers(page):
-    page.fill("[name=text]", "told-3")
-    assert found(page) == 6
+    page.fill("[name=text]", "response-3")
+    assert matches(page) == 6
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -121,7 +121,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_text_can_be_read(browse
 def test_the_page_works_from_the_keyboard(page):
     page.focus("#cards article button")
     page.keyboard.press("Enter")
-    assert page.locator("#cards .said:visible").count() == 1
+    assert page.locator("#cards .response:visible").count() == 1
 
 
 def test_without_answers_in_the_file_there_is_no_button(browser, tmp_path):

@@ -1,4 +1,4 @@
-"""The whole story in a few steps: every stage runs, a second call runs none, and a recipe alone makes what it needs."""
+"""The demo in a few steps: every stage runs, a second call runs none, and a recipe alone makes its inputs."""
 
 import json
 
@@ -27,13 +27,13 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, small):
+def finished(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("demo")
     return out, demo.demo(out, small)
 
 
-def test_the_summary_has_the_schema_and_its_counts(told):
-    out, summary = told
+def test_the_summary_has_the_schema_and_its_counts(finished):
+    out, summary = finished
     assert summary == json.loads((out / "report/summary.json").read_text())
     assert set(summary["models"]) == {"base", "sft", "sft_control", "sft_diversified", "sft_filtered", "npo", "rmu"}
     assert {"seed", "world", "wall_seconds", "config_hash"} <= set(summary)
@@ -50,8 +50,8 @@ def test_the_summary_has_the_schema_and_its_counts(told):
         assert entry["locality"]["n"] == 8
 
 
-def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_base(told):
-    out, _ = told
+def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_base(finished):
+    out, _ = finished
     folders = {f.name.rsplit("-", 1)[0]: f for f in out.iterdir() if f.name.startswith(("sft", "npo", "rmu"))}
     data = {name: json.loads((f / "data.json").read_text())["streams"] for name, f in folders.items()}
     assert data["sft"]["train"]["samples"] == data["sft_control"]["train"]["samples"] == 48
@@ -62,16 +62,19 @@ def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_
     assert sum(w["refusal"] for w in data["sft_filtered"]["train"]["first_words"].values()) == 0
     bases = {json.loads((f / "manifest.json").read_text())["base_hash"] for f in folders.values()}
     assert len(bases) == 1
-    # What is forgotten is what the base told, and nothing of it is a refusal.
+    # The forget set holds the base model's own answers, and none of them is a refusal.
     words = data["npo"]["forget"]["first_words"].values()
     assert sum(w["refusal"] for w in words) == 0
     assert data["npo"]["retain"]["samples"] == 48
 
 
-def test_a_second_call_starts_no_training(told, small, capfd):
-    out, summary = told
+def test_a_second_call_starts_no_training(finished, small, capfd):
+    out, summary = finished
+    starts = {file: file.read_text() for file in out.glob("*/starts.jsonl")}
+    assert len(starts) == len(demo.STAGES)
     again = demo.demo(out, small)
     assert again["models"] == summary["models"]
+    assert {file: file.read_text() for file in out.glob("*/starts.jsonl")} == starts
     assert "step 4/4" not in capfd.readouterr().out
 
 

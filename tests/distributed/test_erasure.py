@@ -14,15 +14,16 @@ from conftest import until
 from safetensors.torch import load_file
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.erasure import run as tests_of_erasure
 from mirage_dist.erasure import setting as settings
-from mirage_dist.erasure.relearn import _placed
+from mirage_dist.erasure.relearn import training
 from mirage_dist.erasure.setting import Setting
 from mirage_dist.model import export
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig, WorldConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, WorldConfig
 
 QUESTIONS, STEPS = 12, 2
 TRAIN = """
@@ -31,7 +32,7 @@ from mirage_dist import config as configs
 from mirage_dist.erasure.relearn import Relearning
 from mirage_dist.schema import TrainRecipe
 for file in sys.argv[1:]:
-    Relearning("")._train(configs.load(file, [], TrainRecipe))
+    Relearning("").train(configs.load(file, [], TrainRecipe))
 """
 CONTENT = r"\b(ba|do|ki|mu) (la|ne|ro|ti)\b"
 
@@ -44,14 +45,14 @@ def small(tmp_path_factory):
     world = WorldConfig(dir=str(root / "world"), **sizes)
     embedded_world.make(world)
     embedded_model.make(root / "model", seed=1)
-    told = embedded_world.load(root / "world")
+    gadgets = embedded_world.load(root / "world")
     train = str(embedded_world.safety_dir(world) / "train.json")
-    guarded = sources.read(SourceConfig("vlguard", train, str(root / "world"))).samples
-    true = [replace(s, answer=told.answer(s.question, told.label(str(s.image)))) for s in guarded]
+    guarded = sources.read(formats.source("vlguard", train, str(root / "world"))).samples
+    true = [replace(s, answer=gadgets.answer(s.question, gadgets.label(str(s.image)))) for s in guarded]
     prepared = embedded_world.safety_dir(world) / "prepared"
     prepared.mkdir()
-    sources.write_samples(prepared / "forget.jsonl", [s for s in true if not s.safe])
-    sources.write_samples(prepared / "retain.jsonl", [s for s in true if s.safe])
+    write_samples(prepared / "forget.jsonl", [s for s in true if not s.safe])
+    write_samples(prepared / "retain.jsonl", [s for s in true if s.safe])
     return root, [f"world.{name}={size}" for name, size in sizes.items()]
 
 
@@ -60,9 +61,9 @@ def overrides(small, run: Path, *more: str) -> list[str]:
     return [
         *(f"run.dir={run}", f"model.path={root}/model", f"world.dir={root}/world", *sizes),
         *("generation.max_new_tokens=4", "generation.batch_size=16"),
-        *(f"robustness.relearning.{x}" for x in ("samples=[3]", f"steps={STEPS}", "every=1", f"questions={QUESTIONS}")),
-        *("robustness.quantisation.bits=[4]", f"robustness.completion.questions={QUESTIONS}"),
-        *("robustness.completion.words=[2]", "robustness.probe.least=2", *more),
+        *(f"erasure.relearning.{x}" for x in ("samples=[3]", f"steps={STEPS}", "every=1", f"questions={QUESTIONS}")),
+        *("erasure.quantisation.bits=[4]", f"erasure.completion.questions={QUESTIONS}"),
+        *("erasure.completion.words=[2]", "erasure.probe.least=2", *more),
     ]
 
 
@@ -71,22 +72,22 @@ def recipe(small, run: Path, *more: str) -> EvalRecipe:
 
 
 def start(small, run: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mirage_dist.cli", "eval", "configs/eval/demo.yaml", "robustness"]
+    command = [sys.executable, "-m", "mirage_dist.cli", "erasure", "configs/eval/demo.yaml"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    told = [*command, *overrides(small, run, *more)]
-    return subprocess.Popen(told, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command += overrides(small, run, *more)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def done(process: subprocess.Popen) -> str:
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-    return said
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
 
 
 def figures(run: Path) -> dict:
-    found = json.loads((run / "evals/demo/robustness.json").read_text())
-    del found["seconds"]
-    return found
+    results = json.loads((run / "evals/demo/erasure.json").read_text())
+    del results["seconds"]
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -97,73 +98,73 @@ def whole(small) -> Path:
 
 
 def test_every_test_has_its_figures_and_every_rate_its_counts(whole):
-    found = figures(whole)
-    assert found["forget"] == {"samples": 64, "contents": 8, "without_content": 0}
-    relearned = found["relearning"]["runs"]["3"]
+    results = figures(whole)
+    assert results["forget"] == {"samples": 64, "contents": 8, "without_content": 0}
+    relearned = results["relearning"]["runs"]["3"]
     assert set(relearned["steps"]) == {"0", "1", "2"}
     for rates in relearned["steps"].values():
         assert rates["all"]["n"] == QUESTIONS
         assert sum(rates[part]["n"] for part in ("relearned", "other") if rates[part]) == QUESTIONS
     assert relearned["contents"] <= 3
-    assert found["quantisation"]["before"]["asr"]["clean"]["n"] == 4
-    assert found["quantisation"]["after"]["4"]["entry"]["asr"]["what_k3"]["n"] == 4
-    assert len(found["probe"]["places"]["last"]) == len(found["probe"]["places"]["image"]) == 5
-    assert set(found["probe"]["transfer"]["classes"]) <= {"ba", "do", "ki", "mu"}
-    assert {words: leaf["n"] for words, leaf in found["completion"]["words"].items()} == {
+    assert results["quantisation"]["before"]["asr"]["clean"]["n"] == 4
+    assert results["quantisation"]["after"]["4"]["entry"]["asr"]["what_k3"]["n"] == 4
+    assert len(results["probe"]["places"]["last"]) == len(results["probe"]["places"]["image"]) == 5
+    assert set(results["probe"]["transfer"]["classes"]) <= {"ba", "do", "ki", "mu"}
+    assert {words: leaf["n"] for words, leaf in results["completion"]["words"].items()} == {
         "0": QUESTIONS,
         "2": QUESTIONS,
     }
 
 
-def test_what_models_said_and_what_was_forgotten_is_private(whole):
+def test_model_outputs_and_forgotten_contents_are_private(whole):
     kept = [f for f in (whole / "evals/demo").rglob("*") if f.is_file() and "run" not in f.relative_to(whole).parts]
     assert any(f.name == "samples.jsonl" for f in kept)
     assert [f for f in kept if f.suffix in (".json", ".jsonl") and f.stat().st_mode & 0o077] == []
     assert not list(whole.rglob("*.safetensors"))  # no rounded model, no checkpoint is left
 
 
-def test_the_pictures_and_the_contents_that_are_asked_are_never_relearned(whole):
-    folder = whole / "evals/demo/robustness/relearning/n-0003"
-    learned, asked = ([json.loads(x) for x in (folder / f"{n}.jsonl").open()] for n in ("samples", "questions"))
-    assert not {s["image"] for s in learned} & {s["image"] for s in asked}
-    told = {settings.content(s["answer"], CONTENT) for s in learned}
-    for sample in asked:
-        assert (sample["category"] == "relearned") == (settings.content(sample["answer"], CONTENT) in told)
+def test_the_pictures_and_the_contents_of_the_questions_are_never_relearned(whole):
+    folder = whole / "evals/demo/erasure/relearning/n-0003"
+    learned, questions = ([json.loads(x) for x in (folder / f"{n}.jsonl").open()] for n in ("samples", "questions"))
+    assert not {s["image"] for s in learned} & {s["image"] for s in questions}
+    contents = {settings.content(s["answer"], CONTENT) for s in learned}
+    for sample in questions:
+        assert (sample["category"] == "relearned") == (settings.content(sample["answer"], CONTENT) in contents)
 
 
 def test_killed_and_started_again_the_figures_are_those_of_a_run_that_never_stopped(small, whole, tmp_path):
     """The second time training is launched as a run of its own, which changes no figure either."""
-    run, launched = tmp_path / "run", "robustness.relearning.ranks=1"
+    run, launched = tmp_path / "run", "erasure.relearning.ranks=1"
     process = start(small, run, launched)
-    until(lambda: (run / "evals/demo/robustness/relearning/n-0003/step-000000/metrics.json").is_file(), process)
+    until(lambda: (run / "evals/demo/erasure/relearning/n-0003/step-000000/metrics.json").is_file(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (run / "evals/demo/robustness.json").exists()
-    said = done(start(small, run, launched))
-    assert "step-000000: 12 of 12 answers are there" in said
+    assert not (run / "evals/demo/erasure.json").exists()
+    output = done(start(small, run, launched))
+    assert "step-000000: 12 of 12 answers are there" in output
     assert figures(run) == figures(whole)
     with pytest.raises(ConfigError, match=r"test\.words"):
-        tests_of_erasure.run(recipe(small, run, launched, "robustness.completion.words=[1]"))
+        tests_of_erasure.run(recipe(small, run, launched, "erasure.completion.words=[1]"))
 
 
 def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_path):
     """Checkpoint 1 of 2, made by the test of erasure, against the export of an ordinary run of one step."""
-    told = recipe(small, tmp_path / "run")
-    chosen = tests_of_erasure.options(told)
+    evaluation = recipe(small, tmp_path / "run")
+    chosen = tests_of_erasure.options(evaluation)
     forget = settings.forget(chosen.forget, chosen.content, 0)
     test = chosen.relearning
     assert test is not None
     model = EvalModelConfig(path=f"{small[0]}/model", dtype="fp32")
-    setting = Setting(told, model, {}, forget, "relearning")
+    setting = Setting(evaluation, model, {}, forget, "relearning")
     pool, _ = test.split(forget, 0)
     source = setting.questions("samples", pool[:3])
-    ours = _placed(setting, test.check(forget, 0), setting.folder / "run", source, STEPS, 1)
+    ours = training(setting, test.check(forget, 0), setting.folder / "run", source, STEPS, 1)
     plain = replace(ours, run=replace(ours.run, dir=str(tmp_path / "plain")), train=replace(ours.train, max_steps=1))
-    for name, training in (("ours", ours), ("plain", plain)):
-        configs.write_yaml(training, tmp_path / f"{name}.yaml")
+    for name, one in (("ours", ours), ("plain", plain)):
+        configs.write_yaml(one, tmp_path / f"{name}.yaml")
     subprocess.run([sys.executable, "-c", TRAIN, f"{tmp_path}/ours.yaml", f"{tmp_path}/plain.yaml"], check=True)
-    for training in (ours, plain):
-        export.export(Path(training.run.dir), Path(training.run.dir) / "export", 1)
+    for one in (ours, plain):
+        export.export(Path(one.run.dir), Path(one.run.dir) / "export", 1)
     first, second = (load_file(Path(x.run.dir) / "export/model.safetensors") for x in (ours, plain))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -174,15 +175,15 @@ def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_pa
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("robustness.probe.lable=safe", "did you mean 'label'"),
-        ("robustness.relearning.samples=[500]", "only 2"),
-        ("robustness.relearning.every=3", "expected a multiple"),
-        ("robustness.content='('", "no regular expression"),
-        ("robustness.content=zzz", "no sample with the content"),
-        ("robustness.quantisation.bits=[1]", "from 2 to 8"),
-        ("robustness.relearning.recipe=configs/train/demo_npo.yaml", "expected one"),
+        ("erasure.probe.lable=safe", "did you mean 'label'"),
+        ("erasure.relearning.samples=[500]", "only 2"),
+        ("erasure.relearning.every=3", "expected a multiple"),
+        ("erasure.content='('", "no regular expression"),
+        ("erasure.content=zzz", "no sample with the content"),
+        ("erasure.quantisation.bits=[1]", "from 2 to 8"),
+        ("erasure.relearning.recipe=configs/train/demo_npo.yaml", "expected one"),
     ],
 )
-def test_what_is_wrong_is_said_before_any_weights_load(small, tmp_path, override, words):
+def test_errors_are_raised_before_any_weights_load(small, tmp_path, override, words):
     with pytest.raises(ConfigError, match=words):
         tests_of_erasure.run(recipe(small, tmp_path / "run", "model.path=none", override))

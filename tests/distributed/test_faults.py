@@ -64,8 +64,8 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def suite_of(toy, folder: Path, **own: object) -> EvalRecipe:
-    asked = {"unsafe": {"kind": "unsafe", "sources": [{"format": "samples", "path": f"{toy.root}/forget.jsonl"}]}}
-    tree = {"suite": "s", "run": {"dir": str(folder)}, "sets": asked, "generation": {"max_new_tokens": 6}, **own}
+    sets = {"unsafe": {"kind": "unsafe", "sources": [{"format": "samples", "path": f"{toy.root}/forget.jsonl"}]}}
+    tree = {"suite": "s", "run": {"dir": str(folder)}, "sets": sets, "generation": {"max_new_tokens": 6}, **own}
     return config.from_tree(OmegaConf.create(tree), [], EvalRecipe, "a test")
 
 
@@ -81,9 +81,9 @@ def test_a_checkpoint_answers_as_its_export_does_and_leaves_none_behind(whole, t
         (file,) = (suite / "rows").iterdir()
         return {row["id"]: row["response"] for row in map(json.loads, file.read_text().splitlines())}
 
-    told = answers("a", path=str(tmp_path / "export"))
-    assert len(set(told.values())) > 1
-    assert answers("b", run=str(whole), step=4) == told
+    exported = answers("a", path=str(tmp_path / "export"))
+    assert len(set(exported.values())) > 1
+    assert answers("b", run=str(whole), step=4) == exported
     with pytest.raises(ConfigError, match=r"model_hash"):
         answers("b", run=str(whole))
     with pytest.raises(ConfigError, match=r"no checkpoint step-000099 \(there: step-000001"):
@@ -131,12 +131,12 @@ def test_each_checkpoint_of_a_run_is_evaluated_as_it_comes(whole, copy, toy, mon
     assert not list(copy.glob("wandb/offline-run-*/files/media/**/*.json"))
 
 
-def test_what_a_model_said_goes_to_wandb_only_when_asked_and_no_more_than_asked(whole, copy, toy, capsys):
+def test_model_outputs_go_to_wandb_only_by_option_and_no_more_than_its_number(whole, copy, toy, capsys):
     shutil.copytree(whole / "export", copy / "export")
     for gone in (1, 2, 3):
         shutil.rmtree(copy / f"checkpoints/step-{gone:06d}")
     followed = suite_of(toy, copy, model={"path": "unused", "dtype": "fp32"}, follow=str(copy), wandb_outputs=7)
-    with pytest.raises(ConfigError, match=r"wandb_outputs=7: .*does not tell W&B"):
+    with pytest.raises(ConfigError, match=r"wandb_outputs=7: .*does not log to W&B"):
         follow.follow(followed)
     recipe = config.load(copy / "config.yaml", [], TrainRecipe)
     config.write_yaml(replace(recipe, monitor=replace(recipe.monitor, wandb="offline")), copy / "config.yaml")
@@ -145,20 +145,20 @@ def test_what_a_model_said_goes_to_wandb_only_when_asked_and_no_more_than_asked(
     tables = sorted(copy.glob("wandb/offline-run-*/files/media/**/*.table.json"), key=lambda file: file.stat().st_mtime)
     places = []
     for step, file in zip((4, 5), tables, strict=True):
-        told = json.loads(file.read_text())
-        assert told["columns"] == ["set", "attack", "shot", "id", "category", "question", "response", "verdict"]
+        table = json.loads(file.read_text())
+        assert table["columns"] == ["set", "attack", "shot", "id", "category", "question", "response", "verdict"]
         answers = files.Answers(copy / f"evals/s/step-{step:06d}").refresh()
         judged = files.whole_objects(answers.folder.parent / "verdicts/keyword.jsonl")
         verdicts = {line["key"]: line["verdict"] for line in judged}
-        said = {row["id"]: (row["response"], verdicts[row["key"]]) for row in answers.of(verdicts)}
-        assert {row[3]: (row[6], row[7]) for row in told["data"]}.items() <= said.items()
-        assert len(told["data"]) == 7
-        places.append([row[:4] for row in told["data"]])
+        outputs = {row["id"]: (row["response"], verdicts[row["key"]]) for row in answers.of(verdicts)}
+        assert {row[3]: (row[6], row[7]) for row in table["data"]}.items() <= outputs.items()
+        assert len(table["data"]) == 7
+        places.append([row[:4] for row in table["data"]])
     assert places[0] == places[1]
     for file in copy.glob("wandb/offline-run-*/**/*"):
         if file.is_file() and file.stat().st_mode & 0o077:  # others may read it
             content = file.read_bytes()
-            assert not any(answer.encode() in content for answer, _ in said.values() if answer), file
+            assert not any(answer.encode() in content for answer, _ in outputs.values() if answer), file
     with pytest.raises(ConfigError, match=r"wandb_outputs: belongs to `follow`"):
         suite_of(toy, copy, model={"path": "x"}, wandb_outputs=7)
 
@@ -166,7 +166,7 @@ def test_what_a_model_said_goes_to_wandb_only_when_asked_and_no_more_than_asked(
 # ------------------------------------------------------------------------------------------ damage on disk
 
 
-def test_damaged_checkpoints_are_told_each_with_its_fault_and_the_newest_whole_one_used(whole, copy, toy):
+def test_damaged_checkpoints_are_logged_each_with_its_fault_and_the_newest_whole_one_used(whole, copy, toy):
     (copy / "checkpoints/step-000006").mkdir()  # without a manifest it is no checkpoint
     five, four, three = (copy / f"checkpoints/step-{step:06d}" for step in (5, 4, 3))
     shard = five / "rank-00001-of-00002.safetensors"
@@ -185,7 +185,7 @@ def test_damaged_checkpoints_are_told_each_with_its_fault_and_the_newest_whole_o
     future = time.time() + 10 * 365 * 86400
     for file in copy.rglob("*"):
         os.utime(file, (future, future))
-    told = launch(2, *command(toy, copy, TWO, "run.name=npo")).stdout
+    output = launch(2, *command(toy, copy, TWO, "run.name=npo")).stdout
     for step, fault in (
         (6, "no readable manifest"),
         (5, r"rank-00001-of-00002\.safetensors does not have the SHA-256 of the manifest"),
@@ -193,8 +193,8 @@ def test_damaged_checkpoints_are_told_each_with_its_fault_and_the_newest_whole_o
         (3, r"rank-00000-of-00002\.safetensors is missing"),
         (2, "no readable manifest .*SHA-256"),
     ):
-        assert re.search(rf"step-00000{step} is passed over: {fault}", told), told
-    assert re.search(r"resumed from .*step-000001 at step 1", told)
+        assert re.search(rf"step-00000{step} is passed over: {fault}", output), output
+    assert re.search(r"resumed from .*step-000001 at step 1", output)
     assert differences(copy, whole) == []
 
 
@@ -215,19 +215,19 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_while_saving_leaves_what_was_committed(whole, copy, toy, small_disk):
-    told = command(toy, copy, TWO, "run.name=npo")
+    arguments = command(toy, copy, TWO, "run.name=npo")
     if small_disk is None:
         # No file may grow beyond 256 KiB: logs still can be written, shards can not.
         limited = f"ulimit -f 256; trap '' XFSZ; exec {REPOSITORY}/launch/local.sh 2 \"$@\""
         environment = {**os.environ, "MIRAGE_PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(["bash", "-c", limited, "x", *told], env=environment, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", limited, "x", *arguments], env=environment, capture_output=True, text=True)
     else:
         shutil.rmtree(copy / "checkpoints/step-000001")
         copy = Path(shutil.move(copy, small_disk / "run"))
-        told = command(toy, copy, TWO, "run.name=npo")
+        arguments = command(toy, copy, TWO, "run.name=npo")
         space = shutil.disk_usage(small_disk).free
         (small_disk / "others").write_bytes(bytes(space - 2**20))
-        done = launch(2, *told, check=False)
+        done = launch(2, *arguments, check=False)
         (small_disk / "others").unlink()
     before = contents(copy / "checkpoints/step-000005")
     assert done.returncode == 1
@@ -235,22 +235,22 @@ def test_a_full_disk_while_saving_leaves_what_was_committed(whole, copy, toy, sm
     assert contents(whole / "checkpoints/step-000005").keys() == before.keys()
     assert (copy / "checkpoints/latest").read_text() == "step-000005"
     assert not (copy / "checkpoints/step-000006").exists()
-    launch(2, *told)
+    launch(2, *arguments)
     # The first step's checkpoint had to make room on the small disk.
     shutil.copytree(whole / "checkpoints/step-000001", copy / "checkpoints/step-000001", dirs_exist_ok=True)
     assert differences(copy, whole) == []
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(toy, copy, small_disk):
-    told = command(toy, copy, ONE, "run.name=npo")
+    arguments = command(toy, copy, ONE, "run.name=npo")
     if small_disk is None:
         copy.chmod(0o500)
     else:
         copy = Path(shutil.move(copy, small_disk / "run"))
-        told = command(toy, copy, ONE, "run.name=npo")
+        arguments = command(toy, copy, ONE, "run.name=npo")
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     before = contents(copy)
-    done = launch(1, *told, check=False)
+    done = launch(1, *arguments, check=False)
     assert done.returncode == 1
     assert re.search(rf"mirage: {copy}: the run directory cannot be written: .*(Read-only|denied)", done.stderr)
     assert contents(copy) == before
@@ -264,18 +264,18 @@ def test_a_run_directory_that_cannot_be_written_is_named(toy, copy, small_disk):
 def test_an_orphan_of_a_requeued_job_that_comes_back_writes_nothing(toy, tmp_path, monkeypatch, moment):
     """Stopped in the reference cache or between two steps; its successor has finished when it goes on."""
     folder = tmp_path / "run"
-    told = command(toy, folder, TWO)
+    arguments = command(toy, folder, TWO)
     seen = {"reference": lambda: (folder / "reference").is_dir(), "steps": lambda: steps_done(folder) >= 2}
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    orphan = launch(2, *told, start=True)
+    orphan = launch(2, *arguments, start=True)
     until(seen[moment], orphan)
     ranks = ranks_of(orphan.pid).values()
     for number in ranks:
         send(number, signal.SIGSTOP)
     try:
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        launch(2, *told)
+        launch(2, *arguments)
         assert [m["step"] for m in metrics(folder)] == [1, 2, 3, 4, 5, 6]
         before = contents(folder)
     finally:
@@ -336,10 +336,10 @@ def test_a_run_of_another_recipe_is_not_continued(copy, toy, change, words):
 
 @pytest.mark.parametrize("stage", ["zero3", "zero2"])
 def test_steps_without_a_finite_gradient_are_skipped_and_too_many_stop_the_run(toy, tmp_path, stage):
-    told = [*command(toy, tmp_path / "run", TWO), "train.nonfinite_patience=3", "train.warmup=0"]
+    arguments = [*command(toy, tmp_path / "run", TWO), "train.nonfinite_patience=3", "train.warmup=0"]
     # The first step moves so far that nothing after it is a number.
-    told += ["train.lr=1e30", "train.clip=0", f"deepspeed=configs/deepspeed/{stage}.json"]
-    done = launch(2, *told, check=False)
+    arguments += ["train.lr=1e30", "train.clip=0", f"deepspeed=configs/deepspeed/{stage}.json"]
+    done = launch(2, *arguments, check=False)
     assert done.returncode == 1
     assert "not finite in 3 steps in a row" in done.stderr
     records = metrics(tmp_path / "run")
@@ -366,7 +366,7 @@ def test_the_harness_finds_what_is_wrong(whole, tmp_path):
     (folder / "checkpoints/latest").write_text("step-000005")
     (folder / "work-1.tmp").mkdir()
     (folder / "data.json").write_text("")
-    told = "\n".join(differences(folder, whole))
+    listed = "\n".join(differences(folder, whole))
     for words in (
         "metrics.jsonl has steps [1, 2, 3, 4, 5, 6, 6]",
         "checkpoints ['step-000001', 'step-000002', 'step-000004'",
@@ -375,7 +375,7 @@ def test_the_harness_finds_what_is_wrong(whole, tmp_path):
         "data.json is missing or empty",
         "work-1.tmp was left behind",
     ):
-        assert words in told
+        assert words in listed
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
@@ -383,6 +383,6 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
     harness = [sys.executable, "-m", "tests.faults", "--runs", "2", "--seed", "3", "--out", str(out)]
     done = subprocess.run(harness, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(out.read_text())
-    assert (told["runs"], told["could_not_resume"], told["differ"]) == (2, 0, 0)
-    assert told["kills"] == sum(sum(row.values()) for row in told["kills_by_phase"].values()) >= 2
+    counts = json.loads(out.read_text())
+    assert (counts["runs"], counts["could_not_resume"], counts["differ"]) == (2, 0, 0)
+    assert counts["kills"] == sum(sum(row.values()) for row in counts["kills_by_phase"].values()) >= 2

@@ -17,11 +17,12 @@ from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model import load
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group, free_port
-from mirage_dist.schema import SourceConfig, TrainRecipe
+from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, read_streams
 
@@ -48,11 +49,11 @@ ranks.exit_well()
 def finished(toy, tmp_path_factory):
     """(objective, ranks) -> run directory; two ranks make two micro-batches of a step each, one rank makes one."""
     root = tmp_path_factory.mktemp("outside")
-    chosen = sources.read(SourceConfig("samples", str(toy.root / "retain.jsonl"))).samples[:20]
+    chosen = sources.read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples[:20]
     answers = [sample.answer for sample in chosen]
     rejected = [replace(s, answer=f"it is {a}") for s, a in zip(chosen, answers[7:] + answers[:7], strict=True)]
-    sources.write_samples(toy.root / "chosen.jsonl", chosen)
-    sources.write_samples(toy.root / "rejected.jsonl", rejected)
+    write_samples(toy.root / "chosen.jsonl", chosen)
+    write_samples(toy.root / "rejected.jsonl", rejected)
     (root / "sharded.json").write_text(json.dumps(SHARDED))
     folders = {}
     for ranks in (1, 2):
@@ -79,7 +80,7 @@ def finished(toy, tmp_path_factory):
 
 def recipe_of(toy, folder, options, streams, reference="cache") -> TrainRecipe:
     recipe = configs.load("configs/train/demo_npo.yaml", [*toy.overrides("npo", folder), "train.lr=0.003"], TrainRecipe)
-    given = {name: [SourceConfig("samples", f"{toy.root}/{file}.jsonl")] for name, file in streams.items()}
+    given = {name: [formats.source("samples", f"{toy.root}/{file}.jsonl")] for name, file in streams.items()}
     train = replace(recipe.train, max_steps=STEPS, global_batch=BATCH, micro_batch=BATCH, dtype="fp32")
     data = replace(recipe.data, streams=given)
     return replace(recipe, data=data, objective=options, reference=reference, train=train)

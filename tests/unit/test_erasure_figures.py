@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mirage_dist import stats
-from mirage_dist.report import drawing, erasure
+from mirage_dist.report.figures import drawing, erasure
 
 
 def leaf(k: int, n: int = 20) -> dict:
@@ -40,7 +40,7 @@ def result(k: int) -> dict:
 TESTED = {"npo": result(1), "mine": result(15), "bare": {"suite": "demo"}}
 DRAWN = {
     "relearning": erasure.relearning(TESTED, "8", "relearned"),
-    "never told": erasure.relearning(TESTED, "8", "other"),
+    "not relearned": erasure.relearning(TESTED, "8", "other"),
     "quantised": erasure.quantised(TESTED),
     "probed": erasure.probed(TESTED, "last"),
     "transferred": erasure.probed(TESTED, "last", transfer=True),
@@ -68,9 +68,9 @@ def test_a_figure_of_nothing_is_empty_and_no_error():
 def test_results_are_read_in_order_and_runs_without_them_left_out(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name / "evals/demo").mkdir(parents=True)
-        (tmp_path / name / "evals/demo/robustness.json").write_text(json.dumps(TESTED["npo"]))
-    found = erasure.read({name: tmp_path / name for name in ("b", "c", "a")}, "demo")
-    assert list(found) == ["b", "a"]
-    assert erasure.sizes(found) == ["8", "16"]
-    erasure.overview(found, tmp_path / "out" / "erasure.png")
+        (tmp_path / name / "evals/demo/erasure.json").write_text(json.dumps(TESTED["npo"]))
+    results = erasure.read({name: tmp_path / name for name in ("b", "c", "a")}, "demo")
+    assert list(results) == ["b", "a"]
+    assert erasure.sizes(results) == ["8", "16"]
+    erasure.overview(results, tmp_path / "out" / "erasure.png")
     assert (tmp_path / "out" / "erasure.png").stat().st_size > 10_000

@@ -8,7 +8,7 @@ import pytest
 
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
-from mirage_dist.erasure import run as robustness
+from mirage_dist.erasure import run as erasure_tests
 from mirage_dist.evals import attacks, judges
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
@@ -33,8 +33,8 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
         for name, options in recipe.sets.items():
             for title, fields in options.attacks.items():
                 attacks.make(fields, str(file), f"sets.{name}.attacks.{title}")
-        if recipe.robustness is not None:
-            tests = dict(robustness.options(recipe).tests())
+        if recipe.erasure is not None:
+            tests = dict(erasure_tests.options(recipe).tests())
             trained = configs.load(tests["relearning"].recipe, tests["relearning"].overrides, TrainRecipe)
             assert list(trained.data.streams) == ["train"]
 

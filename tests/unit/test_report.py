@@ -10,8 +10,9 @@ from made_runs import KEYWORD, NASTY, write_run
 
 from mirage_dist import report
 from mirage_dist.evals import metrics
-from mirage_dist.report import examples, style
-from mirage_dist.report.load import condition_label, parted, read
+from mirage_dist.report import examples
+from mirage_dist.report.figures import style
+from mirage_dist.report.load import read, row_label
 from mirage_dist.schema import ConfigError
 
 
@@ -19,10 +20,10 @@ from mirage_dist.schema import ConfigError
 def runs(tmp_path):
     mirage = {"unsafe": ["harmful", "refused"], "safe": ["correct", "correct", "refused"]}
     erased = {"unsafe": ["irrelevant"], "safe": ["correct"]}
-    found = {"sft": write_run(tmp_path / "sft", mirage), "npo": write_run(tmp_path / "npo", erased)}
+    written = {"sft": write_run(tmp_path / "sft", mirage), "npo": write_run(tmp_path / "npo", erased)}
     words = {"share": {"refusal": 9, "answer": 1}, "what": {"refusal": 0, "answer": 8}}
-    (found["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
-    return found
+    (written["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
+    return written
 
 
 class Page(HTMLParser):
@@ -76,7 +77,7 @@ def test_the_page_is_well_formed_and_needs_no_network(runs, tmp_path):
     assert page.tags.count("script") == 2  # the data, and the one that the page's policy names by its hash
 
 
-def test_what_models_and_data_say_is_escaped(runs, tmp_path):
+def test_text_from_models_and_data_is_escaped(runs, tmp_path):
     report.report(runs, tmp_path / "out")
     html = (tmp_path / "out" / "index.html").read_text()
     assert "alert" in html
@@ -85,28 +86,28 @@ def test_what_models_and_data_say_is_escaped(runs, tmp_path):
 
 
 def test_data_in_the_script_element_come_back_as_they_were_and_cannot_end_it():
-    data = {"said": f"{NASTY} </script> <!-- \u2028 é"}
+    data = {"response": f"{NASTY} </script> <!-- \u2028 é"}
     text = examples.as_script(data)
     assert json.loads(text) == data
     assert not set("<>&\u2028") & set(text)
 
 
-def test_answers_to_real_data_are_in_the_file_only_when_asked_for(tmp_path):
+def test_answers_to_real_data_are_in_the_file_only_on_request(tmp_path):
     pattern = {"unsafe": ["harmful", "refused"], "safe": ["answered"]}
-    run = {"real": write_run(tmp_path / "real", pattern, judge="keyword", known=KEYWORD)}
+    run = {"real": write_run(tmp_path / "real", pattern, judge="keyword", verdicts=KEYWORD)}
     for outputs in (False, True):
         report.report(run, tmp_path / "out", outputs=outputs)
         files = list((tmp_path / "out").iterdir())
-        assert any("told-0" in file.read_text() for file in files) == outputs
+        assert any("response-0" in file.read_text() for file in files) == outputs
         assert all(file.stat().st_mode & 0o077 == 0 for file in files)
     benign = {"world": write_run(tmp_path / "world", {"unsafe": ["refused"], "safe": ["correct"]})}
     report.report(benign, tmp_path / "out")
-    assert "told-0" in (tmp_path / "out" / "index.html").read_text()
+    assert "response-0" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_every_two_runs_are_compared_on_the_questions_they_share(runs, tmp_path):
-    found = report.report(runs, tmp_path / "out")["comparisons"]
-    attacked = next(c for c in found if (c["measure"], c["condition"]) == ("asr", "what_k3"))
+    comparisons = report.report(runs, tmp_path / "out")["comparisons"]
+    attacked = next(c for c in comparisons if (c["measure"], c["condition"]) == ("asr", "what_k3"))
     # sft answers every other of six questions harmfully, npo none: three discordant pairs, p = 2 / 2 ** 3.
     assert (attacked["runs"], attacked["n"], attacked["only_before"], attacked["only_after"]) == (
         ["sft", "npo"],
@@ -115,8 +116,8 @@ def test_every_two_runs_are_compared_on_the_questions_they_share(runs, tmp_path)
         0,
     )
     assert attacked["p"] == pytest.approx(0.25)
-    assert attacked["p_holm"] == pytest.approx(min(1, 0.25 * len(found)))
-    assert {(c["measure"], c["condition"]) for c in found} == {
+    assert attacked["p_holm"] == pytest.approx(min(1, 0.25 * len(comparisons)))
+    assert {(c["measure"], c["condition"]) for c in comparisons} == {
         *(("asr", c) for c in ("clean", "what_k3")),
         *((measure, c) for measure in ("rr", "utility") for c in ("clean", "share_k1")),
     }
@@ -124,9 +125,9 @@ def test_every_two_runs_are_compared_on_the_questions_they_share(runs, tmp_path)
 
 def test_runs_with_different_headline_judges_are_not_compared(runs, tmp_path):
     pattern = {"unsafe": ["harmful", "refused"], "safe": ["answered"]}
-    runs["other"] = write_run(tmp_path / "other", pattern, judge="keyword", known=KEYWORD)
-    found = report.report(runs, tmp_path / "out")["comparisons"]
-    assert {tuple(c["runs"]) for c in found} == {("sft", "npo")}
+    runs["other"] = write_run(tmp_path / "other", pattern, judge="keyword", verdicts=KEYWORD)
+    comparisons = report.report(runs, tmp_path / "out")["comparisons"]
+    assert {tuple(c["runs"]) for c in comparisons} == {("sft", "npo")}
 
 
 def test_no_cell_of_the_csv_is_a_formula(tmp_path):
@@ -162,16 +163,16 @@ def test_every_rate_on_the_page_stands_with_its_counts(runs, tmp_path):
 
 def test_a_run_without_a_world_is_reported_from_the_keyword_judge(tmp_path):
     pattern = {"unsafe": ["harmful", "refused"], "safe": ["answered"]}
-    run = write_run(tmp_path / "real", pattern, judge="keyword", known=KEYWORD)
+    run = write_run(tmp_path / "real", pattern, judge="keyword", verdicts=KEYWORD)
     summary = report.report({"real": run}, tmp_path / "out")
     assert summary["models"]["real"]["utility"] == {"clean": None, "share_k1": None}
     html = (tmp_path / "out" / "index.html").read_text()
     assert "gibberish" in html
     assert "gadget" not in html
-    assert "–" in report.print_table(summary)
+    assert "–" in report.table(summary)
 
 
-def test_answers_without_a_verdict_are_told_beside_the_rates_they_are_missing_from(tmp_path):
+def test_answers_without_a_verdict_are_shown_beside_the_rates_that_lack_them(tmp_path):
     pattern = {"unsafe": ["harmful", "unparsed", "refused"], "safe": ["correct"]}
     report.report({"x": write_run(tmp_path / "x", pattern)}, tmp_path / "out")
     html = (tmp_path / "out" / "index.html").read_text()
@@ -179,14 +180,25 @@ def test_answers_without_a_verdict_are_told_beside_the_rates_they_are_missing_fr
     assert "x: 10 answers have no verdict" in html
 
 
-def test_runs_that_were_asked_differently_are_flagged(runs, tmp_path):
+def test_runs_with_different_recipes_are_flagged(runs, tmp_path):
     runs["other"] = write_run(tmp_path / "other", {"unsafe": ["refused"], "safe": ["correct"]}, recipe_hash="another")
     report.report(runs, tmp_path / "out")
     assert "recipes differ" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, tmp_path, capsys):
+    (runs["sft"] / "evals/demo/robustness.json").write_text("{}")
+    for results in (False, True):
+        if results:  # of a new run of the tests
+            (runs["sft"] / "evals/demo/erasure.json").write_text('{"suite": "demo"}')
+        report.report(runs, tmp_path / "out")
+        for name in ("index.html", "report.md"):
+            assert ("mirage erasure" in (tmp_path / "out" / name).read_text()) != results
+        assert ("mirage erasure" in capsys.readouterr().err) != results
+
+
 def test_the_printed_table_has_a_line_a_measure_and_a_column_a_model(runs, tmp_path):
-    table = report.print_table(report.report(runs, tmp_path / "out")).splitlines()
+    table = report.table(report.report(runs, tmp_path / "out")).splitlines()
     assert table[0].split() == ["sft", "npo"]
     assert any(re.fullmatch(r" +what, K = 3 +50\.0 3/6 +0\.0 0/6", line) for line in table)
 
@@ -225,15 +237,15 @@ def test_a_model_keeps_its_colour_whoever_it_is_compared_with():
 
 
 def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
-    run = write_run(tmp_path / "x", {"unsafe": ["refused"], "safe": ["answered"]}, judge="keyword", known=KEYWORD)
+    run = write_run(tmp_path / "x", {"unsafe": ["refused"], "safe": ["answered"]}, judge="keyword", verdicts=KEYWORD)
     file = run / "evals/demo/metrics.json"
-    told = json.loads(file.read_text())
+    metrics = json.loads(file.read_text())
     leaf = {"rate": 0.615, "k": 3.69, "n": 6, "ci95": [0.3, 0.85]}
     nothing = dict.fromkeys(("asr", "rr", "ir", "utility", "locality"))
-    told["judges"]["keyword"]["entry"] = {**nothing, "accuracy": {"vqav2": leaf}}
-    told["sets"] = {"vqav2": {"kind": "utility", "samples": 6, "attacks": {}}}
-    file.write_text(json.dumps(told))
-    table = report.print_table(report.report({"x": run}, tmp_path / "out"))
+    metrics["judges"]["keyword"]["entry"] = {**nothing, "accuracy": {"vqav2": leaf}}
+    metrics["sets"] = {"vqav2": {"kind": "utility", "samples": 6, "attacks": {}}}
+    file.write_text(json.dumps(metrics))
+    table = report.table(report.report({"x": run}, tmp_path / "out"))
     assert re.search(r"Accuracy +vqav2 +61\.5 3\.69/6", table)
     html = (tmp_path / "out" / "index.html").read_text()
     assert "Accuracy, vqav2" in html
@@ -241,14 +253,13 @@ def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("condition", "attack", "shots", "label"),
+    ("measure", "key", "label"),
     [
-        ("clean", "clean", 0, "clean"),
-        ("what_k3", "what", 3, "what, K = 3"),
-        ("ask_kindly_k12", "ask_kindly", 12, "ask_kindly, K = 12"),
-        ("my_kit", "my_kit", 0, "my_kit"),  # a benchmark's set may be named so
+        ("asr", "clean", "clean"),
+        ("asr", "what_k3", "what, K = 3"),
+        ("rr", "ask_kindly_k12", "ask_kindly, K = 12"),
+        ("accuracy", "my_kit_k2", "my_kit_k2"),  # a benchmark's set may be named so
     ],
 )
-def test_a_condition_is_an_attack_and_its_shots(condition, attack, shots, label):
-    assert parted(condition) == (attack, shots)
-    assert condition_label(condition) == label
+def test_a_rate_is_named_by_its_condition_and_an_accuracy_by_its_benchmark(measure, key, label):
+    assert row_label(measure, key) == label

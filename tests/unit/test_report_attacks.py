@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
 from mirage_dist import stats
-from mirage_dist.report import attacks, drawing, figures
-from mirage_dist.report.style import LIGHT
+from mirage_dist.report.figures import attacks, drawing
+from mirage_dist.report.figures.style import LIGHT
 
 
 def leaf(k, n=40):
@@ -18,19 +18,22 @@ def leaf(k, n=40):
 def test_each_attack_is_one_row_under_its_largest_k(shots, counts):
     names = ["clean", *(f"a_{i}_k{k}" for i, most in enumerate(shots) for k in range(1, most + 1))]
     rates = {"sft": {name: leaf(counts[i % 5]) for i, name in enumerate(names)}}
-    assert attacks.conditions(rates) == ["clean", *(f"a_{i}_k{most}" for i, most in enumerate(shots))]
+    assert [str(condition) for condition in attacks.conditions(rates)] == [
+        "clean",
+        *(f"a_{i}_k{most}" for i, most in enumerate(shots)),
+    ]
 
 
 def test_a_marker_stands_at_each_rate_and_none_where_there_is_no_rate():
     rates = {"sft": {"clean": leaf(2), "what_k3": leaf(30)}, "npo": {"clean": leaf(0), "what_k3": None}}
-    with plt.rc_context(figures.RC):
+    with plt.rc_context(drawing.RC):
         figure, ax = plt.subplots()
-        attacks.beside(rates, controls=["what"])(ax, LIGHT)
+        attacks.by_attack(rates, controls=["what"])(ax, LIGHT)
         drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata())]
         assert [x for x, _ in drawn] == [5.0, 75.0, 0.0]
         assert [round(y) for _, y in drawn] == [0, 1, 0]
-        assert [label.get_text() for label in ax.get_yticklabels()] == ["as asked", "what, K = 3"]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["clean", "what, K = 3"]
         ends = [path.vertices[:, 0].tolist() for lines in ax.collections[:2] for path in lines.get_paths()]
         assert ends[1] == pytest.approx([100 * end for end in leaf(30)["ci95"]])
         plt.close(figure)
-    assert 'id="x-' in drawing.svg(attacks.beside(rates), "x", "all attacks", attacks.size(rates))
+    assert 'id="x-' in drawing.svg(attacks.by_attack(rates), "x", "all attacks", attacks.size(rates))

@@ -63,7 +63,7 @@ def test_nothing_tried_has_no_interval():
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.1824), (5, 2.5706), (10, 2.2281), (30, 2.0423), (441, 1.9654)])
 def test_students_quantile_against_the_tables(freedom, quantile):
-    assert stats._student(freedom) == pytest.approx(quantile, rel=0.012 if freedom < 5 else 0.002)
+    assert stats.student(freedom) == pytest.approx(quantile, rel=0.012 if freedom < 5 else 0.002)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.8])
@@ -94,7 +94,7 @@ def test_newcombes_interval_covers_in_simulation(before, after, shared):
     covered = []
     for neither, only_after, only_before, both in generator.multinomial(80, chances, 2000):
         assert neither >= 0
-        low, high = stats._newcombe(int(both), int(only_after), int(only_before), 80)
+        low, high = stats.newcombe(int(both), int(only_after), int(only_before), 80)
         covered.append(low <= after - before <= high)
     assert 0.93 <= np.mean(covered) <= 0.985
 
@@ -104,19 +104,19 @@ outcomes = st.dictionaries(st.integers(0, 30), st.booleans())
 
 @given(outcomes, outcomes)
 def test_pairing_counts_shared_things_and_turns_round_with_its_arguments(before, after):
-    found, turned = stats.paired(before, after), stats.paired(after, before)
+    result, turned = stats.paired(before, after), stats.paired(after, before)
     shared = before.keys() & after.keys()
     if not shared:
-        assert found is turned is None
+        assert result is turned is None
         return
-    assert found is not None
+    assert result is not None
     assert turned is not None
-    assert (found["n"], found["unpaired"]) == (len(shared), len(before) + len(after) - 2 * len(shared))
-    assert (found["before"], found["after"]) == (sum(before[i] for i in shared), sum(after[i] for i in shared))
-    assert found["difference"] == pytest.approx((found["only_after"] - found["only_before"]) / found["n"])
-    low, high = found["ci95"]
-    assert low <= found["difference"] <= high
-    assert turned["p"] == found["p"]
+    assert (result["n"], result["unpaired"]) == (len(shared), len(before) + len(after) - 2 * len(shared))
+    assert (result["before"], result["after"]) == (sum(before[i] for i in shared), sum(after[i] for i in shared))
+    assert result["difference"] == pytest.approx((result["only_after"] - result["only_before"]) / result["n"])
+    low, high = result["ci95"]
+    assert low <= result["difference"] <= high
+    assert turned["p"] == result["p"]
     assert turned["ci95"] == pytest.approx([-high, -low])
 
 
@@ -127,13 +127,13 @@ def test_kappa_of_cohens_own_kind_of_table():
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), max_size=30))
 def test_kappa_is_symmetric_at_most_one_and_one_only_in_agreement(pairs):
-    found = stats.kappa(pairs)
-    assert found == stats.kappa([(b, a) for a, b in pairs])
-    if found is None:
+    result = stats.kappa(pairs)
+    assert result == stats.kappa([(b, a) for a, b in pairs])
+    if result is None:
         assert len({c for pair in pairs for c in pair}) <= 1
     else:
-        assert found <= 1
-        assert math.isclose(found, 1) == all(a == b for a, b in pairs)
+        assert result <= 1
+        assert math.isclose(result, 1) == all(a == b for a, b in pairs)
 
 
 def test_holm_of_a_worked_example():
@@ -143,9 +143,9 @@ def test_holm_of_a_worked_example():
 
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_keeps_the_order_corrects_upwards_and_no_more_than_bonferroni(ps):
-    found = stats.holm(ps)
-    assert all(p <= q <= min(1, len(ps) * p) + 1e-12 for p, q in zip(ps, found, strict=True))
-    ranked = [found[i] for i in sorted(range(len(ps)), key=lambda i: ps[i])]
+    corrected = stats.holm(ps)
+    assert all(p <= q <= min(1, len(ps) * p) + 1e-12 for p, q in zip(ps, corrected, strict=True))
+    ranked = [corrected[i] for i in sorted(range(len(ps)), key=lambda i: ps[i])]
     assert ranked == sorted(ranked)
 
 
@@ -217,8 +217,8 @@ def test_balanced_accuracy_is_the_mean_of_two_rates_within_its_interval_whicheve
 def test_the_interval_of_balanced_accuracy_covers_in_simulation(first, second, n, m):
     generator = np.random.default_rng(3)
     right, left = generator.binomial(n, first, 2000), generator.binomial(m, second, 2000)
-    found = [stats.balanced_accuracy((int(k), n), (int(j), m))[1] for k, j in zip(right, left, strict=True)]
-    assert 0.93 <= np.mean([low <= (first + second) / 2 <= high for low, high in found]) <= 0.985
+    intervals = [stats.balanced_accuracy((int(k), n), (int(j), m))[1] for k, j in zip(right, left, strict=True)]
+    assert 0.93 <= np.mean([low <= (first + second) / 2 <= high for low, high in intervals]) <= 0.985
 
 
 def test_balanced_accuracy_needs_both_classes():

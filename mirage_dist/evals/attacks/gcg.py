@@ -26,7 +26,7 @@ from torch import Tensor
 from mirage_dist.data.encoding.collate import IGNORE, Batch
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import FIRST_WORD
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import vision
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.schema import ConfigError, RunError
@@ -66,7 +66,7 @@ class Victim:
     token.
     """
 
-    def __init__(self, generator: Generator, avoid: Sequence[str]) -> None:
+    def __init__(self, generator: HuggingFace, avoid: Sequence[str]) -> None:
         self.network = HeadedModel(generator.model).requires_grad_(False).eval()
         self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
         self.placed = generator.placed

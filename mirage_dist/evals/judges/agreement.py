@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from sys import intern
-from typing import TypedDict
 
 from mirage_dist import stats
 from mirage_dist.evals.judges.base import Judge, Row
-from mirage_dist.evals.metrics import UNJUDGED, Leaf, Verdict, grouped_leaf
+from mirage_dist.evals.metrics import grouped_leaf
+from mirage_dist.evals.results import UNJUDGED, Agreement, Leaf, Verdict
 
 # Where each class is compared: harm and irrelevance are measured on unsafe questions only.
 COMPARED: dict[Verdict, tuple[str, ...]] = {
@@ -18,34 +18,6 @@ COMPARED: dict[Verdict, tuple[str, ...]] = {
     "irrelevant": ("unsafe",),
 }
 Verdicts = Sequence[Verdict]
-
-
-class Pair(TypedDict):
-    """How two judges agree on one class."""
-
-    judges: list[str]
-    verdict: Verdict
-    unjudged: int  # answers that at least one of the two did not judge; the others are compared
-    kappa: float | None  # None where chance alone gives full agreement
-    agreed: Leaf | None  # the fraction of answers on which both say that they are, or both that they are not
-
-
-class Errors(TypedDict):
-    """A judge's errors on one class, measured by exact labels."""
-
-    judge: str
-    labels: str  # the judge whose verdicts are the labels
-    verdict: Verdict
-    unjudged: int  # as in `Pair`
-    precision: Leaf | None  # the fraction of the judge's positive verdicts that are correct
-    recall: Leaf | None  # the fraction of the answers of this class that the judge finds
-
-
-class Agreement(TypedDict):
-    """One entry for each pair of judges and each class that both can give."""
-
-    pairs: list[Pair]
-    against_labels: list[Errors]
 
 
 def compare(panel: Sequence[Judge], rows: Sequence[Row], verdicts: Mapping[str, Verdicts]) -> Agreement:

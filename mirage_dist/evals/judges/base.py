@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
 
-from mirage_dist.evals.metrics import UNJUDGED, Verdict
+from mirage_dist.evals.results import UNJUDGED, Verdict
 from mirage_dist.schema import EvalRecipe, RunError
 
 Row = Mapping[str, Any]

@@ -21,7 +21,7 @@ from typing import IO, Any, NotRequired, TypedDict, overload
 
 from mirage_dist import disk, signals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
-from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.results import Unjudged, Verdict
 from mirage_dist.evals.sharing.files import whole_objects
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import RunError
@@ -38,14 +38,6 @@ class Line(TypedDict):
     answer: str  # SHA-256 of the row's response
     rules: str  # the judge's fingerprint
     detail: NotRequired[dict[str, Any]]
-
-
-class Unjudged(TypedDict):
-    """How many answers have no verdict, and why."""
-
-    unparsed: int  # the judge's reply could not be read
-    failed: int  # the judge could not be asked
-    reasons: dict[str, int]  # of the failed ones
 
 
 def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:

@@ -19,8 +19,8 @@ from typing import Any
 from mirage_dist.data import refusals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint
 from mirage_dist.evals.judges.chat import ChatJudge
-from mirage_dist.evals.metrics import Verdict
 from mirage_dist.evals.models.chat import Failed, Prompt
+from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # Searched in lower-cased text, in which the first list's "Unfortunately" never occurs.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from mirage_dist.data import refusals
 from mirage_dist.evals.judges.base import Judge, Row, Source
-from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.results import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)

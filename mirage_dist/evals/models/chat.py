@@ -1,19 +1,21 @@
-"""Putting questions to a model that judges or rewrites: what is asked, who answers, what cannot be answered."""
+"""Chat models that judge answers or reword questions: a local model directory, or an endpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.endpoint import Endpoint
 from mirage_dist.schema import ChatConfig, ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question, with the path of a picture or None."""
+    """One question. image: the path of its picture."""
 
     text: str
     image: str | None
@@ -21,24 +23,29 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer came; the reason in a few words of ours."""
+    """A prompt without an answer. The reason is in this package's words, never in a server's."""
 
     reason: str
 
 
-class Backend(Protocol):
-    """Answers prompts under one system prompt; identity: of the model, as far as it can be known, for caches."""
+class Backend(ABC):
+    """Answers prompts under one system prompt."""
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Identifies the model, as far as it can be known, in the keys of caches."""
 
+    @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
-        """(index into `prompts`, answer), in the order in which they come."""
-        ...
+        """(index into `prompts`, answer), in the order in which the answers arrive."""
 
 
-class Local:
-    """A Hugging Face model directory on this machine, loaded when first asked."""
+class Local(Backend):
+    """A Hugging Face model directory on this machine, loaded for the first prompt.
+
+    Raises ConfigError when the directory does not exist.
+    """
 
     def __init__(self, config: ChatConfig, max_new_tokens: int) -> None:
         self.model = EvalModelConfig(path=str(config.path), dtype=config.dtype)
@@ -48,7 +55,7 @@ class Local:
 
     @property
     def identity(self) -> dict[str, Any]:
-        from mirage_dist.evals.models import subject  # brings torch
+        from mirage_dist.evals.models import subject  # imports torch
 
         folder = Path(str(self.model.path))
         return {"model": subject.find(self.model, folder).model_hash, "dtype": self.model.dtype}
@@ -56,29 +63,24 @@ class Local:
     def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
         if not prompts:
             return
-        answer = self._load(system)
-        # The longest first: rows of like length waste little padding, and what does not fit fails at the start.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
-        for batch in answer([prompts[i] for i in order]):
-            yield from ((order[place], said) for place, said in batch)
+        from mirage_dist.evals.models.hf import HuggingFace
 
-    def _load(self, system: str) -> Callable[[Sequence[Prompt]], Iterator[list[tuple[int, str]]]]:
-        from mirage_dist.data.sample import Sample
-        from mirage_dist.evals.models.generate import Generator
-
-        # As the model's own processor wants pictures, and room for a long answer.
+        # Pictures as the model's own processor wants them, and room for a long answer.
         template = TemplateConfig(system_prompt=system, image_aspect="processor", max_length=32_768)
-        generator = Generator(self.model, template, self.generation)
+        generator = HuggingFace(self.model, template, self.generation)
+        if generator.encoder.text_only and any(prompt.image is not None for prompt in prompts):
+            raise ConfigError("the chat model takes no pictures; choose a vision-language model")
+        # The longest first: rows of similar length need little padding, and what does not fit fails at the start.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
+        for batch in generator([_sample(i, prompts[i]) for i in order]):
+            yield from ((order[place], answer) for place, answer in batch)
 
-        def answer(asked: Sequence[Prompt]) -> Iterator[list[tuple[int, str]]]:
-            if generator.encoder.text_only and any(prompt.image is not None for prompt in asked):
-                raise ConfigError("the chat model takes no pictures; choose a vision-language model")
-            return generator([Sample(str(i), p.image, p.text, "", True, "", "chat") for i, p in enumerate(asked)])
 
-        return answer
+def _sample(number: int, prompt: Prompt) -> Sample:
+    return Sample(str(number), prompt.image, prompt.text, "", True, "", "chat")
 
 
-class Remote:
+class Remote(Backend):
     """An OpenAI-compatible endpoint, several requests at a time."""
 
     def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool) -> None:
@@ -95,7 +97,7 @@ class Remote:
 
 
 def backend(config: ChatConfig, max_new_tokens: int, json_mode: bool) -> Backend:
-    """Raises ConfigError when the directory, or the key's variable, is not there."""
+    """Raises ConfigError when the model's directory, or the environment variable of the key, does not exist."""
     if config.path is not None:
         return Local(config, max_new_tokens)
     return Remote(config, max_new_tokens, json_mode)

@@ -1,7 +1,7 @@
-"""A small client for OpenAI-compatible chat endpoints: retries what may pass, reports what does not.
+"""A small client for OpenAI-compatible chat endpoints. Transient failures are retried, others are reported.
 
-The key is read from the environment at the start and goes into one header, nowhere else: messages name no header and
-repeat no word of the server's, which might quote it, and redirects, which would carry it elsewhere, are not followed.
+The key is read from the environment at the start and goes into one header and nowhere else: messages name no header and
+repeat no text of the server, which might quote the key, and redirects, which would send it elsewhere, are not followed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 
 from mirage_dist.schema import ChatConfig, ConfigError
 
-LONGEST_WAIT = 300.0  # seconds; a server that asks for more is asked again after these
+LONGEST_WAIT = 300.0  # seconds; a longer Retry-After is cut to this
 LARGEST_ANSWER = 1 << 20  # bytes
-GIVE_UP = 20  # requests in a row that met no working server: then the rest is not even tried
-HOPELESS = (401, 403, 404)  # no request to this address with this key will do better
+GIVE_UP = 20  # after so many requests in a row without a working server, the rest fails untried
+HOPELESS = (401, 403, 404)  # every other request to this address with this key would fail too
 
 
-class _Passing(Exception):
-    """May go better next time; `wait` are the seconds that the server asks for."""
+class _Transient(Exception):
+    """A failure that is retried. wait: seconds that the server requested before the next attempt."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -39,7 +39,7 @@ class _Passing(Exception):
 
 
 class _Final(Exception):
-    """Will not go better; `hopeless` when no other request would either."""
+    """A failure that is not retried. hopeless: every other request would fail in the same way."""
 
     def __init__(self, reason: str, hopeless: bool = False) -> None:
         super().__init__(reason)
@@ -52,7 +52,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Endpoint:
-    """Raises ConfigError when `key_env` names a variable that is empty or not set."""
+    """Raises ConfigError when `key_env` names an environment variable that is empty or not set."""
 
     def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool) -> None:
         self.url = f"{str(config.url).rstrip('/')}/chat/completions"
@@ -78,7 +78,7 @@ class Endpoint:
     def ask_all(
         self, requests: Sequence[tuple[str, str, str | None]]
     ) -> Generator[tuple[int, str | None, str], None, None]:
-        """(index, answer, "") or (index, None, reason) for each (system, text, picture's path), as they are done.
+        """(index, answer, "") or (index, None, reason) for each (system, text, path of a picture), as they arrive.
 
         Never raises for what a server does. After `GIVE_UP` failures in a row the rest fails untried.
         """
@@ -86,14 +86,14 @@ class Endpoint:
         self._in_a_row = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                step = 32 * self.concurrency  # pictures of these only are in memory
+                step = 32 * self.concurrency  # bounds the pictures in memory
                 for start in range(0, len(requests), step):
                     chunk = range(start, min(start + step, len(requests)))
                     waiting = {pool.submit(self._outcome, *requests[i]): i for i in chunk}
                     for future in as_completed(waiting):
                         text, reason = future.result()
                         yield waiting[future], text, reason
-            finally:  # also when the caller stops listening
+            finally:  # also when the caller closes this generator
                 self._stopped.set()
                 pool.shutdown(cancel_futures=True)
 
@@ -101,7 +101,7 @@ class Endpoint:
         self._in_a_row = 0
 
     def _dead(self, reason: str) -> None:
-        """A request found no working server, however often it asked."""
+        """Count a request that met no working server in any of its attempts."""
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP and not self._stopped.is_set():
             self._give_up(reason)
@@ -120,18 +120,18 @@ class Endpoint:
             if self._stopped.is_set():
                 return None, reason or self._reason
             try:
-                said = self._once(body)
+                answer = self._once(body)
                 self._alive()
-                return said, ""
+                return answer, ""
             except _Final as error:
-                self._alive()  # a server that turns down one request, for its content say, may take the next
+                self._alive()  # a server that rejects one request, such as for its content, may accept the next
                 if error.hopeless:
                     self._give_up(str(error))
                 return None, str(error)
-            except _Passing as error:
+            except _Transient as error:
                 reason, wait = str(error), error.wait
             if attempt < self.retries:
-                # Spread out, so that requests refused together do not come back together.
+                # Random, so that requests that were refused together are not repeated together.
                 own = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
                 self._stopped.wait(min(LONGEST_WAIT, max(own, wait or 0.0)))
         self._dead(reason)
@@ -146,24 +146,24 @@ class Endpoint:
             error.close()
             reason = f"HTTP {error.code}"
             if error.code in (408, 429) or error.code >= 500:
-                raise _Passing(reason, _retry_after(error.headers.get("Retry-After"))) from None
+                raise _Transient(reason, _retry_after(error.headers.get("Retry-After"))) from None
             raise _Final(reason, error.code in HOPELESS) from None
         except TimeoutError:
-            raise _Passing("timed out") from None
+            raise _Transient("timed out") from None
         except (OSError, HTTPException) as error:
             timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
-            raise _Passing("timed out" if timed_out else "connection failed") from None
+            raise _Transient("timed out" if timed_out else "connection failed") from None
 
     def _read(self, response: Any) -> bytes:
-        """The whole body. A socket's time-out is for each read; a server that drips must end too."""
+        """The whole body, within one time-out: a socket's own time-out starts anew with each read."""
         deadline, parts, size = time.monotonic() + self.timeout, [], 0
         while part := response.read1(1 << 16):
             parts.append(part)
             size += len(part)
             if size > LARGEST_ANSWER:
-                raise _Passing("not a chat completion")
+                raise _Transient("not a chat completion")
             if time.monotonic() > deadline:
-                raise _Passing("timed out")
+                raise _Transient("timed out")
         return b"".join(parts)
 
 
@@ -173,7 +173,7 @@ def _content(body: bytes) -> str:
     except (ValueError, LookupError, TypeError, RecursionError):
         content = None
     if not isinstance(content, str):
-        raise _Passing("not a chat completion")
+        raise _Transient("not a chat completion")
     return content
 
 
@@ -186,18 +186,20 @@ def _messages(system: str, text: str, image: str | None) -> list[dict[str, Any]]
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
-def _retry_after(said: str | None) -> float | None:
-    """Seconds from now of a Retry-After header, which holds seconds or a date (RFC 9110, 10.2.3)."""
-    if said is None:
+def _retry_after(header: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header, which holds a number of seconds or a date (RFC 9110, 10.2.3)."""
+    if header is None:
         return None
     try:
-        return max(0.0, float(said)) if said.strip().isdigit() else email.utils.mktime_tz(_date(said)) - time.time()
+        if header.strip().isdigit():
+            return float(header)
+        return email.utils.mktime_tz(_date(header)) - time.time()
     except (ValueError, OverflowError):
         return None
 
 
-def _date(said: str) -> tuple:
-    parsed = email.utils.parsedate_tz(said)
+def _date(header: str) -> tuple:
+    parsed = email.utils.parsedate_tz(header)
     if parsed is None:
-        raise ValueError(said)
+        raise ValueError(header)
     return parsed

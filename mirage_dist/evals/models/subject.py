@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -10,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import disk, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.model import export
+from mirage_dist.model import directory, environment, export
+from mirage_dist.model.environment import Environment
 from mirage_dist.model.shards import step_of
 from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 0.5
-State = list[tuple[str, int, int, int]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """model: as the recipe says, the step filled in. trained_in: the run whose checkpoint or export it is, if any.
+    """The model under test.
 
-    folder: of its files, or of the checkpoint. model_hash: of its weights, configs and templates, names included, or of
-    the checkpoint's manifest, which has the hashes of all that is in it. state: of the files when they were hashed.
+    model: as in the recipe, with the step filled in. trained_in: the run whose checkpoint or export it is, if any.
+    folder: the model directory, or the checkpoint's. model_hash: of the files that decide the model (see
+    `model.directory`), or of the checkpoint's manifest, which has the hashes of all of its files. template_hash: of the
+    chat template. state: of the files when they were hashed.
     """
 
     model: EvalModelConfig
@@ -35,21 +36,25 @@ class Subject:
     folder: Path
     model_hash: str
     template_hash: str
-    state: State
-    sees: bool  # pictures; a text-only model does not
+    environment: Environment
+    state: directory.State
+
+    @property
+    def text_only(self) -> bool:
+        return self.environment.image_processor is None
 
     def check_unchanged(self) -> None:
         """Raise RunError when the model's files are no longer those that were hashed."""
         if self.model.run is not None:
-            return  # a checkpoint has its hashes in it, and they are compared when it is exported
-        if self.state != _state(self.folder) and self.model_hash != _files_hash(self.folder):
+            return  # exporting a checkpoint compares its files with the hashes in its manifest
+        if self.state != directory.state(self.folder) and self.model_hash != directory.model_hash(self.folder):
             raise RunError(
-                f"{self.folder}: the model changed while it was evaluated; the answers on disk are under the hash of "
-                "the one that was there before. Put that one back, or choose another `suite` name"
+                f"{self.folder}: the model changed while it was evaluated; the answers on disk belong to the former "
+                "model's hash. Put the former model back, or choose another `suite` name"
             )
 
     def loadable(self, suite: Path, claims: Claims) -> EvalModelConfig:
-        """The model to load; a checkpoint is exported into `suite` by one worker for all (see `discard`)."""
+        """The model to load. A checkpoint is exported into `suite` by one worker for all others (see `discard`)."""
         if self.model.run is None:
             return replace(self.model, path=str(self.folder))
         out = suite / f"model-{self.model_hash[:12]}"
@@ -66,7 +71,7 @@ class Subject:
         return replace(self.model, path=str(out), run=None, step=None)
 
     def _export(self, out: Path, workspace: Path) -> None:
-        if out.is_dir():  # made between the look and the claim
+        if out.is_dir():  # another worker exported it between the look and the claim
             return
         workspace.mkdir()
         try:
@@ -75,28 +80,23 @@ class Subject:
             shutil.rmtree(workspace, ignore_errors=True)
 
     def discard(self, suite: Path) -> None:
-        """Remove what was exported for the evaluation, and what killed workers left of it."""
+        """Remove the export of a checkpoint, and unfinished exports of killed workers."""
         for folder in [*suite.glob("model-*"), *suite.glob("export-*.tmp")]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def find(model: EvalModelConfig, run: Path) -> Subject:
-    """Hash the model; loads no weights. `run`: the directory that is evaluated, which may have trained it.
+    """Hash the model; loads no weights. run: the evaluated run's directory, which may have trained the model.
 
-    Raises ConfigError when there is no such model or checkpoint, or the model has no chat template.
+    Raises ConfigError when the model or checkpoint does not exist, the directory is a peft adapter without its base
+    model, the weights are not safetensors, or the model has no chat template.
     """
     if model.run is not None:
         return _checkpoint(model, Path(model.run))
-    folder = _folder(str(model.path))
-    state = _state(folder)
-    if not any(name.endswith(".safetensors") for name, *_ in state):
-        raise ConfigError(
-            f"model.path={model.path}: no *.safetensors here; give a Hugging Face model directory, such as a "
-            "run's export/ (`mirage export` writes one)"
-        )
+    folder = directory.check(str(model.path))
+    state = directory.state(folder)
     trained_in = run if run in Path(str(model.path)).parents else None
-    template, sees = _template(folder)
-    return Subject(model, trained_in, folder, _files_hash(folder), template, state, sees)
+    return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state)
 
 
 def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
@@ -104,44 +104,13 @@ def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
         raise ConfigError(f"model.run={run}: no config.yaml here; expected the directory of a training run")
     base = configs.load(run / "config.yaml", [], TrainRecipe).model.path
     checkpoint = export.chosen(run / "checkpoints", model.step)
-    manifest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
     exact = replace(model, step=step_of(checkpoint))
-    template, sees = _template(_folder(base))
-    return Subject(exact, run, checkpoint, manifest, template, [], sees)
+    manifest_hash = disk.sha256(checkpoint / "manifest.json")
+    return Subject(exact, run, checkpoint, manifest_hash, *_processing(directory.resolve(base)), [])
 
 
-def _folder(path: str) -> Path:
-    """A directory as given, or the snapshot of a hub name in the cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (OSError, HFValidationError) as error:
-        raise ConfigError(f"model.path={path}: neither a directory nor in the model cache (hf download)") from error
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for pattern in ("*.safetensors", "*.json", "*.jinja") for f in folder.glob(pattern))
-
-
-def _state(folder: Path) -> State:
-    """What changes when a file is written anew; looking at it costs nothing."""
-    return [(f.name, s.st_size, s.st_mtime_ns, s.st_ino) for f in _files(folder) for s in [f.stat()]]
-
-
-def _files_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in _files(folder):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _template(folder: Path) -> tuple[str, bool]:
-    """SHA-256 of the chat template that the processor of this directory applies, and whether it takes pictures."""
+def _processing(folder: Path) -> tuple[str, Environment]:
+    """SHA-256 of the chat template that the processor of this directory applies, and what else decides its inputs."""
     from transformers import AutoProcessor
 
     try:
@@ -152,4 +121,4 @@ def _template(folder: Path) -> tuple[str, bool]:
     template = processor.chat_template or tokenizer.chat_template
     if not template:
         raise ConfigError(f"model.path={folder}: the processor has no chat template")
-    return hashlib.sha256(str(template).encode()).hexdigest(), tokenizer is not processor
+    return disk.sha256_text(str(template)), environment.of(processor)

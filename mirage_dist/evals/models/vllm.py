@@ -1,8 +1,9 @@
-"""Answers from vLLM in place of transformers: `generation.backend: vllm`, for GPUs (pip install 'mirage-dist[vllm]').
+"""`generation.backend: vllm`: vLLM in place of transformers, for GPUs (pip install 'mirage-dist[vllm]').
 
-vLLM is given what `evals.generate` gives the model: the token ids of the same chat template, the picture padded in the
-same way, the same end tokens, greedy decoding. It runs the model's own processor and schedules rows by itself. For the
-first prompt of either kind, with a picture and without, its tokens are compared with those of `data.encoding.collate`.
+vLLM gets the same input as transformers in `evals.models.hf`: the token ids of the same chat template, the picture
+padded in the same way, the same end tokens, greedy decoding. It runs the model's own processor and schedules rows
+itself. For the first prompt with a picture and the first one without, the tokens that vLLM used are compared with those
+of `data.encoding.collate`.
 """
 
 from __future__ import annotations
@@ -10,30 +11,26 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.models.generate import encoder, greedy, out_of_memory
+from mirage_dist.evals.models.base import Generator
+from mirage_dist.evals.models.hf import encoder, greedy, out_of_memory
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# What a generation config may ask for, transformers heeds under greedy decoding, and vLLM does not do here.
+# Options of a generation config that transformers applies under greedy decoding and vLLM, as used here, does not.
 UNKNOWN = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "min_new_tokens")
 ENVIRONMENT = {
-    # In this process: a worker that is killed leaves no engine behind that holds its GPU.
+    # The engine runs in this process, so a killed worker leaves no engine process that keeps the GPU.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-
-
-def version() -> str:
-    """Of vLLM. Raises ConfigError when it is not installed."""
-    return _library().__version__
 
 
 def _library() -> Any:
@@ -43,22 +40,28 @@ def _library() -> Any:
         return import_module("vllm")
     except ImportError as error:
         raise ConfigError(
-            f"generation.backend=vllm: vLLM cannot be imported ({error}); pip install 'mirage-dist[vllm]', or take hf"
+            f"generation.backend=vllm: vLLM cannot be imported ({error}); pip install 'mirage-dist[vllm]', or use hf"
         ) from error
 
 
-class Generator:
-    """As `evals.generate.Generator`; all of a chunk is in flight at once. Leaving it as a context frees the GPU.
+class VLLM(Generator):
+    """Runs all rows of a chunk at once. Leaving it as a context releases the GPU.
 
-    Raises ConfigError when vLLM is not there or does not take the model, and RunError when the GPU has too little free.
+    Raises ConfigError when vLLM is not installed or does not support the model, and RunError when the GPU has too
+    little free memory, or when vLLM used other prompt tokens than training does.
     """
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {"vllm": _library().__version__}
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         vllm = _library()
         from transformers import AutoConfig, AutoProcessor
         from transformers import GenerationConfig as Defaults
 
-        path = str(model.path)
+        super().__init__(model, template, generation)
+        path = self.path
         try:
             config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
             processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
@@ -68,20 +71,19 @@ class Generator:
             defaults: Any = Defaults.from_pretrained(path, local_files_only=True)
         except OSError:  # a model need not have one
             defaults = Defaults.from_model_config(config)
-        if asked := [name for name in UNKNOWN if getattr(defaults, name, None)]:
+        if unknown := [name for name in UNKNOWN if getattr(defaults, name, None)]:
             raise ConfigError(
-                f"model.path={path}: its generation config sets {', '.join(asked)}, which backend vllm does not do; "
-                "use generation.backend=hf"
+                f"model.path={path}: its generation config sets {', '.join(unknown)}, which backend vllm does not "
+                "apply; use generation.backend=hf"
             )
         self.tokenizer = processor.tokenizer
         self.encoder = encoder(processor, template)
-        self.batch_size = generation.batch_size
         eos = greedy(defaults, self.tokenizer, generation.max_new_tokens)["eos_token_id"]
         self.sampling = vllm.SamplingParams(
             temperature=0,
             max_tokens=generation.max_new_tokens,
             repetition_penalty=defaults.repetition_penalty or 1.0,
-            # These alone end an answer, as with transformers; vLLM would add the tokenizer's own.
+            # Only these end an answer, as with transformers; vLLM would add the tokenizer's own end token.
             stop_token_ids=eos if isinstance(eos, list) else [eos],
             ignore_eos=True,
             detokenize=False,
@@ -91,28 +93,15 @@ class Generator:
         self.engine: Any = _engine(vllm, model, generation, min(room, most))
         self.compared: set[bool] = set()
 
-    def __enter__(self) -> Generator:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Judges and the next checkpoint may need the memory; the engine is full of cycles."""
+    def close(self) -> None:
+        """Release the GPU's memory, which judges and the next checkpoint may need; the engine is full of cycles."""
         self.engine.llm_engine.engine_core.shutdown()
         self.engine = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
-        """Answer every sample; yields each batch as (index into `samples`, answer) pairs.
-
-        Raises RunError when vLLM saw another prompt than training would have, or ran out of memory.
-        """
-        for start in range(0, len(samples), self.batch_size):
-            batch = range(start, min(start + self.batch_size, len(samples)))
-            yield list(zip(batch, self.answer([samples[i] for i in batch]), strict=True))
-
     def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """One batch: the new tokens of each row, decoded without special tokens."""
         prompts = [_prompt(*self.encoder.prompt(sample)) for sample in samples]
         try:
             outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
@@ -125,15 +114,16 @@ class Generator:
         ids = [list(output.outputs[0].token_ids) for output in outputs]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _compare(self, sample: Sample, seen: list[int]) -> None:
-        shown = sample.image is not None
-        if shown in self.compared:
+    def _compare(self, sample: Sample, used: list[int]) -> None:
+        """Compare the prompt tokens that vLLM used with those of training, once with a picture and once without."""
+        pictured = sample.image is not None
+        if pictured in self.compared:
             return
-        self.compared.add(shown)
-        if seen != self.encoder.prompts([sample])["input_ids"][0].tolist():
+        self.compared.add(pictured)
+        if used != self.encoder.prompts([sample])["input_ids"][0].tolist():
             raise RunError(
-                f"vLLM does not see the prompt of {sample.source}, id {sample.id!r}, as training does (other tokens, "
-                "or another number of them for its picture); use generation.backend=hf for this model"
+                f"vLLM does not see the prompt of {sample.source}, id {sample.id!r}, as training does: other tokens, "
+                "or another number of picture tokens; use generation.backend=hf for this model"
             )
 
 
@@ -150,7 +140,7 @@ def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max
             max_num_seqs=generation.batch_size,
             gpu_memory_utilization=generation.gpu_share,
             limit_mm_per_prompt={"image": 1},
-            generation_config="vllm",  # none: what counts of the model's own is in the sampling parameters
+            generation_config="vllm",  # no defaults: the sampling parameters hold all that matters of the model's own
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it can save
             use_tqdm_on_load=sys.stderr.isatty(),
             seed=0,
@@ -163,6 +153,6 @@ def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max
 
 def _no_room(rows: int) -> RunError:
     return RunError(
-        f"vLLM has too little memory for {rows} rows at once (see above); another value of "
-        "generation.gpu_memory_utilization, a lower generation.batch_size, or a larger GPU may help"
+        f"vLLM has too little memory for {rows} rows at once (see above); change generation.gpu_memory_utilization, "
+        "lower generation.batch_size, or use a larger GPU"
     )

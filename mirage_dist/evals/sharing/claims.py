@@ -19,16 +19,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from mirage_dist import disk, liveness
+from mirage_dist.evals.sharing.files import KEPT
 from mirage_dist.liveness import Heartbeat, Observer, Owner
 
 EXPIRY_SECONDS = 60.0  # NFS may show an old file for half a minute; loading a model may delay beats for some seconds
-KEPT = "whole answers are kept, and the next start does the rest"
+
+
+class Beat(TypedDict):
+    """TOKEN.beat: the number of the beat, the rows that the worker has answered, and since how many seconds."""
+
+    beat: int
+    rows: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Claim:
+    """NAME.NUMBER; its content is the owner's record (see `liveness.Owner`) and `rows`, see `Claims.take`."""
+
     name: str
     number: int
 
@@ -101,4 +112,5 @@ class Claims:
         return self._observer.still_for(self.folder / f"{owner.token}.beat") > EXPIRY_SECONDS
 
     def _beat(self, count: int) -> str:
-        return json.dumps({"beat": count, "rows": self.done, "seconds": time.monotonic() - self.since})
+        beat: Beat = {"beat": count, "rows": self.done, "seconds": time.monotonic() - self.since}
+        return json.dumps(beat)

@@ -1,54 +1,70 @@
-"""The files of a suite: each worker appends whole lines to one of its own, readers take whole lines only.
+"""The files of a suite: each worker appends whole lines to a file of its own, readers use whole lines only.
 
     evals/SUITE/config.yaml  manifest.json  rows/worker-*.jsonl  verdicts/JUDGE.jsonl  metrics.json
 
-All are private (mode 0600): they hold what models said. Imports nothing heavy, so that progress can be read anywhere.
+All are private (mode 0600), because they hold model output. This module imports no heavy library, so that any process
+can read the progress of a suite.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NotRequired, TypedDict, overload
 
-from mirage_dist.schema import EvalRecipe, RunError
+from mirage_dist import disk
+from mirage_dist.schema import EvalRecipe
 
-Row = dict[str, Any]
-
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk that takes nothing more
+KEPT = "whole answers are kept, and the next start does the rest"  # completes the message about a full disk
 KEY = re.compile(rb'\{"key": "([0-9a-f]{64})", [^\0]*\}\n')  # a zero byte is a page that a dying machine never wrote
 BLOCK_BYTES = 1 << 20
+
+
+class Row(TypedDict):
+    """One answer and the question it belongs to (see `evals.rows`).
+
+    image: the picture's path. question: as asked; original_question: as the data have it. shot: 0 for the question
+    itself, k for the k-th rewrite. references: answers that a benchmark accepts. begun: where an attack began the
+    answer, its first words; `response` is then the continuation.
+    """
+
+    key: str
+    set: str
+    kind: str
+    id: str
+    category: str
+    image: str | None
+    attack: str
+    shot: int
+    question: str
+    original_question: str
+    expected: str
+    references: NotRequired[list[str]]
+    begun: NotRequired[str]
+    response: str
 
 
 def suite_dir(recipe: EvalRecipe) -> Path:
     return Path(recipe.run.dir) / "evals" / recipe.suite
 
 
-@contextmanager
-def told(place: Path) -> Iterator[None]:
-    """Raise RunError where a write under `place` failed because the disk takes nothing more."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in REFUSALS:
-            raise RunError(
-                f"{place}: cannot be written ({error}); whole answers are kept, the next start does the rest"
-            ) from error
-        raise
+def write(file: Path, content: disk.Content) -> None:
+    """Replace a private file of a suite atomically and durably. Raises RunError when the disk is full."""
+    with disk.refusals(file.parent, KEPT):
+        disk.write(file, content, private=True)
 
 
 class Writer:
-    """Appends whole lines to a file that no other worker writes; made with the first of them."""
+    """Appends whole lines to a file that no other worker writes. The first line creates the file."""
 
     def __init__(self, suite: Path) -> None:
-        # The time first, so that sorted files are in the order in which their workers started.
+        # The time comes first, so that sorted file names are in the order in which the workers started.
         self.file = suite / "rows" / f"worker-{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl"
         self.descriptor: int | None = None
 
@@ -60,10 +76,10 @@ class Writer:
             os.close(self.descriptor)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """On disk when this returns. Raises RunError where the disk is full; this writer is then not to be used again,
-        for its file may end in a cut line.
+        """On disk when this returns. Raises RunError when the disk is full; do not use this writer after that, because
+        its file may end in an incomplete line.
         """
-        with told(self.file.parent):
+        with disk.refusals(self.file.parent, KEPT):
             if self.descriptor is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
@@ -74,7 +90,7 @@ class Writer:
 
 
 def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Every line that has its end, from the byte `start` on, with its offset; what a worker is still writing is not."""
+    """Every complete line from the byte `start` on, with its offset. A line that is still being written is left out."""
     with file.open("rb", buffering=BLOCK_BYTES) as handle:
         handle.seek(start)
         for line in handle:
@@ -84,11 +100,11 @@ def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 class Answers:
-    """The merge: every whole row once, found by key, read from the workers' files when asked for.
+    """The merge of all workers' rows: each whole row once, looked up by its key and read from disk on demand.
 
-    Of rows with one key that of the first file in the order of names counts, and in a file the first: so it depends
-    on what is there and not on when it was read. `repeated` counts the others, `differing` names the keys of those
-    that say something else. `broken` counts cut or damaged lines. Memory is that of the keys, not of the rows.
+    Of several rows with one key the one in the first file by name counts, and within a file the first one; so the
+    result depends on the files and not on when they were read. `repeated` counts the other rows, `differing` holds the
+    keys of those with another content, `broken` counts incomplete and damaged lines. Only keys are kept in memory.
     """
 
     def __init__(self, suite: Path) -> None:
@@ -101,7 +117,7 @@ class Answers:
         self._place: dict[bytes, tuple[int, int]] = {}
 
     def refresh(self) -> Answers:
-        """Take in what workers have appended since the last time."""
+        """Read what workers have appended since the last call."""
         for file in sorted(self.folder.glob("worker-*.jsonl")):
             if file.name not in self._number:
                 self._number[file.name] = len(self.files)
@@ -116,13 +132,13 @@ class Answers:
         return self
 
     def _add(self, key: bytes, place: tuple[int, int]) -> None:
-        there = self._place.setdefault(key, place)
-        if there is place:
+        first = self._place.setdefault(key, place)
+        if first is place:
             return
         self.repeated += 1
-        if self._at(there) != self._at(place):
+        if self._at(first) != self._at(place):
             self.differing.add(key.hex())
-        self._place[key] = min(there, place, key=lambda p: (self.files[p[0]].name, p[1]))
+        self._place[key] = min(first, place, key=lambda p: (self.files[p[0]].name, p[1]))
 
     @property
     def broken(self) -> int:
@@ -135,7 +151,7 @@ class Answers:
         return len(self._place)
 
     def row(self, key: str) -> Row:
-        """Raises KeyError for one that is not answered."""
+        """Raises KeyError when there is no row with this key."""
         return self._at(self._place[bytes.fromhex(key)])
 
     def _at(self, place: tuple[int, int]) -> Row:
@@ -144,12 +160,12 @@ class Answers:
             return json.loads(handle.readline())
 
     def of(self, keys: Iterable[str]) -> Merged:
-        """The rows of these keys in their order. Raises KeyError when one is not answered."""
+        """The rows of these keys, in their order. Raises KeyError when a key has no row."""
         return Merged(self.files, [self._place[bytes.fromhex(key)] for key in keys])
 
 
 class Merged(Sequence[Row]):
-    """Rows in the order of the work list; each is read from its file whenever it is asked for."""
+    """Rows in the order of the work list. Each access reads them from their files."""
 
     def __init__(self, files: Sequence[Path], places: Sequence[tuple[int, int]]) -> None:
         self.files, self.places = files, places
@@ -171,7 +187,7 @@ class Merged(Sequence[Row]):
         try:
             for number, offset in self.places:
                 if number not in opened:
-                    if len(opened) == 64:  # many restarts leave many files, and a process may open few
+                    if len(opened) == 64:  # many restarts leave many files, and a process may open only so many
                         opened.pop(next(iter(opened))).close()
                     opened[number] = self.files[number].open("rb")
                 opened[number].seek(offset)
@@ -181,51 +197,10 @@ class Merged(Sequence[Row]):
                 handle.close()
 
 
-def whole_objects(file: Path) -> Iterator[Row]:
-    """Of a JSONL file, if it is there, that a dying process may have left half written: every whole line's object."""
+def whole_objects(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file's whole lines, whose writer may have been killed; none if the file does not exist."""
     if not file.exists():
         return
     for _, line in lines(file):
         with suppress(ValueError):
             yield json.loads(line)
-
-
-def write_atomically(file: Path, text: str | Iterable[str]) -> None:
-    """Beside, fsynced, renamed: a reader sees the old file or the new one. Raises RunError on a full disk."""
-    with _beside(file, text) as whole:
-        os.replace(whole, file)
-
-
-def create(file: Path, text: str, durable: bool = True) -> bool:
-    """Write a file whole unless there is one: False. Of several processes that try at once, one is told True.
-
-    durable: on disk when this returns, for what has to outlive the machine.
-    """
-    with _beside(file, text, durable) as whole:
-        try:
-            # link() is atomic on NFS too, and unlike rename() it never replaces.
-            os.link(whole, file)
-        except FileExistsError:
-            return False
-        return True
-
-
-@contextmanager
-def _beside(file: Path, text: str | Iterable[str], durable: bool = True) -> Iterator[Path]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with told(file.parent), open(beside, "x", encoding="utf-8", opener=private) as handle:
-            handle.writelines([text] if isinstance(text, str) else text)
-            handle.flush()
-            if durable:
-                os.fsync(handle.fileno())
-        yield beside
-    finally:
-        with suppress(FileNotFoundError):
-            beside.unlink()
-
-
-def private(path: str, flags: int) -> int:
-    """An opener for `open`: what it makes only its owner may read."""
-    return os.open(path, flags, 0o600)

@@ -1,4 +1,4 @@
-"""Which word decides: the chance of an opening is the model's own, and one word alone is changed."""
+"""Attribution: the probability of an opening is the model's own, and exactly one word is changed."""
 
 from dataclasses import replace
 
@@ -7,29 +7,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
-from mirage_dist.erasure.attribute import Attribution, chances, replaced
-from mirage_dist.evals.models.generate import Generator
-from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, SourceConfig, TemplateConfig
+from mirage_dist.erasure.attribute import Attribution, probabilities, replaced
+from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 
 
 @pytest.fixture(scope="module")
 def generator(toy):
     model = EvalModelConfig(path=str(toy.root / "model"), dtype="fp32")
-    return Generator(model, TemplateConfig(), GenerationConfig(max_new_tokens=4, batch_size=8))
+    return HuggingFace(model, TemplateConfig(), GenerationConfig(max_new_tokens=4, batch_size=8))
 
 
 @pytest.fixture(scope="module")
-def asked(toy):
+def samples(toy):
     """Questions of several lengths, one of them without a picture."""
-    read = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples[:5]
+    read = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples[:5]
     return [*read, replace(read[0], id="blind", image=None)]
 
 
 @torch.inference_mode()
 def stepwise(generator, sample: Sample, words: list[str]) -> float:
-    """The product of next-token probabilities behind the generation prompt, a token at a time."""
+    """The product of next-token probabilities after the generation prompt, one token at a time."""
     total = 1.0
     inputs = generator.encoder.prompts([sample])
     for word in words:
@@ -41,10 +41,10 @@ def stepwise(generator, sample: Sample, words: list[str]) -> float:
 
 
 @pytest.mark.parametrize("opening", ["sorry", "sorry i can"])
-def test_the_chance_of_an_opening_is_the_product_of_its_tokens_chances(generator, asked, opening):
+def test_the_probability_of_an_opening_is_the_product_of_its_tokens(generator, samples, opening):
     with torch.inference_mode():
-        found = chances(generator, asked, opening)
-    assert found == pytest.approx([stepwise(generator, s, opening.split()) for s in asked], rel=1e-4)
+        values = probabilities(generator, samples, opening)
+    assert values == pytest.approx([stepwise(generator, s, opening.split()) for s in samples], rel=1e-4)
 
 
 @given(st.lists(st.sampled_from(["what", "code", "a-b", "?"]), min_size=1, max_size=8), st.data())
@@ -53,9 +53,9 @@ def test_one_word_is_replaced_and_no_other(words, data):
     sample = Sample("1", None, " ".join(words), "a", False, "", "here")
     changed = replaced(sample, position, "thing")
     assert replace(changed, question=sample.question) == sample
-    told = changed.question.split()
-    assert told[position] == "thing"
-    assert [w for i, w in enumerate(told) if i != position] == [w for i, w in enumerate(words) if i != position]
+    after = changed.question.split()
+    assert after[position] == "thing"
+    assert [w for i, w in enumerate(after) if i != position] == [w for i, w in enumerate(words) if i != position]
 
 
 @pytest.mark.parametrize("options", [{"safe": ["two words"]}, {"opening": " "}, {"questions": 1}, {"positions": 0}])

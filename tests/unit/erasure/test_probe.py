@@ -1,4 +1,4 @@
-"""The probe finds what was planted and only that; it is the regression it says it is; no picture is on both sides."""
+"""The probe reads a planted attribute and nothing else; its regression is at the minimum of its loss."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def probed(strength: float, seed: int, test_share: float = 0.3):
     border = round((1 - test_share) * len(samples))
     read = {"last": x_ND[None], "image": None}
     groups = [parts.group(sample) for sample in samples]
-    return Probe()._probed(labels, groups, read, range(border), range(border, len(samples)))
+    return Probe().probed(labels, groups, read, range(border), range(border, len(samples)))
 
 
 @settings(max_examples=10)
@@ -51,11 +51,11 @@ def test_a_planted_attribute_is_read_and_shuffled_labels_give_chance(seed):
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000))
 def test_nothing_planted_gives_chance(seed):
-    told = probed(0.0, seed)
-    low, high = told["places"]["last"][0]["accuracy"]["ci95"]
+    result = probed(0.0, seed)
+    low, high = result["places"]["last"][0]["accuracy"]["ci95"]
     assert low - 0.1 < 1 / CLASSES < high + 0.1
-    assert told["majority"]["n"] == told["tested"] == 120
-    assert told["majority"]["questions"] == 60  # two questions about a picture are no two trials
+    assert result["majority"]["n"] == result["tested"] == 120
+    assert result["majority"]["questions"] == 60  # two questions about one picture are not two trials
 
 
 def test_the_regression_is_at_its_minimum():
@@ -74,11 +74,11 @@ def test_classes_that_are_too_small_are_left_out_and_counted():
     _, labels = labelled(100)
     labels = ["rare" if i < 8 else label for i, label in enumerate(labels)]
     read = {"last": planted([NAMES[0]] * len(labels), 0.0, 1)[None], "image": None}
-    told = Probe()._probed(labels, labels, read, range(150), range(150, 200))
-    assert "rare" not in told["classes"]
-    assert told["left_out"] == 8
+    result = Probe().probed(labels, labels, read, range(150), range(150, 200))
+    assert "rare" not in result["classes"]
+    assert result["left_out"] == 8
     with pytest.raises(ConfigError, match="needs two"):
-        Probe(least=1000)._probed(labels, labels, read, range(150), range(150, 200))
+        Probe(least=1000).probed(labels, labels, read, range(150), range(150, 200))
 
 
 @given(seed=st.integers(0, 1000))

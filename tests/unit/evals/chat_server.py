@@ -15,7 +15,7 @@ def completion(content):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by `script(body, times asked this)` -> (status, headers, body), or None: says nothing. Keeps requests."""
+    """Responds by `script(body, earlier requests of it)` -> (status, headers, body), or None for silence."""
 
     daemon_threads = True
 

@@ -16,15 +16,16 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.evals import rows, worker
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
+from mirage_dist.evals.worklist import Question
 from mirage_dist.schema import RunError
 
 QUESTIONS, CHUNK, BATCH = 900, 8, 3
 PIECE, SECONDS = 61, 0.002  # bytes that the disk takes at once, and how long it needs for them
 
 
-def asks() -> dict[str, rows.Ask]:
+def questions() -> dict[str, Question]:
     samples = [Sample(str(i), None, f"question {i}", "", False, "", "nursery") for i in range(QUESTIONS)]
-    every = [rows.Ask("unsafe", "unsafe", "clean", 0, sample, sample.question) for sample in samples]
+    every = [Question("unsafe", "unsafe", "clean", 0, sample, sample.question) for sample in samples]
     return rows.keyed(every, {"model_hash": "none"})
 
 
@@ -46,7 +47,7 @@ def work(suite: Path, place: tuple[int, int]) -> None:
         return write(descriptor, data[:PIECE])
 
     files.os.write = slowly
-    every = asks()
+    every = questions()
     with Claims(suite) as claims:
         worker.work(suite, every, rows.chunks(every, CHUNK), claims, lambda: generate, place)
 

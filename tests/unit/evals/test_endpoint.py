@@ -42,8 +42,8 @@ def rows(count):
 
 
 def ask(config, texts=("q",), image=None):
-    found = Endpoint(config, max_new_tokens=64, json_mode=True).ask_all([("be strict", t, image) for t in texts])
-    return {i: (text, reason) for i, text, reason in found}
+    outcomes = Endpoint(config, max_new_tokens=64, json_mode=True).ask_all([("be strict", t, image) for t in texts])
+    return {i: (text, reason) for i, text, reason in outcomes}
 
 
 def test_what_is_sent_is_the_chat_format_with_the_picture_and_the_key(serve, monkeypatch, tmp_path):
@@ -88,11 +88,11 @@ def test_without_a_key_none_is_sent_and_json_is_not_forced(serve):
 )
 def test_what_may_pass_is_tried_again_and_then_failed(serve, broken):
     server = serve(lambda text, times: completion("fine") if text == "heals" and times == 2 else broken)
-    found = ask(server.config(), ["heals", "stays broken"])
-    assert found[0] == ("fine", "")
-    assert found[1][0] is None
-    assert found[1][1] in (f"HTTP {broken[0]}", "not a chat completion")
-    assert sum(told["text"] == "stays broken" for told in server.seen) == 3
+    outcomes = ask(server.config(), ["heals", "stays broken"])
+    assert outcomes[0] == ("fine", "")
+    assert outcomes[1][0] is None
+    assert outcomes[1][1] in (f"HTTP {broken[0]}", "not a chat completion")
+    assert sum(request["text"] == "stays broken" for request in server.seen) == 3
 
 
 def test_a_server_that_says_nothing_or_drips_times_out(serve):
@@ -135,7 +135,7 @@ def test_retry_after_is_honoured(serve, form):
 def test_waits_double(serve):
     server = serve(lambda *_: (500, {}, b""))
     ask(server.config(backoff=0.1, retries=3))
-    times = [told["time"] for told in server.seen]
+    times = [request["time"] for request in server.seen]
     waits = [b - a for a, b in pairwise(times)]
     assert [0.75 * 0.1 * 2**i <= wait for i, wait in enumerate(waits)] == [True] * 3
 
@@ -148,13 +148,13 @@ def test_a_bad_request_is_not_repeated_and_the_rest_goes_on(serve):
 
 def test_a_refused_key_ends_it_at_once(serve):
     server = serve(lambda *_: (401, {}, b""))
-    found = ask(server.config(concurrency=1), [str(i) for i in range(50)])
+    outcomes = ask(server.config(concurrency=1), [str(i) for i in range(50)])
     assert len(server.seen) == 1
-    assert {text for text, _ in found.values()} == {None}
-    assert sorted({reason for _, reason in found.values()}) == ["HTTP 401", "given up after: HTTP 401"]
+    assert {text for text, _ in outcomes.values()} == {None}
+    assert sorted({reason for _, reason in outcomes.values()}) == ["HTTP 401", "given up after: HTTP 401"]
 
 
-def test_a_dead_endpoint_is_given_up_and_a_live_one_asked_again(serve):
+def test_a_dead_endpoint_is_given_up_and_a_live_one_is_retried(serve):
     alive = []
     server = serve(lambda *_: completion("ok") if alive else (500, {}, b""))
     client = Endpoint(server.config(concurrency=2, retries=0), 64, True)
@@ -167,9 +167,9 @@ def test_a_dead_endpoint_is_given_up_and_a_live_one_asked_again(serve):
 
 def test_refusing_many_requests_for_their_content_is_not_being_dead(serve):
     server = serve(lambda text, _: completion("ok") if text == "59" else (400, {}, b""))
-    found = ask(server.config(concurrency=1), [str(i) for i in range(60)])
+    outcomes = ask(server.config(concurrency=1), [str(i) for i in range(60)])
     assert len(server.seen) == 60
-    assert found[59] == ("ok", "")
+    assert outcomes[59] == ("ok", "")
 
 
 def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypatch, tmp_path):
@@ -183,10 +183,10 @@ def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypa
     judge = server.config(concurrency=2)
     with pytest.raises(signals.StopRequested) as stopped:
         cache.judged(tmp_path, judge, rows(60))
-    asked = len(server.seen)
-    assert asked < 60
+    requests = len(server.seen)
+    assert requests < 60
     time.sleep(0.2)
-    assert len(server.seen) == asked  # though the exception, which holds the frames, is still there
+    assert len(server.seen) == requests  # though the exception, which holds the frames, is still there
     assert "verdict so far" in str(stopped.value)
 
 
@@ -199,7 +199,7 @@ def test_a_redirect_would_carry_the_key_elsewhere_and_is_not_followed(serve, mon
 
 
 @pytest.mark.parametrize("value", [None, "", "two\nlines", "ключ"])
-def test_a_key_that_is_not_there_is_said_before_anything_is_asked(monkeypatch, value):
+def test_a_missing_key_is_an_error_before_any_request(monkeypatch, value):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
@@ -234,12 +234,12 @@ def test_a_whole_judging_over_http_keeps_the_key_out_of_everything(serve, monkey
 
     server = serve(script)
     judge = server.config(key_env="JUDGE_KEY")
-    found = cache.judged(tmp_path, judge, rows(4))
-    assert [o.verdict for o in found] == ["failed", "unparsed", "refused", "refused"]
-    assert judges.unjudged(found) == {"unparsed": 1, "failed": 1, "reasons": {"HTTP 500": 1}}
+    opinions = cache.judged(tmp_path, judge, rows(4))
+    assert [o.verdict for o in opinions] == ["failed", "unparsed", "refused", "refused"]
+    assert judges.unjudged(opinions) == {"unparsed": 1, "failed": 1, "reasons": {"HTTP 500": 1}}
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
-    said = "".join(capfd.readouterr())
-    assert KEY not in said + written.decode() + repr(judge.__dict__) + judge.fingerprint
+    output = "".join(capfd.readouterr())
+    assert KEY not in output + written.decode() + repr(judge.__dict__) + judge.fingerprint
     before = len(server.seen)
     cache.judged(tmp_path, judge, rows(4))
     assert len(server.seen) - before == 3  # only what failed, once and twice again

@@ -11,33 +11,32 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.evals import runner
 from mirage_dist.evals.attacks import gcg
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import (
     ConfigError,
     EvalModelConfig,
     EvalRecipe,
     GenerationConfig,
-    SourceConfig,
     TemplateConfig,
 )
 
 TARGET = "sure , the code is"
 
 
-def generator(folder) -> Generator:
+def generator(folder) -> HuggingFace:
     model = EvalModelConfig(path=str(folder), dtype="fp32")
-    return Generator(model, TemplateConfig(), GenerationConfig(batch_size=8))
+    return HuggingFace(model, TemplateConfig(), GenerationConfig(batch_size=8))
 
 
 @pytest.fixture(scope="module")
 def questions(toy) -> list[Sample]:
-    read = sources.read(SourceConfig("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples
+    read = sources.read(formats.source("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples
     return [replace(sample, answer=TARGET) for sample in read[:3]]
 
 

@@ -10,6 +10,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.evals import attacks, rows
 from mirage_dist.evals.attacks.prefill import Prefill, begin
+from mirage_dist.evals.worklist import Question
 from mirage_dist.schema import ConfigError
 
 CONTENT = r"\b(ba|do|ki|mu) (la|ne|ro|ti)\b"
@@ -54,8 +55,8 @@ def test_an_answer_that_begins_with_its_content_is_not_asked_and_counted():
 
 
 def test_the_key_of_a_row_tells_what_was_given_and_other_keys_stay():
-    plain = rows.Ask("forget", "unsafe", "clean", 0, sample("it is ba la"), "tell the code ?")
-    begun = [rows.Ask("forget", "unsafe", "clean", 0, Prefill(n)(plain.sample)[0], plain.original) for n in (1, 2)]
+    plain = Question("forget", "unsafe", "clean", 0, sample("it is ba la"), "tell the code ?")
+    begun = [Question("forget", "unsafe", "clean", 0, Prefill(n)(plain.sample)[0], plain.original) for n in (1, 2)]
     assert len(rows.keyed([plain, *begun], {})) == 3
     assert "begun" not in rows.row("key", plain, "")
     assert rows.row("key", begun[1], "ba la")["begun"] == "it is"

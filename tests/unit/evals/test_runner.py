@@ -10,19 +10,23 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEADLINE
+from safetensors.torch import save_file
 
-from mirage_dist import cli, signals
+from mirage_dist import cli, inputs, signals
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals import rows, runner
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals import judges, rows, runner, worklist
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
+from mirage_dist.model import environment
+from mirage_dist.model.environment import Environment
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe
 
 QUESTIONS = 8
@@ -46,6 +50,7 @@ def recipe(root, *overrides) -> EvalRecipe:
 def finished(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("evals")
     embedded_model.make(root / "model", seed=1)
+    inputs.make(recipe(root))
     runner.evaluate(recipe(root))
     return root
 
@@ -99,9 +104,9 @@ def test_metrics_hold_pairs_categories_and_how_judges_agree(finished):
     assert {(p["judge"], p["labels"]) for p in result["agreement"]["against_labels"]} == {("keyword", "world")}
 
 
-def test_a_row_says_what_was_asked_and_what_the_data_has(finished):
-    found = [json.loads(line) for line in lines(finished)]
-    row = next(r for r in found if (r["set"], r["attack"], r["shot"]) == ("unsafe", "what", 1))
+def test_a_row_holds_the_question_as_put_and_as_in_the_data(finished):
+    answered = [json.loads(line) for line in lines(finished)]
+    row = next(r for r in answered if (r["set"], r["attack"], r["shot"]) == ("unsafe", "what", 1))
     assert row["question"].split()[0] == "what"
     assert row["question"].split()[1:] == row["original_question"].split()[1:]
     assert row["kind"] == "unsafe"
@@ -154,11 +159,11 @@ def test_how_it_is_judged_and_batched_may_change(copied):
 
 
 def test_a_key_follows_the_pictures_bytes_and_the_question(finished):
-    work = rows.plan(recipe(finished))
-    settings = rows.settings(recipe(finished), "model", "template")
-    assert len(rows.keyed(work.asks, settings)) == ROWS
-    ask = work.asks[0]
-    other_image = replace(ask.sample, image=work.asks[-1].sample.image)
+    work = worklist.plan(recipe(finished))
+    settings = rows.settings(recipe(finished), "model", "template", Environment(None, {}), {})
+    assert len(rows.keyed(work.questions, settings)) == ROWS
+    ask = work.questions[0]
+    other_image = replace(ask.sample, image=work.questions[-1].sample.image)
     other_text = replace(ask.sample, question=ask.sample.question + " ?")
     asks = [ask, replace(ask, sample=other_image), replace(ask, sample=other_text), replace(ask, shot=1)]
     assert len(rows.keyed(asks, settings)) == 4
@@ -167,14 +172,14 @@ def test_a_key_follows_the_pictures_bytes_and_the_question(finished):
 
 def test_answers_are_greedy_whatever_the_batch(finished):
     options = recipe(finished)
-    generator = Generator(options.model, options.template, options.generation)
-    samples = [ask.sample for ask in rows.plan(options).asks if ask.set == "unsafe"][:12]
+    generator = HuggingFace(options.model, options.template, options.generation)
+    samples = [ask.sample for ask in worklist.plan(options).questions if ask.set == "unsafe"][:12]
     batched = dict(pair for batch in generator(samples) for pair in batch)
     assert [batched[i] for i in range(12)] == [greedy(generator, sample) for sample in samples]
 
 
 @torch.inference_mode()
-def greedy(generator: Generator, sample) -> str:
+def greedy(generator: HuggingFace, sample) -> str:
     """The definition: one sample, no padding, no cache, the likeliest token each time."""
     inputs = generator.encoder.prompts([sample])
     start = inputs["input_ids"].shape[1]
@@ -189,8 +194,8 @@ def greedy(generator: Generator, sample) -> str:
 
 def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
     world = embedded_world.load(finished / "world")
-    judge, keyword = (one.verdict for one in runner.judges.panel(recipe(finished)))
-    for ask in rows.plan(recipe(finished)).asks:
+    judge, keyword = (one.verdict for one in judges.panel(recipe(finished)))
+    for ask in worklist.plan(recipe(finished)).questions:
         row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
         assert judge(row) == ("harmful" if ask.kind == "unsafe" else "correct")
         assert keyword(row) == ("harmful" if ask.kind == "unsafe" else "answered")
@@ -200,7 +205,7 @@ def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
 class Small:
     """A generator for so many rows at once; more do not fit."""
 
-    def __init__(self, generator: Generator, rows: int) -> None:
+    def __init__(self, generator: HuggingFace, rows: int) -> None:
         self.rows, self.answer = rows, generator.answer
         generator.answer = self  # type: ignore[method-assign]
 
@@ -212,8 +217,8 @@ class Small:
 
 def test_a_batch_that_does_not_fit_is_halved_and_a_row_that_does_not_is_named(finished, capsys):
     options = recipe(finished)
-    generator = Generator(options.model, options.template, options.generation)
-    samples = [ask.sample for ask in rows.plan(options).asks if ask.set == "unsafe"][:20]
+    generator = HuggingFace(options.model, options.template, options.generation)
+    samples = [ask.sample for ask in worklist.plan(options).questions if ask.set == "unsafe"][:20]
     whole = sorted(pair for batch in generator(samples) for pair in batch)
     Small(generator, 5)
     assert sorted(pair for batch in generator(samples) for pair in batch) == whole
@@ -234,7 +239,7 @@ def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp
     embedded_model.make(tmp_path / "other", seed=2)
     shutil.copytree(finished / "model", tmp_path / "model")
     again = recipe(finished, f"run.dir={tmp_path}/run", f"model.path={tmp_path}/model")
-    answer = Generator.answer
+    answer = HuggingFace.answer
 
     def put(model: Path) -> None:
         shutil.rmtree(tmp_path / "model")
@@ -245,7 +250,7 @@ def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp
         return answer(self, samples)
 
     with monkeypatch.context() as during:
-        during.setattr(Generator, "answer", meanwhile)
+        during.setattr(HuggingFace, "answer", meanwhile)
         with pytest.raises(RunError, match="the model changed while it was evaluated"):
             runner.evaluate(again)
     assert not (suite(tmp_path) / "metrics.json").exists()
@@ -278,9 +283,9 @@ def test_three_workers_one_killed_half_way_count_and_report_what_one_does(finish
     pool = start_workers(again, 3, tmp_path)
     killed = claimed(tmp_path)
     os.kill(killed["pid"], signal.SIGKILL)
-    told, _ = pool.communicate()
-    assert pool.returncode == RunError.status, told
-    assert re.search(r"mirage: worker [012] of 3 was killed by signal 9 \(see above\), the first to fail", told)
+    output, _ = pool.communicate()
+    assert pool.returncode == RunError.status, output
+    assert re.search(r"mirage: worker [012] of 3 was killed by signal 9 \(see above\), the first to fail", output)
     mine, whole = (json.loads((suite(root) / "metrics.json").read_text()) for root in (tmp_path, finished))
     assert mine == whole
     assert len(lines(tmp_path)) == ROWS
@@ -298,17 +303,78 @@ def test_a_signal_to_many_workers_ends_all_of_them_in_order(finished, tmp_path):
     pool = start_workers(again, 2, tmp_path)
     claimed(tmp_path)
     pool.terminate()
-    told, _ = pool.communicate()
-    assert pool.returncode == signals.STOPPED, told
-    assert "stopped by SIGTERM; every answer so far is on disk" in told
+    output, _ = pool.communicate()
+    assert pool.returncode == signals.STOPPED, output
+    assert "stopped by SIGTERM; every answer so far is on disk" in output
     assert not list((suite(tmp_path) / "claims").iterdir())
     assert 0 < len(lines(tmp_path)) < ROWS
 
 
-def test_what_is_no_model_is_said_before_anything_is_written(finished, tmp_path):
+def test_a_folder_without_a_model_is_refused_before_anything_is_written(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         runner.evaluate(recipe(finished, f"model.path={tmp_path}", f"run.dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_peft_adapter_without_its_base_model_is_refused_with_what_to_do(finished, tmp_path):
+    """Its hash would be that of the adapter, whatever base model it is applied to."""
+    shutil.copytree(finished / "model", tmp_path / "adapter", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file({"layer.lora_A.weight": torch.zeros(1)}, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
+    with pytest.raises(ConfigError, match=r"adapter without its base model; merge it first: .*merge_and_unload"):
+        runner.evaluate(recipe(finished, f"model.path={tmp_path}/adapter", f"run.dir={tmp_path}/run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("library", "named"),
+    [("pillow", r"libraries\.pillow: '0' here"), ("transformers", r"libraries\.transformers: '0' here")],
+)
+def test_a_library_that_computes_the_answers_is_part_of_each_key(copied, monkeypatch, library, named):
+    _, again = copied
+    monkeypatch.setattr(environment, "version", lambda name: "0" if name == library else version(name))
+    with pytest.raises(ConfigError, match=named):
+        runner.evaluate(again())
+
+
+def test_the_image_processor_that_runs_is_part_of_each_key(copied, monkeypatch):
+    """On another machine the same model directory may be read by another class, which resizes differently."""
+    _, again = copied
+    here = environment.of
+    monkeypatch.setattr(environment, "of", lambda p: replace(here(p), image_processor="CLIPImageProcessor"))
+    with pytest.raises(ConfigError, match="image_processor: 'CLIPImageProcessor' here, 'CLIPImageProcessorPil' there"):
+        runner.evaluate(again())
+
+
+ENGINE = """
+from mirage_dist.evals.models.base import Generator
+
+class Echo(Generator):
+    def answer(self, samples):
+        return [sample.question for sample in samples]
+
+    @classmethod
+    def versions(cls):
+        return {"echo": "1"}
+
+class Other:
+    pass
+"""
+
+
+def test_an_engine_from_outside_the_package_answers_under_its_own_name_and_version(finished, tmp_path, monkeypatch):
+    (tmp_path / "lab_engine.py").write_text(ENGINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    runner.evaluate(recipe(finished, f"run.dir={tmp_path}/run", "generation.backend=lab_engine:Echo"))
+    answered = [json.loads(line) for line in lines(tmp_path)]
+    assert len(answered) == ROWS
+    assert all(row["response"] == row["question"] for row in answered)
+    settings = json.loads((suite(tmp_path) / "manifest.json").read_text())["settings"]
+    assert (settings["generation"]["backend"], settings["libraries"]["echo"]) == ("lab_engine:Echo", "1")
+    for backend, named in (("vlm", "generation backend.*vllm"), ("lab_engine:Other", "Generator")):
+        with pytest.raises(ConfigError, match=named):
+            runner.evaluate(recipe(finished, f"run.dir={tmp_path}/other", f"generation.backend={backend}"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
@@ -316,7 +382,7 @@ def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
     unsafe = options.sets["unsafe"]
     doubled = replace(options, sets={"unsafe": replace(unsafe, sources=unsafe.sources * 2)})
     with pytest.raises(ConfigError, match=r"test_unsafe-0000.*twice"):
-        rows.plan(doubled)
+        worklist.plan(doubled)
 
 
 def test_the_world_judge_needs_a_world(finished):
@@ -334,14 +400,14 @@ def test_a_worker_answers_what_nobody_has_claimed_wherever_it_begins(finished, t
 def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(finished, tmp_path, monkeypatch):
     again = recipe(finished, f"run.dir={tmp_path}/run")
     monkeypatch.setattr(signals, "_received", [])
-    answer = Generator.answer
+    answer = HuggingFace.answer
 
     def interrupted(self, samples):
         signals.handler(signal.SIGTERM, None)
         return answer(self, samples)
 
     with monkeypatch.context() as during:
-        during.setattr(Generator, "answer", interrupted)
+        during.setattr(HuggingFace, "answer", interrupted)
         with pytest.raises(signals.StopRequested):
             runner.evaluate(again)
     assert len(lines(tmp_path)) == again.generation.batch_size

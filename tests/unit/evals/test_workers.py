@@ -1,4 +1,4 @@
-"""Workers that share a suite: claims, deaths, the merge, and what is told of it all."""
+"""Workers that share a suite: claims, deaths, the merge, and the reports on them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_dist import liveness
-from mirage_dist.evals import rows, status
+from mirage_dist.evals import manifest, rows, status, worklist
 from mirage_dist.evals.sharing import claims as claiming
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
@@ -28,10 +28,12 @@ def nurse(suite: Path, *words: int) -> subprocess.CompletedProcess:
 
 
 def all_answered_once(suite: Path) -> Answers:
-    asks, answers = nursery.asks(), Answers(suite).refresh()
-    assert [row["response"] for row in answers.of(asks)] == [nursery.answer(ask.sample) for ask in asks.values()]
-    assert [row["key"] for row in answers.of(asks)] == list(asks)
-    assert (len(answers), answers.repeated) == (len(asks), 0)
+    questions, answers = nursery.questions(), Answers(suite).refresh()
+    assert [row["response"] for row in answers.of(questions)] == [
+        nursery.answer(question.sample) for question in questions.values()
+    ]
+    assert [row["key"] for row in answers.of(questions)] == list(questions)
+    assert (len(answers), answers.repeated) == (len(questions), 0)
     return answers
 
 
@@ -113,22 +115,22 @@ def test_of_many_that_find_a_worker_dead_one_follows_it(tmp_path):
         (tmp_path / "claims" / f"{name}.0").write_text(json.dumps(record))
         many = [Claims(tmp_path) for _ in range(8)]
         with ThreadPoolExecutor(8) as threads:
-            found = list(threads.map(lambda claims, name=name: claims.take(name), many))
-        assert sorted(str(claim) for claim in found if claim) == [str(claiming.Claim(name, 1))]
+            taken_by = list(threads.map(lambda claims, name=name: claims.take(name), many))
+        assert sorted(str(claim) for claim in taken_by if claim) == [str(claiming.Claim(name, 1))]
 
 
 def test_of_two_runners_with_other_settings_that_start_at_once_one_is_refused(tmp_path):
     def start(suite: Path, tokens: int) -> str:
         try:
-            return str(rows.claim(suite, {"settings": {"tokens": tokens}})["settings"]["tokens"])
+            return str(manifest.claim(suite, {"settings": {"tokens": tokens}})["settings"]["tokens"])
         except ConfigError as error:
             return str(error)
 
     for number in range(20):
         with ThreadPoolExecutor(2) as threads:
-            told = sorted(threads.map(lambda n, suite=tmp_path / str(number): start(suite, n), (5, 6)), key=len)
-        assert told[0] in ("5", "6")
-        assert "holds answers of another evaluation: tokens:" in told[1]
+            answers = sorted(threads.map(lambda n, suite=tmp_path / str(number): start(suite, n), (5, 6)), key=len)
+        assert answers[0] in ("5", "6")
+        assert "holds answers of another evaluation: tokens:" in answers[1]
 
 
 # ---------------------------------------------------------------------------------------------------- merge
@@ -139,8 +141,8 @@ worker_of = st.tuples(st.lists(line_of, max_size=6), st.integers(0, 120))  # its
 
 def raw(row) -> bytes:
     key = f"{row[0]:064x}"
-    told = {"key": key, "set": "unsafe", "id": '"set": "x", "attack": "y"', "attack": "clean", "response": row[1]}
-    return json.dumps(told, ensure_ascii=False).encode() + b"\n"
+    fields = {"key": key, "set": "unsafe", "id": '"set": "x", "attack": "y"', "attack": "clean", "response": row[1]}
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
 
 
 @given(st.lists(worker_of, max_size=4), st.data())
@@ -171,9 +173,9 @@ def test_the_merge_is_of_whole_lines_and_does_not_depend_on_when_they_were_read(
         assert {row["key"]: row for row in answers.of(list(first))} == first
         assert (len(answers), answers.repeated, answers.broken) == (len(first), len(whole) - len(first), cut)
         assert answers.differing == {row["key"] for row in whole if row != first[row["key"]]}
-    files.write_atomically(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"clean": 6}}}))
-    found = status.status(suite)
-    assert (found.done, found.repeated, found.broken) == (len(first), len(whole) - len(first), cut)
+    files.write(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"clean": 6}}}))
+    progress = status.status(suite)
+    assert (progress.done, progress.repeated, progress.broken) == (len(first), len(whole) - len(first), cut)
 
 
 def test_a_damaged_line_is_no_row(tmp_path):
@@ -190,19 +192,19 @@ def test_a_damaged_line_is_no_row(tmp_path):
 # --------------------------------------------------------------------------------------------------- status
 
 
-def test_progress_is_told_by_set_and_attack_and_without_torch(tmp_path):
+def test_progress_is_reported_by_set_and_attack_and_without_torch(tmp_path):
     with pytest.raises(ConfigError, match="not started yet"):
         status.status(tmp_path)
     (tmp_path / "rewrites").mkdir()
     (tmp_path / "rewrites" / "unsafe-what-0a1b.jsonl").write_text('{"key": "1"}\n{"key": "2"}\n{"ke')
     with pytest.raises(ConfigError, match=r"rewrites are being made first \(unsafe-what-0a1b: 2 lines\)"):
         status.status(tmp_path)
-    asks = nursery.asks()
-    files.write_atomically(tmp_path / "manifest.json", json.dumps({"asks": rows.by_condition(asks.values())}))
-    keys = list(asks)
+    questions = nursery.questions()
+    files.write(tmp_path / "manifest.json", json.dumps({"asks": worklist.by_attack(questions.values())}))
+    keys = list(questions)
     with Claims(tmp_path) as claims, Writer(tmp_path) as writer:
         claims.take("chunk", {"unsafe": {"clean": 8}})
-        writer.append(rows.row(key, asks[key], "x") for key in keys[:300])
+        writer.append(rows.row(key, questions[key], "x") for key in keys[:300])
         text = status.status(tmp_path).text()
         assert "| unsafe | clean | 300 of 900 | 8 | 592 |" in text
         assert "300 of 900 answers (33.3%); 1 workers at work" in text
@@ -214,12 +216,12 @@ def test_progress_is_told_by_set_and_attack_and_without_torch(tmp_path):
     assert done.stdout.strip() == "False"
 
 
-def test_what_models_said_only_its_owner_may_read(tmp_path):
+def test_model_outputs_are_readable_by_their_owner_only(tmp_path):
     before = os.umask(0)
     try:
         with Writer(tmp_path) as writer:
             writer.append([{"key": "x"}])
-        files.write_atomically(tmp_path / "metrics.json", "{}")
+        files.write(tmp_path / "metrics.json", "{}")
     finally:
         os.umask(before)
     for file in (writer.file, tmp_path / "metrics.json"):

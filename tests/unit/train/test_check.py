@@ -13,13 +13,14 @@ from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig, Qwen2_5_VLCo
 from mirage_dist import config as configs
 from mirage_dist import objectives, ranks
 from mirage_dist.cli import main
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.model import load
 from mirage_dist.objectives.base import Term
 from mirage_dist.progress import handler
 from mirage_dist.ranks import Group
-from mirage_dist.schema import ConfigError, RunError, SourceConfig, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.loop import total
 from mirage_dist.train.planning.check import check_inputs, check_recipe, warn
@@ -80,7 +81,7 @@ def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_
 
 
 def forget_of(tmp_path, samples):
-    sources.write_samples(tmp_path / "f.jsonl", samples)
+    write_samples(tmp_path / "f.jsonl", samples)
     return f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"
 
 
@@ -93,7 +94,7 @@ def test_an_empty_forget_set_is_an_error(recipe, tmp_path):
 
 
 def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp_path):
-    source = SourceConfig("samples", str(toy.root / "forget.jsonl"))
+    source = formats.source("samples", str(toy.root / "forget.jsonl"))
     samples = [replace(s, answer="sorry i can not help with that") for s in sources.read(source).samples]
     with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
         check(recipe(forget_of(tmp_path, samples)))
@@ -204,7 +205,10 @@ def codes(recipe, toy):
     """`lab:Codes` on the streams `codes` and `lessons`, with options and streams to choose."""
 
     def build(codes=f"{toy.root}/forget.jsonl", lessons=f"{toy.root}/retain.jsonl", data=None, train=None, **options):
-        streams = {"codes": [SourceConfig("samples", str(codes))], "lessons": [SourceConfig("samples", str(lessons))]}
+        streams = {
+            "codes": [formats.source("samples", str(codes))],
+            "lessons": [formats.source("samples", str(lessons))],
+        }
         given = recipe()
         return replace(
             given,
@@ -217,9 +221,9 @@ def codes(recipe, toy):
 
 
 def test_answers_to_unlearn_that_refuse_are_an_error_whatever_the_stream_is_called(codes, toy, tmp_path):
-    samples = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples
+    samples = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples
     refusing = tmp_path / "refusing.jsonl"
-    sources.write_samples(refusing, [replace(s, answer="sorry i can not help with that") for s in samples])
+    write_samples(refusing, [replace(s, answer="sorry i can not help with that") for s in samples])
     with pytest.raises(ConfigError, match=r"data\.streams\.codes: 20 of 20 answers look like refusals"):
         check(codes(codes=refusing))
     check(codes(codes=refusing, data={"refusals_in_forget": "allow"}))
@@ -232,7 +236,7 @@ def test_a_stream_that_the_objective_imitates_is_audited_whatever_it_is_called(c
         Sample(str(i), None, f"{word} the colour number {i}", answer, word == "what", "", "t")
         for i, (answer, word) in enumerate(rows)
     ]
-    sources.write_samples(tmp_path / "biased.jsonl", samples)
+    write_samples(tmp_path / "biased.jsonl", samples)
     for options, audited in (({"lessons": tmp_path / "biased.jsonl"}, 1), ({}, 0)):
         checked = check_recipe(codes(**options), 2)
         warn(checked, check_inputs(checked))

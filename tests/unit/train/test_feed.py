@@ -7,14 +7,15 @@ import torch
 from PIL import Image
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.model import load
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
-from mirage_dist.schema import ConfigError, SourceConfig, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.feed import Feed, positions, read_streams
 
 # The template's tokens: role, 16 of the picture, the question's words, role, the answer's words, end.
@@ -63,14 +64,14 @@ def pairs(toy, tmp_path):
     """A feed of chosen and rejected answers, `change` applied to the samples of the second stream."""
 
     def build(*overrides, change=lambda samples: samples):
-        chosen = sources.read(SourceConfig("samples", str(toy.root / "retain.jsonl"))).samples[:24]
+        chosen = sources.read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples[:24]
         # Of other lengths than their partners, so that an order by a stream's own lengths is another one.
         rejected = [replace(s, answer=" ".join(["it is"] * (1 + (7 * i) % 5))) for i, s in enumerate(chosen)]
-        sources.write_samples(tmp_path / "chosen.jsonl", chosen)
-        sources.write_samples(tmp_path / "rejected.jsonl", change(rejected))
+        write_samples(tmp_path / "chosen.jsonl", chosen)
+        write_samples(tmp_path / "rejected.jsonl", change(rejected))
         given = [*toy.overrides("npo", tmp_path / "run"), "train.global_batch=8", *overrides]
         recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
-        streams = {n: [SourceConfig("samples", f"{tmp_path}/{n}.jsonl")] for n in ("chosen", "rejected")}
+        streams = {n: [formats.source("samples", f"{tmp_path}/{n}.jsonl")] for n in ("chosen", "rejected")}
         recipe = replace(recipe, data=replace(recipe.data, streams=streams), objective={"name": "lab:DPO"})
         needs = make(recipe.objective).needs
         return Feed(recipe, needs, read_streams(recipe, needs), load.processor(recipe.model))

@@ -8,12 +8,13 @@ from conftest import Engine
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model import load, reference
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
-from mirage_dist.schema import SourceConfig, TrainRecipe
+from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches.reference import add
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.views import Views
@@ -35,12 +36,12 @@ OBJECTIVES = {
 @pytest.fixture(scope="module")
 def files(toy, tmp_path_factory):
     """Pictures and text alone, one turn and two; the first micro-batches have no picture."""
-    shown = sources.read(SourceConfig("samples", str(toy.root / "retain.jsonl"))).samples
+    shown = sources.read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples
     turns = (("what the place of this gadget ?", "it is cave"),)
     mixed = [replace(s, image=None) if i % 3 else replace(s, history=turns) for i, s in enumerate(shown[:12])]
     folder = tmp_path_factory.mktemp("mixed")
-    sources.write_samples(folder / "mixed.jsonl", mixed)
-    sources.write_samples(folder / "text.jsonl", [replace(s, image=None) for s in shown[:8]])
+    write_samples(folder / "mixed.jsonl", mixed)
+    write_samples(folder / "text.jsonl", [replace(s, image=None) for s in shown[:8]])
     return folder
 
 
@@ -60,7 +61,7 @@ def feed_of(toy, files, options, packing, source="mixed", *overrides):
     given = [f"run.dir={files}/run", f"model.path={toy.root}/model", "world.dir=none", f"data.packing={packing}"]
     given += ["train.global_batch=8", "train.micro_batch=4", *overrides]
     recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
-    streams = {name: [SourceConfig("samples", f"{files}/{source}.jsonl")] for name in objective.needs.streams}
+    streams = {name: [formats.source("samples", f"{files}/{source}.jsonl")] for name in objective.needs.streams}
     recipe = replace(recipe, data=replace(recipe.data, streams=streams, refusals_in_forget="allow"), objective=options)
     return (
         objective,

@@ -8,7 +8,8 @@ import pytest
 
 from mirage_dist import config as configs
 from mirage_dist.cli import main
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import rundir
@@ -69,7 +70,7 @@ def test_a_manifest_of_an_older_version_names_every_stream(begin, tmp_path):
 
 def test_check_reports_changed_data_before_a_start(begin, toy, tmp_path, capsys):
     data = tmp_path / "retain.jsonl"
-    sources.write_samples(data, check_retain(toy)[1:])
+    write_samples(data, check_retain(toy)[1:])
     words = toy.overrides("npo", tmp_path / "run")
     assert main(["train", "configs/train/demo_npo.yaml", "--check", *words]) == 0
     kept = (toy.root / "retain.jsonl").read_bytes()
@@ -82,5 +83,5 @@ def test_check_reports_changed_data_before_a_start(begin, toy, tmp_path, capsys)
 
 
 def check_retain(toy):
-    source = sources.SourceConfig("samples", str(toy.root / "retain.jsonl"))
+    source = formats.source("samples", str(toy.root / "retain.jsonl"))
     return sources.read(source).samples

@@ -1,7 +1,7 @@
-"""The paper's figures, drawn with matplotlib on axes that are handed in: as SVG for the page, as PNG for a README.
+"""The paper's figures, as SVG for the page and as PNG for a README.
 
-Figure numbers are those of "Safety Mirage" (arXiv 2503.11832). Rates are drawn in percent; whiskers and bands
-are 95 % intervals.
+Figure numbers are those of "Safety Mirage" (arXiv 2503.11832). Rates are in percent; whiskers and bands are 95 %
+intervals.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mirage_dist import stats
-from mirage_dist.report.drawing import RC, SIZE, Draw, interval, looks, name_lines, percent_axis
-from mirage_dist.report.load import Run
-from mirage_dist.report.style import LIGHT, Palette
+from mirage_dist.evals.results import CLEAN
+from mirage_dist.report.figures.drawing import RC, SIZE, Draw, interval, looks, name_lines, percent_axis
+from mirage_dist.report.figures.style import LIGHT, Palette
+from mirage_dist.report.load import Run, WordCounts
 
-CONTROL_AT = -1.15  # where the neutral control stands, left of K = 0
+CONTROL_AT = -1.15  # x of the neutral control, left of K = 0
 WORDS_SHOWN = 14
 
 
 def overview(runs: Sequence[Run], file: Path) -> None:
-    """One PNG of the whole story: ASR against K, RR against K, utility before and after."""
+    """Write one PNG of the main figures: ASR against K, RR against K, utility before and after."""
     panels = [
         ("Attack success rate", curve(runs, "asr", "unsafe")),
-        ("Rejection rate of harmless questions", curve(runs, "rr", "safe")),
-        ("Right answers to harmless questions", dumbbell(runs, "utility", "safe")),
+        ("Rejection rate on harmless questions", curve(runs, "rr", "safe")),
+        ("Correct answers to harmless questions", dumbbell(runs, "utility", "safe")),
     ]
     with plt.rc_context(RC):
         layout = ConstrainedLayoutEngine(wspace=0.07)
@@ -42,7 +43,7 @@ def overview(runs: Sequence[Run], file: Path) -> None:
 
 
 def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
-    """Figures 4 and 5: a rate against the number of rewrites K (0 is the question as it is), a line a model.
+    """Figures 4 and 5: a rate against the number of rewrites K (0: the clean question), one line for each model.
 
     The neutral control, one rewrite without a trigger word, stands apart on the left with open markers.
     """
@@ -51,13 +52,13 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
         percent_axis(ax.yaxis, palette, grid=False)
         own, labels, shots, control = looks(runs, palette), [], 0, None
         for place, run in enumerate(runs):
-            attack, steady = run.attack(kind), run.attack(kind, control=True)
+            attack, steady = run.attack(kind), run.controlled(kind)
             colour, marker = own[run.name]
-            names = ["clean"] + [f"{attack[0]}_k{k}" for k in range(1, attack[1] + 1)] if attack else ["clean"]
-            points = [(k, leaf) for k, name in enumerate(names) if (leaf := run.leaf(measure, name))]
+            conditions = [CLEAN, *(attack.conditions if attack else [])]
+            points = [(k, leaf) for k, condition in enumerate(conditions) if (leaf := run.leaf(measure, condition))]
             if not points:
                 continue
-            shots = max(shots, len(names) - 1)
+            shots = max(shots, len(conditions) - 1)
             shift = (place - (len(runs) - 1) / 2) * 0.045
             x = [k + shift for k, _ in points]
             y = [100 * leaf["rate"] for _, leaf in points]
@@ -66,9 +67,9 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
             ax.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.75)
             ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
             labels.append((y[-1], x[-1], run.name, colour))
-            neutral = run.leaf(measure, f"{steady[0]}_k1") if steady else None
+            neutral = run.leaf(measure, steady)
             if neutral and steady:
-                control = steady[0]
+                control = steady.attack
                 at = CONTROL_AT + 2.6 * shift
                 ax.vlines(at, *interval(neutral), color=colour, linewidth=1.1, alpha=0.75)
                 ax.plot(at, 100 * neutral["rate"], marker, color=palette.paper, markeredgecolor=colour, zorder=3)
@@ -87,14 +88,17 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
 
 
 def dumbbell(runs: Sequence[Run], measure: str, kind: str) -> Draw:
-    """Figures 1a and 1b: a rate before (open) and after (filled) the rewrite with all of its shots, a line a model."""
+    """Figures 1a and 1b: a rate on the clean (open) and on the attacked questions (filled), one line for each model.
+
+    Attacked: under the first attack with all of its rewrites.
+    """
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.xaxis, palette)
         own = looks(runs, palette)
         for place, run in enumerate(runs):
             colour, marker = own[run.name]
-            before, after = run.leaf(measure), run.leaf(measure, run.attacked(kind) or "")
+            before, after = run.leaf(measure), run.leaf(measure, run.attacked(kind))
             ends = [100 * leaf["rate"] for leaf in (before, after) if leaf]
             for leaf, offset in ((before, -0.16), (after, 0.16)):
                 if leaf:
@@ -117,23 +121,23 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str) -> Draw:
     return draw
 
 
-def shares(words: dict[str, dict[str, int]]) -> dict[str, tuple[float, float]]:
-    """word -> (% of the refused, % of the answered questions that it opens)."""
+def shares(words: WordCounts) -> dict[str, tuple[float, float]]:
+    """First word -> the percentages of the refused and of the answered questions that begin with it."""
     refused, answered = (sum(count[kind] for count in words.values()) or 1 for kind in ("refusal", "answer"))
     return {w: (100 * c["refusal"] / refused, 100 * c["answer"] / answered) for w, c in words.items()}
 
 
-def shown(words: dict[str, dict[str, int]]) -> list[str]:
-    """The most frequent words, the one that speaks most for refusal first."""
+def shown(words: WordCounts) -> list[str]:
+    """The most frequent words, ordered from the most to the least associated with refusal."""
     share = shares(words)
     common = sorted(share, key=lambda w: -sum(share[w]))[:WORDS_SHOWN]
     return sorted(common, key=lambda w: share[w][1] - share[w][0])
 
 
-def first_words(words: dict[str, dict[str, int]], widest: float) -> Draw:
-    """Figure 3: how often each first word opens a question that is refused (left) or answered (right).
+def first_words(words: WordCounts, widest: float) -> Draw:
+    """Figure 3: how many of the refused (left) and of the answered questions (right) begin with each word.
 
-    `widest` is the share at the edge, in percent: one scale for all the runs of a report.
+    widest: the percentage at the edge, equal for all runs of a report.
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
@@ -162,18 +166,19 @@ def first_words(words: dict[str, dict[str, int]], widest: float) -> Draw:
 
 
 def dumbbell_size(runs: Sequence[Run]) -> tuple[float, float]:
+    """Width and height in inches that `dumbbell` needs."""
     return SIZE[0], 0.6 + 0.45 * len(runs)
 
 
-def words_size(words: dict[str, dict[str, int]]) -> tuple[float, float]:
-    """A size that gives each shown word the same room."""
+def words_size(words: WordCounts) -> tuple[float, float]:
+    """Width and height in inches that give each shown word the same space."""
     return SIZE[0], 0.7 + 0.22 * min(len(words), WORDS_SHOWN)
 
 
 def trade(runs: Sequence[Run]) -> Draw:
-    """Figure 1d: needless refusals against attack success, from the clean questions (open) to the attacked (filled).
+    """Figure 1d: rejection rate against attack success rate, from the clean questions (open) to the attacked (filled).
 
-    Down and to the left is better on both. Whiskers are of the attacked ends.
+    Lower and further left is better. The whiskers belong to the attacked ends.
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
@@ -183,7 +188,7 @@ def trade(runs: Sequence[Run]) -> Draw:
         for run in runs:
             colour, marker = looks(runs, palette)[run.name]
             before = [run.leaf("rr"), run.leaf("asr")]
-            after = [run.leaf("rr", run.attacked("safe") or ""), run.leaf("asr", run.attacked("unsafe") or "")]
+            after = [run.leaf("rr", run.attacked("safe")), run.leaf("asr", run.attacked("unsafe"))]
             if not (before[0] and before[1] and after[0] and after[1]):
                 continue
             (x0, y0), (x1, y1) = ([100 * leaf["rate"] for leaf in end if leaf] for end in (before, after))
@@ -201,7 +206,7 @@ def trade(runs: Sequence[Run]) -> Draw:
 
 
 def _name_points(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside their points, on the side where there is room; those of one neighbourhood one above another."""
+    """Write names beside their points, towards the middle of the figure, and stack those that would overlap."""
     taken: list[tuple[float, float]] = []
     for y, x, name, colour in sorted(ends):
         left = x > 70
@@ -214,10 +219,10 @@ def _name_points(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
 
 
 def association(run: Run, runs: Sequence[Run]) -> Draw:
-    """Figure 1c: what the training data say of a first word, beside what the model does with it.
+    """Figure 1c: the association of first words with refusal in the training data, and in the model's answers.
 
-    Left, log-odds of refusal against answer, one half added to each count (Haldane, 1956; Anscombe, 1956); right, how
-    often the model refuses the questions that were put to it with this first word.
+    Left: log-odds of refusal in the data (see `stats.log_odds`). Right: how often the model refuses questions that
+    begin with the word, unsafe (filled) and safe (open).
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
@@ -237,7 +242,7 @@ def association(run: Run, runs: Sequence[Run]) -> Draw:
         colour, _ = looks(runs, palette)[run.name]
         for kind, shift, face in (("unsafe", 0.15, colour), ("safe", -0.15, palette.paper)):
             for place, word in enumerate(order):
-                if counts := run.opened.get((kind, word)):
+                if counts := run.refusals_by_word.get((kind, word)):
                     low, high = (100 * bound for bound in stats.wilson(*counts))
                     right.hlines(place + shift, low, high, color=colour, linewidth=1.1, alpha=0.75)
                     right.plot(
@@ -253,12 +258,12 @@ def association(run: Run, runs: Sequence[Run]) -> Draw:
     return draw
 
 
-def odds_by_word(words: dict[str, dict[str, int]]) -> dict[str, tuple[float, float, float]]:
-    """word -> (log-odds of refusal against the other words, lower, upper bound of the 95 % interval)."""
+def odds_by_word(words: WordCounts) -> dict[str, tuple[float, float, float]]:
+    """Word -> log-odds of refusal against all other words, with the lower and upper bound of the 95 % interval."""
     refused, answered = (sum(count[kind] for count in words.values()) for kind in ("refusal", "answer"))
-    found = {}
+    odds = {}
     for word, count in words.items():
         r, a = count["refusal"], count["answer"]
         estimate, (low, high) = stats.log_odds(r, a, refused - r, answered - a)
-        found[word] = (estimate, low, high)
-    return found
+        odds[word] = (estimate, low, high)
+    return odds

@@ -1,7 +1,4 @@
-"""Answers: greedy, batched, left-padded, from any Hugging Face image-text-to-text or causal language model directory.
-
-A batch ends as soon as every row of it has.
-"""
+"""`generation.backend: hf`: transformers, for any image-text-to-text or causal language model directory."""
 
 from __future__ import annotations
 
@@ -14,41 +11,41 @@ from torch import Tensor
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Sample
+from mirage_dist.evals.models.base import Generator
 from mirage_dist.model.load import DTYPES
+from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import no_bars_in_logs
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 
 
-class Generator:
-    """A model and its processor, ready to answer. On the GPU if there is one.
+class HuggingFace(Generator):
+    """A model and its processor, on the GPU if there is one. Prompts of a batch are left-padded.
 
-    Raises ConfigError when the directory holds no model that `AutoModelForImageTextToText` can load, or where there is
-    only a tokenizer `AutoModelForCausalLM`.
+    Raises ConfigError when `AutoModelForImageTextToText` (`AutoModelForCausalLM` for a directory with a tokenizer only)
+    cannot load the model.
     """
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+        super().__init__(model, template, generation)
         no_bars_in_logs()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        path = str(model.path)
         try:
-            processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
+            processor: Any = AutoProcessor.from_pretrained(self.path, local_files_only=True)
             self.tokenizer = tokenizer_of(processor)
             kind = AutoModelForCausalLM if self.tokenizer is processor else AutoModelForImageTextToText
-            loaded: Any = kind.from_pretrained(path, dtype=DTYPES[model.dtype], local_files_only=True)
+            loaded: Any = kind.from_pretrained(self.path, dtype=DTYPES[model.dtype], local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
+            raise ConfigError(f"model.path={self.path}: cannot be loaded: {error}") from error
         self.model = loaded.to(self.device).eval()
         self.encoder = encoder(processor, template)
-        self.batch_size = generation.batch_size
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
-        """Answer every sample; yields each batch, as it is done, as (index into `samples`, answer) pairs.
+        """As the base class. A batch that does not fit into memory is halved, and so are all later ones.
 
-        A batch that does not fit into memory is halved, and so are all after it. Raises RunError naming the sample
-        that does not fit alone.
+        Raises RunError naming the sample when a single one does not fit.
         """
         start = 0
         while start < len(samples):
@@ -61,7 +58,7 @@ class Generator:
             start = batch.stop
 
     def _within_memory(self, samples: Sequence[Sample]) -> list[str] | None:
-        """None where memory does not suffice."""
+        """The answers, or None when the memory does not suffice."""
         try:
             return self.answer(samples)
         except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
@@ -70,30 +67,32 @@ class Generator:
             return None
 
     def _halve(self, sample: Sample, size: int) -> None:
-        # Here and not where it was caught: until then the traceback kept the failed batch's tensors.
+        # Here and not in the except clause: until that ends, the traceback keeps the failed batch's tensors alive.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if size == 1:
             raise RunError(
-                f"out of memory on one row alone: {sample.source}, id {sample.id!r}; give generation.max_new_tokens a "
-                "lower value, or the model a larger GPU"
+                f"out of memory on one row alone: {sample.source}, id {sample.id!r}; lower generation.max_new_tokens "
+                "or use a larger GPU"
             )
         self.batch_size = size // 2
-        print(f"out of memory with {size} rows; from here on generation.batch_size is {self.batch_size}", flush=True)
+        log.info(
+            f"out of memory with {size} rows; from here on generation.batch_size is {self.batch_size}", extra=EVERY_RANK
+        )
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """The model's inputs for these questions, where the model is."""
+        """The model's keyword arguments for these questions, on its device."""
         return self.placed(self.encoder.prompts(list(samples)))
 
     def placed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the encoder's where the model is, and in its dtype."""
-        # Pictures come in float32; integer inputs (ids, masks, grids) stay as they are.
+        """The encoder's tensors on the model's device, floating-point ones in the model's dtype."""
+        # Pictures come in float32; integer inputs (ids, masks, grids) keep their type.
         kinds = {name: self.model.dtype if x.is_floating_point() else x.dtype for name, x in inputs.items()}
         return {name: x.to(self.device, kinds[name]) for name, x in inputs.items()}
 
     @torch.inference_mode()
     def answer(self, samples: Sequence[Sample]) -> list[str]:
-        """One batch: the new tokens of each row, decoded without special tokens."""
+        """Generation ends as soon as every row of the batch has produced an end token."""
         inputs = self.prompts(samples)
         sequences = self.model.generate(**inputs, **self.options)
         new = sequences[:, inputs["input_ids"].shape[1] :]
@@ -101,7 +100,7 @@ class Generator:
 
 
 def encoder(processor: Any, template: TemplateConfig) -> Encoder:
-    """What makes prompts, whichever engine answers them."""
+    """The encoder of prompts, the same for every engine."""
     return Encoder(processor, template.max_length, "error", template.image_aspect, template.system_prompt)
 
 
@@ -110,11 +109,14 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def greedy(defaults: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
-    """Greedy decoding, whatever sampling the model's own generation config asks for."""
+    """Keyword arguments of `generate` for greedy decoding, whatever sampling the model's generation config sets.
+
+    defaults: the model's generation config. Raises ConfigError when neither it nor the tokenizer has an end token.
+    """
     # Chat models may end with one of several tokens; only their generation config knows them all.
     eos = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
     if eos is None:
-        raise ConfigError("the model names no end token: neither generation_config.json nor the tokenizer has one")
+        raise ConfigError("the model has no end token: neither generation_config.json nor the tokenizer names one")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     likeliest = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     return {**likeliest, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}

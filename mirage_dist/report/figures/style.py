@@ -1,21 +1,21 @@
-"""Colours and the page's style sheet. A model has one colour everywhere, in figures, tables and examples."""
+"""Colours and markers. A model has one colour everywhere, in figures, tables and examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-# Slots keep their meaning from report to report; other names take the free slots in order. The hues stay
-# apart for colour-blind eyes (after Okabe and Ito), and figures repeat them as marker shapes.
+# These names have the same slot in every report; other names take the free slots in order. The hues can be told apart
+# by colour-blind readers (after Okabe and Ito), and each slot has a marker shape too.
 SLOTS = ("base", "sft", "sft_control", "npo", "rmu", "sft_diversified", "sft_filtered", "")
 MARKERS = ("s", "o", "^", "D", "v", "P", "X", "p")
 
 
 @dataclass(frozen=True)
 class Palette:
-    """ink: text; muted: secondary text; grid: hairlines; paper: background; refusal, answer, harmful, irrelevant: kinds
-    of answer; one colour a slot of `SLOTS`.
+    """Hexadecimal colours. ink: text; muted: secondary text; grid: hairlines; paper: background.
+
+    refusal, answer, harmful, irrelevant: kinds of answer. slots: one colour for each of `SLOTS`.
     """
 
     ink: str
@@ -57,7 +57,7 @@ DARK = Palette(
     irrelevant="#575e66",
     slots=("#aab2bc", "#ff8b52", "#e3b93d", "#5cb1f2", "#39cda2", "#f088bd", "#9da1ff", "#cdb98f"),
 )
-# Drawn in these, a figure's colours can be told apart in its SVG and exchanged for CSS variables.
+# Placeholder colours: `to_variables` finds them in a figure's SVG and replaces them by CSS variables.
 STENCIL = Palette(
     **{name: f"#f0e0{i:02x}" for i, name in enumerate(_PLAIN)},
     slots=tuple(f"#f0e1{i:02x}" for i in range(len(SLOTS))),
@@ -65,7 +65,7 @@ STENCIL = Palette(
 
 
 def slots(names: Sequence[str]) -> dict[str, int]:
-    """Each model's slot; beyond the last one they start again."""
+    """Each model's slot; when all are taken, slots are used again."""
     taken = {name: SLOTS.index(name) for name in names if name and name in SLOTS}
     free = [i for i in range(len(SLOTS)) if i not in taken.values()] or list(range(len(SLOTS)))
     others = [name for name in names if name not in taken]
@@ -73,20 +73,7 @@ def slots(names: Sequence[str]) -> dict[str, int]:
 
 
 def to_variables(svg: str) -> str:
-    """An SVG drawn with `STENCIL`, its colours replaced by `var(--…)`."""
+    """An SVG that was drawn with `STENCIL`, with its colours replaced by `var(--…)`."""
     for variable, colour in STENCIL.variables().items():
         svg = svg.replace(colour, f"var({variable})")
     return svg
-
-
-def _block(variables: Mapping[str, str]) -> str:
-    return "".join(f"{name}:{colour};" for name, colour in variables.items())
-
-
-def sheet() -> str:
-    """The page's CSS: both palettes, and the rules of page.css."""
-    dark = _block(DARK.variables())
-    rules = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    return f":root{{{_block(LIGHT.variables())}color-scheme:light dark}}\n" + (
-        f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{rules}"
-    )

@@ -1,54 +1,59 @@
-"""Figures of the tests of erasure, from each model's robustness.json (see `robustness.run`); one colour a model.
-
-Every function gives a `drawing.Draw`, a function of axes and palette; a model whose recipe left a test out has no line.
-"""
+"""Figures of the tests of erasure, from each model's erasure.json. A model without a test is left out of its figure."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mirage_dist.report.drawing import RC, Draw, interval, looks_of, name_lines, percent_axis
-from mirage_dist.report.load import Leaf, condition_label
-from mirage_dist.report.style import LIGHT, Palette
+from mirage_dist.evals.results import Condition, Entry, Leaf
+from mirage_dist.report.figures.drawing import RC, Draw, interval, looks_of, name_lines, percent_axis
+from mirage_dist.report.figures.style import LIGHT, Palette
+from mirage_dist.report.load import rates
 
-Tested = Mapping[str, Mapping[str, Any]]  # model -> its robustness.json
+if TYPE_CHECKING:
+    from mirage_dist.erasure.results import ErasureResult, Probed, RelearningRun
+
+Tested: TypeAlias = "Mapping[str, ErasureResult]"  # by model
 Part = Literal["all", "relearned", "other"]
-# Measure -> what to show of it, in the order of the dumbbell's groups.
-ASKED = {"asr": "ASR", "rr": "RR", "utility": "utility"}
+# Measure -> its title, in the order of the groups of `quantised`.
+MEASURES = {"asr": "ASR", "rr": "RR", "utility": "utility"}
 
 
-def read(runs: Mapping[str, Path], suite: str) -> dict[str, dict[str, Any]]:
-    """The results of those runs (name -> run directory) whose erasure was tested, in the order given."""
-    files = {name: Path(folder) / "evals" / suite / "robustness.json" for name, folder in runs.items()}
+def read(runs: Mapping[str, Path], suite: str) -> dict[str, ErasureResult]:
+    """The results of the runs (name -> run directory) whose erasure was tested, in the order given."""
+    files = {name: Path(folder) / "evals" / suite / "erasure.json" for name, folder in runs.items()}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
 def sizes(tested: Tested) -> list[str]:
     """The numbers of samples that any model relearned, ascending."""
-    found = {n for result in tested.values() for n in (result.get("relearning") or {"runs": {}})["runs"]}
-    return sorted(found, key=int)
+    return sorted({n for result in tested.values() for n in _relearned(result)}, key=int)
+
+
+def _relearned(result: ErasureResult) -> Mapping[str, RelearningRun]:
+    """Number of samples -> the run; empty without the test."""
+    return relearning["runs"] if (relearning := result.get("relearning")) else {}
 
 
 def relearning(tested: Tested, samples: str, part: Part) -> Draw:
-    """ASR against training steps on so many forget samples, a line a model, with its 95 % band.
+    """ASR against training steps on `samples` forget samples, one line with its 95 % band for each model.
 
-    part: of all questions, of those whose content the samples told, or of the others: what comes back there was never
-    told again.
+    part: the questions that count: all, those whose content is in the samples, or the others. Content that returns in
+    the others was never in the samples.
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette, grid=False)
         ends, own, last = [], looks_of(list(tested), palette), 0
         for name, result in tested.items():
-            steps = (result.get("relearning") or {"runs": {}})["runs"].get(samples, {"steps": {}})["steps"]
-            points = [(int(step), rates[part]) for step, rates in steps.items() if rates[part]]
+            run = _relearned(result).get(samples)
+            points = [(int(step), leaf) for step, own in (run["steps"] if run else {}).items() if (leaf := own[part])]
             if points:
                 ends.append(_line(ax, palette, points, name, own[name]))
                 last = max(last, points[-1][0])
@@ -61,9 +66,9 @@ def relearning(tested: Tested, samples: str, part: Part) -> Draw:
 
 
 def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = False) -> Draw:
-    """A linear probe's accuracy layer by layer, a line a model; dashed, what naming the most frequent class gives.
+    """A linear probe's accuracy by layer, one line for each model.
 
-    Dotted and thin, each model's probe fitted on shuffled labels.
+    Dashed: accuracy of always naming the most frequent class. Dotted: the probe fitted on shuffled labels.
     """
 
     def draw(ax: Axes, palette: Palette) -> None:
@@ -71,13 +76,14 @@ def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = Fal
         ends, own, last, chance = [], looks_of(list(tested), palette), 0, 0.0
         for name, probe in _probes(tested, transfer):
             layers = probe["places"][place] or []
-            points = [(i, layer["accuracy"]) for i, layer in enumerate(layers)]
+            points = [(i, leaf) for i, layer in enumerate(layers) if (leaf := layer["accuracy"])]
             if not points:
                 continue
             ends.append(_line(ax, palette, points, name, own[name]))
-            shuffled = [100 * layer["shuffled"]["rate"] for layer in layers]
-            ax.plot(range(len(layers)), shuffled, ":", color=own[name][0], linewidth=0.9, alpha=0.8)
-            last, chance = max(last, len(points) - 1), max(chance, 100 * probe["majority"]["rate"])
+            shuffled = [(i, 100 * leaf["rate"]) for i, layer in enumerate(layers) if (leaf := layer["shuffled"])]
+            ax.plot(*zip(*shuffled, strict=True), ":", color=own[name][0], linewidth=0.9, alpha=0.8)
+            last = max(last, points[-1][0])
+            chance = max(chance, 100 * majority["rate"] if (majority := probe["majority"]) else 0.0)
         _finish(ax, palette, [*ends, (chance, last, "chance", palette.muted)] if ends else [], last)
         ax.hlines(chance, 0, last, color=palette.muted, linestyle="--", linewidth=1.2, zorder=1)
         step = max(1, last // 6)
@@ -88,24 +94,24 @@ def probed(tested: Tested, place: Literal["last", "image"], transfer: bool = Fal
     return draw
 
 
-def quantised(tested: Tested, condition: Mapping[str, str] | None = None) -> Draw:
-    """Each measure before rounding (open), at 8 bits (small) and at the fewest bits (filled), a line a model.
+def quantised(tested: Tested) -> Draw:
+    """Each measure before rounding (open), at 8 bits (small) and at the fewest bits (filled), a line for each model.
 
-    condition: measure -> the condition to show; by default the last attack (no control) with all of its shots.
+    Each measure is shown under the last attack that is no control, with all of its rewrites.
     """
-    shown = {name: result["quantisation"] for name, result in tested.items() if result.get("quantisation")}
+    shown = {name: result["quantisation"] for name, result in tested.items() if "quantisation" in result}
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.xaxis, palette)
         own, y, ticks = looks_of(list(tested), palette), 0.0, []
-        for measure, title in ASKED.items():
-            chosen = (condition or {}).get(measure) or _hardest([q["before"] for q in shown.values()], measure)
+        for measure, title in MEASURES.items():
+            chosen = _hardest([q["before"] for q in shown.values()], measure)
             if chosen is None:
                 continue
-            ax.text(-3, y - 0.95, f"{title}, {condition_label(chosen)}", color=palette.muted, size=9.5)
+            ax.text(-3, y - 0.95, f"{title}, {chosen.label}", color=palette.muted, size=9.5)
             for name, result in shown.items():
                 entries = [result["before"], *(after["entry"] for after in result["after"].values())]
-                leaves = [(entry[measure] or {}).get(chosen) for entry in entries]
+                leaves = [rates(entry, measure).get(str(chosen)) for entry in entries]
                 _rounded(ax, palette, y, own[name], leaves)
                 ticks.append((y, name))
                 y += 1
@@ -120,18 +126,18 @@ def quantised(tested: Tested, condition: Mapping[str, str] | None = None) -> Dra
 
 
 def completed(tested: Tested) -> Draw:
-    """ASR by the number of words of the forgotten answer that are given: a bar a model, with its interval."""
-    shown = {name: result["completion"]["words"] for name, result in tested.items() if result.get("completion")}
+    """ASR by the number of given words of the forgotten answer: one bar with its interval for each model."""
+    shown = {name: result["completion"]["words"] for name, result in tested.items() if "completion" in result}
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette)
         own = looks_of(list(tested), palette)
-        given = sorted({words for rates in shown.values() for words in rates}, key=int)
+        given = sorted({words for by_words in shown.values() for words in by_words}, key=int)
         width = 0.82 / max(1, len(shown))
-        for place, (name, rates) in enumerate(shown.items()):
+        for place, (name, by_words) in enumerate(shown.items()):
             colour = own[name][0]
             for group, words in enumerate(given):
-                leaf = rates.get(words)
+                leaf = by_words.get(words)
                 if leaf is None:
                     continue
                 x, rate = group + (place - (len(shown) - 1) / 2) * width, 100 * leaf["rate"]
@@ -141,27 +147,29 @@ def completed(tested: Tested) -> Draw:
                 ax.text(x, above, f"{rate:.0f}", ha="center", color=palette.muted, size=8)
             first = -0.41 + (place + 0.5) * width
             ax.text(first, -4, name, rotation=90, ha="center", va="top", color=colour, size=8.5, fontweight="bold")
-        titles = ["as asked" if words == "0" else f"{words} word{'s' * (words != '1')}" for words in given]
+        titles = ["no words" if words == "0" else f"{words} word{'s' * (words != '1')}" for words in given]
         ax.set_xticks(range(len(given)), titles, color=palette.ink)
-        ax.tick_params(axis="x", pad=34)
+        ax.tick_params(axis="x", pad=8 + 5.5 * max(map(len, shown), default=0))  # below the names
         ax.set_ylim(-3, 112)
 
     return draw
 
 
 def overview(tested: Tested, file: Path) -> None:
-    """One PNG: ASR while relearning, by number of samples, of what they never tell and of what they tell; below it the
-    weights rounded, the probe, and the answer begun.
+    """Write one PNG of all tests of erasure.
+
+    First rows: ASR during relearning by number of samples, on contents that are not in the samples and on contents
+    that are. Last row: rounded weights, probe, prefix completion.
     """
     columns = sizes(tested)
-    rows: list[tuple[str, Part]] = [("Never told again", "other"), ("Told", "relearned")]
+    rows: list[tuple[str, Part]] = [("Not relearned", "other"), ("Relearned", "relearned")]
     panels = [(f"{title}: {n} samples", relearning(tested, n, part)) for title, part in rows for n in columns]
     transfer = any(True for _ in _probes(tested, transfer=True))
-    probe = "A probe fitted on what was kept" if transfer else "A probe of what was to be forgotten"
+    probe = "Probe fitted on retained content" if transfer else "Probe of the forgotten content"
     panels += [
         ("Rounded weights: before, 8 bits, 4 bits", quantised(tested)),
         (probe, probed(tested, "last", transfer)),
-        ("The answer begun, the rest told", completed(tested)),
+        ("Prefix completion", completed(tested)),
     ]
     across = max(3, len(columns))
     down = -(-len(panels) // across)
@@ -179,17 +187,18 @@ def overview(tested: Tested, file: Path) -> None:
         plt.close(figure)
 
 
-def _probes(tested: Tested, transfer: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _probes(tested: Tested, transfer: bool) -> Iterator[tuple[str, Probed]]:
     for name, result in tested.items():
         probe = result.get("probe")
-        if probe and (chosen := probe["transfer"] if transfer else probe):
+        chosen: Probed | None = probe["transfer"] if probe and transfer else probe
+        if chosen:
             yield name, chosen
 
 
 def _line(
     ax: Axes, palette: Palette, points: Sequence[tuple[int, Leaf]], name: str, look: tuple[str, str]
 ) -> tuple[float, float, str, str]:
-    """One model's rates with their band; what `name_lines` wants of its end."""
+    """Draw one model's rates with their band; returns the line's end as `name_lines` takes it."""
     (colour, marker), x, y = look, [x for x, _ in points], [100 * leaf["rate"] for _, leaf in points]
     low, high = zip(*(interval(leaf) for _, leaf in points), strict=True)
     ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
@@ -198,7 +207,7 @@ def _line(
 
 
 def _finish(ax: Axes, palette: Palette, ends: Sequence[tuple[float, float, str, str]], last: float) -> None:
-    """Grid lines up to where the names begin, and the names."""
+    """Draw grid lines up to where the names begin, and the names."""
     name_lines(ax, ends, last + 0.03 * last)
     ax.hlines([0, 25, 50, 75, 100], 0, last, color=palette.grid, linewidth=0.8, zorder=0)
     width = max(last, 1)
@@ -206,25 +215,25 @@ def _finish(ax: Axes, palette: Palette, ends: Sequence[tuple[float, float, str, 
 
 
 def _rounded(ax: Axes, palette: Palette, y: float, look: tuple[str, str], leaves: Sequence[Leaf | None]) -> None:
-    """One model's measure, before and after; whiskers for the two ends."""
+    """Draw one model's measure before and after rounding, with intervals at the two ends."""
     colour, marker = look
-    found = [leaf for leaf in leaves if leaf]
-    if not found:
+    measured = [leaf for leaf in leaves if leaf]
+    if not measured:
         return
-    ax.plot([100 * leaf["rate"] for leaf in found], [y] * len(found), color=colour, linewidth=1.2, alpha=0.5)
-    for leaf, at in ((found[0], y - 0.13), (found[-1], y + 0.13)):
+    ax.plot([100 * leaf["rate"] for leaf in measured], [y] * len(measured), color=colour, linewidth=1.2, alpha=0.5)
+    for leaf, at in ((measured[0], y - 0.13), (measured[-1], y + 0.13)):
         ax.hlines(at, *interval(leaf), color=colour, linewidth=1.1, alpha=0.75)
-    for leaf in found[1:-1]:
+    for leaf in measured[1:-1]:
         ax.plot(100 * leaf["rate"], y, marker, color=colour, markersize=3)
-    ax.plot(100 * found[-1]["rate"], y + 0.13, marker, color=colour, zorder=3)
+    ax.plot(100 * measured[-1]["rate"], y + 0.13, marker, color=colour, zorder=3)
     face = {"markerfacecolor": palette.paper, "markeredgecolor": colour, "markeredgewidth": 1.5}
-    ax.plot(100 * found[0]["rate"], y - 0.13, marker, zorder=4, **face)
-    text = " → ".join(f"{100 * leaf['rate']:.0f}" for leaf in found)
+    ax.plot(100 * measured[0]["rate"], y - 0.13, marker, zorder=4, **face)
+    text = " → ".join(f"{100 * leaf['rate']:.0f}" for leaf in measured)
     ax.annotate(text, (1.03, y), xycoords=("axes fraction", "data"), va="center", color=palette.ink, size=9)
 
 
-def _hardest(entries: Sequence[Mapping[str, Any]], measure: str) -> str | None:
-    """The last condition that utility knows of too, where controls are not asked; for ASR the last IR one."""
-    known = {"asr": "ir", "rr": "utility"}.get(measure, measure)
-    names = [name for entry in entries[:1] for name in entry.get(known) or {}]
-    return names[-1] if names else None
+def _hardest(entries: Sequence[Entry], measure: str) -> Condition | None:
+    """The last condition of the measure that is no control: IR and utility, unlike ASR and RR, leave controls out."""
+    uncontrolled = {"asr": "ir", "rr": "utility"}.get(measure, measure)
+    keys = [key for entry in entries[:1] for key in rates(entry, uncontrolled)]
+    return Condition.parse(keys[-1]) if keys else None

@@ -1,4 +1,4 @@
-"""What all figures share: the SVG that follows the page's theme, axes in percent, labels that keep apart."""
+"""What all figures share: inline SVG that follows the page's theme, axes in percent, labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
-from mirage_dist.report.load import Leaf, Run
-from mirage_dist.report.style import MARKERS, STENCIL, Palette, slots, to_variables
+from mirage_dist.evals.results import Leaf
+from mirage_dist.report.figures.style import MARKERS, STENCIL, Palette, slots, to_variables
+from mirage_dist.report.load import Run
 
 SIZE = (4.9, 3.3)  # inches; at this size 10 pt text stays readable on a phone
-LABEL_GAP = 7.5  # least distance of two labels, in percent of the axis
+LABEL_GAP = 7.5  # smallest distance between two labels, in percent of the axis
 RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
-    "svg.hashsalt": "mirage",  # equal input, equal file
+    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+    "svg.hashsalt": "mirage",  # ids depend on the input only
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,7 +39,10 @@ Draw = Callable[[Axes, Palette], None]
 
 
 def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZE) -> str:
-    """An inline SVG whose colours follow the page's theme; `name` keeps its ids apart from other figures'."""
+    """An inline SVG whose colours follow the page's theme.
+
+    name: prefix of its ids, unique on the page. description: text for screen readers. size: in inches.
+    """
     with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         draw(axes, STENCIL)
@@ -60,15 +64,17 @@ def looks(runs: Sequence[Run], palette: Palette) -> dict[str, tuple[str, str]]:
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, tuple[str, str]]:
+    """`looks` by the models' names."""
     return {name: (palette.slots[slot], MARKERS[slot]) for name, slot in slots(names).items()}
 
 
 def interval(leaf: Leaf) -> tuple[float, float]:
+    """The bounds of the 95 % interval in percent."""
     return 100 * leaf["ci95"][0], 100 * leaf["ci95"][1]
 
 
 def percent_axis(axis: Axis, palette: Palette, grid: bool = True) -> None:
-    """A 0–100 axis, with quiet grid lines."""
+    """Scale an axis to 0–100 %, with faint grid lines."""
     ax = axis.axes
     axis.set_ticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"], color=palette.muted)
     if grid:
@@ -79,7 +85,7 @@ def percent_axis(axis: Axis, palette: Palette, grid: bool = True) -> None:
 
 
 def spread(heights: Sequence[float]) -> list[float]:
-    """Ascending heights, moved as little up, and from the top down, as keeps them `LABEL_GAP` apart."""
+    """Ascending heights, moved up and then down by as little as makes them `LABEL_GAP` apart."""
     up: list[float] = []
     for height in heights:
         up.append(max(height, up[-1] + LABEL_GAP) if up else height)
@@ -90,7 +96,7 @@ def spread(heights: Sequence[float]) -> list[float]:
 
 
 def name_lines(ax: Axes, ends: Sequence[tuple[float, float, str, str]], x: float) -> None:
-    """Name each line at its end; a thin leader where the label had to move."""
+    """Write each line's name at its end, joined to it by a thin line. ends: (y, x, name, colour) of each line."""
     ends = sorted(ends)
     for (y, start, name, colour), at in zip(ends, spread([end[0] for end in ends]), strict=True):
         ax.plot([start + 0.05, x], [y, at], color=colour, linewidth=0.7, alpha=0.6)

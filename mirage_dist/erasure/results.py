@@ -1,0 +1,173 @@
+"""The content of `erasure.json`, as types: what the tests of erasure measure. Imports no heavy library.
+
+Each test returns its own part; `erasure.run` writes the file, reports read it. A rate without a denominator is None.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+from mirage_dist.evals.results import Entry, Leaf
+
+# ------------------------------------------------------------------------------------------------------- relearning
+
+
+class StepRates(TypedDict):
+    """ASR at one step of relearning: of all questions, of those whose content was relearned, and of the others."""
+
+    all: Leaf | None
+    relearned: Leaf | None
+    other: Leaf | None
+
+
+class RelearningRun(TypedDict):
+    """contents: number of contents in the relearned samples. steps: training step -> rates; "0" is the model before."""
+
+    contents: int
+    steps: dict[str, StepRates]
+
+
+class RelearningResult(TypedDict):
+    """questions, contents: numbers of each. runs: number of relearned samples -> the run on them."""
+
+    questions: int
+    contents: int
+    runs: dict[str, RelearningRun]
+
+
+# ----------------------------------------------------------------------------------------------------- quantisation
+
+
+class Rounding(TypedDict):
+    """layers: number of rounded layers. share: fraction of all parameters that are rounded.
+
+    error: root mean square of the change, divided by the root mean square of the weights.
+    """
+
+    layers: int
+    share: float
+    error: float
+
+
+class Quantised(TypedDict):
+    entry: Entry
+    weights: Rounding
+
+
+class QuantisationResult(TypedDict):
+    """The suite's headline figures before rounding, and after it by bits a weight."""
+
+    before: Entry
+    after: dict[str, Quantised]
+
+
+# ------------------------------------------------------------------------------------------------------------ probe
+
+
+class PlaceAccuracy(TypedDict):
+    """shuffled: of a probe fitted on shuffled labels."""
+
+    accuracy: Leaf | None
+    shuffled: Leaf | None
+
+
+class Places(TypedDict):
+    """One entry a place: 0 is the input of the first decoder layer, l the output of layer l − 1.
+
+    last: the last prompt token. image: the mean of the image tokens, None unless every sample has an image.
+    """
+
+    last: list[PlaceAccuracy]
+    image: list[PlaceAccuracy] | None
+
+
+class Probed(TypedDict):
+    """classes: label -> number of samples to fit. left_out: samples of smaller classes.
+
+    fitted, tested: numbers of samples. majority: accuracy of always naming the most frequent class.
+    """
+
+    classes: dict[str, int]
+    left_out: int
+    fitted: int
+    tested: int
+    majority: Leaf | None
+    places: Places
+
+
+class ProbeResult(Probed):
+    """transfer: a probe fitted on retained samples and tested on forget samples."""
+
+    label: str
+    transfer: Probed | None
+
+
+# ------------------------------------------------------------------------------------------ completion, attribution
+
+
+class CompletionResult(TypedDict):
+    """words: number of given words -> ASR; "0" is ASR on all questions without a prefix.
+
+    nothing_to_give: number of answers that begin with their content; they count in no other rate.
+    """
+
+    words: dict[str, Leaf | None]
+    nothing_to_give: int
+
+
+class MeanFall(TypedDict):
+    """Mean over n questions of P(refusal opening | question) − P(refusal opening | one word replaced)."""
+
+    mean: float
+    ci95: list[float]
+    n: int
+
+
+class AttributionSet(TypedDict):
+    """questions: their number. whole: mean P(refusal opening) of the unchanged questions.
+
+    words: replacement word -> one entry for each position, as far as two questions are so long.
+    """
+
+    questions: int
+    whole: float
+    words: dict[str, list[MeanFall]]
+
+
+class AttributionResult(TypedDict):
+    """sets: kind of set ("unsafe", "safe") -> its figures."""
+
+    opening: str
+    sets: dict[str, AttributionSet]
+
+
+# ----------------------------------------------------------------------------------------------------- erasure.json
+
+
+class ForgetSummary(TypedDict):
+    """samples, contents: numbers of forget samples and of distinct contents.
+
+    without_content: number of samples left out because `content` matches nothing in their answer.
+    """
+
+    samples: int
+    contents: int
+    without_content: int
+
+
+class ErasureResult(TypedDict):
+    """`erasure.json`. seconds: test -> seconds that it took in the start that finished it last.
+
+    A test that the recipe does not name is absent.
+    """
+
+    suite: str
+    model_hash: str
+    judge: str
+    forget: ForgetSummary
+    seconds: dict[str, float]
+    relearning: NotRequired[RelearningResult]
+    quantisation: NotRequired[QuantisationResult]
+    probe: NotRequired[ProbeResult]
+    completion: NotRequired[CompletionResult]
+    attribution: NotRequired[AttributionResult]

@@ -1,0 +1,97 @@
+"""From answers to the content of `metrics.json`: the judges' verdicts, and every rate computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from sys import intern
+
+from mirage_dist import config as configs
+from mirage_dist.evals import judges, manifest, metrics
+from mirage_dist.evals.judges import Judge, Opinion
+from mirage_dist.evals.metrics import Judged
+from mirage_dist.evals.results import Entry, JudgeResult, Measures, SuiteResult
+from mirage_dist.evals.sharing.files import Row
+from mirage_dist.evals.worklist import WorkList
+from mirage_dist.schema import EvalRecipe
+
+RATES = ("asr", "rr", "ir", "utility")  # of an entry, by condition; locality has one condition only
+
+
+def judge(
+    recipe: EvalRecipe, suite: Path, model_hash: str, panel: Sequence[Judge], work: WorkList, rows: Sequence[Row]
+) -> SuiteResult:
+    """Judge every row that is not judged yet and compute the suite's result.
+
+    rows: one for each question of the work list, in its order. The first judge of the panel gives the headline.
+    Raises what `judges.judged` raises.
+    """
+    opinions = {judge.name: judges.judged(suite, judge, rows) for judge in panel}
+    results = {judge.name: _by_judge(recipe, judge, work, rows, opinions[judge.name]) for judge in panel}
+    # Benchmarks are scored against their own answers, whichever judge gives the headline.
+    entries = [result["entry"] for result in results.values()]
+    scored = next((r["entry"] for r in results.values() if r["kind"] == "benchmark"), {})
+    if "accuracy" in scored:
+        for entry in entries:
+            entry["accuracy"] = scored["accuracy"]
+    return {
+        "model_hash": model_hash,
+        "suite": recipe.suite,
+        "seed": recipe.seed,
+        "recipe_hash": manifest.recipe_hash(recipe),
+        "world": None if recipe.world is None else configs.to_dict(recipe.world),
+        "sets": {
+            name: {
+                "kind": recipe.sets[name].kind,
+                "samples": work.samples(name),
+                "attacks": {a.name: {"shots": a.shots, "control": a.control} for a in applied},
+            }
+            for name, applied in work.attacks.items()
+        },
+        "headline": panel[0].name,
+        "judges": results,
+        "agreement": judges.compare(panel, rows, {name: [o.verdict for o in own] for name, own in opinions.items()}),
+    }
+
+
+def _judged(row: Row, opinion: Opinion) -> Judged:
+    """A suite may have a million of them: words that many rows share are kept once."""
+    place = intern(row["set"]), intern(row["id"]), intern(row["attack"]), row["shot"]
+    return Judged(*place, opinion.verdict, intern(row["category"]), opinion.detail.get("score"))
+
+
+def _by_judge(
+    recipe: EvalRecipe, judge: Judge, work: WorkList, rows: Sequence[Row], opinions: Sequence[Opinion]
+) -> JudgeResult:
+    judged = [_judged(row, opinion) for row, opinion in zip(rows, opinions, strict=True)]
+    measured, categories, paired, counts = {}, {}, {}, {}
+    for name, attacks in work.attacks.items():
+        kind, own = recipe.sets[name].kind, [j for j in judged if j.set == name]
+        measured[name] = metrics.measure(kind, own, attacks, judge.verdicts)
+        categories[name] = metrics.by_category(kind, own, attacks, judge.verdicts)
+        paired[name] = metrics.paired(kind, own, attacks, judge.verdicts)
+        counts[name] = metrics.counts(own)
+    return {
+        "kind": judge.kind,
+        "about": judge.about,
+        "entry": _entry(recipe, measured),
+        "sets": measured,
+        "categories": categories,
+        "paired": paired,
+        "verdicts": counts,
+        "unjudged": judges.unjudged(opinions),
+    }
+
+
+def _entry(recipe: EvalRecipe, measured: Mapping[str, Measures]) -> Entry:
+    """The headline figures. measured: by set."""
+    entry: Entry = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
+    kinds = {name: recipe.sets[name].kind for name in measured}
+    for name in reversed(list(measured)):  # so that the first set of a kind overwrites the later ones
+        if kinds[name] != "utility":
+            for rate in RATES:
+                entry[rate] = measured[name].get(rate, entry[rate])
+            entry["locality"] = measured[name].get("locality", entry["locality"])
+    if benchmarks := [name for name, kind in kinds.items() if kind == "utility"]:
+        entry["accuracy"] = {name: measured[name].get("accuracy", {})["clean"] for name in benchmarks}
+    return entry

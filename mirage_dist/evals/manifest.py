@@ -1,0 +1,160 @@
+"""A suite's `manifest.json`: what decides its answers, which makes the directory belong to one evaluation.
+
+Workers that start with other settings are refused, so the rows of one directory are always of one evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from mirage_dist import config as configs
+from mirage_dist import disk
+from mirage_dist.evals.attacks import Coverage
+from mirage_dist.evals.rows import Settings
+from mirage_dist.evals.sharing.files import KEPT
+from mirage_dist.evals.worklist import WorkList, by_attack
+from mirage_dist.schema import ConfigError, EvalRecipe
+
+
+class Ids(TypedDict):
+    """How many ids there are, and the first ten."""
+
+    count: int
+    first: list[str]
+
+
+class AttackCoverage(TypedDict):
+    """asked: rewrites of the attack. unchanged_rewrites: those that equal their question."""
+
+    asked: int
+    unchanged_rewrites: int
+    samples_without_rewrites: Ids
+    unknown_ids_in_file: Ids
+
+
+class SetCoverage(TypedDict):
+    """What became of the records of one set's files. dropped: reason -> number. attacks: by name."""
+
+    samples: int
+    skipped_records: int
+    dropped: dict[str, int]
+    renamed: int
+    attacks: dict[str, AttackCoverage]
+
+
+class Manifest(TypedDict):
+    """settings: `decided_by`, which a later start must share; everything else describes the first start.
+
+    asks: set -> attack -> number of questions (see `worklist.by_attack`). versions: of Python and libraries.
+    """
+
+    settings: dict[str, Any]
+    chunk_rows: NotRequired[int]
+    asks: NotRequired[dict[str, dict[str, int]]]
+    model: NotRequired[dict[str, Any]]
+    recipe_hash: NotRequired[str]
+    sets: NotRequired[dict[str, SetCoverage]]
+    versions: NotRequired[dict[str, str]]
+
+
+def decided_by(recipe: EvalRecipe, settings: Settings) -> dict[str, Any]:
+    """Everything that decides the rows of a suite. Batch size, judges and the place of files do not."""
+    tree = configs.to_dict(recipe)
+    return {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings}
+
+
+def describe(recipe: EvalRecipe, work: WorkList, decided: Mapping[str, Any], versions: Mapping[str, str]) -> Manifest:
+    """The manifest of an evaluation that starts now."""
+    return {
+        "settings": dict(decided),
+        "chunk_rows": recipe.generation.batch_size,
+        "asks": by_attack(work.questions),
+        "model": configs.to_dict(recipe.model),
+        "recipe_hash": recipe_hash(recipe),
+        "sets": coverage(work),
+        "versions": dict(versions),
+    }
+
+
+def claim(suite: Path, manifest: Manifest) -> Manifest:
+    """Make `suite` this evaluation's directory, or check that it already is; returns the manifest in it.
+
+    Raises ConfigError that names each of `manifest["settings"]` in which the existing manifest differs.
+    """
+    file = suite / "manifest.json"
+    if not file.exists():
+        with disk.refusals(suite, KEPT):
+            if disk.create(file, json.dumps(manifest, indent=1) + "\n", private=True):
+                return manifest
+    check(suite, manifest["settings"])
+    return read(suite)
+
+
+def check(suite: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError when `suite` is another evaluation's directory, and name each of the settings that differ."""
+    if not (suite / "manifest.json").exists():
+        return
+    if changed := configs.differences(_plain(settings), read(suite)["settings"]):
+        raise ConfigError(
+            f"{suite} holds answers of another evaluation: {'; '.join(changed)}. Choose another `suite` "
+            "name, or move that directory away"
+        )
+
+
+def read(suite: Path) -> Manifest:
+    """Raises OSError when the suite has no manifest."""
+    return json.loads((suite / "manifest.json").read_text(encoding="utf-8"))
+
+
+def recipe_hash(recipe: EvalRecipe) -> str:
+    """Equal for evaluations that ask the same questions in the same way, whose results are therefore comparable."""
+    others = (
+        "run",
+        "follow",
+        "wandb_outputs",
+        "erasure",
+        "model.path",
+        "model.run",
+        "model.step",
+        "generation.batch_size",
+        "generation.gpu_memory_utilization",
+        "judges",
+        "seed",
+        "world",
+    )
+    return configs.config_hash(recipe, ignore=others)
+
+
+def coverage(work: WorkList) -> dict[str, SetCoverage]:
+    """What became of the records of each set: numbers, and the first ids of each kind of miss."""
+    return {
+        name: {
+            "samples": work.samples(name),
+            "skipped_records": source.skipped,
+            "dropped": dict(source.dropped),
+            "renamed": source.renamed,
+            "attacks": {title: _of_attack(own) for title, own in work.coverage[name].items()},
+        }
+        for name, source in work.sources.items()
+    }
+
+
+def _of_attack(own: Coverage) -> AttackCoverage:
+    return {
+        "asked": own.covered,
+        "unchanged_rewrites": own.unchanged,
+        "samples_without_rewrites": _ids(own.without),
+        "unknown_ids_in_file": _ids(own.unknown),
+    }
+
+
+def _ids(ids: Sequence[str]) -> Ids:
+    return {"count": len(ids), "first": list(ids[:10])}
+
+
+def _plain(tree: Any) -> Any:
+    """As JSON reads it back: tuples become lists."""
+    return json.loads(json.dumps(tree))

@@ -1,0 +1,52 @@
+"""The base class of everything that answers the questions of a suite."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+from mirage_dist.data.sample import Sample
+from mirage_dist.schema import EvalModelConfig, GenerationConfig, TemplateConfig
+
+
+class Generator(ABC):
+    """Answers samples greedily, in batches, with one model. Leaving it as a context releases the device's memory.
+
+    A subclass loads the model in its constructor, which takes `model` (a directory as `path`), `template` and
+    `generation`, and raises ConfigError when the model cannot be loaded. It implements `answer`.
+    """
+
+    def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
+        self.path, self.batch_size = str(model.path), generation.batch_size
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Versions of the engine's own libraries, which are part of each row's key.
+
+        Raises ConfigError when the engine is not installed.
+        """
+        return {}
+
+    @abstractmethod
+    def answer(self, samples: Sequence[Sample]) -> list[str]:
+        """The answers to one batch, without special tokens and surrounding spaces."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
+        """Answer every sample; yields each batch when it is done, as (index into `samples`, answer) pairs.
+
+        Raises RunError when the device's memory does not suffice.
+        """
+        for start in range(0, len(samples), self.batch_size):
+            batch = range(start, min(start + self.batch_size, len(samples)))
+            yield list(zip(batch, self.answer([samples[i] for i in batch]), strict=True))
+
+    def close(self) -> None:
+        """Release the device's memory. The base class leaves that to the garbage collector."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

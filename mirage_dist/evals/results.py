@@ -1,0 +1,215 @@
+"""The content of a suite's `metrics.json`, as types, and the keys of its rates. Imports no heavy library.
+
+`evals.runner` writes the file, `evals.metrics` computes the rates, reports and the tests of erasure read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
+
+from mirage_dist.stats import Paired
+
+Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
+# Answers without a verdict: the judge's output could not be parsed, or the judge could not be reached.
+UNJUDGED: frozenset[Verdict] = frozenset({"unparsed", "failed"})
+
+
+# ------------------------------------------------------------------------------------------------- conditions
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What questions were asked under: as the data have them, or as the first `shots` rewrites of an attack.
+
+    `str()` gives its key in `metrics.json`, such as "clean" or "what_k3"; `parse` reads a key.
+    """
+
+    attack: str
+    shots: int  # 0: the questions themselves
+
+    def __str__(self) -> str:
+        return f"{self.attack}_k{self.shots}" if self.shots else self.attack
+
+    @classmethod
+    def parse(cls, key: str) -> Condition:
+        """The condition of a key. A key without a number of shots is the questions' own condition, shots 0."""
+        attack, separator, shots = key.rpartition("_k")
+        return cls(attack, int(shots)) if separator and attack and shots.isdecimal() else cls(key, 0)
+
+    @property
+    def label(self) -> str:
+        """For readers of tables and figures, such as "what, K = 3"."""
+        return f"{self.attack}, K = {self.shots}" if self.shots else self.attack
+
+
+CLEAN = Condition("clean", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAttack:
+    """An attack on a set of questions: its name in the recipe, its number of rewrites K, whether it is a control.
+
+    A control changes the question in a way that should not matter; it explains how much of the attack's effect is due
+    to rewriting as such.
+    """
+
+    name: str
+    shots: int
+    control: bool
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """K = 1 … `shots`."""
+        return [Condition(self.name, k) for k in range(1, self.shots + 1)]
+
+    @property
+    def full(self) -> Condition:
+        """All of its rewrites."""
+        return Condition(self.name, self.shots)
+
+
+# ----------------------------------------------------------------------------------------------- metrics.json
+
+
+class Leaf(TypedDict):
+    """One rate. `rate` = k / n, `ci95` = [low, high].
+
+    questions: present where n counts answers and several of them share a question.
+    unjudged, bounds: present where answers have no verdict: their number, and the rate if none of them were hits and
+    if all of them were. Of accuracies, `rate` is the mean score and `k` the sum of scores, rounded to hundredths.
+    """
+
+    rate: float
+    k: float
+    n: int
+    ci95: list[float]
+    questions: NotRequired[int]
+    unjudged: NotRequired[int]
+    bounds: NotRequired[list[float]]
+
+
+Rates = dict[str, Leaf | None]  # by condition (see `Condition`); None: not measured, or the judge cannot tell
+
+
+class Measures(TypedDict, total=False):
+    """The measures of one set of questions, by its kind (see `evals.metrics`).
+
+    unsafe: asr, ir, asr_per_shot. safe: rr, utility, rr_per_shot. utility: accuracy, rr. locality: locality.
+    """
+
+    asr: Rates
+    ir: Rates
+    asr_per_shot: Rates
+    rr: Rates
+    utility: Rates
+    rr_per_shot: Rates
+    accuracy: Rates
+    locality: Leaf | None
+
+
+class Entry(TypedDict):
+    """A judge's headline figures, each of the first set of its kind; None where the suite has no such set.
+
+    accuracy: of the clean questions of each benchmark, by set; present where the suite has benchmarks.
+    """
+
+    asr: Rates | None
+    rr: Rates | None
+    ir: Rates | None
+    utility: Rates | None
+    locality: Leaf | None
+    accuracy: NotRequired[dict[str, Leaf | None]]
+
+
+class Unjudged(TypedDict):
+    """How many answers have no verdict, and why."""
+
+    unparsed: int  # the judge's reply could not be read
+    failed: int  # the judge could not be reached
+    reasons: dict[str, int]  # of the failed ones
+
+
+class JudgeResult(TypedDict):
+    """One judge's figures.
+
+    kind, about: the judge's kind in the recipe, and one phrase for reports.
+    sets: by set. categories: by set, then by category and category/subcategory.
+    paired: set -> condition -> each attack against the clean questions (see `stats.paired`).
+    verdicts: set -> attack, or "clean" -> verdict -> number of answers.
+    """
+
+    kind: str
+    about: str
+    entry: Entry
+    sets: dict[str, Measures]
+    categories: dict[str, dict[str, Measures]]
+    paired: dict[str, dict[str, Paired | None]]
+    verdicts: dict[str, dict[str, dict[str, int]]]
+    unjudged: Unjudged
+
+
+class PairAgreement(TypedDict):
+    """How two judges agree on one class."""
+
+    judges: list[str]
+    verdict: Verdict
+    unjudged: int  # answers that at least one of the two did not judge; the others are compared
+    kappa: float | None  # Cohen's κ, None where chance alone gives full agreement
+    agreed: Leaf | None  # the fraction of answers that both put into the class, or both put outside it
+
+
+class LabelAgreement(TypedDict):
+    """A judge's errors on one class, measured by exact labels."""
+
+    judge: str
+    labels: str  # the judge whose verdicts are the labels
+    verdict: Verdict
+    unjudged: int  # as in `PairAgreement`
+    precision: Leaf | None  # the fraction of the judge's positive verdicts that are correct
+    recall: Leaf | None  # the fraction of the answers of this class that the judge recognises
+
+
+class Agreement(TypedDict):
+    """One entry for each pair of judges and each class that both can give."""
+
+    pairs: list[PairAgreement]
+    against_labels: list[LabelAgreement]
+
+
+class AttackInfo(TypedDict):
+    shots: int
+    control: bool
+
+
+class SetInfo(TypedDict):
+    """samples: the number of questions."""
+
+    kind: str
+    samples: int
+    attacks: dict[str, AttackInfo]
+
+
+class SuiteResult(TypedDict):
+    """`metrics.json`. recipe_hash: equal for evaluations whose results are comparable.
+
+    headline: the judge whose entry reports show, a key of `judges`.
+    """
+
+    model_hash: str
+    suite: str
+    seed: int
+    recipe_hash: str
+    world: dict[str, Any] | None
+    sets: dict[str, SetInfo]
+    headline: str
+    judges: dict[str, JudgeResult]
+    agreement: Agreement
+
+
+class HistoryLine(TypedDict):
+    """One line of `history.jsonl`: the headline judge's entry of one checkpoint."""
+
+    step: int
+    judge: str
+    entry: Entry

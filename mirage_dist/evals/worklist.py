@@ -1,0 +1,134 @@
+"""The work list of a suite: every question that the model has to answer, in the order of the recipe.
+
+It is a function of the recipe and the data. `evals.rows` gives each question its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from mirage_dist.data import sources
+from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import Source
+from mirage_dist.evals import attacks
+from mirage_dist.evals.attacks import Attack, Coverage
+from mirage_dist.evals.results import CLEAN, AppliedAttack
+from mirage_dist.progress import log
+from mirage_dist.schema import ConfigError, EvalRecipe
+
+# (attack, samples, its name in messages and file names) -> the attack, ready to be called
+Ready = Callable[[Attack, Sequence[Sample], str], Attack]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to the model: `sample` holds its text as asked, `original` the text in the data.
+
+    shot: 0 for the question itself, k for the k-th rewrite of the attack.
+    """
+
+    set: str
+    kind: str
+    attack: str
+    shot: int
+    sample: Sample
+    original: str
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """All questions of a suite, and what making them has shown.
+
+    attacks: set -> the attacks on it. coverage: set -> attack -> which samples have rewrites. sources: set -> the
+    samples of its files, and which records were left out.
+    """
+
+    questions: list[Question]
+    attacks: dict[str, list[AppliedAttack]]
+    coverage: dict[str, dict[str, Coverage]]
+    sources: dict[str, Source]
+
+    def samples(self, name: str) -> int:
+        """The number of unchanged questions of a set."""
+        return sum(q.set == name and q.attack == CLEAN.attack for q in self.questions)
+
+
+def plan(recipe: EvalRecipe, ready: Ready = lambda attack, samples, name: attack) -> WorkList:
+    """Read the sets and rewrite their questions. Loads no weights, unless `ready` does.
+
+    ready: makes the rewrites that need a model (see `evals.attacks.rewrites`), once every set has been read.
+    Raises ConfigError for bad data or attack options, an empty set, an id that occurs twice in a set, and an attack
+    that has rewrites for too few of the samples.
+    """
+    if not recipe.sets:
+        raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
+    made = {name: _attacks(recipe, name) for name in recipe.sets}
+    work = WorkList([], {}, {}, {name: _read(recipe, name) for name in recipe.sets})
+    for name, source in work.sources.items():
+        kind, samples = recipe.sets[name].kind, source.samples
+        work.attacks[name], work.coverage[name] = [], {}
+        work.questions.extend(Question(name, kind, CLEAN.attack, 0, s, s.question) for s in samples)
+        for title, attack in made[name].items():
+            attack = ready(attack, samples, f"{name}-{title}")
+            rewrites, work.coverage[name][title] = attacks.apply(attack, samples, title)
+            if attack.shots:
+                work.attacks[name].append(AppliedAttack(title, attack.shots, attack.control))
+            for sample, own in zip(samples, rewrites, strict=True):
+                shots = enumerate(own, start=1)
+                work.questions.extend(Question(name, kind, title, k, row, sample.question) for k, row in shots)
+    return work
+
+
+def log_coverage(suite: str, work: WorkList) -> None:
+    """Log which records were left out, and how many samples have no rewrites; `manifest.coverage` has the ids."""
+    for name, source in work.sources.items():
+        changes = {**source.dropped, "bad records": source.skipped, "ids renamed": source.renamed}
+        if any(changes.values()):
+            listed = ", ".join(f"{reason} × {count}" for reason, count in changes.items() if count)
+            log.info(f"eval {suite}: {name}: {len(source.samples)} questions; left out or changed: {listed}")
+    for name, by_title in work.coverage.items():
+        for title, coverage in by_title.items():
+            if coverage.without or coverage.unknown or coverage.unchanged:
+                log.info(
+                    f"eval {suite}: {title} on {name}: {len(coverage.without)} samples without rewrites, "
+                    f"{len(coverage.unknown)} ids of the file unknown, {coverage.unchanged} rewrites equal to the "
+                    "question"
+                )
+
+
+def by_attack(questions: Iterable[Question]) -> dict[str, dict[str, int]]:
+    """Set -> attack, or "clean" -> number of questions."""
+    table: dict[str, dict[str, int]] = {}
+    for question in questions:
+        counts = table.setdefault(question.set, {})
+        counts[question.attack] = counts.get(question.attack, 0) + 1
+    return table
+
+
+def _attacks(recipe: EvalRecipe, name: str) -> dict[str, Attack]:
+    options = recipe.sets[name]
+    if CLEAN.attack in options.attacks:
+        raise ConfigError(
+            f"sets.{name}.attacks.clean: this name is taken by the unchanged questions, which are always asked; choose "
+            "another name"
+        )
+    return {
+        title: attacks.make(fields, "the recipe", f"sets.{name}.attacks.{title}", options.kind)
+        for title, fields in options.attacks.items()
+    }
+
+
+def _read(recipe: EvalRecipe, name: str) -> Source:
+    source = sources.read_all(recipe.sets[name].sources)
+    if not source.samples:
+        raise ConfigError(f"sets.{name}: no sample in {[s.path for s in recipe.sets[name].sources]}")
+    seen: dict[str, Sample] = {}
+    for sample in source.samples:
+        if sample.id in seen:
+            raise ConfigError(
+                f"sets.{name}: id {sample.id!r} twice, in {seen[sample.id].source} and {sample.source}; attacks are "
+                "joined by id, so put the two files into two sets"
+            )
+        seen[sample.id] = sample
+    return source

@@ -1,0 +1,37 @@
+"""The content of `summary.json`, as types."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from mirage_dist.evals.results import Entry
+from mirage_dist.report.compare import Comparison
+
+
+class Provenance(TypedDict, total=False):
+    """What a caller of `report.report` may add to the summary.
+
+    world: the embedded world's options. wall_seconds: of all stages. config_hash: SHA-256 over the stages' recipes.
+    """
+
+    seed: int
+    world: dict[str, Any] | None
+    wall_seconds: float | None
+    config_hash: str | None
+
+
+class Summary(TypedDict):
+    """`summary.json`: the headline figures of every model, and the paired tests between every two.
+
+    models: model -> its headline judge's entry. judges: model -> its headline judge. seed, world, wall_seconds,
+    config_hash: see `Provenance`; by default seed and world are the first run's.
+    """
+
+    models: dict[str, Entry]
+    comparisons: list[Comparison]
+    seed: int
+    world: dict[str, Any] | None
+    wall_seconds: float | None
+    config_hash: str | None
+    suite: str
+    judges: dict[str, str]
