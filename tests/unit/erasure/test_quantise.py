@@ -5,11 +5,11 @@ import os
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mirage_dist.evals.models.generate import Generator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mirage_dist.erasure.quantise import round_decoder, rounded, write_rounded
 from mirage_dist.erasure.setting import Forget, Setting
-from mirage_dist.evals.models.generate import Generator
 from mirage_dist.schema import EvalModelConfig, EvalRecipe, RunConfig
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 40))
