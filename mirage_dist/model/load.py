@@ -11,7 +11,7 @@ import torch
 
 from mirage_dist.config import nearest
 from mirage_dist.model import activations, directory, vision
-from mirage_dist.model.policy import Policy
+from mirage_dist.model.policy import HeadedModel
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
 # Vision-language models that pass positions and the borders of packed sequences to their text decoder only. Others
@@ -42,7 +42,7 @@ def policy(
     deepspeed_config: Mapping[str, Any],
     depth: int | None = None,
     frozen: bool = False,
-) -> Policy:
+) -> HeadedModel:
     """The model to train, or with `frozen` a reference. Under ZeRO-3 its parameters are partitioned while they load.
 
     depth: load only this many decoder layers; the norm and head above them do not train. Raises ConfigError when the
@@ -67,23 +67,23 @@ def policy(
     finally:
         del keep
     if frozen:
-        return Policy(hf.requires_grad_(False))
+        return HeadedModel(hf.requires_grad_(False))
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
         hf.enable_input_require_grads()  # otherwise adapters in checkpointed layers get no gradient
     return trainable(hf, model, depth)
 
 
-def trainable(hf: Any, model: ModelConfig, depth: int | None) -> Policy:
+def trainable(hf: Any, model: ModelConfig, depth: int | None) -> HeadedModel:
     """The model with adapters, or with the parameters selected that train; none after `depth` decoder layers.
 
     Raises ConfigError as `policy` does.
     """
     if model.lora is not None:
-        built = Policy(_with_adapters(hf, model))
+        built = HeadedModel(_with_adapters(hf, model))
     else:
         choose_trainable(hf, model.train, model.freeze)
-        built = Policy(hf)
+        built = HeadedModel(hf)
     if depth is not None:
         activations.check_layer(built.backbone, depth - 1)
         for parameter in built.unused(depth):
@@ -175,7 +175,7 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> Policy:
+def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> HeadedModel:
     """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
     layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
@@ -191,7 +191,7 @@ def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], d
     return built
 
 
-def weightless(model: ModelConfig, depth: int | None = None) -> Policy:
+def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
     """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
 
     Raises ConfigError as `policy` does.

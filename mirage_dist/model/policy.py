@@ -49,8 +49,11 @@ class Outputs(NamedTuple):
     vision_IPF: Tensor | None = None
 
 
-class Policy(nn.Module):
-    """A Hugging Face image-text-to-text model (or peft's wrapping of one) behind one call."""
+class HeadedModel(nn.Module):
+    """A Hugging Face image-text-to-text model, or peft's wrapping of one, with the loss head and one call.
+
+    The policy, the reference model and the target of an attack are such models.
+    """
 
     def __init__(self, hf: Any) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_dist.model import activations
-from mirage_dist.model.policy import Outputs, Policy, Request, no_grad_forward
+from mirage_dist.model.policy import HeadedModel, Outputs, Request, no_grad_forward
 from mirage_dist.schema import ConfigError
 
 SampleKey = tuple[str, int]  # stream, index of the sample in it
@@ -56,7 +56,7 @@ class AdaptersOff(Reference):
             return no_grad_forward(self.engine, inputs, request)
 
 
-def shared_layer(policy: Policy, tap: int) -> int | None:
+def shared_layer(policy: HeadedModel, tap: int) -> int | None:
     """The lowest decoder layer that trains, up to `tap`, the lowest tapped layer: its input is the same in policy and
     reference, so the reference's forward can start there.
 

@@ -28,7 +28,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import vision
-from mirage_dist.model.policy import Policy, Request
+from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.schema import ConfigError, RunError
 
 STARTS = 200  # random suffixes that are drawn before the search gives up
@@ -67,7 +67,7 @@ class Victim:
     """
 
     def __init__(self, generator: HuggingFace, avoid: Sequence[str]) -> None:
-        self.network = Policy(generator.model).requires_grad_(False).eval()
+        self.network = HeadedModel(generator.model).requires_grad_(False).eval()
         self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
         self.placed = generator.placed
         self.avoid = {word.lower() for word in avoid}

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from mirage_dist.config import nearest
 from mirage_dist.model import activations
-from mirage_dist.model.policy import Policy
+from mirage_dist.model.policy import HeadedModel
 from mirage_dist.schema import ConfigError, TrainConfig
 from mirage_dist.train.optimizers.base import Groups
 from mirage_dist.train.optimizers.partitions import slices
@@ -33,7 +33,7 @@ class OptimizerRecord(TypedDict):
     groups: list[GroupRecord]
 
 
-def split(policy: Policy, train: TrainConfig) -> Groups:
+def split(policy: HeadedModel, train: TrainConfig) -> Groups:
     """The trained parameters in groups: those of each entry of `train.groups`, and first those that no entry matches.
 
     A parameter belongs to the first entry that matches it. `peak` is the group's largest rate, and `share` the
@@ -74,7 +74,7 @@ def _unmatched(pattern: str, trained: list[str], left: list[str], role_of: dict[
     return f"{pattern!r} matches no parameter; roles here: {', '.join(present)}; {nearest(pattern, left[:2000])}"
 
 
-def roles(policy: Policy) -> dict[str, str]:
+def roles(policy: HeadedModel) -> dict[str, str]:
     """The role of every parameter, by name: `vision`, `decoder`, `head`, or `connector` for what lies between them."""
     parts = {
         "head": policy.base.get_output_embeddings(),

@@ -10,7 +10,7 @@ from mirage_dist.data import pictures
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load, vision
 from mirage_dist.model.activations import decoder
-from mirage_dist.model.policy import Policy
+from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.checkpoints import commit as checkpoint
@@ -112,7 +112,7 @@ class Trained:
     elementwise: bool
 
     @classmethod
-    def of(cls, policy: Policy, recipe: TrainRecipe) -> Trained:
+    def of(cls, policy: HeadedModel, recipe: TrainRecipe) -> Trained:
         optimizer, groups = optimizers.make(recipe.train.optimizer), split(policy, recipe.train)
         named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
         return cls(
@@ -162,7 +162,7 @@ def _memory(
     plan: Plan,
     recipe: TrainRecipe,
     objective: Objective,
-    policy: Policy,
+    policy: HeadedModel,
     trained: Trained,
     zero: Mapping[str, Any],
     ranks: int,
@@ -213,7 +213,7 @@ def _disk(
     plan: Plan,
     recipe: TrainRecipe,
     objective: Objective,
-    policy: Policy,
+    policy: HeadedModel,
     trained: Trained,
     feed: Feed,
     lengths: Mapping[str, Lengths],
@@ -238,7 +238,7 @@ def _cached_logps(stream: str, lengths: Lengths) -> int:
     return sum(lengths.responses) * 4 + len(lengths.rows) * (4 * len(stream) + 8 + 8)
 
 
-def _vision(plan: Plan, recipe: TrainRecipe, policy: Policy, feed: Feed) -> None:
+def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) -> None:
     try:
         vision.check(policy.base)
     except ConfigError:

@@ -8,7 +8,7 @@ import torch
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.model import activations
 from mirage_dist.model.activations import Narrow
-from mirage_dist.model.policy import Policy, Request
+from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.model.reference import shared_layer
 
 DEPTH, ROWS = 4, 4
@@ -16,7 +16,7 @@ DEPTH, ROWS = 4, 4
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy(embedded_model.make_model(embedded_model.make_tokenizer(), seed=3).double())
+    return HeadedModel(embedded_model.make_model(embedded_model.make_tokenizer(), seed=3).double())
 
 
 @pytest.fixture

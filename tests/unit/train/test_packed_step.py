@@ -11,7 +11,7 @@ from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model import load, reference
-from mirage_dist.model.policy import Policy
+from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
@@ -48,7 +48,7 @@ def files(toy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(toy):
     """A policy and another one to compare with."""
-    policy, other = (Policy(AutoModelForImageTextToText.from_pretrained(toy.root / "model")) for _ in range(2))
+    policy, other = (HeadedModel(AutoModelForImageTextToText.from_pretrained(toy.root / "model")) for _ in range(2))
     with torch.no_grad():
         torch.manual_seed(0)
         for parameter in other.parameters():

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.model import load, reference
-from mirage_dist.model.policy import Policy
+from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
@@ -45,7 +45,7 @@ def models(toy):
     with torch.no_grad():
         for parameter in policy.model.language_model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return Policy(policy), Policy(frozen)
+    return HeadedModel(policy), HeadedModel(frozen)
 
 
 @pytest.mark.parametrize("algorithm", CASES)

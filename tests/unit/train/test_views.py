@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
 from mirage_dist.model import load
-from mirage_dist.model.policy import Policy
+from mirage_dist.model.policy import HeadedModel
 from mirage_dist.model.reference import Frozen
 from mirage_dist.objectives.base import Needs
 from mirage_dist.ranks import Group
@@ -53,9 +53,9 @@ def test_activations_by_layer_are_those_of_whole_forwards(toy, tmp_path, name, p
     given = [*toy.overrides("npo", tmp_path / "run"), "train.global_batch=4", "train.micro_batch=4"]
     recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
     hf = AutoModelForImageTextToText.from_pretrained(toy.root / "model")
-    base, generator = Policy(copy.deepcopy(hf)), torch.Generator().manual_seed(0)
+    base, generator = HeadedModel(copy.deepcopy(hf)), torch.Generator().manual_seed(0)
     load.choose_trainable(hf, [pattern], [])
-    policy = Policy(hf)
+    policy = HeadedModel(hf)
     with torch.no_grad():  # only what trains may differ from the reference
         for parameter in policy.parameters():
             if parameter.requires_grad:

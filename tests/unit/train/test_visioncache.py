@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from mirage_dist import config as configs
 from mirage_dist.data.sample import Sample
 from mirage_dist.model import load, reference, vision
-from mirage_dist.model.policy import Policy, Request
+from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
@@ -26,7 +26,7 @@ LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*
 class Engine(torch.nn.Module):
     """What the cache asks of DeepSpeed's engine; dies after some forwards."""
 
-    def __init__(self, policy: Policy, forwards: int = 1000) -> None:
+    def __init__(self, policy: HeadedModel, forwards: int = 1000) -> None:
         super().__init__()
         self.module, self.left = policy, forwards
 
