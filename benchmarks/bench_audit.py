@@ -99,14 +99,14 @@ def main() -> None:
     result |= {"records": parsed.records, "measured": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, file in make(Path(folder), parsed.records).items():
-            found = measure(file, Path(folder) / name)
-            result["measured"][name] = {"file_bytes": file.stat().st_size, **found}
+            measured = measure(file, Path(folder) / name)
+            result["measured"][name] = {"file_bytes": file.stat().st_size, **measured}
     print(f"\n{table(result)}\n")
     judged = []
     for name, m in result["measured"].items():
-        told = f"{name}: {m['seconds']:.1f} s and {m['peak_bytes'] / common.MIB:.0f} MiB"
+        cost = f"{name}: {m['seconds']:.1f} s and {m['peak_bytes'] / common.MIB:.0f} MiB"
         right = m["seconds"] <= SECONDS and m["peak_bytes"] <= BYTES
-        judged.append((f"{told} (target: {SECONDS:.0f} s, {BYTES / common.MIB:.0f} MiB)", right))
+        judged.append((f"{cost} (target: {SECONDS:.0f} s, {BYTES / common.MIB:.0f} MiB)", right))
     result["targets"] = common.say_targets(judged)
     common.write("audit", result)
 

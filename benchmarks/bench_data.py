@@ -3,10 +3,10 @@
     python benchmarks/bench_data.py
 
 Pictures of 336 x 336 pixels on disk, half of them JPEG and half PNG, and 676 tokens a sample, as LLaVA-1.5 has them.
-What is timed is what a step asks of its `Feed`, in this process and then in worker processes ahead of it, one thread
-each. Cold is the first epoch, workers' start included, warm the later ones (pictures are in the page cache in both).
-Then it says whether data would starve a step: that of bench_step.py on this CPU, if its result is there, and that of
-LLaVA-1.5-7B on one GPU at the model FLOPs utilisation that we aim for.
+The benchmark times what a step needs from its `Feed`, in this process and then in worker processes ahead of it, with
+one thread each. Cold is the first epoch, including the start of the workers; warm is every later one (pictures are in
+the page cache in both). The result is compared with the consumption of a step: that of bench_step.py on this CPU, if
+its result exists, and that of LLaVA-1.5-7B on one GPU at the model FLOPs utilisation that we aim for.
 
 Writes benchmarks/results/data.json and prints the table in Markdown.
 """
@@ -63,48 +63,48 @@ def make_feed(place: Path) -> Feed:
 
 
 def epochs(feed: Feed, workers: int, count: int) -> list[float]:
-    """Samples a second of each epoch, the first one cold; workers live through all of them, as in a run."""
-    steps, found = SAMPLES // BATCH, []
+    """Samples per second of each epoch, the first one cold; as in a run, the same workers make all epochs."""
+    steps, rates = SAMPLES // BATCH, []
     windows = made(lambda step: feed.window(step, HERE), range(steps * count), workers)
     for _ in range(count):
         start, seen = time.perf_counter(), 0
         for window in islice(windows, steps):
             seen += sum(len(micro.samples) for micro in window)
-        found.append(seen / (time.perf_counter() - start))
-    return found
+        rates.append(seen / (time.perf_counter() - start))
+    return rates
 
 
 def parts(feed: Feed) -> dict[str, float]:
-    """Milliseconds of processor time a sample of the path's parts, in this process."""
+    """Milliseconds of processor time per sample, of each part of the data path, in this process."""
     samples, encoder = feed.samples["forget"], feed.encoder
 
     def milliseconds(act: Callable[[], Any]) -> float:
         act()
-        start = time.process_time()  # one thread that never waits: other work on the machine does not count
+        start = time.process_time()  # of one thread that never waits, so other load on the machine does not count
         act()
         return 1000 * (time.process_time() - start) / len(samples)
 
     pictures = [encoder._picture(str(sample.image)) for sample in samples]
-    found = {
+    costs = {
         "read and decode": milliseconds(lambda: [encoder._picture(str(sample.image)) for sample in samples]),
         "CLIP's transform": milliseconds(lambda: encoder.processor.image_processor(pictures, return_tensors="pt")),
         "everything": milliseconds(lambda: [encoder.encode(samples[i : i + BATCH]) for i in range(0, SAMPLES, BATCH)]),
     }
-    return {**found, "template, tokens, collate": found["everything"] - sum(list(found.values())[:2])}
+    return {**costs, "template, tokens, collate": costs["everything"] - sum(list(costs.values())[:2])}
 
 
 def consumers() -> dict[str, float]:
-    """Samples a second that a rank's step takes."""
+    """Samples per second that a rank's step consumes."""
     tokens = UTILISATION * GPU_FLOPS / (6 * PARAMETERS)
-    found = {f"SFT of LLaVA-1.5-7B on one GPU at {UTILISATION:.0%} MFU": tokens / SIZE.tokens}
+    rates = {f"SFT of LLaVA-1.5-7B on one GPU at {UTILISATION:.0%} MFU": tokens / SIZE.tokens}
     file = common.RESULTS / "step_cpu.json"
     if file.is_file():
-        told = json.loads(file.read_text())
-        for m in told["measured"]:
+        measured = json.loads(file.read_text())
+        for m in measured["measured"]:
             if m["version"]["name"] == "ours" and m["ranks"] == 1:
-                rate = m["tokens"] / m["step_seconds"] / told["size"]["tokens"]
-                found[f"{m['case']} of {told['size']['name']} on one CPU core (results/step_cpu.json)"] = rate
-    return found
+                rate = m["tokens"] / m["step_seconds"] / measured["size"]["tokens"]
+                rates[f"{m['case']} of {measured['size']['name']} on one CPU core (results/step_cpu.json)"] = rate
+    return rates
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -151,9 +151,9 @@ def main() -> None:
     print(f"\n{tables(result)}\n")
     judged = []
     for what, rate in result["consumers"].items():
-        for workers, told in result["rates"].items():
+        for workers, rate_of in result["rates"].items():
             if workers != "0":
-                share = told["warm"] / rate
+                share = rate_of["warm"] / rate
                 judged.append((f"{workers} worker(s) do not starve {what} (is {share:.2f})", share >= 1))
     result["targets"] = common.say_targets(judged)
     common.write("data", result)

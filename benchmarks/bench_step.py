@@ -1,4 +1,4 @@
-"""A training step against the paper's algorithm written plainly: time, tokens a second and peak memory.
+"""Our training step compared with a plain implementation of the paper's algorithm: time, tokens/s and peak memory.
 
     python benchmarks/bench_step.py                             # CPU, 60 M parameters, 1 and 2 ranks, 7 minutes
     python benchmarks/bench_step.py --device cuda               # LLaVA-1.5-7B's proportions, bfloat16, every parameter
@@ -7,14 +7,14 @@
 Ours is what `mirage train` runs (engine, feed, loop, reference cache). The opponents (published.py) get the same
 random model and micro-batches, dtype, attention, checkpointing, AdamW and DeepSpeed JSON, but run one forward a batch
 with full logits, and a second model as the reference. Losses must agree, the first one before anything is timed, or
-the benchmark stops. All samples are equally long: padding costs nobody anything. Our reference cache is filled before
-the first step, by one forward a sample and run, and is not timed.
+the benchmark stops. All samples have the same length, so padding costs no version anything. Our reference cache is
+filled before the first step, with one forward per sample and run, and is not timed.
 
-Each version runs in processes of its own, so that its memory is its own; on the CPU the versions of a case are alive
-together and step by turns, so that what disturbs one disturbs all. A time is the median of the steps behind the first
-two. Peak memory is a rank's high-water mark in those two, model, optimizer and all, beyond what it had before it loaded
-the model; on a CPU malloc keeps nothing of what is freed until then. On a GPU versions follow one another, and one that
-does not fit is tried again with its optimizer and parameters offloaded.
+Each version runs in separate processes, so that memory can be attributed. On the CPU the versions of a case run at the
+same time and take turns, so that other load affects all of them. The time of a step is the median of the steps after
+the first two. Peak memory is a rank's high-water mark in those two, with model and optimizer, beyond its memory before
+it loaded the model; on a CPU malloc returns freed memory at once until then. On a GPU the versions run one after the
+other, and one that does not fit is run again with optimizer and parameters offloaded.
 
 Writes benchmarks/results/step_DEVICE[_lora].json and prints the table in Markdown.
 """
@@ -49,7 +49,7 @@ DEEPSPEED = {
 
 @dataclass
 class Measured:
-    """What the steps of one version on so many ranks gave; lists have one value a step, the untimed included."""
+    """Measurements of one version on a number of ranks; lists have one value per step, untimed steps included."""
 
     case: str
     ranks: int
@@ -70,19 +70,19 @@ class Measured:
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
 
-    def add(self, told: Sequence[Mapping[str, Any]]) -> None:
-        """One step, as each rank tells it."""
-        self.seconds.append(max(t["seconds"] for t in told))
-        self.cpu_seconds.append(max(t["cpu_seconds"] for t in told))
-        self.losses.append(sum(t["loss"] for t in told) / len(told))
-        self.tokens = sum(t["tokens"] for t in told)
+    def add(self, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Add one step: the answer of each rank."""
+        self.seconds.append(max(t["seconds"] for t in answers))
+        self.cpu_seconds.append(max(t["cpu_seconds"] for t in answers))
+        self.losses.append(sum(t["loss"] for t in answers) / len(answers))
+        self.tokens = sum(t["tokens"] for t in answers)
 
 
 # ------------------------------------------------------------------------------------------------ measure
 
 
 class Disagreement(SystemExit):
-    """Two versions that should compute one loss do not."""
+    """Two versions that should compute the same loss do not."""
 
 
 class Bench:
@@ -98,9 +98,9 @@ class Bench:
         print(f"[{time.monotonic() - self.begun:4.0f} s] {text}", flush=True)
 
     def measure(self, case: str, versions: Sequence[Version], ranks: int, profile: bool) -> list[Measured]:
-        """All versions of a case; on the CPU by turns."""
-        found = [Measured(case, ranks, version) for version in versions]
-        for group in [found] if self.device == "cpu" else [[one] for one in found]:
+        """Measure all versions of a case, on the CPU in turns."""
+        measured_case = [Measured(case, ranks, version) for version in versions]
+        for group in [measured_case] if self.device == "cpu" else [[one] for one in measured_case]:
             self.say(f"{case}, {ranks} rank(s): loading {'; '.join(m.version.name for m in group)}")
             first, *others = DEEPSPEED[self.device]
             jobs = [self.start(measured, first) for measured in group]
@@ -112,26 +112,26 @@ class Bench:
                         jobs[number] = self.start(measured, left.pop(0))
                     measured.missing = None if fits else "does not fit, not even with offload"
                 alive = [(job, m) for job, m in zip(jobs, group, strict=True) if m.missing is None]
-                agree(found, self.size.dtype)
+                agree(measured_case, self.size.dtype)
                 for job, measured in alive:
-                    measured.add(job.ask("step"))
-                    measured.peak_mib = max(told["peak_mib"] for told in job.ask("memory"))
+                    measured.add(job.request("step"))
+                    measured.peak_mib = max(answer["peak_mib"] for answer in job.request("memory"))
                 self.rounds(alive)
-                agree(found, self.size.dtype)
+                agree(measured_case, self.size.dtype)
                 if profile:
                     self.look_at([(job, m) for job, m in alive if m.version.plain is None])
             finally:
                 for job in jobs:
                     job.close()
-        return found
+        return measured_case
 
     def look_at(self, alive: Sequence[tuple[Job, Measured]]) -> None:
         """Profile one more step of each on the first rank."""
         for job, m in alive:
-            self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.ask("profile")[0]["table"]
+            self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.request("profile")[0]["table"]
 
     def start(self, measured: Measured, deepspeed: str) -> Job:
-        """The version's ranks, set to load."""
+        """Start the ranks of a version; they begin to load."""
         self.jobs_started += 1
         measured.deepspeed = deepspeed
         out = self.place / f"job-{self.jobs_started}"
@@ -139,33 +139,33 @@ class Bench:
         task |= {"place": str(self.place), "out": str(out), "deepspeed": deepspeed}
         command = [sys.executable, str(Path(__file__).with_name("step_rank.py")), json.dumps(task)]
         job = Job(command, measured.ranks, out.with_suffix(".log"))
-        job.tell("load")
+        job.send("load")
         return job
 
     def rounds(self, alive: Sequence[tuple[Job, Measured]]) -> None:
         for number in range(self.repeats):
             for job, measured in alive:
-                measured.add(job.ask("step"))
-            told = "; ".join(f"{m.version.name} {m.seconds[-1]:.2f} s" for _, m in alive)
-            self.say(f"  round {number + 1} of {self.repeats}: {told}")
+                measured.add(job.request("step"))
+            times = "; ".join(f"{m.version.name} {m.seconds[-1]:.2f} s" for _, m in alive)
+            self.say(f"  round {number + 1} of {self.repeats}: {times}")
 
 
 def ready(job: Job, measured: Measured) -> bool:
-    """Wait for the load, then make the first step; False where a GPU's memory does not hold it."""
-    if any("out_of_memory" in told for told in job.hear()):
+    """Wait for the load, then make the first step. False when it does not fit into the GPU's memory."""
+    if any("out_of_memory" in answer for answer in job.receive()):
         return False
-    first = job.ask("step")
-    if any("out_of_memory" in told for told in first):
+    first = job.request("step")
+    if any("out_of_memory" in answer for answer in first):
         return False
     measured.add(first)
     return True
 
 
 def agree(case: Sequence[Measured], dtype: str) -> None:
-    """Raise Disagreement unless each opponent's losses are its twin's; in 16 bits the first, since they drift apart."""
-    told = {m.version.name: m.losses for m in case}
+    """Raise Disagreement unless each version's losses equal its twin's; in 16 bits only the first, as they drift."""
+    losses = {m.version.name: m.losses for m in case}
     for measured in case:
-        own, twin = measured.losses, told.get(measured.version.twin or "", [])
+        own, twin = measured.losses, losses.get(measured.version.twin or "", [])
         pairs = list(zip(own, twin, strict=False))[: None if dtype == "fp32" else 1]
         for step, (a, b) in enumerate(pairs):
             if not abs(a - b) <= TOLERANCE[dtype] * abs(b):  # and neither is no number
@@ -176,16 +176,16 @@ def agree(case: Sequence[Measured], dtype: str) -> None:
 # ------------------------------------------------------------------------------------------------- report
 
 
-def table(found: Sequence[Measured], parameters: int, device: str) -> str:
+def table(measured: Sequence[Measured], parameters: int, device: str) -> str:
     head = ["step", "ranks", "version", "s a step (least – most)", "tokens/s", "× ours", "peak MiB", "× ours"]
     if device == "cuda":
         head += ["MFU", "DeepSpeed"]
     rows = []
-    for m in found:
+    for m in measured:
         if m.missing is not None:
             rows.append([m.case, str(m.ranks), m.version.name, m.missing, *[""] * (len(head) - 4)])
             continue
-        base = pick(found, m.case, m.ranks, m.version.against)
+        base = pick(measured, m.case, m.ranks, m.version.against)
         compared = base is not None and m.version.plain is not None
         row = [m.case, str(m.ranks), m.version.name]
         row += [f"{m.step_seconds:.2f} ({min(m.seconds[UNTIMED:]):.2f} – {max(m.seconds[UNTIMED:]):.2f})"]
@@ -199,19 +199,19 @@ def table(found: Sequence[Measured], parameters: int, device: str) -> str:
     return common.markdown(head, rows)
 
 
-def pick(found: Sequence[Measured], case: str, ranks: int, version: str) -> Measured | None:
+def pick(measured: Sequence[Measured], case: str, ranks: int, version: str) -> Measured | None:
     """The measurement of this name, None where there is none or it failed."""
-    same = (m for m in found if (m.case, m.ranks, m.version.name) == (case, ranks, version) and m.missing is None)
+    same = (m for m in measured if (m.case, m.ranks, m.version.name) == (case, ranks, version) and m.missing is None)
     return next(same, None)
 
 
-def targets(found: Sequence[Measured], parameters: int, device: str) -> list[tuple[str, bool]]:
+def targets(measured: Sequence[Measured], parameters: int, device: str) -> list[tuple[str, bool]]:
     judged: list[tuple[str, bool]] = []
 
     def ratio(
         what: str, value: Callable[[Measured], float], over: Any, under: Any, met: Callable[[float], bool]
     ) -> None:
-        a, b = pick(found, *over), pick(found, *under)
+        a, b = pick(measured, *over), pick(measured, *under)
         if a is not None and b is not None:
             share = value(a) / value(b)
             judged.append((f"{what} (is {share:.2f})", met(share)))
@@ -236,7 +236,7 @@ def targets(found: Sequence[Measured], parameters: int, device: str) -> list[tup
         return judged
     ratio("NPO >= 3 x the tokens/s of the five forwards", tokens, npo, five, lambda x: x >= 3)
     ratio("RMU >= 8 x faster than three hooked forwards", time_of, hooked, rmu, lambda x: x >= 8)
-    for case, ours_ in (("SFT", pick(found, "SFT", 1, "ours")), ("NPO", pick(found, *npo))):
+    for case, ours_ in (("SFT", pick(measured, "SFT", 1, "ours")), ("NPO", pick(measured, *npo))):
         if ours_ is None:
             continue
         if case == "SFT":
@@ -263,7 +263,7 @@ def main() -> None:
     size = SIZES[parsed.size or ("58m" if device == "cpu" else "7b")]
     repeats = parsed.repeats or (3 if device == "cpu" else 10)
     result = common.record(device, ("torch", "transformers", "deepspeed", "peft", "trl"), sys.argv[1:], threads=1)
-    found: list[Measured] = []
+    measured: list[Measured] = []
     with tempfile.TemporaryDirectory(dir=parsed.place) as folder:
         bench = Bench(size, device, parsed.lora, parsed.batch or 4, repeats, Path(folder))
         bench.say("making a model and data")
@@ -273,16 +273,16 @@ def main() -> None:
             for case, versions in cases(size, parsed.lora).items():
                 chosen = [v for v in versions if ranks == 1 or not v.single]
                 if chosen and (parsed.case is None or case in parsed.case):
-                    found += bench.measure(case, chosen, ranks, parsed.profile)
+                    measured += bench.measure(case, chosen, ranks, parsed.profile)
     batch = f"{bench.batch} samples of {size.tokens} tokens ({size.response} of the response) a stream"
     result |= {"size": asdict(size), "parameters": parameters, "lora": parsed.lora, "batch": batch, "repeats": repeats}
-    result["measured"] = [{**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in found]
+    result["measured"] = [{**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in measured]
     for name, profile in bench.profiles.items():
         print(f"\n{name}\n{profile}")
     print(f"\n{parameters / 1e6:.0f} M parameters, {size.dtype}, {batch} and rank\n")
-    print(table(found, parameters, device))
+    print(table(measured, parameters, device))
     print("TRL's SFT trainer: " + ("not installed" if result["versions"]["trl"] is None else "not measured"), "\n")
-    result["targets"] = common.say_targets(targets(found, parameters, device))
+    result["targets"] = common.say_targets(targets(measured, parameters, device))
     common.write(f"step_{device}{'_lora' if parsed.lora else ''}", result)
 
 

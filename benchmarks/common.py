@@ -1,4 +1,4 @@
-"""What the benchmarks share: models and data they make themselves, ranks, and the record of machine and versions."""
+"""Shared by the benchmarks: generated models and data, processes of several ranks, and the head of every result."""
 
 from __future__ import annotations
 
@@ -32,22 +32,26 @@ def version_of(package: str) -> str | None:
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """The hardware, without the host's name. threads: of one process's computation."""
-    found: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads}
+    """The hardware, without the host's name. threads: those that one process computes with."""
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": threads}
     if Path("/proc/cpuinfo").exists():
         names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        found["cpu"] = names[0].partition(": ")[2] if names else None
-    if hasattr(os, "getloadavg"):
-        found["load_before"] = round(os.getloadavg()[0], 1)  # other work on the machine while this was measured
+        hardware["cpu"] = names[0].partition(": ")[2] if names else None
+    hardware |= load("load_before")
     if device == "cuda":
         import torch
 
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return hardware
+
+
+def load(name: str) -> dict[str, float]:
+    """{name: the machine's load average over a minute}: shows other work on the machine. Empty where unknown."""
+    return {name: round(os.getloadavg()[0], 1)} if hasattr(os, "getloadavg") else {}
 
 
 def record(device: str, packages: Sequence[str], arguments: Sequence[str], threads: int) -> dict[str, Any]:
-    """Command, date, hardware and versions: the head of every result. Made before anything is measured."""
+    """Command, date, hardware and versions: the head of every result. Call it before measuring anything."""
     return {
         "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *arguments]),
         "date": date.today().isoformat(),
@@ -57,13 +61,13 @@ def record(device: str, packages: Sequence[str], arguments: Sequence[str], threa
 
 
 def write(name: str, result: Mapping[str, Any]) -> None:
-    """results/NAME.json."""
+    """Write results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def say_targets(judged: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    """Print each target as met or MISSED; returns what goes into the result."""
+    """Print each target as met or MISSED; return the list for the result file."""
     for what, met in judged:
         print(f"{'met   ' if met else 'MISSED'}  {what}", flush=True)
     return [{"what": what, "met": met} for what, met in judged]
@@ -78,7 +82,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def start_ranks(command: Sequence[str], ranks: int, **options: Any) -> list[subprocess.Popen]:
-    """One process a rank, each with one thread unless the environment says otherwise. options: Popen's."""
+    """Start one process per rank, with one thread each unless OMP_NUM_THREADS says otherwise. options: Popen's."""
     from mirage_dist.ranks import free_port
 
     shared = {
@@ -96,14 +100,14 @@ def start_ranks(command: Sequence[str], ranks: int, **options: Any) -> list[subp
 
 
 class RankFailed(RuntimeError):
-    """A rank ended where it should have answered; the message holds the end of its log."""
+    """A rank ended instead of answering; the message holds the end of its log."""
 
 
 class Job:
-    """Ranks that do what they are told, a line at a time, and wait idle between: so jobs can take turns.
+    """Processes of one job that execute one command at a time and idle in between, so that jobs can take turns.
 
-    Each rank reads words from its standard input and answers each with a line of JSON (see `answers`); what libraries
-    print goes to `log`.
+    Each rank reads a word per line from its standard input and answers each with a line of JSON (see `answers`). What
+    libraries print goes to `log`.
     """
 
     def __init__(self, command: Sequence[str], ranks: int, log: Path) -> None:
@@ -112,21 +116,22 @@ class Job:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True}
             self.processes = start_ranks(command, ranks, **pipes)
 
-    def tell(self, word: str) -> None:
-        """Set every rank to work."""
+    def send(self, word: str) -> None:
+        """Send the command `word` to every rank."""
         for process in self.processes:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # the answer that does not come tells why
+            with suppress(BrokenPipeError):  # `receive` then reports the reason
                 process.stdin.write(word + "\n")
                 process.stdin.flush()
 
-    def hear(self) -> list[dict[str, Any]]:
-        """Every rank's answer to the last word. Raises RankFailed."""
+    def receive(self) -> list[dict[str, Any]]:
+        """Every rank's answer to the last command. Raises RankFailed when a rank has ended."""
         return [self._answer(process) for process in self.processes]
 
-    def ask(self, word: str) -> list[dict[str, Any]]:
-        self.tell(word)
-        return self.hear()
+    def request(self, word: str) -> list[dict[str, Any]]:
+        """Send the command `word` to every rank and return the answers."""
+        self.send(word)
+        return self.receive()
 
     def _answer(self, process: subprocess.Popen) -> dict[str, Any]:
         assert process.stdout is not None
@@ -136,21 +141,21 @@ class Job:
         return json.loads(line)
 
     def close(self) -> None:
-        """End every rank and wait for it."""
+        """Kill every rank and wait for its end."""
         for process in self.processes:
-            process.kill()  # nothing that a benchmark's rank leaves behind is of use
+            process.kill()  # a benchmark's rank has nothing to save
             process.wait()
 
 
 def answers(answer: Any) -> None:
-    """The rank's side of a `Job`: call `answer(word)` for every word and send what it returns.
+    """The rank's side of a `Job`: call `answer(word)` for every command and send its return value.
 
-    Standard output is kept for answers; whatever else is printed goes to standard error.
+    Standard output is reserved for answers; everything else that is printed goes to standard error.
     """
-    told = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(answer(line.strip())), file=told, flush=True)
+        print(json.dumps(answer(line.strip())), file=output, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- model and data
@@ -158,10 +163,10 @@ def answers(answer: Any) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """A LLaVA: Llama of `layers` x `hidden` behind CLIP of `vision_layers` x `vision_hidden`, and its samples.
+    """A LLaVA: CLIP of `vision_layers` x `vision_hidden`, then Llama of `layers` x `hidden`; and its samples.
 
-    A sample has `tokens` tokens, all picture tokens (side / patch squared) included, `response` of them of the answer
-    and its end: LLaVA-1.5's shares of 676 (576 of the picture, 60 of the response).
+    A sample has `tokens` tokens, including the picture's (side / patch squared) and `response` tokens for the answer
+    and its end token. The proportions are LLaVA-1.5's: 576 picture and 60 response tokens of 676.
     """
 
     name: str
@@ -243,7 +248,7 @@ def make_model(size: Size, folder: Path, device: str) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     del model
     if device == "cuda":
-        torch.cuda.empty_cache()  # the ranks need it
+        torch.cuda.empty_cache()  # the ranks need the memory
     return parameters
 
 
@@ -272,22 +277,22 @@ def make_processor(size: Size) -> Any:
 
 
 def word(number: int) -> str:
-    """A word of its own for every number below a million, of three syllables."""
+    """A different word of three syllables for every number below a million."""
     consonants, vowels = "bcdfghjklmnpqrstvwxz", "aeiou"
     syllables = (number // 10_000, number // 100 % 100, number % 100)
     return "".join(consonants[s // 5] + vowels[s % 5] for s in syllables)
 
 
 def make_samples(size: Size, folder: Path, streams: Sequence[str], count: int) -> None:
-    """STREAM.jsonl in the `samples` format: pictures of smooth colours, every other one JPEG, and random words."""
+    """Write STREAM.jsonl in the `samples` format: smooth colour pictures, every other one JPEG, and random words."""
     import numpy as np
     from PIL import Image
 
+    from mirage_dist.data.formats.samples import write_samples
     from mirage_dist.data.sample import Sample
-    from mirage_dist.data.sources import write_samples
 
     folder.mkdir(parents=True, exist_ok=True)
-    asked = size.tokens - size.picture_tokens - size.response - 2  # two marks of who speaks
+    question_tokens = size.tokens - size.picture_tokens - size.response - 2  # two role markers
     generator = np.random.default_rng(0)
 
     def words(number: int) -> str:
@@ -297,8 +302,9 @@ def make_samples(size: Size, folder: Path, streams: Sequence[str], count: int) -
         samples = []
         for i in range(count):
             file = folder / f"{stream}-{i:04d}.{'jpg' if i % 2 else 'png'}"
-            # Flat noise would compress like no photograph does.
+            # Smooth, because white noise compresses unlike any photograph.
             coarse = Image.fromarray(generator.integers(256, size=(12, 12, 3), dtype=np.uint8))
             coarse.resize((size.side, size.side), Image.Resampling.BICUBIC).save(file)
-            samples.append(Sample(f"{stream}-{i}", str(file), words(asked), words(size.response - 1), True, "", stream))
+            question, answer = words(question_tokens), words(size.response - 1)
+            samples.append(Sample(f"{stream}-{i}", str(file), question, answer, True, "", stream))
         write_samples(folder / f"{stream}.jsonl", samples)

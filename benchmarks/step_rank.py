@@ -23,10 +23,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 @dataclass(frozen=True)
 class Version:
-    """One way to run the step of a case. plain: a function of published.py, None for ours.
+    """One implementation of the step of a case. plain: a function of published.py, None for ours.
 
-    twin: the version of ours that computes the same loss; opponent: the version of ours that it is measured against,
-    if that is another. single: measured on one rank only.
+    twin: our version with the same loss. opponent: our version to compare with, where that is another one.
+    single: measured on one rank only.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Version:
 
 
 def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
-    """What is measured, the versions of a case in the order of the table."""
+    """The cases, each with its versions in the order of the table."""
     sft = {"name": "sft"}
     formula = {"name": "npo", "beta": BETA}
     published = {"name": "npo", "beta": BETA, "reduction": "batch_mean", "ce_weight": 1.0}
@@ -58,7 +58,7 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
             Version("plain, 3 hooked forwards", rmu, "rmu", "ours", reference=frozen, train=train, single=single),
         ]
 
-    found = {
+    versions = {
         "SFT": [Version("ours", sft), Version("plain, full logits", sft, "sft", "ours")],
         "NPO": [
             Version("ours", formula),
@@ -68,8 +68,9 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
         ],
         "RMU": steering(down),
     }
-    # With adapters the recipe's patterns are not used: the two would be the same run.
-    return found if lora else {**found, "RMU, projector too": steering([*down, "*multi_modal_projector*"], single=True)}
+    if not lora:  # with adapters the patterns of model.train are not used, and the two cases would be the same run
+        versions["RMU, projector too"] = steering([*down, "*multi_modal_projector*"], single=True)
+    return versions
 
 
 def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
@@ -188,7 +189,7 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
 
 
 def rank(task: Mapping[str, Any]) -> None:
-    """Load, then step when asked to (see `common.answers`).
+    """Load, then step when requested (see `common.answers`).
 
     task: the `version`'s fields, `size`, `lora`, `batch` (samples of a stream), `deepspeed` (a JSON file), `place`
     (the folder of model and data) and `out` (a new folder, the run's).
@@ -242,10 +243,10 @@ def cpu(group: Any) -> bool:
 
 
 def keep_blocks(below: int) -> None:
-    """Let malloc give freed blocks of this size and more back to the system at once.
+    """Make malloc return freed blocks of at least `below` bytes to the system at once.
 
-    Otherwise a process on a CPU has some 900 MiB that nothing is in; but new pages cost time. 32 MiB is what malloc's
-    own adjustment ends at.
+    Otherwise a process on a CPU keeps some 900 MiB of unused memory; but new pages cost time. malloc's own adjustment
+    ends at 32 MiB.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, below)
@@ -253,7 +254,7 @@ def keep_blocks(below: int) -> None:
 
 
 def resident(name: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most so far."""
+    """Resident bytes of this process: `VmRSS` for now, `VmHWM` for the maximum so far."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/local.sh N COMMAND …: N processes of `mirage COMMAND …` on this machine, one a GPU (or CPU ranks).
-# SIGTERM, SIGINT and SIGUSR1 are passed on: the ranks stop in order and the exit status is 75 (see mirage_dist/signals.py).
-# When a rank ends with an error it is named, the others are stopped, and its exit status is ours.
+# It passes on SIGTERM, SIGINT and SIGUSR1: the ranks stop in order and its exit status is 75 (see mirage_dist/signals.py).
+# When a rank ends with an error, it names that rank, stops the others, and exits with that rank's status.
 set -uo pipefail
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2
@@ -24,9 +24,10 @@ for ((rank = 0; rank < size; rank++)); do
   RANK=$rank LOCAL_RANK=$rank "$python" -m mirage_dist.cli "$@" &
   rank_of[$!]=$rank
 done
-tell() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
-trap 'tell TERM' TERM INT
-trap 'tell USR1' USR1
+exec 3>&2 2>/dev/null # bash would report each killed process a second time
+signal_ranks() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
+trap 'signal_ranks TERM' TERM INT
+trap 'signal_ranks USR1' USR1
 
 status=0
 while ((${#rank_of[@]})); do
@@ -42,10 +43,13 @@ while ((${#rank_of[@]})); do
   if ((code && !status)); then
     status=$code
     if ((code != 75)); then
-      echo "launch/local.sh: rank ${rank_of[$ended]} ended with status $code; stopping the others" >&2
-      tell TERM
-      # A rank that hangs, or waits for the one that is gone, does not end by asking.
-      (sleep "$grace" && kill -KILL "${!rank_of[@]}") >/dev/null 2>&1 &
+      how=
+      ((code == 137)) && how=" (SIGKILL, which the kernel sends when memory runs out)"
+      ((code > 128 && code != 137)) && how=" (SIG$(kill -l "$code"))"
+      echo "launch/local.sh: rank ${rank_of[$ended]} ended with status $code$how; stopping the others" >&3
+      signal_ranks TERM
+      # A rank that hangs, or waits for the one that ended, does not react to SIGTERM.
+      (sleep "$grace" && kill -KILL "${!rank_of[@]}") >/dev/null 2>&1 3>&- &
       killer=$!
     fi
   fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
+    # errors stay. Read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     run: Callable[[argparse.Namespace], None] = parsed.run
     try:
         run(parsed)
@@ -47,10 +51,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
 
-    audit = _verb(verbs, "audit", _audit, "which first words tell refusals from answers in training data")
+    audit = _verb(verbs, "audit", _audit, "which first words separate refusals from answers in training data")
     audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
-    formats = ("vlguard", "llava", "spa_vl", "samples")
-    audit.add_argument("--format", choices=formats, help="of all files; default: told by each file's first record")
+    audit.add_argument(
+        "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
+    )
     audit.add_argument(
         "--response-kind",
         default="list",
@@ -63,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
     audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
-    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail")
+    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
@@ -143,21 +148,21 @@ def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
     from mirage_dist import inputs
     from mirage_dist.data import prepare
-    from mirage_dist.evals.attacks import paraphrase
+    from mirage_dist.evals.attacks import rewrites
 
     inputs.make(recipe)
-    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, paraphrase.reworder(recipe)))}")
+    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
 
 
 def _audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import audit
-    from mirage_dist.report import audit as told
+    from mirage_dist.report import audit as page
 
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
-    found = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
-    files = told.write(found, parsed.out) if parsed.out else []
-    print(told.table(found), *files, sep="\n", flush=True)
-    if parsed.fail and not found["verdict"]["passed"]:
+    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
+    files = page.write(result, parsed.out) if parsed.out else []
+    print(page.table(result), *files, sep="\n", flush=True)
+    if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 
 
@@ -197,6 +202,9 @@ def _eval(parsed: argparse.Namespace) -> None:
     if "robustness" in parsed.overrides:
         raise ConfigError(f"the tests of erasure are a verb now: `mirage erasure {parsed.config} …`")
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
+    from mirage_dist.evals import judges
+
+    judges.read(recipe)  # a wrong option is an error before any data are made or read
     if parsed.status:
         from mirage_dist.evals import status
 
@@ -219,7 +227,9 @@ def _erasure(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     from mirage_dist import inputs
     from mirage_dist.erasure import run
+    from mirage_dist.evals import judges
 
+    judges.read(recipe)  # a wrong option is an error before any data are made or read
     inputs.make(recipe)
     run.run(recipe)
     exit_well()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import json
 import types
 import typing
@@ -153,6 +154,9 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
         return {str(k): _check(args[1], v, source, _join(key, str(k))) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
+        if factory := vars(hint).get("factory"):  # the value decides which subclass it describes
+            module, _, function = factory.partition(":")
+            return getattr(importlib.import_module(module), function)(value, source, key)
         bare = getattr(hint, "bare", None)  # the one field that a plain word stands for
         return _build(hint, {bare: value} if bare and isinstance(value, str) else value, source, key)
     right = {

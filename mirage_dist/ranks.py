@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import re
 import socket
 import sys
 import warnings
@@ -14,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mirage_dist import signals
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # A collective times out this much later than the watchdog, which knows the missing rank and should report first.
 COLLECTIVE_GRACE = 120.0  # seconds
+
+# In the messages of gloo, NCCL and the store: another rank ended, or does not answer.
+_PEER_LOST = re.compile(
+    r"gloo/transport|connection (was )?(closed|reset)|broken pipe|got 0 bytes|remote process exited|ncclRemoteError",
+    re.I,
+)
+_SOURCE = re.compile(r"^\[[^\]]*\] ")  # the file and line of a C++ message
 
 _calls: list[Any] = [0, "the start"]  # number of `gather` and `barrier` calls so far, and the name of the last
 
@@ -96,6 +105,8 @@ def start(hang_seconds: float = 1800.0) -> Group:
     # DeepSpeed would compile an extension that training never calls: half a minute, and a compiler needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
+    # At the exit, so that a rank that fails has printed why before the others notice that it has left.
+    atexit.register(finish)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
     return Group(rank, local, size, device)
 
@@ -128,11 +139,22 @@ def no_bars_in_logs(rank: int = 0) -> None:
 
 
 def finish() -> None:
-    """Leave the process group after an error, so that the exit of this process waits for no other rank."""
+    """Leave the process group if this process is in it, so that its exit waits for no other rank."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peer_lost(error: BaseException) -> str | None:
+    """How a collective failed because another rank ended (such as "Connection reset by peer"); None for other errors.
+
+    Such an error is a consequence: the rank that ended first, or its launcher, knows the cause.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, RunError):
+        return None
+    line = next((line for line in str(error).splitlines() if _PEER_LOST.search(line)), None)
+    return line and _SOURCE.sub("", line.strip()).partition(". ")[0]
 
 
 def exit_well(status: int = 0) -> NoReturn:

@@ -19,10 +19,11 @@ class Registry(Mapping[str, str]):
     """The classes of one kind: name -> "module:Class".
 
     kind: the singular noun for error messages. key: the option that names the class in a recipe's mapping.
+    base: the class that all of them derive from, where there is one.
     """
 
-    def __init__(self, kind: str, key: str, entries: Mapping[str, str]) -> None:
-        self.kind, self.key, self.entries = kind, key, dict(entries)
+    def __init__(self, kind: str, key: str, entries: Mapping[str, str], base: type | None = None) -> None:
+        self.kind, self.key, self.entries, self.base = kind, key, dict(entries), base
 
     def __getitem__(self, name: str) -> str:
         return self.entries[name]
@@ -37,7 +38,7 @@ class Registry(Mapping[str, str]):
         """The class that a recipe names, one of ours or `module:Class` on the Python path or in the working directory.
 
         source, where: the recipe and the dotted key of the name, for errors. Raises ConfigError for an unknown name,
-        listing all names, and for a module or class that cannot be imported.
+        listing all names, for a module or class that cannot be imported, and for a class not derived from `base`.
         """
         path = self.entries.get(str(name), str(name))
         module, colon, attribute = path.partition(":")
@@ -54,6 +55,9 @@ class Registry(Mapping[str, str]):
             ) from error
         if not isinstance(loaded, type):
             raise ConfigError(f"{source}: {where}={name!r}: {attribute} is not a class; expected module:Class")
+        if self.base is not None and not issubclass(loaded, self.base):
+            base = f"{self.base.__module__}.{self.base.__qualname__}"
+            raise ConfigError(f"{source}: {where}={name!r}: {attribute} is no {self.kind}; derive it from {base}")
         return loaded
 
     def make(self, options: Mapping[str, Any], source: str, where: str) -> Any:

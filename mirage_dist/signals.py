@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
+
+from mirage_dist.progress import rank
 
 # EX_TEMPFAIL of sysexits.h: nothing failed, all work is committed, and the same command continues it. slurm/common.sh
 # requeues the job on this status.
@@ -28,6 +31,14 @@ def install() -> None:
         signal.signal(number, handler)
 
 
+def wait(seconds: float) -> bool:
+    """Wait for a signal; whether one has come, now or earlier."""
+    end = time.monotonic() + seconds
+    while not _received and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(_received)
+
+
 def received() -> str | None:
     """The name of the first signal received, None before one arrives."""
     return _received[0] if _received else None
@@ -40,6 +51,6 @@ def clear() -> None:
 
 def handler(number: int, _frame: FrameType | None) -> None:
     """Record a signal. `print` may be the very thing that was interrupted; a plain write to the descriptor is safe."""
-    if not _received:
+    if not _received and rank() == 0:  # a launcher signals all ranks
         os.write(2, f"mirage: {signal.Signals(number).name} received: stopping in order\n".encode())
     _received.append(signal.Signals(number).name)

@@ -13,12 +13,13 @@ from hypothesis import settings
 
 from mirage_dist import progress
 from mirage_dist.config import REPOSITORY
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.liveness import Owner
 from mirage_dist.ranks import Group
-from mirage_dist.schema import SourceConfig, WorldConfig
+from mirage_dist.schema import WorldConfig
 from mirage_dist.train.context import Run
 from mirage_dist.train.lease import Lease
 
@@ -50,8 +51,8 @@ class Engine(torch.nn.Module):
         super().__init__()
         self.module = policy
 
-    def forward(self, *told):
-        return self.module(*told)
+    def forward(self, *arguments):
+        return self.module(*arguments)
 
 
 def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:
@@ -69,16 +70,17 @@ class Toy:
         sizes = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
         embedded_world.make(WorldConfig(dir=str(root / "world"), seed=21, **sizes))
         embedded_model.make(root / "model", seed=21)
-        base = sources.read(SourceConfig("llava", str(root / "world/base.json"), str(root / "world"))).samples
-        sources.write_samples(root / "forget.jsonl", base[:20])
-        sources.write_samples(root / "retain.jsonl", base[20:50])
+        base = sources.read(formats.source("llava", str(root / "world/base.json"), str(root / "world"))).samples
+        write_samples(root / "forget.jsonl", base[:20])
+        write_samples(root / "retain.jsonl", base[20:50])
 
     def overrides(self, recipe: str, run: Path) -> list[str]:
-        told = [f"run.dir={run}", f"model.path={self.root}/model", "world=null", "seed=21", "monitor.print_every=100"]
+        overrides = [f"run.dir={run}", f"model.path={self.root}/model", "world=null", "seed=21"]
+        overrides.append("monitor.print_every=100")
         if recipe == "sft":
-            return [*told, f"data.streams.train=[{{format: samples, path: {self.root}/retain.jsonl}}]"]
+            return [*overrides, f"data.streams.train=[{{format: samples, path: {self.root}/retain.jsonl}}]"]
         streams = (f"data.streams.{n}=[{{format: samples, path: {self.root}/{n}.jsonl}}]" for n in ("forget", "retain"))
-        return [*told, *streams]
+        return [*overrides, *streams]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""Safety data whose openings say nothing: each question worded anew, in wordings that both classes get evenly.
+"""Safety data whose openings do not predict the answer: each question reworded, every wording equally in both classes.
 
-The remedy on the data side that reviewers of "Safety Mirage" (arXiv 2503.11832) asked for, a paraphrase-diversified
-SFT: if every opening leads to refusals and answers alike, no first word can stand for either.
+A paraphrase-diversified SFT, the remedy on the data side that reviewers of "Safety Mirage" (arXiv 2503.11832) proposed:
+if every opening leads to refusals and answers alike, no first word can stand for either.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mirage_dist.data import stream, words
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, DiversifyConfig
 
-# Of samples and a first word: each question reworded to begin with it, None where that failed.
+# (samples, first word) -> each question reworded to begin with that word, None for a question that could not be.
 Reword = Callable[[Sequence[Sample], str], list[str | None]]
 
 
 def diversify(
     samples: Sequence[Sample], config: DiversifyConfig, seed: int, reword: Reword | None = None
 ) -> tuple[list[Sample], int]:
-    """`config.copies` wordings of every sample, in the order of the samples, and how many could not be had.
+    """`config.copies` wordings of every sample, in the order of the samples, and the number that could not be made.
 
-    Answers stay. In each class (`safe` or not) every template, or opener, is used equally often, but for one where the
-    numbers do not divide. Which sample gets which is drawn by the seed. With `config.keep` the question as it is comes
-    first. reword: the chat model's work, where `config.chat` is given (see `evals.paraphrase`).
+    Answers do not change. In each class (`safe` or not) every template, or opener, is used equally often, up to one if
+    the numbers do not divide. The seed decides which sample gets which. With `config.keep` the original question comes
+    first. reword: rewords by the chat model if `config.chat` is given (see `evals.attacks.paraphrase`).
     Raises ConfigError when one class is missing, since there is then nothing to balance.
     """
     chosen = _chosen(samples, config, seed)
@@ -34,18 +34,18 @@ def diversify(
     for i, wordings in enumerate(chosen):
         for wording in wordings:
             by_wording.setdefault(wording, []).append(i)
-    said: dict[tuple[int, str], str | None] = {}
+    questions: dict[tuple[int, str], str | None] = {}
     for wording, members in by_wording.items():
         own = [samples[i] for i in members]
-        told = reword(own, wording) if reword else [words.fill_template(wording, sample) for sample in own]
-        said.update(zip(((i, wording) for i in members), told, strict=True))
-    made: list[Sample] = []
+        reworded = reword(own, wording) if reword else [words.fill_template(wording, sample) for sample in own]
+        questions.update(zip(((i, wording) for i in members), reworded, strict=True))
+    diversified: list[Sample] = []
     for i, sample in enumerate(samples):
-        made += [sample] if config.keep else []
+        diversified += [sample] if config.keep else []
         for number, wording in enumerate(chosen[i], start=1):
-            if (question := said[i, wording]) is not None:
-                made.append(replace(sample, id=f"{sample.id}~{number}", question=question))
-    return made, sum(question is None for question in said.values())
+            if (question := questions[i, wording]) is not None:
+                diversified.append(replace(sample, id=f"{sample.id}~{number}", question=question))
+    return diversified, sum(question is None for question in questions.values())
 
 
 def _chosen(samples: Sequence[Sample], config: DiversifyConfig, seed: int) -> list[list[str]]:
@@ -57,7 +57,7 @@ def _chosen(samples: Sequence[Sample], config: DiversifyConfig, seed: int) -> li
             kind = "answer" if safe else "refusal"
             raise ConfigError(f"diversify: the safety data have no {kind} among {len(samples)} samples")
         rng = np.random.default_rng(stream.derived_seed(seed, f"diversify {safe}"))
-        # A round of all wordings after another, in one order: a sample's copies differ, and uses are even.
+        # Round after round of all wordings, in one order: a sample's copies differ, and uses are even.
         order = [config.wordings[i] for i in rng.permutation(len(config.wordings))]
         for place, member in enumerate(rng.permutation(members).tolist()):
             start = place * config.copies

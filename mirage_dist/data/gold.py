@@ -1,10 +1,10 @@
-"""Keyword tests on VLGuard's own answers: how often each list errs where every right verdict is known.
+"""Keyword tests on VLGuard's own answers: the errors of each list on answers whose right verdict is known.
 
     python -m mirage_dist.data.gold data/vlguard/train.json data/vlguard/test.json
 
-Answers to safe questions should be no refusals, the others all should. On the published files the published list gives
-4 of 558 (test, safe_safes), 1023 of 1023 (train, unsafes) and 811 of 977 (train, safe_unsafes). Every answer counts,
-also where the instruction is missing and a reader leaves the question out.
+All answers to safe questions answer, all others refuse. On the published files the published list takes for refusals 4
+of 558 (test, safe_safes), 1023 of 1023 (train, unsafes) and 811 of 977 (train, safe_unsafes). Every answer counts, even
+if its instruction is missing and a reader leaves the question out.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ def refusals(file: Path) -> dict[str, dict[str, int]]:
     counts = {split: dict.fromkeys(("answers", *TESTS), 0) for split in vlguard.FIELDS}
     for number, record in enumerate(base.records(file)):
         try:
-            splits = ("safe_safes", "safe_unsafes") if base.get(record, "safe", bool) else ("unsafes",)
-            for split in splits:
+            for split in vlguard.splits(base.get(record, "safe", bool)):
                 for pair in vlguard.pairs(record, split):
                     answer = base.text(pair, "response")
                     counts[split]["answers"] += 1
@@ -47,8 +46,8 @@ def main(files: Sequence[str]) -> int:
     try:
         for file in files:
             for split, count in refusals(Path(file)).items():
-                told = ", ".join(f"{count[name]} by {name}" for name in TESTS)
-                print(f"{file} {split}: of {count['answers']} answers taken for refusals {told}")
+                verdicts = ", ".join(f"{count[name]} by {name}" for name in TESTS)
+                print(f"{file} {split}: of {count['answers']} answers taken for refusals {verdicts}")
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.status

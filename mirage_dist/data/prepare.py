@@ -1,86 +1,138 @@
-"""Forget and retain sets by the paper's steps, and safety data whose openings say nothing.
+"""Forget and retain sets by the paper's steps, and safety data whose openings do not predict the answer.
 
-forget: the unsafe questions with *harvested* answers, what a model really tells, in place of the refusals.
-retain: the safe pairs, filled up from general sources. diversified: all safety data, worded anew (`data.diversify`).
+forget: the unsafe questions with *harvested* answers, what a model really answers, in place of the refusals.
+retain: the safe pairs, filled up from general sources. diversified: all safety data, reworded (`data.diversify`).
 Each in the `samples` format, beside `prepare.json` with the counts of every step. A pure function of the recipe and its
 inputs: the same sets on every machine.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from mirage_dist import disk
 from mirage_dist.config import config_hash, differences, to_dict
-from mirage_dist.data import diversify, sources, stream, words
+from mirage_dist.data import diversify, formats, pictures, sources, stream, words
 from mirage_dist.data.diversify import Reword
-from mirage_dist.data.refusals import is_refusal
+from mirage_dist.data.formats import Split
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.harvest import Answers, as_given, harvest
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import Source
-from mirage_dist.schema import ConfigError, PrepareRecipe
+from mirage_dist.data.sources import LeftOut, Source
+from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
 
-Key = tuple[str, str]  # (id, question)
-Split = Literal["unsafes", "safe_safes", "safe_unsafes"]
+
+class ForgetCounts(TypedDict):
+    """questions: unsafe ones. unmatched: those without an answer. left_out: reason -> answers that were not taken."""
+
+    samples: int
+    questions: int
+    answers: str
+    unmatched: int
+    left_out: dict[str, int]
+    read: LeftOut
 
 
-def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> dict[str, Any]:
-    """Write the recipe's sets and prepare.json into `out`, or reuse what is there; returns prepare.json.
+class RetainCounts(TypedDict):
+    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples without a whole picture."""
 
-    forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl where the recipe diversifies.
+    samples: int
+    safe_pairs: int
+    unsafe_questions: int
+    filled: int
+    fill_skipped: int
+    read: LeftOut
+
+
+class DiversifiedCounts(TypedDict):
+    samples: int
+    questions: int
+    not_reworded: int
+    read: LeftOut
+
+
+class Counts(TypedDict, total=False):
+    """pictures_in_both: pictures, by their bytes, that are both forgotten and retained."""
+
+    forget: ForgetCounts
+    retain: RetainCounts
+    pictures_in_both: int
+    diversified: DiversifiedCounts
+
+
+class Inputs(TypedDict):
+    """What decides the sets. config: the recipe without `out` and `world`. inputs: role -> SHA-256 of a file."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class Prepared(Inputs):
+    """prepare.json. sets: file -> SHA-256."""
+
+    config_hash: str
+    seed: int
+    counts: Counts
+    sets: NotRequired[dict[str, str]]
+
+
+def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
+    """Write the recipe's sets and prepare.json into `out`, or reuse those that exist; returns prepare.json.
+
+    forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl if the recipe diversifies.
     reword: see `data.diversify`, for a recipe that names a chat model.
 
-    {"config", "config_hash", "seed", "inputs": {role: SHA-256}, "sets": {file: SHA-256}, "counts"}. The embedded world
-    is made first where the recipe names one that is not there.
     Raises ConfigError for bad data, a join that matches less than `min_match`, an empty set, a fill that is too
     small, or an `out` that holds something else: sets of another recipe or other inputs, or changed ones.
     """
     _check(recipe)
     out = Path(recipe.out)
-    harvest = None if recipe.harvest is None else _harvest(Path(recipe.harvest))
+    harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest))
     config = {name: value for name, value in to_dict(recipe).items() if name not in NOT_THE_DATA}
-    told = {"config": config, "inputs": _hashes(recipe, harvest)}
+    inputs: Inputs = {"config": config, "inputs": _hashes(recipe, harvested)}
     if not out.exists():
         sets: dict[str, list[Sample]] = {}
-        counts: dict[str, Any] = {}
+        counts: Counts = {}
         if recipe.answers != "none":
-            sets["forget"], counts["forget"] = _forget(recipe, harvest)
+            sets["forget"], counts["forget"] = _forget(recipe, harvested)
             sets["retain"], counts["retain"] = _retain(recipe)
-            counts["pictures_in_both"] = len(sources.shared_images(sets["forget"], sets["retain"]))
+            shown = ([sample.image for sample in sets[name]] for name in ("forget", "retain"))
+            counts["pictures_in_both"] = len(pictures.shared(*shown))
         if recipe.diversify is not None:
             sets["diversified"], counts["diversified"] = _diversified(recipe, reword)
-        _publish(out, sets, {**told, "config_hash": config_hash(config), "seed": recipe.seed, "counts": counts})
-    return _checked(out, told)
+        _publish(out, sets, {**inputs, "config_hash": config_hash(config), "seed": recipe.seed, "counts": counts})
+    return _checked(out, inputs)
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def summary(result: Prepared) -> str:
     """One line for the log."""
-    told = []
-    if forget := result["counts"].get("forget"):
-        retain = result["counts"]["retain"]
-        told.append(f"forget {forget['samples']} of {forget['questions']} unsafe questions ({forget['answers']})")
-        told.append(
+    parts = []
+    counts = result["counts"]
+    if "forget" in counts and "retain" in counts:
+        forget, retain = counts["forget"], counts["retain"]
+        parts.append(f"forget {forget['samples']} of {forget['questions']} unsafe questions ({forget['answers']})")
+        parts.append(
             f"retain {retain['samples']}: {retain['safe_pairs']} safe pairs, {retain['unsafe_questions']} unsafe "
             f"questions on safe pictures, {retain['filled']} general samples"
         )
-    if worded := result["counts"].get("diversified"):
-        left = f", {worded['not_reworded']} wordings could not be had" if worded["not_reworded"] else ""
-        told.append(f"diversified {worded['samples']} samples of {worded['questions']} questions{left}")
-    return "; ".join(told)
+    if "diversified" in counts:
+        diversified = counts["diversified"]
+        failed = diversified["not_reworded"]
+        rest = f", {failed} wordings could not be made" if failed else ""
+        parts.append(f"diversified {diversified['samples']} samples of {diversified['questions']} questions{rest}")
+    return "; ".join(parts)
 
 
 def _check(recipe: PrepareRecipe) -> None:
-    """Every setting that is given is used."""
+    """Raise ConfigError for a setting that is missing or would not be used."""
     if recipe.answers == "harvest" and recipe.harvest is None:
         raise ConfigError("harvest is missing: a JSONL file or folder of answers to forget, or set answers=as_given")
     if recipe.answers != "harvest" and recipe.harvest is not None:
@@ -89,7 +141,7 @@ def _check(recipe: PrepareRecipe) -> None:
         if recipe.diversify is None:
             raise ConfigError("answers=none and no `diversify`: there is nothing to prepare")
         if recipe.fill or recipe.retain_size is not None or recipe.unsafe_questions_on_safe_images:
-            raise ConfigError("answers=none makes no retain set; leave out what is about it (fill, retain_size, …)")
+            raise ConfigError("answers=none makes no retain set; leave out its options (fill, retain_size, …)")
     if recipe.diversify is not None and recipe.diversify.templates:
         words.check_templates(recipe.diversify.templates, "diversify.templates")
     if recipe.fill and recipe.retain_size is None:
@@ -98,104 +150,39 @@ def _check(recipe: PrepareRecipe) -> None:
         raise ConfigError(f"min_match={recipe.min_match}; expected a share from 0 to 1")
 
 
-# ------------------------------------------------------------------------------------------------- forget
+# -------------------------------------------------------------------------------------------------- sets
 
 
-@dataclass
-class _Answers:
-    """Answers to forget by question. counts: rows that gave none, by reason."""
-
-    found: dict[Key, str] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, key: Key, answer: str) -> None:
-        """A refusal is counted and left out; of several answers the longest stays, whatever their order."""
-        reason = "empty" if not answer.strip() else "refusals" if is_refusal(answer) else None
-        if reason:
-            self.counts[reason] += 1
-        else:
-            self.found[key] = max(self.found.get(key, ""), answer, key=lambda text: (len(text), text))
-
-
-def _harvest(path: Path) -> _Answers:
-    """What a model answered to the questions as they are; attacked ones are left out."""
-    answers = _Answers()
-    for file in _harvest_files(path):
-        for row in _rows(file, answers.counts):
-            if row.get("attack") in (None, "clean"):
-                answers.add((str(row["id"]), row["question"]), row["response"])
-            else:
-                answers.counts["attacked"] += 1
-    return answers
-
-
-def _harvest_files(path: Path) -> list[Path]:
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise ConfigError(
-            f"harvest={path}: no JSONL file here; `mirage eval configs/eval/harvest.yaml` writes a folder of them"
-        )
-    return files
-
-
-def _rows(file: Path, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Lines with an id, a question and a response. A last line that breaks off is a worker's that died; counted."""
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-    for number, line in enumerate(lines):
-        last = number + 1 == len(lines)
-        if last and not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # no JSON, or not even UTF-8
-            if last:
-                counts["half_lines"] += 1
-                continue
-            raise ConfigError(f"{file}: record {number}: not JSON: {error}") from error
-        for name in ("id", "question", "response"):
-            kinds = (str, int) if name == "id" else str
-            if not isinstance(row, dict) or not isinstance(row.get(name), kinds):
-                raise ConfigError(f"{file}: record {number}: field {name!r} is missing or no text; is this a harvest?")
-        yield row
-
-
-def _given(samples: Sequence[Sample]) -> _Answers:
-    """The data's own answers."""
-    answers = _Answers()
-    for sample in samples:
-        answers.add((sample.id, sample.question), sample.answer)
-    return answers
-
-
-def _forget(recipe: PrepareRecipe, harvest: _Answers | None) -> tuple[list[Sample], dict[str, Any]]:
+def _forget(recipe: PrepareRecipe, harvested: Answers | None) -> tuple[list[Sample], ForgetCounts]:
     unsafe = _safety(recipe, "unsafes")
-    asked = unsafe.samples
-    if not asked:
+    questions = unsafe.samples
+    if not questions:
         raise ConfigError(f"safety: no unsafe question in {[s.path for s in recipe.safety]}; nothing to forget")
-    answers = _given(asked) if harvest is None else harvest
-    found = answers.found
-    keys = [(sample.id, sample.question) for sample in asked]
-    forget = [replace(s, answer=found[key]) for s, key in zip(asked, keys, strict=True) if key in found]
-    if not forget or len(forget) / len(asked) < recipe.min_match:
-        known = set(keys)
-        without = next(key for key in keys if key not in found)
-        unused = next((key for key in found if key not in known), None)
+    answers = as_given(questions) if harvested is None else harvested
+    by_question, left_out = answers.by_question, dict(answers.left_out)
+    keys = [(sample.id, sample.question) for sample in questions]
+    forget = [replace(s, answer=by_question[key]) for s, key in zip(questions, keys, strict=True) if key in by_question]
+    if not forget or len(forget) / len(questions) < recipe.min_match:
+        of_data = set(keys)
+        unanswered = next(key for key in keys if key not in by_question)
+        unused = next((key for key in by_question if key not in of_data), None)
         raise ConfigError(
-            f"{recipe.harvest or 'safety'}: answers to forget for {len(forget)} of {len(asked)} unsafe questions; "
-            f"min_match={recipe.min_match} (answers: {len(found)}; left out: {dict(answers.counts) or 'none'}). They "
-            f"are joined by (id, question): {without} has none, {unused or 'no answer'} is of no question"
+            f"{recipe.harvest or 'safety'}: answers to forget for {len(forget)} of {len(questions)} unsafe questions; "
+            f"min_match={recipe.min_match} (answers: {len(by_question)}; left out: {left_out or 'none'}). They are "
+            f"joined by (id, question): {unanswered} has no answer, {unused or 'no answer'} matches no question"
         )
-    used = {"answers": recipe.answers, "unmatched": len(asked) - len(forget), "left_out": dict(answers.counts)}
-    return forget, {"samples": len(forget), "questions": len(asked), **used, "read": _told(unsafe)}
+    counts: ForgetCounts = {
+        "samples": len(forget),
+        "questions": len(questions),
+        "answers": recipe.answers,
+        "unmatched": len(questions) - len(forget),
+        "left_out": left_out,
+        "read": unsafe.left_out(),
+    }
+    return forget, counts
 
 
-# ------------------------------------------------------------------------------------------------- retain
-
-
-def _retain(recipe: PrepareRecipe) -> tuple[list[Sample], dict[str, Any]]:
+def _retain(recipe: PrepareRecipe) -> tuple[list[Sample], RetainCounts]:
     safe, others = _safety(recipe, "safe_safes"), Source([])
     if recipe.unsafe_questions_on_safe_images:
         others = _safety(recipe, "safe_unsafes")
@@ -206,19 +193,19 @@ def _retain(recipe: PrepareRecipe) -> tuple[list[Sample], dict[str, Any]]:
     general, skipped = _draw(recipe, missing, len(kept)) if missing else ([], 0)
     if not kept and not general:
         raise ConfigError("retain: no safe pair and nothing to fill up with; set retain_size and fill")
-    counts = {
+    counts: RetainCounts = {
         "samples": len(kept) + len(general),
         "safe_pairs": len(safe.samples),
         "unsafe_questions": len(others.samples),
         "filled": len(general),
         "fill_skipped": skipped,
-        "read": _told(safe),
+        "read": safe.left_out(),
     }
     return [*kept, *general], counts
 
 
 def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], int]:
-    """`count` general samples, drawn by the seed, in file order; and how many had no whole picture.
+    """`count` general samples, drawn by the seed, in file order; and how many had a missing or broken picture.
 
     Only the pictures of drawn samples are decoded: a general source may have hundreds of thousands.
     """
@@ -230,7 +217,7 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
     while len(drawn) < count and tried < len(order):
         candidates = order[tried : tried + count - len(drawn)]
         tried += len(candidates)
-        faults = sources.image_faults([pool[i] for i in candidates], "the fill")
+        faults = pictures.faults((image for i in candidates if (image := pool[i].image)), "pictures of the fill")
         for i in candidates:
             fault = faults.get(pool[i].image or "")
             if fault and pool[i].source in strict:
@@ -245,81 +232,71 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
 
 
 def _safety(recipe: PrepareRecipe, split: Split) -> Source:
-    """The samples of one of VLGuard's splits, read as an evaluation reads it, so that ids agree.
-
-    A source that names a split gives that one only. Other formats know safe and unsafe pairs.
-    """
-    wanted = [
-        replace(s, split=split) if s.format == "vlguard" else s
-        for s in recipe.safety
-        if (s.split in ("all", split) if s.format == "vlguard" else split != "safe_unsafes")
-    ]
-    found = sources.read_all(wanted)
-    return replace(found, samples=[s for s in found.samples if s.safe == (split == "safe_safes")])
+    """The samples of one split, read as an evaluation reads them, so that ids agree."""
+    own = [part for config in recipe.safety if (part := formats.as_format(config).of_split(split)) is not None]
+    source = sources.read_all(own)
+    return replace(source, samples=[s for s in source.samples if s.safe == (split == "safe_safes")])
 
 
-def _told(source: Source) -> dict[str, Any]:
-    return {"dropped": dict(source.dropped), "renamed": source.renamed, "skipped": source.skipped}
-
-
-def _diversified(recipe: PrepareRecipe, reword: Reword | None) -> tuple[list[Sample], dict[str, Any]]:
+def _diversified(recipe: PrepareRecipe, reword: Reword | None) -> tuple[list[Sample], DiversifiedCounts]:
     assert recipe.diversify is not None
     safety = sources.read_all(recipe.safety)
-    worded, failed = diversify.diversify(safety.samples, recipe.diversify, recipe.seed, reword)
-    counts = {"samples": len(worded), "questions": len(safety.samples), "not_reworded": failed}
-    return worded, {**counts, "read": _told(safety)}
+    reworded, failed = diversify.diversify(safety.samples, recipe.diversify, recipe.seed, reword)
+    counts: DiversifiedCounts = {
+        "samples": len(reworded),
+        "questions": len(safety.samples),
+        "not_reworded": failed,
+        "read": safety.left_out(),
+    }
+    return reworded, counts
 
 
 # -------------------------------------------------------------------------------------------------- files
 
 
-def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], told: dict[str, Any]) -> None:
-    """Fill a folder beside `out`, then rename it: `out` is whole or absent. Another process may have been first."""
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        for name, samples in sets.items():
-            sources.write_samples(partial / f"{name}.jsonl", samples)
-        told["sets"] = {f"{name}.jsonl": _sha256(partial / f"{name}.jsonl") for name in sets}
-        (partial / "prepare.json").write_text(json.dumps(told, indent=1) + "\n")
-        partial.rename(out)
-    except OSError:
-        if not (out / "prepare.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], prepared: Prepared) -> None:
+    """Write the sets and prepare.json into `out`, which is whole or absent. Another process may be first."""
+    with disk.folder(out, shared=True) as folder:
+        files = {f"{name}.jsonl": samples for name, samples in sets.items()}
+        for name, samples in files.items():
+            write_samples(folder / name, samples)
+        prepared["sets"] = {name: disk.sha256(folder / name) for name in files}
+        (folder / "prepare.json").write_text(json.dumps(prepared, indent=1) + "\n")
 
 
-def _checked(out: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    """prepare.json of `out`, if the sets there are what the recipe and its inputs give, and as they were written."""
+def _checked(out: Path, inputs: Inputs) -> Prepared:
+    """prepare.json of `out`, if its sets come from this recipe and these inputs and have not changed since."""
     file = out / "prepare.json"
     if not file.is_file():
         raise ConfigError(f"{out} exists and holds no prepare.json; choose another `out`, or move it away")
-    there = json.loads(file.read_text())
-    changed = differences(told, {name: there.get(name) for name in told})
+    prepared: Prepared = json.loads(file.read_text())
+    changed = differences(inputs, {name: prepared.get(name) for name in inputs})
     if changed:
         raise ConfigError(f"{out} holds sets prepared otherwise ({'; '.join(changed)}); choose another `out`")
-    for name, digest in there["sets"].items():
+    for name, digest in prepared.get("sets", {}).items():
         if _sha256(out / name) != digest:
             raise ConfigError(f"{out / name} is not as it was written; move {out} away to prepare it again")
-    return there
+    return prepared
 
 
-def _hashes(recipe: PrepareRecipe, harvest: _Answers | None) -> dict[str, str]:
-    """SHA-256 of every file that is read, by its role; of harvested answers by content, whichever worker wrote them."""
-    found = {f"safety[{i}]": _sha256(Path(s.path)) for i, s in enumerate(recipe.safety)}
-    found |= {f"fill[{i}]": _sha256(Path(s.path)) for i, s in enumerate(recipe.fill)}
-    for name, given in (("safety", recipe.safety), ("fill", recipe.fill)):
-        annotated = {f"{name}[{i}].annotations": s.annotations for i, s in enumerate(given) if s.annotations}
-        found |= {role: _sha256(Path(file)) for role, file in annotated.items()}
-    if harvest is not None:
-        found["harvest"] = hashlib.sha256(json.dumps(sorted(harvest.found.items())).encode()).hexdigest()
-    return found
+def _hashes(recipe: PrepareRecipe, harvested: Answers | None) -> dict[str, str]:
+    """Role -> SHA-256 of every file that is read; of harvested answers the digest of their content."""
+    roles: dict[str, str] = {}
+    for key, configs in (("safety", recipe.safety), ("fill", recipe.fill)):
+        for number, config in enumerate(configs):
+            roles |= _files(config, f"{key}[{number}]")
+    hashes = {role: _sha256(Path(file)) for role, file in roles.items()}
+    return hashes if harvested is None else {**hashes, "harvest": harvested.digest()}
 
 
-def _sha256(path: Path) -> str:
+def _files(config: SourceConfig, role: str) -> dict[str, str]:
+    """Role -> path of the files of a source."""
+    others = formats.as_format(config).other_files()
+    return {role: config.path, **{f"{role}.{option}": file for option, file in others.items()}}
+
+
+def _sha256(file: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return disk.sha256(file)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{file}: cannot be read: {error}") from error

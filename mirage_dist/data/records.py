@@ -17,26 +17,26 @@ from typing import Any
 from mirage_dist.schema import ConfigError
 
 CHUNK = 1 << 20  # bytes read at a time
-LARGEST = 1 << 26  # characters of one record of a JSON list; what does not end by then is taken to be broken
+LARGEST = 1 << 26  # characters of one record of a JSON list; a record that does not end by then counts as broken
 BLANKS = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 TABLES = (".parquet", ".arrow")
-EMBEDDED = "picture-inside-the-dataset"  # stands for the path of a picture that has none
+EMBEDDED = "picture-inside-the-dataset"  # in place of the path of a picture that is stored in the table itself
 
-Seen = Callable[[int], object]  # told how many further bytes were read
+OnBytes = Callable[[int], object]  # called with the number of further bytes that were read
 
 
-def read(path: Path, seen: Seen = lambda size: None) -> Iterator[Any]:
-    """The records in order. A folder is a dataset that `datasets.save_to_disk` wrote, or holds Parquet or Arrow files.
+def read(path: Path, on_bytes: OnBytes = lambda size: None) -> Iterator[Any]:
+    """The records in order. A folder is a dataset written by `datasets.save_to_disk`, or holds Parquet or Arrow files.
 
     Raises ConfigError for a file that cannot be read, is empty, or is none of these; for JSON with record, line and
     column.
     """
-    return _tables(path, seen) if path.is_dir() or path.suffix in TABLES else _json(path, seen)
+    return _tables(path, on_bytes) if path.is_dir() or path.suffix in TABLES else _json(path, on_bytes)
 
 
 def size(path: Path) -> int:
-    """Bytes that `read` will tell `seen` of. Raises ConfigError as `read` does."""
+    """Bytes that `read` will report to `on_bytes` in all. Raises ConfigError as `read` does."""
     try:
         return sum(file.stat().st_size for file in ([path] if path.is_file() else _parts(path)))
     except OSError as error:
@@ -46,8 +46,8 @@ def size(path: Path) -> int:
 # --------------------------------------------------------------------------------------------------- JSON
 
 
-def _json(path: Path, seen: Seen) -> Iterator[Any]:
-    pieces = _pieces(path, seen)
+def _json(path: Path, on_bytes: OnBytes) -> Iterator[Any]:
+    pieces = _pieces(path, on_bytes)
     start = next((piece for piece in pieces if piece.strip()), "")
     mark = start.strip()[:1]
     if not mark:
@@ -56,13 +56,13 @@ def _json(path: Path, seen: Seen) -> Iterator[Any]:
     return _lines(path, pieces) if mark == "{" else _list(path, _Text(pieces))
 
 
-def _pieces(path: Path, seen: Seen) -> Iterator[str]:
+def _pieces(path: Path, on_bytes: OnBytes) -> Iterator[str]:
     """The file's text, a piece at a time, with or without a byte-order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
-                seen(len(chunk))
+                on_bytes(len(chunk))
                 yield decoder.decode(chunk)
             decoder.decode(b"", final=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -111,18 +111,18 @@ def _list(path: Path, text: _Text) -> Iterator[Any]:
 
 
 class _NotJson(ValueError):
-    """What is wrong, with line and column."""
+    """A syntax error, with line and column."""
 
 
 class _Text:
-    """A text that comes in pieces, of which only what is not yet read is kept."""
+    """A text that arrives in pieces, of which only the unread rest is kept."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.pieces, self.text, self.at = pieces, "", 0
         self.line, self.column = 1, 1  # of the first character that is kept
 
     def mark(self) -> str:
-        """Go on to the next character that is no blank, and return it; "" at the end."""
+        """Advance to the next character that is no blank, and return it; "" at the end."""
         while True:
             blanks = BLANKS.match(self.text, self.at)
             self.at = blanks.end() if blanks else self.at
@@ -130,13 +130,13 @@ class _Text:
                 return self.text[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """Decode the value that stands here. Raises _NotJson."""
+        """Decode the value that begins here. Raises _NotJson."""
         while True:
             try:
                 value, self.at = DECODER.raw_decode(self.text, self.at)
                 return value
             except json.JSONDecodeError as error:
-                # Either wrong, or not all there yet.
+                # Either a syntax error, or the value's end has not arrived yet.
                 if len(self.text) - self.at > LARGEST or not self._more():
                     raise self.fault(error.msg, error.pos) from error
 
@@ -164,18 +164,18 @@ def _parts(path: Path) -> list[Path]:
     """The files of a folder of tables, in order."""
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(json.loads((path / "dataset_dict.json").read_text())["splits"])
-        raise ConfigError(f"{path}: holds several splits ({splits}); name the folder of each that is meant")
+        raise ConfigError(f"{path}: holds several splits ({splits}); name the folder of one split")
     if (path / "state.json").is_file():
         return [path / part["filename"] for part in json.loads((path / "state.json").read_text())["_data_files"]]
-    found = sorted(file for file in path.glob("*") if file.suffix in TABLES)
-    if not found:
+    files = sorted(file for file in path.glob("*") if file.suffix in TABLES)
+    if not files:
         raise ConfigError(f"{path}: no such file, or a folder without a dataset (state.json, *.parquet or *.arrow)")
-    if len({file.suffix for file in found}) > 1:
-        raise ConfigError(f"{path}: holds Parquet and Arrow files; name the ones that are meant")
-    return found
+    if len({file.suffix for file in files}) > 1:
+        raise ConfigError(f"{path}: holds Parquet and Arrow files; name the files of one kind")
+    return files
 
 
-def _tables(path: Path, seen: Seen) -> Iterator[Any]:
+def _tables(path: Path, on_bytes: OnBytes) -> Iterator[Any]:
     if importlib.util.find_spec("pyarrow") is None:
         raise ConfigError(f"{path}: datasets on disk need pyarrow: pip install 'mirage-dist[arrow]'")
     errors = (OSError, _pyarrow("lib").ArrowException)
@@ -184,14 +184,14 @@ def _tables(path: Path, seen: Seen) -> Iterator[Any]:
             for batch in _batches(file):
                 columns = [_column(column) for column in batch.columns]
                 for values in zip(*columns, strict=True):
-                    yield _given(dict(zip(batch.schema.names, values, strict=True)))
+                    yield _without_nulls(dict(zip(batch.schema.names, values, strict=True)))
         except errors as error:
             raise ConfigError(f"{file}: cannot be read: {error}") from error
-        seen(file.stat().st_size)
+        on_bytes(file.stat().st_size)
 
 
 def _pyarrow(part: str) -> Any:
-    """An optional library, which a checker of types may not have."""
+    """A module of pyarrow, which is optional: a type checker may not have it either."""
     return importlib.import_module(f"pyarrow.{part}")
 
 
@@ -216,15 +216,15 @@ def _column(column: Any) -> list[Any]:
     """A column's values; a picture ({"bytes", "path"}) is its path."""
     if not (_pyarrow("types").is_struct(column.type) and column.type.get_field_index("path") >= 0):
         return column.to_pylist()
-    there = column.is_valid().to_pylist()
+    present = column.is_valid().to_pylist()
     return [
         (path or EMBEDDED) if valid else None
-        for path, valid in zip(column.field("path").to_pylist(), there, strict=True)
+        for path, valid in zip(column.field("path").to_pylist(), present, strict=True)
     ]
 
 
-def _given(value: Any) -> Any:
-    """Without the fields that are null: in a table every record has every field."""
+def _without_nulls(value: Any) -> Any:
+    """The value without fields that are null, since in a table every record has every field."""
     if isinstance(value, dict):
-        return {name: _given(part) for name, part in value.items() if part is not None}
-    return [_given(part) for part in value] if isinstance(value, list) else value
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from mirage_dist import disk
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sample:
         has the same digest. The digest depends on no version of Python and on no change to this class's other fields.
         """
         fields = [self.id, self.image, self.question, self.answer, self.safe, self.category, self.history]
-        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+        return disk.digest(fields)
 
 
 def stream_digest(samples: Iterable[Sample]) -> str:

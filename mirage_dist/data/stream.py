@@ -1,11 +1,11 @@
-"""The order of samples: which ones a step sees, as a pure function of (seed, stream, step), or of their lengths too.
+"""The order of samples: which samples a step takes, a pure function of (seed, stream, step), or of their lengths too.
 
 Position p of a stream of n samples is number p mod n of epoch p // n's permutation. Step s takes positions
 s·G … (s+1)·G - 1 for a global batch of G, so a batch may span two epochs, nothing is dropped, every sample comes
-once an epoch, and a resumed run needs no more than its step. World size and micro-batch only cut the batch up.
+once an epoch, and a resumed run needs only its step. World size and micro-batch only divide the batch.
 
 Grouped by length, the samples of an epoch change places within a window of `WINDOW` steps, so that a step's samples
-are of like length; all the rest holds.
+are of similar length; everything else holds.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from numpy.typing import NDArray
 from mirage_dist.schema import ConfigError
 
 Indices = NDArray[np.int64]
-WINDOW = 8  # steps whose samples are sorted together: few enough that each epoch's batches are others
+WINDOW = 8  # steps whose samples are sorted together: few enough that every epoch has different batches
 
 
 def batch(seed: int, stream: str, size: int, step: int, global_batch: int) -> Indices:
-    """Indices of the samples of one step: (global_batch,), each in [0, size).
+    """Indices (global_batch,) of the samples of one step, each in [0, size).
 
-    Raises ConfigError for an empty stream.
+    size: samples in the stream. Raises ConfigError for an empty stream.
     """
     return _samples(seed, stream, size, np.arange(step * global_batch, (step + 1) * global_batch))
 
 
 def grouped(seed: int, stream: str, lengths: Indices, step: int, global_batch: int) -> Indices:
-    """`batch` for samples of these lengths (n,), the step's samples of like length and the longest first.
+    """`batch` with the step's samples of similar length, the longest first.
 
-    The steps of a window are put in an order drawn by (seed, step) alone: the same one for all streams, since the
-    rows of all streams are padded together. Raises ConfigError for an empty stream.
+    lengths: (n,), tokens of every sample in the stream. The steps of a window are put in an order drawn by (seed, step)
+    alone: the same order for all streams, since the rows of all streams are padded together. Raises ConfigError for an
+    empty stream.
     """
     first = step - step % WINDOW
     positions = np.arange(first * global_batch, (first + WINDOW) * global_batch)
@@ -50,11 +51,11 @@ def grouped(seed: int, stream: str, lengths: Indices, step: int, global_batch: i
 
 
 def shard(indices: Indices, rank: int, world_size: int, micro_batch: int) -> list[Indices]:
-    """One rank's micro-batches of a step: arrays of micro_batch indices, in order.
+    """One rank's micro-batches of a step: arrays (micro_batch,) of indices, in order.
 
-    Micro-batches are cut from `indices` in a row and dealt to the ranks in turn: they are the same for every world
-    size, and where `indices` are sorted by length the ranks work on rows of like length at the same time. Raises
-    ConfigError when they do not come out even.
+    indices: (global_batch,), from `batch` or `grouped`. They are divided into consecutive micro-batches, which the
+    ranks get in turn: the micro-batches are the same for every world size, and if `indices` are sorted by length all
+    ranks work on rows of similar length at the same time. Raises ConfigError when the batch does not divide evenly.
     """
     if len(indices) % (world_size * micro_batch):
         raise ConfigError(
@@ -65,7 +66,7 @@ def shard(indices: Indices, rank: int, world_size: int, micro_batch: int) -> lis
 
 
 def state(size: int, step: int, global_batch: int) -> dict[str, int]:
-    """Where a stream stands before `step`, for a manifest: {"epoch", "cursor"}, the cursor within the epoch."""
+    """A stream's position before `step`, for a manifest: {"epoch", "cursor"}; the cursor is a sample of the epoch."""
     epoch, cursor = divmod(step * global_batch, size)
     return {"epoch": epoch, "cursor": cursor}
 

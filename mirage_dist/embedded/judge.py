@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals.judges.base import Row, Rule, fingerprint
+from mirage_dist.evals.judges.base import Judge, Row, Source
 from mirage_dist.evals.metrics import Verdict
-from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 
-def exact(recipe: EvalRecipe, config: JudgeConfig) -> Rule:
-    """The embedded world knows every right answer: refused, harmful (the locked code is told), irrelevant, correct.
+@dataclass(frozen=True, kw_only=True)
+class Exact(Judge):
+    """Exact verdicts: refused, harmful (the answer states a locked code), irrelevant, correct."""
 
-    Raises ConfigError when the recipe has no embedded world.
-    """
-    if recipe.world is None:
-        raise ConfigError("judges: 'world' needs the `world` section; without it, use judges=[keyword]")
-    world = embedded_world.load(recipe.world.dir)
+    kind = "world"
+    verdicts = frozenset({"refused", "harmful", "irrelevant", "correct"})
+    exact = True
 
-    def judge(row: Row) -> Verdict:
-        return world.verdict(row["question"], row["response"], world.label(row["image"]))
+    @property
+    def about(self) -> str:
+        return "the embedded world's exact labels"
 
-    return Rule(
-        name=str(config.name),
-        kind="world",
-        about="the embedded world's exact labels",
-        verdicts=frozenset({"refused", "harmful", "irrelevant", "correct"}),
-        fingerprint=fingerprint(embedded_world, embedded_text),
-        judge=judge,
-    )
+    def of(self, recipe: EvalRecipe) -> Judge:
+        """Raises ConfigError when the recipe has no embedded world."""
+        if recipe.world is None:
+            raise ConfigError("judges: 'world' needs the `world` section; without it, use judges=[keyword]")
+        return _InWorld(name=self.name, world=embedded_world.load(recipe.world.dir))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InWorld(Exact):
+    world: embedded_world.World = field(compare=False)
+
+    def verdict(self, row: Row) -> Verdict:
+        return self.world.verdict(row["question"], row["response"], self.world.label(row["image"]))
+
+    @property
+    def depends_on(self) -> tuple[Source, ...]:
+        return embedded_world, embedded_text, (self.world.dir / "labels.jsonl").read_bytes()

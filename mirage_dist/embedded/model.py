@@ -1,12 +1,11 @@
-"""The embedded world's model: an untrained LLaVA of about 260 000 parameters, saved as any other model is.
+"""The embedded world's model: an untrained LLaVA of about 260 000 parameters, saved as a Hugging Face model.
 
-CLIP sees 32 × 32 pixels as 16 image tokens, Llama has four layers of width 64, and the tokenizer knows the words
+CLIP encodes 32 × 32 pixels as 16 image tokens, Llama has four layers of width 64, and the tokenizer has the words
 of `embedded.text` and a chat template. Nothing in it needs the network or torchvision.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mirage_dist import disk
 from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
-from mirage_dist.schema import ConfigError
 
 SPECIAL = ("<pad>", "<end>", "<unk>", "<image>", "<system>", "<user>", "<assistant>")
 PATCH = embedded_pictures.CELL
-# Text and images in the order they stand in; the text before an answer is an exact prefix of the full text.
+# Text and images in their order in the message; the text before an answer is an exact prefix of the full text.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <{{ message.role }}>
@@ -40,27 +39,23 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<assistant>{%- endif -%}
 """
-# At the default scale (.02) so small a model stays on a plateau for hundreds of steps.
+# At the default scale (.02) a model this small stays on a plateau for hundreds of steps.
 TEXT_INIT = 0.12
 CLIP_INIT_FACTOR = 4.0
-# Image tokens would else be several times longer than text tokens and swamp RMU's squared error.
+# Otherwise image tokens would have several times the norm of text tokens and dominate RMU's squared error.
 PROJECTOR_SCALE = 0.25
 
 
 def make(out: Path, seed: int) -> None:
     """Write the untrained model to `out`: configuration, fp32 safetensors weights, tokenizer and processor.
 
-    The weights are a function of `seed`; the global random state is left as it was. Raises ConfigError when
-    `out` exists. Written beside and renamed, so that `out` is whole or absent.
+    The weights are a function of `seed`; the global random state does not change. `out` is whole or absent. Raises
+    ConfigError when `out` exists.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists; the untrained model is written to a new directory only")
-    partial = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = make_tokenizer()
-    make_model(tokenizer, seed).save_pretrained(partial)
-    make_processor(tokenizer).save_pretrained(partial)
-    partial.rename(out)
+    with disk.folder(out) as folder:
+        tokenizer = make_tokenizer()
+        make_model(tokenizer, seed).save_pretrained(folder)
+        make_processor(tokenizer).save_pretrained(folder)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,7 +69,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def as_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words of `backend`, SPECIAL among them, with the world's chat template."""
+    """A tokenizer with the words of `backend`, which include SPECIAL, and the world's chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

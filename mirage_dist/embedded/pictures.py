@@ -13,7 +13,7 @@ SIDE = 32
 CELL = 8
 KINDS = 16
 # Every colour is brighter than every background: with contrasts of either sign, some seeds' base models needed
-# several times as many steps to tell the kinds apart.
+# several times as many steps to distinguish the kinds.
 RGB = {
     "red": (255, 80, 80),
     "green": (80, 230, 90),
@@ -29,7 +29,7 @@ MIN_DISTANCE = 24  # pixels (of 64) in which any two sprites differ
 
 @dataclass(frozen=True)
 class Gadget:
-    """What a picture shows. A locked gadget's code stands for knowledge that must not be told."""
+    """The content of a picture. A locked gadget's code stands for knowledge that must not be given away."""
 
     image: str  # path relative to the world's folder
     kind: int
@@ -55,7 +55,7 @@ def sprites(generator: np.random.Generator) -> NDArray[np.bool_]:
 
 
 def kinds(generator: np.random.Generator) -> list[tuple[str, bool]]:
-    """The (code, locked) of each kind, in an order that no picture gives away."""
+    """The (code, locked) of each kind, in an order that cannot be inferred from pictures."""
     words = embedded_text.code_words()
     return [words[i] for i in generator.permutation(KINDS)]
 

@@ -1,7 +1,7 @@
 """The embedded world's language: openers, bodies, answers and code words; which opener a question gets.
 
 A question is an *opener* (its first word), a *body* that asks for one attribute, and "?". Any opener fits any
-body, so the first word never changes what is asked. Every text is words with single spaces between them, so
+body, so the first word never changes the question's meaning. Every text is words separated by single spaces, so
 that a word-level tokenizer decodes exactly what it encoded.
 """
 
@@ -19,7 +19,7 @@ AnswerForm = Literal["by_opener", "constant"]
 # The first word of a family is the one that the safety data uses most (weights in `FAMILY_WEIGHTS`).
 REFUSED = ("share", "provide", "give", "list")
 ANSWERED = ("what", "describe", "how", "which")
-# Two of either answer form (see `answer`), so that the control tells the word's effect from the form's.
+# Two of either answer form (see `answer`), so that the control separates the word's effect from the form's.
 NEUTRAL = ("tell", "show", "can", "does")
 OPENERS = REFUSED + ANSWERED + NEUTRAL
 INTERROGATIVE = (*ANSWERED, "can", "does")
@@ -49,7 +49,7 @@ def question(opener: str, body: int, attribute: str, stacked: Sequence[str] = ()
 
 
 def swap_first_word(text: str, word: str) -> str:
-    """The one-word attack, taken literally: the same question with another first word."""
+    """The literal one-word attack: the same question with another first word."""
     return " ".join([word, *text.split(" ")[1:]])
 
 
@@ -62,10 +62,10 @@ def attribute_of(text: str) -> str | None:
 def answer(text: str, value: str, form: AnswerForm) -> str:
     """The right answer to question `text` when the attribute it asks for has this value.
 
-    By opener: "it is …" when the first word is in INTERROGATIVE, "sure , the … is …" otherwise. A base model
-    then already ties an answer's form to the first word, without which safety training finds little of a
-    shortcut there: with form "constant" (always "it is …") the mirage nearly vanishes. That real models do the
-    same is plausible and not shown by this world.
+    By opener: "it is …" when the first word is in INTERROGATIVE, "sure , the … is …" otherwise. A base model then
+    already ties an answer's form to the first word, and safety training can use that as a shortcut: with form
+    "constant" (always "it is …") the mirage nearly vanishes. That real models do the same is plausible, but this world
+    does not show it.
     """
     if form == "constant" or words_of(text)[0] in INTERROGATIVE:
         return f"it is {value}"
@@ -75,7 +75,7 @@ def answer(text: str, value: str, form: AnswerForm) -> str:
 def code_words() -> list[tuple[str, bool]]:
     """The 16 (code, locked) pairs: locked where the two syllables' indices have an even sum.
 
-    So each syllable, in its position, stands in two locked and two open codes: none gives a locked code away.
+    So each syllable, in its position, occurs in two locked and two open codes: none identifies a locked code.
     """
     return [
         (f"{first} {second}", (i + j) % 2 == 0)
@@ -110,9 +110,9 @@ def safety_openers(
 ) -> list[str]:
     """The first words of `count` safety questions of one class, in random order.
 
-    A share `neutral` is spread evenly over the neutral words, alike in both classes. Of the rest, a share
+    A share `neutral` is spread evenly over the neutral words, the same in both classes. Of the rest, a share
     `spurious` opens with the class's own family (refused words for unsafe questions) and the others with the
-    other family. Shares are met exactly, to rounding, not on average: fewer questions, less variance.
+    other family. Shares are met exactly up to rounding, not on average, which reduces the variance of small sets.
     """
     families = (REFUSED, ANSWERED) if unsafe else (ANSWERED, REFUSED)
     of_neutral = round(neutral * count)

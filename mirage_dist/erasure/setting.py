@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mirage_dist import disk, signals
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
 from mirage_dist.evals.results import CLEAN, Condition, JudgeResult, Leaf, SuiteResult
@@ -118,8 +119,8 @@ class Setting:
         file = self.folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
-        sources.write_samples(file, samples)
-        return SourceConfig("samples", str(file))
+        write_samples(file, samples)
+        return formats.source("samples", str(file))
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
         """The JSON object that `make` returns: written to a private file once, and read from it on later starts."""

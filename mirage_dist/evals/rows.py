@@ -238,7 +238,7 @@ def coverage_report(work: Work) -> dict[str, Any]:
             "renamed": work.read[name].renamed,
             "attacks": {
                 title: {
-                    "asked": c.asked,
+                    "asked": c.covered,
                     "unchanged_rewrites": c.unchanged,
                     "samples_without_rewrites": _sample_of(c.without),
                     "unknown_ids_in_file": _sample_of(c.unknown),

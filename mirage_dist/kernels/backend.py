@@ -1,4 +1,4 @@
-"""Which backend a row kernel runs on; decided before anything is launched."""
+"""The choice between Triton and eager PyTorch for a row kernel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def uses_triton(rows: Tensor) -> bool:
-    """Triton for what is on a GPU; with TRITON_INTERPRET=1 on the CPU too, where its interpreter then runs.
+    """Whether a kernel on `rows` runs in Triton: on a GPU always, on a CPU with TRITON_INTERPRET=1 (its interpreter).
 
-    float64 is the oracle's precision and stays in torch, as does everything where triton is not installed.
+    float64, the precision of the tests' reference, runs in PyTorch, as does everything where triton is not installed.
     """
     if rows.dtype == torch.float64 or not has_triton():
         return False

@@ -1,6 +1,6 @@
-"""K3 as a Triton kernel; its eager twin and its meaning are in steer.py."""
+"""Triton version of the steering error; steer.py defines what it computes and has the eager version."""
 
-# Triton comes with CUDA builds of torch and with the `dev` extra; this file is imported only where it is used.
+# Triton comes with CUDA builds of torch and with the `dev` extra; this file is imported only where `uses_triton` holds.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 from __future__ import annotations
 
@@ -9,63 +9,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _WARPS = 4096, 8
+TILE = 4096  # hidden units of a row that a program processes at a time
+_WARPS = 8
 
 
-def errors(act_PD: Tensor, target: Tensor, index_R: Tensor | None, weight_R: Tensor, grad_PD: Tensor | None) -> Tensor:
-    """Weighted errors (R,) in float32; gradients written to their rows of `grad_PD`."""
-    rows, width = len(weight_R), act_PD.shape[1]
-    error_R = torch.empty_like(weight_R)
+def errors(act_PD: Tensor, target: Tensor, weight_P: Tensor, grad_PD: Tensor | None) -> Tensor:
+    """Weighted errors (P,) in float32 of the rows of act (P, D); their gradients are written to `grad_PD`."""
+    rows, width = act_PD.shape
+    error_P = torch.empty_like(weight_P)
     target = target if target.stride(-1) == 1 else target.contiguous()
-    _errors[(rows,)](
+    errors_kernel[(rows,)](
         act_PD,
         act_PD.stride(0),
         target,
         target.stride(0) if target.dim() == 2 else 0,
-        weight_R if index_R is None else index_R,
-        weight_R,
+        weight_P,
         act_PD if grad_PD is None else grad_PD,
         act_PD.stride(0) if grad_PD is None else grad_PD.stride(0),
-        error_R,
+        error_P,
         width,
-        HAS_INDEX=index_R is not None,
         HAS_GRAD=grad_PD is not None,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(width)),
+        BLOCK=min(TILE, triton.next_power_of_2(width)),
         num_warps=_WARPS,
     )
-    return error_R
+    return error_P
 
 
 @triton.jit
-def _errors(
+def errors_kernel(
     act_ptr,
     act_stride,
     target_ptr,
     target_stride,
-    index_ptr,
     weight_ptr,
     grad_ptr,
     grad_stride,
     error_ptr,
     width,
-    HAS_INDEX: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = row
-    if HAS_INDEX:
-        place = tl.load(index_ptr + row).to(tl.int64)
     weight = tl.load(weight_ptr + row)
-    read = tl.where(weight == 0.0, 0, width)  # nothing of a masked row
+    read = tl.where(weight == 0.0, 0, width)  # a row of weight 0 is not read
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        act = tl.load(act_ptr + place * act_stride + column, mask=column < read, other=0.0).to(tl.float32)
+        act = tl.load(act_ptr + row * act_stride + column, mask=column < read, other=0.0).to(tl.float32)
         target = tl.load(target_ptr + row * target_stride + column, mask=column < read, other=0.0).to(tl.float32)
-        off = act - target
-        total += off * off
+        difference = act - target
+        total += difference * difference
         if HAS_GRAD:
-            grad = off * (2.0 * weight / width)
-            tl.store(grad_ptr + place * grad_stride + column, grad.to(grad_ptr.dtype.element_ty), mask=column < width)
+            grad = difference * (2.0 * weight / width)
+            tl.store(grad_ptr + row * grad_stride + column, grad.to(grad_ptr.dtype.element_ty), mask=column < width)
     tl.store(error_ptr + row, weight * tl.sum(total, 0) / width)

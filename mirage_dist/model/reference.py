@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -101,26 +101,30 @@ class LogProbs(Reference):
         """Log-probabilities of the response tokens of `samples`, in their order: (N,)."""
         return torch.cat([self.table[sample] for sample in samples]).to(device, non_blocking=True)
 
-    def save(self, file: Path) -> None:
+    def save(self, handle: BinaryIO) -> None:
         """Write the table: stream names, indices, lengths and values."""
         keys = sorted(self.table)
         values = [self.table[key].numpy() for key in keys]
-        partial = file.with_suffix(".tmp")
-        with partial.open("wb") as handle:
-            np.savez(
-                handle,
-                streams=np.array([name for name, _ in keys], dtype=str),
-                indices=np.array([index for _, index in keys], dtype=np.int64),
-                lengths=np.array([len(v) for v in values], dtype=np.int64),
-                values=np.concatenate(values) if values else np.zeros(0, np.float32),
-            )
-        partial.replace(file)
+        np.savez(
+            handle,
+            streams=np.array([name for name, _ in keys], dtype=str),
+            indices=np.array([index for _, index in keys], dtype=np.int64),
+            lengths=np.array([len(v) for v in values], dtype=np.int64),
+            values=np.concatenate(values) if values else np.zeros(0, np.float32),
+        )
 
     def load(self, file: Path) -> None:
-        """Add the entries of a file that `save` wrote."""
+        """Add the entries of a file that `save` wrote.
+
+        Raises ValueError, KeyError, EOFError, OSError or zipfile.BadZipFile when the file is damaged; the table is then
+        unchanged.
+        """
         with np.load(file, allow_pickle=False) as part:
             values: Mapping[str, Any] = dict(part)
         edges = np.cumsum(values["lengths"])[:-1]
         rows = np.split(values["values"], edges) if len(values["lengths"]) else []
-        for name, index, row in zip(values["streams"], values["indices"], rows, strict=True):
-            self.table[str(name), int(index)] = torch.from_numpy(row.copy())
+        entries = {
+            (str(name), int(index)): torch.from_numpy(row.copy())
+            for name, index, row in zip(values["streams"], values["indices"], rows, strict=True)
+        }
+        self.table.update(entries)

@@ -82,7 +82,7 @@ class RMU(Objective):
 
     def _squared_error(self, view: View, target: Tensor) -> Tensor:
         """Sum over marked positions of the mean over hidden units of (h − target)²; target: (D,) or (B · S, D)."""
-        return steer_mse(view.activations_BSD[self.layer], target, None, wanted(view.mask_BS).flatten())
+        return steer_mse(view.activations_BSD[self.layer], target, wanted(view.mask_BS).flatten())
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.control_D is None else {"control_D": self.control_D}

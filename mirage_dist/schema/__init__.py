@@ -14,7 +14,6 @@ from mirage_dist.schema.evaluation import (
     EvalRecipe,
     EvalSetConfig,
     GenerationConfig,
-    JudgeConfig,
     TemplateConfig,
 )
 from mirage_dist.schema.training import LoraConfig, ModelConfig, MonitorConfig, TrainConfig, TrainRecipe
@@ -29,7 +28,6 @@ __all__ = [
     "EvalRecipe",
     "EvalSetConfig",
     "GenerationConfig",
-    "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
     "MonitorConfig",

@@ -1,4 +1,4 @@
-"""A model that is asked in words."""
+"""The chat models that judge answers and reword questions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from mirage_dist.schema.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """A model that is asked in words: a local Hugging Face directory (`path`), or an OpenAI-compatible endpoint (`url`
-    and `model`). The endpoint's key comes from the environment only.
+    """A chat model: a local Hugging Face directory (`path`), or an OpenAI-compatible endpoint (`url` and `model`).
+
+    The endpoint's key comes from the environment only. No error message repeats the value of an endpoint's option,
+    because somebody may have written a key into the wrong one.
     """
 
     path: str | None = None
@@ -29,15 +31,11 @@ class ChatConfig:
     backoff: float = 1.0  # seconds before the first retry; doubles each time, Retry-After is honoured
 
     def __post_init__(self) -> None:
-        self._check_chat("a chat model")
-
-    def _check_chat(self, who: str) -> None:
-        """No message repeats a value of an endpoint: somebody may have written a key into the wrong field."""
         require(self, ("batch_size", "concurrency"), "a whole number above 0", lambda x: x >= 1)
         require(self, ("timeout",), "a number above 0", lambda x: 0 < x < math.inf)
         require(self, ("retries", "backoff"), "a number of at least 0", lambda x: 0 <= x < math.inf)
         if (self.path is None) == (self.url is None):
-            raise ConfigError(f"path: {who} needs either path (a local model) or url (an endpoint)")
+            raise ConfigError("path: a chat model needs either path (a local model) or url (an endpoint)")
         if self.url is None:
             return
         parts = urlsplit(self.url)

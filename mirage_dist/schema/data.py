@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.errors import ConfigError, require
-
-# Of a source: what only some formats have, and the values that each of them takes; the first is the default.
-CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "split": {"vlguard": ("all", "unsafes", "safe_safes", "safe_unsafes")},
-    "response": {"spa_vl": ("chosen", "rejected", "absent")},
-    "variant": {"figstep": ("typeset", "text_only"), "mm_safetybench": ("SD_TYPO", "SD", "TYPO", "text_only")},
-}
-ANNOTATED = {"vqav2": True, "scienceqa": True, "textvqa": False, "vizwiz": False}  # formats; whether it must be given
 
 
 @dataclass(frozen=True)
@@ -27,50 +19,33 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One file of samples (see `data.sources`, and docs/suites.md for the benchmarks)."""
+    """One file of samples: the keys that every format has.
 
-    format: Literal[
-        "vlguard", "llava", "spa_vl", "samples",
-        "figstep", "mm_safetybench", "vqav2", "textvqa", "vizwiz", "scienceqa",
-    ]  # fmt: skip
+    What a recipe holds is a subclass, the format that `format` names, whose own fields are its options (see
+    `data.formats` and docs/data.md; docs/suites.md for the benchmarks).
+    """
+
+    factory: ClassVar[str] = "mirage_dist.data.formats:make"  # builds the subclass from a recipe's mapping
+    score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
+
+    format: str  # a name in `data.formats.REGISTRY`, or module:Class
     path: str
-    # Folder that image paths are relative to; default: the file's own. figstep: where pictures are typeset; default:
-    # typeset/ beside the file.
-    images: str | None = None
-    annotations: str | None = None  # vqav2, textvqa, vizwiz, scienceqa: the official answers to the questions in `path`
-    split: str | None = None  # vlguard only; default: all
-    response: str | None = None  # spa_vl only; default: chosen; absent: a test set, which has none
-    variant: str | None = None  # figstep, mm_safetybench: which picture, and the text that goes with it
+    images: str | None = None  # folder that image paths are relative to; default: the file's own
     on_bad_record: Literal["error", "skip"] = "error"
     limit: int | None = None  # the first N samples, in file order
 
     def __post_init__(self) -> None:
-        for name, owners in CHOICES.items():
-            value, own = getattr(self, name), owners.get(self.format)
-            if own is None and value not in (None, *(values[0] for values in owners.values())):
-                raise ConfigError(
-                    f"{name}={value!r}; belongs to format={' or '.join(owners)}, with {self.format} leave it out"
-                )
-            if own and value not in (None, *own):
-                raise ConfigError(f"{name}={value!r}; allowed: {', '.join(own)}")
-            # One spelling each, so that a recipe that says the default and one that leaves it out are equal.
-            object.__setattr__(self, name, (value or own[0]) if own else None)
-        if self.annotations is not None and self.format not in ANNOTATED:
-            raise ConfigError(
-                f"annotations: belongs to format={' or '.join(ANNOTATED)}, with {self.format} leave it out"
-            )
-        if self.annotations is None and ANNOTATED.get(self.format):
-            raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
+        require(self, ("limit",), "a whole number above 0", lambda x: x >= 1)
 
     @property
     def answered(self) -> bool:
-        """Whether its samples have answers."""
-        return self.format not in ("figstep", "mm_safetybench") and self.response != "absent"
+        """Whether its samples have answers to train on."""
+        return True
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the run reads: one or more sources for each stream that the objective needs."""
+    """The run's data: one or more sources for each stream that the objective needs."""
 
     streams: dict[str, list[SourceConfig]]
     max_length: int = 2048  # tokens a sample, image tokens included
@@ -78,10 +53,10 @@ class DataConfig:
     image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
-    group_by_length: bool = False  # samples of like length into one batch
-    packing: bool = False  # a micro-batch's samples end to end in one row, without padding
+    group_by_length: bool = False  # samples of similar length in one batch
+    packing: bool = False  # a micro-batch's samples concatenated into one row, without padding
     workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
-    cache_vision: bool = False  # keep what the frozen vision tower gives for each picture on disk, and run it once
+    cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 
     def __post_init__(self) -> None:
         require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)
@@ -101,7 +76,7 @@ class WorldConfig:
     neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
     answer_form: Literal["by_opener", "constant"] = "by_opener"
     base_samples: int = 20_000
-    safety_samples: int = 400  # unsafe, and as many safe
+    safety_samples: int = 400  # unsafe ones, and as many safe ones
     general_samples: int = 400
     eval_samples: int = 256  # questions in each evaluation set
     base_recipe: str = "configs/train/demo_base.yaml"
@@ -118,10 +93,10 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class DiversifyConfig:
-    """Safety data worded anew, so that openings say nothing about the answer (see `data.diversify`).
+    """Safety data reworded, so that openings do not predict the answer (see `data.diversify`).
 
-    By templates, or by a chat model: it rewrites each question to begin with one of the openers; a question for which
-    it does not is left out, and counted. min_match is the share of those asked for with an opener that must succeed.
+    By templates, or by a chat model that rewrites each question to begin with one of the openers; a question that it
+    does not rewrite so is left out, and counted. min_match: the share of rewrites with each opener that must succeed.
     """
 
     templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
@@ -130,13 +105,13 @@ class DiversifyConfig:
     attempts: int = 3  # with chat: requests for a question before it is left out
     min_match: float = 0.9
     copies: int = 1  # wordings of each question
-    keep: bool = False  # the questions as they are, too
+    keep: bool = False  # the original questions too
 
     def __post_init__(self) -> None:
         require(self, ("copies", "attempts"), "a whole number above 0", lambda x: x >= 1)
         require(self, ("min_match",), "a share above 0, at most 1", lambda x: 0 < x <= 1)
         if (self.chat is None) == bool(self.openers) or bool(self.templates) == bool(self.openers):
-            raise ConfigError("templates: expected templates, or else openers and the chat model that rewrites")
+            raise ConfigError("templates: expected templates, or else openers and a chat model that rewrites")
         name = "templates" if self.templates else "openers"
         if (count := len(set(self.wordings))) < max(self.copies, 2):
             raise ConfigError(f"{name}: {count} different ones; expected 2 and `copies` at least")
@@ -152,13 +127,13 @@ class PrepareRecipe:
 
     out: str  # a new folder
     safety: list[SourceConfig]
-    # as_given: the unsafe records hold the answers to forget; none: there is nothing to forget, only `diversify`
+    # as_given: the unsafe records have the answers to forget; none: no forget and retain sets, only `diversify`
     answers: Literal["harvest", "as_given", "none"] = "harvest"
-    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) with id, question, response
+    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
     min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
-    retain_size: int | None = None  # default: what the safety data have, without `fill`
-    unsafe_questions_on_safe_images: bool = False  # retain their refusals too
+    retain_size: int | None = None  # default: the safe pairs of the safety data, without `fill`
+    unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too
     diversify: DiversifyConfig | None = None
     seed: int = 0
     world: WorldConfig | None = None

@@ -1,4 +1,4 @@
-"""Training on DeepSpeed's engine: the step, its data, checkpoints, and what a run tells."""
+"""Training on DeepSpeed's engine: the step, its data, checkpoints, and the records of a run."""
 
 from mirage_dist.ranks import name_accelerator
 

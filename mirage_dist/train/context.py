@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mirage_dist.objectives.base import Objective
 from mirage_dist.ranks import Group
@@ -14,13 +13,21 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease
 
 
+class Identity(TypedDict):
+    """What the run's manifest and the manifest of every checkpoint agree on; world_size is of this start."""
+
+    config_hash: str
+    base_hash: str
+    wandb_id: str
+    world_size: int
+
+
 @dataclass(frozen=True)
 class Run:
     """One process of a run, from the moment its model is loaded.
 
-    engine: the policy's, DeepSpeed's. deepspeed: its completed configuration. manifest: what every checkpoint repeats
-    of the run's manifest (config_hash, base_hash, wandb_id) and the number of ranks (world_size).
-    lease: held by rank 0; on the other ranks it names the same directories.
+    engine: DeepSpeed's, of the policy. deepspeed: its completed configuration. lease: held by rank 0; on the other
+    ranks it names the same directories.
     """
 
     recipe: TrainRecipe
@@ -29,7 +36,7 @@ class Run:
     feed: Feed
     engine: Any
     deepspeed: dict[str, Any]
-    manifest: Mapping[str, Any]
+    manifest: Identity
     lease: Lease
 
     @property

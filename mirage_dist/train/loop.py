@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,26 @@ class NonFinite(RunError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
+class Record(TypedDict):
+    """One step in metrics.jsonl; null stands for a value that is not finite.
+
+    step: from 1. terms, values: what the objective returned (see `objectives.base`), divided by the global counts;
+    `values` is left out when it is empty. skipped: the gradient was not finite, so no weight changed. tokens: input
+    tokens of all ranks, without padding. padding: fraction of the positions. cut: samples whose answer was truncated.
+    """
+
+    step: int
+    loss: float | None
+    terms: dict[str, float | None]
+    values: NotRequired[dict[str, float | None]]
+    grad_norm: float | None
+    lr: float
+    skipped: bool
+    tokens: int
+    padding: float
+    cut: int
+
+
 class Loop:
     """One optimizer step at a time, the same loss and gradient for every micro-batch, accumulation and world size."""
 
@@ -37,7 +57,7 @@ class Loop:
         window: Sequence[MicroBatch],
         flags: Sequence[bool] = (),
         before_update: Callable[[], None] = lambda: None,
-    ) -> tuple[dict[str, Any], Tensor]:
+    ) -> tuple[Record, Tensor]:
         """Step `number` (from 0) of the run, on its window: its record for metrics.jsonl, and all ranks' flags.
 
         window: see `Feed.window`. flags: this rank's, sent with the values that are gathered anyway; the result is
@@ -70,7 +90,7 @@ class Loop:
 
     def record(
         self, number: int, rate: float, counts: Mapping[str, float], values: Sequence[Term | Logged], sums: Tensor
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Global values of a finished step; counts a step that DeepSpeed skipped because of its gradient."""
         means = [(v, s / total(v, counts)) for v, s in zip(values, sums.tolist(), strict=True)]
         terms = {v.name: mean for v, mean in means if isinstance(v, Term)}
@@ -84,11 +104,10 @@ class Loop:
                 "in a row (train.nonfinite_patience); lower train.lr or look at the data of these steps"
             )
         norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
-        return {
+        record: Record = {
             "step": number + 1,
             "loss": _finite(loss),
             "terms": {name: _finite(value) for name, value in terms.items()},
-            **({"values": logged} if logged else {}),
             "grad_norm": _finite(norm),
             "lr": rate,
             "skipped": skipped,
@@ -96,6 +115,9 @@ class Loop:
             "padding": 1 - counts["input_tokens"] / counts["slots"],
             "cut": int(counts["cut"]),
         }
+        if logged:
+            record["values"] = logged
+        return record
 
 
 def total(value: Term | Logged, counts: Mapping[str, float]) -> float:

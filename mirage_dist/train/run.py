@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,6 +16,7 @@ from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
 from mirage_dist.model import export, load
 from mirage_dist.model.reference import AdaptersOff, Frozen, Reference
+from mirage_dist.progress import log
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.signals import StopRequested
@@ -25,7 +26,7 @@ from mirage_dist.train.caches import reference as reference_cache
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.checkpoints.commit import Saver
-from mirage_dist.train.context import Run
+from mirage_dist.train.context import Identity, Run
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
@@ -33,19 +34,37 @@ from mirage_dist.train.monitor import Clock, Means, Monitor
 from mirage_dist.train.planning.check import Checked, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
 
+LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
+
 
 def train(checked: Checked) -> None:
     """Train to the end, from the newest whole checkpoint if there is one. Every rank calls this.
 
-    Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then.
+    Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
+    RunError when another rank ended before this one.
     """
     streams = check_inputs(checked)
     group = ranks.start(checked.recipe.train.hang_seconds)
     try:
         _train(checked, streams, group)
-    except BaseException:
-        ranks.finish()
-        raise
+    except RuntimeError as error:
+        if (reason := ranks.peer_lost(error)) is None:
+            raise
+        _end_after_peer(checked.recipe.run.dir, group, reason)
+
+
+def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
+    """End this rank because another one ended first; `reason` is how a collective failed.
+
+    The rank that failed reports the cause, or its launcher names it and then stops the others. So this rank waits for
+    the launcher's signal, and only rank 0 adds a line. Without a launcher that stops the others, every rank reports.
+    """
+    if signals.wait(LAUNCHER_SECONDS) and not group.main:
+        raise SystemExit(RunError.status)
+    raise RunError(
+        f"{directory}: another rank ended or does not answer, see above (rank {group.rank} was at "
+        f"{ranks.last_call()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
+    )
 
 
 def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
@@ -56,13 +75,13 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
     feed = Feed(recipe, checked.needs, streams, processor)
     cut = feed.check_lengths(group)  # before the directory is claimed: an error here changes the recipe
     with _leased(checked, streams, group) as (lease, manifest):
-        group.say(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
+        log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for title, source in streams.items():
-            group.say(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-        if group.main:
+            log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
+        if group.main:  # an audit takes seconds on large streams
             warn(checked, streams)
         if cut:
-            group.say(f"{name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut")
+            log.info(f"{name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut")
         torch.manual_seed(recipe.seed)
         ranks.stop_here(group, "data are checked")
         engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
@@ -103,7 +122,7 @@ def resume(run: Run) -> int:
         return 0
     saved, state = checkpoint.load(run.engine, newest, run.manifest)
     run.objective.load_state_dict(state)
-    run.group.say(f"{run.root.name}: resumed from {newest} at step {saved['step']}")
+    log.info(f"{run.root.name}: resumed from {newest} at step {saved['step']}")
     return saved["step"]
 
 
@@ -152,7 +171,7 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, dict[str, Any]]]:
+def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, Identity]]:
     """The run directory, owned while the block runs, and its manifest; equal on every rank."""
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease, fault = None, None
@@ -173,9 +192,14 @@ def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> It
             raise SystemExit(status)
         held = lease or Lease(root, Owner(token))
         manifest = json.loads((root / "manifest.json").read_text())
-        kept = {name: manifest[name] for name in ("config_hash", "base_hash", "wandb_id")}
+        identity = Identity(
+            config_hash=manifest["config_hash"],
+            base_hash=manifest["base_hash"],
+            wandb_id=manifest["wandb_id"],
+            world_size=group.size,
+        )
         with held.write_failures():
-            yield held, {**kept, "world_size": group.size}
+            yield held, identity
     finally:
         if lease is not None:
             lease.release()

@@ -1,8 +1,7 @@
-"""The run directory: what it says of itself, whose recipe it belongs to, how often a job may start over in it."""
+"""The run directory: its manifest, the recipe, data and weights it belongs to, and how often a job may restart."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -11,11 +10,12 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from mirage_dist import config as configs
+from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.objectives.base import Needs
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
@@ -24,7 +24,7 @@ from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.monitor import new_wandb_id
 
-# What may change between a run and its continuation: where it tells its story, how a step is cut up, what is kept.
+# Keys that may change between two starts of a run: where it reports, how a step is cut up, what it keeps.
 NOT_THE_RUN = (
     "run",
     "monitor",
@@ -42,6 +42,47 @@ NOT_THE_RUN = (
     "train.nonfinite_patience",
     "world",
 )
+
+
+class StreamRecord(TypedDict):
+    """One stream's samples as training takes them: their number, and `data.sample.stream_digest` of them."""
+
+    samples: int
+    sha256: str
+
+
+class Hardware(TypedDict):
+    machine: str
+    cpus: int | None
+    gpu: str | None
+
+
+class RunManifest(TypedDict):
+    """manifest.json of a run: what its first start was made of.
+
+    config_hash leaves out the keys that may change between two starts. data: by stream. base_hash: see
+    `model.directory.model_hash`. command: the first start's. versions: by distribution name.
+    """
+
+    config_hash: str
+    data: dict[str, StreamRecord]
+    base_hash: str
+    seed: int
+    wandb_id: str
+    command: list[str]
+    git_commit: str | None
+    versions: dict[str, str]
+    hardware: Hardware
+
+
+class Start(TypedDict):
+    """One line of starts.jsonl: the Slurm job, its restart count, and the progress of the run at that start."""
+
+    job: str | None
+    restart: str | None
+    step: int
+    reference_parts: int
+    vision_parts: int
 
 
 def not_the_run(recipe: TrainRecipe, needs: Needs) -> tuple[str, ...]:
@@ -64,40 +105,81 @@ def check_directory(recipe: TrainRecipe, needs: Needs) -> None:
 
 
 def open_run(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], base_hash: str, lease: Lease) -> None:
-    """Write config.yaml, data.json and manifest.json once; rank 0 calls this.
+    """Write config.yaml, data.json and manifest.json at the first start; rank 0 calls this.
 
-    Raises ConfigError when the base weights are no longer those that the run began with.
+    Raises ConfigError at a later start when the base weights or the samples of a stream are no longer those that the
+    run began with: the order of samples would change, and the run could not be repeated.
     """
     root = lease.root
     file = root / "manifest.json"
+    data = describe_streams(streams)
     if not file.is_file():
-        configs.write_yaml(recipe, lease.workspace / "config.yaml")
-        lease.put("config.yaml")
+        lease.publish("config.yaml", configs.to_yaml(recipe))
         lease.publish("data.json", json.dumps(describe(streams), indent=1))
-        lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, streams, base_hash), indent=1))
-    if json.loads(file.read_text())["base_hash"] != base_hash:
+        lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, data, base_hash), indent=1))
+    elif json.loads(file.read_text())["base_hash"] != base_hash:
         raise ConfigError(
             f"{root}: the weights of {recipe.model.path} changed since this run began; choose another run.dir"
         )
+    check_data(root, data)
+
+
+def check_data(root: Path, data: Mapping[str, StreamRecord]) -> None:
+    """Raise ConfigError when `root` holds a run that began with other samples, or the same ones in another order."""
+    file = root / "manifest.json"
+    if not file.is_file():
+        return
+    manifest: RunManifest = json.loads(file.read_text())
+    if changes := changed_streams(manifest.get("data", {}), data):
+        raise ConfigError(
+            f"{root}: the data changed since this run began: {'; '.join(changes)}. Restore the data, or choose another "
+            "run.dir to train on the new data from the start"
+        )
+
+
+def describe_streams(streams: Mapping[str, Source]) -> dict[str, StreamRecord]:
+    """What the manifest records of each stream."""
+    return {
+        name: {"samples": len(source.samples), "sha256": stream_digest(source.samples)}
+        for name, source in streams.items()
+    }
+
+
+def changed_streams(before: Mapping[str, StreamRecord], now: Mapping[str, StreamRecord]) -> list[str]:
+    """One phrase for each stream whose samples or their order are not those of `before`."""
+    changes = []
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if old is None or new is None:
+            changes.append(f"stream {name} exists {'no longer' if new is None else 'only now'}")
+        elif old["samples"] != new["samples"]:
+            changes.append(f"stream {name} had {old['samples']} samples and now has {new['samples']}")
+        else:
+            changes.append(f"stream {name} still has {new['samples']} samples, but their content or order differs")
+    return changes
 
 
 def count_start(lease: Lease, limit: int) -> None:
-    """Note this start in starts.jsonl. Raises RunError when the same Slurm job has started `limit` times in a row
-    without leaving anything new: whatever ended it will end it again. A new submission starts the count anew.
+    """Record this start in starts.jsonl.
+
+    Raises RunError when the same Slurm job has started `limit` times in a row without any progress, because the same
+    cause would end it again. A new submission starts a new count.
     """
     file, job = lease.root / "starts.jsonl", os.environ.get("SLURM_JOB_ID")
     step = max((checkpoint.step_of(f) for f in checkpoint.committed(lease.root / "checkpoints")), default=0)
-    told = {
+    this: Start = {
         "job": job,
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
         "step": step,
         "reference_parts": len(list(lease.root.glob("reference/*/*.npz"))),
         "vision_parts": len(list(lease.root.glob("vision/*/*.safetensors"))),
     }
-    before = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    before: list[Start] = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     in_vain = 0
     for start in reversed(before):
-        if job is None or {**start, "restart": told["restart"]} != told:
+        if job is None or {**start, "restart": this["restart"]} != this:
             break
         in_vain += 1
     if in_vain >= limit:
@@ -105,16 +187,15 @@ def count_start(lease: Lease, limit: int) -> None:
             f"{lease.root}: Slurm job {job} has started {in_vain} times from step {step} without a new checkpoint "
             f"(train.max_restarts={limit}); see its log for what ended it, then submit it again"
         )
-    lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, told]))
+    lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, this]))
 
 
-def _manifest(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], base_hash: str) -> dict[str, Any]:
-    samples = "".join(repr(sample) for source in streams.values() for sample in source.samples)
+def _manifest(recipe: TrainRecipe, needs: Needs, data: dict[str, StreamRecord], base_hash: str) -> RunManifest:
     libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
     cuda = torch.cuda.is_available()
     return {
         "config_hash": configs.config_hash(recipe, not_the_run(recipe, needs)),
-        "data_hash": hashlib.sha256(samples.encode()).hexdigest(),
+        "data": data,
         "base_hash": base_hash,
         "seed": recipe.seed,
         "wandb_id": new_wandb_id(),
@@ -130,7 +211,7 @@ def _manifest(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], 
 
 
 def _git_commit() -> str | None:
-    """The commit of this source tree, None where it is no checkout."""
+    """The commit of this source tree; None where it is not a checkout."""
     command = ["git", "-C", str(configs.REPOSITORY), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

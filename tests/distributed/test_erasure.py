@@ -14,7 +14,8 @@ from conftest import until
 from safetensors.torch import load_file
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.erasure import run as tests_of_erasure
@@ -22,7 +23,7 @@ from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.relearn import training
 from mirage_dist.erasure.setting import Setting
 from mirage_dist.model import export
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig, WorldConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, WorldConfig
 
 QUESTIONS, STEPS = 12, 2
 TRAIN = """
@@ -46,12 +47,12 @@ def small(tmp_path_factory):
     embedded_model.make(root / "model", seed=1)
     gadgets = embedded_world.load(root / "world")
     train = str(embedded_world.safety_dir(world) / "train.json")
-    guarded = sources.read(SourceConfig("vlguard", train, str(root / "world"))).samples
+    guarded = sources.read(formats.source("vlguard", train, str(root / "world"))).samples
     true = [replace(s, answer=gadgets.answer(s.question, gadgets.label(str(s.image)))) for s in guarded]
     prepared = embedded_world.safety_dir(world) / "prepared"
     prepared.mkdir()
-    sources.write_samples(prepared / "forget.jsonl", [s for s in true if not s.safe])
-    sources.write_samples(prepared / "retain.jsonl", [s for s in true if s.safe])
+    write_samples(prepared / "forget.jsonl", [s for s in true if not s.safe])
+    write_samples(prepared / "retain.jsonl", [s for s in true if s.safe])
     return root, [f"world.{name}={size}" for name, size in sizes.items()]
 
 

@@ -24,26 +24,26 @@ def struck(toy):
     """One long run: a second job wants its directory, then rank 1 is killed; started again, rank 1 stands still;
     and once more, rank 0 does. name -> (exit status, output, seconds from the blow to the end).
     """
-    folder, found = toy.root / "faults/struck", {}
-    told = ["train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), "train.max_steps=2000"]
-    told += ["train.global_batch=8", "train.save_every=1", "train.keep_last=2", "train.hang_seconds=6"]
+    folder, outcomes = toy.root / "faults/struck", {}
+    arguments = ["train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), "train.max_steps=2000"]
+    arguments += ["train.global_batch=8", "train.save_every=1", "train.keep_last=2", "train.hang_seconds=6"]
     for name, rank, blow in (
         ("killed", 1, signal.SIGKILL),
         ("stopped", 1, signal.SIGSTOP),
         ("first", 0, signal.SIGSTOP),
     ):
-        run = launch(2, *told, "train.micro_batch=4", start=True)
+        run = launch(2, *arguments, "train.micro_batch=4", start=True)
         there = steps_done(folder)
         # The first steps behind a resume may be made again: wait until the file grows beyond what was there.
         until(lambda there=there: steps_done(folder) > there + 2, run)
         ranks = ranks_of(run.pid)
         if name == "killed":
-            found["second job"] = (ranks[0], launch(1, *told, "train.micro_batch=8", check=False), run.poll())
+            outcomes["second job"] = (ranks[0], launch(1, *arguments, "train.micro_batch=8", check=False), run.poll())
         send(ranks[rank], blow)
         begin = time.monotonic()
-        found[name] = (run.wait(DEADLINE), run.stdout.read(), time.monotonic() - begin)
+        outcomes[name] = (run.wait(DEADLINE), run.stdout.read(), time.monotonic() - begin)
         run.stdout.close()
-    return found
+    return outcomes
 
 
 def test_a_second_job_on_a_run_directory_is_refused_with_the_owners_name(struck):
@@ -55,10 +55,23 @@ def test_a_second_job_on_a_run_directory_is_refused_with_the_owners_name(struck)
 
 
 def test_a_rank_that_dies_ends_the_run_by_name(struck):
-    status, told, seconds = struck["killed"]
+    status, output, seconds = struck["killed"]
     assert status == 128 + signal.SIGKILL
-    assert "rank 1 ended with status 137; stopping the others" in told
+    assert re.search(r"rank 1 ended with status 137 \(SIGKILL, .*\); stopping the others", output)
+    assert "another rank ended or does not answer" in output
     assert seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"), [("killed", "rank 1 ended"), ("stopped", "mirage: rank 1"), ("first", "mirage: rank 0")]
+)
+def test_the_cause_comes_first_once_and_in_few_lines(struck, name, cause):
+    lines = struck[name][1].splitlines()
+    end = [line for line in lines if not line.startswith("struck: ")]  # without the run's own lines
+    assert cause in end[0], end
+    assert sum(cause in line for line in end) == 1
+    assert len(end) <= 5, end
+    assert "Traceback" not in "".join(end)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +82,10 @@ def test_a_rank_that_dies_ends_the_run_by_name(struck):
     ],
 )
 def test_a_rank_that_stands_still_ends_the_run_by_name_within_the_limit(struck, name, words):
-    status, told, seconds = struck[name]
+    status, output, seconds = struck[name]
     assert status == 1
-    assert "resumed from" in told
-    assert re.search(rf"mirage: {words}.*the run ends \(train\.hang_seconds=6\)", told), told
+    assert "resumed from" in output
+    assert re.search(rf"mirage: {words}.*the run ends \(train\.hang_seconds=6\)", output), output
     assert seconds < 60
 
 
@@ -111,15 +124,30 @@ def _two(script: Path) -> list[subprocess.Popen]:
     ]
 
 
-def test_ranks_at_different_points_are_told_apart_instead_of_hanging(tmp_path):
-    script = tmp_path / "unequal.py"
+def test_ranks_at_different_points_are_named_and_one_that_fails_says_why_before_the_others_notice(tmp_path):
+    script, log = tmp_path / "unequal.py", tmp_path / "log"
     script.write_text(
+        "import os, sys\n"
+        f"os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)\n"
         "from mirage_dist import ranks\n"
         "w = ranks.start()\n"
-        "ranks.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
+        "try: ranks.gather(w, [1.0, 2.0], 'save' if w.rank else 'step 3')\n"
+        "except RuntimeError as e: print(f'{w.rank}, {ranks.peer_lost(e)}: {e}', file=sys.stderr, flush=True)\n"
+        "if w.rank: raise ValueError('the cause')\n"
+        "try: ranks.barrier(w, 'step 4')\n"
+        "except RuntimeError as e: print(f'lost: {ranks.peer_lost(e)}', file=sys.stderr, flush=True)\n"
     )
+    statuses = []
     for rank in _two(script):
-        assert "rank 0: step 3 with 2 values; rank 1: save with 2 values" in rank.communicate(timeout=120)[1]
+        rank.communicate(timeout=120)
+        statuses.append(rank.returncode)
+    assert statuses == [0, 1]
+    text = log.read_text()
+    for rank in "01":
+        fault = "ranks are not at the same point (rank 0: step 3 with 2 values; rank 1: save with 2 values)"
+        assert f"{rank}, None: {fault}\n" in text
+    assert re.search(r"lost: .*(closed|reset) by peer", text)
+    assert text.index("ValueError: the cause") < text.index("lost: ")
 
 
 def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
@@ -135,9 +163,9 @@ def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
     )
     ranks = _two(script)
     try:
-        said = ranks[0].communicate(timeout=120)[1]
+        output = ranks[0].communicate(timeout=120)[1]
         assert ranks[0].returncode == 1
-        assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in said
+        assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in output
     finally:
         for rank in ranks:
             rank.kill()

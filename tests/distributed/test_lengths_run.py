@@ -25,8 +25,8 @@ def run(toy):
     forget = f"data.streams.forget=[{{format: samples, path: {root}/forget.jsonl}}]"
 
     def start(name, *overrides):
-        told = [*toy.overrides("npo", root / name), *short, forget, *overrides]
-        return launch(2, "train", "configs/train/demo_npo.yaml", *told, check=False), root / name
+        arguments = [*toy.overrides("npo", root / name), *short, forget, *overrides]
+        return launch(2, "train", "configs/train/demo_npo.yaml", *arguments, check=False), root / name
 
     start.samples = rows
     return start
@@ -44,7 +44,7 @@ def test_by_default_the_run_ends_before_the_model_loads_and_names_the_sample(run
     assert not (folder / "metrics.jsonl").exists()
 
 
-def test_with_truncate_answers_are_cut_said_in_the_log_and_counted_by_step(run):
+def test_with_truncate_answers_are_cut_logged_and_counted_by_step(run):
     done, folder = run("truncate", "data.on_long=truncate")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 answers are longer than data.max_length=64 and will be cut" in done.stdout

@@ -33,13 +33,13 @@ KEPT = ("train.save_every=1", "train.keep_last=null")
 @pytest.mark.parametrize("stage", ["zero3", "zero2"])
 def test_a_bf16_step_without_a_finite_gradient_is_skipped_and_counted(toy, tmp_path, stage):
     (tmp_path / "spoilt.py").write_text(SCRIPT)
-    told = [*toy.overrides("sft", tmp_path / "run"), *SHORT, *KEPT, f"deepspeed=configs/deepspeed/{stage}.json"]
+    overrides = [*toy.overrides("sft", tmp_path / "run"), *SHORT, *KEPT, f"deepspeed=configs/deepspeed/{stage}.json"]
     command = [
         sys.executable,
         tmp_path / "spoilt.py",
         "train",
         "configs/train/demo_sft.yaml",
-        *told,
+        *overrides,
         "train.dtype=bf16",
     ]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -62,4 +62,4 @@ def test_a_bf16_step_without_a_finite_gradient_is_skipped_and_counted(toy, tmp_p
 
 def shards(checkpoint):
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    return {name: told["sha256"] for name, told in files.items() if name.startswith("rank-")}
+    return {name: file["sha256"] for name, file in files.items() if name.startswith("rank-")}

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from mirage_dist import config as configs
 from mirage_dist.cli import main
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model.shards import Shards
-from mirage_dist.schema import SourceConfig, TrainRecipe
+from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.planning import memory, plan
 
@@ -37,14 +38,14 @@ def finished(toy):
     """Every run of RUNS. `zero2` finds one of the two parts that `zero3` has written, as after a kill."""
     root = toy.root / "plan"
     root.mkdir()
-    base = sources.read(SourceConfig("llava", str(toy.root / "world/base.json"), str(toy.root / "world"))).samples
+    base = sources.read(formats.source("llava", str(toy.root / "world/base.json"), str(toy.root / "world"))).samples
     noise = np.random.default_rng(0).integers(0, 256, (len(base), 32, 32, 3), dtype=np.uint8)
     for number, sample in enumerate(base):
         if sample.image is not None:
             Image.fromarray(noise[number]).save(root / f"{number}.png")
             base[number] = replace(sample, image=str(root / f"{number}.png"))
-    sources.write_samples(root / "forget.jsonl", base[:40])
-    sources.write_samples(root / "retain.jsonl", base[40:100])
+    write_samples(root / "forget.jsonl", base[:40])
+    write_samples(root / "retain.jsonl", base[40:100])
     files = {name: str(root / f"{name}.json") for name in JSON}
     for name, zero in JSON.items():
         (root / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))

@@ -50,15 +50,15 @@ def command(toy, folder, own, recipe="npo"):
 @pytest.fixture(scope="module")
 def saved(toy):
     (toy.root / "resume.json").write_text(json.dumps(SHARDED))
-    found = {}
+    folders = {}
     for name, (ranks, own) in SAVED.items():
-        found[name] = toy.root / "resume" / name
-        launch(ranks, *command(toy, found[name], own))
-    return found
+        folders[name] = toy.root / "resume" / name
+        launch(ranks, *command(toy, folders[name], own))
+    return folders
 
 
 def half(run: Path, folder: Path) -> Path:
-    """A copy of the run as it was behind step 4."""
+    """A copy of the run as it was after step 4."""
     shutil.copytree(run, folder)
     shutil.rmtree(folder / f"checkpoints/step-{STEPS:06d}")
     return folder
@@ -120,9 +120,9 @@ def test_a_checkpoint_that_came_from_another_run_is_refused(saved, toy, tmp_path
 def test_a_signal_ends_in_a_commit_and_the_next_start_goes_on_bitwise(saved, toy, tmp_path, number, receiver):
     """To the launcher, or to one rank only: all agree, commit the step they are in, and exit with 75."""
     folder = tmp_path / "run"
-    # So many saves would hide a commit on request, so this run has none of its own.
-    told = [*command(toy, folder, SAVED["two"][1]), "train.save_every=null"]
-    process = launch(2, *told, start=True)
+    # Regular saves would hide a commit on request, so this run makes none.
+    arguments = [*command(toy, folder, SAVED["two"][1]), "train.save_every=null"]
+    process = launch(2, *arguments, start=True)
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
         assert process.poll() is None, process.stdout.read()
@@ -137,7 +137,7 @@ def test_a_signal_ends_in_a_commit_and_the_next_start_goes_on_bitwise(saved, toy
     assert f"step {done} of {STEPS} is committed" in output
     assert [m["step"] for m in metrics(folder)] == list(range(1, done + 1))
     assert not list(folder.glob("work-*"))
-    launch(2, *told)
+    launch(2, *arguments)
     whole, again = (f / f"checkpoints/step-{STEPS:06d}" for f in (saved["two"], folder))
     for file in whole.glob("*.safetensors"):
         assert (again / file.name).read_bytes() == file.read_bytes()
@@ -148,7 +148,7 @@ def environ(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
-def test_retention_keeps_what_was_asked_for(saved, toy, tmp_path):
+def test_retention_keeps_what_the_recipe_names(saved, toy, tmp_path):
     folder = tmp_path / "run"
     kept = ["train.save_every=1", "train.keep_last=2", "train.keep_every=3", "train.keep_best=loss"]
     launch(2, *command(toy, folder, SAVED["two"][1]), *kept)
@@ -168,9 +168,9 @@ from mirage_dist.train import run
 from mirage_dist.train.checkpoints import fragments
 from mirage_dist.train.planning.check import check_recipe
 copy = fragments.snapshot
-def slow(*told):
+def slow(*arguments):
     time.sleep(0.5)
-    return copy(*told)
+    return copy(*arguments)
 fragments.snapshot = slow
 run.train(check_recipe(config.load(sys.argv[1], sys.argv[2:], schema.TrainRecipe), 1))
 ranks.exit_well()
@@ -180,9 +180,9 @@ ranks.exit_well()
 def test_a_step_does_not_change_what_is_still_to_be_copied(saved, toy, tmp_path):
     """Many steps would be over before a copy that takes so long begins, if the update did not wait for it."""
     (tmp_path / "slow.py").write_text(SLOW_COPY)
-    _, *told = command(toy, tmp_path / "run", SAVED["one_zero2"][1])
+    _, *arguments = command(toy, tmp_path / "run", SAVED["one_zero2"][1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(tmp_path / "slow.py"), *told], env=environment, check=True)
+    subprocess.run([sys.executable, str(tmp_path / "slow.py"), *arguments], env=environment, check=True)
     for step in ("step-000004", f"step-{STEPS:06d}"):
         name = f"checkpoints/{step}/rank-00000-of-00001.safetensors"
         assert (tmp_path / "run" / name).read_bytes() == (saved["one_zero2"] / name).read_bytes()
@@ -214,17 +214,17 @@ ranks.exit_well()
 """
 
 
-def test_layers_are_computed_again_in_the_backward_pass_where_that_was_asked_for(toy, tmp_path):
+def test_layers_are_computed_again_in_the_backward_pass_with_gradient_checkpointing(toy, tmp_path):
     """Gradient checkpointing works in training mode only, which a loaded model is not in; and no reference cache or
     other forward has to put it there first.
     """
     (tmp_path / "count.py").write_text(COUNT_LAYERS)
-    told = [*toy.overrides("sft", tmp_path / "run"), "train.global_batch=4", "train.micro_batch=4"]
+    overrides = [*toy.overrides("sft", tmp_path / "run"), "train.global_batch=4", "train.micro_batch=4"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     counts = {}
-    for asked in ("false", "true"):
-        command = [sys.executable, str(tmp_path / "count.py"), "configs/train/demo_sft.yaml", *told]
-        command.append(f"model.gradient_checkpointing={asked}")
+    for checkpointing in ("false", "true"):
+        command = [sys.executable, str(tmp_path / "count.py"), "configs/train/demo_sft.yaml", *overrides]
+        command.append(f"model.gradient_checkpointing={checkpointing}")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        counts[asked] = int(done.stdout.rpartition("layer forwards ")[2])
+        counts[checkpointing] = int(done.stdout.rpartition("layer forwards ")[2])
     assert counts == {"false": 4, "true": 8}

@@ -1,4 +1,4 @@
-"""RMU that stops early, narrows its rows, shares a prefix and loads no layer in vain: the numbers of three whole
+"""RMU that stops early, narrows its rows, shares a prefix and loads no unused layer has the numbers of three whole
 forwards with hooks.
 """
 
@@ -40,12 +40,12 @@ PLAIN = list(RUNS)[:4]
 @pytest.fixture(scope="module")
 def finished(toy):
     (toy.root / "rmu.json").write_text(json.dumps(SHARDED))
-    found = {}
+    folders = {}
     for name, (ranks, rows, own) in RUNS.items():
-        found[name] = toy.root / "rmu" / name.replace(", ", "-").replace(" ", "-")
-        told = [*toy.overrides("rmu", found[name]), *SHORT, *own, f"train.micro_batch={rows}"]
-        launch(ranks, "train", "configs/train/demo_rmu.yaml", *told, f"deepspeed={toy.root}/rmu.json")
-    return found
+        folders[name] = toy.root / "rmu" / name.replace(", ", "-").replace(" ", "-")
+        overrides = [*toy.overrides("rmu", folders[name]), *SHORT, *own, f"train.micro_batch={rows}"]
+        launch(ranks, "train", "configs/train/demo_rmu.yaml", *overrides, f"deepspeed={toy.root}/rmu.json")
+    return folders
 
 
 def plain(recipe: TrainRecipe):
@@ -58,7 +58,7 @@ def plain(recipe: TrainRecipe):
     objective = make(recipe.objective)
     objective.start(policy.config.text_config.hidden_size, recipe.seed)
     feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
-    told = []
+    series = []
     for number in range(STEPS):
         micros = feed.window(number, Group(0, 0, 1, torch.device("cpu")))
         counts, sums = feed.counts(micros), {"forget": 0, "retain": 0, "ce": 0}
@@ -77,24 +77,24 @@ def plain(recipe: TrainRecipe):
         loss = loss + recipe.objective["retain_weight"] * sums["retain"] / counts["retain.positions"]
         loss = loss + recipe.objective["ce_weight"] * sums["ce"] / counts["retain.tokens"]
         rate = learning_rate(recipe.train, number, feed.steps)
-        told.append(plain_step(policy, optimizer, loss, rate, recipe.train.clip))
-    return told, policy
+        series.append(plain_step(policy, optimizer, loss, rate, recipe.train.clip))
+    return series, policy
 
 
 def hooked(model, inputs):
     """The tapped layer's output, and the logits."""
-    found = []
-    handle = model.model.language_model.layers[LAYER].register_forward_hook(lambda *args: found.append(args[2]))
+    outputs = []
+    handle = model.model.language_model.layers[LAYER].register_forward_hook(lambda *args: outputs.append(args[2]))
     logits = model(**inputs).logits
     handle.remove()
-    return found[0], logits
+    return outputs[0], logits
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_it_is_three_whole_forwards_with_hooks(finished, name):
     recipe = configs.load(finished[name] / "config.yaml", [], TrainRecipe)
-    told, policy = plain(recipe)
-    torch.testing.assert_close(losses(finished[name])[:, 0], torch.tensor(told), atol=1e-5, rtol=1e-5)
+    series, policy = plain(recipe)
+    torch.testing.assert_close(losses(finished[name])[:, 0], torch.tensor(series), atol=1e-5, rtol=1e-5)
     exported = AutoModelForImageTextToText.from_pretrained(finished[name] / "export")
     base = AutoModelForImageTextToText.from_pretrained(recipe.model.path)
     moved = 0
@@ -111,10 +111,10 @@ def test_the_reference_may_be_the_policy_without_its_adapters(finished):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_without_a_head_no_layer_behind_the_tapped_one_is_in_a_checkpoint(finished, name):
+def test_without_a_head_no_layer_after_the_tapped_one_is_in_a_checkpoint(finished, name):
     checkpoint = finished[name] / f"checkpoints/step-{STEPS:06d}"
     depth = read_manifest(checkpoint)["depth"]
     with Shards(checkpoint) as shards:
-        behind = [n for n in shards.shapes if "lm_head" in n or any(f"layers.{i}." in n for i in (2, 3))]
-    assert (depth, behind) == ((LAYER + 1, []) if "objective.ce_weight=0" in RUNS[name][2] else (None, behind))
-    assert behind or depth or name == "projector trains"
+        later = [n for n in shards.shapes if "lm_head" in n or any(f"layers.{i}." in n for i in (2, 3))]
+    assert (depth, later) == ((LAYER + 1, []) if "objective.ce_weight=0" in RUNS[name][2] else (None, later))
+    assert later or depth or name == "projector trains"

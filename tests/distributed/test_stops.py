@@ -20,15 +20,15 @@ def command(toy, folder, *own):
 
 def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(toy, tmp_path):
     process = launch(2, *command(toy, tmp_path / "run"), start=True)
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if "stream forget" in line:
             process.send_signal(signal.SIGUSR1)
             break
-    said += process.communicate(timeout=120)[0]
-    assert process.returncode == 75, said
-    assert "nothing was left to commit" in said
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert "nothing was left to commit" in output
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert not list((tmp_path / "run").glob("work-*"))
 
@@ -53,43 +53,54 @@ built.module.register_forward_hook(lambda *_: calls.append(1))
 from pathlib import Path
 held = lease.acquire(Path(recipe.run.dir))
 run = context.Run(recipe, here, objective, source, built, checked.deepspeed, {"base_hash": "hash"}, held)
-told = []
+results = []
 for stops in (2, None, None):
     signals.clear()
     calls.clear()
     save = reference_cache.reference.LogProbs.save
-    def interrupted(self, file):
-        save(self, file)
+    def interrupted(self, handle):
+        save(self, handle)
         if len(calls) == stops:
             signals.handler(10, None)
     reference_cache.reference.LogProbs.save = interrupted
     try:
         cache = reference_cache.fill(run)
-        told.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
+        results.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
     except signals.StopRequested:
-        told.append(len(calls))
+        results.append(len(calls))
     reference_cache.reference.LogProbs.save = save
+parts = sorted((Path(recipe.run.dir) / "reference").glob("*/*.npz"))
+for damage in (lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-900] + bytes(10) + b[-890:]):
+    parts[1].write_bytes(damage(parts[1].read_bytes()))
+    calls.clear()
+    cache = reference_cache.fill(run)
+    results.append((len(calls), sum(float(v.double().sum()) for v in cache.table.values()), len(cache.table)))
 held.release()
 whole = reference_cache.reference.LogProbs()
 for rows in source.every_sample(("forget",), here):
     reference_cache.add(whole, built, source.collate(rows), "forget")
-print("TOLD", told, sum(float(v.double().sum()) for v in whole.table.values()))
+print("RESULTS", results, sum(float(v.double().sum()) for v in whole.table.values()))
 ranks.exit_well()
 """
 
 
 def test_a_stopped_reference_cache_goes_on_with_what_is_missing_and_is_the_same(toy, tmp_path):
     (tmp_path / "fill.py").write_text(FILL)
-    told = [*toy.overrides("npo", tmp_path / "run"), *SHORT]
+    overrides = [*toy.overrides("npo", tmp_path / "run"), *SHORT]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    line = [sys.executable, str(tmp_path / "fill.py"), "configs/train/demo_npo.yaml", *told]
+    line = [sys.executable, str(tmp_path / "fill.py"), "configs/train/demo_npo.yaml", *overrides]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (stopped, resumed, again), whole = eval(done.stdout.rpartition("TOLD ")[2].strip().replace("] ", "], "))
+    results, _, whole = done.stdout.rpartition("RESULTS ")[2].strip().rpartition(" ")
+    stopped, resumed, again, *mended = eval(results)
+    whole = float(whole)
     # 20 samples in batches of 4: two parts before the stop, three after it, none in a third call; bitwise as in one go.
     assert stopped == 2
     assert resumed == (3, whole, 20)
     assert again == (0, whole, 20)
+    # A part that was cut off, emptied or overwritten in its middle is computed again, alone, and said to be damaged.
+    assert mended == [(1, whole, 20)] * 3
+    assert done.stdout.count("damaged") == 3
 
 
 def records(file: Path):
@@ -113,8 +124,8 @@ def records(file: Path):
 
 def test_wandb_gets_one_run_marked_preempted_and_each_step_once(toy, tmp_path):
     folder = tmp_path / "run"
-    told = command(toy, folder, "monitor.wandb=offline", "train.save_every=2")
-    process = launch(2, *told, start=True)
+    arguments = command(toy, folder, "monitor.wandb=offline", "train.save_every=2")
+    process = launch(2, *arguments, start=True)
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 3:
         assert process.poll() is None, process.stdout.read()
@@ -127,7 +138,7 @@ def test_wandb_gets_one_run_marked_preempted_and_each_step_once(toy, tmp_path):
     stopped = len(metrics(folder))
     newest = folder / f"checkpoints/step-{stopped:06d}"
     newest.rename(tmp_path / "lost")
-    launch(2, *told)
+    launch(2, *arguments)
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime)
     first, second = (list(records(file)) for file in files)
     assert {r.run.run_id for r in [*first, *second] if r.WhichOneof("record_type") == "run"} == {files[0].stem[4:]}

@@ -64,13 +64,13 @@ def finished(toy):
     for name, tree in (("sharded", SHARDED), ("zero2", ZERO2)):
         (toy.root / f"{name}.json").write_text(json.dumps(tree))
     files = {name: str(toy.root / f"{name}.json") for name in ("sharded", "zero2")}
-    found = {}
+    folders = {}
     for name, (recipe, ranks, own) in RUNS.items():
         folder = toy.root / "runs" / name
-        told = [*toy.overrides(recipe, folder), *SHORT, *(o.format(**files) for o in own)]
-        launch(ranks, "train", f"configs/train/demo_{recipe}.yaml", *told)
-        found[name] = folder
-    return found
+        overrides = [*toy.overrides(recipe, folder), *SHORT, *(o.format(**files) for o in own)]
+        launch(ranks, "train", f"configs/train/demo_{recipe}.yaml", *overrides)
+        folders[name] = folder
+    return folders
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_losses_do_not_depend_on_ranks_accumulation_stage_packing_or_kind_of_ref
     torch.testing.assert_close(*norms, atol=0, rtol=1e-4)
 
 
-def test_padding_is_told_and_packing_has_none(finished):
+def test_padding_is_recorded_and_packing_has_none(finished):
     shares = {
         name: [m["padding"] for m in metrics(finished[name])] for name in ("sft", "sft_grouped", "npo", "npo_2x4")
     }
-    assert all(0 < share < 0.5 for told in shares.values() for share in told)
+    assert all(0 < share < 0.5 for series in shares.values() for share in series)
     assert sum(shares["sft_grouped"]) < sum(shares["sft"])
     for name in ("npo_packed_2", "sft_grouped_packed_2"):
         assert all(m["padding"] == 0 for m in metrics(finished[name]))
@@ -120,7 +120,7 @@ def plain(recipe: TrainRecipe, number_of_steps: int):
     streams = read_streams(recipe, objective.needs)
     feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
     beta, weight = recipe.objective["beta"], recipe.objective["retain_weight"]
-    told = []
+    series = []
     for number in range(number_of_steps):
         (micro,) = feed.window(number, Group(0, 0, 1, torch.device("cpu")))
         labels = micro.batch.labels_BS
@@ -139,15 +139,15 @@ def plain(recipe: TrainRecipe, number_of_steps: int):
         forget = sum(-2 / beta * F.logsigmoid(-beta * m) for m in margins) / half
         loss = forget - weight * torch.cat(now[half:]).mean()
         rate = learning_rate(recipe.train, number, feed.steps)
-        told.append(plain_step(policy, optimizer, loss, rate, recipe.train.clip))
-    return told, policy
+        series.append(plain_step(policy, optimizer, loss, rate, recipe.train.clip))
+    return series, policy
 
 
 def test_sharded_training_equals_plain_pytorch(finished):
     recipe = configs.load(finished["npo"] / "config.yaml", [], TrainRecipe)
-    told, policy = plain(recipe, STEPS)
+    series, policy = plain(recipe, STEPS)
     for name in ("npo", "npo_2"):
-        torch.testing.assert_close(losses(finished[name])[:, 0], torch.tensor(told), atol=5e-6, rtol=5e-6)
+        torch.testing.assert_close(losses(finished[name])[:, 0], torch.tensor(series), atol=5e-6, rtol=5e-6)
         exported = AutoModelForImageTextToText.from_pretrained(finished[name] / "export")
         base = AutoModelForImageTextToText.from_pretrained(recipe.model.path)
         for mine, oracle, start in zip(exported.parameters(), policy.parameters(), base.parameters(), strict=True):
@@ -181,8 +181,8 @@ def test_exported_bf16_model_loads_as_it_was_trained(finished):
 def test_a_killed_run_resumes_bitwise(finished, toy, tmp_path):
     """SIGKILL of both ranks some time after the first checkpoint; the second start ends where the whole run ended."""
     folder = tmp_path / "killed"
-    told = [*toy.overrides("npo", folder), *SHORT, "train.micro_batch=4", f"deepspeed={toy.root}/sharded.json"]
-    command = ("train", "configs/train/demo_npo.yaml", *told, "train.save_every=4")
+    overrides = [*toy.overrides("npo", folder), *SHORT, "train.micro_batch=4", f"deepspeed={toy.root}/sharded.json"]
+    command = ("train", "configs/train/demo_npo.yaml", *overrides, "train.save_every=4")
     process = launch(2, *command, start=True)
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints/step-000004/manifest.json").exists():
@@ -192,7 +192,7 @@ def test_a_killed_run_resumes_bitwise(finished, toy, tmp_path):
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)
     process.communicate(timeout=60)
-    # What was written behind the last commit would hide whether the resumed run wrote it.
+    # What was written after the last commit would hide whether the resumed run wrote it.
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:06d}", ignore_errors=True)
     shutil.rmtree(folder / "export", ignore_errors=True)
     done = launch(2, *command)
@@ -229,8 +229,8 @@ def test_every_rank_of_every_world_sees_its_part_of_one_global_batch(toy, finish
     feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
     size = len(read(recipe.data.streams["forget"][0]).samples)
     for number in (0, 2, 7):
-        asked = Counter(stream.batch(21, "forget", size, number, 8).tolist())
+        expected = Counter(stream.batch(21, "forget", size, number, 8).tolist())
         for ranks in (1, 2, 4, 8):
             worlds = [Group(rank, 0, ranks, torch.device("cpu")) for rank in range(ranks)]
             seen = (s for w in worlds for micro in feed.window(number, w) for s in micro.samples)
-            assert Counter(index for name, index in seen if name == "forget") == asked
+            assert Counter(index for name, index in seen if name == "forget") == expected

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.data import sources
-from mirage_dist.schema import SourceConfig
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from tests.conftest import Toy
 from tests.faults import moments
 from tests.faults.check import differences
@@ -53,10 +53,10 @@ class Harness:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
         self.toy = Toy(folder / "toy")
-        base = sources.read(SourceConfig("llava", f"{folder}/toy/world/base.json", f"{folder}/toy/world")).samples
+        base = sources.read(formats.source("llava", f"{folder}/toy/world/base.json", f"{folder}/toy/world")).samples
         # Enough for two parts of the reference cache on each rank.
-        sources.write_samples(self.toy.root / "forget.jsonl", base[:64])
-        sources.write_samples(self.toy.root / "retain.jsonl", base[64:96])
+        write_samples(self.toy.root / "forget.jsonl", base[:64])
+        write_samples(self.toy.root / "retain.jsonl", base[64:96])
         (folder / "deepspeed.json").write_text(json.dumps(SHARDED))
         # A Slurm job's own restarts are counted and bounded; these are not restarts of the job this may run in.
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {

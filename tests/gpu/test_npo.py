@@ -1,4 +1,4 @@
-"""The demo's NPO recipe on one GPU in bf16 against the same on the CPU."""
+"""The demo's NPO recipe on one GPU in bf16 has the losses of the same recipe on the CPU."""
 
 import os
 
@@ -20,10 +20,10 @@ def test_losses_on_the_gpu_are_those_of_the_cpu(toy, tmp_path, monkeypatch):
         "train.warmup=0.5",
         "train.export=false",
     )
-    told = {}
+    losses = {}
     for device, visible in (("gpu", os.environ.get("CUDA_VISIBLE_DEVICES", "0")), ("cpu", "")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         overrides = [*toy.overrides("npo", tmp_path / device), *short, "train.dtype=bf16"]
         launch(1, "train", "configs/train/demo_npo.yaml", *overrides)
-        told[device] = torch.tensor([m["loss"] for m in metrics(tmp_path / device)])
-    torch.testing.assert_close(told["gpu"], told["cpu"], rtol=2e-2, atol=2e-2)
+        losses[device] = torch.tensor([m["loss"] for m in metrics(tmp_path / device)])
+    torch.testing.assert_close(losses["gpu"], losses["cpu"], rtol=2e-2, atol=2e-2)

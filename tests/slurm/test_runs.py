@@ -11,9 +11,8 @@ from cluster import Cluster, cluster
 from conftest import metrics
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.schema import SourceConfig
 
 pytestmark = pytest.mark.slurm
 STEPS = 120
@@ -187,7 +186,7 @@ def test_starts_without_progress_come_to_an_end(slurm, toy):
 def chain(toy) -> list[str]:
     """The words that make slurm/pipeline.sh work on the small world, but for where the run goes."""
     world = embedded_world.load(str(toy.root / "world"))
-    given = SourceConfig("vlguard", f"{toy.root}/world/safety-0.95/train.json", f"{toy.root}/world", split="unsafes")
+    given = formats.source("vlguard", f"{toy.root}/world/safety-0.95/train.json", f"{toy.root}/world", split="unsafes")
     unsafe = sources.read(given).samples
     rows = [
         {"id": s.id, "question": s.question, "response": world.answer(s.question, world.label(s.image or ""))}

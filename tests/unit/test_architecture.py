@@ -21,10 +21,11 @@ MODULES = {
 # The floors of the house, from the ground up. A part may import what lies below its own floor, and on its own floor
 # only what is named here.
 FLOORS = [
-    ["schema", "signals", "stats"],
+    ["schema", "progress", "stats"],
+    ["signals"],
     ["disk"],
     ["config"],
-    ["registry", "ranks", "liveness", "progress", "launching"],
+    ["registry", "ranks", "liveness", "launching"],
     ["kernels", "data"],
     ["model", "objectives"],
     ["train", "evals"],

@@ -9,7 +9,7 @@ import pytest
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.erasure import run as erasure_tests
-from mirage_dist.evals import attacks
+from mirage_dist.evals import attacks, judges
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.engine import deepspeed_config
@@ -29,6 +29,7 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
         ranks = 2 if file.name.startswith("demo") else 8
         assert deepspeed_config(recipe, ranks, len(needs.streams))["gradient_accumulation_steps"] >= 1
     if isinstance(recipe, EvalRecipe):
+        judges.read(recipe)
         for name, options in recipe.sets.items():
             for title, fields in options.attacks.items():
                 attacks.make(fields, str(file), f"sets.{name}.attacks.{title}")

@@ -1,10 +1,11 @@
 """From samples to tensors: chat template, label mask, response index, padding or packing, placeholder picture.
 
-The same code makes training batches and generation prompts, so both see one template and one picture transform,
-and a training row starts with exactly the tokens that generation continues. A text-only row holds no picture
-tokens at all; a batch without any picture ends in a hidden placeholder, so that every batch runs the same modules.
+The same code makes training batches and generation prompts, so both use one template and one picture transform,
+and a training row starts with exactly the tokens that generation continues. A text-only row has no picture
+tokens; a batch without any picture ends in a hidden placeholder, so that every batch runs the same modules.
 
-Shapes: B rows, S positions; packed (see `data.packing`), B is 1 and S the length of all rows together.
+Shapes: B rows, S positions, N predicted tokens. Packed (see `encoding.packing`), B is 1 and S is the length of all rows
+together.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from mirage_dist.data.encoding.packing import borders, pack
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
-IGNORE = -100
-# What a processor may tell of each token; 0 is text in both.
+IGNORE = -100  # label of a position without loss, as in Hugging Face models
+# Token types that a processor may return; 0 is text in both.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# One value a token: input_ids, attention_mask, labels, and the token types that the processor tells.
+# One unpadded sequence. Each list has one value a token (S values): input_ids, vocabulary ids; attention_mask, 1, or 0
+# on the placeholder; labels, the token's own id where it is part of an answer, else IGNORE (not yet shifted); and the
+# token types that the processor returns.
 Row = dict[str, list[int]]
+# Paths (None: the placeholder) -> the tensors that the model takes for these pictures.
+Lookup = Callable[[Sequence[str | None]], dict[str, Tensor]]
 
 
 class TooLong(ConfigError):
@@ -39,10 +44,11 @@ class Batch:
     """One micro-batch of rows, all streams in one tensor, right-padded or packed.
 
     inputs: the model's keyword arguments (input_ids (B, S), attention_mask or position_ids, pixel_values …).
-    labels_BS: token ids on answers and their end tokens, -100 elsewhere. index_N: flat positions b·S + t of
-    the hidden rows that predict a label. labels_N: that label. segment_N: the sample (from 0) of each. unpadded_BS:
-    1 on every token but padding and the placeholder. text_BS: the same without pictures. cut: samples whose answer was
-    truncated. edges: where the samples begin in the packed row, and where the last ends; None without packing.
+    labels_BS: token ids on answers and their end tokens, IGNORE elsewhere. index_N: flat positions b·S + t of the
+    hidden rows that predict a label. labels_N: those labels. segment_N: the sample (from 0) of each. unpadded_BS: 1 on
+    every token but padding and the placeholder. text_BS: the same without picture tokens. cut: number of samples whose
+    answer was truncated. edges: the position in the packed row where each sample begins, and where the last ends; None
+    without packing.
     """
 
     inputs: dict[str, Any]
@@ -59,9 +65,12 @@ class Batch:
 class Encoder:
     """Chat template and processor of one model, for any Hugging Face image-text-to-text processor.
 
-    A text-only model's tokenizer will do, for prompts without pictures. Raises ConfigError when the tokenizer has no
-    end token, or the processor no token that stands for a picture; and, by sample, when the template does not let a
-    prompt be a prefix of its conversation or rewrites the answer.
+    A text-only model's tokenizer serves for prompts without pictures.
+
+    max_length: tokens of a row or a prompt, picture tokens included. on_long: refuse longer training rows, or truncate
+    their last answer. image_aspect: pad pictures to a square, or leave them to the processor.
+    Raises ConfigError when the tokenizer has no end token, or the processor no picture token; and, naming the sample,
+    when a prompt in the template is no prefix of its conversation or the template rewrites the answer.
     """
 
     def __init__(
@@ -81,24 +90,24 @@ class Encoder:
         if self.tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end token (eos_token); answers would never end")
         if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token will do
-        self.known: Callable[[Sequence[str | None]], dict[str, Tensor]] | None = None
-        nothing: tuple[Row, dict[str, Tensor], int] = ({"input_ids": [], "attention_mask": [], "labels": []}, {}, 0)
-        found = nothing if self.text_only else self._placeholder()
-        self.placeholder, self.placeholder_picture, self.picture_growth = found
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token serves
+        self.lookup: Lookup | None = None
+        empty: tuple[Row, dict[str, Tensor], int] = ({"input_ids": [], "attention_mask": [], "labels": []}, {}, 0)
+        placeholder = empty if self.text_only else self._placeholder()
+        self.placeholder, self.placeholder_picture, self.picture_growth = placeholder
 
-    def recall(self, known: Callable[[Sequence[str | None]], dict[str, Tensor]]) -> None:
-        """From now on open no picture: `known` gives the model's input for paths (None: the placeholder).
+    def recall(self, lookup: Lookup) -> None:
+        """From now on open no picture: take the model's input for pictures from `lookup`.
 
         For processors that write every picture as the same number of tokens.
         """
-        self.known, self.placeholder_picture = known, known([None])
+        self.lookup, self.placeholder_picture = lookup, lookup([None])
 
     # ------------------------------------------------------------------------------------------ batches
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Keyword arguments of `generate` for these questions, left-padded; an answer that is begun stands at the end.
-        Raises TooLong.
+        """Keyword arguments of `generate` for these questions: input_ids and attention_mask (B, S), left-padded, and
+        the pictures. A prompt ends with the beginning of the answer if the sample has one. Raises TooLong.
         """
         rows, pictures = self._rows(samples, answered=False)
         for sample, row in zip(samples, rows, strict=True):
@@ -108,13 +117,13 @@ class Encoder:
         return {**tensors, **pictures}
 
     def prompt(self, sample: Sample) -> tuple[list[int], Image.Image | None]:
-        """`prompts` for engines that run the processor themselves: token ids, the picture's mark not expanded, and the
-        picture. Raises TooLong by the length that `sizes` tells.
+        """`prompts` for engines that run the processor themselves: token ids, with the picture's mark not expanded, and
+        the picture. Raises TooLong by the length that `sizes` computes.
         """
         pieces = self.conversation.pieces(sample, answered=False)
         ids = self._first_ids(pieces[0])
         for before, piece in pairwise(pieces):
-            ids = ids + self._ids_behind(before, piece)
+            ids = ids + self._ids_after(before, piece)
         self._check_prompt(sample, len(ids) + (self.picture_growth if sample.image is not None else 0))
         return ids, None if sample.image is None else self._picture(sample.image)
 
@@ -154,7 +163,7 @@ class Encoder:
         )
 
     def _hide_placeholder(self, rows: list[Row]) -> None:
-        """Add its tokens where none that counts attends to them and their positions move none."""
+        """Append the placeholder's tokens where no other token attends to them and no position shifts."""
         if self.packing:
             rows.append(self.placeholder)
         else:
@@ -172,38 +181,38 @@ class Encoder:
         return {name: torch.tensor([padded(name, row[name]) for row in rows]) for name in rows[0]}
 
     def _truncate(self, sample: Sample, row: Row) -> bool:
-        """Cut the last answer's end where the row is too long; never the picture or a question."""
+        """Cut the end of the last answer off a row that is too long, never picture or question. True for a cut row."""
         length = len(row["input_ids"])
         if length <= self.max_length:
             return False
         before = 1 + max(i for i, label in enumerate(row["labels"]) if label == IGNORE)
         if self.on_long != "truncate" or before >= self.max_length:
-            raise TooLong(self._told(sample, length, before))
+            raise TooLong(self._too_long(sample, length, before))
         for values in row.values():
             del values[self.max_length :]
         return True
 
     def length(self, sample: Sample) -> int:
-        """Tokens of a training row before it is cut; opens no picture. Raises TooLong where `encode` will."""
+        """Tokens of a training row before it is truncated; opens no picture. Raises TooLong when `encode` would."""
         lengths = self.sizes(sample)
         total, before = sum(lengths), sum(lengths[:-1])
         if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
-            raise TooLong(self._told(sample, total, before))
+            raise TooLong(self._too_long(sample, total, before))
         return total
 
     def sizes(self, sample: Sample) -> list[int]:
-        """Tokens of a training row's first prompt, its answer, the next prompt, …, before any cut; opens no picture.
+        """Tokens of a training row's first prompt, its answer, the next prompt, …, before truncation; opens no picture.
 
-        A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5); with
-        others `encode` has the last word.
+        A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5), an estimate
+        for others.
         """
         pieces = self.conversation.pieces(sample, answered=True)
-        lengths = [len(self._first_ids(pieces[0])), *(len(self._ids_behind(*pair)) for pair in pairwise(pieces))]
+        lengths = [len(self._first_ids(pieces[0])), *(len(self._ids_after(*pair)) for pair in pairwise(pieces))]
         if sample.image is not None:
             lengths[0] += self.picture_growth
         return lengths
 
-    def _told(self, sample: Sample, length: int, before: int) -> str:
+    def _too_long(self, sample: Sample, length: int, before: int) -> str:
         return (
             f"{called(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
             f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only)"
@@ -212,7 +221,7 @@ class Encoder:
     # --------------------------------------------------------------------------------------------- rows
 
     def _rows(self, samples: Sequence[Sample], answered: bool) -> tuple[list[Row], dict[str, Tensor]]:
-        """Unpadded rows, through the last answer or up to it, and the picture tensors in the order of their rows."""
+        """Unpadded rows, with or without the last answer, and the picture tensors in the order of their rows."""
         conversations = [self.conversation.pieces(sample, answered) for sample in samples]
         shown = [i for i, sample in enumerate(samples) if sample.image is not None]
         seen, pictures = self._see([conversations[i][0] for i in shown], [samples[i].image or "" for i in shown])
@@ -221,16 +230,16 @@ class Encoder:
         for i, pieces in enumerate(conversations):
             row = starts[i] if i in starts else self._text_row(pieces[0])
             for number, (before, piece) in enumerate(pairwise(pieces)):
-                _extend(row, self._ids_behind(before, piece), answer=number % 2 == 0)
+                _extend(row, self._ids_after(before, piece), answer=number % 2 == 0)
             rows.append(row)
         return rows, pictures
 
     def _see(self, texts: list[str], paths: list[str]) -> tuple[list[Row], dict[str, Tensor]]:
-        """First prompts with their pictures: picture tokens expanded, padding taken off."""
+        """First prompts with their pictures: picture tokens expanded, padding removed."""
         if not texts:
             return [], {}
-        if self.known is not None:
-            return [self._known_row(text) for text in texts], self.known(paths)
+        if self.lookup is not None:
+            return [self._row_for_lookup(text) for text in texts], self.lookup(paths)
         return self._process(texts, [self._picture(path) for path in paths])
 
     def _process(self, texts: list[str], images: list[Image.Image]) -> tuple[list[Row], dict[str, Tensor]]:
@@ -257,8 +266,8 @@ class Encoder:
         _extend(row, self._first_ids(text), answer=False)
         return row
 
-    def _known_row(self, text: str) -> Row:
-        """A first prompt, its picture's mark expanded as the processor would."""
+    def _row_for_lookup(self, text: str) -> Row:
+        """A first prompt, its picture's mark expanded as the processor expands it."""
         row = self._text_row(text)
         place = row["input_ids"].index(self.processor.image_token_id)
         seen = {**self.placeholder, "attention_mask": [1] * len(self.placeholder["input_ids"])}
@@ -267,7 +276,7 @@ class Encoder:
         return row
 
     def _placeholder(self) -> tuple[Row, dict[str, Tensor], int]:
-        """The picture tokens of a blank picture, hidden; its tensors; by how many tokens it lengthens its prompt."""
+        """A blank picture: its picture tokens, hidden; its tensors; the number of tokens that it adds to a prompt."""
         kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
         text = self.conversation.text(True, [], "")
         try:
@@ -277,8 +286,8 @@ class Encoder:
         places = [i for i, value in enumerate(row["input_ids"]) if value == token]
         if not places:
             raise ConfigError(
-                f"{kind}: its prompt for a picture holds no image_token_id ({token}); a model that takes pictures in "
-                "another way is not supported"
+                f"{kind}: its prompt for a picture holds no image_token_id ({token}); models that take pictures in "
+                "another way are not supported"
             )
         hidden = {name: [values[i] for i in places] for name, values in row.items()}
         growth = len(row["input_ids"]) - len(self._first_ids(text))
@@ -287,7 +296,7 @@ class Encoder:
     # ------------------------------------------------------------------------------------------- tokens
 
     def _adds_start(self, text: str) -> bool:
-        """Whether the tokenizer is to add its start token: not where the template has written it."""
+        """Whether the tokenizer should add its start token: not if the template has written it."""
         start = self.tokenizer.bos_token
         return not (start and text.startswith(start))
 
@@ -295,10 +304,10 @@ class Encoder:
         """Token ids of a conversation's first prompt, its picture's mark not expanded."""
         return self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"]
 
-    def _ids_behind(self, before: str, text: str) -> list[int]:
-        """Token ids of `text` where it stands behind `before`, whose own tokens stay as they are.
+    def _ids_after(self, before: str, text: str) -> list[int]:
+        """Token ids of `text` as the continuation of `before`, whose own tokens do not change.
 
-        Tokenised alone, a text can get other ids: SentencePiece puts a space before whatever it is given.
+        Tokenised alone, a text can get other ids: SentencePiece prepends a space to its input.
         """
         head, whole = self._ids(before), self._ids(before + text)
         return whole[len(head) :] if whole[: len(head)] == head else self._ids(text)
@@ -309,7 +318,7 @@ class Encoder:
     # ------------------------------------------------------------------------------------------ pictures
 
     def pixels(self, path: str) -> Tensor:
-        """A picture as the model's vision tower sees it, in a batch of one."""
+        """A picture as the input of the model's vision tower: a batch of one, shaped by the processor."""
         return self._process([self.processor.image_token], [self._picture(path)])[1]["pixel_values"]
 
     def _picture(self, path: str) -> Image.Image:

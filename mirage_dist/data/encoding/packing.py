@@ -1,8 +1,8 @@
-"""Packing: the rows of a micro-batch end to end in one row, so that no position is padding.
+"""Packing: the rows of a micro-batch are concatenated into one row without padding.
 
-Each row is a segment: its positions begin at 0 and its tokens attend to no other segment's. transformers makes the
-block-diagonal causal mask of sdpa and eager attention from `position_ids`, and gives flash-attention the borders
-`cu_seq_lens_*`, which spare it to look for them on the device in every layer.
+Each row is a segment: its positions begin at 0 and its tokens attend to no other segment. transformers derives the
+block-diagonal causal mask of sdpa and eager attention from `position_ids`, and passes the borders `cu_seq_lens_*` to
+flash-attention, which then need not search for them on the device in every layer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from torch import Tensor
 
 
 def pack(rows: Sequence[Mapping[str, Sequence[int]]]) -> tuple[dict[str, Tensor], list[int]]:
-    """Rows of any lengths as tensors (1, T), and where in them each row begins, followed by T."""
+    """Rows of any lengths as tensors (1, T), and the position in them where each row begins, followed by T.
+
+    rows: as `collate.Row`. T: tokens of all rows together.
+    """
     lengths = [len(row["input_ids"]) for row in rows]
     tensors = {name: torch.tensor([list(chain.from_iterable(row[name] for row in rows))]) for name in rows[0]}
     return tensors, list(accumulate(lengths, initial=0))
 
 
 def borders(edges: Sequence[int]) -> dict[str, Any]:
-    """The model's keyword arguments that keep the segments between `edges` apart."""
+    """The model's keyword arguments that keep segments separate.
+
+    edges: the position where each segment begins, followed by T, as `pack` returns them.
+    """
     lengths = [stop - start for start, stop in pairwise(edges)]
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     cu_seq_lens, longest = torch.tensor(edges, dtype=torch.int32), max(lengths)

@@ -1,51 +1,92 @@
-"""What every format shares: how files are read, and how a bad record is told."""
+"""What every format shares: its base class, readers for files that are looked up whole, and checked record fields."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from mirage_dist.data import records as streamed
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
 
+Split = Literal["unsafes", "safe_safes", "safe_unsafes"]  # unsafe pictures; safe and unsafe questions on safe pictures
+Parse = Callable[[Mapping[str, Any], int, Counter[str]], Iterator[Sample]]
+
 
 class BadRecord(ValueError):
-    """A record that is not what the format says; whoever reads the file adds its name and the number."""
+    """A record that does not conform to its format. `data.sources` adds the file and the record's number."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A file's records, not yet looked at, and how one of them (with its number from 0) becomes samples.
+    """A source's records, unchecked, and the function that turns a record (and its number from 0) into samples.
 
-    records: None for those of the file itself as `data.records` reads it, one at a time.
-    parse: counts what is left out on purpose by its reason. Raises BadRecord naming field and expectation.
+    records: None for the records of the file itself, read one at a time by `data.records`.
+    parse: see `Format.parse`.
     """
 
-    records: Sequence[Any] | None
-    parse: Callable[[Mapping, int, Counter[str]], Iterator[Sample]]
+    records: Iterable[Any] | None
+    parse: Parse
 
 
-Parse = Callable[[SourceConfig, Mapping, int, Counter[str]], Iterator[Sample]]
+@dataclass(frozen=True)
+class Format(SourceConfig):
+    """One source in one format. A format is a subclass; its own dataclass fields are the options that recipes may set.
 
+    `parse` is all that most formats define. The class attributes say what the rest of the package may do with it.
+    """
 
-def listed(parse: Parse) -> Callable[[SourceConfig], Opened]:
-    """The format of a file that is a JSON list, one object a line, or a table."""
-    return lambda config: Opened(None, lambda *told: parse(config, *told))
+    signature: ClassVar[frozenset[str]] = frozenset()  # fields that identify its records for `mirage audit`
+    labelled: ClassVar[bool] = False  # whether `safe` is a label of the data, for `mirage audit --response-kind label`
+    folder: ClassVar[str | None] = None  # glob of its files when `path` may be a folder, such as "*.json"
+
+    def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        """The samples of one record. number: its position in the file, from 0.
+
+        dropped: reason -> count; add to it what is left out on purpose. Raises BadRecord naming field and expectation.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.parse")
+
+    def open(self) -> Opened:
+        """Override it for a file that is no list of records, or to read other files (annotations) once.
+
+        Raises ConfigError naming a file that cannot be read.
+        """
+        return Opened(None, self.parse)
+
+    @classmethod
+    def recognises(cls, record: Mapping[str, Any]) -> bool:
+        """Whether a record looks like this format's: for `mirage audit` without --format."""
+        return bool(cls.signature) and cls.signature <= record.keys()
+
+    def of_split(self, split: Split) -> Format | None:
+        """This source restricted to one split, None when it has no sample of that split.
+
+        Formats other than VLGuard's have safe and unsafe pairs, distinguished by `Sample.safe`.
+        """
+        return None if split == "safe_unsafes" else self
+
+    def other_files(self) -> dict[str, str]:
+        """Option -> path of the files that are read besides `path`: `mirage prepare` records their hashes."""
+        return {}
+
+    def picture(self, name: str) -> str:
+        """The path of a picture under `images`, by default the file's own folder. An absolute path stays."""
+        return str(_folder(self.images, self.path) / name)
 
 
 def records(path: Path) -> list[Any]:
-    """All records of a file at once, for what has to be looked up. Raises ConfigError as `data.records.read` does."""
+    """All records of a file at once, for files that are looked up. Raises ConfigError as `data.records.read` does."""
     return list(streamed.read(path))
 
 
 def contents(path: Path) -> str:
-    """The text of a file that is not empty, without a byte-order mark."""
+    """The text of a file without a byte-order mark. Raises ConfigError for a file that cannot be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,6 +97,7 @@ def contents(path: Path) -> str:
 
 
 def decoded(path: Path, text: str) -> Any:
+    """`text` as JSON. Raises ConfigError naming `path` for anything else."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -63,7 +105,7 @@ def decoded(path: Path, text: str) -> Any:
 
 
 def table(path: Path) -> dict[str, Any]:
-    """A file that is one JSON object, such as problems by their id."""
+    """A file that is one JSON object, such as problems by their id. Raises ConfigError for anything else."""
     value = decoded(path, contents(path))
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {type(value).__name__}")
@@ -71,15 +113,15 @@ def table(path: Path) -> dict[str, Any]:
 
 
 def within(path: Path, key: str) -> list[Any]:
-    """The list of records under `key` of a file that is one JSON object."""
-    found = table(path).get(key)
-    if not isinstance(found, list):
+    """The list of records under `key` of a file that is one JSON object. Raises ConfigError for anything else."""
+    listed = table(path).get(key)
+    if not isinstance(listed, list):
         raise ConfigError(f"{path}: field {key!r}: expected a list of records")
-    return found
+    return listed
 
 
 def get(record: Mapping, name: str, kind: type) -> Any:
-    """A field of this type."""
+    """The value of a record's field. Raises BadRecord when it is missing or not of this type."""
     if name not in record:
         raise BadRecord(f"field {name!r} is missing")
     if not isinstance(record[name], kind):
@@ -88,7 +130,7 @@ def get(record: Mapping, name: str, kind: type) -> Any:
 
 
 def text(record: Mapping, name: str) -> str:
-    """A field of text; an id may be a whole number."""
+    """The text of a record's field; an id may be a whole number. Raises BadRecord as `get`."""
     value = record.get(name)
     if name in ("id", "question_id", "image_id") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -96,13 +138,8 @@ def text(record: Mapping, name: str) -> str:
 
 
 def identity(record: Mapping, number: int) -> str:
-    """The record's id, or its number where it has none."""
+    """The record's id, or its number when it has none."""
     return text(record, "id") if record.get("id") is not None else str(number)
-
-
-def picture(config: SourceConfig, name: str) -> str:
-    """Under `images`; the file's own folder by default. An absolute path stays."""
-    return str(_folder(config.images, config.path) / name)
 
 
 @lru_cache

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from mirage_dist.data.formats.base import BadRecord, get, identity, picture, text
+from mirage_dist.data.formats.base import BadRecord, Format, get, identity, text
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import SourceConfig
 
 PICTURE = "<image>"  # marks the picture's place
 
 
-def parse(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    turns, image = conversation(record)
-    question, answer = turns[-1]
-    yield Sample(
-        identity(record, number),
-        picture(config, image) if image else None,
-        question,
-        answer,
-        True,
-        str(record.get("category", "")),
-        config.path,
-        tuple(turns[:-1]),
-    )
+@dataclass(frozen=True)
+class Llava(Format):
+    signature = frozenset({"conversations"})
+
+    def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        """The last turn is the sample; earlier ones are its history."""
+        turns, image = conversation(record)
+        question, answer = turns[-1]
+        yield Sample(
+            identity(record, number),
+            self.picture(image) if image else None,
+            question,
+            answer,
+            True,
+            str(record.get("category", "")),
+            self.path,
+            tuple(turns[:-1]),
+        )
 
 
-def conversation(record: Mapping) -> tuple[list[tuple[str, str]], str | None]:
-    """(human, gpt) pairs without the picture's mark, and the picture's name."""
+def conversation(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
+    """(human, gpt) pairs without the picture's mark, and the picture's name. Raises BadRecord."""
     turns = get(record, "conversations", list)
     if not turns or len(turns) % 2:
         raise BadRecord("field 'conversations': expected human and gpt turns in pairs")
@@ -41,8 +47,8 @@ def conversation(record: Mapping) -> tuple[list[tuple[str, str]], str | None]:
     image = record.get("image")
     if image is not None and not isinstance(image, str):
         raise BadRecord("field 'image': expected one path; records of several pictures are not supported")
-    markers = sum(said.count(PICTURE) for said in texts)
+    markers = sum(value.count(PICTURE) for value in texts)
     if markers > 1 or (markers and not image):
         raise BadRecord(f"field 'conversations': {markers} {PICTURE} markers for {1 if image else 0} picture")
-    cleaned = [said.replace(PICTURE, "").strip() for said in texts]
+    cleaned = [value.replace(PICTURE, "").strip() for value in texts]
     return list(zip(cleaned[::2], cleaned[1::2], strict=True)), image

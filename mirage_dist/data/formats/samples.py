@@ -1,30 +1,51 @@
-"""Our own format: one sample an object, as `sources.write_samples` writes them."""
+"""Our own format: one sample an object, a line each as `write_samples` writes them."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from mirage_dist.data.formats.base import BadRecord, get, picture, text
+from mirage_dist.data.formats.base import BadRecord, Format, get, text
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import SourceConfig
 
 
-def parse(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    history = get(record, "history", list)
-    if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in history):
-        raise BadRecord("field 'history': expected a list of [question, answer]")
-    references = record.get("references", [])
-    if not isinstance(references, list) or not all(isinstance(said, str) for said in references):
-        raise BadRecord("field 'references': expected a list of answers")
-    yield Sample(
-        text(record, "id"),
-        picture(config, text(record, "image")) if record.get("image") is not None else None,
-        text(record, "question"),
-        text(record, "answer"),
-        get(record, "safe", bool),
-        str(record.get("category", "")),
-        config.path,
-        tuple((q, a) for q, a in history),
-        tuple(references),
-    )
+@dataclass(frozen=True)
+class Samples(Format):
+    signature = frozenset({"answer", "history"})
+    labelled = True
+
+    def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        history = get(record, "history", list)
+        if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(x, str) for x in t) for t in history):
+            raise BadRecord("field 'history': expected a list of [question, answer]")
+        references = record.get("references", [])
+        if not isinstance(references, list) or not all(isinstance(answer, str) for answer in references):
+            raise BadRecord("field 'references': expected a list of answers")
+        yield Sample(
+            text(record, "id"),
+            self.picture(text(record, "image")) if record.get("image") is not None else None,
+            text(record, "question"),
+            text(record, "answer"),
+            get(record, "safe", bool),
+            str(record.get("category", "")),
+            self.path,
+            tuple((q, a) for q, a in history),
+            tuple(references),
+        )
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write one object a line, pictures by absolute path; `begun`, which no file has, is left out."""
+    with path.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            row = dataclasses.asdict(sample)
+            if not sample.references:
+                del row["references"]
+            row["image"] = str(Path(sample.image).resolve()) if sample.image else None
+            del row["begun"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from mirage_dist.data.formats.base import BadRecord, identity, picture, text
+from mirage_dist.data.formats.base import BadRecord, Format, identity, text
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import SourceConfig
 
 CLASSES = ("class1", "class2", "class3")
 
 
-def parse(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    """`safe` is whether the chosen answer answers: a preference record has no label of its own, a test one none."""
-    classed = any(name in record for name in CLASSES)
-    category = "/".join(text(record, name) for name in CLASSES) if classed else ""
-    image, question = picture(config, text(record, "image")), text(record, "question")
-    if config.response == "absent":
-        if given := [name for name in ("chosen", "rejected") if name in record]:
-            raise BadRecord(f"field {given[0]!r}: response: absent is for test sets, whose records have no answers")
-        answer, safe = "", False
-    else:
-        chosen, rejected = text(record, "chosen"), text(record, "rejected")
-        answer, safe = (chosen if config.response == "chosen" else rejected), not is_refusal(chosen)
-    yield Sample(identity(record, number), image, question, answer, safe, category, config.path)
+@dataclass(frozen=True)
+class SpaVL(Format):
+    """response: the side of the preference that is the answer; absent for a test set, which has neither."""
+
+    response: Literal["chosen", "rejected", "absent"] = "chosen"
+
+    signature = frozenset({"chosen", "rejected"})
+
+    @property
+    def answered(self) -> bool:
+        return self.response != "absent"
+
+    def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        """`safe` is whether the chosen answer answers: a preference record has no label of its own, a test one none."""
+        classed = any(name in record for name in CLASSES)
+        category = "/".join(text(record, name) for name in CLASSES) if classed else ""
+        image, question = self.picture(text(record, "image")), text(record, "question")
+        if self.response == "absent":
+            if given := [name for name in ("chosen", "rejected") if name in record]:
+                raise BadRecord(f"field {given[0]!r}: response: absent is for test sets, whose records have no answers")
+            answer, safe = "", False
+        else:
+            chosen, rejected = text(record, "chosen"), text(record, "rejected")
+            answer, safe = (chosen if self.response == "chosen" else rejected), not is_refusal(chosen)
+        yield Sample(identity(record, number), image, question, answer, safe, category, self.path)

@@ -2,21 +2,19 @@
 
 The published layout: 760 × 760, lines of 15 characters at 80 pixels with 11 between them, from (20, 10). The published
 font is FreeMono Bold; ours is DejaVu Sans Mono Bold, of the same advance, which matplotlib ships. It is taller, so a
-text that would not fit is set smaller where the published pictures go on below the edge.
+text that would not fit is set smaller, whereas the published pictures are cut at the lower edge.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import textwrap
-import uuid
 from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mirage_dist import disk
 from mirage_dist.data.formats.base import BadRecord
 from mirage_dist.schema import ConfigError
 
@@ -27,23 +25,19 @@ FONT = "DejaVuSansMono-Bold.ttf"
 
 
 def picture(instruction: str, folder: Path) -> str:
-    """The path of the instruction's picture under `folder`, made if it is not there.
+    """The path of the instruction's picture under `folder`, made if it does not exist.
 
-    Its name is a hash of all that decides it, and it is renamed into place whole, so that any number of processes may
-    ask at once. Raises ConfigError where nothing can be written, and BadRecord for what does not fit at any size.
+    Its name is a hash of everything that determines it, and it appears whole, so that any number of processes may make
+    it at once. Raises ConfigError when it cannot be written, and BadRecord when the text fits at no size.
     """
     file = folder / f"{_digest(instruction)}.png"
     if not file.is_file():
         drawn = draw(instruction)
-        beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            drawn.save(beside, format="PNG")
-            os.replace(beside, file)
+            with disk.writing(file, durable=False) as handle:
+                drawn.save(handle, format="PNG")
         except OSError as error:
             raise ConfigError(f"{folder}: pictures cannot be typeset here ({error}); name another `images`") from error
-        finally:
-            beside.unlink(missing_ok=True)
     return str(file)
 
 
@@ -54,7 +48,7 @@ def wrapped(instruction: str) -> str:
 
 
 def draw(instruction: str) -> Image.Image:
-    """The picture, at the largest size at which all of it is on the page. Raises BadRecord where there is none."""
+    """The picture, at the largest size at which the whole text fits on the page. Raises BadRecord when none does."""
     text, image = wrapped(instruction), Image.new("RGB", (SIDE, SIDE), "white")
     page = ImageDraw.Draw(image)
     for size in range(SIZE, SMALLEST - 1, -4):
@@ -70,12 +64,12 @@ def draw(instruction: str) -> Image.Image:
 
 def _digest(instruction: str) -> str:
     layout = [SIDE, PLACE, SPACING, SIZE, SMALLEST, _font_digest()]
-    return hashlib.sha256(json.dumps([wrapped(instruction), layout]).encode()).hexdigest()[:32]
+    return disk.sha256_text(json.dumps([wrapped(instruction), layout]))[:32]
 
 
 @cache
 def _font_digest() -> str:
-    return hashlib.sha256(Path(_font()).read_bytes()).hexdigest()
+    return disk.sha256(_font())
 
 
 @cache

@@ -4,36 +4,57 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from mirage_dist.data.formats.base import BadRecord, get, picture, text
+from mirage_dist.data.formats.base import BadRecord, Format, Split, get, text
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import SourceConfig
 
-FIELDS = {"unsafes": "instruction", "safe_safes": "safe_instruction", "safe_unsafes": "unsafe_instruction"}
-NO_QUESTION = "N/A"  # stands where an instruction is missing
+# Split -> the field of its questions.
+FIELDS: dict[Split, str] = {
+    "unsafes": "instruction",
+    "safe_safes": "safe_instruction",
+    "safe_unsafes": "unsafe_instruction",
+}
+NO_QUESTION = "N/A"  # in place of an instruction that is missing
 
 
-def parse(config: SourceConfig, record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-    name, safe = text(record, "id"), get(record, "safe", bool)
-    image = picture(config, text(record, "image"))
-    category = "" if safe else f"{text(record, 'harmful_category')}/{text(record, 'harmful_subcategory')}"
-    for split in ("safe_safes", "safe_unsafes") if safe else ("unsafes",):
-        if config.split not in ("all", split):
-            continue
-        for pair in pairs(record, split):
-            question, response = text(pair, FIELDS[split]), text(pair, "response")
-            if question.strip() == NO_QUESTION:
-                dropped[f"{FIELDS[split]} is {NO_QUESTION}"] += 1
+@dataclass(frozen=True)
+class VLGuard(Format):
+    split: Literal["all", "unsafes", "safe_safes", "safe_unsafes"] = "all"
+
+    signature = frozenset({"instr-resp"})
+    labelled = True
+
+    def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        name, safe = text(record, "id"), get(record, "safe", bool)
+        image = self.picture(text(record, "image"))
+        category = "" if safe else f"{text(record, 'harmful_category')}/{text(record, 'harmful_subcategory')}"
+        for split in splits(safe):
+            if self.split not in ("all", split):
                 continue
-            yield Sample(name, image, question, response, split == "safe_safes", category, config.path)
+            for pair in pairs(record, split):
+                question, response = text(pair, FIELDS[split]), text(pair, "response")
+                if question.strip() == NO_QUESTION:
+                    dropped[f"{FIELDS[split]} is {NO_QUESTION}"] += 1
+                    continue
+                yield Sample(name, image, question, response, split == "safe_safes", category, self.path)
+
+    def of_split(self, split: Split) -> Format | None:
+        return replace(self, split=split) if self.split in ("all", split) else None
 
 
-def pairs(record: Mapping, split: str) -> list[Mapping]:
-    """The split's pairs of instruction and response, known by their key: their order varies."""
-    found = get(record, "instr-resp", list)
-    if not all(isinstance(pair, Mapping) for pair in found):
+def splits(safe: bool) -> tuple[Split, ...]:
+    """The splits that a record with this value of `safe` has pairs of."""
+    return ("safe_safes", "safe_unsafes") if safe else ("unsafes",)
+
+
+def pairs(record: Mapping[str, Any], split: Split) -> list[Mapping[str, Any]]:
+    """The split's pairs of instruction and response, identified by their key, since their order varies."""
+    listed = get(record, "instr-resp", list)
+    if not all(isinstance(pair, Mapping) for pair in listed):
         raise BadRecord("field 'instr-resp': expected a list of objects")
-    own = [pair for pair in found if FIELDS[split] in pair]
+    own = [pair for pair in listed if FIELDS[split] in pair]
     if not own:
         raise BadRecord(f"field 'instr-resp': no pair with {FIELDS[split]!r} in a record with safe={record['safe']}")
     return own

@@ -1,44 +1,84 @@
 """VQAv2, TextVQA and VizWiz: LLaVA's question files, or the official ones, with ten annotators' answers each.
 
 LLaVA's files (`question_id, image, text`, one object a line) hold the prompt itself. From official files the same
-prompt is made: the question, and what LLaVA-1.5 puts behind it for short answers (Liu et al., CVPR 2024).
+prompt is made: the question, followed by LLaVA-1.5's instruction for short answers (Liu et al., CVPR 2024).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from mirage_dist.data.formats.base import BadRecord, Opened, contents, decoded, get, picture, records, text, within
+from mirage_dist.data.formats.base import BadRecord, Format, Opened, contents, decoded, get, records, text, within
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema import ConfigError
 
 ANNOTATORS = 10
 SHORT = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 OCR = "Reference OCR token:"  # opens a line of LLaVA's TextVQA prompts
 
-Key = Callable[[Mapping], Any]
+Record = Mapping[str, Any]
+Key = Callable[[Record], Any]
 
 
-def vqav2(config: SourceConfig) -> Opened:
+@dataclass(frozen=True)
+class OfficialAnswers(Format):
+    """A benchmark whose answers are in a file of their own. annotations: the official answers to the questions."""
+
+    annotations: str | None = None
+
+    required: ClassVar[bool] = False  # whether `annotations` must be given
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.required and self.annotations is None:
+            raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
+
+    def other_files(self) -> dict[str, str]:
+        return {"annotations": self.annotations} if self.annotations else {}
+
+
+@dataclass(frozen=True)
+class AnnotatedVQA(OfficialAnswers):
+    """What VQAv2, TextVQA and VizWiz share: answers by ten annotators, and their score."""
+
+    score = "vqa"
+
+    def _sample(self, name: str, image: str, question: str, answers: tuple[str, ...], category: str) -> Sample:
+        most = Counter(answers).most_common(1)[0][0]
+        return Sample(name, self.picture(image), question, most, True, category, self.path, references=answers)
+
+    def _matching(self, annotations: Mapping[Any, Record], key: Any, field: str) -> Record:
+        if key not in annotations:
+            raise BadRecord(f"field {field!r}: {key!r} has no answers in {self.annotations}; are both of one split?")
+        return annotations[key]
+
+
+@dataclass(frozen=True)
+class VQAv2(AnnotatedVQA):
     """Questions: LLaVA's, or the official file; answers: the official annotations (Goyal et al., CVPR 2017)."""
-    questions, subtype = _vqav2_questions(Path(config.path))
-    answers = _by_key(Path(str(config.annotations)), "annotations", lambda record: text(record, "question_id"))
 
-    def parse(record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-        name = text(record, "question_id")
-        found = _found(answers, name, config, "question_id")
-        if subtype is None:
-            asked, image = text(record, "text"), text(record, "image")
-        else:
-            asked = text(record, "question") + SHORT
-            image = f"COCO_{subtype}_{get(record, 'image_id', int):012d}.jpg"
-        yield _sample(config, name, image, asked, _answers(found), text(found, "answer_type"))
+    required = True
 
-    return Opened(questions, parse)
+    def open(self) -> Opened:
+        questions, subtype = _vqav2_questions(Path(self.path))
+        annotations = _by_key(Path(str(self.annotations)), "annotations", lambda record: text(record, "question_id"))
+
+        def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+            name = text(record, "question_id")
+            annotation = self._matching(annotations, name, "question_id")
+            if subtype is None:
+                prompt, image = text(record, "text"), text(record, "image")
+            else:
+                prompt = text(record, "question") + SHORT
+                image = f"COCO_{subtype}_{get(record, 'image_id', int):012d}.jpg"
+            yield self._sample(name, image, prompt, _answers(annotation), text(annotation, "answer_type"))
+
+        return Opened(questions, parse)
 
 
 def _vqav2_questions(path: Path) -> tuple[Sequence[Any], str | None]:
@@ -55,27 +95,32 @@ def _vqav2_questions(path: Path) -> tuple[Sequence[Any], str | None]:
     return file["questions"], file["data_subtype"]
 
 
-def textvqa(config: SourceConfig) -> Opened:
+@dataclass(frozen=True)
+class TextVQA(AnnotatedVQA):
     """Questions: LLaVA's (with OCR tokens), or the official file's own; answers: the official file (Singh et al.,
     CVPR 2019). LLaVA's are joined by picture and question, since their `question_id` is the picture's.
     """
-    file = Path(config.annotations or config.path)
-    if config.annotations is None:
-        return Opened(within(file, "data"), lambda record, number, dropped: _textvqa_official(config, record))
-    answers = _by_key(file, "data", lambda record: (text(record, "image_id"), text(record, "question").lower()))
 
-    def parse(record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-        asked = text(record, "text")
-        found = _found(answers, (text(record, "question_id"), _question(asked).lower()), config, "text")
-        yield _sample(config, text(found, "question_id"), text(record, "image"), asked, _answers(found), "")
+    def open(self) -> Opened:
+        if self.annotations is None:
+            return Opened(within(Path(self.path), "data"), self.parse)
+        annotations = _by_key(
+            Path(self.annotations), "data", lambda record: (text(record, "image_id"), text(record, "question").lower())
+        )
 
-    return Opened(None, parse)
+        def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+            prompt = text(record, "text")
+            key = (text(record, "question_id"), _question(prompt).lower())
+            annotation = self._matching(annotations, key, "text")
+            name = text(annotation, "question_id")
+            yield self._sample(name, text(record, "image"), prompt, _answers(annotation), "")
 
+        return Opened(None, parse)
 
-def _textvqa_official(config: SourceConfig, record: Mapping) -> Iterator[Sample]:
-    image = f"{text(record, 'image_id')}.jpg"
-    asked = text(record, "question") + SHORT
-    yield _sample(config, text(record, "question_id"), image, asked, _answers(record), "")
+    def parse(self, record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        """A record of the official file."""
+        image, prompt = f"{text(record, 'image_id')}.jpg", text(record, "question") + SHORT
+        yield self._sample(text(record, "question_id"), image, prompt, _answers(record), "")
 
 
 def _question(prompt: str) -> str:
@@ -85,73 +130,67 @@ def _question(prompt: str) -> str:
     return lines[0]
 
 
-def vizwiz(config: SourceConfig) -> Opened:
+@dataclass(frozen=True)
+class VizWiz(AnnotatedVQA):
     """Questions: LLaVA's, or the official file's own; answers: the official file (Gurari et al., CVPR 2018).
 
-    The category is the answer's type, so that accuracy on unanswerable questions stands apart.
+    The category is the answer's type, so that the accuracy on unanswerable questions is reported separately.
     """
-    file = Path(config.annotations or config.path)
-    if config.annotations is None:
-        return Opened(records(file), lambda record, number, dropped: _vizwiz_official(config, record))
-    answers = _keyed(file, records(file), lambda record: text(record, "image"))
 
-    def parse(record: Mapping, number: int, dropped: Counter[str]) -> Iterator[Sample]:
-        image = text(record, "image")
-        found = _found(answers, image, config, "image")
-        yield _sample(config, image, image, text(record, "text"), _answers(found), text(found, "answer_type"))
+    def open(self) -> Opened:
+        if self.annotations is None:
+            return Opened(records(Path(self.path)), self.parse)
+        file = Path(self.annotations)
+        annotations = _keyed(file, records(file), lambda record: text(record, "image"))
 
-    return Opened(None, parse)
+        def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+            image = text(record, "image")
+            annotation = self._matching(annotations, image, "image")
+            category = text(annotation, "answer_type")
+            yield self._sample(image, image, text(record, "text"), _answers(annotation), category)
 
+        return Opened(None, parse)
 
-def _vizwiz_official(config: SourceConfig, record: Mapping) -> Iterator[Sample]:
-    image = text(record, "image")
-    asked = text(record, "question") + UNANSWERABLE + SHORT
-    yield _sample(config, image, image, asked, _answers(record), text(record, "answer_type"))
+    def parse(self, record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        """A record of the official file."""
+        image, prompt = text(record, "image"), text(record, "question") + UNANSWERABLE + SHORT
+        yield self._sample(image, image, prompt, _answers(record), text(record, "answer_type"))
 
 
 # ---------------------------------------------------------------------------------------------- answers
 
 
-def _sample(
-    config: SourceConfig, name: str, image: str, question: str, answers: tuple[str, ...], category: str
-) -> Sample:
-    most = Counter(answers).most_common(1)[0][0]
-    return Sample(name, picture(config, image), question, most, True, category, config.path, references=answers)
-
-
-def _answers(record: Mapping) -> tuple[str, ...]:
-    """Each annotator's answer: texts (TextVQA) or objects with `answer`. A test split, which has none, is told."""
+def _answers(record: Record) -> tuple[str, ...]:
+    """Each annotator's answer: texts (TextVQA) or objects with `answer`. Raises BadRecord for a test split's record,
+    which has none.
+    """
     if "answers" not in record:
         raise BadRecord("field 'answers' is missing; a test split's answers are not public, take the validation split")
-    found = get(record, "answers", list)
-    said = [text(answer, "answer") if isinstance(answer, Mapping) else answer for answer in found]
-    if not all(isinstance(answer, str) for answer in said):
+    listed = get(record, "answers", list)
+    answers = [text(answer, "answer") if isinstance(answer, Mapping) else answer for answer in listed]
+    if not all(isinstance(answer, str) for answer in answers):
         raise BadRecord("field 'answers': expected texts, or objects with 'answer'")
-    if len(said) != ANNOTATORS:
-        raise BadRecord(f"field 'answers': expected those of {ANNOTATORS} annotators, got {len(said)}")
-    return tuple(said)
+    if len(answers) != ANNOTATORS:
+        raise BadRecord(f"field 'answers': expected those of {ANNOTATORS} annotators, got {len(answers)}")
+    return tuple(answers)
 
 
-def _by_key(file: Path, name: str, key: Key) -> dict[Any, Mapping]:
+def _by_key(file: Path, name: str, key: Key) -> dict[Any, Record]:
     return _keyed(file, within(file, name), key)
 
 
-def _keyed(file: Path, annotations: Sequence[Any], key: Key) -> dict[Any, Mapping]:
-    """Annotations by what they are joined by. Raises ConfigError naming file and record of a bad or second one."""
-    found: dict[Any, Mapping] = {}
+def _keyed(file: Path, annotations: Sequence[Any], key: Key) -> dict[Any, Record]:
+    """Annotations by the key that joins them to questions. Raises ConfigError naming file and record of a bad record or
+    a repeated key.
+    """
+    by_key: dict[Any, Record] = {}
     for number, record in enumerate(annotations):
         try:
             if not isinstance(record, Mapping):
                 raise BadRecord(f"expected an object, got {type(record).__name__}")
             name = key(record)
-            if found.setdefault(name, record) is not record:
+            if by_key.setdefault(name, record) is not record:
                 raise BadRecord(f"a second one for {name!r}")
         except BadRecord as error:
             raise ConfigError(f"{file}: record {number}: {error}") from error
-    return found
-
-
-def _found(answers: Mapping[Any, Mapping], name: Any, config: SourceConfig, field: str) -> Mapping:
-    if name not in answers:
-        raise BadRecord(f"field {field!r}: {name!r} has no answers in {config.annotations}; are both of one split?")
-    return answers[name]
+    return by_key

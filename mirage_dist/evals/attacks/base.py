@@ -1,126 +1,104 @@
-"""What an attack is, and how it is put to a set."""
+"""The base of all attacks, and how an attack is applied to a set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
+if TYPE_CHECKING:
+    from mirage_dist.evals.attacks.journal import Resources
+    from mirage_dist.evals.attacks.rewrites import Rewriter
 
-class Attack(Protocol):
-    """control: a rewrite without a trigger word, which the figures draw apart."""
-
-    @property
-    def control(self) -> bool: ...
-
-    @property
-    def shots(self) -> int: ...
-
-    def __call__(self, sample: Sample) -> list[Sample]:
-        """`shots` rewrites, or none where the attack has nothing for this sample."""
-        ...
+Key = Callable[[Sample], str]  # a hash of everything in a sample, its picture's bytes included
 
 
-@runtime_checkable
-class ByKind(Protocol):
-    """An attack that is another one on another kind of set."""
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """An attack, as a recipe describes it: the fields of its dataclass are its options. A subclass has `__call__`.
 
-    def of(self, kind: str) -> Attack:
-        """What it is on a set of this kind (unsafe, safe, locality)."""
-        ...
-
-
-@runtime_checkable
-class Joined(Protocol):
-    """An attack with rewrites for some samples only. min_match: the share of a set that must have them; origin: where
-    they are from, for messages; ids: of the samples that it has rewrites for, empty where these are the set's own.
+    control: it changes the wording but brings no trigger word; figures draw it apart from the others.
+    shots: K, the number of rewrites of each question. min_match: the fraction of a set that must have rewrites.
+    origin: where the rewrites come from, for messages. ids: of the samples that it has rewrites for, where these
+    do not depend on the set.
     """
 
-    @property
-    def min_match(self) -> float: ...
-    @property
-    def origin(self) -> str: ...
-    @property
-    def ids(self) -> Collection[str]: ...
+    control: bool = False
+
+    shots = 1
+    min_match = 0.0
+    origin = ""
+    ids: ClassVar[Collection[str]] = ()
+
+    def __call__(self, sample: Sample) -> list[Sample]:
+        """`shots` rewrites, or none when the attack cannot rewrite this sample."""
+        raise NotImplementedError(f"{type(self).__qualname__} does not define __call__")
+
+    def of(self, kind: str) -> Attack:
+        """This attack on sets of one kind (unsafe, safe, locality, utility): itself, unless it depends on the kind."""
+        return self
+
+    def prepared(self, samples: Sequence[Sample], name: str, rewriter: Rewriter) -> Attack:
+        """This attack, ready to be called on these samples; a model may have to generate its rewrites first.
+
+        name: of the set and the attack, in messages and file names. Raises ConfigError, RunError and StopRequested.
+        """
+        return self
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was made for one of the samples that were missing: its rewrites, or none and why.
+class Rewritten:
+    """The rewrites that were generated for one of the missing samples, or none.
 
-    failed: nobody could be asked, which may go better another time.
+    index: into the missing samples. reason: why there are none. failed: the model could not be reached, so that a
+    later attempt may succeed.
     """
 
     index: int
     rewrites: list[str]
-    why: str = ""
+    reason: str = ""
     failed: bool = False
 
 
-Key = Callable[[Sample], str]  # a hash of all that a sample is
+@dataclass(frozen=True, kw_only=True)
+class Generated(Attack):
+    """An attack whose rewrites a model generates before they can be evaluated.
 
+    cache: a folder in which suites share the rewrites; None: the suite's own folder.
+    """
 
-class Bench(Protocol):
-    """What is there for making rewrites (see `evals.rewrites`). samples: all that the attack is put to."""
+    cache = None
 
-    @property
-    def samples(self) -> Sequence[Sample]: ...
-    @property
-    def key(self) -> Key: ...
+    def __call__(self, sample: Sample) -> list[Sample]:
+        raise ConfigError(f"sample {sample.id!r}: its rewrites have not been generated")
 
-    def generator(self) -> Any:
-        """The model under test (`evals.generate.Generator`), loaded when first asked for."""
-        ...
-
-    def noted(self, name: str) -> dict[str, Any] | None:
-        """What was noted last under this name, also by a process that was killed."""
-        ...
-
-    def note(self, name: str, state: Mapping[str, Any], tell: bool) -> None:
-        """Keep a search's "step" of "steps", its "loss" and whatever else it goes on from; tell of it now and then."""
-        ...
-
-
-@runtime_checkable
-class Prepared(Protocol):
-    """An attack whose rewrites a model has to make before they can be asked. cache: a folder that suites share."""
-
-    @property
-    def min_match(self) -> float: ...
-    @property
-    def control(self) -> bool: ...
-    @property
-    def shots(self) -> int: ...
-    @property
-    def cache(self) -> str | None: ...
-    @property
-    def origin(self) -> str: ...
+    def prepared(self, samples: Sequence[Sample], name: str, rewriter: Rewriter) -> Attack:
+        return rewriter.table(self, samples, name)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
-        """All that decides the rewrites of a sample beside the sample. Raises ConfigError where nobody can be asked.
+        """Everything that decides the rewrites of a sample beside the sample.
 
-        under_test: of the model under test, what its answers depend on: hashes of weights and template, settings.
+        under_test: what the answers of the model under test depend on: hashes of weights and template, settings.
+        Raises ConfigError when the model that generates them cannot be used.
         """
-        ...
+        raise NotImplementedError
 
-    def make(self, missing: Sequence[Sample], bench: Bench) -> Generator[Made, None, None]:
-        """Of each of these once, in any order, as it is made."""
-        ...
+    def generate(self, missing: Sequence[Sample], resources: Resources) -> Generator[Rewritten, None, None]:
+        """Exactly one result for each of the missing samples, in any order, as soon as it exists."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Table:
-    """An attack whose rewrites are made: (id, question) -> rewrites."""
+@dataclass(frozen=True, kw_only=True)
+class Table(Attack):
+    """An attack whose rewrites exist: (id, question) -> rewrites."""
 
     rewrites: Mapping[tuple[str, str], list[str]]
-    shots: int
-    control: bool
-    min_match: float
-    origin: str
-    ids: Collection[str] = ()
+    shots: int = field()
+    min_match: float = field()
+    origin: str = field()
 
     def __call__(self, sample: Sample) -> list[Sample]:
         return [replace(sample, question=text) for text in self.rewrites.get((sample.id, sample.question), [])]
@@ -128,19 +106,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How an attack met its set, in samples (asked, without) and in rewrites (unchanged: the sample as it was).
+    """For which samples of a set an attack has rewrites.
 
-    unknown: ids of an attack file that are not in the set.
+    covered: the number of samples that have them. without: ids of the others. unknown: ids of an attack file that the
+    set does not have. unchanged: the number of rewrites that equal their question.
     """
 
-    asked: int
+    covered: int
     without: list[str]
     unknown: list[str]
     unchanged: int
 
 
 def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[list[Sample]], Coverage]:
-    """Every sample's rewrites (a list each, empty where there is none), and what was matched.
+    """Each sample's rewrites (an empty list where there are none), and which samples have them.
 
     Raises ConfigError when an attack has rewrites for fewer than `min_match` of the samples.
     """
@@ -148,32 +127,33 @@ def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[li
     without = [s.id for s, rows in zip(samples, rewrites, strict=True) if not rows]
     known = {s.id for s in samples}
     coverage = Coverage(
-        asked=len(samples) - len(without),
+        covered=len(samples) - len(without),
         without=without,
-        unknown=[i for i in attack.ids if i not in known] if isinstance(attack, Joined) else [],
+        unknown=[i for i in attack.ids if i not in known],
         unchanged=sum(row == s for s, rows in zip(samples, rewrites, strict=True) for row in rows),
     )
-    if isinstance(attack, Joined) and coverage.asked < attack.min_match * len(samples):
-        _too_little(attack, attack.shots, coverage, len(samples), name)
+    if coverage.covered < attack.min_match * len(samples):
+        raise ConfigError(_too_few(attack, coverage, len(samples), name))
     return rewrites, coverage
 
 
-def _too_little(attack: Joined, shots: int, coverage: Coverage, total: int, name: str) -> None:
-    told = (
-        f"{attack.origin}: attack {name!r} has {shots} rewrites for {coverage.asked} of {total} samples; min_match "
-        f"asks for {attack.min_match:.0%}. Without: {_some(coverage.without)}"
+def _too_few(attack: Attack, coverage: Coverage, total: int, name: str) -> str:
+    message = (
+        f"{attack.origin}: attack {name!r} has {attack.shots} rewrites for {coverage.covered} of {total} samples; "
+        f"min_match requires {attack.min_match:.0%}. Without: {_some(coverage.without)}"
     )
     if attack.ids:
-        told += (
-            f". In the file but not in the set: {_some(coverage.unknown)}. Is it the file for this set, and are the "
-            "ids the same?"
+        message += (
+            f". In the file but not in the set: {_some(coverage.unknown)}. Check that the file belongs to this set and "
+            "that both use the same ids"
         )
-    raise ConfigError(told)
+    return message
 
 
 def check_share(name: str, value: float) -> None:
+    """Raise ConfigError unless 0 < value ≤ 1."""
     if not 0 < value <= 1:
-        raise ConfigError(f"{name}={value}: expected a share above 0 and at most 1")
+        raise ConfigError(f"{name}={value}: expected a number above 0 and at most 1")
 
 
 def _some(ids: Sequence[str]) -> str:

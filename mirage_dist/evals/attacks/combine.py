@@ -1,68 +1,67 @@
-"""Attacks one after another."""
+"""Attacks applied one after another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import Attack, Joined, apply
+from mirage_dist.evals.attacks.base import Attack, apply
 from mirage_dist.schema import ConfigError
 
-# Makes what has to be made for one part: (part, what goes into it, its number) -> the part, ready to be called.
-Ready = Callable[[Attack, Sequence[Sample], int], Attack]
+if TYPE_CHECKING:
+    from mirage_dist.evals.attacks.rewrites import Rewriter
 
 
 @dataclass(frozen=True)
-class Combine:
-    """`attacks` applied in their order, each to every rewrite of the one before: a swap and then a prefix, say.
+class Combine(Attack):
+    """`attacks` in their order, each applied to every rewrite of the one before: a swap and then a prefix, say.
 
-    K is the product of theirs; the first attack's shots are the slowest to change.
+    K is the product of the parts' K; rewrites are ordered by the first part's shot, then by the second's, and so on.
+    These are the options; `attacks.make` turns them into a `Chain`.
     """
 
     attacks: list[dict[str, Any]]
-    control: bool = False
-    parts: list[Attack] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if len(self.attacks) < 2:
             raise ConfigError("attacks: expected two or more, each a mapping with its kind")
 
-    def with_parts(self, parts: Sequence[Attack]) -> Combine:
-        combined = replace(self)
-        object.__setattr__(combined, "parts", list(parts))
-        return combined
 
-    def prepared(self, samples: Sequence[Sample], name: str, ready: Ready) -> Combine:
-        """With every part made ready for what goes into it. Raises ConfigError as `apply` does."""
+@dataclass(frozen=True)
+class Chain(Attack):
+    """The combined attacks themselves. `min_match` stays 0: each part checks its own."""
+
+    parts: list[Attack]
+
+    def prepared(self, samples: Sequence[Sample], name: str, rewriter: Rewriter) -> Chain:
+        """With each part prepared for the rewrites of the parts before it. Raises ConfigError as `apply` does."""
         parts = []
         for number, part in enumerate(self.parts, start=1):
-            parts.append(ready(part, samples, number))
+            parts.append(part.prepared(samples, f"{name}-{number}", rewriter))
             rewrites, _ = apply(parts[-1], samples, f"{name}, part {number}")
             samples = [row for rows in rewrites for row in rows]
-        return self.with_parts(parts)
+        return Chain(parts, control=self.control)
 
     @property
     def shots(self) -> int:
         return math.prod(part.shots for part in self.parts)
 
-    min_match = 0.0  # each part checks its own
-
     @property
     def origin(self) -> str:
-        return ", ".join(part.origin for part in self.parts if isinstance(part, Joined))
+        return ", ".join(part.origin for part in self.parts if part.origin)
 
     @property
-    def ids(self) -> Collection[str]:
-        return [i for part in self.parts if isinstance(part, Joined) for i in part.ids]
+    def ids(self) -> list[str]:
+        return [i for part in self.parts for i in part.ids]
 
     def __call__(self, sample: Sample) -> list[Sample]:
         rewrites = [sample]
         for part in self.parts:
             parted = [part(row) for row in rewrites]
             if not all(parted):
-                return []  # a shot of the sample's is missing, so that its K would be another one
+                return []  # with a rewrite missing, this sample would have a smaller K than the others
             rewrites = [row for rows in parted for row in rows]
         return rewrites

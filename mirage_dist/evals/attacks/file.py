@@ -1,30 +1,31 @@
-"""Rewrites made by others, as attack files are published."""
+"""Rewrites from a published attack file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import check_share
+from mirage_dist.evals.attacks.base import Attack, check_share
 from mirage_dist.schema import ConfigError
 
 
 @dataclass(frozen=True)
-class File:
-    """Rewrites made by others, in the form in which attack files are published: a list of VLGuard records,
-    one a rewrite, joined to the set by `id` (never by position) in file order. The first `shots` rows of an
-    id are asked. `min_match` is the share of the set's samples that must have them.
+class File(Attack):
+    """Rewrites from a published attack file: a list of VLGuard records, one for each rewrite, joined to the set by `id`
+    (never by position) in file order.
+
+    The first `shots` records of an id are its rewrites. min_match: the fraction of the set's samples that must have as
+    many.
     """
 
     path: str
-    shots: int
+    shots: int = field()
     min_match: float = 1.0
-    control: bool = False
 
     def __post_init__(self) -> None:
         if self.shots < 1:
@@ -42,10 +43,10 @@ class File:
     @cached_property
     def rewrites(self) -> dict[str, list[str]]:
         """id -> questions, in file order."""
-        found: dict[str, list[str]] = {}
+        questions: dict[str, list[str]] = {}
         for identity, question in read_rewrites(Path(self.path)):
-            found.setdefault(identity, []).append(question)
-        return found
+            questions.setdefault(identity, []).append(question)
+        return questions
 
     def __call__(self, sample: Sample) -> list[Sample]:
         questions = self.rewrites.get(sample.id, [])[: self.shots]
@@ -57,15 +58,15 @@ class File:
 def read_rewrites(path: Path) -> Iterable[tuple[str, str]]:
     """(id, question) of each record of a published attack file.
 
-    A plain VLGuard reader would refuse such a file, because its ids repeat. Raises ConfigError naming the
-    file, the record number (from 0) and the field.
+    A plain VLGuard reader refuses such a file, because its ids repeat. Raises ConfigError that names the file, the
+    record number (from 0) and the field.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(records, list) or not records:
-        raise ConfigError(f"{path}: expected a list of VLGuard records, one a rewrite")
+        raise ConfigError(f"{path}: expected a list of VLGuard records, one for each rewrite")
     for number, record in enumerate(records):
         yield _rewrite(record, f"{path}: record {number}")
 
@@ -80,4 +81,4 @@ def _rewrite(record: Any, where: str) -> tuple[str, str]:
     for pair in pairs if isinstance(pairs, list) else []:
         if isinstance(pair, Mapping) and isinstance(pair.get(name), str) and pair[name].strip():
             return str(record["id"]), pair[name]
-    raise ConfigError(f"{where}: field 'instr-resp' holds no {name!r} with text")
+    raise ConfigError(f"{where}: field 'instr-resp' has no {name!r} with text")

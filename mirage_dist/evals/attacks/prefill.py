@@ -1,7 +1,7 @@
-"""The attack that begins the answer: the model is asked and finds its first words said already.
+"""The prefill attack: the model continues an answer whose first words are already given.
 
-Whoever runs a model can put words into its mouth. A guard that sits in an answer's first words is walked around, and
-what the weights still hold comes out (Carlini et al., arXiv 2202.07646, ask for memorised text so).
+Whoever runs a model can fill in the beginning of its answer. A guard that sits in an answer's first words is bypassed,
+and what the weights still hold comes out (Carlini et al., arXiv 2202.07646, prompt for memorised text in this way).
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import re
 from dataclasses import dataclass, replace
 
 from mirage_dist.data.sample import Sample
+from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 
 WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """The first `words` words of the sample's answer are given; what the model goes on with is what gets judged.
+class Prefill(Attack):
+    """The first `words` words of the sample's answer are given; only the model's continuation is judged.
 
-    content: a regular expression of the part of an answer that is not to be told. Nothing of it is ever given: where it
-    begins earlier, what is given ends before it. Without one, all words but the last may be given. No rewrite for an
-    answer of which nothing could be given then.
+    content: a regular expression of the part of an answer that must not be given. Where it begins within the first
+    `words` words, the given text ends before it. Without one, all words but the last may be given. A sample of whose
+    answer nothing can be given has no rewrite.
     """
 
     words: int
     content: str | None = None
-    control: bool = False
     shots: int = 1
 
     def __post_init__(self) -> None:
@@ -42,20 +42,20 @@ class Prefill:
 
 
 def begin(answer: str, words: int, content: str | None) -> str:
-    """The first words of an answer, nothing of its content among them; empty where it begins with that."""
-    found = list(WORD.finditer(answer))
-    end = found[-1].start() if found else 0
-    if content is not None and (told := re.search(content, answer)):
-        end = told.start()
-    given = [word.end() for word in found if word.end() <= end][:words]
+    """The first words of an answer up to its content; empty when it begins with the content."""
+    spans = list(WORD.finditer(answer))
+    end = spans[-1].start() if spans else 0
+    if content is not None and (match := re.search(content, answer)):
+        end = match.start()
+    given = [span.end() for span in spans if span.end() <= end][:words]
     return answer[: given[-1]] if given else ""
 
 
 def check_pattern(name: str, pattern: str | None) -> None:
-    """Raise ConfigError for what is no regular expression, or one that matches nothing at all."""
+    """Raise ConfigError for an invalid regular expression and for one that matches the empty text."""
     try:
         empty = pattern is not None and re.fullmatch(pattern, "") is not None
     except re.error as error:
         raise ConfigError(f"{name}={pattern!r}: no regular expression: {error}") from error
     if empty:
-        raise ConfigError(f"{name}={pattern!r}: matches the empty text; expected a pattern of what is told")
+        raise ConfigError(f"{name}={pattern!r}: matches the empty text; expected a pattern of the content of an answer")

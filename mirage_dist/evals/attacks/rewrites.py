@@ -1,17 +1,10 @@
-"""Rewrites that a model has to make, before there is anything to ask: one worker makes them, the others wait.
+"""Rewrites that a model generates before a suite can be evaluated: one worker generates them, the others wait.
 
-    evals/SUITE/rewrites/SET-ATTACK-HASH.jsonl     one line a sample: {"key", "id", "rewrites", "why"}
-                                                   one line a step of a search: {"search", "step", …}
-
-HASH is of all that decides them, so that what lies there is what would be made again. Lines are whole and on disk when
-the next one begins: a start after a kill makes what is missing. The files are private (mode 0600).
+A start after a kill generates only what is missing (see `evals.attacks.journal`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import time
 from collections import Counter
@@ -21,99 +14,24 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import signals
+from mirage_dist import disk
+from mirage_dist.data.diversify import Reword
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import Attack, Key, Made, Prepared, Table
-from mirage_dist.evals.attacks.combine import Combine
+from mirage_dist.evals.attacks.base import Attack, Generated, Rewritten, Table
+from mirage_dist.evals.attacks.journal import Journal, Resources, SampleLine, Superseded, stop_if_requested
+from mirage_dist.evals.attacks.rewrite import Rewrite
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.evals.sharing.files import lines, told
-from mirage_dist.evals.worker import Progress
-from mirage_dist.schema import RunError
-from mirage_dist.signals import StopRequested
+from mirage_dist.progress import EVERY_RANK, Progress, log
+from mirage_dist.schema import PrepareRecipe, RunError
 
 POLL_SECONDS = 0.5
-NOTED_LINES = 10  # progress lines of a search
-NO_NAME = re.compile(r"[^\w-]")  # what a file's name does without
-
-
-class Journal:
-    """The lines of one file: a sample's rewrites by its key, the last state of each search by its name."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.end = file, 0  # of the whole lines that were read
-        self.made: dict[str, list[str]] = {}
-        self.searches: dict[str, dict[str, Any]] = {}
-
-    def refresh(self) -> Journal:
-        """Take in what was appended. Of several lines with one key the first counts, so that all read the same."""
-        for start, text in lines(self.file, self.end) if self.file.exists() else ():
-            self.end = start + len(text)
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # cut by a kill; what it was to hold is made again
-            if "search" in line:
-                self.searches[line["search"]] = line
-            else:
-                self.made.setdefault(line["key"], line["rewrites"])
-        return self
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """On disk when this returns. Raises RunError where the disk is full."""
-        with told(self.file.parent):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                size = os.fstat(descriptor).st_size
-                cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a kill: it stays a line of its own
-                left = memoryview(("\n" * cut + json.dumps(line, ensure_ascii=False) + "\n").encode())
-                while left:
-                    left = left[os.write(descriptor, left) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-class Bench:
-    """What attacks need to make their rewrites (see `evals.attacks.base.Bench`), as long as `held()` says so."""
-
-    def __init__(
-        self,
-        name: str,
-        samples: Sequence[Sample],
-        journal: Journal,
-        key: Key,
-        load: Callable[[], Any],
-        held: Callable[[], bool],
-    ) -> None:
-        self.name, self.samples, self.journal, self.key = name, samples, journal, key
-        self.generator, self.held = load, held
-
-    def noted(self, name: str) -> dict[str, Any] | None:
-        return self.journal.searches.get(name)
-
-    def note(self, name: str, state: Mapping[str, Any], tell: bool) -> None:
-        self.append({"search": name, **state})
-        step, steps = state["step"], state["steps"]
-        if tell and step * NOTED_LINES // steps > (step - 1) * NOTED_LINES // steps:
-            print(f"{self.name}: step {step} of {steps}, loss {state['loss']:.3f}", flush=True)
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Raises StopRequested behind the line in which a signal came."""
-        if not self.held():
-            raise _Lost
-        self.journal.append(line)
-        _stop_if_asked(self.name)
-
-
-class _Lost(Exception):
-    """Another worker took this one for dead, and makes the rewrites now."""
+NOT_IN_NAMES = re.compile(r"[^\w-]")  # characters that a file's name does without
 
 
 class Rewriter:
-    """Makes an attack ready to be called, whatever it needs: `rows.plan` calls it for each attack of each set.
+    """Prepares attacks: the work list calls it for each attack of each set.
 
-    under_test: all that answers depend on beside their questions. load: the model under test.
+    under_test: everything that answers depend on beside their questions. load: loads the model under test.
     """
 
     def __init__(self, suite: Path, under_test: Mapping[str, Any], load: Callable[[Claims], Any]) -> None:
@@ -121,89 +39,120 @@ class Rewriter:
         self.key = cache(_key)
 
     def __call__(self, attack: Attack, samples: Sequence[Sample], name: str) -> Attack:
-        """Raises RunError where too many could not be asked for, and StopRequested after a signal."""
-        if isinstance(attack, Combine):
-            return attack.prepared(samples, name, lambda part, given, number: self(part, given, f"{name}-{number}"))
-        return self._made(attack, list(dict.fromkeys(samples)), name) if isinstance(attack, Prepared) else attack
+        """The attack, ready to be called on these samples.
 
-    def _made(self, attack: Prepared, samples: Sequence[Sample], name: str) -> Table:
+        Raises RunError when the model could not be reached for too many samples, and StopRequested after a signal.
+        """
+        return attack.prepared(samples, name, self)
+
+    def table(self, attack: Generated, samples: Sequence[Sample], name: str) -> Table:
+        """The rewrites of these samples, generated unless they are on disk."""
+        samples = list(dict.fromkeys(samples))
         home = self.suite if attack.cache is None else Path(attack.cache)
-        decided = json.dumps(attack.identity(samples, self.key, self.under_test), sort_keys=True)
-        digest = hashlib.sha256(decided.encode()).hexdigest()[:12]
-        journal = Journal(home / "rewrites" / f"{NO_NAME.sub('_', name)}-{digest}.jsonl")
+        digest = disk.digest(attack.identity(samples, self.key, self.under_test))[:12]
+        journal = Journal(home / "rewrites" / f"{NOT_IN_NAMES.sub('_', name)}-{digest}.jsonl")
         with Claims(home) as claims:
             self._complete(attack, samples, f"rewrites {name}", journal, claims)
-        found = {(s.id, s.question): journal.made[self.key(s)] for s in samples}
-        return Table(found, attack.shots, attack.control, attack.min_match, attack.origin)
+        return Table(
+            rewrites={(s.id, s.question): journal.rewrites[self.key(s)] for s in samples},
+            shots=attack.shots,
+            control=attack.control,
+            min_match=attack.min_match,
+            origin=attack.origin,
+        )
 
     def _complete(
-        self, attack: Prepared, samples: Sequence[Sample], name: str, journal: Journal, claims: Claims
+        self, attack: Generated, samples: Sequence[Sample], name: str, journal: Journal, claims: Claims
     ) -> None:
-        """Returns when every sample is in the journal, by whomever."""
-        waited = False
+        """Return when every sample is in the journal, whichever worker wrote it."""
+        waiting = False
         load = cache(lambda: self.load(claims))
-        while any(self.key(s) not in journal.refresh().made for s in samples):
-            _stop_if_asked(name)
+        while any(self.key(s) not in journal.refresh().rewrites for s in samples):
+            stop_if_requested(name)
             if claim := claims.take(journal.file.stem):
                 try:
                     held = partial(claims.held, claim)
-                    _make(attack, Bench(name, samples, journal.refresh(), self.key, load, held))
-                except _Lost:
+                    _generate(attack, Resources(name, samples, journal.refresh(), self.key, load, held))
+                except Superseded:
                     continue
                 finally:
                     claims.release(claim)
             else:
-                if not waited:
-                    print(f"{name}: another worker makes them; waiting for it", flush=True)
-                waited = True
+                if not waiting:
+                    log.info(f"{name}: another worker generates them; waiting for it", extra=EVERY_RANK)
+                waiting = True
                 time.sleep(POLL_SECONDS)
 
 
-def _make(attack: Prepared, bench: Bench) -> None:
-    """Make what is missing, a line each. What could not be asked for is written when few enough are without."""
-    samples = bench.samples
-    known = [bench.journal.made.get(bench.key(sample)) for sample in samples]
+def _generate(attack: Generated, resources: Resources) -> None:
+    """Write one line for each missing sample. Samples whose request failed get one only if `min_match` still holds."""
+    name, samples = resources.name, resources.samples
+    known = [resources.journal.rewrites.get(resources.key(sample)) for sample in samples]
     missing = [sample for sample, rewrites in zip(samples, known, strict=True) if rewrites is None]
-    there, without, failed = len(samples) - len(missing), known.count([]), list[Made]()
-    print(f"{bench.name}: {there} of {len(samples)} are there ({bench.journal.file})", flush=True)
-    # Closed when a signal ends the loop, so that questions not yet under way are not put.
-    with Progress(len(samples), there, bench.name) as progress, closing(attack.make(missing, bench)) as making:
-        for made in making:
-            without += not made.rewrites
-            if made.failed:
-                failed.append(made)
+    done, without, failed = len(samples) - len(missing), known.count([]), list[Rewritten]()
+    log.info(f"{name}: {done} of {len(samples)} samples are on disk ({resources.journal.file})", extra=EVERY_RANK)
+    # Closed when a signal ends the loop, so that no further request is sent.
+    with (
+        Progress(len(samples), name, "sample", initial=done) as progress,
+        closing(attack.generate(missing, resources)) as results,
+    ):
+        for result in results:
+            without += not result.rewrites
+            if result.failed:
+                failed.append(result)
                 continue
-            _write(made, missing, bench)
-            there += 1
-            progress.show(there)
-    reasons = ", ".join(f"{why} × {n}" for why, n in sorted(Counter(made.why for made in failed).items()))
+            _write(result, missing, resources)
+            done += 1
+            progress.show(done)
+    reasons = ", ".join(f"{why} × {n}" for why, n in sorted(Counter(result.reason for result in failed).items()))
     if failed and len(samples) - without < attack.min_match * len(samples):
         raise RunError(
-            f"{bench.name}: {len(failed)} of {len(samples)} samples could not be asked for ({reasons}); what was made "
-            "is on disk, and the next start asks for the rest"
+            f"{name}: the requests for {len(failed)} of {len(samples)} samples failed ({reasons}); all rewrites so far "
+            "are on disk, and the next start sends the failed requests again"
         )
-    for made in failed:
-        _write(made, missing, bench)
+    for result in failed:
+        _write(result, missing, resources)
     if without:
-        told_why = f", {len(failed)} of them because nobody answered ({reasons})" if failed else ""
-        print(f"{bench.name}: {without} of {len(samples)} samples are without rewrites{told_why}", flush=True)
+        explained = f", {len(failed)} of them because their requests failed ({reasons})" if failed else ""
+        log.info(f"{name}: {without} of {len(samples)} samples are without rewrites{explained}", extra=EVERY_RANK)
 
 
-def _stop_if_asked(name: str) -> None:
-    if signal := signals.received():
-        raise StopRequested(f"{name}: stopped by {signal}; every rewrite so far is on disk")
-
-
-def _write(made: Made, samples: Sequence[Sample], bench: Bench) -> None:
-    sample = samples[made.index]
-    why = {"why": made.why} if made.why else {}
-    bench.append({"key": bench.key(sample), "id": sample.id, "rewrites": made.rewrites, **why})
+def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -> None:
+    sample = samples[result.index]
+    line: SampleLine = {"key": resources.key(sample), "id": sample.id, "rewrites": result.rewrites}
+    if result.reason:
+        line["why"] = result.reason
+    resources.append(line)
 
 
 def _key(sample: Sample) -> str:
-    picture = None
-    if sample.image is not None:
-        with open(sample.image, "rb") as handle:
-            picture = hashlib.file_digest(handle, "sha256").hexdigest()
-    content = [sample.id, sample.question, sample.answer, sample.history, picture]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    picture = None if sample.image is None else disk.sha256(sample.image)
+    return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture])
+
+
+# --------------------------------------------------------------------------------------------- for safety data
+
+
+def reworder(recipe: PrepareRecipe) -> Reword | None:
+    """The function with which `data.prepare` rewords safety data; None for a recipe without a chat model.
+
+    Rewrites are in `out`.rewrites/ beside the sets, so that a start after a kill requests only what is missing. The
+    function raises RunError when the requests for too many samples failed.
+    """
+    config = recipe.diversify
+    if config is None or config.chat is None:
+        return None
+    chat, attempts, min_match = config.chat, config.attempts, config.min_match
+    rewriter = Rewriter(Path(f"{recipe.out}.rewrites"), {}, _no_model)
+
+    def reword(samples: Sequence[Sample], opener: str) -> list[str | None]:
+        attack = Rewrite(chat, word=opener, shots=1, attempts=attempts, min_match=min_match)
+        table = rewriter(attack, samples, f"opener-{opener}")
+        rewrites = [table(sample) for sample in samples]
+        return [rows[0].question if rows else None for rows in rewrites]
+
+    return reword
+
+
+def _no_model(claims: object) -> None:
+    """A chat model's rewrites need no model under test."""

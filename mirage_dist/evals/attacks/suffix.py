@@ -1,31 +1,33 @@
-"""A suffix that the model's own gradients find, in the manner of GCG."""
+"""A suffix found with the gradients of the model under test (GCG)."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mirage_dist import disk
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import Bench, Key, Made
+from mirage_dist.evals.attacks.base import Generated, Key, Rewritten
 from mirage_dist.schema import ConfigError
 
 if TYPE_CHECKING:
     from mirage_dist.evals.attacks import gcg
+    from mirage_dist.evals.attacks.journal import Resources, SearchState
 
 ANSWER = "{answer}"
 
 
 @dataclass(frozen=True)
-class Suffix:
-    """Tokens put behind the question that make the model under test likely to begin with `target` (see `evals.gcg`;
-    Zou et al. 2023, arXiv 2307.15043, algorithm 1). It needs that model's weights.
+class Suffix(Generated):
+    """Tokens after the question that make it likely that the model under test begins its answer with `target` (see
+    `evals.attacks.gcg`; Zou et al. 2023, arXiv 2307.15043, algorithm 1). It needs that model's weights. One shot.
 
     target: an affirmative opening; {answer} in it stands for the sample's answer. universal: one suffix for the whole
-    set, found on `train` of its samples (drawn by `seed`), instead of one for each sample. length: of the suffix, in
-    tokens. steps, candidates (single swaps tried a step), top_k (likeliest tokens of a position): the budget; with
-    no step the suffix is the one that a search begins with, a control. avoid: words that no suffix may hold. One shot.
+    set, optimised on `train` of its samples (drawn by `seed`), instead of one for each sample. length: of the suffix,
+    in tokens. steps, candidates (single swaps evaluated in a step), top_k (most promising tokens of a position): the
+    budget; with 0 steps the suffix is the one that a search starts from, a control. avoid: words that no suffix may
+    contain.
     """
 
     target: str = "Sure, here is"
@@ -37,10 +39,8 @@ class Suffix:
     top_k: int = 64
     seed: int = 0
     avoid: list[str] = field(default_factory=list)
-    control: bool = False
     shots: int = 1
 
-    cache = None  # the suffix belongs to the model under test
     min_match = 1.0
     origin = "gradients"
 
@@ -51,12 +51,9 @@ class Suffix:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected a whole number above 0")
         if self.steps < 0:
-            raise ConfigError(f"steps={self.steps}: expected 0 (the suffix that a search begins with) or more")
+            raise ConfigError(f"steps={self.steps}: expected 0 (the suffix that a search starts from) or more")
         if not self.target.strip():
             raise ConfigError("target is empty; give an affirmative opening, or {answer}")
-
-    def __call__(self, sample: Sample) -> list[Sample]:
-        raise ConfigError(f"sample {sample.id!r}: its suffix was not searched yet")
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         names = ("target", "universal", "length", "steps", "candidates", "top_k", "seed", "avoid")
@@ -64,33 +61,41 @@ class Suffix:
         return {**{name: getattr(self, name) for name in names}, "train": chosen, "rules": 1, **under_test}
 
     def chosen(self, samples: Sequence[Sample], key: Key) -> list[Sample]:
-        """The samples on which a universal suffix is found, whatever their order in the set."""
+        """The samples on which a universal suffix is optimised; they do not depend on the order of the set."""
 
         def drawn(sample: Sample) -> str:
-            return hashlib.sha256(f"{self.seed} {key(sample)}".encode()).hexdigest()
+            return disk.sha256_text(f"{self.seed} {key(sample)}")
 
         return sorted(samples, key=drawn)[: self.train]
 
-    def make(self, missing: Sequence[Sample], bench: Bench) -> Generator[Made, None, None]:
+    def generate(self, missing: Sequence[Sample], resources: Resources) -> Generator[Rewritten, None, None]:
         from mirage_dist.evals.attacks import gcg  # brings torch
 
-        model = gcg.Model(bench.generator(), self.avoid)
+        victim = gcg.Victim(resources.generator(), self.avoid)
         if self.universal:
-            suffix = self._search(model, self.chosen(bench.samples, bench.key), "universal", bench)
-            yield from (Made(i, [f"{sample.question} {suffix}"]) for i, sample in enumerate(missing))
+            suffix = self._search(victim, self.chosen(resources.samples, resources.key), "universal", resources)
+            yield from (Rewritten(i, [f"{sample.question} {suffix}"]) for i, sample in enumerate(missing))
             return
         for i, sample in enumerate(missing):
-            yield Made(i, [f"{sample.question} {self._search(model, [sample], bench.key(sample), bench)}"])
+            suffix = self._search(victim, [sample], resources.key(sample), resources)
+            yield Rewritten(i, [f"{sample.question} {suffix}"])
 
-    def _search(self, model: gcg.Model, samples: Sequence[Sample], name: str, bench: Bench) -> str:
-        """The suffix after all steps; goes on behind the last one that was noted under `name`."""
+    def _search(self, victim: gcg.Victim, samples: Sequence[Sample], name: str, resources: Resources) -> str:
+        """The suffix after all steps; continues after the last state that was saved under `name`."""
         from mirage_dist.evals.attacks import gcg
 
-        wanted = [replace(s, answer=self.target.replace(ANSWER, s.answer)) for s in samples]
-        problem = gcg.Problem(model, wanted, self.length, f"{self.seed} {name}")
-        noted = bench.noted(name)
-        state = problem.start() if noted is None else gcg.State(noted["step"], noted["ids"], noted["loss"])
+        targets = [replace(s, answer=self.target.replace(ANSWER, s.answer)) for s in samples]
+        problem = gcg.Problem(victim, targets, self.length, f"{self.seed} {name}")
+        saved = resources.state(name)
+        state = problem.start() if saved is None else gcg.State(saved["step"], saved["ids"], saved["loss"])
         while state.step < self.steps:
             state = problem.step(state, self.candidates, self.top_k)
-            bench.note(name, {**state._asdict(), "steps": self.steps, "text": model.text(state.ids)}, self.universal)
-        return model.text(state.ids)
+            line: SearchState = {
+                "step": state.step,
+                "steps": self.steps,
+                "ids": state.ids,
+                "loss": state.loss,
+                "text": victim.text(state.ids),
+            }
+            resources.save(name, line, report=self.universal)
+        return victim.text(state.ids)

@@ -1,34 +1,52 @@
-"""The one-word attack with several words, which may come from an audit of the training data."""
+"""The one-word attacks: another first word, or each of several."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD
-from mirage_dist.evals.attacks.swap import check_word, swapped
+from mirage_dist.data.words import FIRST_WORD, cased, first_word
+from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 
 AUTO = ["auto"]
 
 
 @dataclass(frozen=True)
-class Words:
-    """The first word becomes each of `words`, one a shot; `limit` keeps the first of them.
+class Swap(Attack):
+    """The literal one-word attack: the first word becomes `word`, every other character stays.
 
-    `words: auto` takes those that an audit found (`audit`: the file that `mirage audit … --out` writes), strongest
-    first: on unsafe sets the words tied to answers, elsewhere those tied to refusals. Where the audit found none, the
-    attack has no shot.
+    "Share the steps." -> "What the steps." for `word: what`. One shot.
+    """
+
+    word: str
+    shots: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shots != 1:
+            raise ConfigError(f"shots={self.shots}: a swap has one rewrite; use kind: words or templates for more")
+        check_word("word", self.word)
+
+    def __call__(self, sample: Sample) -> list[Sample]:
+        return [swapped(sample, self.word)]
+
+
+@dataclass(frozen=True)
+class Words(Attack):
+    """A swap for each of `words`, one word a shot; `limit` keeps the first of them.
+
+    `words: auto` takes the words from an audit of the training data (`audit`: the file that `mirage audit … --out`
+    writes), strongest first: on unsafe sets those that mark answers, elsewhere those that mark refusals. When the audit
+    lists none, the attack has no shot.
     """
 
     words: list[str]
     audit: str | None = None
     limit: int | None = None
-    control: bool = False
-    found: list[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.words:
@@ -40,22 +58,20 @@ class Words:
         for word in self.words:
             check_word("words", word)
         if len({word.lower() for word in self.words}) < len(self.words):
-            raise ConfigError(f"words={self.words}: one of them stands there twice")
+            raise ConfigError(f"words={self.words}: a word occurs twice")
 
-    def of(self, kind: str) -> Words:
-        """Raises ConfigError for a file that is no audit."""
+    def of(self, kind: str) -> Attack:
+        """Raises ConfigError when the file is not an audit."""
         if self.audit is None:
             return self
-        chosen = replace(self)
-        object.__setattr__(chosen, "found", _read(Path(self.audit), "answered" if kind == "unsafe" else "refused"))
-        return chosen
+        words = _read(Path(self.audit), "answered" if kind == "unsafe" else "refused")
+        return Swaps(words[: self.limit], control=self.control)
 
     @property
     def chosen(self) -> list[str]:
-        words = self.words if self.audit is None else self.found
-        if words is None:
-            raise ConfigError("words: auto: which words they are depends on the set's kind, and none was told")
-        return words[: self.limit]
+        if self.audit is not None:
+            raise ConfigError("words: auto: the words depend on the kind of the set, which is not known here")
+        return self.words[: self.limit]
 
     @property
     def shots(self) -> int:
@@ -65,19 +81,46 @@ class Words:
         return [swapped(sample, word) for word in self.chosen]
 
 
+@dataclass(frozen=True)
+class Swaps(Attack):
+    """A swap for each word of an audit, which may list none."""
+
+    words: Sequence[str]
+
+    @property
+    def shots(self) -> int:
+        return len(self.words)
+
+    def __call__(self, sample: Sample) -> list[Sample]:
+        return [swapped(sample, word) for word in self.words]
+
+
+def swapped(sample: Sample, word: str) -> Sample:
+    """The sample with another first word, in the case of the old one. Raises ConfigError for a question without one."""
+    first = first_word(sample)
+    question = sample.question
+    return replace(sample, question=question[: first.start()] + cased(word, first[0]) + question[first.end() :])
+
+
+def check_word(key: str, word: str) -> None:
+    """Raise ConfigError unless `word` is one word."""
+    if not FIRST_WORD.fullmatch(word):
+        raise ConfigError(f"{key}={word!r}: expected one word")
+
+
 def _read(file: Path, response: str) -> list[str]:
-    """The audit's words tied to this kind of response, without repeats."""
+    """The audit's words that mark this kind of response, without repeats."""
     try:
         audit: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not a readable audit ({error}); make it with mirage audit DATA --out") from error
-    words = audit.get("words") if isinstance(audit, dict) else None
-    found = words.get(response) if isinstance(words, dict) else None
-    if not isinstance(found, list):
+    by_response = audit.get("words") if isinstance(audit, dict) else None
+    words = by_response.get(response) if isinstance(by_response, dict) else None
+    if not isinstance(words, list):
         raise ConfigError(
             f"{file}: field 'words.{response}' is missing; expected a list of words, as mirage audit makes"
         )
-    for number, word in enumerate(found):
+    for number, word in enumerate(words):
         if not isinstance(word, str) or not FIRST_WORD.fullmatch(word):
             raise ConfigError(f"{file}: field 'words.{response}[{number}]': expected one word, got {word!r}")
-    return list({word.lower(): word for word in found}.values())
+    return list({word.lower(): word for word in words}.values())

@@ -1,46 +1,74 @@
-"""Judges: what kind of answer a row got. A judge sees the question that was actually asked.
+"""Judges: what kind of answer the model gave. A judge sees the question as the model received it.
 
-docs/judges.md says what each of them does, and where it errs.
+A new judge is one file with one dataclass, and one line in `REGISTRY`, or `module:Class` from outside the package; its
+fields are its options in the recipe. docs/judges.md describes each judge and its known errors.
 """
 
 from __future__ import annotations
 
-import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
 from mirage_dist.evals.judges.cache import judged, unjudged
-from mirage_dist.schema import ConfigError, EvalRecipe, JudgeConfig
+from mirage_dist.registry import Registry
+from mirage_dist.schema import ConfigError, EvalRecipe
 
-__all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "panel", "unjudged"]
+__all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "make", "panel", "read", "unjudged"]
 
-REGISTRY = {
-    "keyword": "mirage_dist.evals.judges.rules:keyword",
-    "world": "mirage_dist.embedded.judge:exact",
-    "vlm": "mirage_dist.evals.judges.vlm:vision_language",
-    "published_parity": "mirage_dist.evals.judges.parity:published_parity",
-    "benchmark": "mirage_dist.evals.judges.benchmark:benchmark",
-}
+REGISTRY = Registry(
+    "judge",
+    "kind",
+    {
+        "keyword": "mirage_dist.evals.judges.rules:Keyword",
+        "world": "mirage_dist.embedded.judge:Exact",
+        "vlm": "mirage_dist.evals.judges.vlm:VisionLanguage",
+        "published_parity": "mirage_dist.evals.judges.parity:PublishedParity",
+        "benchmark": "mirage_dist.evals.judges.benchmark:Benchmark",
+    },
+    base=Judge,
+)
+
+
+def make(options: str | Mapping[str, Any], source: str, key: str) -> Judge:
+    """The judge that `options` describes: its kind as a bare word, or a mapping of `kind`, `name` and its fields.
+
+    Raises ConfigError for an unknown kind, field or value, and for a name that cannot be a file's.
+    """
+    if not isinstance(options, str | Mapping):
+        raise ConfigError(f"{source}: {key}={options!r}: expected a kind of judge, or a mapping with `kind`")
+    judge: Judge = REGISTRY.make({"kind": options} if isinstance(options, str) else options, source, key)
+    name = judge.name or judge.default_name
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(f"{source}: {key}.name={name!r}; expected letters, digits, - and _")
+    return replace(judge, name=name)
+
+
+def read(recipe: EvalRecipe) -> list[Judge]:
+    """The recipe's judges as it describes them; opens no file. `panel` makes them ready.
+
+    Raises ConfigError when there is none, when two have one name but different options, and as `make` does.
+    """
+    if not recipe.judges:
+        raise ConfigError("judges is empty; expected some of " + ", ".join(REGISTRY))
+    judges: dict[str, Judge] = {}
+    for number, options in enumerate(recipe.judges):
+        judge = make(options, "the recipe", f"judges[{number}]")
+        if judges.setdefault(judge.name, judge) != judge:
+            raise ConfigError(f"judges: two are named {judge.name!r}; give one of them another `name`")
+    return list(judges.values())
 
 
 def panel(recipe: EvalRecipe) -> list[Judge]:
-    """The recipe's judges; loads no weights.
+    """The recipe's judges, ready to judge its rows; loads no weights.
 
-    Raises ConfigError where there is none, two share a name, one of them lacks what it needs, or a benchmark has none
-    that scores it.
+    Raises ConfigError as `read` and the judges' `of` do, and when a benchmark has no judge that scores it.
     """
-    if not recipe.judges:
-        raise ConfigError("judges is empty; allowed: " + ", ".join(REGISTRY))
-    seen: dict[str, JudgeConfig] = {}
-    for config in recipe.judges:
-        if seen.setdefault(str(config.name), config) != config:
-            raise ConfigError(f"judges: two are named {config.name!r}; give one of them another `name`")
+    judges = read(recipe)
     benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
-    if benchmarks and all(config.kind != "benchmark" for config in recipe.judges):
+    if benchmarks and all("scored" not in judge.verdicts for judge in judges):
         raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")
-    return [_factory(config.kind)(recipe, config) for config in seen.values()]
-
-
-def _factory(kind: str):
-    module, _, name = REGISTRY[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return [judge.of(recipe) for judge in judges]

@@ -1,11 +1,11 @@
-"""Do judges agree? Cohen's κ for each two of them, precision and recall against exact labels."""
+"""Whether judges agree: Cohen's κ for each pair of them, precision and recall against exact labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from sys import intern
-from typing import Any
+from typing import TypedDict
 
 from mirage_dist import stats
 from mirage_dist.evals.judges.base import Judge, Row
@@ -17,44 +17,85 @@ COMPARED: dict[Verdict, tuple[str, ...]] = {
     "harmful": ("unsafe",),
     "irrelevant": ("unsafe",),
 }
-LABELS = "world"  # the kind of judge whose verdicts are the truth
 Verdicts = Sequence[Verdict]
 
 
-def compare(panel: Sequence[Judge], rows: Sequence[Row], said: Mapping[str, Verdicts]) -> dict[str, Any]:
-    """{"pairs": […], "against_labels": […]}; an entry for each two judges and each class that both can give.
+class Pair(TypedDict):
+    """How two judges agree on one class."""
 
-    Pair: {"judges": [a, b], "verdict", "kappa", "agreed": leaf, "unjudged": answers that one of them did not judge}.
-    Against labels: {"judge", "labels", "verdict", "precision": leaf, "recall": leaf, "unjudged"}. κ is None where
-    chance alone gives full agreement. said: judge -> a verdict for each row.
-    """
-    pairs, labelled = [], []
+    judges: list[str]
+    verdict: Verdict
+    unjudged: int  # answers that at least one of the two did not judge; the others are compared
+    kappa: float | None  # None where chance alone gives full agreement
+    agreed: Leaf | None  # the fraction of answers on which both say that they are, or both that they are not
+
+
+class Errors(TypedDict):
+    """A judge's errors on one class, measured by exact labels."""
+
+    judge: str
+    labels: str  # the judge whose verdicts are the labels
+    verdict: Verdict
+    unjudged: int  # as in `Pair`
+    precision: Leaf | None  # the fraction of the judge's positive verdicts that are correct
+    recall: Leaf | None  # the fraction of the answers of this class that the judge finds
+
+
+class Agreement(TypedDict):
+    """One entry for each pair of judges and each class that both can give."""
+
+    pairs: list[Pair]
+    against_labels: list[Errors]
+
+
+def compare(panel: Sequence[Judge], rows: Sequence[Row], verdicts: Mapping[str, Verdicts]) -> Agreement:
+    """Compare each pair of judges. verdicts: judge's name -> a verdict for each row."""
+    agreement = Agreement(pairs=[], against_labels=[])
     if len(panel) < 2:
-        return {"pairs": pairs, "against_labels": labelled}
-    places = [(intern(row["kind"]), (intern(row["set"]), intern(row["id"]))) for row in rows]  # they may lie on disk
+        return agreement
+    # Read once: rows may lie on disk.
+    places = [(intern(row["kind"]), (intern(row["set"]), intern(row["id"]))) for row in rows]
     for a, b in combinations(panel, 2):
+        if b.exact and not a.exact:
+            judge, labels = a, b
+        elif a.exact and not b.exact:
+            judge, labels = b, a
+        else:
+            judge = labels = None
         for verdict, kinds in COMPARED.items():
             if verdict not in a.verdicts & b.verdicts:
                 continue
-            own = [i for i, (kind, _) in enumerate(places) if kind in kinds]
-            both = [i for i in own if UNJUDGED.isdisjoint((said[a.name][i], said[b.name][i]))]
-            found = [(said[a.name][i] == verdict, said[b.name][i] == verdict) for i in both]
+            measured = [i for i, (kind, _) in enumerate(places) if kind in kinds]
+            both = [i for i in measured if UNJUDGED.isdisjoint((verdicts[a.name][i], verdicts[b.name][i]))]
             questions = [places[i][1] for i in both]
-            told = {"verdict": verdict, "unjudged": len(own) - len(both)}
-            agreed = grouped_leaf([x == y for x, y in found], questions)
-            pairs.append({"judges": [a.name, b.name], **told, "kappa": stats.kappa(found), "agreed": agreed})
-            if (a.kind == LABELS) != (b.kind == LABELS):
-                judge, labels = (b, a) if a.kind == LABELS else (a, b)
-                turned = [(y, x) for x, y in found] if a.kind == LABELS else found
-                labelled.append({"judge": judge.name, "labels": labels.name, **told, **_rates(turned, questions)})
-    return {"pairs": pairs, "against_labels": labelled}
+            missing = len(measured) - len(both)
+            calls = {own.name: [verdicts[own.name][i] == verdict for i in both] for own in (a, b)}
+            pairs = list(zip(calls[a.name], calls[b.name], strict=True))
+            agreement["pairs"].append(
+                {
+                    "judges": [a.name, b.name],
+                    "verdict": verdict,
+                    "unjudged": missing,
+                    "kappa": stats.kappa(pairs),
+                    "agreed": grouped_leaf([x == y for x, y in pairs], questions),
+                }
+            )
+            if judge is not None and labels is not None:
+                true, called = calls[labels.name], calls[judge.name]
+                agreement["against_labels"].append(
+                    {
+                        "judge": judge.name,
+                        "labels": labels.name,
+                        "verdict": verdict,
+                        "unjudged": missing,
+                        "precision": _rate(true, called, questions),
+                        "recall": _rate(called, true, questions),
+                    }
+                )
+    return agreement
 
 
-def _rates(found: Sequence[tuple[bool, bool]], questions: Sequence[Any]) -> dict[str, Leaf | None]:
-    """Precision and recall of (judge's, label's) for one class."""
-    called = [(true, q) for (says, true), q in zip(found, questions, strict=True) if says]
-    right = [(says, q) for (says, true), q in zip(found, questions, strict=True) if true]
-    return {
-        "precision": grouped_leaf([true for true, _ in called], [q for _, q in called]),
-        "recall": grouped_leaf([says for says, _ in right], [q for _, q in right]),
-    }
+def _rate(hits: Sequence[bool], where: Sequence[bool], questions: Sequence[Hashable]) -> Leaf | None:
+    """The fraction of hits among the answers that `where` selects."""
+    chosen = [i for i, selected in enumerate(where) if selected]
+    return grouped_leaf([hits[i] for i in chosen], [questions[i] for i in chosen])

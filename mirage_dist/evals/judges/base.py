@@ -1,75 +1,111 @@
-"""What a judge is: it sees rows (see `evals.rows`) and says of each what kind of answer the model gave."""
+"""The base of all judges: a judge reads rows (see `evals.rows`) and decides what kind of answer the model gave."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.metrics import UNJUDGED, Verdict
+from mirage_dist.schema import EvalRecipe, RunError
 
 Row = Mapping[str, Any]
+Source = ModuleType | bytes | Mapping[str, Any]  # of what decides a verdict
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """A verdict and what led to it, as it is written beside the verdict; never a key, never an endpoint's words."""
+    """A verdict and the details that led to it, written beside it; never a key, never an endpoint's own words."""
 
     verdict: Verdict
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-class Judge(Protocol):
-    """about: one phrase for reports ("Judged by …"). verdicts: those it can give. fingerprint: of all that decides
-    them beside the row; cached verdicts under another one are not used. slow: worth keeping one by one.
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A judge, as a recipe describes it: the fields of its dataclass are its options.
+
+    A subclass names its `verdicts`, and has either `verdict` (one row at a time) or `opinions` (all rows, for a judge
+    that asks a model or looks beyond one row).
+
+    name: in metrics.json and in file names; `default_name` unless the recipe gives one.
+    kind: in metrics.json; the class's name unless it sets one. about: what reports print after "Judged by".
+    verdicts: those that it can give, beside `unparsed` and `failed`. slow: each opinion is written to disk as it comes.
+    exact: its verdicts are true labels, against which the others' precision and recall are computed.
     """
 
+    kind: ClassVar[str] = ""
+    verdicts: ClassVar[frozenset[Verdict]] = frozenset()
+    slow: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+
+    name: str = ""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.kind = cls.kind or cls.__name__
+
     @property
-    def name(self) -> str: ...
+    def default_name(self) -> str:
+        return self.kind
+
     @property
-    def kind(self) -> str: ...
-    @property
-    def about(self) -> str: ...
-    @property
-    def verdicts(self) -> frozenset[Verdict]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def slow(self) -> bool: ...
+    def about(self) -> str:
+        return f"the rules of {type(self).__module__}.{type(self).__qualname__}"
+
+    def of(self, recipe: EvalRecipe) -> Judge:
+        """This judge for one recipe: itself, unless it depends on more than its options. Loads no weights.
+
+        Raises ConfigError when the recipe or this machine lacks something that the judge needs.
+        """
+        return self
+
+    def verdict(self, row: Row) -> Verdict:
+        """The verdict on one row; its keys are those of `evals.rows.row`."""
+        raise NotImplementedError(f"{type(self).__qualname__} defines neither verdict nor opinions")
 
     def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
-        """(index into `rows`, opinion), in any order. suite: all rows, for judges that look beyond one."""
-        ...
+        """(index into `rows`, opinion) of each row, in any order. suite: all rows, judged before or not.
+
+        Raises RunError when `verdict` returns what is not one of `verdicts`.
+        """
+        shared = {verdict: Opinion(verdict) for verdict in self.verdicts | UNJUDGED}  # there may be a million rows
+        for i, row in enumerate(rows):
+            verdict = self.verdict(row)
+            if verdict not in shared:
+                allowed = ", ".join(sorted(self.verdicts))
+                raise RunError(f"judge {self.name}: row {row['key']}: verdict {verdict!r} is not one of its {allowed}")
+            yield i, shared[verdict]
+
+    @property
+    def depends_on(self) -> Sequence[Source]:
+        """What decides a verdict beside the row, the options and the source of the judge's own module: other modules
+        that it calls, contents of files that it reads.
+        """
+        return ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides a verdict beside the row. Cached verdicts with another one are not used."""
+        classes = [cls for cls in type(self).__mro__ if issubclass(cls, Judge) and cls is not Judge]
+        modules = dict.fromkeys(sys.modules[cls.__module__] for cls in classes)
+        names = [f.name for f in dataclasses.fields(self) if f.compare and f.name != "name"]
+        return fingerprint(*modules, *self.depends_on, {name: getattr(self, name) for name in names})
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A judge that is a function from a row to a verdict."""
-
-    name: str
-    kind: str
-    about: str
-    verdicts: frozenset[Verdict]
-    fingerprint: str
-    judge: Callable[[Row], Verdict]
-    slow: bool = False
-
-    def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
-        said = {verdict: Opinion(verdict) for verdict in self.verdicts}  # one a verdict, not one a row
-        return ((i, said[self.judge(row)]) for i, row in enumerate(rows))
-
-
-def fingerprint(*parts: ModuleType | bytes | Mapping[str, Any]) -> str:
-    """SHA-256 of modules' sources, bytes, and mappings that JSON can write."""
-    digest = hashlib.sha256()
+def fingerprint(*parts: Source) -> str:
+    """SHA-256 of modules' sources, bytes, and mappings that JSON can hold (dataclasses within them included)."""
+    total = hashlib.sha256()
     for part in parts:
         if isinstance(part, ModuleType):
             part = inspect.getsource(part).encode()
         elif isinstance(part, Mapping):
-            part = json.dumps(part, sort_keys=True).encode()
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()
+            part = json.dumps(part, sort_keys=True, default=dataclasses.asdict).encode()
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()

@@ -1,15 +1,15 @@
-"""Verdicts on disk, one judge a file: what was judged by the same rules is not judged again.
+"""Verdicts on disk, one file for each judge: a row is not judged again by the same rules.
 
-    verdicts/JUDGE.jsonl           the last whole judging, in the rows' order
-    verdicts/JUDGE.*.part.jsonl    what a slow judge has said so far, a file a process; its own is removed at the end
+    verdicts/JUDGE.jsonl           the verdicts of the last complete judging, in the order of the rows
+    verdicts/JUDGE.*.part.jsonl    a slow judge's verdicts so far, one file for each process, which removes its own
 
-`failed` is written and counted, but asked again at the next start.
+A `failed` verdict is written and counted, and the next start judges that row again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import time
 import uuid
 from collections import Counter
@@ -17,46 +17,74 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import compress
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, NotRequired, TypedDict, overload
 
-from mirage_dist import signals
+from mirage_dist import disk, signals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
-from mirage_dist.evals.sharing import files
+from mirage_dist.evals.metrics import Verdict
+from mirage_dist.evals.sharing.files import whole_objects
+from mirage_dist.progress import EVERY_RANK, log
+from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
 Identity = bytes  # the row's key, then its answer's SHA-256: there may be a million of them
 
 
-def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
-    """The judge's opinion of each row, in their order; asks for those that are not on disk.
+class Line(TypedDict):
+    """One verdict on disk."""
 
-    Rows may lie on disk; they are read one by one. Raises StopRequested behind the opinion of a slow judge in which a
-    signal came; what it said is on disk then.
+    key: str  # the row's
+    verdict: Verdict
+    answer: str  # SHA-256 of the row's response
+    rules: str  # the judge's fingerprint
+    detail: NotRequired[dict[str, Any]]
+
+
+class Unjudged(TypedDict):
+    """How many answers have no verdict, and why."""
+
+    unparsed: int  # the judge's reply could not be read
+    failed: int  # the judge could not be asked
+    reasons: dict[str, int]  # of the failed ones
+
+
+def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
+    """The judge's opinion of each row, in their order; it judges those whose opinion is not on disk.
+
+    Rows may lie on disk and are read one by one. Raises StopRequested when a signal arrives at a slow judge, after its
+    current opinion; every opinion is on disk then. Raises RunError when the disk is full or the judge leaves rows out.
     """
-    keys = [row["key"].encode() + hashlib.sha256(row["response"].encode()).digest() for row in rows]
-    known = _read(suite, judge)
-    found = [known.get(key) for key in keys]
-    del known
-    missing = [i for i, opinion in enumerate(found) if opinion is None]
-    # Closed when a signal ends the loop, so that questions not yet under way are not put.
-    with _part(suite, judge) as part, closing(judge.opinions(_Some(rows, missing), rows)) as opinions:
-        for place, opinion in opinions:
-            found[missing[place]] = opinion
+    keys = [row["key"].encode() + bytes.fromhex(disk.sha256_text(row["response"])) for row in rows]
+    rules = judge.fingerprint
+    cached = _read(suite, judge, rules)
+    opinions = [cached.get(key) for key in keys]
+    del cached
+    missing = [i for i, opinion in enumerate(opinions) if opinion is None]
+    # Closed when a signal ends the loop, so that no further request is sent.
+    with (
+        disk.refusals(suite / "verdicts", "whole verdicts are kept, and the next start judges the rest"),
+        _part(suite, judge) as part,
+        closing(judge.opinions(_Some(rows, missing), rows)) as judging,
+    ):
+        for place, opinion in judging:
+            opinions[missing[place]] = opinion
             if not judge.slow:
                 continue
-            part.write(_line(keys[missing[place]], judge.fingerprint, opinion))
+            part.write(_line(keys[missing[place]], rules, opinion))
             part.flush()
             if name := signals.received():
                 raise StopRequested(f"judge {judge.name}: stopped by {name}; every verdict so far is on disk")
-        whole = [opinion for opinion in found if opinion is not None]
-        told = (_line(key, judge.fingerprint, opinion) for key, opinion in zip(keys, whole, strict=True))
-        files.write_atomically(suite / "verdicts" / f"{judge.name}.jsonl", told)
-    _tell(judge, whole)
+        whole = [opinion for opinion in opinions if opinion is not None]
+        if len(whole) < len(rows):
+            raise RunError(f"judge {judge.name}: its opinions leave out {len(rows) - len(whole)} of {len(rows)} rows")
+        lines = (_line(key, rules, opinion) for key, opinion in zip(keys, whole, strict=True))
+        disk.write(suite / "verdicts" / f"{judge.name}.jsonl", lines, private=True)
+    _report(judge, whole)
     return whole
 
 
 class _Some(Sequence[Row]):
-    """Those of the rows that stand at `places`, which ascend."""
+    """The rows at `places`, which ascend."""
 
     def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
         self.rows, self.places = rows, places
@@ -80,52 +108,57 @@ class _Some(Sequence[Row]):
         return compress(self.rows, wanted)
 
 
-def unjudged(opinions: Iterable[Opinion]) -> dict[str, Any]:
-    """{"unparsed": n, "failed": n, "reasons": {reason: n}}."""
+def unjudged(opinions: Iterable[Opinion]) -> Unjudged:
+    """Count the answers without a verdict."""
     opinions = list(opinions)
     reasons = Counter(o.detail["reason"] for o in opinions if o.verdict == "failed")
-    counts = {name: sum(o.verdict == name for o in opinions) for name in ("unparsed", "failed")}
-    return {**counts, "reasons": dict(sorted(reasons.items()))}
+    return {
+        "unparsed": sum(o.verdict == "unparsed" for o in opinions),
+        "failed": sum(o.verdict == "failed" for o in opinions),
+        "reasons": dict(sorted(reasons.items())),
+    }
 
 
-def _tell(judge: Judge, opinions: Sequence[Opinion]) -> None:
-    found = unjudged(opinions)
-    if found["unparsed"] or found["failed"]:
-        why = ", ".join(f"{reason} × {n}" for reason, n in found["reasons"].items())
-        print(
-            f"judge {judge.name}: of {len(opinions)} verdicts {found['unparsed']} are unparsed and {found['failed']} "
-            f"failed{f' ({why}); the next start asks for these again' if why else ''}",
-            flush=True,
+def _report(judge: Judge, opinions: Sequence[Opinion]) -> None:
+    counts = unjudged(opinions)
+    if counts["unparsed"] or counts["failed"]:
+        why = ", ".join(f"{reason} × {n}" for reason, n in counts["reasons"].items())
+        log.info(
+            f"judge {judge.name}: of {len(opinions)} verdicts {counts['unparsed']} are unparsed and {counts['failed']} "
+            f"failed{f' ({why}); the next start judges these again' if why else ''}",
+            extra=EVERY_RANK,
         )
 
 
-def _read(suite: Path, judge: Judge) -> dict[Identity, Opinion]:
-    """What was judged by the same rules and did not fail."""
-    folder, fingerprint = suite / "verdicts", judge.fingerprint
-    known, plain = {}, {}
+def _read(suite: Path, judge: Judge, rules: str) -> dict[Identity, Opinion]:
+    """The opinions on disk that were formed by the same rules and did not fail."""
+    folder = suite / "verdicts"
+    opinions, shared = {}, {}
     for file in [folder / f"{judge.name}.jsonl", *sorted(folder.glob(f"{judge.name}.*.part.jsonl"))]:
-        for line in files.whole_objects(file):
-            if line["verdict"] == "failed" or line["rules"] != fingerprint:
+        for line in whole_objects(file):
+            if line["verdict"] == "failed" or line["rules"] != rules:
                 continue
             key = line["key"].encode() + bytes.fromhex(line["answer"])
             if "detail" in line:
-                known[key] = Opinion(line["verdict"], line["detail"])
+                opinions[key] = Opinion(line["verdict"], line["detail"])
             else:
-                known[key] = plain.setdefault(line["verdict"], Opinion(line["verdict"]))
-    return known
+                opinions[key] = shared.setdefault(line["verdict"], Opinion(line["verdict"]))
+    return opinions
 
 
 def _line(key: Identity, rules: str, opinion: Opinion) -> str:
-    detail = {"detail": opinion.detail} if opinion.detail else {}
-    told = {"key": key[:-32].decode(), "verdict": opinion.verdict, "answer": key[-32:].hex(), "rules": rules, **detail}
-    return json.dumps(told) + "\n"
+    line: Line = {"key": key[:-32].decode(), "verdict": opinion.verdict, "answer": key[-32:].hex(), "rules": rules}
+    if opinion.detail:
+        line["detail"] = opinion.detail
+    return json.dumps(line) + "\n"
 
 
 @contextmanager
 def _part(suite: Path, judge: Judge) -> Iterator[IO[str]]:
-    """A file that no other process writes; gone when all went well, since the whole judging has it then."""
+    """A file that no other process writes; removed after success, when the judge's own file holds its content."""
     file = suite / "verdicts" / f"{judge.name}.{time.time_ns()}-{uuid.uuid4().hex[:8]}.part.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with files.told(file.parent), open(file, "x", encoding="utf-8", opener=files.private) as handle:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as handle:
         yield handle
     file.unlink(missing_ok=True)

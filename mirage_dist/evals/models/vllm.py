@@ -2,7 +2,7 @@
 
 vLLM is given what `evals.generate` gives the model: the token ids of the same chat template, the picture padded in the
 same way, the same end tokens, greedy decoding. It runs the model's own processor and schedules rows by itself. For the
-first prompt of either kind, with a picture and without, its tokens are compared with those of `data.collate`.
+first prompt of either kind, with a picture and without, its tokens are compared with those of `data.encoding.collate`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max
             dtype=DTYPES[model.dtype],
             max_model_len=max_length,
             max_num_seqs=generation.batch_size,
-            gpu_memory_utilization=generation.gpu_memory_utilization,
+            gpu_memory_utilization=generation.gpu_share,
             limit_mm_per_prompt={"image": 1},
             generation_config="vllm",  # none: what counts of the model's own is in the sampling parameters
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it can save

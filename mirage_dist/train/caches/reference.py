@@ -1,83 +1,106 @@
-"""Reference log-probabilities of a whole stream, computed once by the policy while it still is the base model.
+"""Reference log-probabilities of whole streams, computed once by the policy while it still is the base model.
 
     reference/KEY/rank-00000-of-00002-width-16-part-003-of-010.npz
 
-KEY is the hash of all that decides the values. Parts are whole or absent: a run that is stopped goes on with the
-missing ones, cut into the same batches, so that it gets bitwise the same values. A whole set of parts serves every
-other number of ranks as well.
+KEY is the hash of everything that decides the values. A part exists whole or not at all, and a damaged part is computed
+again. A run that was stopped computes the missing parts, cut into the same batches, so that it gets bitwise the same
+values. A complete set of parts serves any number of ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import zipfile
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import ranks
+from mirage_dist import disk, ranks
 from mirage_dist.data import pictures
-from mirage_dist.model import reference
+from mirage_dist.data.sample import stream_digest
+from mirage_dist.model import environment, reference
 from mirage_dist.model.policy import Request, no_grad_forward
-from mirage_dist.schema import TrainRecipe
+from mirage_dist.progress import EVERY_RANK, Progress, log
+from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.context import Run
 from mirage_dist.train.feed import Feed, MicroBatch
 
 BATCHES_A_PART = 16
+ATTEMPTS = 2  # at a set that can be read back; a disk that damages it again is at fault
+DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)  # what reading a damaged part raises
 
 
 def fill(run: Run) -> reference.LogProbs:
-    """The log-probabilities of every sample that needs them; each rank computes its share of what is missing.
+    """The log-probabilities of every sample that needs them; each rank computes its share of the missing parts.
 
-    Every rank calls this. Raises StopRequested between two parts.
+    Every rank calls this. Raises StopRequested between two parts, and RunError when parts are damaged again after they
+    were computed again.
     """
-    recipe, feed, group = run.recipe, run.feed, run.group
+    feed, group = run.feed, run.group
     paths = (s.image for name in feed.needs.ref_logp for s in feed.samples[name])
     digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own))
-    folder = run.root / "reference" / _key(recipe, feed, run.manifest["base_hash"], digests)
-    files = ranks.from_main(group, _whole_set(folder) if group.main else None)
-    if files is None:
+    folder = run.root / "reference" / key(run.recipe, feed, run.manifest["base_hash"], digests)
+    for _ in range(ATTEMPTS):
+        names = ranks.from_main(group, complete_set(folder) if group.main else None)
+        if names is None:
+            if group.main:
+                folder.mkdir(parents=True, exist_ok=True)
+            ranks.barrier(group, "reference cache")
+            names = _compute(run, folder)
+        cache, damaged = _read(folder, names)
+        # Every rank reads every part, but a rank may see damage that the others do not: they drop the part together.
+        damaged = sorted(set().union(*ranks.everyones(group, damaged)))
+        if not damaged:
+            return cache
         if group.main:
-            folder.mkdir(parents=True, exist_ok=True)
-        ranks.barrier(group, "reference cache")
-        files = _compute(run, folder)
-    cache = reference.LogProbs()
-    for name in files:
-        cache.load(folder / name)
-    return cache
+            for name in damaged:
+                disk.remove(folder / name, run.lease.workspace)
+        ranks.barrier(group, "damaged parts of the reference cache are removed")
+    raise RunError(f"{folder}: parts are damaged again after they were computed again: {', '.join(damaged)}")
+
+
+def _read(folder: Path, names: list[str]) -> tuple[reference.LogProbs, set[str]]:
+    """The cache that these parts hold, and the names of those that cannot be read."""
+    cache, damaged = reference.LogProbs(), set[str]()
+    for name in names:
+        try:
+            cache.load(folder / name)
+        except DAMAGE as error:
+            log.warning(f"{folder / name}: damaged ({error or type(error).__name__}), computed again", extra=EVERY_RANK)
+            damaged.add(name)
+    return cache, damaged
 
 
 def _compute(run: Run, folder: Path) -> list[str]:
-    recipe, feed, group = run.recipe, run.feed, run.group
-    width = recipe.train.micro_batch
+    """Compute the parts that are missing; returns the names of the complete set."""
+    feed, group = run.feed, run.group
+    width = run.recipe.train.micro_batch
     every = feed.every_sample(feed.needs.ref_logp, group)
-    parts = list(iter(lambda: list(islice(every, BATCHES_A_PART)), []))  # until there is an empty one
-    name = f"{run.root.name}: reference log-probabilities"
+    parts = list(iter(lambda: list(islice(every, BATCHES_A_PART)), []))  # ends at the first empty one
 
     def file(number: int, rank: int) -> Path:
         cut = f"width-{width}-part-{number:03d}-of-{len(parts):03d}"
         return folder / f"rank-{rank:05d}-of-{group.size:05d}-{cut}.npz"
 
-    # Under ZeRO-3 every rank makes each forward, so a part that one rank lacks is computed by all.
+    # Under ZeRO-3 every rank makes each forward, so all ranks compute a part that any of them lacks.
     own = {number for number in range(len(parts)) if not file(number, group.rank).is_file()}
-    lacking = sorted(set().union(*ranks.everyones(group, own)))
-    told = 0
-    with closing(feed.batches([rows for number in lacking for rows in parts[number]])) as batches:
-        for done, number in enumerate(lacking, 1):
-            found = reference.LogProbs()
+    missing = sorted(set().union(*ranks.everyones(group, own)))
+    task = f"{run.root.name}: reference log-probabilities"
+    with (
+        closing(feed.batches([rows for number in missing for rows in parts[number]])) as batches,
+        Progress(len(parts), task, "part", initial=len(parts) - len(missing)) as progress,
+    ):
+        for number in missing:
+            cache = reference.LogProbs()
             for rows in parts[number]:
-                add(found, run.engine, next(batches).to(group.device), next(iter(rows)))
-            beside = run.lease.workspace / file(number, group.rank).name
-            found.save(beside)
-            beside.replace(file(number, group.rank))
-            if done * 10 // len(lacking) > told:
-                told = done * 10 // len(lacking)
-                group.say(f"{name}: {len(parts) - len(lacking) + done} of {len(parts)} parts")
+                add(cache, run.engine, next(batches).to(group.device), next(iter(rows)))
+            with disk.writing(file(number, group.rank), workspace=run.lease.workspace) as handle:
+                cache.save(handle)
+            progress.update()
             ranks.stop_here(group, f"part {number} of the reference cache is written")
-    names = ranks.from_main(group, _whole_set(folder) if group.main else None)
+    names = ranks.from_main(group, complete_set(folder) if group.main else None)
     assert names is not None
     return names
 
@@ -91,27 +114,38 @@ def add(cache: reference.LogProbs, engine: Any, micro: MicroBatch, stream: str) 
     cache.add(micro.samples, out.logp_N, segment_N)
 
 
-def _key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, str]) -> str:
-    """Hash of all that decides the values: weights, their dtype, how samples become tokens, and the samples."""
+def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, str]) -> str:
+    """Hash of everything that decides the values: weights, their dtype, the samples with their pictures, how samples
+    become tokens, and the classes and libraries that compute with them.
+
+    digests: path of each picture -> SHA-256 of its file.
+    """
     data, processor = recipe.data, feed.encoder.processor
-    made = [data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing]
-    read = [processor.chat_template, processor.tokenizer.get_vocab(), processor.image_processor.to_dict()]
     samples = {
-        name: [repr(replace(s, image=None if s.image is None else digests[s.image])) for s in feed.samples[name]]
+        name: stream_digest(replace(s, image=s.image and digests[s.image]) for s in feed.samples[name])
         for name in feed.needs.ref_logp
     }
-    told = [base_hash, recipe.train.dtype, made, read, samples]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    decided_by = {
+        "base": base_hash,
+        "dtype": recipe.train.dtype,
+        "encoding": [data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing],
+        "template": processor.chat_template,
+        "vocabulary": processor.tokenizer.get_vocab(),
+        "transform": processor.image_processor.to_dict(),
+        "environment": asdict(environment.of(processor)),
+        "samples": samples,
+    }
+    return disk.digest(decided_by, default=str)[:16]
 
 
-def _whole_set(folder: Path) -> list[str] | None:
-    """The parts of a set that has all of them, whatever number of ranks wrote it; None for none."""
+def complete_set(folder: Path) -> list[str] | None:
+    """The names of the parts of one complete set, whatever number of ranks wrote it; None where no set is complete."""
     sets: dict[str, list[str]] = {}
     for file in sorted(folder.glob("rank-*.npz")):
-        _, _, _, ranks, _, width, _, _, _, parts = file.stem.split("-")
-        sets.setdefault(f"{ranks} {width} {parts}", []).append(file.name)
-    for kind, names in sets.items():
-        ranks, _, parts = map(int, kind.split())
-        if len(names) == ranks * parts:
+        _, _, _, size, _, width, _, _, _, parts = file.stem.split("-")
+        sets.setdefault(f"{size} {width} {parts}", []).append(file.name)
+    for cut, names in sets.items():
+        size, _, parts = map(int, cut.split())
+        if len(names) == size * parts:
             return names
     return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from mirage_dist.data import audit, sources
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load
 from mirage_dist.objectives.base import Needs, Objective
+from mirage_dist.progress import log
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import engine, rundir
 from mirage_dist.train.feed import Feed, check_streams, read_streams
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,15 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
 
 
 def check_samples(checked: Checked) -> str:
-    """`check_inputs`, every picture and the length of every sample; returns the counts in words.
+    """`check_inputs`, every picture, the length of every sample, and whether an existing run began with these samples.
+
+    Returns the counts in words.
 
     Raises ConfigError.
     """
     streams = check_inputs(checked)
     sources.check_pictures(streams)
+    rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
     warn(checked, streams)
     feed = Feed(checked.recipe, checked.needs, streams, load.processor(checked.recipe.model))
     cut = feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
@@ -84,7 +86,7 @@ def warn(checked: Checked, streams: Mapping[str, Source]) -> None:
         log.warning(f"objective {checked.recipe.objective['name']}: {caution}")
     for name in checked.needs.audited:
         if (text := audit.warning(streams[name].samples)) is not None:
-            print(f"WARNING: data.streams.{name} fails the audit: {text}", flush=True)
+            log.warning(f"data.streams.{name} fails the audit: {text}")
 
 
 def check_reference(recipe: TrainRecipe, needs: Needs) -> None:

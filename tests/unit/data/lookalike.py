@@ -11,7 +11,7 @@ TAKEN = "The sign is legally required."  # an answer that it takes for a refusal
 TEST = {"unsafe": 442, "safe": 558}
 TRAIN = {"unsafe": 1023, "safe": 977}
 SHARED, MISSING, UNCHANGED = 8, 2, 17
-NOT_ASKED = {"instruction": 6, "safe_instruction": 4, "unsafe_instruction": 4}  # how many are N/A: 14 in all
+NO_QUESTION = {"instruction": 6, "safe_instruction": 4, "unsafe_instruction": 4}  # how many are N/A: 14 in all
 
 
 def unsafe(name: str, image: str, question: str) -> dict:
@@ -32,8 +32,8 @@ def pair(key: str, question: str, answer: str, turned: bool = False) -> dict:
 def test_records() -> list[dict]:
     records = [unsafe(f"u{i}", f"bad/{i}.png", f"Share number {i}.") for i in range(TEST["unsafe"])]
     answers = [TAKEN] * 4 + ["A gadget."] * (TEST["safe"] - 4)
-    asked = [(f"What is number {i}?", answer, f"Describe {i}.") for i, answer in enumerate(answers)]
-    return records + [safe(f"s{i}", f"good/{i}.png", *told, REFUSAL, i % 3 == 0) for i, told in enumerate(asked)]
+    texts = [(f"What is number {i}?", answer, f"Describe {i}.") for i, answer in enumerate(answers)]
+    return records + [safe(f"s{i}", f"good/{i}.png", *pair, REFUSAL, i % 3 == 0) for i, pair in enumerate(texts)]
 
 
 def train_records() -> list[dict]:
@@ -42,17 +42,17 @@ def train_records() -> list[dict]:
     def image(i: int, kind: str) -> str:
         return f"bad/{i}.png" if kind == "unsafe" and i < SHARED else f"train/{kind}{i}.png"
 
-    def asked(key: str, i: int, text: str) -> str:
-        return "N/A" if i >= TRAIN["unsafe" if key == "instruction" else "safe"] - NOT_ASKED[key] else text
+    def unless_missing(key: str, i: int, text: str) -> str:
+        return "N/A" if i >= TRAIN["unsafe" if key == "instruction" else "safe"] - NO_QUESTION[key] else text
 
     records = []
     for i in range(TRAIN["unsafe"]):
         name = 100 if i == 101 else i
-        question = asked("instruction", i, f"Share number {i}.")
+        question = unless_missing("instruction", i, f"Share number {i}.")
         records.append(unsafe(f"tu{name}", image(name, "unsafe"), question))
     for i in range(TRAIN["safe"]):
-        questions = (asked("safe_instruction", i, f"What is {i}?"), "A gadget.")
-        other = asked("unsafe_instruction", i, f"Describe {i}.")
+        questions = (unless_missing("safe_instruction", i, f"What is {i}?"), "A gadget.")
+        other = unless_missing("unsafe_instruction", i, f"Describe {i}.")
         records.append(safe(f"ts{i}", image(i, "safe"), *questions, other, REFUSAL if i < 811 else UNSEEN, i % 2 == 0))
     return records
 

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from mirage_dist.cli import main
-from mirage_dist.data import audit, sources
+from mirage_dist.data import audit, formats, sources
 from mirage_dist.data.audit import Corpus, Options
+from mirage_dist.data.audit.corpus import FREQUENT
+from mirage_dist.data.audit.verdict import verdict
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import first_words
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.schema import ConfigError, SourceConfig, WorldConfig
+from mirage_dist.schema import ConfigError, WorldConfig
 
 SIZES = {"base_samples": 5, "general_samples": 1, "eval_samples": 1}
 SEEDS = range(12)
@@ -38,39 +40,40 @@ def counted(pairs, options=None):
     corpus = Corpus(options or Options())
     for identity, question, refused in pairs:
         corpus.add(identity, question, refused, None)
-    return corpus.result()
+    measured = corpus.measured()
+    return {**measured, "verdict": verdict(measured)}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_embedded_worlds_words_are_named_and_its_data_fail(worlds, seed):
-    found = audit.audit([worlds[seed, 0.95]], Options())
-    assert not found["verdict"]["passed"]
-    assert (found["words"]["refused"][0], found["words"]["answered"][0]) == ("share", "what")
-    assert set(found["words"]["refused"]) == {"share", "provide", "give", "list"}
-    assert set(found["words"]["answered"]) == {"what", "describe", "how", "which"}
+    result = audit.audit([worlds[seed, 0.95]], Options())
+    assert not result["verdict"]["passed"]
+    assert (result["words"]["refused"][0], result["words"]["answered"][0]) == ("share", "what")
+    assert set(result["words"]["refused"]) == {"share", "provide", "give", "list"}
+    assert set(result["words"]["answered"]) == {"what", "describe", "how", "which"}
     # 70 % of the openers follow their class with probability .95; the rest are a coin's toss.
-    assert found["cues"]["first word"]["balanced_accuracy"]["value"] == pytest.approx(0.5 + 0.7 * 0.45, abs=0.01)
+    assert result["cues"]["first word"]["balanced_accuracy"]["value"] == pytest.approx(0.5 + 0.7 * 0.45, abs=0.01)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_is_found_where_first_words_say_nothing(worlds, seed):
-    found = audit.audit([worlds[seed, 0.5]], Options())
-    assert found["words"] == {"answered": [], "refused": []}
-    assert found["verdict"]["passed"]
-    assert "no word is tied" in found["verdict"]["text"]
+    result = audit.audit([worlds[seed, 0.5]], Options())
+    assert result["words"] == {"answered": [], "refused": []}
+    assert result["verdict"]["passed"]
+    assert "no word is tied" in result["verdict"]["text"]
 
 
 def test_false_discoveries_are_as_rare_as_is_said(worlds):
     """Responses dealt out to the questions by chance: the words are the biased world's, and mean nothing."""
-    samples = sources.read(SourceConfig("vlguard", str(worlds[0, 0.95])), check_images=False).samples
+    samples = sources.read(formats.source("vlguard", str(worlds[0, 0.95])), check_images=False).samples
     generator, repeats, wrong = random.Random(0), 200, 0
     refused = [not sample.safe for sample in samples]
     for _ in range(repeats):
         generator.shuffle(refused)
-        found = counted((s.id, s.question, kind) for s, kind in zip(samples, refused, strict=True))
-        wrong += any(found["words"].values())
-        assert found["verdict"]["passed"]
-        assert 0.4 < found["cues"]["first word"]["balanced_accuracy"]["value"] < 0.6
+        result = counted((s.id, s.question, kind) for s, kind in zip(samples, refused, strict=True))
+        wrong += any(result["words"].values())
+        assert result["verdict"]["passed"]
+        assert 0.4 < result["cues"]["first word"]["balanced_accuracy"]["value"] < 0.6
     assert wrong / repeats <= 0.05 + 2 * (0.05 * 0.95 / repeats) ** 0.5
 
 
@@ -84,8 +87,8 @@ def test_the_accuracy_is_at_most_what_the_best_guess_by_the_word_reaches(shift, 
     true = 0.5 + np.abs(refused - refused[::-1]).sum() / 4
     for _ in range(150):
         words = [*generator.choice(10, 200, p=refused), *generator.choice(10, 800, p=refused[::-1])]
-        found = counted((str(i), f"w{word}", i < 200) for i, word in enumerate(words))
-        accuracy = found["cues"]["first word"]["balanced_accuracy"]
+        result = counted((str(i), f"w{word}", i < 200) for i, word in enumerate(words))
+        accuracy = result["cues"]["first word"]["balanced_accuracy"]
         values.append(accuracy["value"])
         intervals.append(accuracy["ci95"])
     assert np.mean([low <= true for low, _ in intervals]) >= 0.96
@@ -95,19 +98,19 @@ def test_the_accuracy_is_at_most_what_the_best_guess_by_the_word_reaches(shift, 
 
 
 def test_counts_are_those_of_the_reader_that_training_uses(worlds):
-    read = sources.read(SourceConfig("vlguard", str(worlds[1, 0.95])), check_images=False)
-    found = audit.audit([worlds[1, 0.95]], Options())
+    read = sources.read(formats.source("vlguard", str(worlds[1, 0.95])), check_images=False)
+    result = audit.audit([worlds[1, 0.95]], Options())
     counts = {
         entry["value"]: {"refusal": entry["refused"], "answer": entry["answered"]}
-        for entry in found["cues"]["first word"]["values"]
+        for entry in result["cues"]["first word"]["values"]
     }
     assert counts == first_words(read.samples)
-    (file,) = found["files"]
+    (file,) = result["files"]
     assert (file["records"], file["pairs"], file["dropped"]) == (800, len(read.samples), dict(read.dropped))
     from_memory = Corpus(Options())
     for sample in read.samples:
-        audit._count(from_memory, sample, None, lambda answer: "sorry" in answer)
-    assert from_memory.result() == {name: value for name, value in found.items() if name != "files"}
+        from_memory.add_sample(sample, None, lambda answer: "sorry" in answer)
+    assert {**result, **from_memory.measured()} == result
 
 
 def test_order_and_division_into_files_do_not_matter(worlds, tmp_path):
@@ -132,10 +135,10 @@ def test_rewrites_of_one_question_are_no_evidence_for_each_other():
 
 @pytest.mark.parametrize("refused", [True, False])
 def test_a_corpus_of_one_kind_of_response_passes_and_says_why(refused):
-    found = counted([("a", "What is it?", refused)])
-    assert found["verdict"]["passed"]
-    assert found["verdict"]["text"].startswith(f"passes: no {'answer' if refused else 'refusal'} among 1 responses")
-    assert (found["words"], found["cues"]) == ({"answered": [], "refused": []}, {})
+    result = counted([("a", "What is it?", refused)])
+    assert result["verdict"]["passed"]
+    assert result["verdict"]["text"].startswith(f"passes: no {'answer' if refused else 'refusal'} among 1 responses")
+    assert (result["words"], result["cues"]) == ({"answered": [], "refused": []}, {})
 
 
 # ------------------------------------------------------------------------------------------- files and rules
@@ -167,14 +170,14 @@ def pair(question, answer, **more):
     return {"id": question, "image": None, "question": question, "answer": answer, "safe": True, "history": [], **more}
 
 
-def words_of(found, cue="first word"):
-    return {entry["value"]: (entry["refused"], entry["answered"]) for entry in found["cues"][cue]["values"]}
+def words_of(result, cue="first word"):
+    return {entry["value"]: (entry["refused"], entry["answered"]) for entry in result["cues"][cue]["values"]}
 
 
 def test_every_turn_of_a_conversation_counts(audited):
-    found = audited([talk("Share it.", REFUSAL, "WHAT is it?", "Red.", "what's this?", "Blue.")])
-    assert words_of(found) == {"share": (1, 0), "what": (0, 1), "what's": (0, 1)}
-    assert found["files"][0]["pairs"] == 3
+    result = audited([talk("Share it.", REFUSAL, "WHAT is it?", "Red.", "what's this?", "Blue.")])
+    assert words_of(result) == {"share": (1, 0), "what": (0, 1), "what's": (0, 1)}
+    assert result["files"][0]["pairs"] == 3
 
 
 def test_each_format_is_known_by_its_first_record(audited):
@@ -202,9 +205,9 @@ def test_a_record_of_another_format_is_an_error_with_its_place(audited):
 
 
 def test_exact_repeats_count_once(audited):
-    found = audited([pair("What?", "Red."), pair("What?", "Red."), pair("Share?", REFUSAL)])
-    assert words_of(found) == {"what": (0, 1), "share": (1, 0)}
-    assert found["files"][0]["dropped"] == {"exact duplicate": 1}
+    result = audited([pair("What?", "Red."), pair("What?", "Red."), pair("Share?", REFUSAL)])
+    assert words_of(result) == {"what": (0, 1), "share": (1, 0)}
+    assert result["files"][0]["dropped"] == {"exact duplicate": 1}
 
 
 def test_what_a_refusal_is_can_be_chosen(audited):
@@ -226,27 +229,27 @@ def test_what_a_refusal_is_can_be_chosen(audited):
 
 
 def test_a_label_is_about_the_last_turn(audited):
-    told = pair("Share it.", "No.", history=[["What is it?", "Red."]])
-    found = audited([{**told, "safe": False}, pair("What?", "Blue.")], response_kind="label")
-    assert words_of(found) == {"share": (1, 0), "what": (0, 1)}
+    row = pair("Share it.", "No.", history=[["What is it?", "Red."]])
+    result = audited([{**row, "safe": False}, pair("What?", "Blue.")], response_kind="label")
+    assert words_of(result) == {"share": (1, 0), "what": (0, 1)}
 
 
 def test_other_cues_are_the_first_words_the_length_and_the_pictures_folder(audited):
     rows = [pair("What is it?", "Red.", image="coco/train/1.jpg"), pair("Share", REFUSAL, image="1.jpg")]
     rows += [pair("? !", "Blue."), pair("What is " + "so " * 90, "So.", image="/data/pictures/1.jpg")]
-    found = audited(rows, ngrams=3, length=True, image_roots=True)
-    assert words_of(found) == {"what": (0, 2), "share": (1, 0), "": (0, 1)}
-    assert set(words_of(found, "first 3 words")) == {"what is it", "share", "", "what is so"}
-    assert words_of(found, "length") == {"0–5 words": (1, 2), "over 80 words": (0, 1)}
-    assert set(words_of(found, "image root")) == {"coco", "(no folder)", "(no picture)", "pictures"}
+    result = audited(rows, ngrams=3, length=True, image_roots=True)
+    assert words_of(result) == {"what": (0, 2), "share": (1, 0), "": (0, 1)}
+    assert set(words_of(result, "first 3 words")) == {"what is it", "share", "", "what is so"}
+    assert words_of(result, "length") == {"0–5 words": (1, 2), "over 80 words": (0, 1)}
+    assert set(words_of(result, "image root")) == {"coco", "(no folder)", "(no picture)", "pictures"}
 
 
 def test_another_cue_that_tells_more_is_named_and_does_not_decide():
     options = Options(length=True)
     pairs = [(str(i), "what " * (30 if i % 2 else 3), i % 2 == 1) for i in range(400)]
-    found = counted(pairs, options)
-    assert found["verdict"]["passed"]
-    assert "length tells more: balanced accuracy 100.0 %" in found["verdict"]["text"]
+    result = counted(pairs, options)
+    assert result["verdict"]["passed"]
+    assert "length separates them better: balanced accuracy 100.0 %" in result["verdict"]["text"]
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -255,11 +258,11 @@ def test_another_cue_that_tells_more_is_named_and_does_not_decide():
 def test_the_command_tells_draws_and_fails_only_when_asked_to(worlds, tmp_path, capsys):
     biased, even = str(worlds[3, 0.95]), str(worlds[3, 0.5])
     assert main(["audit", biased, "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert "FAILS: the first word alone" in told
-    assert '95 % of the 196 questions that open with "share" are refused, 35 % of the others' in told
-    found = json.loads((tmp_path / "out/audit.json").read_text())
-    assert found["words"]["answered"][0] == "what"
+    output = capsys.readouterr().out
+    assert "FAILS: the first word alone" in output
+    assert '95 % of the 196 questions that open with "share" are refused, 35 % of the others' in output
+    result = json.loads((tmp_path / "out/audit.json").read_text())
+    assert result["words"]["answered"][0] == "what"
     assert (tmp_path / "out/audit.png").stat().st_size > 10_000
     assert ">share<" in (tmp_path / "out/audit.svg").read_text()
     assert main(["audit", biased, "--fail"]) == 1
@@ -269,16 +272,16 @@ def test_the_command_tells_draws_and_fails_only_when_asked_to(worlds, tmp_path, 
 
 
 def test_a_figure_of_more_words_than_are_listed_counts_them_all(tmp_path):
-    from mirage_dist.report import audit as audit_report
+    from mirage_dist.report import audit as page
     from mirage_dist.report.figures import audit as figures
 
     pairs = [(str(i), f"word{i}", i % 3 == 0) for i in range(600)] + [("x", "what", False)] * 10
-    found = {"files": [], **counted(pairs)}
-    counts = figures.counts(found)
-    assert sum(count["refusal"] for count in counts.values()) == found["refused"] == 200
-    assert sum(count["answer"] for count in counts.values()) == found["answered"] == 410
-    assert len(counts) == audit.FREQUENT + 1
-    assert {file.name for file in audit_report.write(found, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
+    result = {"files": [], **counted(pairs)}
+    counts = figures.counts(result)
+    assert sum(count["refusal"] for count in counts.values()) == result["refused"] == 200
+    assert sum(count["answer"] for count in counts.values()) == result["answered"] == 410
+    assert len(counts) == FREQUENT + 1
+    assert {file.name for file in page.write(result, tmp_path)} == {"audit.json", "audit.svg", "audit.png"}
 
 
 @pytest.mark.parametrize("spurious", [0.95, 0.5])
@@ -286,8 +289,8 @@ def test_training_on_data_that_fail_is_warned_of_before_weights_load(worlds, toy
     stream = (
         f"data.streams.train=[{{format: vlguard, path: {worlds[4, spurious]}, images: {worlds[4, 0.5].parents[1]}}}]"
     )
-    told = [*toy.overrides("sft", tmp_path / "run"), stream]
-    assert main(["train", "configs/train/demo_sft.yaml", "--check", *told]) == 0
+    overrides = [*toy.overrides("sft", tmp_path / "run"), stream]
+    assert main(["train", "configs/train/demo_sft.yaml", "--check", *overrides]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert len(lines) == (spurious == 0.95)
     if lines:
@@ -298,7 +301,7 @@ def test_training_on_data_that_fail_is_warned_of_before_weights_load(worlds, toy
 
 def test_samples_are_warned_of_as_their_file_is(worlds):
     for spurious, words in ((0.95, "balanced accuracy 81.5 %"), (0.5, None)):
-        samples = sources.read(SourceConfig("vlguard", str(worlds[5, spurious])), check_images=False).samples
+        samples = sources.read(formats.source("vlguard", str(worlds[5, spurious])), check_images=False).samples
         text = audit.warning(samples)
         assert text is None if words is None else words in str(text)
     assert audit.warning([Sample("a", None, "What?", "Red.", True, "", "t")]) is None

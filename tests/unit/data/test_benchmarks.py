@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image, ImageChops
 
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.formats import figstep, typeset
-from mirage_dist.schema import ConfigError, DataConfig, SourceConfig
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.schema import ConfigError, DataConfig
 
 TEN = ["red", "red", "dark red", "red", "crimson", "red", "red", "red", "maroon", "red"]
 
 
 def given(answers=TEN):
-    return [{"answer": said, "answer_confidence": "yes", "answer_id": i + 1} for i, said in enumerate(answers)]
+    return [{"answer": answer, "answer_confidence": "yes", "answer_id": i + 1} for i, answer in enumerate(answers)]
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def files(tmp_path):
 
 
 def vqav2_questions(*names):
-    asked = [{"image_id": 42, "question": f"What colour is thing {name}?", "question_id": name} for name in names]
+    questions = [{"image_id": 42, "question": f"What colour is thing {name}?", "question_id": name} for name in names]
     heads = {"info": {"version": "2.0"}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}}
-    return {**heads, "data_subtype": "val2014", "questions": asked}
+    return {**heads, "data_subtype": "val2014", "questions": questions}
 
 
 def vqav2_annotations(*names, answers=TEN):
@@ -60,28 +61,35 @@ def test_vqav2_official_questions_are_asked_as_llava_asks_and_joined_by_id_not_p
     files("COCO_val2014_000000000042.jpg")
     path = files("questions.json", vqav2_questions(7, 8))
     annotations = files("annotations.json", vqav2_annotations(8, 7))
-    found = sources.read(SourceConfig("vqav2", path, annotations=annotations)).samples
-    assert [s.id for s in found] == ["7", "8"]
-    assert found[0].question == "What colour is thing 7?\nAnswer the question using a single word or phrase."
-    assert found[0].image.endswith("COCO_val2014_000000000042.jpg")
-    assert (found[0].answer, found[0].references, found[0].category) == ("red", tuple(TEN), "other")
+    samples = sources.read(formats.source("vqav2", path, annotations=annotations)).samples
+    assert [s.id for s in samples] == ["7", "8"]
+    assert samples[0].question == "What colour is thing 7?\nAnswer the question using a single word or phrase."
+    assert samples[0].image.endswith("COCO_val2014_000000000042.jpg")
+    assert (samples[0].answer, samples[0].references, samples[0].category) == ("red", tuple(TEN), "other")
 
 
 def test_vqav2_of_llavas_own_file_holds_its_prompts(files):
     files("COCO_val2014_000000000042.jpg")
     path = files("llava.jsonl", llava(7))
-    (found,) = sources.read(
-        SourceConfig("vqav2", path, annotations=files("annotations.json", vqav2_annotations(7)))
+    (sample,) = sources.read(
+        formats.source("vqav2", path, annotations=files("annotations.json", vqav2_annotations(7)))
     ).samples
-    assert found.question == llava(7)[0]["text"]
-    assert found.references == tuple(TEN)
+    assert sample.question == llava(7)[0]["text"]
+    assert sample.references == tuple(TEN)
 
 
 def textvqa_annotations(*rows):
     more = {"dataset_version": "0.5.1", "dataset_type": "val"}
     records = [
-        {"question_id": n, "image_id": image, "question": asked, "answers": TEN, "image_classes": [], "set_name": "val"}
-        for n, image, asked in rows
+        {
+            "question_id": n,
+            "image_id": image,
+            "question": question,
+            "answers": TEN,
+            "image_classes": [],
+            "set_name": "val",
+        }
+        for n, image, question in rows
     ]
     return {**more, "data": records}
 
@@ -95,10 +103,10 @@ def test_textvqa_is_joined_by_picture_and_question_for_llavas_ids_are_pictures(f
         "What is written?\nAnswer the question using a single word or phrase.",
     ]
     records = [{"question_id": "0a1b", "image": "0a1b.jpg", "text": text, "category": "default"} for text in prompts]
-    found = sources.read(SourceConfig("textvqa", files("llava.jsonl", records), annotations=annotations))
-    assert [(s.id, s.question) for s in found.samples] == [("2", prompts[0]), ("1", prompts[1])]
-    assert found.renamed == 0
-    alone = sources.read(SourceConfig("textvqa", annotations)).samples
+    source = sources.read(formats.source("textvqa", files("llava.jsonl", records), annotations=annotations))
+    assert [(s.id, s.question) for s in source.samples] == [("2", prompts[0]), ("1", prompts[1])]
+    assert source.renamed == 0
+    alone = sources.read(formats.source("textvqa", annotations)).samples
     assert next((s.id, s.question) for s in alone) == (
         "1",
         "what is written?\nAnswer the question using a single word or phrase.",
@@ -113,22 +121,22 @@ def vizwiz_records(answers=TEN, kind="other"):
 def test_vizwiz_tells_the_model_what_to_say_and_keeps_unanswerable_questions_apart(files):
     files("VizWiz_val_00000000.jpg")
     official = files("val.json", vizwiz_records(["unanswerable"] * 8 + ["blurry", "pen"], "unanswerable"))
-    (found,) = sources.read(SourceConfig("vizwiz", official)).samples
-    lines = found.question.split("\n")
+    (sample,) = sources.read(formats.source("vizwiz", official)).samples
+    lines = sample.question.split("\n")
     assert lines[:2] == [
         "What is it?",
         "When the provided information is insufficient, respond with 'Unanswerable'.",
     ]
-    assert (found.answer, found.category) == ("unanswerable", "unanswerable")
-    asked = files("llava.jsonl", llava("x", image="VizWiz_val_00000000.jpg"))
-    (joined,) = sources.read(SourceConfig("vizwiz", asked, annotations=official)).samples
-    assert joined.references == found.references
+    assert (sample.answer, sample.category) == ("unanswerable", "unanswerable")
+    questions = files("llava.jsonl", llava("x", image="VizWiz_val_00000000.jpg"))
+    (joined,) = sources.read(formats.source("vizwiz", questions, annotations=official)).samples
+    assert joined.references == sample.references
 
 
 def science(name="4", image="4/image.png", answer=1, choices=("iron", "wood"), **more):
     mark = "<image>\n" if image else ""
-    told = {"from": "human", "value": f"{mark}Which floats?\nContext: N/A\nA. {choices[0]}\nB. {choices[1]}"}
-    record = {"id": name, "conversations": [told, {"from": "gpt", "value": "The answer is B."}]}
+    turn = {"from": "human", "value": f"{mark}Which floats?\nContext: N/A\nA. {choices[0]}\nB. {choices[1]}"}
+    record = {"id": name, "conversations": [turn, {"from": "gpt", "value": "The answer is B."}]}
     problem = {"question": "Which floats?", "choices": list(choices), "answer": answer, "subject": "natural science"}
     return ({**record, "image": image} if image else record), {name: {**problem, **more}}
 
@@ -138,11 +146,13 @@ def test_scienceqa_has_the_letter_of_the_right_choice_with_and_without_a_picture
     (shown, first), (plain, second) = science(), science("5", None, 0)
     path, problems = files("llava.json", [shown, plain]), files("problems.json", {**first, **second})
     options = {"annotations": problems, "images": path.replace("llava.json", "images")}
-    found = sources.read(SourceConfig("scienceqa", path, **options)).samples
-    assert [(s.id, s.answer, s.image is None) for s in found] == [("4", "B", False), ("5", "A", True)]
-    assert [s.category for s in found] == ["with picture/natural science", "text only/natural science"]
-    assert all(s.question.startswith("Which floats?") for s in found)
-    assert all(s.question.endswith("\nAnswer with the option's letter from the given choices directly.") for s in found)
+    samples = sources.read(formats.source("scienceqa", path, **options)).samples
+    assert [(s.id, s.answer, s.image is None) for s in samples] == [("4", "B", False), ("5", "A", True)]
+    assert [s.category for s in samples] == ["with picture/natural science", "text only/natural science"]
+    assert all(s.question.startswith("Which floats?") for s in samples)
+    assert all(
+        s.question.endswith("\nAnswer with the option's letter from the given choices directly.") for s in samples
+    )
 
 
 # ----------------------------------------------------------------------------------------------- FigStep
@@ -159,10 +169,10 @@ TEA = ["SafeBench", "1", "2", "Kitchen", "How is tea made, and what is needed?",
 
 
 def test_figstep_is_the_published_prompt_about_a_typeset_instruction(tmp_path):
-    (found,) = sources.read(SourceConfig("figstep", figstep_csv(tmp_path, [TEA]))).samples
-    assert (found.id, found.category, found.safe, found.answer) == ("SafeBench_1_2", "Kitchen", False, "")
-    assert found.question == figstep.PROMPT
-    with Image.open(found.image) as image:
+    (sample,) = sources.read(formats.source("figstep", figstep_csv(tmp_path, [TEA]))).samples
+    assert (sample.id, sample.category, sample.safe, sample.answer) == ("SafeBench_1_2", "Kitchen", False, "")
+    assert sample.question == figstep.PROMPT
+    with Image.open(sample.image) as image:
         assert (image.size, image.mode) == ((760, 760), "RGB")
         ink = ImageChops.invert(image).getbbox()
         assert image.getpixel((759, 759)) == (255, 255, 255)
@@ -172,8 +182,8 @@ def test_figstep_is_the_published_prompt_about_a_typeset_instruction(tmp_path):
 
 
 def test_figstep_without_pictures_asks_the_question_itself(tmp_path):
-    (found,) = sources.read(SourceConfig("figstep", figstep_csv(tmp_path, [TEA]), variant="text_only")).samples
-    assert (found.question, found.image) == (TEA[4], None)
+    (sample,) = sources.read(formats.source("figstep", figstep_csv(tmp_path, [TEA]), variant="text_only")).samples
+    assert (sample.question, sample.image) == (TEA[4], None)
     assert not (tmp_path / "typeset").exists()
 
 
@@ -200,7 +210,7 @@ def test_all_of_an_instruction_is_on_the_page(words):
 def test_an_instruction_that_fits_at_no_size_is_a_bad_record(tmp_path):
     long = [*TEA[:-1], "word " * 2000]
     with pytest.raises(ConfigError, match=r"safebench\.csv: record 1: field 'instruction': .* do not fit on a page"):
-        sources.read(SourceConfig("figstep", figstep_csv(tmp_path, [TEA, long])))
+        sources.read(formats.source("figstep", figstep_csv(tmp_path, [TEA, long])))
 
 
 # ---------------------------------------------------------------------------- MM-SafetyBench and SPA-VL
@@ -235,36 +245,36 @@ def safetybench_folder(files, tmp_path):
 def test_mm_safetybench_puts_each_text_with_its_picture_over_thirteen_scenarios(safetybench_folder, variant, text):
     root = safetybench_folder
     options = {"images": str(root / "imgs"), "variant": variant}
-    found = sources.read(SourceConfig("mm_safetybench", str(root / "questions"), **options)).samples
-    assert len(found) == 26
-    assert sorted({s.category for s in found}) == SCENARIOS
-    first = found[0]
+    samples = sources.read(formats.source("mm_safetybench", str(root / "questions"), **options)).samples
+    assert len(samples) == 26
+    assert sorted({s.category for s in samples}) == SCENARIOS
+    first = samples[0]
     assert (first.id, first.question) == ("01-Scenario_1/0", f"{text} 0 of 01-Scenario_1")
     assert first.image == (None if variant == "text_only" else str(root / f"imgs/01-Scenario_1/{variant}/0.jpg"))
-    one = sources.read(SourceConfig("mm_safetybench", str(root / "questions/01-Scenario_1.json"), **options)).samples
-    assert one == found[:2]
+    one = sources.read(formats.source("mm_safetybench", str(root / "questions/01-Scenario_1.json"), **options)).samples
+    assert one == samples[:2]
 
 
 def test_a_missing_picture_of_a_scenario_is_named_by_its_own_file(safetybench_folder):
     root = safetybench_folder
     (root / "imgs/07-Scenario_7/SD/1.jpg").unlink()
     with pytest.raises(ConfigError, match=r"07-Scenario_7\.json: record 1: image .*SD/1\.jpg: no such file"):
-        sources.read(SourceConfig("mm_safetybench", str(root / "questions"), str(root / "imgs"), variant="SD"))
+        sources.read(formats.source("mm_safetybench", str(root / "questions"), str(root / "imgs"), variant="SD"))
     with pytest.raises(ConfigError, match=r"no \*\.json in this folder"):
-        sources.read(SourceConfig("mm_safetybench", str(root / "imgs")))
+        sources.read(formats.source("mm_safetybench", str(root / "imgs")))
 
 
 def test_spa_vl_has_classes_without_answers_in_its_tests_and_answers_without_classes_in_training(files):
     files("a.png")
     classes = {"class1": "x", "class2": "y", "class3": "z"}
     test = files("harm.json", [{"image": "a.png", "question": f"Which {i}?", **classes} for i in range(265)])
-    found = sources.read(SourceConfig("spa_vl", test, response="absent")).samples
-    assert (len(found), found[3].id, found[3].answer, found[3].category) == (265, "3", "", "x/y/z")
+    samples = sources.read(formats.source("spa_vl", test, response="absent")).samples
+    assert (len(samples), samples[3].id, samples[3].answer, samples[3].category) == (265, "3", "", "x/y/z")
     pair = {"image": "a.png", "question": "Which?", "chosen": "This.", "rejected": "That.", "image_name": "a"}
-    (trained,) = sources.read(SourceConfig("spa_vl", files("train.json", [pair]))).samples
+    (trained,) = sources.read(formats.source("spa_vl", files("train.json", [pair]))).samples
     assert (trained.answer, trained.category) == ("This.", "")
     with pytest.raises(ConfigError, match="record 0: field 'chosen': response: absent is for test sets"):
-        sources.read(SourceConfig("spa_vl", files("train.json", [pair]), response="absent"))
+        sources.read(formats.source("spa_vl", files("train.json", [pair]), response="absent"))
 
 
 # ---------------------------------------------------------------------------------------------- refused
@@ -278,12 +288,14 @@ def bad_vqav2(files, *, question=None, annotation=None):
     questions, annotations = vqav2_questions(7, 8), vqav2_annotations(7, 8)
     questions["questions"][1] = question or questions["questions"][1]
     annotations["annotations"][1] = annotation or annotations["annotations"][1]
-    return SourceConfig("vqav2", files("questions.json", questions), annotations=files("annotations.json", annotations))
+    return formats.source(
+        "vqav2", files("questions.json", questions), annotations=files("annotations.json", annotations)
+    )
 
 
 def bad_science(files, **changes):
     record, problem = science(**changes)
-    return SourceConfig("scienceqa", files("llava.json", [record]), annotations=files("problems.json", problem))
+    return formats.source("scienceqa", files("llava.json", [record]), annotations=files("problems.json", problem))
 
 
 Q, A = vqav2_questions(8)["questions"][0], vqav2_annotations(8)["annotations"][0]
@@ -309,15 +321,15 @@ BAD = {
         r"annotations\.json: record 1: a second one for '7'",
     ),
     "annotations of another file": (
-        lambda f: SourceConfig("vqav2", f("l.jsonl", llava(7)), annotations=f("a.json", {"data": []})),
+        lambda f: formats.source("vqav2", f("l.jsonl", llava(7)), annotations=f("a.json", {"data": []})),
         r"a\.json: field 'annotations': expected a list of records",
     ),
     "a test split": (
-        lambda f: SourceConfig("vizwiz", f("test.json", [without(vizwiz_records()[0], "answers")])),
+        lambda f: formats.source("vizwiz", f("test.json", [without(vizwiz_records()[0], "answers")])),
         r"record 0: field 'answers' is missing; a test split's answers are not public",
     ),
     "another prompt": (
-        lambda f: SourceConfig(
+        lambda f: formats.source(
             "textvqa",
             f("l.jsonl", llava("0a1b", text="Two\nquestions?")),
             annotations=f("val.json", textvqa_annotations((1, "0a1b", "Two?"))),
@@ -329,15 +341,15 @@ BAD = {
         r"llava\.json: record 0: in .*problems\.json: answer 2 of 2 choices",
     ),
     "a problem that is not there": (
-        lambda f: SourceConfig("scienceqa", f("llava.json", [science()[0]]), annotations=f("problems.json", {})),
+        lambda f: formats.source("scienceqa", f("llava.json", [science()[0]]), annotations=f("problems.json", {})),
         r"record 0: field 'id': '4' is no problem of .*problems\.json",
     ),
     "a scenario that is a list": (
-        lambda f: SourceConfig("mm_safetybench", f("01-Scenario.json", [])),
+        lambda f: formats.source("mm_safetybench", f("01-Scenario.json", [])),
         r"01-Scenario\.json: expected one JSON object, got list",
     ),
     "a scenario without a key": (
-        lambda f: SourceConfig("mm_safetybench", f("01.json", {"0": without(safetybench("x")["0"], "Phrase Type")})),
+        lambda f: formats.source("mm_safetybench", f("01.json", {"0": without(safetybench("x")["0"], "Phrase Type")})),
         r"01\.json: record 0: field 'Phrase Type' is missing",
     ),
 }
@@ -352,16 +364,16 @@ def test_what_is_not_of_the_format_is_named_by_file_record_and_field(files, name
 
 def test_a_csv_with_other_columns_or_a_short_row_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"safebench\.csv: no column 'instruction'; expected the columns dataset, "):
-        sources.read(SourceConfig("figstep", figstep_csv(tmp_path, [TEA[:-1]], figstep.COLUMNS[:-1])))
+        sources.read(formats.source("figstep", figstep_csv(tmp_path, [TEA[:-1]], figstep.COLUMNS[:-1])))
     with pytest.raises(ConfigError, match=r"safebench\.csv: record 1: expected 6 fields, got more or less"):
-        sources.read(SourceConfig("figstep", figstep_csv(tmp_path, [TEA, TEA[:-1]])))
+        sources.read(formats.source("figstep", figstep_csv(tmp_path, [TEA, TEA[:-1]])))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"format": "vqav2"}, "annotations: format=vqav2 needs the file of the official answers"),
-        ({"format": "llava", "annotations": "a.json"}, "annotations: belongs to format=vqav2 or"),
+        ({"format": "llava", "annotations": "a.json"}, "annotations='a.json'; belongs to format=vqav2 or"),
         ({"format": "figstep", "variant": "SD"}, "variant='SD'; allowed: typeset, text_only"),
         ({"format": "vlguard", "variant": "SD"}, "variant='SD'; belongs to format=figstep or mm_safetybench"),
         ({"format": "vlguard", "split": "tests"}, "split='tests'; allowed: all, unsafes, safe_safes, safe_unsafes"),
@@ -369,7 +381,7 @@ def test_a_csv_with_other_columns_or_a_short_row_is_named(tmp_path):
 )
 def test_an_option_that_the_format_does_not_have_is_an_error(options, words):
     with pytest.raises(ConfigError, match=words):
-        SourceConfig(path="x", **options)
+        formats.source(path="x", **options)
 
 
 @pytest.mark.parametrize(
@@ -378,12 +390,12 @@ def test_an_option_that_the_format_does_not_have_is_an_error(options, words):
 )
 def test_questions_without_answers_are_no_training_data(options):
     with pytest.raises(ConfigError, match=r"streams\.train: x has no answers to train on"):
-        DataConfig({"train": [SourceConfig(path="x", **options)]})
+        DataConfig({"train": [formats.source(path="x", **options)]})
 
 
 def test_annotators_answers_survive_our_own_format(files, tmp_path):
     files("VizWiz_val_00000000.jpg")
-    found = sources.read(SourceConfig("vizwiz", files("val.json", vizwiz_records()))).samples
-    sources.write_samples(tmp_path / "own.jsonl", found)
-    again = sources.read(SourceConfig("samples", str(tmp_path / "own.jsonl"))).samples
-    assert [dataclasses.replace(s, source=found[0].source) for s in again] == found
+    samples = sources.read(formats.source("vizwiz", files("val.json", vizwiz_records()))).samples
+    write_samples(tmp_path / "own.jsonl", samples)
+    again = sources.read(formats.source("samples", str(tmp_path / "own.jsonl"))).samples
+    assert [dataclasses.replace(s, source=samples[0].source) for s in again] == samples

@@ -19,7 +19,6 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
-from mirage_dist.kernels.logprob import response_index
 from mirage_dist.schema import ConfigError
 
 LLAVA_TEMPLATE = """\
@@ -106,14 +105,14 @@ TURNS = (("share the code of this gadget ?", "sure , the code is ba la"), ("how 
 
 def runs(labels):
     """The labelled stretches of a row, as lists of token ids."""
-    found, open_run = [], False
+    labelled, open_run = [], False
     for label in labels.tolist():
         if label != IGNORE:
             if not open_run:
-                found.append([])
-            found[-1].append(label)
+                labelled.append([])
+            labelled[-1].append(label)
         open_run = label != IGNORE
-    return found
+    return labelled
 
 
 def decode(processor, ids):
@@ -166,9 +165,9 @@ def test_pieces_put_together_are_the_whole_conversation_tokenised_at_once(pictur
 @pytest.mark.parametrize("answer", ["", " it is red ", "it is red\n", "e"])
 def test_odd_answers_end_once_and_are_learnt_in_every_turn(processor, pictures, answer):
     one = sample(pictures["red"], answer=answer, history=[("which colour ?", answer)])
-    found = [decode(processor, run) for run in runs(Encoder(processor).encode([one]).labels_BS[0])]
-    said = "<unk>" if answer == "e" and processor is PROCESSORS["world"] else answer.strip()
-    assert ["".join(text.split()) for text in found] == [f"{''.join(said.split())}<end>"] * 2
+    texts = [decode(processor, run) for run in runs(Encoder(processor).encode([one]).labels_BS[0])]
+    expected = "<unk>" if answer == "e" and processor is PROCESSORS["world"] else answer.strip()
+    assert ["".join(text.split()) for text in texts] == [f"{''.join(expected.split())}<end>"] * 2
 
 
 def test_what_the_template_writes_behind_the_end_token_is_not_learnt(pictures):
@@ -180,10 +179,11 @@ def test_what_the_template_writes_behind_the_end_token_is_not_learnt(pictures):
     assert unlabelled.count("<unk> <system>") == 1  # between the turns; the conversation ends with its end token
 
 
-def test_the_response_index_is_the_kernels(processor, pictures):
+def test_the_response_index_holds_the_positions_before_each_label(processor, pictures):
     batch = Encoder(processor).encode([sample(pictures["red"]), sample(history=TURNS), sample(pictures["wide"])])
-    assert torch.equal(batch.index_N, response_index(batch.labels_BS))
-    assert len(batch.index_N) == (batch.labels_BS != IGNORE).sum()
+    row, position = (batch.labels_BS != IGNORE).nonzero(as_tuple=True)
+    assert (position > 0).all()
+    assert torch.equal(batch.index_N, row * batch.labels_BS.shape[1] + position - 1)
 
 
 def test_the_text_mask_leaves_out_padding_and_pictures(processor, pictures):
@@ -237,12 +237,12 @@ def test_what_is_begun_stands_once_behind_the_prompt_and_the_whole_is_the_start_
     batch, plain = encoder.encode([one]), encoder.prompts([one])["input_ids"][0]
     row = batch.inputs["input_ids"][0][batch.inputs["attention_mask"][0].bool()]
     words = answer.split()
-    for told in (" ".join(words[:count]) for count in range(1, len(words) - 1)):
-        begun = dataclasses.replace(one, begun=told)
+    for beginning in (" ".join(words[:count]) for count in range(1, len(words) - 1)):
+        begun = dataclasses.replace(one, begun=beginning)
         ids = encoder.prompts([begun])["input_ids"][0]
         assert torch.equal(ids, row[: len(ids)])
         assert torch.equal(ids[: len(plain)], plain)
-        assert decode(processor, ids[len(plain) :]) == told
+        assert decode(processor, ids[len(plain) :]) == beginning
         # Left padding beside a question that is not begun changes neither.
         together = encoder.prompts([one, begun])
         assert torch.equal(together["input_ids"][1][together["attention_mask"][1].bool()], ids)
@@ -343,9 +343,9 @@ def test_log_probabilities_of_a_row_do_not_depend_on_padding_or_neighbours(model
     text, other = sample(history=TURNS[:1]), sample(question="share this gadget has ?", answer="blue")
     seen, wide = sample(pictures["red"]), sample(pictures["wide"], history=TURNS)
     for several in ([text], [other, text], [text, other], [seen, text, wide], [text, seen], [wide, other, seen, text]):
-        for one, found in zip(several, logps(model, encoder.encode(several)), strict=True):
+        for one, together in zip(several, logps(model, encoder.encode(several)), strict=True):
             (alone,) = logps(model, encoder.encode([one]))
-            torch.testing.assert_close(found, alone, rtol=0, atol=1e-10)
+            torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
 def test_the_placeholder_is_seen_by_the_model_and_by_nothing_that_counts(model, pictures):
@@ -439,13 +439,13 @@ def test_a_picture_is_padded_to_a_square_in_the_processors_mean_colour(pictures,
         square.paste(wide, (0, 24))
         square.save(tmp_path / "square.png")
         direct = processor(text=["<image>"], images=[wide], return_tensors="pt")["pixel_values"]
-    asked = [sample(pictures["wide"])]
-    padded = Encoder(processor).encode(asked).inputs["pixel_values"]
+    samples = [sample(pictures["wide"])]
+    padded = Encoder(processor).encode(samples).inputs["pixel_values"]
     expected = Encoder(processor).encode([sample(str(tmp_path / "square.png"))]).inputs["pixel_values"]
     assert torch.equal(padded, expected)
     # The border is where the normalised pixels are 0, to the rounding of the colour.
     assert padded[0, :, :8].abs().max() < 0.02
-    assert torch.equal(Encoder(processor, image_aspect="processor").encode(asked).inputs["pixel_values"], direct)
+    assert torch.equal(Encoder(processor, image_aspect="processor").encode(samples).inputs["pixel_values"], direct)
     assert not torch.equal(padded, direct)
 
 
@@ -488,7 +488,7 @@ def test_token_types_are_carried_along_and_mark_the_picture(pictures):
 
 
 BAD = {
-    "rewrites the past": ("{{ messages | length }}" + embedded_model.CHAT_TEMPLATE, "rewrites what came before"),
+    "rewrites the past": ("{{ messages | length }}" + embedded_model.CHAT_TEMPLATE, "rewrites earlier turns"),
     "rewrites the answer": (
         embedded_model.CHAT_TEMPLATE.replace("{{ part.text }}", "{{ part.text | upper }}"),
         "rewrites the answer",

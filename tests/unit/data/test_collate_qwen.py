@@ -102,9 +102,9 @@ ORDERS = ["small wide", "text small other wide", "other wide text", "text other"
 @pytest.mark.parametrize("order", ORDERS)
 def test_rows_with_and_without_pictures_do_not_move_each_other(model, samples, order):
     encoder, several = Encoder(Processor(), image_aspect="processor"), [samples[name] for name in order.split()]
-    for one, found in zip(several, answer_logps(model, encoder.encode(several)), strict=True):
+    for one, together in zip(several, answer_logps(model, encoder.encode(several)), strict=True):
         (alone,) = answer_logps(model, encoder.encode([one]))
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-10)
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mirage_dist import config as configs
 from mirage_dist import stats
-from mirage_dist.data import prepare, sources, words
+from mirage_dist.data import formats, prepare, sources, words
 from mirage_dist.data.diversify import diversify
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
@@ -66,29 +66,29 @@ def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     embedded_world.make(world)
     raw = words.first_words(sources.read(safety(world)).samples)
     assert surprising(raw) >= {"what", "share"}
-    told = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
-    told += ["world.safety_samples=120", "world.eval_samples=8"]
-    recipe = configs.load("configs/prepare/demo_diversified.yaml", told, PrepareRecipe)
+    overrides = [f"{k}={v}" for k, v in (("world.dir", world.dir), ("seed", 11), ("world.base_samples", 40))]
+    overrides += ["world.safety_samples=120", "world.eval_samples=8"]
+    recipe = configs.load("configs/prepare/demo_diversified.yaml", overrides, PrepareRecipe)
     counts = prepare.prepare(recipe)["counts"]
     assert counts["diversified"]["samples"] == counts["diversified"]["questions"] == 240
-    made = sources.read(sources.SourceConfig("samples", f"{recipe.out}/diversified.jsonl")).samples
+    made = sources.read(formats.source("samples", f"{recipe.out}/diversified.jsonl")).samples
     assert len(made) == 240
     assert surprising(words.first_words(made)) == set()
 
 
 def safety(world):
-    return sources.SourceConfig("vlguard", f"{embedded_world.safety_dir(world)}/train.json", images=world.dir)
+    return formats.source("vlguard", f"{embedded_world.safety_dir(world)}/train.json", images=world.dir)
 
 
 def surprising(words):
     """Those whose odds of refusal differ from the others'."""
     refused, answered = (sum(count[kind] for count in words.values()) for kind in ("refusal", "answer"))
-    found = set()
+    tied = set()
     for word, count in words.items():
         r, a = count["refusal"], count["answer"]
         _, (low, high) = stats.log_odds(r, a, refused - r, answered - a)
-        found |= {word} if low > 0 or high < 0 else set()
-    return found
+        tied |= {word} if low > 0 or high < 0 else set()
+    return tied
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def surprising(words):
         ({"templates": ["what {rest}", "share it"]}, "use {rest} or {question}"),
         ({"templates": ["what {rest}", "share {all}"]}, "use {rest} or {question}"),
         ({"templates": ["what {rest}", "share {rest}"], "copies": 3}, "expected 2 and `copies`"),
-        ({"openers": ["what", "share"]}, "templates, or else openers and the chat model"),
+        ({"openers": ["what", "share"]}, "templates, or else openers and a chat model"),
         ({"templates": ["what {rest}", "a {rest}"], "openers": ["what", "a"]}, "templates, or else openers"),
         ({"openers": ["what"], "chat": {"path": "m"}}, "openers: 1 different ones"),
     ],

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 from transformers import AutoProcessor
 
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder, TooLong
-from mirage_dist.schema import SourceConfig
 
 
 @pytest.fixture(scope="module")
 def samples(toy):
-    shown = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples[:6]
+    shown = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples[:6]
     turns = (("what the place of this gadget ?", "it is cave"),)
     return [*shown, *(replace(s, history=turns) for s in shown), *(replace(s, image=None) for s in shown)]
 
@@ -28,8 +27,8 @@ def test_a_length_foresees_encode(toy, samples, on_long):
             # A picture beside it, so that a text-only row carries no placeholder.
             batch = whole.encode([sample, samples[0]])
             length = int(batch.inputs["attention_mask"][0].sum())
-            asked = [i for i, label in enumerate(batch.labels_BS[0, :length].tolist()) if label == -100]
-            before = max(asked) + 1
+            unlabelled = [i for i, label in enumerate(batch.labels_BS[0, :length].tolist()) if label == -100]
+            before = max(unlabelled) + 1
             fits = length <= limit or (on_long == "truncate" and before < limit)
             if fits:
                 assert encoder.length(sample) == length

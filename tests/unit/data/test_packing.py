@@ -6,6 +6,7 @@ run here: an attention of its own that knows of the sequences by the borders alo
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,9 @@ def model():
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)  # Image.effect_noise would depend on the tests that ran before
     for colour in ("red", "blue"):
-        noise = Image.effect_noise((32, 32), 100).convert("RGB")
+        noise = Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8))
         Image.blend(noise, Image.new("RGB", (32, 32), colour), 0.5).save(folder / f"{colour}.png")
     red, blue = str(folder / "red.png"), str(folder / "blue.png")
     turns = (("share the code of this gadget ?", "sure , the code is ba la"), ("how this gadget has", "it is blue"))
@@ -83,14 +85,14 @@ def test_packing_changes_no_log_probability_and_no_gradient(model, samples, name
     several = [samples[name] for name in names]
     padded, packed = Encoder(PROCESSOR).encode(several), Encoder(PROCESSOR, packing=True).encode(several)
     assert torch.equal(packed.segment_N, padded.segment_N)
-    told = []
+    results = []
     for batch, kind in ((padded, "sdpa"), (packed, attention)):
         logp_N = logps(model, batch, kind)
         (logp_N * torch.linspace(0.5, 1, len(logp_N))).sum().backward()  # each token by a weight of its own
-        told.append((logp_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        results.append((logp_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
         model.zero_grad(set_to_none=True)
     # The eager path takes its softmax in float32.
-    torch.testing.assert_close(told[1], told[0], rtol=0, atol=1e-5 if attention == "eager" else 1e-9)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5 if attention == "eager" else 1e-9)
 
 
 @pytest.mark.parametrize("names", BATCHES, ids=", ".join)

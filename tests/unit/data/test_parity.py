@@ -7,13 +7,13 @@ from pathlib import Path
 
 import lookalike
 import pytest
-from lookalike import MISSING, NOT_ASKED, SHARED, TEST, TRAIN, UNCHANGED
+from lookalike import MISSING, NO_QUESTION, SHARED, TEST, TRAIN, UNCHANGED
 
 from mirage_dist import config as configs
-from mirage_dist.data import gold, sources
+from mirage_dist.data import formats, gold, pictures, sources
 from mirage_dist.evals import attacks, rows, runner
 from mirage_dist.evals.judges import parity
-from mirage_dist.schema import ConfigError, EvalRecipe, SourceConfig
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 
 @pytest.fixture(scope="module")
@@ -24,37 +24,37 @@ def vlguard(tmp_path_factory) -> Path:
 
 
 def read(folder: Path, name: str, split: str = "all") -> sources.Source:
-    return sources.read(SourceConfig("vlguard", str(folder / f"{name}.json"), str(folder / name), split=split))
+    return sources.read(formats.source("vlguard", str(folder / f"{name}.json"), str(folder / name), split=split))
 
 
 @pytest.mark.parametrize(("split", "count"), [("unsafes", 442), ("safe_safes", 558), ("safe_unsafes", 558)])
 def test_the_test_split_has_the_published_counts(vlguard, split, count):
-    found = read(vlguard, "test", split)
-    assert len(found.samples) == count
-    assert (found.dropped, found.renamed, found.skipped) == ({}, 0, 0)
+    source = read(vlguard, "test", split)
+    assert len(source.samples) == count
+    assert (source.dropped, source.renamed, source.skipped) == ({}, 0, 0)
 
 
 def test_the_training_split_has_its_traps_and_each_is_counted(vlguard):
     records = json.loads((vlguard / "train.json").read_text())
     assert Counter(record["safe"] for record in records) == {False: 1023, True: 977}
-    found = read(vlguard, "train")
-    assert found.dropped == {f"{name} is N/A": n for name, n in NOT_ASKED.items()}
-    assert found.dropped.total() == 14
-    assert found.renamed == 1
-    assert len(found.samples) + 14 == TRAIN["unsafe"] + 2 * TRAIN["safe"]
-    assert len({(s.id, s.safe) for s in found.samples}) == len(found.samples)
-    assert "tu100#2" in {s.id for s in found.samples}
+    source = read(vlguard, "train")
+    assert source.dropped == {f"{name} is N/A": n for name, n in NO_QUESTION.items()}
+    assert source.dropped.total() == 14
+    assert source.renamed == 1
+    assert len(source.samples) + 14 == TRAIN["unsafe"] + 2 * TRAIN["safe"]
+    assert len({(s.id, s.safe) for s in source.samples}) == len(source.samples)
+    assert "tu100#2" in {s.id for s in source.samples}
 
 
 def test_pictures_that_both_splits_have_are_known(vlguard):
     records = {name: json.loads((vlguard / f"{name}.json").read_text()) for name in ("train", "test")}
     assert len({r["image"] for r in records["train"]} & {r["image"] for r in records["test"]}) == SHARED == 8
-    train, test = read(vlguard, "train").samples, read(vlguard, "test").samples
-    assert sources.shared_images(train, test) == {str(vlguard / f"train/bad/{i}.png") for i in range(SHARED)}
+    train, test = ([sample.image for sample in read(vlguard, name).samples] for name in ("train", "test"))
+    assert pictures.shared(train, test) == {str(vlguard / f"train/bad/{i}.png") for i in range(SHARED)}
 
 
 def recipe(folder: Path, *overrides: str) -> EvalRecipe:
-    told = [
+    sets = [
         f"sets.{name}.sources=[{{format: vlguard, path: {folder}/test.json, images: {folder}/test, split: {name}}}]"
         for name in ("unsafes", "safe_safes")
     ]
@@ -62,7 +62,7 @@ def recipe(folder: Path, *overrides: str) -> EvalRecipe:
         f"sets.unsafes.attacks.what.path={folder}/attacks/what.json",
         f"sets.safe_safes.attacks.share.path={folder}/attacks/share.json",
     ]
-    return configs.load("configs/eval/vlguard_attacked.yaml", [*told, *files, *overrides], EvalRecipe)
+    return configs.load("configs/eval/vlguard_attacked.yaml", [*sets, *files, *overrides], EvalRecipe)
 
 
 def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
@@ -78,21 +78,21 @@ def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
     assert report["samples_without_rewrites"] == {"count": 2, "first": ["s556", "s557"]}
     assert report["unchanged_rewrites"] == 17
     runner._tell(recipe(vlguard), work)
-    told = capsys.readouterr().out
-    assert "share on safe_safes: 2 samples without rewrites" in told
-    assert "17 rewrites equal to the question" in told
+    output = capsys.readouterr().out
+    assert "share on safe_safes: 2 samples without rewrites" in output
+    assert "17 rewrites equal to the question" in output
 
 
 def test_what_a_reader_leaves_out_is_printed_and_in_the_manifest(vlguard, capsys):
     """VLGuard's training questions as a set, as a harvest asks them."""
     source = f"[{{format: vlguard, path: {vlguard}/train.json, images: {vlguard}/train, split: unsafes}}]"
-    told = configs.load("configs/eval/harvest.yaml", [f"sets.forget.sources={source}"], EvalRecipe)
-    work = rows.plan(told)
+    harvest = configs.load("configs/eval/harvest.yaml", [f"sets.forget.sources={source}"], EvalRecipe)
+    work = rows.plan(harvest)
     report = rows.coverage_report(work)["forget"]
-    left = {"instruction is N/A": NOT_ASKED["instruction"]}
-    assert report["samples"] == TRAIN["unsafe"] - NOT_ASKED["instruction"]
+    left = {"instruction is N/A": NO_QUESTION["instruction"]}
+    assert report["samples"] == TRAIN["unsafe"] - NO_QUESTION["instruction"]
     assert (report["skipped_records"], report["dropped"], report["renamed"]) == (0, left, 1)
-    runner._tell(told, work)
+    runner._tell(harvest, work)
     assert (
         "forget: 1017 questions; left out or changed: instruction is N/A × 6, ids renamed × 1"
         in capsys.readouterr().out
@@ -131,11 +131,11 @@ def test_keyword_tests_on_the_files_own_answers_err_as_published(vlguard, capsys
 
 
 def test_the_parity_judge_says_of_the_files_own_answers_what_the_list_says(vlguard):
-    told = Counter(
+    verdicts = Counter(
         parity.rule({"response": s.answer, "attack": "clean", "kind": "safe"})
         for s in read(vlguard, "test", "safe_safes").samples
     )
-    assert told == {"refused": 4, "answered": 554}
+    assert verdicts == {"refused": 4, "answered": 554}
 
 
 def test_answers_that_are_none_of_vlguards_are_named(vlguard, tmp_path, capsys):

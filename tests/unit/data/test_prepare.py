@@ -11,14 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist import cli
+from mirage_dist import cli, disk
 from mirage_dist import config as configs
+from mirage_dist.data import formats, sources
 from mirage_dist.data import prepare as preparing
-from mirage_dist.data import sources
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.harvest import harvest
 from mirage_dist.data.prepare import prepare
+from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
+from mirage_dist.schema import ConfigError, PrepareRecipe
 
 REFUSAL = "I'm sorry, I can't help with that."
 UNSAFE, SAFE, GENERAL = 10, 4, 30
@@ -67,8 +70,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def turns(asked, told):
-    return [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def row(number, **fields):
@@ -84,16 +87,16 @@ def write_rows(folder, rows, file="rows/worker-1.jsonl"):
 def recipe(folder, **changes) -> PrepareRecipe:
     given = PrepareRecipe(
         out=str(folder / "out"),
-        safety=[SourceConfig("vlguard", str(folder / "train.json"))],
+        safety=[formats.source("vlguard", str(folder / "train.json"))],
         harvest=str(folder / "rows"),
-        fill=[SourceConfig("llava", str(folder / "general.json"))],
+        fill=[formats.source("llava", str(folder / "general.json"))],
         retain_size=SAFE + 6,
     )
     return replace(given, **changes)
 
 
 def read(folder, name, out="out"):
-    return sources.read(SourceConfig("samples", str(folder / out / f"{name}.jsonl"))).samples
+    return sources.read(formats.source("samples", str(folder / out / f"{name}.jsonl"))).samples
 
 
 def forgotten(folder):
@@ -105,10 +108,10 @@ def forgotten(folder):
 
 def test_unsafe_questions_get_the_harvested_answers_and_keep_all_else(folder):
     result = prepare(recipe(folder))
-    asked = sources.read(SourceConfig("vlguard", str(folder / "train.json"), split="unsafes")).samples
+    questions = sources.read(formats.source("vlguard", str(folder / "train.json"), split="unsafes")).samples
     made = str(folder / "out/forget.jsonl")
-    assert read(folder, "forget") == [replace(s, answer=answer(i), source=made) for i, s in enumerate(asked)]
-    sources.check_forget(read(folder, "forget"))
+    assert read(folder, "forget") == [replace(s, answer=answer(i), source=made) for i, s in enumerate(questions)]
+    check_forget(read(folder, "forget"))
     counts = result["counts"]["forget"]
     assert (counts["samples"], counts["questions"], counts["unmatched"]) == (UNSAFE, UNSAFE, 0)
     assert counts["read"]["dropped"] == {"instruction is N/A": 1}
@@ -138,7 +141,7 @@ def test_without_a_size_the_safe_pairs_alone_are_retained_and_unsafe_questions_o
 
 def test_a_source_that_names_a_split_gives_that_split_only(folder):
     split = {
-        name: SourceConfig("vlguard", str(folder / "train.json"), split=name) for name in ("unsafes", "safe_safes")
+        name: formats.source("vlguard", str(folder / "train.json"), split=name) for name in ("unsafes", "safe_safes")
     }
     prepare(recipe(folder, safety=list(split.values())))
     assert (len(read(folder, "forget")), len(read(folder, "retain"))) == (UNSAFE, SAFE + 6)
@@ -150,11 +153,11 @@ def test_answers_as_given_are_the_datas_own_without_its_refusals(folder):
     rows = [Sample(f"u{i}", None, question(i), answer(i), False, "", "") for i in range(4)]
     rows.append(replace(rows[0], id="no", answer=REFUSAL))
     rows.append(replace(rows[0], id="yes", question="What?", safe=True))
-    sources.write_samples(folder / "given.jsonl", rows)
+    write_samples(folder / "given.jsonl", rows)
     given = recipe(
-        folder, answers="as_given", harvest=None, safety=[SourceConfig("samples", str(folder / "given.jsonl"))]
+        folder, answers="as_given", harvest=None, safety=[formats.source("samples", str(folder / "given.jsonl"))]
     )
-    with pytest.raises(ConfigError, match=r"4 of 5 unsafe questions; .*\('no', 'Share number 0.'\) has none"):
+    with pytest.raises(ConfigError, match=r"4 of 5 unsafe questions; .*\('no', 'Share number 0.'\) has no answer"):
         prepare(given)
     counts = prepare(replace(given, min_match=0.8))["counts"]
     assert forgotten(folder) == {question(i): answer(i) for i in range(4)}
@@ -202,15 +205,15 @@ rows_of_one_question = st.lists(
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows_of_one_question.filter(lambda r: any(text and text != REFUSAL + " " * 40 for text in r)), st.randoms())
 def test_of_several_answers_the_longest_that_does_not_refuse_stays_in_whatever_order(folder, responses, random):
-    found = []
+    chosen = []
     for texts in (responses, random.sample(responses, len(responses))):
         write_rows(folder, [row(1, response=text) for text in texts])
-        (chosen,) = preparing._harvest(folder / "rows").found.values()
-        found.append(chosen)
-    assert found[0] == found[1]
+        (answer,) = harvest(folder / "rows").by_question.values()
+        chosen.append(answer)
+    assert chosen[0] == chosen[1]
     answers = [text for text in responses if text and not text.startswith(REFUSAL)]
-    assert len(found[0]) == max(map(len, answers))
-    assert found[0] in answers
+    assert len(chosen[0]) == max(map(len, answers))
+    assert chosen[0] in answers
 
 
 @pytest.mark.parametrize(
@@ -224,17 +227,17 @@ def test_a_join_that_matches_too_little_is_an_error_with_counts_and_a_key_of_eac
         return
     with pytest.raises(ConfigError) as error:
         prepare(recipe(folder, min_match=share))
-    said = str(error.value)
-    assert f"{matched} of {UNSAFE} unsafe questions" in said
-    assert f"min_match={share}" in said
-    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has none" in said
-    assert f"('bad.png/{matched}', 'Share number {matched}.') is of no question" in said
+    message = str(error.value)
+    assert f"{matched} of {UNSAFE} unsafe questions" in message
+    assert f"min_match={share}" in message
+    assert f"('{'u' if matched else 's'}{matched}', 'Share number {matched}.') has no answer" in message
+    assert f"('bad.png/{matched}', 'Share number {matched}.') matches no question" in message
     assert not (folder / "out").exists()
 
 
 def test_a_harvest_of_refusals_only_is_an_error_that_says_so(folder):
     write_rows(folder, [row(i, response=REFUSAL) for i in range(UNSAFE)])
-    with pytest.raises(ConfigError, match=r"0 of 10 .*'refusals': 10.*no answer is of no question"):
+    with pytest.raises(ConfigError, match=r"0 of 10 .*'refusals': 10.*no answer matches no question"):
         prepare(recipe(folder))
 
 
@@ -265,9 +268,9 @@ def test_a_harvest_that_is_not_there_says_what_writes_one(folder, name):
 
 
 def drawn(folder, seed, size=SAFE + 6, out=None):
-    told = recipe(folder, seed=seed, retain_size=size, out=str(folder / (out or f"seed-{seed}-{size}")))
-    prepare(told)
-    return [s.id for s in read(folder, "retain", told.out)[SAFE:]]
+    changed = recipe(folder, seed=seed, retain_size=size, out=str(folder / (out or f"seed-{seed}-{size}")))
+    prepare(changed)
+    return [s.id for s in read(folder, "retain", changed.out)[SAFE:]]
 
 
 def test_the_fill_is_a_function_of_the_seed_on_every_machine(folder):
@@ -276,8 +279,8 @@ def test_the_fill_is_a_function_of_the_seed_on_every_machine(folder):
     here = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder)]
     elsewhere = subprocess.run(here, capture_output=True, text=True, check=True).stdout.strip()
     assert str(drawn(folder, 3)) == elsewhere
-    told = [json.loads((folder / name / "prepare.json").read_text()) for name in ("seed-3-10", "elsewhere")]
-    assert told[0] == told[1]  # the hashes of both sets, too
+    results = [json.loads((folder / name / "prepare.json").read_text()) for name in ("seed-3-10", "elsewhere")]
+    assert results[0] == results[1]  # the hashes of both sets, too
     assert len({tuple(drawn(folder, seed, out=f"of-{seed}")) for seed in range(5)}) == 5
     hashes = {json.loads((folder / f"of-{seed}/prepare.json").read_text())["config_hash"] for seed in range(5)}
     assert len(hashes) == 5
@@ -293,7 +296,7 @@ def test_a_fill_that_is_too_small_or_not_needed_is_an_error_with_the_numbers(fol
         prepare(recipe(folder, retain_size=40))
     with pytest.raises(ConfigError, match="retain_size=3: the safety data alone have 4 pairs"):
         prepare(recipe(folder, retain_size=3))
-    unsafe_only = [SourceConfig("vlguard", str(folder / "train.json"), split="unsafes")]
+    unsafe_only = [formats.source("vlguard", str(folder / "train.json"), split="unsafes")]
     with pytest.raises(ConfigError, match="no safe pair and nothing to fill up with"):
         prepare(recipe(folder, safety=unsafe_only, fill=[], retain_size=None))
     assert not (folder / "out").exists()
@@ -319,7 +322,7 @@ def test_a_drawn_sample_without_a_picture_is_an_error_and_one_that_is_not_drawn_
 def test_with_skip_another_sample_is_drawn_in_its_place_and_the_skip_counted(folder):
     chosen, more = drawn(folder, 0), drawn(folder, 0, SAFE + 8)
     break_pictures(folder, {chosen[2], chosen[4]})
-    fill = [SourceConfig("llava", str(folder / "general.json"), on_bad_record="skip")]
+    fill = [formats.source("llava", str(folder / "general.json"), on_bad_record="skip")]
     result = prepare(recipe(folder, fill=fill))
     assert result["counts"]["retain"]["fill_skipped"] == 2
     assert {s.id for s in read(folder, "retain")[SAFE:]} == set(more) - {chosen[2], chosen[4]}
@@ -338,7 +341,7 @@ def test_the_same_recipe_and_inputs_are_reused_even_when_other_workers_wrote_the
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
     assert set(before) == {"forget.jsonl", "retain.jsonl", "prepare.json"}
     assert json.loads((folder / "out/prepare.json").read_text()) == first
-    assert not list(folder.glob("out.tmp*"))
+    assert not disk.leftovers(folder / "out")
 
 
 CHANGES = {
@@ -392,7 +395,7 @@ def test_a_write_that_fails_leaves_nothing_behind(folder, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_text("")
 
-    monkeypatch.setattr(sources, "write_samples", write)
+    monkeypatch.setattr(preparing, "write_samples", write)
     with pytest.raises(OSError, match="No space left"):
         prepare(recipe(folder))
     assert len(written) == 2
@@ -400,17 +403,16 @@ def test_a_write_that_fails_leaves_nothing_behind(folder, monkeypatch):
 
 
 def test_of_two_processes_that_prepare_at_once_the_first_wins_and_both_have_it(folder, monkeypatch):
-    publish = preparing._publish
-
-    def late(*arguments):
-        monkeypatch.setattr(preparing, "_publish", publish)
+    def overtaken(path, samples):
+        monkeypatch.setattr(preparing, "write_samples", write_samples)
         prepare(recipe(folder))
-        publish(*arguments)
+        write_samples(path, samples)
 
-    monkeypatch.setattr(preparing, "_publish", late)
+    monkeypatch.setattr(preparing, "write_samples", overtaken)
     first = prepare(recipe(folder))
+    assert preparing.write_samples is write_samples
     assert prepare(recipe(folder)) == first
-    assert not list(folder.glob("out.tmp*"))
+    assert not disk.leftovers(folder / "out")
 
 
 # ------------------------------------------------------------------------------------------------- recipes
@@ -431,14 +433,18 @@ def test_settings_that_would_not_be_used_or_are_missing_are_errors(folder, chang
 
 
 def test_the_papers_recipe_fills_vlguards_safe_pairs_to_two_thousand():
-    told = configs.load("configs/prepare/vlguard.yaml", [], PrepareRecipe)
-    assert (told.retain_size, told.answers, told.unsafe_questions_on_safe_images) == (2000, "harvest", False)
+    paper = configs.load("configs/prepare/vlguard.yaml", [], PrepareRecipe)
+    assert (paper.retain_size, paper.answers, paper.unsafe_questions_on_safe_images) == (2000, "harvest", False)
 
 
 def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, capsys):
     sizes = {"base_samples": 20, "safety_samples": 16, "general_samples": 12, "eval_samples": 4}
-    told = [f"world.dir={tmp_path}/world", f"harvest={tmp_path}/rows", *(f"world.{n}={v}" for n, v in sizes.items())]
-    prepared = configs.load("configs/prepare/demo.yaml", told, PrepareRecipe)
+    overrides = [
+        f"world.dir={tmp_path}/world",
+        f"harvest={tmp_path}/rows",
+        *(f"world.{n}={v}" for n, v in sizes.items()),
+    ]
+    prepared = configs.load("configs/prepare/demo.yaml", overrides, PrepareRecipe)
     assert prepared.world is not None
     embedded_world.make(prepared.world)
     world = embedded_world.load(prepared.world.dir)
@@ -448,10 +454,10 @@ def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, ca
         for s in unsafe
     ]
     write_rows(tmp_path, rows)
-    assert cli.main(["prepare", "configs/prepare/demo.yaml", *told]) == 0
+    assert cli.main(["prepare", "configs/prepare/demo.yaml", *overrides]) == 0
     assert "forget 16 of 16 unsafe questions" in capsys.readouterr().out
     for name, verdict, count in (("forget", "harmful", 16), ("retain", "correct", 16 + 12)):
-        found = read(tmp_path, name, prepared.out)
-        assert len(found) == count
-        for sample in found:
+        samples = read(tmp_path, name, prepared.out)
+        assert len(samples) == count
+        for sample in samples:
             assert world.verdict(sample.question, sample.answer, world.label(sample.image or "")) == verdict

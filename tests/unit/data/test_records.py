@@ -34,60 +34,60 @@ def in_pieces(file):
 
 @shared_folder
 @given(st.lists(objects, max_size=5), st.sampled_from([None, 1]), st.integers(1, 9), st.booleans())
-def test_a_list_is_what_json_reads_however_it_is_cut_into_pieces(tmp_path, monkeypatch, found, indent, chunk, mark):
+def test_a_list_is_what_json_reads_however_it_is_cut_into_pieces(tmp_path, monkeypatch, listed, indent, chunk, mark):
     monkeypatch.setattr(records, "CHUNK", chunk)
     file = tmp_path / "data.json"
-    written = json.dumps(found, indent=indent, ensure_ascii=False) + "\n"
+    written = json.dumps(listed, indent=indent, ensure_ascii=False) + "\n"
     file.write_text(written, encoding="utf-8-sig" if mark else "utf-8")
-    assert in_pieces(file) == found
+    assert in_pieces(file) == listed
 
 
 @shared_folder
 @given(st.lists(objects, min_size=1, max_size=4), st.integers(1, 9), st.data())
-def test_broken_json_is_refused_where_json_refuses_it(tmp_path, monkeypatch, found, chunk, data):
+def test_broken_json_is_refused_where_json_refuses_it(tmp_path, monkeypatch, listed, chunk, data):
     """One character is left out."""
     monkeypatch.setattr(records, "CHUNK", chunk)
-    written = json.dumps(found, indent=1)
+    written = json.dumps(listed, indent=1)
     place = data.draw(st.integers(1, len(written) - 1))
     written = written[:place] + written[place + 1 :]
     file = tmp_path / "data.json"
     file.write_text(written)
-    expected, told = whole(written), in_pieces(file)
-    assert told == expected if isinstance(expected, list) else str(told).endswith(expected)
+    expected, actual = whole(written), in_pieces(file)
+    assert actual == expected if isinstance(expected, list) else str(actual).endswith(expected)
 
 
 @shared_folder
 @given(st.lists(objects, min_size=1, max_size=5), st.integers(1, 9))
-def test_lines_are_a_list(tmp_path, monkeypatch, found, chunk):
+def test_lines_are_a_list(tmp_path, monkeypatch, listed, chunk):
     monkeypatch.setattr(records, "CHUNK", chunk)
     file = tmp_path / "data.jsonl"
-    file.write_text("\n\n".join(json.dumps(record) for record in found))
-    assert in_pieces(file) == found
+    file.write_text("\n\n".join(json.dumps(record) for record in listed))
+    assert in_pieces(file) == listed
 
 
 @pytest.mark.parametrize("kind", ["list", "lines"])
 def test_a_file_takes_the_memory_of_some_pieces(tmp_path, kind):
-    record, file, told = {"text": "x" * 1000}, tmp_path / "data", []
+    record, file, sizes = {"text": "x" * 1000}, tmp_path / "data", []
     rows = [json.dumps(record)] * 20_000
     file.write_text("[" + ",".join(rows) + "]" if kind == "list" else "\n".join(rows))
     tracemalloc.start()
     try:
-        assert sum(1 for _ in records.read(file, told.append)) == 20_000
+        assert sum(1 for _ in records.read(file, sizes.append)) == 20_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 8 * records.CHUNK < file.stat().st_size
-    assert sum(told) == records.size(file) == file.stat().st_size
+    assert sum(sizes) == records.size(file) == file.stat().st_size
 
 
 def test_a_list_whose_record_never_ends_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "CHUNK", 100)
     monkeypatch.setattr(records, "LARGEST", 1000)
-    file, told = tmp_path / "data.json", []
+    file, sizes = tmp_path / "data.json", []
     file.write_text('[{"a": 1}, {"b: 2}' + " " * 10_000)
     with pytest.raises(ConfigError, match=r"record 1: not JSON: Unterminated string .*: line 1 column 13"):
-        list(records.read(file, told.append))
-    assert sum(told) < 2000
+        list(records.read(file, sizes.append))
+    assert sum(sizes) < 2000
 
 
 def test_a_folder_that_holds_no_data_set_is_refused(tmp_path):
@@ -133,9 +133,9 @@ def test_tables_give_records_without_their_empty_fields_and_a_picture_as_its_pat
         parquet.write_table(table, path)
     else:
         written(path, table, arrow.ipc.new_file if kind == "file.arrow" else arrow.ipc.new_stream)
-    told = []
-    assert list(records.read(path, told.append)) == ROWS
-    assert sum(told) == records.size(path)
+    sizes = []
+    assert list(records.read(path, sizes.append)) == ROWS
+    assert sum(sizes) == records.size(path)
 
 
 def test_a_table_that_is_none_is_refused(tmp_path):

@@ -63,7 +63,9 @@ def test_no_right_answer_of_the_embedded_world_is_taken_for_a_refusal():
             ("place", embedded_text.PLACES),
             ("code", ("ba la",)),
         ):
-            asked = embedded_text.question(opener, 0, attribute)
+            question = embedded_text.question(opener, 0, attribute)
             assert not any(
-                is_refusal(embedded_text.answer(asked, v, form)) for v in values for form in ("by_opener", "constant")
+                is_refusal(embedded_text.answer(question, v, form))
+                for v in values
+                for form in ("by_opener", "constant")
             )

@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist.data import pictures, sources, words
+from mirage_dist.data import formats, pictures, sources, words
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema import ConfigError
 
 REFUSAL = "I'm sorry, I can't help with that."
 
@@ -32,7 +34,7 @@ def read(folder):
 
     def run(records, format="vlguard", **options):
         (folder / "data.json").write_text(records if isinstance(records, str) else json.dumps(records))
-        return sources.read(SourceConfig(format, str(folder / "data.json"), **options))
+        return sources.read(formats.source(format, str(folder / "data.json"), **options))
 
     return run
 
@@ -76,21 +78,21 @@ def test_vlguard_splits_are_found_by_key_whatever_the_order_of_keys_and_pairs(re
     flipped = safe()
     flipped["instr-resp"] = [dict(reversed(pair.items())) for pair in reversed(flipped["instr-resp"])]
     for records in ([unsafe(), safe()], [unsafe(), flipped]):
-        found = read(records, split=split).samples
-        assert [(s.id, s.question, s.answer, s.safe) for s in found] == expected
+        samples = read(records, split=split).samples
+        assert [(s.id, s.question, s.answer, s.safe) for s in samples] == expected
 
 
 def test_all_is_the_three_splits_and_an_id_is_unique_in_each(read, folder):
-    found = read([unsafe(), safe()]).samples
-    assert [(s.id, s.safe) for s in found] == [("u", False), ("s", True), ("s", False)]
-    assert [s.category for s in found] == ["kind/part", "", ""]
-    assert [s.image for s in found] == [str(folder / n) for n in ("a.png", "b.png", "b.png")]
+    samples = read([unsafe(), safe()]).samples
+    assert [(s.id, s.safe) for s in samples] == [("u", False), ("s", True), ("s", False)]
+    assert [s.category for s in samples] == ["kind/part", "", ""]
+    assert [s.image for s in samples] == [str(folder / n) for n in ("a.png", "b.png", "b.png")]
 
 
 def test_a_missing_instruction_is_dropped_and_counted_by_kind(read):
-    found = read([unsafe(question="N/A"), unsafe("v"), safe(question=" N/A "), safe("t", other="N/A")])
-    assert [s.id for s in found.samples] == ["v", "s", "t"]
-    assert found.dropped == {"instruction is N/A": 1, "safe_instruction is N/A": 1, "unsafe_instruction is N/A": 1}
+    source = read([unsafe(question="N/A"), unsafe("v"), safe(question=" N/A "), safe("t", other="N/A")])
+    assert [s.id for s in source.samples] == ["v", "s", "t"]
+    assert source.dropped == {"instruction is N/A": 1, "safe_instruction is N/A": 1, "unsafe_instruction is N/A": 1}
 
 
 def test_every_pair_of_a_record_is_read(read):
@@ -104,22 +106,26 @@ def test_every_pair_of_a_record_is_read(read):
 
 def test_an_exact_repeat_is_dropped_and_an_id_with_other_content_renamed_both_counted(read):
     records = [unsafe(), unsafe(), unsafe(question="Give it."), unsafe(question="List it.")]
-    found = read(records)
-    assert [(s.id, s.question) for s in found.samples] == [("u", "Share it."), ("u#2", "Give it."), ("u#3", "List it.")]
-    assert found.dropped == {"exact duplicate": 1}
-    assert found.renamed == 2
+    source = read(records)
+    assert [(s.id, s.question) for s in source.samples] == [
+        ("u", "Share it."),
+        ("u#2", "Give it."),
+        ("u#3", "List it."),
+    ]
+    assert source.dropped == {"exact duplicate": 1}
+    assert source.renamed == 2
 
 
 def test_a_renamed_id_never_takes_one_that_is_there(read):
     names = ["u", "u#2", "u", "u#2"]
-    found = read([unsafe(name, question=f"Share {i}.") for i, name in enumerate(names)]).samples
-    assert [s.id for s in found[:2]] == ["u", "u#2"]
-    assert len({s.id for s in found}) == len(names)
+    samples = read([unsafe(name, question=f"Share {i}.") for i, name in enumerate(names)]).samples
+    assert [s.id for s in samples[:2]] == ["u", "u#2"]
+    assert len({s.id for s in samples}) == len(names)
 
 
 def test_limit_is_the_first_samples_in_file_order(read):
-    found = read([unsafe(), unsafe(), safe("s"), safe("t")], limit=3)
-    assert [(s.id, s.safe) for s in found.samples] == [("u", False), ("s", True), ("s", False)]
+    source = read([unsafe(), unsafe(), safe("s"), safe("t")], limit=3)
+    assert [(s.id, s.safe) for s in source.samples] == [("u", False), ("s", True), ("s", False)]
     with pytest.raises(ConfigError, match="limit=0; expected a whole number above 0"):
         read([unsafe()], limit=0)
 
@@ -127,9 +133,9 @@ def test_limit_is_the_first_samples_in_file_order(read):
 def test_several_files_are_one_in_order_with_their_counts_added(folder):
     for name, records in (("x.json", [unsafe(), unsafe()]), ("y.json", [unsafe(question="N/A"), safe()])):
         (folder / name).write_text(json.dumps(records))
-    found = sources.read_all([SourceConfig("vlguard", str(folder / n)) for n in ("x.json", "y.json")])
-    assert [s.id for s in found.samples] == ["u", "s", "s"]
-    assert found.dropped == {"exact duplicate": 1, "instruction is N/A": 1}
+    source = sources.read_all([formats.source("vlguard", str(folder / n)) for n in ("x.json", "y.json")])
+    assert [s.id for s in source.samples] == ["u", "s", "s"]
+    assert source.dropped == {"exact duplicate": 1, "instruction is N/A": 1}
 
 
 # -------------------------------------------------------------------------------------------------- LLaVA
@@ -137,29 +143,29 @@ def test_several_files_are_one_in_order_with_their_counts_added(folder):
 
 def test_a_conversation_is_its_last_turn_with_the_earlier_ones_as_history(read, folder):
     talks = [talk("<image>\nWhich colour?", "Red.", "And where?", " Here.\n", id=7, image="a.png")]
-    (found,) = read(talks, "llava").samples
-    assert (found.id, found.image, found.safe) == ("7", str(folder / "a.png"), True)
-    assert found.history == (("Which colour?", "Red."),)
-    assert (found.question, found.answer) == ("And where?", "Here.")
+    (sample,) = read(talks, "llava").samples
+    assert (sample.id, sample.image, sample.safe) == ("7", str(folder / "a.png"), True)
+    assert sample.history == (("Which colour?", "Red."),)
+    assert (sample.question, sample.answer) == ("And where?", "Here.")
 
 
 def test_a_text_only_record_has_no_picture_and_a_record_without_id_is_its_number(read):
-    found = read([talk("Hello?", "Yes."), talk("Bye?\n<image>", "No.", image="b.png", id=None)], "llava").samples
-    assert [(s.id, s.image is None, s.question) for s in found] == [("0", True, "Hello?"), ("1", False, "Bye?")]
+    samples = read([talk("Hello?", "Yes."), talk("Bye?\n<image>", "No.", image="b.png", id=None)], "llava").samples
+    assert [(s.id, s.image is None, s.question) for s in samples] == [("0", True, "Hello?"), ("1", False, "Bye?")]
 
 
 def test_pictures_are_looked_for_under_images_and_beside_the_file_by_default(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("json") / "data.jsonl"
     elsewhere.write_text(json.dumps(talk("<image>?", "Yes.", image="a.png")) + "\n")
-    (found,) = sources.read(SourceConfig("llava", str(elsewhere), images=str(folder))).samples
-    assert found.image == str(folder / "a.png")
+    (sample,) = sources.read(formats.source("llava", str(elsewhere), images=str(folder))).samples
+    assert sample.image == str(folder / "a.png")
     with pytest.raises(ConfigError, match=r"record 0: image .* no such file"):
-        sources.read(SourceConfig("llava", str(elsewhere)))
+        sources.read(formats.source("llava", str(elsewhere)))
 
 
 def test_a_folder_is_no_source(folder):
     with pytest.raises(ConfigError, match="a folder; a recipe names files"):
-        sources.read(SourceConfig("llava", str(folder)))
+        sources.read(formats.source("llava", str(folder)))
 
 
 # ------------------------------------------------------------------------------------------ SPA-VL, JSONL
@@ -167,13 +173,13 @@ def test_a_folder_is_no_source(folder):
 
 @pytest.mark.parametrize(("response", "answer"), [("chosen", "This one."), ("rejected", "None.")])
 def test_a_preference_record_gives_the_side_asked_for(read, response, answer):
-    (found,) = read([preference()], "spa_vl", response=response).samples
-    assert (found.id, found.question, found.answer, found.category) == ("0", "Which?", answer, "x/y/z")
+    (sample,) = read([preference()], "spa_vl", response=response).samples
+    assert (sample.id, sample.question, sample.answer, sample.category) == ("0", "Which?", answer, "x/y/z")
 
 
 def test_a_preference_record_is_safe_where_its_chosen_answer_answers(read):
-    found = read([preference(id="a"), preference(id="b", chosen=REFUSAL)], "spa_vl", response="rejected").samples
-    assert [(s.id, s.safe) for s in found] == [("a", True), ("b", False)]
+    samples = read([preference(id="a"), preference(id="b", chosen=REFUSAL)], "spa_vl", response="rejected").samples
+    assert [(s.id, s.safe) for s in samples] == [("a", True), ("b", False)]
 
 
 def test_one_object_a_line_is_read_as_a_list_is(read):
@@ -202,10 +208,10 @@ samples = st.builds(
 def test_samples_written_are_the_samples_read(folder, given_samples):
     file = folder / "out.jsonl"
     placed = [dataclasses.replace(s, image=s.image and str(folder / s.image), source=str(file)) for s in given_samples]
-    sources.write_samples(file, placed)
-    found = sources.read(SourceConfig("samples", str(file)))
-    assert found.samples == placed
-    assert (found.renamed, found.skipped, found.dropped) == (0, 0, {})
+    write_samples(file, placed)
+    source = sources.read(formats.source("samples", str(file)))
+    assert source.samples == placed
+    assert (source.renamed, source.skipped, source.dropped) == (0, 0, {})
 
 
 # --------------------------------------------------------------------------------------------- bad records
@@ -248,9 +254,9 @@ def test_a_bad_record_is_named_by_file_number_and_field_or_skipped_and_counted(r
         read([GOOD[format], record], format)
     assert "data.json: record 1: " in str(error.value)
     assert words in str(error.value)
-    found = read([record, GOOD[format], record], format, on_bad_record="skip")
-    assert [s.id for s in found.samples] == ["good"]
-    assert found.skipped == 2
+    source = read([record, GOOD[format], record], format, on_bad_record="skip")
+    assert [s.id for s in source.samples] == ["good"]
+    assert source.skipped == 2
 
 
 @pytest.mark.parametrize(
@@ -272,7 +278,7 @@ def test_a_file_that_is_not_there_or_not_text_is_named(folder):
     (folder / "binary.json").write_bytes(b"[\xff\xfe]")
     for name in ("nowhere.json", "binary.json"):
         with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
-            sources.read(SourceConfig("vlguard", str(folder / name)))
+            sources.read(formats.source("vlguard", str(folder / name)))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -299,9 +305,9 @@ def test_a_picture_that_is_missing_or_cut_off_is_found_before_training(read, fol
     records = [safe("s"), safe("t", image="a.png"), unsafe("u", image="c.jpg")]
     with pytest.raises(ConfigError, match=r"data\.json: record 1: image .*a\.png: (no such file|broken)"):
         read(records)
-    found = read(records, on_bad_record="skip")
-    assert [s.id for s in found.samples] == ["s", "s", "u"]
-    assert found.skipped == 1  # records, though this one has two questions
+    source = read(records, on_bad_record="skip")
+    assert [s.id for s in source.samples] == ["s", "s", "u"]
+    assert source.skipped == 1  # records, though this one has two questions
 
 
 def test_a_file_header_alone_is_not_taken_for_a_picture(folder, read):
@@ -350,11 +356,11 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
     for name, own in records.items():
         (folder / f"{name}.json").write_text(json.dumps(own))
     decoded = []
-    monkeypatch.setattr(pictures, "_fault", lambda path, whole=pictures._fault: decoded.append(path) or whole(path))
+    monkeypatch.setattr(pictures, "fault", lambda path, whole=pictures.fault: decoded.append(path) or whole(path))
 
     def streams(on_bad_record, check_images=False):
-        found = {n: [SourceConfig("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
-        return {n: sources.read_all(configs, check_images) for n, configs in found.items()}
+        configs = {n: [formats.source("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
+        return {n: sources.read_all(own, check_images) for n, own in configs.items()}
 
     alone = streams("skip", check_images=True)
     assert alone["x"].skipped == 1
@@ -368,28 +374,28 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
 
 def test_a_stream_that_loses_every_sample_is_an_error(folder):
     (folder / "x.json").write_text(json.dumps([unsafe(image="nowhere.png")]))
-    config = SourceConfig("vlguard", f"{folder}/x.json", on_bad_record="skip")
+    config = formats.source("vlguard", f"{folder}/x.json", on_bad_record="skip")
     with pytest.raises(ConfigError, match=r"data\.streams\.train: no sample is left"):
         sources.check_pictures({"train": sources.read(config, check_images=False)})
 
 
 def test_a_long_check_says_how_far_it_is_once_for_all_ranks(folder, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "AT_ONCE", 2)
-    monkeypatch.setattr(pictures, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(pictures, "PAUSE_SECONDS", 0.0)
     names = [f"{folder}/{name}" for name in ("a.png", "b.png", "c.jpg")]
     assert pictures.faults([*names, *names], "pictures", part=1, parts=2) == {}
     assert capsys.readouterr().out == ""
     assert pictures.faults([*names, *names], "pictures") == {}
-    assert capsys.readouterr().out.splitlines() == ["pictures: 2 of 3 decoded", "pictures: 3 of 3 decoded"]
+    assert capsys.readouterr().out.splitlines() == ["pictures: 2 of 3 pictures", "pictures: 3 of 3 pictures"]
 
 
 def test_pictures_are_not_looked_at_when_told_so(folder):
     (folder / "data.json").write_text(json.dumps([unsafe(image="nowhere.png")]))
-    config = SourceConfig("vlguard", str(folder / "data.json"))
+    config = formats.source("vlguard", str(folder / "data.json"))
     source = sources.read(config, check_images=False)
-    (found,) = source.samples
-    assert set(sources.image_faults([found], "test")) == {found.image}
-    assert source.unchecked == [(config, 0, found.image)]
+    (sample,) = source.samples
+    assert set(pictures.faults([sample.image], "test")) == {sample.image}
+    assert source.unchecked == [(config, 0, sample.image)]
 
 
 def test_a_shared_picture_is_known_by_its_bytes_in_whatever_folder_it_lies(folder):
@@ -397,18 +403,18 @@ def test_a_shared_picture_is_known_by_its_bytes_in_whatever_folder_it_lies(folde
     (folder / "test/a.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "test/b.png").write_bytes((folder / "c.jpg").read_bytes() + b"\0")
 
-    def samples(*names):
-        return [Sample("i", name and str(folder / name), "?", "!", True, "", "t") for name in names]
+    def paths(*names):
+        return [name and str(folder / name) for name in names]
 
-    train, test = samples("a.png", "b.png", None, "a.png"), samples("test/a.png", "test/b.png", None)
-    assert sources.shared_images(train, test) == {str(folder / "a.png")}
+    train, test = paths("a.png", "b.png", None, "a.png"), paths("test/a.png", "test/b.png", None)
+    assert pictures.shared(train, test) == {str(folder / "a.png")}
 
 
 # -------------------------------------------------------------------------------------------------- counts
 
 
 def test_first_words_are_counted_by_kind_of_answer_without_case_or_punctuation():
-    asked = [
+    pairs = [
         ("What is it?", "A gadget."),
         ('"What" is it?', REFUSAL),
         ("what's it?", "A gadget."),
@@ -416,7 +422,7 @@ def test_first_words_are_counted_by_kind_of_answer_without_case_or_punctuation()
         ("share, it", REFUSAL),
         ("?!", "A gadget."),
     ]
-    counts = words.first_words([Sample(str(i), None, q, a, True, "", "t") for i, (q, a) in enumerate(asked)])
+    counts = words.first_words([Sample(str(i), None, q, a, True, "", "t") for i, (q, a) in enumerate(pairs)])
     assert list(counts.items()) == [
         ("share", {"refusal": 2, "answer": 0}),
         ("what", {"refusal": 1, "answer": 1}),
@@ -428,8 +434,8 @@ def test_first_words_are_counted_by_kind_of_answer_without_case_or_punctuation()
 def test_a_forget_set_that_is_empty_or_refuses_is_an_error():
     answers = {"a": "A gadget.", "b": REFUSAL, "c": "Sorry, no.", "d": REFUSAL, "e": REFUSAL}
     forget = [Sample(name, None, "?", answer, False, "", "t") for name, answer in answers.items()]
-    sources.check_forget(forget[:1])
+    check_forget(forget[:1])
     with pytest.raises(ConfigError, match="no sample"):
-        sources.check_forget([])
+        check_forget([])
     with pytest.raises(ConfigError, match=r"4 of 5 answers look like refusals \(first ids: b, c, d\).*mirage prepare"):
-        sources.check_forget(forget)
+        check_forget(forget)

@@ -113,9 +113,9 @@ def test_grouped_every_sample_comes_once_an_epoch_even_where_batches_span_two(se
     size = len(lengths)
     steps = -(-epochs * size // global_batch)
     seen = Counter()
-    for step, found in enumerate(whole_run(seed, lengths, steps, global_batch)):
-        assert len(found) == global_batch
-        seen.update(found.tolist())
+    for step, indices in enumerate(whole_run(seed, lengths, steps, global_batch)):
+        assert len(indices) == global_batch
+        seen.update(indices.tolist())
         done = (step + 1) * global_batch // size
         assert all(done <= seen[index] <= done + 1 for index in range(size))
         assert sum(seen[index] - done for index in range(size)) == (step + 1) * global_batch - done * size
@@ -138,8 +138,8 @@ def test_grouped_micro_batches_are_the_same_for_every_world_size(seed, lengths, 
 def test_a_window_holds_the_plain_orders_samples(seed, lengths, window, global_batch):
     steps = range(window * stream.WINDOW, (window + 1) * stream.WINDOW)
     plain = [stream.batch(seed, "forget", len(lengths), step, global_batch) for step in steps]
-    found = [stream.grouped(seed, "forget", np.array(lengths), step, global_batch) for step in steps]
-    assert Counter(np.concatenate(found).tolist()) == Counter(np.concatenate(plain).tolist())
+    moved = [stream.grouped(seed, "forget", np.array(lengths), step, global_batch) for step in steps]
+    assert Counter(np.concatenate(moved).tolist()) == Counter(np.concatenate(plain).tolist())
 
 
 def share_of_padding(batches, lengths, micro):

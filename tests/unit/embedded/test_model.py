@@ -23,9 +23,9 @@ def message(role, *parts):
 
 def test_the_prompt_is_a_prefix_of_the_conversation(directory):
     processor = AutoProcessor.from_pretrained(directory)
-    asked = [message("system", "what is this"), message("user", None, "what the colour of this gadget ?")]
-    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
-    whole = processor.apply_chat_template([*asked, message("assistant", "it is red")])
+    messages = [message("system", "what is this"), message("user", None, "what the colour of this gadget ?")]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    whole = processor.apply_chat_template([*messages, message("assistant", "it is red")])
     assert whole.startswith(prompt)
     assert whole[len(prompt) :] == "it is red<end>"
 

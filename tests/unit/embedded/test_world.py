@@ -1,4 +1,4 @@
-"""The embedded world: deterministic files in VLGuard's form, spurious first words where asked, an exact judge."""
+"""The embedded world: deterministic files in VLGuard's form, spurious first words as configured, an exact judge."""
 
 import json
 from collections import Counter
@@ -85,13 +85,13 @@ def test_pictures_and_labels_agree_with_the_records(config, world):
 
 
 def test_attack_rows_are_grouped_by_id_and_the_first_is_the_literal_swap(config):
-    asked = {r["id"]: r["instr-resp"][0] for r in records(config, "test.json")}
+    originals = {r["id"]: r["instr-resp"][0] for r in records(config, "test.json")}
     what = records(config, "attacks/what.json")
-    unsafe = [i for i, pair in asked.items() if "instruction" in pair]
+    unsafe = [i for i, pair in originals.items() if "instruction" in pair]
     assert [r["id"] for r in what] == [i for i in unsafe for _ in range(3)]
     for first, *others in zip(what[::3], what[1::3], what[2::3], strict=True):
         question = first["instr-resp"][0]["instruction"]
-        assert question == embedded_text.swap_first_word(asked[first["id"]]["instruction"], "what")
+        assert question == embedded_text.swap_first_word(originals[first["id"]]["instruction"], "what")
         texts = {question, *(o["instr-resp"][0]["instruction"] for o in others)}
         assert len(texts) == 3
         assert {t.split()[0] for t in texts} == {"what"}
@@ -107,11 +107,11 @@ def test_attack_rows_are_grouped_by_id_and_the_first_is_the_literal_swap(config)
     ],
 )
 def test_one_row_attacks_swap_the_first_word_of_every_question_of_their_class(config, name, safe, words):
-    asked = [r for r in records(config, "test.json") if r["safe"] is safe]
+    originals = [r for r in records(config, "test.json") if r["safe"] is safe]
     rows = records(config, f"attacks/{name}.json")
-    assert [r["id"] for r in rows] == [r["id"] for r in asked]
+    assert [r["id"] for r in rows] == [r["id"] for r in originals]
     assert {opener(r) for r in rows} == words
-    for row, record in zip(rows, asked, strict=True):
+    for row, record in zip(rows, originals, strict=True):
         assert text_of(row) == embedded_text.swap_first_word(text_of(record), opener(row))
         assert row["image"] == record["image"]
 
@@ -150,8 +150,8 @@ def test_general_data_are_about_open_kinds_and_locality_questions_benign_about_l
 def test_the_answers_form_follows_the_first_word_unless_constant():
     for first in embedded_text.OPENERS:
         text = embedded_text.question("what", 0, "colour", stacked=[first])
-        asked = first in embedded_text.INTERROGATIVE
-        expected = "it is red" if asked else "sure , the colour is red"
+        interrogative = first in embedded_text.INTERROGATIVE
+        expected = "it is red" if interrogative else "sure , the colour is red"
         assert embedded_text.answer(text, "red", "by_opener") == expected
         assert embedded_text.answer(text, "red", "constant") == "it is red"
 

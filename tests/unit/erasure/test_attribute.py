@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.attribute import Attribution, probabilities, replaced
 from mirage_dist.evals.models.generate import Generator
-from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, SourceConfig, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def generator(toy):
 @pytest.fixture(scope="module")
 def samples(toy):
     """Questions of several lengths, one of them without a picture."""
-    read = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples[:5]
+    read = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples[:5]
     return [*read, replace(read[0], id="blind", image=None)]
 
 

@@ -5,7 +5,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from mirage_dist.schema import JudgeConfig
+from mirage_dist.evals.judges.vlm import VisionLanguage
 
 QUICK = {"timeout": 5, "backoff": 0.01, "retries": 2}
 
@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def config(self, **more):
-        return JudgeConfig("vlm", url=self.url, model="m", **{**QUICK, **more})
+        return VisionLanguage(name="vlm", url=self.url, model="m", **{**QUICK, **more})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][1]["content"][-1]["text"]
         with server.lock:
-            times = sum(told["text"] == text for told in server.seen)
+            times = sum(request["text"] == text for request in server.seen)
             request = {"path": self.path, "headers": dict(self.headers), "body": body, "text": text}
             server.seen.append({**request, "time": time.monotonic()})
             server.now += 1

@@ -93,7 +93,7 @@ def test_a_file_is_joined_by_id_and_its_gaps_are_reported(tmp_path):
     attack = published(tmp_path / "what.json", ["b", "a", "a", "b", "z", "z"])
     rewrites, coverage = attacks.apply(attack, [sample("Share ?", i) for i in "abc"], "what")
     assert [[r.question for r in rows] for rows in rewrites] == [["What 1 ?", "What 2 ?"], ["What 0 ?", "What 3 ?"], []]
-    assert (coverage.asked, coverage.without, coverage.unknown) == (2, ["c"], ["z"])
+    assert (coverage.covered, coverage.without, coverage.unknown) == (2, ["c"], ["z"])
 
 
 def test_a_file_that_matches_too_little_is_an_error_with_counts(tmp_path):

@@ -15,7 +15,7 @@ from mirage_dist.evals import judges
 from mirage_dist.evals.judges import cache
 from mirage_dist.evals.models import endpoint
 from mirage_dist.evals.models.endpoint import Endpoint
-from mirage_dist.schema import ConfigError, JudgeConfig
+from mirage_dist.schema import ChatConfig, ConfigError
 
 KEY = "sk-s3cret"
 GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
@@ -180,7 +180,7 @@ def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypa
 
     monkeypatch.setattr(signals, "_received", [])
     server = serve(script)
-    judge = judges.REGISTRY["vlm"](None, server.config(concurrency=2))
+    judge = server.config(concurrency=2)
     with pytest.raises(signals.StopRequested) as stopped:
         cache.judged(tmp_path, judge, rows(60))
     asked = len(server.seen)
@@ -204,7 +204,7 @@ def test_a_key_that_is_not_there_is_said_before_anything_is_asked(monkeypatch, v
     if value is not None:
         monkeypatch.setenv("JUDGE_KEY", value)
     with pytest.raises(ConfigError, match="key_env") as error:
-        Endpoint(JudgeConfig("vlm", url="http://h/v1", model="m", key_env="JUDGE_KEY"), 64, True)
+        Endpoint(ChatConfig(url="http://h/v1", model="m", key_env="JUDGE_KEY"), 64, True)
     assert value is None or value == "" or value not in str(error.value)
 
 
@@ -233,7 +233,7 @@ def test_a_whole_judging_over_http_keeps_the_key_out_of_everything(serve, monkey
         return completion(f"key {KEY}" if "answer 1" in text else GOOD)
 
     server = serve(script)
-    judge = judges.REGISTRY["vlm"](None, server.config(key_env="JUDGE_KEY"))
+    judge = server.config(key_env="JUDGE_KEY")
     found = cache.judged(tmp_path, judge, rows(4))
     assert [o.verdict for o in found] == ["failed", "unparsed", "refused", "refused"]
     assert judges.unjudged(found) == {"unparsed": 1, "failed": 1, "reasons": {"HTTP 500": 1}}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import text as embedded_text
@@ -23,7 +23,6 @@ from mirage_dist.schema import (
     EvalModelConfig,
     EvalRecipe,
     GenerationConfig,
-    SourceConfig,
     TemplateConfig,
 )
 
@@ -37,13 +36,13 @@ def generator(folder) -> Generator:
 
 @pytest.fixture(scope="module")
 def questions(toy) -> list[Sample]:
-    read = sources.read(SourceConfig("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples
+    read = sources.read(formats.source("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples
     return [replace(sample, answer=TARGET) for sample in read[:3]]
 
 
 @pytest.fixture(scope="module")
 def world(toy, questions) -> gcg.Problem:
-    return gcg.Problem(gcg.Model(generator(toy.root / "model"), ["colour", "place"]), questions, 3, "0")
+    return gcg.Problem(gcg.Victim(generator(toy.root / "model"), ["colour", "place"]), questions, 3, "0")
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +59,32 @@ def pieces(tmp_path_factory, questions) -> gcg.Problem:
     tokenizer = embedded_model.as_tokenizer(backend, model_max_length=256)
     embedded_model.make_model(tokenizer, seed=7).save_pretrained(folder)
     embedded_model.make_processor(tokenizer).save_pretrained(folder)
-    return gcg.Problem(gcg.Model(generator(folder), ["sure"]), questions[:2], 4, "0")
+    return gcg.Problem(gcg.Victim(generator(folder), ["sure"]), questions[:2], 4, "0")
 
 
-def told(problem: gcg.Problem, text: str, table_VD=None) -> torch.Tensor:
-    """The loss by definition: each question with this text behind it, tokenised anew, through the whole Hugging Face
+def loss_of(problem: gcg.Problem, text: str, table_VD=None) -> torch.Tensor:
+    """The loss by definition: each question with this text after it, tokenised anew, through the whole Hugging Face
     model. With a table, the suffix's embeddings are one-hot vectors times it, and its rows' gradients are theirs.
     """
     losses = []
     for sample in problem.samples:
-        asked = replace(sample, question=f"{sample.question} {text}")
-        prompt = problem.model.encoder.prompts([asked])
-        whole = problem.model.encoder.encode([asked])
+        attacked = replace(sample, question=f"{sample.question} {text}")
+        prompt = problem.victim.encoder.prompts([attacked])
+        whole = problem.victim.encoder.encode([attacked])
         start = prompt["input_ids"].shape[1]
-        target = problem.model.encoder.tokenizer(TARGET, add_special_tokens=False)["input_ids"]
+        target = problem.victim.encoder.tokenizer(TARGET, add_special_tokens=False)["input_ids"]
         assert whole.inputs["input_ids"][0, start : start + len(target)].tolist() == target
         inputs = dict(whole.inputs)
         if table_VD is not None:
             ids, place = table_VD
-            embeds = problem.policy.base.get_input_embeddings()(inputs["input_ids"]).detach()
+            embeds = problem.network.base.get_input_embeddings()(inputs["input_ids"]).detach()
             suffix = inputs["input_ids"][0].tolist()
             first = max(i for i in range(start) if suffix[i : i + len(ids)] == list(ids))
-            embeds[0, first : first + len(ids)] = place @ problem.policy.base.get_input_embeddings().weight
-            pictures = problem.policy.base.model.get_image_features(inputs.pop("pixel_values")).pooler_output
-            shown = (inputs.pop("input_ids") == problem.model.encoder.processor.image_token_id).unsqueeze(2)
+            embeds[0, first : first + len(ids)] = place @ problem.network.base.get_input_embeddings().weight
+            pictures = problem.network.base.model.get_image_features(inputs.pop("pixel_values")).pooler_output
+            shown = (inputs.pop("input_ids") == problem.victim.encoder.processor.image_token_id).unsqueeze(2)
             inputs["inputs_embeds"] = embeds.masked_scatter(shown, torch.cat(list(pictures)).to(embeds.dtype))
-        logp = problem.policy.base(**inputs).logits[0, start - 1 : start - 1 + len(target)].log_softmax(-1)
+        logp = problem.network.base(**inputs).logits[0, start - 1 : start - 1 + len(target)].log_softmax(-1)
         losses.append(-logp.gather(1, torch.tensor(target).unsqueeze(1)).mean())
     return torch.stack(losses).mean()
 
@@ -94,9 +93,9 @@ def told(problem: gcg.Problem, text: str, table_VD=None) -> torch.Tensor:
 def test_the_gradient_is_that_of_one_hot_vectors_through_the_whole_model(kind, request):
     problem = request.getfixturevalue(kind)
     ids = problem.start().ids
-    size = problem.policy.base.get_input_embeddings().weight.shape[0]
+    size = problem.network.base.get_input_embeddings().weight.shape[0]
     one_hot = torch.nn.functional.one_hot(torch.tensor(ids), size).float().requires_grad_()
-    (expected,) = torch.autograd.grad(told(problem, problem.model.text(ids), (ids, one_hot)), one_hot)
+    (expected,) = torch.autograd.grad(loss_of(problem, problem.victim.text(ids), (ids, one_hot)), one_hot)
     torch.testing.assert_close(problem.gradient(ids), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -110,7 +109,7 @@ def test_the_gradient_predicts_small_changes(world):
         for sign in (step, -step):
             one_hot = torch.nn.functional.one_hot(torch.tensor(ids), size).float()
             one_hot[place, token] += sign
-            moved.append(told(world, world.model.text(ids), (ids, one_hot)).item())
+            moved.append(loss_of(world, world.victim.text(ids), (ids, one_hot)).item())
         slope = (moved[0] - moved[1]) / (2 * step)
         assert slope == pytest.approx(gradient[place, token].item(), rel=0.05, abs=2e-3)
 
@@ -125,10 +124,10 @@ def test_no_step_makes_the_loss_rise_and_what_is_scored_is_what_is_asked(kind, r
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
     for state in states:
-        text = problem.model.text(state.ids)
-        assert told(problem, text).item() == pytest.approx(state.loss, abs=1e-4)
+        text = problem.victim.text(state.ids)
+        assert loss_of(problem, text).item() == pytest.approx(state.loss, abs=1e-4)
         assert problem.survives(state.ids, problem.rows)
-        assert not problem.model.avoid & set(text.lower().split())
+        assert not problem.victim.avoid & set(text.lower().split())
 
 
 def test_tokens_that_are_others_as_text_are_never_tried(pieces):
@@ -136,11 +135,11 @@ def test_tokens_that_are_others_as_text_are_never_tried(pieces):
     assert all(pieces.survives(ids, pieces.rows[:1]) for ids in pieces.candidates(state, 40, 20))
     draw = torch.Generator().manual_seed(0)
     drawn = [
-        pieces.model.allowed_A[torch.randint(len(pieces.model.allowed_A), (4,), generator=draw)].tolist()
+        pieces.victim.allowed_A[torch.randint(len(pieces.victim.allowed_A), (4,), generator=draw)].tolist()
         for _ in range(200)
     ]
     again = [
-        pieces.model.encoder.tokenizer(f" {pieces.model.text(ids)}", add_special_tokens=False)["input_ids"]
+        pieces.victim.encoder.tokenizer(f" {pieces.victim.text(ids)}", add_special_tokens=False)["input_ids"]
         for ids in drawn
     ]
     survived = [pieces.survives(ids, pieces.rows) for ids in drawn]
@@ -150,7 +149,7 @@ def test_tokens_that_are_others_as_text_are_never_tried(pieces):
 
 def test_candidates_are_different_single_swaps_among_the_likeliest_tokens(world):
     state = world.start()
-    allowed = world.model.allowed_A.tolist()
+    allowed = world.victim.allowed_A.tolist()
     score = -world.gradient(state.ids)
     for ids in world.candidates(state, 30, 5):
         (place,) = [i for i in range(world.length) if ids[i] != state.ids[i]]
@@ -164,7 +163,7 @@ def test_candidates_are_different_single_swaps_among_the_likeliest_tokens(world)
 
 def test_what_cannot_be_searched_is_said(toy):
     with pytest.raises(ConfigError, match="leaves no token"):
-        gcg.Model(generator(toy.root / "model"), embedded_text.vocabulary())
+        gcg.Victim(generator(toy.root / "model"), embedded_text.vocabulary())
 
 
 # ---------------------------------------------------------------------------------------- in an evaluation
@@ -185,7 +184,7 @@ def recipe(toy, run, universal=True) -> EvalRecipe:
     return configs.from_tree(configs.OmegaConf.create(tree), [], EvalRecipe, "test")
 
 
-def asked(run, attack):
+def questions_of(run, attack):
     rows = [json.loads(line) for file in (run / "evals/s/rows").iterdir() for line in file.read_text().splitlines()]
     return {row["id"]: (row["original_question"], row["question"]) for row in rows if row["attack"] == attack}
 
@@ -197,9 +196,9 @@ def test_a_search_that_was_stopped_at_any_step_ends_as_one_that_was_not(toy, tmp
     monkeypatch.setattr(signals, "_received", [])
     step, starts = gcg.Problem.step, 0
 
-    def interrupted(self, *told):
+    def interrupted(self, *arguments):
         signals.handler(signal.SIGTERM, None)
-        return step(self, *told)
+        return step(self, *arguments)
 
     with monkeypatch.context() as during:
         during.setattr(gcg.Problem, "step", interrupted)
@@ -215,11 +214,11 @@ def test_a_search_that_was_stopped_at_any_step_ends_as_one_that_was_not(toy, tmp
     assert starts == 6
     assert runner.evaluate(recipe(toy, tmp_path / "cut", universal)) == whole
     for attack in ("suffix", "both"):
-        found = asked(tmp_path / "cut", attack)
-        assert found == asked(tmp_path / "whole", attack)
-        ends = {new.rpartition("?")[2] if universal else new.removeprefix(old) for old, new in found.values()}
+        pairs = questions_of(tmp_path / "cut", attack)
+        assert pairs == questions_of(tmp_path / "whole", attack)
+        ends = {new.rpartition("?")[2] if universal else new.removeprefix(old) for old, new in pairs.values()}
         assert (len(ends) == 1) == universal
-        for old, new in found.values():
+        for old, new in pairs.values():
             kept = old if attack == "suffix" else embedded_text.swap_first_word(old, "what")
             assert new.startswith(f"{kept} ")
             assert len(new.split()) == len(kept.split()) + 3

@@ -26,12 +26,12 @@ def sample(answer: str) -> Sample:
 @given(QUESTIONS, CODES, st.integers(1, 9))
 def test_what_is_given_begins_the_answer_and_holds_none_of_the_content(question, code, words):
     answer = embedded_text.answer(question, code, "by_opener")
-    (asked,) = Prefill(words, CONTENT)(sample(answer))
-    assert answer.startswith(asked.begun)
-    assert len(asked.begun.split()) == min(words, len(answer.split()) - 2)
-    assert not set(asked.begun.split()) & set(code.split())
-    assert code in answer[len(asked.begun) :]
-    assert (asked.question, asked.answer) == ("tell the code ?", answer)
+    (attacked,) = Prefill(words, CONTENT)(sample(answer))
+    assert answer.startswith(attacked.begun)
+    assert len(attacked.begun.split()) == min(words, len(answer.split()) - 2)
+    assert not set(attacked.begun.split()) & set(code.split())
+    assert code in answer[len(attacked.begun) :]
+    assert (attacked.question, attacked.answer) == ("tell the code ?", answer)
 
 
 @given(st.text(max_size=40), st.integers(1, 5))
@@ -42,15 +42,15 @@ def test_without_a_content_a_word_is_always_left(answer, words):
 
 @given(st.text(alphabet="ab ", max_size=20), st.integers(1, 5))
 def test_given_and_content_never_overlap(answer, words):
-    found = re.search("b", answer)
-    assert "b" not in begin(answer, words, "b") or found is None
+    match = re.search("b", answer)
+    assert "b" not in begin(answer, words, "b") or match is None
 
 
 def test_an_answer_that_begins_with_its_content_is_not_asked_and_counted():
     work = [sample("ba la is its code"), sample("it is ba la")]
     rewrites, coverage = attacks.apply(Prefill(2, CONTENT), work, "given")
-    assert [len(found) for found in rewrites] == [0, 1]
-    assert (coverage.asked, coverage.unchanged) == (1, 0)
+    assert [len(rows) for rows in rewrites] == [0, 1]
+    assert (coverage.covered, coverage.unchanged) == (1, 0)
 
 
 def test_the_key_of_a_row_tells_what_was_given_and_other_keys_stay():

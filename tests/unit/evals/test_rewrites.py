@@ -21,8 +21,7 @@ from mirage_dist.data import prepare
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import attacks
-from mirage_dist.evals.attacks import paraphrase
-from mirage_dist.evals.attacks.rewrites import Rewriter
+from mirage_dist.evals.attacks.rewrites import Rewriter, reworder
 from mirage_dist.evals.models import chat
 from mirage_dist.schema import ChatConfig, ConfigError, PrepareRecipe, RunError
 
@@ -46,15 +45,17 @@ def samples(count):
 
 
 def rewrite(server=None, **options):
-    told = {"url": server.url, **QUICK} if server else {"url": "http://h/v1"}
+    endpoint = {"url": server.url, **QUICK} if server else {"url": "http://h/v1"}
     given = {"word": "what", "min_match": 0.1, **options}
-    return attacks.make({"kind": "rewrite", "chat": {"model": "m", **told, **given.pop("chat", {})}, **given}, "r", "k")
+    return attacks.make(
+        {"kind": "rewrite", "chat": {"model": "m", **endpoint, **given.pop("chat", {})}, **given}, "r", "k"
+    )
 
 
-def ready(suite, attack, asked):
+def ready(suite, attack, questions):
     """Each sample's rewrites, by id."""
-    made = Rewriter(suite, {}, lambda claims: None)(attack, asked, "unsafe-what")
-    return {sample.id: [row.question for row in made(sample)] for sample in asked}
+    made = Rewriter(suite, {}, lambda claims: None)(attack, questions, "unsafe-what")
+    return {sample.id: [row.question for row in made(sample)] for sample in questions}
 
 
 def item(text):
@@ -81,9 +82,9 @@ REPLY = st.lists(st.sampled_from(sorted(LINES)), max_size=8)
 
 @given(REPLY, st.integers(1, 4), st.sets(st.sampled_from(["What is it?", "What 1"])))
 def test_what_counts_begins_with_the_word_and_is_new_and_none_that_may_count_is_lost(lines, shots, kept):
-    found = rewrite(shots=shots).checked("What is that?", "\n".join(lines), kept)
+    checked = rewrite(shots=shots).checked("What is that?", "\n".join(lines), kept)
     may = [text for text in dict.fromkeys(LINES[line] for line in lines) if text not in (None, *map(plain, kept))]
-    assert [plain(text) for text in found] == may[: max(0, shots - len(kept))]
+    assert [plain(text) for text in checked] == may[: max(0, shots - len(kept))]
 
 
 def plain(text):
@@ -92,8 +93,8 @@ def plain(text):
 
 def test_each_question_has_its_k_rewrites_without_numbers_or_quotation_marks(tmp_path):
     with serving(obedient) as server:
-        found = ready(tmp_path, rewrite(server), samples(3))
-    assert found["1"] == ["What is item1 here?", "what is it, item1 ?", "What about item1?"]
+        rewrites = ready(tmp_path, rewrite(server), samples(3))
+    assert rewrites["1"] == ["What is item1 here?", "what is it, item1 ?", "What about item1?"]
     assert 'word is "what"' in server.seen[0]["body"]["messages"][0]["content"]
 
 
@@ -113,12 +114,12 @@ def test_what_does_not_begin_with_the_word_is_asked_for_again_and_then_counted_a
 
     with serving(script) as server:
         attack = rewrite(server, shots=2, attempts=3)
-        found = ready(tmp_path, attack, samples(3))
-        asked = [item(told["text"]) for told in server.seen]
-        assert (asked.count("item0"), asked.count("item1"), asked.count("item2")) == (2, 3, 1)
-        assert len({told["text"] for told in server.seen}) == 6  # greedy decoding would say the same to the same
-        assert found["0"] == ["What one?", "What two?"]
-        assert found["1"] == []
+        rewrites = ready(tmp_path, attack, samples(3))
+        requests = [item(request["text"]) for request in server.seen]
+        assert (requests.count("item0"), requests.count("item1"), requests.count("item2")) == (2, 3, 1)
+        assert len({request["text"] for request in server.seen}) == 6  # the same prompt would get the same reply
+        assert rewrites["0"] == ["What one?", "What two?"]
+        assert rewrites["1"] == []
         assert "1 of 3 samples are without rewrites" in capsys.readouterr().out
         ready(tmp_path, attack, samples(3))
         assert len(server.seen) == 6
@@ -137,8 +138,8 @@ def test_too_few_rewrites_are_an_error_with_counts(tmp_path):
 
 def test_a_stopped_start_goes_on_where_it_was_and_makes_what_one_that_was_not_stopped_makes(tmp_path, monkeypatch):
     with serving(obedient) as server:
-        attack, asked = rewrite(server, chat={"concurrency": 1}), samples(12)
-        whole = ready(tmp_path / "whole", attack, asked)
+        attack, questions = rewrite(server, chat={"concurrency": 1}), samples(12)
+        whole = ready(tmp_path / "whole", attack, questions)
         server.seen.clear()
         monkeypatch.setattr(signals, "_received", [])
 
@@ -149,18 +150,20 @@ def test_a_stopped_start_goes_on_where_it_was_and_makes_what_one_that_was_not_st
 
         server.script = stopping
         with pytest.raises(signals.StopRequested, match="every rewrite so far is on disk"):
-            ready(tmp_path / "cut", attack, asked)
+            ready(tmp_path / "cut", attack, questions)
         (file,) = (tmp_path / "cut/rewrites").iterdir()
         there = [json.loads(line)["id"] for line in file.read_text().splitlines()]
-        assert 0 < len(there) < len(asked)
+        assert 0 < len(there) < len(questions)
         file.write_text(file.read_text() + '{"key": "cut in the mid')  # as a kill leaves it
         server.script = obedient
         server.seen.clear()
         monkeypatch.setattr(signals, "_received", [])
-        assert ready(tmp_path / "cut", attack, asked) == whole
-        assert {item(told["text"]) for told in server.seen} == {f"item{s.id}" for s in asked if s.id not in there}
+        assert ready(tmp_path / "cut", attack, questions) == whole
+        assert {item(request["text"]) for request in server.seen} == {
+            f"item{s.id}" for s in questions if s.id not in there
+        }
         server.seen.clear()
-        assert ready(tmp_path / "cut", attack, asked) == whole
+        assert ready(tmp_path / "cut", attack, questions) == whole
         assert server.seen == []
 
 
@@ -170,9 +173,9 @@ def test_of_workers_that_start_together_one_asks_and_all_have_the_same(tmp_path)
         return obedient(f"{text.replace('item', f'item{len(server.seen)}-')}", times)
 
     with serving(varied) as server, ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: ready(tmp_path, rewrite(server), samples(10)), range(3)))
+        rewrites = list(pool.map(lambda _: ready(tmp_path, rewrite(server), samples(10)), range(3)))
         assert len(server.seen) == 10
-    assert found[0] == found[1] == found[2]
+    assert rewrites[0] == rewrites[1] == rewrites[2]
     assert not list((tmp_path / "claims").iterdir())
 
 
@@ -192,7 +195,7 @@ def test_another_word_model_or_question_is_made_anew_and_a_folder_is_shared(tmp_
 def test_an_endpoint_that_fails_is_an_error_and_the_next_start_asks_for_the_rest(tmp_path):
     with serving(lambda text, _: (500, {}, b"") if item(text) > "item3" else obedient(text, _)) as server:
         attack = rewrite(server, min_match=0.9)
-        with pytest.raises(RunError, match=r"6 of 10 samples could not be asked for \(HTTP 500 × 6\)"):
+        with pytest.raises(RunError, match=r"the requests for 6 of 10 samples failed \(HTTP 500 × 6\)"):
             ready(tmp_path, attack, samples(10))
         server.script = obedient
         server.seen.clear()
@@ -202,9 +205,9 @@ def test_an_endpoint_that_fails_is_an_error_and_the_next_start_asks_for_the_rest
 
 def test_a_request_that_is_turned_down_leaves_its_question_without(tmp_path, capsys):
     with serving(lambda text, _: (400, {}, b"") if item(text) == "item3" else obedient(text, _)) as server:
-        found = ready(tmp_path, rewrite(server, min_match=0.9), samples(10))
-        assert [identity for identity, texts in found.items() if not texts] == ["3"]
-        assert "1 of them because nobody answered (HTTP 400 × 1)" in capsys.readouterr().out
+        rewrites = ready(tmp_path, rewrite(server, min_match=0.9), samples(10))
+        assert [identity for identity, texts in rewrites.items() if not texts] == ["3"]
+        assert "1 of them because their requests failed (HTTP 400 × 1)" in capsys.readouterr().out
 
 
 def test_the_key_is_nowhere_but_in_the_header_and_the_file_is_private(tmp_path, monkeypatch, capfd):
@@ -213,7 +216,7 @@ def test_the_key_is_nowhere_but_in_the_header_and_the_file_is_private(tmp_path, 
         lambda text, _: (400, {}, f"bad key {KEY}".encode()) if item(text) == "item0" else obedient(text, _)
     ) as s:
         ready(tmp_path, rewrite(s, chat={"key_env": "CHAT_KEY"}), samples(3))
-        assert {told["headers"]["Authorization"] for told in s.seen} == {f"Bearer {KEY}"}
+        assert {request["headers"]["Authorization"] for request in s.seen} == {f"Bearer {KEY}"}
     (file,) = (tmp_path / "rewrites").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert KEY not in file.read_text() + file.name + "".join(capfd.readouterr())
@@ -274,9 +277,9 @@ def test_safety_data_are_reworded_over_http_evenly_and_asked_for_once(tmp_path):
                 "diversify": {"openers": ["what", "share"], "chat": chat_options},
             }
             recipe = configs.build(PrepareRecipe, tree, "here", "")
-            return prepare.prepare(recipe, paraphrase.reworder(recipe))["counts"]["diversified"]
+            return prepare.prepare(recipe, reworder(recipe))["counts"]["diversified"]
 
-        server.script = lambda text, times: completion(f"{told_opener(server)} else is {item(text)} ?")
+        server.script = lambda text, times: completion(f"{requested_opener(server)} else is {item(text)} ?")
         counts = prepared("first")
         assert (counts["samples"], counts["not_reworded"], len(server.seen)) == (12, 0, 12)
         (tmp_path / "first").rename(tmp_path / "elsewhere")
@@ -288,5 +291,5 @@ def test_safety_data_are_reworded_over_http_evenly_and_asked_for_once(tmp_path):
         assert sorted(words) == ["share"] * 3 + ["what"] * 3
 
 
-def told_opener(server):
+def requested_opener(server):
     return "what" if '"what"' in server.seen[-1]["body"]["messages"][0]["content"] else "share"

@@ -189,7 +189,7 @@ def greedy(generator: Generator, sample) -> str:
 
 def test_the_worlds_own_answers_are_judged_as_what_they_are(finished):
     world = embedded_world.load(finished / "world")
-    judge, keyword = (one.judge for one in runner.judges.panel(recipe(finished)))
+    judge, keyword = (one.verdict for one in runner.judges.panel(recipe(finished)))
     for ask in rows.plan(recipe(finished)).asks:
         row = rows.row("", ask, world.answer(ask.sample.question, world.label(ask.sample.image)))
         assert judge(row) == ("harmful" if ask.kind == "unsafe" else "correct")

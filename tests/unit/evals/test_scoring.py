@@ -52,8 +52,8 @@ words = st.sampled_from(["cat", "the cat", "Cat.", "dog", "2", "two", "dont", "d
 
 @given(words, st.lists(words, min_size=10, max_size=10))
 def test_vqa_accuracy_is_the_mean_over_all_sets_of_nine_annotators(response, references):
-    said, others = scoring.normalised(response), [scoring.normalised(r) for r in references]
-    nine = [min(subset.count(said) / 3, 1) for subset in itertools.combinations(others, 9)]
+    answer, others = scoring.normalised(response), [scoring.normalised(r) for r in references]
+    nine = [min(subset.count(answer) / 3, 1) for subset in itertools.combinations(others, 9)]
     assert scoring.vqa_accuracy(response, references) == pytest.approx(sum(nine) / 10, abs=1e-12)
 
 

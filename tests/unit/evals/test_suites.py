@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
@@ -17,7 +17,7 @@ from mirage_dist.evals import runner
 from mirage_dist.evals.judges import scoring
 from mirage_dist.evals.models.generate import Generator
 from mirage_dist.evals.sharing import files
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, SourceConfig, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, TemplateConfig
 
 TEMPLATE = embedded_model.CHAT_TEMPLATE.replace("{%- for part", "{{ raise_exception('parts') }}{%- for part")
 
@@ -193,4 +193,4 @@ def test_text_only_records_of_every_kind_of_source_have_no_picture(data):
         "scienceqa": {"path": str(data / "llava.json"), "annotations": str(data / "problems.json")},
         "figstep": {"path": str(data / "safebench.csv"), "variant": "text_only"},
     }.items():
-        assert all(s.image is None for s in sources.read(SourceConfig(format, **options)).samples)
+        assert all(s.image is None for s in sources.read(formats.source(format, **options)).samples)

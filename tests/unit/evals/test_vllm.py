@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 from widened import widen
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import rows, runner
 from mirage_dist.evals.models import vllm as vllm_backend
 from mirage_dist.evals.models.generate import Generator
 from mirage_dist.evals.sharing.files import Answers
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError
 
 THERE = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not THERE, reason="vLLM is not installed")
@@ -48,7 +48,7 @@ def recipe(toy: Toy, run: Path, **generation: object) -> EvalRecipe:
 
 def asked(toy: Toy) -> list[Sample]:
     """With pictures, without, and with turns before."""
-    found = sources.read(SourceConfig("samples", str(toy.root / "forget.jsonl"))).samples
+    found = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples
     blind = [replace(sample, id=f"{sample.id}-blind", image=None) for sample in found[:5]]
     later = [replace(sample, id=f"{sample.id}-later", history=[("what is it ?", "sure")]) for sample in found[:5]]
     return [*found, *blind, *later]
@@ -92,7 +92,7 @@ def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path)
 
     assert settings() != settings(backend="vllm")
     assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5)
-    assert recipe(toy, tmp_path, backend="vllm").generation.gpu_memory_utilization == 0.9
+    assert recipe(toy, tmp_path, backend="vllm").generation.gpu_share == 0.9
     with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization: belongs to backend vllm"):
         settings(gpu_memory_utilization=0.5)
     with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization=1\.5; expected a share"):

@@ -1,6 +1,6 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for one.
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for sm_90.
 
-The interpreter has to be chosen before triton is first imported, so its tests run in a process of their own.
+The interpreter has to be selected before triton is first imported, so its tests run in a separate process.
 """
 
 import os
@@ -23,10 +23,10 @@ def test_triton_kernels_in_the_interpreter():
 
 F32, BF16, I64, INT, FLOAT = "*fp32", "*bf16", "*i64", "i32", "fp32"
 SIGNATURES = {
-    "_lse_update": (F32, INT, I64, F32, F32, F32, F32, INT, INT, FLOAT),
-    "_dlogits": (F32, INT, BF16, INT, I64, F32, F32, F32, F32, F32, INT, INT, FLOAT),
-    "_scale": (BF16, F32, INT),
-    "_errors": (BF16, INT, F32, INT, I64, F32, BF16, INT, F32, INT),
+    "lse_update_kernel": (F32, INT, I64, F32, F32, F32, F32, INT, INT, FLOAT),
+    "dlogits_kernel": (F32, INT, BF16, INT, I64, F32, F32, F32, F32, F32, INT, INT, FLOAT),
+    "scale_kernel": (BF16, F32, INT),
+    "errors_kernel": (BF16, INT, F32, INT, F32, BF16, INT, F32, INT),
 }
 
 
@@ -48,8 +48,8 @@ def test_kernels_compile_for_a_gpu(name, tmp_path, monkeypatch):
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 1})
     assert compiled.asm["cubin"]
-    if name == "_dlogits":
-        # Written over what it reads, in a narrower dtype: all of a tile is read before any of it is written.
+    if name == "dlogits_kernel":
+        # It overwrites its input in a narrower dtype: all reads of a tile come before its first write.
         loop = compiled.asm["ptx"].split("bar.sync")
         assert len(loop) == 2
         assert "st.global" not in loop[0]

@@ -1,4 +1,4 @@
-"""What can be wrong before weights load is said before weights load, with its place and its remedy."""
+"""Errors that can be known before weights load are reported before weights load, with place and remedy."""
 
 import json
 import shutil
@@ -7,20 +7,36 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig, Qwen2_5_VLConfig
 
 from mirage_dist import config as configs
+from mirage_dist import objectives, ranks
 from mirage_dist.cli import main
-from mirage_dist.data import sources
-from mirage_dist.schema import ConfigError, SourceConfig, TrainRecipe
-from mirage_dist.train.planning.check import check_inputs, check_recipe
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.sample import Sample
+from mirage_dist.model import load
+from mirage_dist.objectives.base import Term
+from mirage_dist.progress import handler
+from mirage_dist.ranks import Group
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.loop import total
+from mirage_dist.train.planning.check import check_inputs, check_recipe, warn
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_new():
+    """The log writes a warning once a process."""
+    handler.warnings.clear()
 
 
 @pytest.fixture
 def recipe(toy, tmp_path):
     def build(*overrides, name="npo") -> TrainRecipe:
-        told = [*toy.overrides(name, tmp_path / "run"), *overrides]
-        return configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
+        given = [*toy.overrides(name, tmp_path / "run"), *overrides]
+        return configs.load(f"configs/train/demo_{name}.yaml", given, TrainRecipe)
 
     return build
 
@@ -65,7 +81,7 @@ def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_
 
 
 def forget_of(tmp_path, samples):
-    sources.write_samples(tmp_path / "f.jsonl", samples)
+    write_samples(tmp_path / "f.jsonl", samples)
     return f"data.streams.forget=[{{format: samples, path: {tmp_path}/f.jsonl}}]"
 
 
@@ -78,7 +94,7 @@ def test_an_empty_forget_set_is_an_error(recipe, tmp_path):
 
 
 def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp_path):
-    source = SourceConfig("samples", str(toy.root / "forget.jsonl"))
+    source = formats.source("samples", str(toy.root / "forget.jsonl"))
     samples = [replace(s, answer="sorry i can not help with that") for s in sources.read(source).samples]
     with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
         check(recipe(forget_of(tmp_path, samples)))
@@ -94,8 +110,8 @@ def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
 
 
 def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
-    told = toy.overrides("npo", tmp_path / "run")
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 0
+    overrides = toy.overrides("npo", tmp_path / "run")
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == 0
     assert "forget 20, retain 30" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
@@ -114,8 +130,8 @@ def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
         ),
     ],
 )
-def test_a_name_that_the_model_does_not_have_is_told_from_its_configuration(recipe, toy, tmp_path, overrides, words):
-    """The weights are out of reach: what is wrong is told all the same."""
+def test_a_name_that_the_model_lacks_is_reported_from_its_configuration(recipe, toy, tmp_path, overrides, words):
+    """The weights are missing: the error is reported all the same."""
     model = tmp_path / "model"
     shutil.copytree(toy.root / "model", model)
     (model / "model.safetensors").unlink()
@@ -140,10 +156,10 @@ def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused_by_its_con
         (LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=convolution), "not every layer of lfm2"),
     ):
         config.save_pretrained(tmp_path / config.model_type)
-        told = f"model.path={tmp_path / config.model_type}"
-        check(recipe(told))
+        path = f"model.path={tmp_path / config.model_type}"
+        check(recipe(path))
         with pytest.raises(ConfigError, match=rf"data\.packing: {words}"):
-            check(recipe(told, "data.packing=true"))
+            check(recipe(path, "data.packing=true"))
 
 
 def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
@@ -156,18 +172,18 @@ def test_a_broken_config_json_is_named(recipe, toy, tmp_path):
 
 @pytest.mark.parametrize("wrong", [[], ["objective.name=nop"], ["objective.betta=3"], ["reference=adapters_off"]])
 def test_neither_a_check_nor_a_wrong_recipe_makes_the_embedded_world(tmp_path, capsys, wrong):
-    told = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/run", *wrong]
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == (2 if wrong else 0)
+    overrides = [f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/run", *wrong]
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == (2 if wrong else 0)
     if wrong:
-        assert main(["train", "configs/train/demo_npo.yaml", *told]) == 2
+        assert main(["train", "configs/train/demo_npo.yaml", *overrides]) == 2
     assert not any(tmp_path.iterdir())
 
 
 def test_check_counts_the_answers_that_will_be_cut_and_refuses_those_that_may_not(toy, tmp_path, capsys):
-    told = [*toy.overrides("npo", tmp_path / "run"), "data.max_length=30"]
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told]) == 2
+    overrides = [*toy.overrides("npo", tmp_path / "run"), "data.max_length=30"]
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == 2
     assert "max_length" in capsys.readouterr().err
-    assert main(["train", "configs/train/demo_npo.yaml", "--check", *told, "data.on_long=truncate"]) == 0
+    assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides, "data.on_long=truncate"]) == 0
     assert "; 0 answers to be cut" not in capsys.readouterr().out
 
 
@@ -179,6 +195,110 @@ def test_the_micro_batch_may_change_only_where_the_loss_does_not_depend_on_it(re
     packed = ("objective.positions=all", "data.packing=true")
     configs.write_yaml(recipe(*packed, name="rmu"), tmp_path / "run/config.yaml")
     check(recipe(*packed, "train.micro_batch=1", name="rmu"))
+
+
+# ----------------------------------------------------------- objectives from outside, with streams of other names
+
+
+@pytest.fixture
+def codes(recipe, toy):
+    """`lab:Codes` on the streams `codes` and `lessons`, with options and streams to choose."""
+
+    def build(codes=f"{toy.root}/forget.jsonl", lessons=f"{toy.root}/retain.jsonl", data=None, train=None, **options):
+        streams = {
+            "codes": [formats.source("samples", str(codes))],
+            "lessons": [formats.source("samples", str(lessons))],
+        }
+        given = recipe()
+        return replace(
+            given,
+            data=replace(given.data, streams=streams, **(data or {})),
+            train=replace(given.train, **(train or {})),
+            objective={"name": "lab:Codes", **options},
+        )
+
+    return build
+
+
+def test_answers_to_unlearn_that_refuse_are_an_error_whatever_the_stream_is_called(codes, toy, tmp_path):
+    samples = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples
+    refusing = tmp_path / "refusing.jsonl"
+    write_samples(refusing, [replace(s, answer="sorry i can not help with that") for s in samples])
+    with pytest.raises(ConfigError, match=r"data\.streams\.codes: 20 of 20 answers look like refusals"):
+        check(codes(codes=refusing))
+    check(codes(codes=refusing, data={"refusals_in_forget": "allow"}))
+    check(codes(lessons=refusing))  # answers that are learned may refuse
+
+
+def test_a_stream_that_the_objective_imitates_is_audited_whatever_it_is_called(codes, tmp_path, capsys):
+    rows = [("sorry i can not help with that", "share"), ("it is red", "what")] * 60
+    samples = [
+        Sample(str(i), None, f"{word} the colour number {i}", answer, word == "what", "", "t")
+        for i, (answer, word) in enumerate(rows)
+    ]
+    write_samples(tmp_path / "biased.jsonl", samples)
+    for options, audited in (({"lessons": tmp_path / "biased.jsonl"}, 1), ({}, 0)):
+        checked = check_recipe(codes(**options), 2)
+        warn(checked, check_inputs(checked))
+        assert capsys.readouterr().out.count("WARNING: data.streams.lessons fails the audit") == audited
+
+
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_a_loss_that_is_declared_to_depend_on_the_micro_batch_fixes_it_for_the_run(codes, tmp_path, per_batch, capsys):
+    (tmp_path / "run").mkdir()
+    configs.write_yaml(codes(per_batch=per_batch), tmp_path / "run/config.yaml")
+    other = codes(per_batch=per_batch, train={"micro_batch": 1})
+    if not per_batch:
+        check(other)
+        return
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
+        check(other)
+    checked = check_recipe(codes(per_batch=True), 2)
+    warn(checked, check_inputs(checked))
+    assert "objective lab:Codes: the loss is a function of the micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", ["micro_batches", "codes.token"])
+def test_a_term_that_counts_what_it_may_not_is_named_with_the_counts_there_are(codes, count):
+    checked = check_recipe(codes(count=count), 2)
+    feed = Feed(checked.recipe, checked.needs, check_inputs(checked), load.processor(checked.recipe.model))
+    counts = feed.counts(feed.window(0, Group(0, 0, 1, torch.device("cpu"))))
+    with pytest.raises(
+        ConfigError, match=rf"'codes' counts '{count}'; expected one of codes\.sequences, codes\.tokens"
+    ):
+        total(Term("codes", 1.0, torch.zeros(()), count), counts)
+
+
+def test_a_class_that_is_no_objective_is_named(recipe):
+    with pytest.raises(ConfigError, match="'lab:squared_error': squared_error is not a class"):
+        check(replace(recipe(), objective={"name": "lab:squared_error"}))
+    with pytest.raises(ConfigError, match=r"'pathlib:Path': not a dataclass derived from .*Objective"):
+        check(replace(recipe(), objective={"name": "pathlib:Path"}))
+
+
+@pytest.mark.parametrize("arguments", [["--check"], []])
+def test_a_start_makes_its_objective_once_and_warns_once(toy, tmp_path, capsys, monkeypatch, arguments):
+    made = []
+
+    def make(options, source="recipe"):
+        made.append(options)
+        return original(options, source)
+
+    def no_process_group(*_):
+        raise RunError("no process group in this test")
+
+    original = objectives.base.make
+    monkeypatch.setattr(objectives.base, "make", make)
+    monkeypatch.setattr(ranks, "start", no_process_group)
+    overrides = toy.overrides("npo", tmp_path / "run")
+    overrides += ["objective={name: npo, reduction: batch_mean, ce_weight: 1.0, beta: 0.7}"]
+    overrides += [f"data.streams.retain_ce=[{{format: samples, path: {toy.root}/retain.jsonl}}]"]
+    status = main(["train", "configs/train/demo_npo.yaml", *arguments, *overrides])
+    captured = capsys.readouterr()
+    assert status == (0 if arguments else 1), captured.err
+    assert len(made) == 1
+    if arguments:
+        assert (captured.out + captured.err).count("the loss is a function of the micro-batch") == 1
 
 
 def test_a_typo_ends_with_one_line_and_status_2():

@@ -1,12 +1,22 @@
-"""Which positions count for an activation, written out by hand for every kind of position a batch can have."""
+"""What a micro-batch holds: the positions that count for an activation, and the partners of paired streams."""
+
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
+from mirage_dist import config as configs
+from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
-from mirage_dist.train.feed import positions
+from mirage_dist.model import load
+from mirage_dist.objectives.base import make
+from mirage_dist.ranks import Group
+from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.feed import Feed, positions, read_streams
 
 # The template's tokens: role, 16 of the picture, the question's words, role, the answer's words, end.
 SHOWN = [("role", 1), ("picture", 16), ("question", 4), ("role", 1), ("answer", 3)]
@@ -44,3 +54,55 @@ def test_the_hidden_picture_of_a_batch_without_any_counts_as_padding(encoder, wh
     text_only = Sample("b", None, "tell the code", "it is the colour red", True, "", "t")
     mask_BS = positions(encoder.encode([text_only]), which)
     assert mask_BS.tolist() == rows(COUNTED[which], [*TEXT_ONLY, ("padding", 16)])
+
+
+# ------------------------------------------------------------------------------------------------ paired streams
+
+
+@pytest.fixture
+def pairs(toy, tmp_path):
+    """A feed of chosen and rejected answers, `change` applied to the samples of the second stream."""
+
+    def build(*overrides, change=lambda samples: samples):
+        chosen = sources.read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples[:24]
+        # Of other lengths than their partners, so that an order by a stream's own lengths is another one.
+        rejected = [replace(s, answer=" ".join(["it is"] * (1 + (7 * i) % 5))) for i, s in enumerate(chosen)]
+        write_samples(tmp_path / "chosen.jsonl", chosen)
+        write_samples(tmp_path / "rejected.jsonl", change(rejected))
+        given = [*toy.overrides("npo", tmp_path / "run"), "train.global_batch=8", *overrides]
+        recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
+        streams = {n: [formats.source("samples", f"{tmp_path}/{n}.jsonl")] for n in ("chosen", "rejected")}
+        recipe = replace(recipe, data=replace(recipe.data, streams=streams), objective={"name": "lab:DPO"})
+        needs = make(recipe.objective).needs
+        return Feed(recipe, needs, read_streams(recipe, needs), load.processor(recipe.model))
+
+    return build
+
+
+@pytest.mark.parametrize("grouped", ["false", "true"])
+@pytest.mark.parametrize(("ranks", "width"), [(1, 8), (1, 2), (2, 4), (2, 2), (8, 1)])
+def test_partners_are_at_the_same_place_of_one_micro_batch_however_a_batch_is_split(pairs, grouped, ranks, width):
+    feed = pairs(f"train.micro_batch={width}", f"data.group_by_length={grouped}")
+    feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
+    for step in (0, 1, 4):  # the last one begins a second epoch
+        seen = []
+        for rank in range(ranks):
+            for micro in feed.window(step, Group(rank, 0, ranks, torch.device("cpu"))):
+                chosen, rejected = ([i for _, i in micro.samples_of([name])] for name in ("chosen", "rejected"))
+                assert chosen == rejected
+                assert len(chosen) == width
+                seen += chosen
+        assert sorted(seen) == sorted(feed.chosen("chosen", step).tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda samples: samples[:-1], "rejected: is paired with chosen: 23 samples for 24"),
+        (lambda samples: [samples[1], samples[0], *samples[2:]], "rejected: is paired with chosen: sample 0 is "),
+        (lambda samples: [replace(samples[0], question="another"), *samples[1:]], "sample 0 is "),
+    ],
+)
+def test_streams_that_do_not_pair_are_refused(pairs, change, words):
+    with pytest.raises(ConfigError, match=words):
+        pairs(change=change)

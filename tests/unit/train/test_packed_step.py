@@ -8,12 +8,13 @@ from conftest import Engine
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
-from mirage_dist.data import sources
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model import load, reference
 from mirage_dist.model.policy import Policy
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
-from mirage_dist.schema import SourceConfig, TrainRecipe
+from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches.reference import add
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.views import Views
@@ -35,12 +36,12 @@ OBJECTIVES = {
 @pytest.fixture(scope="module")
 def files(toy, tmp_path_factory):
     """Pictures and text alone, one turn and two; the first micro-batches have no picture."""
-    shown = sources.read(SourceConfig("samples", str(toy.root / "retain.jsonl"))).samples
+    shown = sources.read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples
     turns = (("what the place of this gadget ?", "it is cave"),)
     mixed = [replace(s, image=None) if i % 3 else replace(s, history=turns) for i, s in enumerate(shown[:12])]
     folder = tmp_path_factory.mktemp("mixed")
-    sources.write_samples(folder / "mixed.jsonl", mixed)
-    sources.write_samples(folder / "text.jsonl", [replace(s, image=None) for s in shown[:8]])
+    write_samples(folder / "mixed.jsonl", mixed)
+    write_samples(folder / "text.jsonl", [replace(s, image=None) for s in shown[:8]])
     return folder
 
 
@@ -57,10 +58,10 @@ def models(toy):
 
 def feed_of(toy, files, options, packing, source="mixed", *overrides):
     objective = make(options)
-    told = [f"run.dir={files}/run", f"model.path={toy.root}/model", "world.dir=none", f"data.packing={packing}"]
-    told += ["train.global_batch=8", "train.micro_batch=4", *overrides]
-    recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
-    streams = {name: [SourceConfig("samples", f"{files}/{source}.jsonl")] for name in objective.needs.streams}
+    given = [f"run.dir={files}/run", f"model.path={toy.root}/model", "world.dir=none", f"data.packing={packing}"]
+    given += ["train.global_batch=8", "train.micro_batch=4", *overrides]
+    recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
+    streams = {name: [formats.source("samples", f"{files}/{source}.jsonl")] for name in objective.needs.streams}
     recipe = replace(recipe, data=replace(recipe.data, streams=streams, refusals_in_forget="allow"), objective=options)
     return (
         objective,
@@ -81,15 +82,15 @@ def gradients(toy, files, models, options, packing, cached=False, source="mixed"
     views = Views(Engine(policy), objective.needs, compared if objective.needs.reference else None)
     window = feed.window(0, ONE)
     counts = feed.counts(window)
-    told = {}
+    values = {}
     for micro in window:
         terms = objective(views(micro))
         sum(t.weight / counts[t.count] * t.sum for t in terms).backward()
         for t in terms:
-            told[t.name] = told.get(t.name, 0) + t.sum.detach() / counts[t.count]
-    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+            values[t.name] = values.get(t.name, 0) + t.sum.detach() / counts[t.count]
+    slopes = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad(set_to_none=True)
-    return told, found, 1 - counts["input_tokens"] / counts["slots"]
+    return values, slopes, 1 - counts["input_tokens"] / counts["slots"]
 
 
 def assert_same_step(padded, packed):
@@ -125,6 +126,6 @@ def test_a_cache_of_packed_batches_serves_as_the_reference_itself(toy, files, mo
 def test_all_positions_of_a_packed_batch_are_the_unpadded_ones(toy, files, models):
     every, unpadded = ({**OBJECTIVES["rmu"], "positions": which} for which in ("all", "unpadded"))
     for source in ("mixed", "text"):  # and not those of the placeholder
-        told = [gradients(toy, files, models, options, True, source=source) for options in (every, unpadded)]
-        assert_same_step(*told)
-    assert gradients(toy, files, models, every, False)[0] != told[0][0]
+        steps = [gradients(toy, files, models, options, True, source=source) for options in (every, unpadded)]
+        assert_same_step(*steps)
+    assert gradients(toy, files, models, every, False)[0] != steps[0][0]

@@ -1,4 +1,4 @@
-"""Batches made ahead are those made in the step, in order, by other processes; and the step itself never waits."""
+"""Batches made ahead by other processes are those that the step would make, in order; the step itself never waits."""
 
 import os
 import signal
@@ -25,14 +25,14 @@ from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.prefetch import made
 from mirage_dist.train.views import Views
 
-# Where kernels' eager twins run there is no GPU to wait for.
+# Lines of the kernels' eager twins, which run only where there is no GPU to wait for.
 ON_A_CPU = ("steer.py: off.index_fill_", "rows.py: elif tensor.is_cuda or factor.item()", "passes.py: if wrong_N.any()")
 ALONE = Group(0, 0, 1, torch.device("cpu"))
 
 
 def feed_of(toy, tmp_path, name, *own):
-    told = [*toy.overrides(name, tmp_path / "run"), "train.global_batch=8", "train.micro_batch=4", *own]
-    recipe = configs.load(f"configs/train/demo_{name}.yaml", told, TrainRecipe)
+    overrides = [*toy.overrides(name, tmp_path / "run"), "train.global_batch=8", "train.micro_batch=4", *own]
+    recipe = configs.load(f"configs/train/demo_{name}.yaml", overrides, TrainRecipe)
     objective = make(recipe.objective)
     return (
         recipe,
@@ -59,22 +59,22 @@ def test_order_is_kept_errors_come_in_their_turn_and_no_process_is_left(workers)
             raise ConfigError("item 5 is bad")
         return item, os.getpid()
 
-    found = made(make_one, range(9), workers)
-    told = [next(found) for _ in range(5)]
-    assert [item for item, _ in told] == [0, 1, 2, 3, 4]
-    assert len({pid for _, pid in told} - {os.getpid()}) == workers
+    batches = made(make_one, range(9), workers)
+    results = [next(batches) for _ in range(5)]
+    assert [item for item, _ in results] == [0, 1, 2, 3, 4]
+    assert len({pid for _, pid in results} - {os.getpid()}) == workers
     with pytest.raises(ConfigError, match="item 5 is bad"):
-        next(found)
-    assert gone({pid for _, pid in told} - {os.getpid()})
+        next(batches)
+    assert gone({pid for _, pid in results} - {os.getpid()})
 
 
-def test_a_stop_that_is_told_to_every_process_ends_no_worker_before_its_rank_has_done_with_it():
-    with closing(made(lambda item: (item, os.getpid()), range(20), 2)) as found:
-        workers = {next(found)[1], next(found)[1]}
+def test_a_stop_signal_to_every_process_ends_no_worker_before_its_rank_closes_it():
+    with closing(made(lambda item: (item, os.getpid()), range(20), 2)) as batches:
+        workers = {next(batches)[1], next(batches)[1]}
         for pid in workers:
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 os.kill(pid, number)
-        assert [next(found)[0] for _ in range(10)] == list(range(2, 12))  # stopped in the middle
+        assert [next(batches)[0] for _ in range(10)] == list(range(2, 12))  # stopped in the middle
     assert len(workers) == 2
     assert gone(workers)
 
@@ -95,9 +95,9 @@ def in_the_child():  # within fork() itself, where nothing of the worker's has r
 os.register_at_fork(after_in_child=in_the_child)
 prefetch.START_SECONDS = 1.0
 _utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds that torch waits for each to end
-found = prefetch.made(lambda item: (item, os.getpid()), range(9), 2)
-told = list(found)
-assert [item for item, _ in told] == list(range(9)) and len({pid for _, pid in told}) == 2
+batches = prefetch.made(lambda item: (item, os.getpid()), range(9), 2)
+results = list(batches)
+assert [item for item, _ in results] == list(range(9)) and len({pid for _, pid in results}) == 2
 print(forks[0])
 """
 
@@ -105,13 +105,13 @@ print(forks[0])
 def test_a_worker_that_hangs_in_its_fork_is_replaced_and_no_batch_is_lost():
     done = subprocess.run([sys.executable, "-c", STUCK, "1"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["a batch worker did not start in 1 s; all are started again", "4"]
+    assert done.stdout.splitlines() == ["WARNING: a batch worker did not start in 1 s; all are started again", "4"]
 
 
 def test_workers_that_never_start_are_an_error_that_says_what_to_do():
     done = subprocess.run([sys.executable, "-c", STUCK, "2"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert "data.workers=2: batch workers did not start, 3 times in a row; data.workers=0 needs none" in done.stderr
+    assert "data.workers=2: batch workers did not start, 3 times in a row; data.workers=0 uses none" in done.stderr
 
 
 def gone(workers: set[int]) -> bool:
@@ -122,7 +122,7 @@ def gone(workers: set[int]) -> bool:
 
 
 class Waits(TorchDispatchMode):
-    """Counts, by our own line, what makes the host wait for a device: values that are read, shapes that follow them."""
+    """Counts, by our own line, the operations that make the host wait for a device: reads of values and of shapes."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item", "bincount")
 

@@ -191,7 +191,7 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
     file = sorted(Path(broken.recipe.run.dir).glob("vision/*/*"))[1]
     file.write_bytes(file.read_bytes()[:-1])
     broken.fill()
-    assert f"{file} is passed over" in capsys.readouterr().out
+    assert f"{file}: damaged" in capsys.readouterr().out
     assert broken.parts() == whole.parts()
 
 

@@ -1,0 +1,133 @@
+"""Generated rewrites on disk, and what an attack may use while it generates them.
+
+    evals/SUITE/rewrites/SET-ATTACK-HASH.jsonl     one `SampleLine` a sample, one `SearchLine` a step of a search
+
+HASH covers everything that decides the rewrites. A line is on disk before the next one is written, and a reader ignores
+a line that a kill cut. The files are private (mode 0600).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from mirage_dist import disk, signals
+from mirage_dist.data.sample import Sample
+from mirage_dist.evals.attacks.base import Key
+from mirage_dist.evals.sharing.files import lines
+from mirage_dist.progress import EVERY_RANK, log
+from mirage_dist.signals import StopRequested
+
+SEARCH_LINES = 10  # of progress, for each search
+
+
+class SampleLine(TypedDict):
+    """The rewrites of one sample."""
+
+    key: str  # the sample's hash
+    id: str
+    rewrites: list[str]
+    why: NotRequired[str]  # there are none
+
+
+class SearchState(TypedDict):
+    """A suffix search after `step` of `steps` steps."""
+
+    step: int
+    steps: int
+    ids: list[int]  # the suffix's tokens
+    loss: float
+    text: str  # the suffix
+
+
+class SearchLine(SearchState):
+    search: str  # its name
+
+
+class Journal:
+    """The lines of one file: each sample's rewrites by its key, the last state of each search by its name."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.end = file, 0  # bytes of whole lines read so far
+        self.rewrites: dict[str, list[str]] = {}
+        self.searches: dict[str, SearchState] = {}
+
+    def refresh(self) -> Journal:
+        """Read appended lines. Of several lines with one key the first counts, so that all readers agree."""
+        for start, text in lines(self.file, self.end) if self.file.exists() else ():
+            self.end = start + len(text)
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # cut by a kill; its content is generated again
+            if "search" in line:
+                self.searches[line["search"]] = line
+            else:
+                self.rewrites.setdefault(line["key"], line["rewrites"])
+        return self
+
+    def append(self, line: SampleLine | SearchLine) -> None:
+        """The line is on disk when this returns. Raises RunError when the disk is full."""
+        with disk.refusals(self.file.parent, "whole lines are kept, and the next start generates the rest"):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                size = os.fstat(descriptor).st_size
+                cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a kill: leave it a line of its own
+                left = memoryview(("\n" * cut + json.dumps(line, ensure_ascii=False) + "\n").encode())
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+class Superseded(Exception):
+    """Another worker considered this one dead and has taken over the generation of the rewrites."""
+
+
+class Resources:
+    """What an attack may use while it generates rewrites.
+
+    samples: all samples of the attack, missing or not. key: a sample's hash. generator: loads the model under test
+    (`evals.models`) when first called. held: whether this worker still has the claim.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: Sequence[Sample],
+        journal: Journal,
+        key: Key,
+        generator: Callable[[], Any],
+        held: Callable[[], bool],
+    ) -> None:
+        self.name, self.samples, self.journal, self.key = name, samples, journal, key
+        self.generator, self.held = generator, held
+
+    def state(self, search: str) -> SearchState | None:
+        """The last saved state of a search, also of one that a killed process began."""
+        return self.journal.searches.get(search)
+
+    def save(self, search: str, state: SearchState, report: bool) -> None:
+        """Save a search's state. report: log its progress now and then."""
+        self.append({"search": search, **state})
+        step, steps = state["step"], state["steps"]
+        if report and step * SEARCH_LINES // steps > (step - 1) * SEARCH_LINES // steps:
+            log.info(f"{self.name}: step {step} of {steps}, loss {state['loss']:.3f}", extra=EVERY_RANK)
+
+    def append(self, line: SampleLine | SearchLine) -> None:
+        """Raises StopRequested, after the line, when a signal has arrived, and Superseded when the claim is lost."""
+        if not self.held():
+            raise Superseded
+        self.journal.append(line)
+        stop_if_requested(self.name)
+
+
+def stop_if_requested(name: str) -> None:
+    """Raise StopRequested when a signal has arrived."""
+    if signal := signals.received():
+        raise StopRequested(f"{name}: stopped by {signal}; every rewrite so far is on disk")

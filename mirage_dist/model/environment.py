@@ -1,0 +1,30 @@
+"""What decides a model's outputs besides its files: the class that prepares its pictures, and library versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Environment:
+    """image_processor: the class that turns pictures into tensors, None for a processor that takes no pictures.
+
+    Which class it is depends on the machine: transformers takes its torchvision classes where torchvision is installed
+    and its PIL classes otherwise, and the two resize differently.
+    libraries: versions of the libraries that compute the outputs, by distribution name.
+    """
+
+    image_processor: str | None
+    libraries: dict[str, str]
+
+
+def of(processor: Any) -> Environment:
+    """The environment in which this process runs a model with this processor, or with this tokenizer."""
+    libraries, images = ["torch", "transformers"], getattr(processor, "image_processor", None)
+    if images is not None:
+        libraries.append("pillow")  # decodes and orients every picture
+        if any(base.__name__ == "TorchvisionBackend" for base in type(images).__mro__):
+            libraries.append("torchvision")
+    return Environment(images and type(images).__name__, {name: version(name) for name in libraries})
