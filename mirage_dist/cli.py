@@ -227,7 +227,9 @@ def _erasure(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     from mirage_dist import inputs
     from mirage_dist.erasure import run
+    from mirage_dist.evals import judges
 
+    judges.read(recipe)  # a wrong option is an error before any data are made or read
     inputs.make(recipe)
     run.run(recipe)
     exit_well()
