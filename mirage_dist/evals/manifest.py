@@ -27,7 +27,7 @@ class Ids(TypedDict):
 
 
 class AttackCoverage(TypedDict):
-    """asked: rewrites of the attack. unchanged_rewrites: those that equal their question."""
+    """asked: samples that have rewrites. unchanged_rewrites: those that equal their question."""
 
     asked: int
     unchanged_rewrites: int

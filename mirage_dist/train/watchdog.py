@@ -1,8 +1,9 @@
-"""A rank that dies or hangs ends the run within a set time, by name, where the others would wait in a collective.
+"""Names a rank that is dead or hangs and ends the run within a set time, instead of waiting in a collective.
 
-Each rank tells the process group's store two counters: *beats*, the collectives that its main thread has entered, and
-*ticks*, which its watchdog thread counts whatever the main thread does. Ticks that stand still: the process is dead
-or stopped. Beats that stand still and are behind the others': that rank is what everyone waits for.
+Each rank publishes two counters in the process group's store: *beats*, the collectives that its main thread has
+entered, and *ticks*, which its watchdog thread counts independently of the main thread. When the ticks of a rank stand
+still, its process is dead or stopped. When the beats of all ranks stand still, every rank waits for the one with the
+fewest.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from typing import NoReturn
 from mirage_dist import ranks
 from mirage_dist.ranks import Group
 
-CHECKS = 8  # a time limit
+CHECKS = 8  # in one time limit
 
 
 @dataclass
-class _Seen:
-    """What a rank told last, and when (on our clock) its beats and its ticks changed."""
+class Observation:
+    """The last counters of a rank, and when they changed, in seconds on this process's clock.
+
+    where: the name of the last collective that the rank entered.
+    """
 
     beats: int
     ticks: int
@@ -36,84 +40,86 @@ class _Seen:
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; silent unless a rank stands still for `seconds`."""
+    """Watches from `start` to `stop`, and ends the run when a rank stands still for `seconds`."""
 
     def __init__(self, group: Group, seconds: float) -> None:
         self.group, self.seconds, self.every = group, seconds, min(5.0, seconds / CHECKS)
-        self._seen: dict[int, _Seen] = {}
-        self._answered = time.monotonic()  # when the store did last
+        self._observations: dict[int, Observation] = {}
+        self._answered = time.monotonic()  # time of the store's last answer
         self._stop = threading.Event()
-        # Two, because a store whose process is stopped holds whoever asks it.
-        self._threads = [threading.Thread(target=t, name=t.__name__, daemon=True) for t in (self._talk, self._judge)]
+        # Two threads, because a call to a store whose process is stopped does not return.
+        threads = (self._exchange, self._judge)
+        self._threads = [threading.Thread(target=t, name=t.__name__, daemon=True) for t in threads]
 
     @property
     def _watched(self) -> Sequence[int]:
-        """The first rank watches all; the others watch it."""
+        """Rank 0 watches all ranks; the others watch rank 0."""
         return range(self.group.size) if self.group.main else (0,)
 
     def start(self) -> Watchdog:
-        """Every rank calls this at the same point: one that is never heard of is missed from now on."""
+        """Every rank calls this at the same point: a rank that never answers counts as silent from now on."""
         if self.group.size > 1:
             now = self._answered = time.monotonic()
-            self._seen = {r: _Seen(0, 0, "the start", "an unknown host", now, now) for r in self._watched}
+            self._observations = {r: Observation(0, 0, "the start", "an unknown host", now, now) for r in self._watched}
             for thread in self._threads:
                 thread.start()
         return self
 
     def stop(self) -> None:
-        """End watching; every rank calls this at the same point, since a silent watchdog looks like a dead process."""
+        """Every rank calls this at the same point, since a silent watchdog looks like a dead process."""
         self._stop.set()
 
-    def _talk(self) -> None:
+    def _exchange(self) -> None:
         store = ranks.store()
         for ticks in itertools.count(1):
             beats, where = ranks.last_call()
             try:
                 store.set(f"watchdog/{self.group.rank}", f"{beats}|{ticks}|{socket.gethostname()}|{where}")
-                told = {r: store.get(f"watchdog/{r}") for r in self._watched if store.check([f"watchdog/{r}"])}
+                answers = {r: store.get(f"watchdog/{r}") for r in self._watched if store.check([f"watchdog/{r}"])}
             except RuntimeError:
-                return  # the judge will miss the answers
+                return  # the judging thread notices that answers are missing
             self._answered = time.monotonic()
-            for rank, text in told.items():
-                self._seen[rank] = _seen(self._seen[rank], text.decode(), self._answered)
+            for rank, text in answers.items():
+                self._observations[rank] = updated(self._observations[rank], text.decode(), self._answered)
             if self._stop.wait(self.every):
                 return
 
     def _judge(self) -> None:
         while not self._stop.wait(self.every):
             now = time.monotonic()
-            fault = verdict(dict(self._seen), now, self.seconds)
+            fault = verdict(dict(self._observations), now, self.seconds)
             if now - self._answered > self.seconds:
                 fault = "rank 0 is dead or stopped: its store does not answer"
             if fault and not self._stop.is_set():
                 self._end(fault)
 
     def _end(self, fault: str) -> NoReturn:
-        """The main thread waits in a collective that cannot be left, so the process ends here."""
+        """End the process here: its main thread waits in a collective that cannot be interrupted."""
         print(f"mirage: {fault}; the run ends (train.hang_seconds={self.seconds:g})", file=sys.stderr, flush=True)
         os._exit(1)
 
 
-def _seen(last: _Seen, text: str, now: float) -> _Seen:
+def updated(last: Observation, text: str, now: float) -> Observation:
+    """The observation after a rank's message `text` (beats|ticks|host|where) at the time `now`."""
     beats, ticks, host, where = text.split("|", 3)
     beat_at = last.beat_at if last.beats == int(beats) else now
     tick_at = last.tick_at if last.ticks == int(ticks) else now
-    return _Seen(int(beats), int(ticks), where, host, beat_at, tick_at)
+    return Observation(int(beats), int(ticks), where, host, beat_at, tick_at)
 
 
-def verdict(seen: dict[int, _Seen], now: float, seconds: float) -> str | None:
-    """Which rank everyone waits for, None while all move."""
-    silent = [rank for rank, s in seen.items() if now - s.tick_at > seconds]
+def verdict(observations: dict[int, Observation], now: float, seconds: float) -> str | None:
+    """A sentence that names the rank for which the others wait; None while ranks make progress."""
+    silent = [rank for rank, o in observations.items() if now - o.tick_at > seconds]
     if silent:
-        return f"{_name(silent[0], seen)} is dead or stopped: it has not answered for {seconds:g} s"
-    # Who sees one rank only cannot tell whether that rank is waited for or waits itself.
-    if len(seen) < 2 or any(now - s.beat_at <= seconds for s in seen.values()):
+        return f"{_name(silent[0], observations)} is dead or stopped: it has not answered for {seconds:g} s"
+    # From one rank alone it cannot be decided whether others wait for that rank or that rank waits for them.
+    if len(observations) < 2 or any(now - o.beat_at <= seconds for o in observations.values()):
         return None
-    behind = min(seen, key=lambda rank: seen[rank].beats)
-    if seen[behind].beats == max(s.beats for s in seen.values()):
-        return f"all ranks have stood still behind {seen[behind].where!r} for {seconds:g} s"
-    return f"{_name(behind, seen)} hangs: it has not moved for {seconds:g} s"
+    last = min(observations, key=lambda rank: observations[rank].beats)
+    if observations[last].beats == max(o.beats for o in observations.values()):
+        return f"all ranks have stood still after {observations[last].where!r} for {seconds:g} s"
+    return f"{_name(last, observations)} hangs: it has not moved for {seconds:g} s"
 
 
-def _name(rank: int, seen: dict[int, _Seen]) -> str:
-    return f"rank {rank} on {seen[rank].host}, last at {seen[rank].where!r},"
+def _name(rank: int, observations: dict[int, Observation]) -> str:
+    return f"rank {rank} on {observations[rank].host}, last at {observations[rank].where!r},"

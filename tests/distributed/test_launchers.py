@@ -49,8 +49,8 @@ def whole(toy):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_launcher_makes_the_same_run(whole, toy, tmp_path, name):
-    told = command(name, toy, tmp_path / "run")
-    done = subprocess.run(told, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
+    line = command(name, toy, tmp_path / "run")
+    done = subprocess.run(line, env=environment(), cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(whole)]
 
@@ -58,9 +58,9 @@ def test_a_launcher_makes_the_same_run(whole, toy, tmp_path, name):
 def test_a_signal_to_torchrun_ends_in_a_commit(toy, tmp_path):
     """torchrun passes SIGTERM on to its workers and gives them time; what it exits with is its own."""
     folder = tmp_path / "run"
-    told = command("torchrun", toy, folder, "train.max_steps=2000")
+    line = command("torchrun", toy, folder, "train.max_steps=2000")
     process = subprocess.Popen(
-        told, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():

@@ -42,18 +42,18 @@ class Cluster:
 
     def lab(self, action: str, *words: str) -> None:
         # Daemons inherit what is open: a pipe would be waited for until they end.
-        told = (self.root / f"lab-{action}.txt").open("w+")
+        output = (self.root / f"lab-{action}.txt").open("w+")
         command = [str(HERE / "lab.sh"), action, str(self.root / "lab"), *words]
-        status = subprocess.run(command, env=self.environment, stdout=told, stderr=told).returncode
-        told.seek(0)
-        assert status == 0, told.read()
+        status = subprocess.run(command, env=self.environment, stdout=output, stderr=output).returncode
+        output.seek(0)
+        assert status == 0, output.read()
 
     def ask(
         self, *command: str, check: bool = True, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """One of Slurm's commands, or a script of the project."""
-        told = {**self.environment, **(environment or {})}
-        done = subprocess.run(command, cwd=self.work, env=told, capture_output=True, text=True)
+        variables = {**self.environment, **(environment or {})}
+        done = subprocess.run(command, cwd=self.work, env=variables, capture_output=True, text=True)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
@@ -68,8 +68,8 @@ class Cluster:
 
     def over(self, job: str) -> bool:
         """Whether the job, or every element of the array, has ended for good; a requeued one has not."""
-        told = self.ask("scontrol", "--oneliner", "show", "job", job).stdout
-        return set(re.findall(r" JobState=(\w+)", told)) <= set(ENDED)
+        jobs = self.ask("scontrol", "--oneliner", "show", "job", job).stdout
+        return set(re.findall(r" JobState=(\w+)", jobs)) <= set(ENDED)
 
     def until(self, true: Callable[[], object], what: str, job: str, seconds: float = 150) -> None:
         """Wait for something to become true; when the job is over, or it takes too long, its log says why not."""
@@ -92,8 +92,8 @@ class Cluster:
 
     def starts(self, job: str) -> list[dict]:
         """What the stand-in noted: {"words", "env"} of each start of each task of a job or of an array's elements."""
-        found = [json.loads(file.read_text()) for file in sorted(self.temporary.glob("start-*.json"))]
-        return [note for note in found if job in (note["env"]["SLURM_JOB_ID"], note["env"].get("SLURM_ARRAY_JOB_ID"))]
+        notes = [json.loads(file.read_text()) for file in sorted(self.temporary.glob("start-*.json"))]
+        return [note for note in notes if job in (note["env"]["SLURM_JOB_ID"], note["env"].get("SLURM_ARRAY_JOB_ID"))]
 
 
 def cluster(root: Path, **settings: str) -> Iterator[Cluster]:

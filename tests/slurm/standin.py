@@ -16,21 +16,21 @@ from pathlib import Path
 if sys.argv[1:3] != ["-m", "mirage_dist.cli"]:  # a launcher, which is a real one
     os.execv(os.environ["STANDIN_PYTHON"], [os.environ["STANDIN_PYTHON"], *sys.argv[1:]])
 began = time.monotonic()
-asked: list[float] = []
+requests: list[float] = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda *_: asked.append(time.monotonic()))
+    signal.signal(number, lambda *_: requests.append(time.monotonic()))
 words = sys.argv[3:]
-told = {"seconds": "0", "save": "0.5", "fail": ""} | dict(word.split("=", 1) for word in words if "=" in word)
+options = {"seconds": "0", "save": "0.5", "fail": ""} | dict(word.split("=", 1) for word in words if "=" in word)
 place = os.environ.get("RANK", os.environ["SLURM_PROCID"])
 own = ("start", os.environ["SLURM_JOB_ID"], place, os.environ.get("SLURM_RESTART_COUNT", "0"))
 note = Path(os.environ["TMPDIR"], "-".join(own))
 note.write_text(json.dumps({"words": words, "env": dict(os.environ)}))
 note.rename(note.with_suffix(".json"))
-rank, _, status = told["fail"].partition(":")
-while (now := time.monotonic()) < began + float(told["seconds"]):
+rank, _, status = options["fail"].partition(":")
+while (now := time.monotonic()) < began + float(options["seconds"]):
     if rank == place and now > began + 1:
         sys.exit(int(status))
-    if asked and now > asked[0] + float(told["save"]):
+    if requests and now > requests[0] + float(options["save"]):
         # At once: while Python shuts down a second signal kills it, and the status is lost.
         os._exit(75)
     time.sleep(0.02)

@@ -56,22 +56,22 @@ class Run:
 
     def process(self, rank: int) -> int:
         """The process id of a rank."""
-        told = {f"SLURM_JOB_ID={self.job}", f"SLURM_PROCID={rank}"}
+        variables = {f"SLURM_JOB_ID={self.job}", f"SLURM_PROCID={rank}"}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 environment = set((folder / "environ").read_text().split("\0"))
                 command = (folder / "cmdline").read_text()
             except OSError:
                 continue
-            if told <= environment and "\0mirage_dist.cli\0" in command:
+            if variables <= environment and "\0mirage_dist.cli\0" in command:
                 return int(folder.name)
         raise AssertionError(f"no process is rank {rank}")
 
 
 def completed(run: Run, restarts: int) -> None:
-    found = run.slurm.ended(run.job)
+    state = run.slurm.ended(run.job)
     log = run.slurm.log(run.job)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), log
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), log
 
 
 def same(run: Run, other: Run) -> None:
@@ -126,8 +126,8 @@ def test_a_cancelled_job_saves_stays_away_and_can_be_finished_on_one_node(slurm,
     run.reach(10)
     seen = len(run.steps())
     slurm.ask("scancel", run.job)
-    found = slurm.ended(run.job)
-    assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
+    state = slurm.ended(run.job)
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
     assert seen <= run.saved()[0] < STEPS
     run.job = slurm.submit("unlearn_npo", *run.words, options=("--nodes=1", *ONE_EACH))
     assert slurm.job(run.job)["Restarts"] == "0"
@@ -141,8 +141,8 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_for_good(slurm, toy):
     run = Run(slurm, toy, "crashed")
     run.reach(3)
     os.kill(run.process(1), signal.SIGKILL)
-    found = slurm.ended(run.job, seconds=30)
-    assert (found["JobState"], found["Restarts"], found["ExitCode"]) == ("FAILED", "0", "137:0"), slurm.log(run.job)
+    state = slurm.ended(run.job, seconds=30)
+    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "137:0"), slurm.log(run.job)
 
 
 def test_after_a_node_failure_slurm_starts_the_job_elsewhere_and_the_orphan_does_no_harm(slurm, toy, whole):
@@ -173,8 +173,8 @@ def test_starts_without_progress_come_to_an_end(slurm, toy):
         # Told to stop while the model loads, it has nothing to commit.
         slurm.ask("scancel", "--batch", "--signal=USR1", run.job)
         slurm.until(lambda n=start: slurm.job(run.job)["Restarts"] == str(n), "a requeue", run.job)
-    found = slurm.ended(run.job)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "1:0", "2"), slurm.log(run.job)
+    state = slurm.ended(run.job)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "2"), slurm.log(run.job)
     assert "has started 2 times from step 0" in slurm.log(run.job)
     assert run.saved() == []
 
@@ -220,8 +220,8 @@ def chain(toy) -> list[str]:
 
 def submitted(slurm: Cluster, *words: str) -> dict[str, str]:
     """Link -> job."""
-    told = slurm.ask(f"{REPOSITORY}/slurm/pipeline.sh", "npo", *words).stdout
-    return dict(re.findall(r"^(prepare|train|eval|report) +(\d+)$", told, re.MULTILINE))
+    output = slurm.ask(f"{REPOSITORY}/slurm/pipeline.sh", "npo", *words).stdout
+    return dict(re.findall(r"^(prepare|train|eval|report) +(\d+)$", output, re.MULTILINE))
 
 
 def test_the_pipeline_prepares_trains_evaluates_and_reports(slurm, toy, chain):

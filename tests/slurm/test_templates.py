@@ -32,12 +32,12 @@ def test_every_value_can_be_overridden_on_the_command_line(slurm, script):
     options = ("--hold", "--job-name=mine", "--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=2", "--gres=gpu:4")
     more = ("--time=00:07:00", "--output=there.txt", "--partition=high", "--no-requeue", "--array=5", "--mem=2G")
     job = slurm.submit(script, options=(*options, *more))
-    found = slurm.job(job)
+    fields = slurm.job(job)
     slurm.ask("scancel", job)
     wanted = {"JobName": "mine", "NumNodes": "2-2", "NumTasks": "6", "CPUs/Task": "2", "TresPerNode": "gres:gpu:4"}
     wanted |= {"TimeLimit": "00:07:00", "Partition": "high", "Requeue": "0", "ArrayTaskId": "5", "MinMemoryNode": "2G"}
-    assert {name: found[name] for name in wanted} == wanted
-    assert found["StdOut"].endswith("there.txt")
+    assert {name: fields[name] for name in wanted} == wanted
+    assert fields["StdOut"].endswith("there.txt")
 
 
 def test_ranks_and_overrides_arrive(slurm):
@@ -68,8 +68,8 @@ def test_ranks_and_overrides_arrive(slurm):
 
 
 def test_a_job_from_the_repository_needs_no_variable_and_export_hides_nothing(slurm):
-    told = ",".join(f"{name}={slurm.environment[name]}" for name in ("MIRAGE_PYTHON", "TMPDIR", "PATH"))
-    options = (*SMALL, f"--output={slurm.work}/%x-%j.log", f"--export={told}")
+    variables = ",".join(f"{name}={slurm.environment[name]}" for name in ("MIRAGE_PYTHON", "TMPDIR", "PATH"))
+    options = (*SMALL, f"--output={slurm.work}/%x-%j.log", f"--export={variables}")
     command = ("sbatch", "--parsable", *options, "slurm/sft.sh", "configs/train/demo_sft.yaml", "seed=3")
     job = slurm.ask("env", "-C", str(REPOSITORY), "-u", "MIRAGE_HOME", *command).stdout.strip()
     assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.log(job)
@@ -120,9 +120,9 @@ def stopped(slurm):
 @pytest.mark.parametrize("how", STOPS)
 def test_a_job_that_is_asked_to_stop(slurm, stopped, how):
     _, restarts, state, status = STOPS[how]
-    found = slurm.ended(stopped[how])
+    fields = slurm.ended(stopped[how])
     log = slurm.log(stopped[how])
-    assert (found["Restarts"], found["JobState"], found["ExitCode"]) == (str(restarts), state, status), log
+    assert (fields["Restarts"], fields["JobState"], fields["ExitCode"]) == (str(restarts), state, status), log
     assert "stopped on request" in log
     assert len(slurm.starts(stopped[how])) == 2 * (1 + restarts)
 
@@ -148,8 +148,8 @@ def test_preemption_with_a_grace_time_signals_only_the_ranks_and_is_requeued(slu
 def test_a_rank_that_fails_ends_the_job_which_is_not_started_again(slurm, fail, status):
     # The other rank is told to stop, says 75 like a rank that saved, and would run for two minutes.
     job = slurm.submit("unlearn_npo", "seconds=120", f"fail={fail}", options=SMALL)
-    found = slurm.ended(job, seconds=30)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", status, "0"), slurm.log(job)
+    fields = slurm.ended(job, seconds=30)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", status, "0"), slurm.log(job)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -158,8 +158,8 @@ def test_a_launcher_places_the_ranks_and_passes_on_the_stop_and_its_status(slurm
     job = slurm.submit("unlearn_npo", "seconds=5", options=options, MIRAGE_LAUNCHER=launcher)
     slurm.until(lambda: len(slurm.starts(job)) == 4, "four workers", job)
     slurm.ask("scancel", "--batch", "--signal=USR1", job)
-    found = slurm.ended(job)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("COMPLETED", "0:0", "1"), slurm.log(job)
+    fields = slurm.ended(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "1"), slurm.log(job)
     env = [start["env"] for start in slurm.starts(job)]
     assert sorted(e["RANK"] for e in env) == sorted("01230123")
     for e in env:
@@ -171,6 +171,6 @@ def test_a_launcher_places_the_ranks_and_passes_on_the_stop_and_its_status(slurm
 def test_a_rank_that_fails_under_a_launcher_ends_the_job(slurm):
     options = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1")
     job = slurm.submit("unlearn_npo", "seconds=120", "fail=1:1", options=options, MIRAGE_LAUNCHER="torchrun")
-    found = slurm.ended(job, seconds=60)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "1:0", "0"), slurm.log(job)
+    fields = slurm.ended(job, seconds=60)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "0"), slurm.log(job)
     assert len(slurm.starts(job)) == 2

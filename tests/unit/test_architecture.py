@@ -130,8 +130,15 @@ def test_what_is_private_to_a_module_stays_in_it(file: Path):
 
 
 def names(tree: ast.AST) -> Iterator[str]:
-    """Every name that a file gives to something: variables, parameters, functions, classes, attributes, aliases."""
+    """Every name that a file gives to something: variables, parameters, functions, classes, attributes, aliases.
+
+    The fields of a TypedDict are keys of files that others read, and stay as they are.
+    """
+    typed = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and "TypedDict" in map(ast.unparse, n.bases)]
+    keys = {id(field.target) for node in typed for field in node.body if isinstance(field, ast.AnnAssign)}
     for node in ast.walk(tree):
+        if id(node) in keys:
+            continue
         match node:
             case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.alias(asname=str(name)):
                 yield name

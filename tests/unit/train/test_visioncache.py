@@ -41,8 +41,8 @@ class Run:
     """One run of the toy's data, its pictures its own so that they may change."""
 
     def __init__(self, toy, root: Path, *overrides: str) -> None:
-        told = [*toy.overrides("npo", root / "run"), "train.micro_batch=4", *overrides]
-        self.recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
+        overrides = [*toy.overrides("npo", root / "run"), "train.micro_batch=4", *overrides]
+        self.recipe = configs.load("configs/train/demo_npo.yaml", overrides, TrainRecipe)
         objective = make(self.recipe.objective)
         self.streams = read_streams(self.recipe, objective.needs)
         shown = {s.image for source in self.streams.values() for s in source.samples if s.image}
@@ -96,12 +96,12 @@ def passes(run: Run, rows) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]
     out = run.policy(micro.batch.inputs, Request(index_N, labels_N, layers=(1,)))
     assert out.logp_N is not None
     assert out.activations_BSD is not None
-    told = [out.logp_N, out.activations_BSD[1]]
+    values = [out.logp_N, out.activations_BSD[1]]
     if run.recipe.model.lora is not None:
         compared = reference.AdaptersOff(Engine(run.policy))
-        told += [x for x in compared.outputs(micro.batch.inputs, Request(index_N, labels_N), []) if x is not None]
+        values += [x for x in compared.outputs(micro.batch.inputs, Request(index_N, labels_N), []) if x is not None]
     (out.logp_N.sum() + out.activations_BSD[1].square().mean()).backward()
-    return told, {n: p.grad.clone() for n, p in run.policy.named_parameters() if p.grad is not None}
+    return values, {n: p.grad.clone() for n, p in run.policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("overrides", [(), (LORA,), ("model.gradient_checkpointing=true",)], ids=["full", "lora", "ac"])
@@ -117,12 +117,12 @@ def test_losses_gradients_and_references_are_those_of_the_pictures(start, overri
     for picture in run.pictures:
         picture.unlink()  # none is opened any more
     for name, rows in BATCHES.items():
-        told, gradients = passes(run, rows)
+        values, gradients = passes(run, rows)
         assert any("projector" in n for n in gradients)
         assert not any("vision_tower" in n for n in gradients)
         assert set(gradients) == set(plain[name][1])
         for mine, other in [
-            *zip(told, plain[name][0], strict=True),
+            *zip(values, plain[name][0], strict=True),
             *((g, plain[name][1][n]) for n, g in gradients.items()),
         ]:
             torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
@@ -203,8 +203,8 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
     ],
 )
 def test_a_tower_that_trains_is_refused_before_weights_load(toy, tmp_path, overrides, words):
-    told = [*toy.overrides("npo", tmp_path / "run"), *overrides]
-    recipe = configs.load("configs/train/demo_npo.yaml", told, TrainRecipe)
+    overrides = [*toy.overrides("npo", tmp_path / "run"), *overrides]
+    recipe = configs.load("configs/train/demo_npo.yaml", overrides, TrainRecipe)
     load.check_names(recipe.model, recipe.data, (), None)
     with pytest.raises(ConfigError, match=words):
         load.check_names(recipe.model, replace(recipe.data, cache_vision=True), (), None)
