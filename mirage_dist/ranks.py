@@ -48,11 +48,6 @@ class Group:
     def main(self) -> bool:
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """Print once a job."""
-        if self.main:
-            print(text, flush=True)
-
 
 # (rank, local rank, size) under torchrun, the DeepSpeed launcher and launch/local.sh; then under srun.
 _LAUNCHERS = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))

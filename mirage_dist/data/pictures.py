@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -14,33 +17,49 @@ AT_ONCE = 512  # pictures that the threads get before the next progress update, 
 PAUSE_SECONDS = 30.0  # between progress lines when there is no terminal
 
 
-def faults(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> dict[str, str]:
-    """path -> fault, for the pictures that cannot be decoded to their last byte: a cut-off file has a whole header.
+class Inspection(NamedTuple):
+    """One picture: why it cannot be decoded (None for a whole one), and the SHA-256 of its file ("" without a file)."""
 
-    Each picture is decoded once. Of `parts` callers with the same paths each checks its own `part`; the first one
-    shows the progress, named `what`.
+    fault: str | None
+    sha256: str
+
+
+def inspect(path: str) -> Inspection:
+    """Read the file once, hash it, and decode it to its last byte: a file that was cut off has a whole header."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return Inspection("no such file (is `images` the folder that paths are relative to?)", "")
+    except OSError as error:
+        return Inspection(f"broken: {error}", "")
+    digest = disk.sha256_text(content)
+    try:
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+    except Exception as error:  # on damaged bytes a decoder may raise anything
+        return Inspection(f"broken: {error}", digest)
+    return Inspection(None, digest)
+
+
+def inspections(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> dict[str, Inspection]:
+    """path -> inspection, each picture once.
+
+    Of `parts` callers with the same paths each inspects its own `part`; the first one shows the progress, named `what`.
     """
     own = list(dict.fromkeys(paths))[part::parts]
-    faulty: dict[str, str] = {}
+    inspected: dict[str, Inspection] = {}
     bar = Progress(len(own), what, "picture", delay=2.0, pause=PAUSE_SECONDS, leave=False, disable=part > 0)
-    with ThreadPoolExecutor() as pool, bar:  # PIL releases the lock while it reads and decodes
+    with ThreadPoolExecutor() as pool, bar:  # PIL releases the lock while it decodes
         for start in range(0, len(own), AT_ONCE):
             batch = own[start : start + AT_ONCE]
-            faulty.update((path, why) for path, why in zip(batch, pool.map(fault, batch), strict=True) if why)
+            inspected.update(zip(batch, pool.map(inspect, batch), strict=True))
             bar.update(len(batch))
-    return faulty
+    return inspected
 
 
-def fault(path: str) -> str | None:
-    """Why one picture cannot be decoded, None for a whole one."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        return "no such file (is `images` the folder that paths are relative to?)"
-    except Exception as error:  # on damaged bytes a decoder may raise anything
-        return f"broken: {error}"
-    return None
+def faults(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> dict[str, str]:
+    """path -> fault, for the pictures that cannot be decoded. Parameters are those of `inspections`."""
+    return {path: one.fault for path, one in inspections(paths, what, part, parts).items() if one.fault}
 
 
 def digests(
@@ -48,16 +67,20 @@ def digests(
     part: int = 0,
     parts: int = 1,
     exchange: Callable[[dict[str, str]], Iterable[Mapping[str, str]]] = lambda own: [own],
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Path -> SHA-256 of the picture's file; None is left out. Of `parts` callers with the same paths each reads its
-    own.
+    """Path -> SHA-256 of the picture's file; None is left out.
 
-    exchange: takes this caller's digests and returns every caller's. Raises OSError.
+    Of `parts` callers with the same paths each reads its own. exchange: takes this caller's digests and returns every
+    caller's. known: digests that need no reading, the same for every caller. Raises OSError.
     """
-    own = list(dict.fromkeys(path for path in paths if path is not None))[part::parts]
+    known = known or {}
+    every = list(dict.fromkeys(path for path in paths if path is not None))
+    own = [path for path in every if path not in known][part::parts]
     with ThreadPoolExecutor() as pool:
         hashed = dict(zip(own, pool.map(disk.sha256, own), strict=True))
-    return {path: digest for others in exchange(hashed) for path, digest in others.items()}
+    hashed = {path: digest for others in exchange(hashed) for path, digest in others.items()}
+    return {path: known[path] if path in known else hashed[path] for path in every}
 
 
 def shared(a: Iterable[str | None], b: Iterable[str | None]) -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from mirage_dist.data import pictures, records
 from mirage_dist.data.formats import BadRecord, Format, Opened, as_format
 from mirage_dist.data.formats.llava import PICTURE
+from mirage_dist.data.pictures import Inspection
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -33,7 +34,7 @@ class Source:
 
     dropped: reason -> count of samples that were left out on purpose (a repeat, a missing question). renamed: samples
     whose id another one had. skipped: bad records left out by `on_bad_record: skip`. unchecked: (source, record
-    number, picture) for every picture that has not been decoded yet.
+    number, picture) for every picture that has not been checked yet. pictures: path -> SHA-256 of each that has.
     """
 
     samples: list[Sample]
@@ -41,6 +42,7 @@ class Source:
     skipped: int = 0
     renamed: int = 0
     unchecked: list[tuple[Format, int, str]] = field(default_factory=list)
+    pictures: dict[str, str] = field(default_factory=dict)
 
     def left_out(self) -> LeftOut:
         """The counts as prepare.json has them."""
@@ -69,7 +71,7 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
     if check_images:
         paths = (sample.image for sample in source.samples if sample.image)
-        _apply_faults(source, pictures.faults(paths, f"pictures of {config.path}"))
+        _settle(source, pictures.inspections(paths, f"pictures of {config.path}"))
     return source
 
 
@@ -100,6 +102,7 @@ def read_all(configs: Sequence[SourceConfig], check_images: bool = True) -> Sour
         part = read(config, check_images)
         total.samples.extend(part.samples)
         total.unchecked.extend(part.unchecked)
+        total.pictures.update(part.pictures)
         total.dropped.update(part.dropped)
         total.skipped += part.skipped
         total.renamed += part.renamed
@@ -110,21 +113,21 @@ def check_pictures(
     streams: Mapping[str, Source],
     rank: int = 0,
     size: int = 1,
-    exchange: Callable[[dict[str, str]], Iterable[Mapping[str, str]]] = lambda own: [own],
+    exchange: Callable[[dict[str, Inspection]], Iterable[Mapping[str, Inspection]]] = lambda own: [own],
 ) -> None:
     """Check the pictures of streams that were read without checking them; `size` ranks share the decoding.
 
-    exchange: takes this rank's faults (path -> fault) and returns every rank's, so that all ranks raise the same
-    error, or leave out and count the same samples.
+    exchange: takes this rank's inspections by path and returns every rank's, so that all ranks raise the same error, or
+    leave out and count the same samples.
     Raises ConfigError as `read` does, and for a stream of which no sample is left.
     """
     unchecked = [image for source in streams.values() for _, _, image in source.unchecked]
-    faults: dict[str, str] = {}
-    for part in exchange(pictures.faults(unchecked, "pictures", rank, size)):
-        faults.update(part)
+    inspected: dict[str, Inspection] = {}
+    for part in exchange(pictures.inspections(unchecked, "pictures", rank, size)):
+        inspected.update(part)
     for name, source in streams.items():
         before = len(source.samples)
-        _apply_faults(source, faults)
+        _settle(source, inspected)
         if before and not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are unusable")
 
@@ -147,13 +150,15 @@ def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> l
     return samples
 
 
-def _apply_faults(source: Source, faults: Mapping[str, str]) -> None:
+def _settle(source: Source, inspected: Mapping[str, Inspection]) -> None:
     """Refuse the records whose pictures have a fault, or leave their samples out; then no picture is unchecked."""
-    bad = dict.fromkeys(place for place in source.unchecked if place[2] in faults)
+    bad = dict.fromkeys(place for place in source.unchecked if inspected[place[2]].fault)
     for config, number, image in bad:
-        _refuse(config, number, f"image {image}: {faults[image]}")
+        _refuse(config, number, f"image {image}: {inspected[image].fault}")
     source.skipped += len(bad)
-    source.samples = [sample for sample in source.samples if sample.image not in faults]
+    faulty = {image for _, _, image in bad}
+    source.samples = [sample for sample in source.samples if sample.image not in faulty]
+    source.pictures |= {image: inspected[image].sha256 for _, _, image in source.unchecked if image not in faulty}
     source.unchecked = []
 
 

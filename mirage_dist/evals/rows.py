@@ -6,7 +6,6 @@ where rows are stored).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -117,7 +116,7 @@ def chunks(questions: Mapping[str, Question], size: int) -> list[Chunk]:
     """
     order = sorted(questions, key=lambda key: -_length(questions[key].sample))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    return [Chunk(hashlib.sha256("".join(part).encode()).hexdigest()[:16], part) for part in parts]
+    return [Chunk(disk.sha256_text("".join(part))[:16], part) for part in parts]
 
 
 def _length(sample: Sample) -> int:

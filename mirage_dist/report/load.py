@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from mirage_dist import disk
 from mirage_dist.config import nearest
 from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.metrics import Judged, outcomes
@@ -241,7 +241,7 @@ def _suite(runs: Mapping[str, Path], suite: str | None) -> str:
 
 def by_hash(ids: Collection[str]) -> list[str]:
     """Ids in the order of their hashes: an arbitrary order that nobody has chosen."""
-    return sorted(ids, key=lambda identity: hashlib.sha256(identity.encode()).hexdigest())
+    return sorted(ids, key=disk.sha256_text)
 
 
 def _metrics(folder: Path) -> SuiteResult:

@@ -182,13 +182,15 @@ def describe(streams: Mapping[str, Source]) -> DataSummary:
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
-    samples: stream -> its samples. lengths: stream -> tokens (n,) of each sample's row after truncation, known after
+    samples: stream -> its samples. pictures: path -> SHA-256 of each picture that was checked.
+    lengths: stream -> tokens (n,) of each sample's row after truncation, known after
     `check_lengths`. Raises ConfigError when paired streams do not match.
     """
 
     def __init__(self, recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], processor: Any) -> None:
         self.recipe, self.needs = recipe, needs
         self.samples: dict[str, list[Sample]] = {name: streams[name].samples for name in needs.streams}
+        self.pictures = {path: digest for name in needs.streams for path, digest in streams[name].pictures.items()}
         self.lengths: dict[str, stream.Indices] = {}
         check_pairs(self.samples, needs.paired)
         data = recipe.data

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
@@ -45,7 +46,9 @@ NOT_THE_RUN = (
 
 
 class StreamRecord(TypedDict):
-    """One stream's samples as training takes them: their number, and `data.sample.stream_digest` of them."""
+    """One stream as training takes it: the number of its samples, and `data.sample.stream_digest` of them, with each
+    picture named by the SHA-256 of its file.
+    """
 
     samples: int
     sha256: str
@@ -138,9 +141,12 @@ def check_data(root: Path, data: Mapping[str, StreamRecord]) -> None:
 
 
 def describe_streams(streams: Mapping[str, Source]) -> dict[str, StreamRecord]:
-    """What the manifest records of each stream."""
+    """What the manifest records of each stream. The pictures must have been checked (`sources.check_pictures`)."""
     return {
-        name: {"samples": len(source.samples), "sha256": stream_digest(source.samples)}
+        name: {
+            "samples": len(source.samples),
+            "sha256": stream_digest(replace(s, image=s.image and source.pictures[s.image]) for s in source.samples),
+        }
         for name, source in streams.items()
     }
 

@@ -40,7 +40,7 @@ def fill(run: Run) -> reference.LogProbs:
     """
     feed, group = run.feed, run.group
     paths = (s.image for name in feed.needs.ref_logp for s in feed.samples[name])
-    digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own))
+    digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
     folder = run.root / "reference" / key(run.recipe, feed, run.manifest["base_hash"], digests)
     for _ in range(ATTEMPTS):
         names = ranks.from_main(group, complete_set(folder) if group.main else None)

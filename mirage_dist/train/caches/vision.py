@@ -62,7 +62,7 @@ def fill(run: Run) -> Features:
     feed, group = run.feed, run.group
     folder = run.root / "vision" / key(run.recipe, run.engine.module.base.config, feed, run.manifest["base_hash"])
     paths = (s.image for samples in feed.samples.values() for s in samples)
-    digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own))
+    digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
     index = ranks.from_main(group, _index(folder) if group.main else {})
     missing = sorted({BLANK, *digests.values()} - set(index))
     if missing:

@@ -356,7 +356,7 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
     for name, own in records.items():
         (folder / f"{name}.json").write_text(json.dumps(own))
     decoded = []
-    monkeypatch.setattr(pictures, "fault", lambda path, whole=pictures.fault: decoded.append(path) or whole(path))
+    monkeypatch.setattr(pictures, "inspect", lambda path, whole=pictures.inspect: decoded.append(path) or whole(path))
 
     def streams(on_bad_record, check_images=False):
         configs = {n: [formats.source("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}

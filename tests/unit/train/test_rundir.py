@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
 from mirage_dist import config as configs
 from mirage_dist.cli import main
@@ -18,7 +19,8 @@ from mirage_dist.train.planning.check import check_inputs, check_recipe
 
 CHANGES = {
     "an answer": (lambda s: [replace(s[0], answer="other"), *s[1:]], "stream forget still has 20 samples"),
-    "a picture's path": (lambda s: [replace(s[0], image=s[1].image), *s[1:]], "stream forget still has 20 samples"),
+    "another picture": (lambda s: [replace(s[0], image=s[1].image), *s[1:]], "stream forget still has 20 samples"),
+    "no picture": (lambda s: [replace(s[0], image=None), *s[1:]], "stream forget still has 20 samples"),
     "the order": (lambda s: s[::-1], "stream forget still has 20 samples"),
     "one less": (lambda s: s[:-1], "stream forget had 20 samples and now has 19"),
     "one twice": (lambda s: [*s, replace(s[0], id="again")], "stream forget had 20 samples and now has 21"),
@@ -28,9 +30,10 @@ CHANGES = {
 @pytest.fixture
 def begin(toy, tmp_path):
     recipe = configs.load("configs/train/demo_npo.yaml", toy.overrides("npo", tmp_path / "run"), TrainRecipe)
-    streams = check_inputs(check_recipe(recipe, 1))
 
     def start(change=lambda samples: samples, base_hash="0" * 64):
+        streams = check_inputs(check_recipe(recipe, 1))
+        sources.check_pictures(streams)
         forget = replace(streams["forget"], samples=change(streams["forget"].samples))
         lease = acquire(Path(recipe.run.dir))
         try:
@@ -52,6 +55,19 @@ def test_a_start_on_changed_data_names_the_stream(begin, change):
 
 def test_the_same_data_from_another_file_go_on(begin):
     begin(lambda samples: [replace(s, source="/elsewhere/forget.jsonl") for s in samples])
+
+
+def test_a_picture_that_was_replaced_in_its_place_is_noticed(begin, toy):
+    picture = Path(sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples[0].image)
+    kept = picture.read_bytes()
+    with Image.open(picture) as image:
+        ImageOps.mirror(image.convert("RGB")).save(picture)
+    try:
+        with pytest.raises(ConfigError, match="stream forget still has 20 samples"):
+            begin()
+    finally:
+        picture.write_bytes(kept)
+    begin()
 
 
 def test_other_weights_are_refused_too(begin):
