@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
-    demo.add_argument("--full", action="store_true", help="every attack and every test of erasure, too")
+    demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
     _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
@@ -74,27 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     _recipe(train)
     train.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
 
-    plan = _verb(verbs, "plan", _plan, "what a training run will need in memory and on disk; loads no weights")
+    plan = _verb(verbs, "plan", _plan, "the memory and disk space that a training run will need; loads no weights")
     _recipe(plan)
-    plan.add_argument("--ranks", type=_count, default=1, metavar="N", help="processes, one a GPU (default: 1)")
+    plan.add_argument("--ranks", type=_count, default=1, metavar="N", help="number of processes, one per GPU (default: 1)")
 
-    evaluate = _verb(verbs, "eval", _eval, "ask a model every question of a suite, judge and count")
+    evaluate = _verb(verbs, "eval", _eval, "answer the questions of a suite with a model, judge the answers, compute the rates")
     _recipe(evaluate)
     how = evaluate.add_mutually_exclusive_group()
     how.add_argument("--workers", type=_count, metavar="N", help="start N workers on this machine and wait for them")
     how.add_argument(
-        "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin where worker I (from 0) of N is to begin"
+        "--worker", type=_place, default=(0, 1), metavar="I/N", help="start at the place of worker I (from 0) of N in the work list"
     )
-    how.add_argument("--status", action="store_true", help="tell how far the evaluation is, and do nothing")
+    how.add_argument("--status", action="store_true", help="report the progress of the evaluation and exit")
 
-    _recipe(_verb(verbs, "erasure", _erasure, "tests that tell erased knowledge from hidden knowledge"))
+    _recipe(_verb(verbs, "erasure", _erasure, "tests that distinguish erased knowledge from hidden knowledge"))
 
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     report.add_argument("--out", type=Path, help="default: report/ in the first run")
-    report.add_argument("--suite", help="needed when the runs share several")
+    report.add_argument("--suite", help="required when the runs share several suites")
     report.add_argument(
-        "--outputs", action="store_true", help="put what models said of real data into the page, hidden until clicked"
+        "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
 
     export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
