@@ -76,14 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _verb(verbs, "plan", _plan, "the memory and disk space that a training run will need; loads no weights")
     _recipe(plan)
-    plan.add_argument("--ranks", type=_count, default=1, metavar="N", help="number of processes, one per GPU (default: 1)")
+    plan.add_argument("--ranks", type=_count, default=1, metavar="N", help="processes, one per GPU (default: 1)")
 
-    evaluate = _verb(verbs, "eval", _eval, "answer the questions of a suite with a model, judge the answers, compute the rates")
+    evaluate = _verb(verbs, "eval", _eval, "answer a suite of questions with a model, judge the answers, compute rates")
     _recipe(evaluate)
     how = evaluate.add_mutually_exclusive_group()
     how.add_argument("--workers", type=_count, metavar="N", help="start N workers on this machine and wait for them")
     how.add_argument(
-        "--worker", type=_place, default=(0, 1), metavar="I/N", help="start at the place of worker I (from 0) of N in the work list"
+        "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin at the place of worker I (from 0) of N"
     )
     how.add_argument("--status", action="store_true", help="report the progress of the evaluation and exit")
 

@@ -141,7 +141,7 @@ def test_killed_and_started_again_the_figures_are_those_of_a_run_that_never_stop
     process.communicate()
     assert not (run / "evals/demo/erasure.json").exists()
     output = done(start(small, run, launched))
-    assert "step-000000: 12 of 12 answers are there" in output
+    assert "step-000000: 12 of 12 questions are answered" in output
     assert figures(run) == figures(whole)
     with pytest.raises(ConfigError, match=r"test\.words"):
         tests_of_erasure.run(recipe(small, run, launched, "erasure.completion.words=[1]"))

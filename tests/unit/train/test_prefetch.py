@@ -26,7 +26,11 @@ from mirage_dist.train.prefetch import made
 from mirage_dist.train.views import Views
 
 # Lines of the kernels' eager twins, which run only where there is no GPU to wait for.
-ON_A_CPU = ("steer.py: off.index_fill_", "rows.py: elif tensor.is_cuda or factor.item()", "passes.py: if wrong_N.any()")
+ON_A_CPU = (
+    "steer.py: difference.index_fill_",
+    "rows.py: elif tensor.is_cuda or factor.item()",
+    "passes.py: if outside_N.any()",
+)
 ALONE = Group(0, 0, 1, torch.device("cpu"))
 
 
