@@ -114,7 +114,10 @@ def find(path: str | Path) -> Path:
 def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{source}: {key or 'the recipe'} must be a mapping, got {value!r}")
-    hints = typing.get_type_hints(schema)
+    try:
+        hints = typing.get_type_hints(schema)
+    except Exception as error:  # a class from outside the package may name what it never imported
+        raise ConfigError(f"{source}: {key}: the types of {schema.__qualname__}'s fields: {error}") from error
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
     for name in value:
         if name in (renamed := getattr(schema, "renamed", {})):
@@ -165,6 +168,11 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
         bool: isinstance(value, bool),
         str: isinstance(value, (str, int, float)) and not isinstance(value, bool),
     }
+    if hint not in right:
+        raise ConfigError(
+            f"{source}: {key}: its class declares the type {hint}, which a recipe cannot hold; expected int, float, "
+            "bool, str, Any, Literal, a dataclass, or a list, dict or optional of these"
+        )
     if not right[hint]:
         raise ConfigError(f"{source}: {key}={value!r}; expected {_PLAIN[hint]}")
     return hint(value)

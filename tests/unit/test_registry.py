@@ -21,6 +21,14 @@ class Mine:
         if self.weight < 0:
             raise ConfigError(f"weight={self.weight}; must be >= 0")
 
+@dataclass
+class Odd:
+    sizes: tuple[int, ...] = ()
+
+@dataclass
+class Unnamed:
+    weight: "Undefined" = 0
+
 number = 3
 """
 THINGS = Registry("thing", "name", {"ours": "collections:Counter"})
@@ -56,6 +64,8 @@ def test_a_class_in_the_working_directory_is_made_with_its_options(lab):
         ({"name": "registry_lab.absent:Mine"}, ["No module named 'registry_lab.absent'", "module:Class"]),
         ({"name": "registry_lab.broken:Mine"}, ["No module named 'no_such_module_at_all'"]),
         ({"name": "registry_lab.things:number"}, ["number is not a class"]),
+        ({"name": "registry_lab.things:Odd", "sizes": [1]}, ["recipe.yaml: thing.sizes", "tuple[int, ...]", "a list"]),
+        ({"name": "registry_lab.things:Unnamed"}, ["recipe.yaml: thing", "Unnamed", "'Undefined' is not defined"]),
         ({"name": "registry_lab.things"}, ["unknown thing", "ours", "module:Class"]),
         ({"name": None}, ["thing.name=None", "ours", "module:Class"]),
         ({}, ["thing.name=None", "ours", "module:Class"]),
