@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by every script here. A job runs one step, `launch/node.sh COMMAND …` on every task:
-#   USR1 to this script (the time limit is near; scancel -b -s USR1 JOB): the step is told to stop, its state is
+#   USR1 to this script (the time limit is near; scancel -b -s USR1 JOB): the step is asked to stop, its state is
 #     committed, and the same job is requeued. It resumes by itself.
 #   TERM (scancel; preemption; a node failed): Slurm tells the step by itself and decides whether the job comes back.
 # A step's status: 0 finished; 75 stopped on request, state committed; 1 failed; 2 bad input. Failures are not requeued.
@@ -17,7 +17,7 @@ unset SLURM_EXPORT_ENV
 if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 
 step=     # process id of srun
-asked=    # USR1 or TERM, when this script got it
+request=  # USR1 or TERM, once this script has received it
 signals=0 # how many it got
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
@@ -27,28 +27,28 @@ say() { echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)
 on_signal() {
   signals=$((signals + 1))
   # A TERM that follows a USR1 has the last word: Slurm decides about the job.
-  [[ $asked == TERM ]] || asked=$1
+  [[ $request == TERM ]] || request=$1
   say "got $1"
   if [[ $step ]]; then forward; fi
 }
 
-# Tell the step what this script was told, unless Slurm ends the job anyway and has told it. Through Slurm, since on a
-# TERM srun would kill the tasks at once. A step that is being set up is waited for.
+# Pass this script's signal on to the step, unless Slurm ends the job itself and has signalled the step. The signal goes
+# through Slurm, since on a TERM srun would kill the tasks at once. Waits for a step that is still being set up.
 forward() {
   still_ours || return 0
   until squeue --noheader --steps --job="$job" --format=%i 2>/dev/null | grep -q '\.[0-9]'; do
     kill -0 "$step" 2>/dev/null || return 0
     sleep 1
   done
-  scancel --signal="$asked" "$job" 2>/dev/null || true
+  scancel --signal="$request" "$job" 2>/dev/null || true
 }
 
 # Whether Slurm still takes this start of the job for the one that runs: not when it is being cancelled, preempted or
 # timed out, and not when a node failed and the job was started again elsewhere while this script lived on.
 still_ours() {
-  local told
-  told=$(scontrol --oneliner show job "$job") || return 1
-  [[ $told == *" JobState=RUNNING "* && $told == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+  local record
+  record=$(scontrol --oneliner show job "$job") || return 1
+  [[ $record == *" JobState=RUNNING "* && $record == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
 # run_recipe VERB DEFAULT [RECIPE.yaml] [key=value …]: `run` with the recipe that the user named, or else the default.
@@ -71,7 +71,7 @@ run() {
   # instead of leaving the others in a collective.
   srun --kill-on-bad-exit=1 --wait=60 "$home/launch/node.sh" "$@" &
   step=$!
-  if [[ $asked ]]; then forward; fi
+  if [[ $request ]]; then forward; fi
   while :; do
     before=$signals status=0
     # A signal ends this wait early, with a status of its own; then wait again.
@@ -79,11 +79,11 @@ run() {
     [[ $signals != "$before" ]] || break
   done
   # The request can kill a task that is only just starting; launch/node.sh answers for every later one.
-  if [[ $asked == USR1 && $status =~ ^(138|143)$ ]]; then status=75; fi
+  if [[ $request == USR1 && $status =~ ^(138|143)$ ]]; then status=75; fi
   case $status in
     0) say "finished" ;;
     75)
-      if [[ $asked == TERM ]] || ! still_ours; then
+      if [[ $request == TERM ]] || ! still_ours; then
         say "stopped on request; Slurm decides whether the job comes back"
       # A requeue ends this script too, by a TERM that would hit the command before it has answered.
       elif trap '' TERM && scontrol requeue "$job"; then
@@ -95,7 +95,7 @@ run() {
     *)
       # launch/node.sh adds 100 to the status of a process.
       if ((status > 100 && status < 128)); then status=$((status - 100)); fi
-      if [[ $asked == TERM ]]; then
+      if [[ $request == TERM ]]; then
         say "ended by Slurm, with status $status"
       else
         say "failed with status $status; not requeued"
