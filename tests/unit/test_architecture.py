@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -50,6 +51,11 @@ WITHOUT = {
 ACTS = {"told", "found", "asked", "said", "tell", "tells"}  # names say what a thing is, not how it came
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def part(module: str) -> str:
     return module.split(".")[1]
 
@@ -74,7 +80,7 @@ def module_of(name: str) -> str | None:
 def imports(file: Path) -> set[str]:
     """Also those within functions, but not those for type checkers only."""
     modules: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    pending: list[ast.AST] = [tree_of(file)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -108,7 +114,7 @@ def test_no_file_imports_itself_through_others():
 
 def private_names(file: Path) -> Iterator[str]:
     """Names with an underscore that this file takes from another module of ours."""
-    tree = ast.parse(file.read_text())
+    tree = tree_of(file)
     modules = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mirage_dist"):
@@ -151,9 +157,7 @@ def names(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("file", [*FILES, *OTHERS], ids=lambda f: str(f.relative_to(REPOSITORY)))
 def test_names_say_what_a_thing_is(file: Path):
     acts = {
-        name
-        for name in names(ast.parse(file.read_text()))
-        if ACTS & set(name.lower().split("_")) and not name.startswith("test_")
+        name for name in names(tree_of(file)) if ACTS & set(name.lower().split("_")) and not name.startswith("test_")
     }
     assert not acts, f"{sorted(acts)} say an act; name the content"
 
