@@ -28,6 +28,7 @@ from mirage_dist.evals.metrics import grouped_leaf
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.results import Leaf
 from mirage_dist.model import activations
+from mirage_dist.model.families import roles
 from mirage_dist.schema import ConfigError, SourceConfig
 
 SHUFFLE_SEED = 1
@@ -196,7 +197,7 @@ class Reader:
         """Last prompt token and mean of the image tokens: (L, B, D) each."""
         hf, inputs = self.generator.model, self.generator.prompts(samples)
         backbone = getattr(hf, hf.base_model_prefix)
-        layers = range(len(activations.decoder(backbone).layers))
+        layers = range(len(roles.decoder(backbone).layers))
         with activations.seeing(backbone, set(layers)) as seen:
             backbone(**inputs, use_cache=False)
         places = [seen.inputs[0][0], *(seen.outputs[layer] for layer in layers)]

@@ -18,7 +18,7 @@ from mirage_dist import disk
 from mirage_dist.erasure.results import QuantisationResult, Quantised, Rounding
 from mirage_dist.erasure.setting import Setting, headline
 from mirage_dist.evals.models.hf import HuggingFace
-from mirage_dist.model import activations
+from mirage_dist.model.families import roles
 from mirage_dist.schema import ConfigError, EvalSetConfig
 
 WIDEST_GROUPED = 4  # bits; with more, all weights of an output channel share one scale
@@ -81,7 +81,7 @@ def rounded(weight_OI: Tensor, bits: int, group: int | None) -> Tensor:
 @torch.no_grad()
 def round_decoder(hf: Any, bits: int, group: int | None) -> Rounding:
     """Round every linear layer of a Hugging Face model's text decoder in place (see `rounded`)."""
-    decoder = activations.decoder(getattr(hf, hf.base_model_prefix))
+    decoder = roles.decoder(getattr(hf, hf.base_model_prefix))
     layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     changed = total = count = 0.0
     for layer in layers:

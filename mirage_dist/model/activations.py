@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mirage_dist.model.families.roles import decoder
 from mirage_dist.schema import ConfigError
 
 # Text decoders whose forward is its layers one after the other, all called with the same arguments, then the norm.
@@ -50,11 +51,6 @@ class Seen:
 
     inputs: dict[int, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
-
-
-def decoder(backbone: Any) -> Any:
-    """The text decoder of a vision-language backbone: the module that has `layers`."""
-    return getattr(backbone, "language_model", backbone)
 
 
 def check_layer(backbone: Any, layer: int) -> None:

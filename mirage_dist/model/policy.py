@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mirage_dist.model import activations, head, vision
 from mirage_dist.model.activations import Narrow, Prefix
+from mirage_dist.model.families import roles
 
 
 class Request(NamedTuple):
@@ -77,14 +78,14 @@ class HeadedModel(nn.Module):
     @property
     def depth(self) -> int:
         """Number of decoder layers."""
-        return len(activations.decoder(self.backbone).layers)
+        return len(roles.decoder(self.backbone).layers)
 
     def unused(self, depth: int) -> list[nn.Parameter]:
         """Parameters that a forward truncated after `depth` decoder layers never uses.
 
         These are the later layers, the final norm and the LM head (unless tied to the embeddings).
         """
-        text = activations.decoder(self.backbone)
+        text = roles.decoder(self.backbone)
         later = [*text.layers[depth:], getattr(text, "norm", nn.Identity()), self.base.get_output_embeddings()]
         tied = {id(p) for p in text.get_input_embeddings().parameters()}
         return [p for module in later for p in module.parameters() if id(p) not in tied]
@@ -131,7 +132,7 @@ class HeadedModel(nn.Module):
             hidden_BSD, arguments = activations.narrowed(seen.outputs[own - 1], arguments, narrow.rows)
             hidden_BSD, late_BSD = activations.run(self.backbone, range(own, end), hidden_BSD, arguments, taps)
             tapped_BSD |= late_BSD
-            hidden_BSD = activations.decoder(self.backbone).norm(hidden_BSD)
+            hidden_BSD = roles.decoder(self.backbone).norm(hidden_BSD)
         prefix = None
         if share is not None:
             shared_BSD, arguments = seen.inputs[share]

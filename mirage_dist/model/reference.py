@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mirage_dist.model import activations
+from mirage_dist.model.families import roles
 from mirage_dist.model.policy import HeadedModel, Outputs, Request, no_grad_forward
 from mirage_dist.schema import ConfigError
 
@@ -66,7 +67,7 @@ def shared_layer(policy: HeadedModel, tap: int) -> int | None:
     backbone = policy.backbone
     if not activations.is_plain(backbone):
         return None
-    text = activations.decoder(backbone)
+    text = roles.decoder(backbone)
     of_layers = {id(p): number for number, module in enumerate(text.layers) for p in module.parameters()}
     above = {id(p) for module in (text.norm, policy.base.get_output_embeddings()) for p in module.parameters()}
     above -= {id(p) for p in text.embed_tokens.parameters()}  # tied to the head, they train below as well

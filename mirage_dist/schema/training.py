@@ -36,12 +36,14 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which weights, and which of them train. Patterns are shell globs over parameter names."""
+    """Which weights, and which of them train: roles (decoder, head, connector, vision, audio), or shell globs over
+    parameter names or names relative to a role, such as `decoder.layers.[567].mlp.down_proj.weight`.
+    """
 
     path: str
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
-    train: list[str] = field(default_factory=lambda: ["*"])
-    freeze: list[str] = field(default_factory=lambda: ["*vision_tower*", "*visual.*"])  # wins over `train`
+    train: list[str] | None = None  # default: the decoder and the connector, never a vision tower
+    freeze: list[str] = field(default_factory=list)  # wins over `train`
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
 

@@ -19,7 +19,7 @@ from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
-from mirage_dist.model import load
+from mirage_dist.model import load, trainable
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group, free_port
 from mirage_dist.schema import TrainRecipe
@@ -89,7 +89,7 @@ def recipe_of(toy, folder, options, streams, reference="cache") -> TrainRecipe:
 def plain(recipe: TrainRecipe, loss_of):
     """Whole batches, two whole models, full logits and hooks in PyTorch alone. Losses and the trained model."""
     policy, reference = (AutoModelForImageTextToText.from_pretrained(recipe.model.path) for _ in range(2))
-    load.choose_trainable(policy, recipe.model.train, recipe.model.freeze)
+    trainable.choose(policy, recipe.model.train, recipe.model.freeze)
     betas = tuple(recipe.train.optimizer["betas"])
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], betas=betas, weight_decay=0)
     objective = make(recipe.objective)

@@ -11,7 +11,7 @@ from conftest import launch, losses, plain_step
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
-from mirage_dist.model import load
+from mirage_dist.model import load, trainable
 from mirage_dist.model.shards import Shards, read_manifest
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
@@ -51,7 +51,7 @@ def finished(toy):
 def plain(recipe: TrainRecipe):
     """RMU in PyTorch alone: two whole models, hooks, full forwards of all rows. Losses and the trained model."""
     policy, reference = (AutoModelForImageTextToText.from_pretrained(recipe.model.path) for _ in range(2))
-    load.choose_trainable(policy, recipe.model.train, recipe.model.freeze)
+    trainable.choose(policy, recipe.model.train, recipe.model.freeze)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0
     )

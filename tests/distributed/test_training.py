@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from mirage_dist import config as configs
 from mirage_dist.data import stream
 from mirage_dist.data.sources import read
-from mirage_dist.model import export, load
+from mirage_dist.model import export, load, trainable
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
@@ -112,7 +112,7 @@ def test_bf16_stays_near_fp32(finished):
 def plain(recipe: TrainRecipe, number_of_steps: int):
     """NPO in PyTorch alone: two whole models, full logits, loops over sequences. Losses and the trained model."""
     policy, reference = (AutoModelForImageTextToText.from_pretrained(recipe.model.path) for _ in range(2))
-    load.choose_trainable(policy, recipe.model.train, recipe.model.freeze)
+    trainable.choose(policy, recipe.model.train, recipe.model.freeze)
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0
     )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from typing import Any, TypedDict
 
-from mirage_dist.config import nearest
-from mirage_dist.model import activations
+from mirage_dist.model.families.roles import Parts
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.schema import ConfigError, TrainConfig
 from mirage_dist.train.optimizers.base import Groups
 from mirage_dist.train.optimizers.partitions import slices
-
-ROLES = ("connector", "decoder", "vision", "head")
 
 
 class GroupRecord(TypedDict):
@@ -41,14 +37,14 @@ def split(policy: HeadedModel, train: TrainConfig) -> Groups:
     Raises ConfigError when a pattern matches no trained parameter that an earlier entry has left.
     """
     left = {name: p for name, p in policy.hf.named_parameters() if p.requires_grad}
-    trained, role_of = list(left), roles(policy)
+    trained, parts = list(left), Parts(policy.hf)
     groups: Groups = []
     for number, entry in enumerate(train.groups):
         matches = {}
         for pattern in entry.match:
-            names = [name for name in left if _matches(pattern, name, role_of)]
+            names = [name for name in parts.matching(pattern) if name in left]
             if not names:
-                raise ConfigError(f"train.groups[{number}].match: {_unmatched(pattern, trained, list(left), role_of)}")
+                raise ConfigError(f"train.groups[{number}].match: {_unmatched(pattern, trained, parts)}")
             matches |= {name: left.pop(name) for name in names}
         decay = train.weight_decay if entry.weight_decay is None else entry.weight_decay
         groups.append(_group(matches, entry.match, train.lr if entry.lr is None else entry.lr, decay, train.lr))
@@ -61,28 +57,13 @@ def _group(parameters: dict[str, Any], match: list[str] | None, lr: float, decay
     return {**named, "match": match, "lr": lr, "peak": lr, "share": lr / base, "weight_decay": decay}
 
 
-def _matches(pattern: str, name: str, role_of: dict[str, str]) -> bool:
-    return role_of[name] == pattern if pattern in ROLES else fnmatch.fnmatchcase(name, pattern)
-
-
-def _unmatched(pattern: str, trained: list[str], left: list[str], role_of: dict[str, str]) -> str:
-    if any(_matches(pattern, name, role_of) for name in trained):
+def _unmatched(pattern: str, trained: list[str], parts: Parts) -> str:
+    names = parts.matching(pattern)
+    if set(names) & set(trained):
         return f"all trained parameters that {pattern!r} matches are in earlier groups; move this entry up"
-    if any(_matches(pattern, name, role_of) for name in role_of):
+    if names:
         return f"{pattern!r} matches only parameters that do not train; change model.train, model.freeze or model.lora"
-    present = sorted(set(role_of.values()))
-    return f"{pattern!r} matches no parameter; roles here: {', '.join(present)}; {nearest(pattern, left[:2000])}"
-
-
-def roles(policy: HeadedModel) -> dict[str, str]:
-    """The role of every parameter, by name: `vision`, `decoder`, `head`, or `connector` for what lies between them."""
-    parts = {
-        "head": policy.base.get_output_embeddings(),
-        "vision": policy.backbone.get_encoder(modality="image"),
-        "decoder": activations.decoder(policy.backbone),
-    }
-    of = {id(p): role for role, module in parts.items() if module is not policy.backbone for p in module.parameters()}
-    return {name: of.get(id(p), "connector") for name, p in policy.hf.named_parameters()}
+    return f"{pattern!r} matches no parameter; {parts.nearest(pattern)}"
 
 
 def record(engine: Any, name: str) -> OptimizerRecord:

@@ -9,7 +9,7 @@ from typing import Any
 from mirage_dist.data import pictures
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load, vision
-from mirage_dist.model.activations import decoder
+from mirage_dist.model.families.roles import decoder
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe

@@ -5,6 +5,7 @@ import torch
 
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.model import activations
+from mirage_dist.model.families import roles
 from mirage_dist.schema import ConfigError
 
 DEPTH = 4
@@ -28,7 +29,7 @@ def inputs(model):
 def ran(model):
     """Numbers of the decoder layers that have run since."""
     numbers = []
-    layers = activations.decoder(model.model).layers
+    layers = roles.decoder(model.model).layers
     handles = [
         layer.register_forward_hook(lambda *_, number=number: numbers.append(number))
         for number, layer in enumerate(layers)
@@ -49,7 +50,7 @@ def gradients(model, activation_BSD):
 @pytest.mark.parametrize("layer", range(DEPTH))
 def test_a_forward_that_stops_runs_no_later_layer_and_gives_what_the_full_one_gives(model, inputs, ran, layer):
     outputs = []
-    kept = activations.decoder(model.model).layers[layer].register_forward_hook(lambda *args: outputs.append(args[2]))
+    kept = roles.decoder(model.model).layers[layer].register_forward_hook(lambda *args: outputs.append(args[2]))
     model.model(**inputs, use_cache=False)
     kept.remove()
     assert ran == list(range(DEPTH))
@@ -76,12 +77,12 @@ def test_without_a_depth_every_layer_runs(model, inputs, ran):
 def test_afterwards_the_model_is_as_it_was_even_when_the_forward_failed(model, inputs, ran, fails):
     try:
         with activations.seeing(model.model, {1}, 2) as seen:
-            assert activations.decoder(model.model).config.num_hidden_layers == 2
+            assert roles.decoder(model.model).config.num_hidden_layers == 2
             if fails:
                 raise MemoryError
     except MemoryError:
         assert fails
-    assert activations.decoder(model.model).config.num_hidden_layers == DEPTH
+    assert roles.decoder(model.model).config.num_hidden_layers == DEPTH
     model.model(**inputs, use_cache=False)
     assert ran == list(range(DEPTH))
     assert seen.outputs == {}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mirage_dist.embedded import model as embedded_model
-from mirage_dist.model import activations
 from mirage_dist.model.activations import Narrow
+from mirage_dist.model.families import roles
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.model.reference import shared_layer
 
@@ -41,7 +41,7 @@ def rows_of(policy):
     rows = Counter()
     handles = [
         layer.register_forward_pre_hook(lambda _, given, number=number: rows.update({number: len(given[0])}))
-        for number, layer in enumerate(activations.decoder(policy.backbone).layers)
+        for number, layer in enumerate(roles.decoder(policy.backbone).layers)
     ]
     yield rows
     for handle in handles:

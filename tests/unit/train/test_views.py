@@ -9,7 +9,7 @@ from conftest import Engine
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
-from mirage_dist.model import load
+from mirage_dist.model import load, trainable
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.model.reference import Frozen
 from mirage_dist.objectives.base import Needs
@@ -54,7 +54,7 @@ def test_activations_by_layer_are_those_of_whole_forwards(toy, tmp_path, name, p
     recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
     hf = AutoModelForImageTextToText.from_pretrained(toy.root / "model")
     base, generator = HeadedModel(copy.deepcopy(hf)), torch.Generator().manual_seed(0)
-    load.choose_trainable(hf, [pattern], [])
+    trainable.choose(hf, [pattern], [])
     policy = HeadedModel(hf)
     with torch.no_grad():  # only what trains may differ from the reference
         for parameter in policy.parameters():
