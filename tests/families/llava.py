@@ -20,7 +20,7 @@ from families.parts import (
     Ids,
     chatml,
 )
-from families.tokenizers import sentencepiece
+from families.vocabularies import sentencepiece
 
 FAMILIES: dict[str, Family] = {}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from families import templates
 from families.parts import CLIP_MEAN, HALF_MEAN, LAYERS, PATCH, PIXELS, SIDE, SQUARE, TEXT, TOWER, WIDTH, Family, chatml
-from families.tokenizers import byte_level, sentencepiece
+from families.vocabularies import byte_level, sentencepiece
 
 FAMILIES: dict[str, Family] = {}
 
@@ -143,7 +143,7 @@ FAMILIES["smolvlm"] = Family(
 # ----------------------------------------------------------------------------------------- Gemma 3 and PaliGemma
 
 _GEMMA_MARKS = ["<pad>", "<eos>", "<bos>", "<unk>"]
-_GEMMA_TOKENS = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_GEMMA_TOKENS: dict[str, Any] = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _GEMMA_TOWER = {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
 
 FAMILIES["gemma3"] = Family(
@@ -231,7 +231,7 @@ _LLAMA3_MARKS = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 ]
-_LLAMA3_TOKENS = {"eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
+_LLAMA3_TOKENS: dict[str, Any] = {"eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
 
 FAMILIES["mllama"] = Family(
     tokenizer=lambda: byte_level(

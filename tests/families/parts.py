@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from families.tokenizers import byte_level
+from families.vocabularies import byte_level
 
 Ids = Callable[[str], int]
 LAYERS = 4
