@@ -21,6 +21,11 @@ def processor(model: ModelConfig) -> Any:
     return processors.load(directory.resolve(model.path))
 
 
+def picture_token(model: ModelConfig) -> int | None:
+    """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
+    return roles.picture_token(_config(model, None))
+
+
 def policy(
     model: ModelConfig,
     dtype: str,
