@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from mirage_dist import disk
+from mirage_dist.model.families import configs
 from mirage_dist.schema import ConfigError
 
 WEIGHTS = "*.safetensors"  # weights in other formats are never loaded
@@ -78,7 +77,7 @@ def check(path: str, weights: bool = True) -> Path:
         raise ConfigError(
             f"model.path={path}: no readable config.json in {folder}; give a Hugging Face model directory"
         )
-    _json_object(folder / "config.json")
+    configs.read(folder / "config.json")
     return folder
 
 
@@ -116,18 +115,6 @@ def _check_content(file: Path) -> None:
         )
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a JSON object, not {type(content).__name__}")
-    return content
-
-
 def require_weights(folder: Path) -> None:
     """Raise ConfigError unless the directory has a model's weights, as safetensors."""
     if not has_weights(folder):
@@ -148,7 +135,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     Without an index nothing is promised: one list, empty. Raises ConfigError when there are no such files, or the index
     names a file that is missing or lies elsewhere.
     """
-    name = _json_object(folder / "config.json").get("transformers_weights")
+    name = configs.read(folder / "config.json").get("transformers_weights")
     if name is None:
         name = WHOLE if (folder / WHOLE).exists() else INDEX
     elif not isinstance(name, str) or Path(name).name != name:
@@ -165,7 +152,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
 
 def _shards(index: Path) -> dict[Path, list[str]]:
     _check_content(index)
-    content = _json_object(index)
+    content = configs.read(index)
     places = content.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ConfigError(f"{index}: expected `weight_map`, an object of tensor names and the files that hold them")

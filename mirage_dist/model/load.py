@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mirage_dist.model import activations, directory, trainable, vision, weights
-from mirage_dist.model.families import packing, processors, roles
+from mirage_dist.model.families import configs, packing, processors, roles
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
@@ -19,6 +19,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def processor(model: ModelConfig) -> Any:
     """The processor of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
     return processors.load(directory.resolve(model.path))
+
+
+def picture_token(model: ModelConfig) -> int | None:
+    """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
+    return roles.picture_token(_config(model, None))
 
 
 def policy(
@@ -59,9 +64,7 @@ def policy(
 
 
 def _config(model: ModelConfig, depth: int | None) -> Any:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(directory.resolve(model.path))
+    config = configs.load(directory.resolve(model.path))
     text = config.get_text_config()
     # Never more layers than the model has: `check_names` reports a missing layer.
     if depth is not None and depth < text.num_hidden_layers:

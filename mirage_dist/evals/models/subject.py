@@ -14,6 +14,7 @@ from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
+from mirage_dist.model.families import configs as families
 from mirage_dist.model.shards import step_of
 from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
@@ -94,7 +95,7 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
     if model.run is not None:
         return _checkpoint(model, Path(model.run))
     folder = directory.check(str(model.path))
-    weights.check(folder, _config(folder))
+    weights.check(folder, families.load(folder))
     state = directory.state(folder)
     trained_in = run if run in Path(str(model.path)).parents else None
     return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state)
@@ -108,15 +109,6 @@ def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     exact = replace(model, step=step_of(checkpoint))
     manifest_hash = disk.sha256(checkpoint / "manifest.json")
     return Subject(exact, run, checkpoint, manifest_hash, *_processing(directory.resolve(base)), [])
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path={folder}: no model can be made of its config.json: {error}") from error
 
 
 def _processing(folder: Path) -> tuple[str, Environment]:
