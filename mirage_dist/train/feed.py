@@ -182,6 +182,7 @@ def describe(streams: Mapping[str, Source]) -> DataSummary:
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
+    recipe: resolved (see `planning.check.resolved`); an `auto` that is left in it pads.
     samples: stream -> its samples. pictures: path -> SHA-256 of each picture that was checked.
     lengths: stream -> tokens (n,) of each sample's row after truncation, known after
     `check_lengths`. Raises ConfigError when paired streams do not match.
@@ -195,7 +196,7 @@ class Feed:
         check_pairs(self.samples, needs.paired)
         data = recipe.data
         self.encoder = Encoder(
-            processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing
+            processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing is True
         )
 
     def check_lengths(self, group: Group) -> int:

@@ -37,7 +37,7 @@ def begin(toy, tmp_path):
         forget = replace(streams["forget"], samples=change(streams["forget"].samples))
         lease = acquire(Path(recipe.run.dir))
         try:
-            rundir.open_run(recipe, make(recipe.objective).needs, {**streams, "forget": forget}, base_hash, lease)
+            rundir.open_run(recipe, make(recipe.objective).needs, {**streams, "forget": forget}, False, base_hash, lease)
         finally:
             lease.release()
 
