@@ -24,6 +24,11 @@ def processor(model: ModelConfig) -> Any:
     return processors.load(directory.resolve(model.path))
 
 
+def picture_token(model: ModelConfig) -> int | None:
+    """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
+    return roles.picture_token(_config(model, None))
+
+
 def policy(
     model: ModelConfig,
     dtype: str,
@@ -116,7 +121,7 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     """
     if data.packing is False:
         return data
-    encoder, flash = Encoder(processor), attention(model, dtype).startswith("flash")
+    encoder, flash = Encoder(processor, picture_token=picture_token(model)), attention(model, dtype).startswith("flash")
     backbone = weightless(replace(model, lora=None)).backbone
     fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":

@@ -15,6 +15,7 @@ from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
+from mirage_dist.model import load
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
@@ -196,7 +197,13 @@ class Feed:
         check_pairs(self.samples, needs.paired)
         data = recipe.data
         self.encoder = Encoder(
-            processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing is True
+            processor,
+            data.max_length,
+            data.on_long,
+            data.image_aspect,
+            data.system_prompt,
+            data.packing is True,
+            load.picture_token(recipe.model),
         )
 
     def check_lengths(self, group: Group) -> int:

@@ -81,8 +81,11 @@ class Encoder:
         image_aspect: Literal["pad", "processor"] = "pad",
         system_prompt: str | None = None,
         packing: bool = False,
+        picture_token: int | None = None,
     ) -> None:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
+        own = getattr(processor, "image_token_id", None)
+        self.picture_token: int | None = own if picture_token is None else picture_token
         self.conversation = Conversation(processor, system_prompt)
         self.text_only = self.conversation.text_only
         self.max_length, self.on_long = max_length, on_long
@@ -135,7 +138,7 @@ class Encoder:
         """One training batch. Raises TooLong for a row over max_length unless `on_long` is truncate."""
         rows, pictures = self._rows(samples, answered=True)
         cut = sum(self._truncate(sample, row) for sample, row in zip(samples, rows, strict=True))
-        if not pictures:
+        if not pictures and not self.text_only:
             pictures = dict(self.placeholder_picture)
             self._hide_placeholder(rows)
         if self.packing:
@@ -157,7 +160,7 @@ class Encoder:
             labels_N=labels_BS.flatten()[index_N + 1],
             segment_N=segment_BS.flatten()[index_N],
             unpadded_BS=unpadded_BS,
-            text_BS=unpadded_BS * (tensors["input_ids"] != self.processor.image_token_id),
+            text_BS=unpadded_BS * (tensors["input_ids"] != (-1 if self.text_only else self.picture_token)),
             cut=cut,
             edges=edges,
         )
@@ -246,7 +249,7 @@ class Encoder:
         encoded = dict(
             self.processor(
                 text=texts,
-                images=images,
+                images=[[image] for image in images],  # every family takes one list of pictures for each text
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=self._adds_start(texts[0]),
@@ -269,7 +272,8 @@ class Encoder:
     def _row_for_lookup(self, text: str) -> Row:
         """A first prompt, its picture's mark expanded as the processor expands it."""
         row = self._text_row(text)
-        place = row["input_ids"].index(self.processor.image_token_id)
+        assert self.picture_token is not None  # a processor of pictures has one
+        place = row["input_ids"].index(self.picture_token)
         seen = {**self.placeholder, "attention_mask": [1] * len(self.placeholder["input_ids"])}
         for name, values in row.items():
             values[place : place + 1] = seen[name]
@@ -277,7 +281,7 @@ class Encoder:
 
     def _placeholder(self) -> tuple[Row, dict[str, Tensor], int]:
         """A blank picture: its picture tokens, hidden; its tensors; the number of tokens that it adds to a prompt."""
-        kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
+        kind, token = type(self.processor).__name__, self.picture_token
         text = self.conversation.text(True, [], "")
         try:
             (row,), picture = self._process([text], [Image.new("RGB", (32, 32))])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
+
+Turns = Sequence[tuple[str, str]]  # (question, answer) pairs, oldest first
+PROBE = "⟦7391⟧"  # stands for an answer where a template's own text around answers is looked for
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -17,8 +20,11 @@ def tokenizer_of(processor: Any) -> Any:
 class Conversation:
     """One model's chat template, from any Hugging Face processor or a text-only model's tokenizer.
 
-    Raises ConfigError naming the sample when a prompt in the template is no prefix of its conversation, or when the
-    template rewrites the answer.
+    The generation prompt is what the model sees, and the answer follows it. Some templates begin the turn of an answer
+    in another way (LLaVA-OneVision by another white space, Qwen3 by an empty block of thoughts before the last answer);
+    that beginning is left out.
+
+    Raises ConfigError naming the sample when the template rewrites earlier turns or the answer.
     """
 
     def __init__(self, processor: Any, system_prompt: str | None) -> None:
@@ -33,33 +39,87 @@ class Conversation:
         sample has one (`Sample.begun`).
         """
         turns = [*sample.history, (sample.question, sample.answer)]
-        pieces, whole, rest = [], "", ""
+        picture, pieces, whole, rest = sample.image is not None, [], "", ""
         for number, (question, answer) in enumerate(turns):
-            prompt = self.text(sample.image is not None, turns[:number], question)
+            prompt = self.text(picture, turns[:number], question)
             # Text that the template adds after an answer's end token belongs to the next prompt.
-            pieces.append(rest + _suffix(whole, prompt, sample))
+            follows = prompt.startswith(whole)
+            pieces.append(rest + prompt[len(whole) :] if follows else self._next_prompt(sample, turns[: number + 1]))
             if answered or number + 1 < len(turns):
-                whole = self.text(sample.image is not None, turns[: number + 1], None)
-                reply, rest = self._split_reply(_suffix(prompt, whole, sample), answer, sample)
+                whole = self.text(picture, turns[: number + 1], None)
+                reply = self._reply(sample, turns[:number], (question, answer), prompt, whole)
+                reply, rest = self._split_reply(reply, answer, sample)
                 pieces.append(reply)
         if sample.begun and not answered:
             pieces.append(self._begun(sample, turns, prompt))
         return pieces
 
-    def _begun(self, sample: Sample, turns: Sequence[tuple[str, str]], prompt: str) -> str:
+    def _reply(self, sample: Sample, past: Turns, turn: tuple[str, str], prompt: str, whole: str) -> str:
+        """The template's text from the answer on, which follows the generation prompt.
+
+        prompt, whole: `text` before and after the answer.
+        """
+        question, answer = turn
+        after = whole[len(prompt) :] if whole.startswith(prompt) else ""
+        if answer.strip() and after.lstrip().startswith(answer.strip()):
+            return after
+
+        def write(reply: str) -> str:
+            return self.text(sample.image is not None, [*past, (question, reply)], None)
+
+        place = self._place(sample, past, turn, write)
+        before = whole[len(prompt) : place] if whole.startswith(prompt) else whole[:place]
+        if before.strip():
+            # The prompt's white space stands for the template's own; where it has none, the model writes it.
+            before = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
+        return before + whole[place:]
+
+    def _next_prompt(self, sample: Sample, turns: Turns) -> str:
+        """The last prompt after the answer before it, which the template writes here in another way than as the last.
+
+        Its end token belongs to that answer.
+        """
+        *past, (question, answer), (last, _) = turns
+
+        def write(reply: str) -> str:
+            return self.text(sample.image is not None, [*past, (question, reply)], last)
+
+        place = self._place(sample, past, (question, answer), write)
+        return self._split_reply(write(answer)[place:], answer, sample)[1]
+
+    def _place(self, sample: Sample, past: Turns, turn: tuple[str, str], write: Callable[[str], str]) -> int:
+        """Where the answer begins in the conversation that `write` makes of it: where any other answer would.
+
+        Only the text that introduces the answer may differ from the generation prompt.
+        """
+        picture, (question, answer) = sample.image is not None, turn
+        start, whole, other = self.text(picture, past, question, generates=False), write(answer), write(PROBE)
+        if not all(text.startswith(start) for text in (whole, other, self.text(picture, past, question))):
+            raise ConfigError(
+                f"{called(sample)}: the chat template rewrites earlier turns when a turn is added; labels cannot be "
+                "placed. Use a template in which a prompt is a prefix of its conversation"
+            )
+        place = other.find(PROBE, len(start))
+        if place < 0 or whole[:place] != other[:place]:
+            raise ConfigError(f"{called(sample)}: the chat template rewrites the answer; labels cannot be placed")
+        return place
+
+    def _begun(self, sample: Sample, turns: Turns, prompt: str) -> str:
         """The beginning of the answer as the template writes it, without an end token."""
         begun = sample.begun.rstrip()  # the next word brings its own space
-        whole = self.text(sample.image is not None, [*turns[:-1], (sample.question, begun)], None)
-        reply = _suffix(prompt, whole, sample)
+        turn = sample.question, begun
+        whole = self.text(sample.image is not None, [*turns[:-1], turn], None)
+        reply = self._reply(sample, turns[:-1], turn, prompt, whole)
         if begun not in reply:
             raise ConfigError(f"{called(sample)}: the chat template rewrites the answer; it cannot be begun")
         return reply[: reply.index(begun) + len(begun)]
 
-    def text(self, picture: bool, past: Sequence[tuple[str, str]], question: str | None) -> str:
+    def text(self, picture: bool, past: Turns, question: str | None, generates: bool = True) -> str:
         """The conversation so far as text; with a question, it ends where the answer begins.
 
-        picture: whether the first question is about a picture. past: earlier (question, answer) turns. Raises
-        ConfigError for a picture in a text-only model's conversation.
+        picture: whether the first question is about a picture. past: earlier (question, answer) turns.
+        generates: whether a question is followed by the generation prompt. Raises ConfigError for a picture in a
+        text-only model's conversation.
         """
         messages: list[Mapping[str, Any]] = []
         if self.system_prompt is not None:
@@ -76,7 +136,8 @@ class Conversation:
                 )
             first = next(m for m in messages if m["role"] == "user")
             first["content"].insert(0, {"type": "image"})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None, tokenize=False)
+        prompted = question is not None and generates
+        return self.processor.apply_chat_template(messages, add_generation_prompt=prompted, tokenize=False)
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         """A chat message; templates of text-only models take its content as plain text, others as a list of parts."""
@@ -95,15 +156,6 @@ class Conversation:
         if not ends:
             return reply[:place] + self.tokenizer.eos_token, reply[place:]
         return reply[: min(ends)], reply[min(ends) :]
-
-
-def _suffix(start: str, whole: str, sample: Sample) -> str:
-    if not whole.startswith(start):
-        raise ConfigError(
-            f"{called(sample)}: the chat template rewrites earlier turns when a turn is added; labels cannot be "
-            "placed. Use a template in which a prompt is a prefix of its conversation"
-        )
-    return whole[len(start) :]
 
 
 def called(sample: Sample) -> str:

@@ -12,6 +12,7 @@ from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
+from mirage_dist.model.families import roles
 from mirage_dist.model.load import DTYPES
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import no_bars_in_logs
@@ -39,7 +40,7 @@ class HuggingFace(Generator):
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={self.path}: cannot be loaded: {error}") from error
         self.model = loaded.to(self.device).eval()
-        self.encoder = encoder(processor, template)
+        self.encoder = encoder(processor, template, loaded.config)
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
@@ -99,9 +100,16 @@ class HuggingFace(Generator):
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def encoder(processor: Any, template: TemplateConfig) -> Encoder:
-    """The encoder of prompts, the same for every engine."""
-    return Encoder(processor, template.max_length, "error", template.image_aspect, template.system_prompt)
+def encoder(processor: Any, template: TemplateConfig, config: Any) -> Encoder:
+    """The encoder of prompts, the same for every engine. config: the model's configuration."""
+    return Encoder(
+        processor,
+        template.max_length,
+        "error",
+        template.image_aspect,
+        template.system_prompt,
+        picture_token=roles.picture_token(config),
+    )
 
 
 def out_of_memory(error: Exception) -> bool:

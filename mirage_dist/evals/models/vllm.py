@@ -77,7 +77,7 @@ class VLLM(Generator):
                 "apply; use generation.backend=hf"
             )
         self.tokenizer = processor.tokenizer
-        self.encoder = encoder(processor, template)
+        self.encoder = encoder(processor, template, config)
         eos = greedy(defaults, self.tokenizer, generation.max_new_tokens)["eos_token_id"]
         self.sampling = vllm.SamplingParams(
             temperature=0,

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     Glm4vConfig,
@@ -147,6 +146,9 @@ def test_packed_sequences_are_those_alone(model, rows, attention):
 
 # ---------------------------------------------------------------------------------- which models can be packed
 
+CONVOLUTION = Lfm2Config(**TEXT, layer_types=["conv", "full_attention", "full_attention"])
+CROSS = {**TEXT, "bos_token_id": 0, "cross_attention_layers": [1]}
+CROSS["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
 TEXTS = {
     "llama": lambda: LlamaConfig(**TEXT),
     "qwen3": lambda: Qwen3Config(**{**TEXT, "num_hidden_layers": 40}, head_dim=8),
@@ -158,9 +160,7 @@ PICTURED = {
 }
 REFUSED = {
     "a state that passes from token to token": (
-        lambda: LlavaConfig(
-            vision_config=CLIP, text_config=Lfm2Config(**TEXT, layer_types=["conv", *["full_attention"] * 2])
-        ),
+        lambda: LlavaConfig(vision_config=CLIP, text_config=CONVOLUTION),
         r"llava has layers that pass on more than attention does \(conv\)",
     ),
     "pictures seen in both directions": (
@@ -168,15 +168,7 @@ REFUSED = {
         "gemma3 does not keep packed sequences apart",
     ),
     "pictures read by layers of their own": (
-        lambda: MllamaConfig(
-            text_config={
-                **TEXT,
-                "bos_token_id": 0,
-                "cross_attention_layers": [1],
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-            },
-            image_token_index=PICTURE,
-        ),
+        lambda: MllamaConfig(text_config=CROSS, image_token_index=PICTURE),
         r"mllama reads pictures in other ways than as tokens \(layer 1",
     ),
 }
