@@ -156,7 +156,8 @@ def test_packing_auto_follows_the_model_and_true_refuses_one_that_cannot(recipe,
     text |= {"num_hidden_layers": 2, "vocab_size": 64}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     convolution = Lfm2Config(**text, layer_types=["conv", "full_attention"])
-    LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=convolution).save_pretrained(tmp_path / "model")
+    parts = {"vision_config": CLIPVisionConfig(**vision), "text_config": convolution}
+    LlavaConfig(**parts, image_token_id=processor.image_token_id).save_pretrained(tmp_path / "model")
     path = f"model.path={tmp_path}/model"
     assert resolved(recipe(path, "data.packing=auto"), processor).data.packing is False
     words = r"llava has layers that pass on more than attention does \(conv\)"
