@@ -11,7 +11,7 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision
-from mirage_dist.model.families import packing, processors, roles
+from mirage_dist.model.families import configs, packing, processors, roles
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
@@ -68,9 +68,7 @@ def policy(
 
 
 def _config(model: ModelConfig, depth: int | None) -> Any:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(directory.resolve(model.path))
+    config = configs.load(directory.resolve(model.path))
     text = config.get_text_config()
     # Never more layers than the model has: `check_names` reports a missing layer.
     if depth is not None and depth < text.num_hidden_layers:

@@ -120,8 +120,13 @@ def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.train=['*nothing*']"], r"model\.train: pattern '\*nothing\*' matches no parameter"),
+        (
+            ["model.train=['*nothing*']"],
+            r"model\.train: '\*nothing\*' matches no parameter; roles here: decoder, head, connector, vision; nearest",
+        ),
         (["model.freeze=['*']"], "leaves nothing"),
+        (["model.freeze=['*vision_towr*']"], r"model\.freeze: '\*vision_towr\*' matches no parameter; .*vision"),
+        (["model.train=[audio]"], r"model\.train: 'audio' matches no parameter; roles here"),
         (["model.lora={targets: ['*q_porj']}"], "matches no linear layer"),
         (["model.lora={also_train: ['*projctor*']}"], "also_train: '\\*projctor\\*' matches no parameter"),
         (["model.lora={targets: ['lm_head']}"], "lm_head is a .*; the loss head needs a plain linear layer"),
