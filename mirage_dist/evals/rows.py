@@ -50,7 +50,7 @@ def settings(
         "image_processor": environment.image_processor,
         "libraries": {**environment.libraries, **engine},
         "dtype": recipe.model.dtype,
-        "template": asdict(recipe.template),
+        "template": {name: value for name, value in asdict(recipe.template).items() if value or name in ALWAYS},
         "generation": {
             "decoding": "greedy",
             "max_new_tokens": recipe.generation.max_new_tokens,
