@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     return read_streams(recipe, needs)
 
 
+def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
+    """The recipe with every `auto` that depends on the model replaced by what it means here (see `load.resolved`)."""
+    return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
+
+
 def check_samples(checked: Checked) -> str:
     """`check_inputs`, every picture, the length of every sample, and whether an existing run began with these samples.
 
@@ -76,7 +81,8 @@ def check_samples(checked: Checked) -> str:
     sources.check_pictures(streams)
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
     warn(checked, streams)
-    feed = Feed(checked.recipe, checked.needs, streams, load.processor(checked.recipe.model))
+    processor = load.processor(checked.recipe.model)
+    feed = Feed(resolved(checked.recipe, processor), checked.needs, streams, processor)
     cut = feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps"
