@@ -10,7 +10,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -32,7 +33,7 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # token types that the processor returns.
 Row = dict[str, list[int]]
 # Paths (None: the placeholder) -> the tensors that the model takes for these pictures.
-Lookup = Callable[[Sequence[str | None]], dict[str, Tensor]]
+Lookup = Callable[[Sequence[str | None]], dict[str, Any]]
 
 
 class TooLong(ConfigError):
@@ -105,6 +106,16 @@ class Encoder:
         For processors that write every picture as the same number of tokens.
         """
         self.lookup, self.placeholder_picture = lookup, lookup([None])
+
+    @contextmanager
+    def recalling(self, lookup: Lookup) -> Iterator[None]:
+        """`recall` in this block."""
+        before = self.lookup, self.placeholder_picture
+        self.recall(lookup)
+        try:
+            yield
+        finally:
+            self.lookup, self.placeholder_picture = before
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -321,9 +332,13 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------ pictures
 
-    def pixels(self, path: str) -> Tensor:
-        """A picture as the input of the model's vision tower: a batch of one, shaped by the processor."""
-        return self._process([self.processor.image_token], [self._picture(path)])[1]["pixel_values"]
+    def picture(self, path: str | None) -> dict[str, Tensor]:
+        """The model's inputs for one picture; for the placeholder without a path."""
+        return (
+            self.placeholder_picture
+            if path is None
+            else self._process([self.processor.image_token], [self._picture(path)])[1]
+        )
 
     def _picture(self, path: str) -> Image.Image:
         with Image.open(path) as opened:
