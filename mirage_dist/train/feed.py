@@ -204,6 +204,7 @@ class Feed:
             data.system_prompt,
             data.packing is True,
             load.picture_token(recipe.model),
+            data.template_options,
         )
 
     def check_lengths(self, group: Group) -> int:

@@ -84,7 +84,7 @@ def key(recipe: TrainRecipe, model_config: Any, feed: Feed, base_hash: str) -> s
         "format": FORMAT,
         "base": base_hash,
         "dtype": recipe.train.dtype,
-        "aspect": recipe.data.image_aspect,
+        "aspect": feed.encoder.image_aspect,
         "transform": processor.image_processor.to_dict(),
         "tower": model_config.vision_config.to_dict(),
         "layer": model_config.vision_feature_layer,

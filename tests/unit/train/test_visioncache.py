@@ -169,7 +169,8 @@ def test_whatever_decides_the_features_decides_the_key(start):
         return vision_cache.key(recipe, model, feed, base)
 
     keys = [key(), key(base="other")]
-    keys.append(key(recipe=replace(run.recipe, data=replace(run.recipe.data, image_aspect="processor"))))
+    feed.encoder.image_aspect = "processor"
+    keys.append(key())
     keys.append(key(recipe=replace(run.recipe, train=replace(run.recipe.train, dtype="bf16"))))
     model.vision_feature_layer = -2
     keys.append(key())
