@@ -62,7 +62,7 @@ FAMILIES["internvl"] = Family(
 
 # ------------------------------------------------------------------------------------------ Idefics3 and SmolVLM
 
-_TILES = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+_TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 
 
 def _idefics(kind: str, ids: Any, **options: Any) -> dict[str, Any]:
