@@ -60,7 +60,7 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     """
     recipe, needs = checked.recipe, checked.needs
     directory.check(recipe.model.path, weights=False)
-    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
+    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
     return read_streams(recipe, needs)
 
