@@ -29,7 +29,8 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; needs no process group.
 
     Weights have the dtype of training; adapters are merged. The files of processor, tokenizer and chat template are
-    copies of the base model's. The result loads with `from_pretrained` of the base's auto class. It is written in `workspace` (default: beside `out`) and renamed.
+    copies of the base model's. The result loads with `from_pretrained` of the base's auto class. It is written in
+    `workspace` (default: beside `out`) and renamed.
     Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed, or `out` exists.
     """
     recipe = configs.load(run / "config.yaml", [], TrainRecipe)
@@ -39,6 +40,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     manifest = read_manifest(checkpoint)
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
+    load.check_weights(recipe.model, None)
     policy = load.policy(recipe.model, recipe.train.dtype, {})
     if manifest.get("depth") is not None:  # later layers were not even loaded
         for parameter in policy.unused(manifest["depth"]):

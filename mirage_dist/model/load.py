@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mirage_dist.data.encoding.collate import Encoder
-from mirage_dist.model import activations, directory, trainable, vision
+from mirage_dist.model import activations, directory, trainable, vision, weights
 from mirage_dist.model.families import configs, packing, processors, roles
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
@@ -39,7 +39,8 @@ def policy(
     """The model to train, or with `frozen` a reference. Under ZeRO-3 its parameters are partitioned while they load.
 
     depth: load only this many decoder layers; the norm and head above them do not train. Raises ConfigError when the
-    model cannot be loaded, a pattern of `model.train` matches nothing, or nothing within `depth` trains.
+    model cannot be loaded, its files lack a weight or hold a NaN, a pattern of `model.train` matches nothing, or
+    nothing within `depth` trains.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -48,15 +49,13 @@ def policy(
     # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
-        hf: Any = roles.auto_class(config).from_pretrained(
+        hf = weights.load(
+            roles.auto_class(config),
             folder,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
-            use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path={model.path}: cannot be loaded: {error}") from error
     finally:
         del keep
     if frozen:
@@ -78,6 +77,14 @@ def _config(model: ModelConfig, depth: int | None) -> Any:
             if "layer" in name and isinstance(value, list) and len(value) == whole:
                 setattr(text, name, value[:depth])
     return config
+
+
+def check_weights(model: ModelConfig, depth: int | None) -> None:
+    """Check that the files hold every weight of the model, by their headers alone. depth: see `policy`.
+
+    Raises ConfigError for damaged files, and for weights that are missing or have another shape.
+    """
+    weights.check(directory.check(model.path), _config(model, depth))
 
 
 def attention(model: ModelConfig, dtype: str) -> str | None:

@@ -34,7 +34,7 @@ class HuggingFace(Generator):
         folder = Path(self.path)
         config, processor = configs.load(folder), processors.load(folder)
         self.tokenizer = tokenizer_of(processor)
-        loaded = weights.load(roles.auto_class(config), folder, dtype=DTYPES[model.dtype])
+        loaded = weights.load(roles.auto_class(config), folder, config=config, dtype=DTYPES[model.dtype])
         self.model = loaded.to(self.device).eval()
         self.encoder = encoder(processor, template, config)
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)

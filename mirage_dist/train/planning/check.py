@@ -59,7 +59,7 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     Loads no weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
-    directory.check(recipe.model.path, weights=False)
+    check_weights(recipe, needs)
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
     return read_streams(recipe, needs)
@@ -86,6 +86,18 @@ def check_samples(checked: Checked) -> str:
     cut = feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps"
+
+
+def check_weights(recipe: TrainRecipe, needs: Needs) -> None:
+    """Check the files of the model directory, and that its weights are whole, by their headers.
+
+    A directory without weights is enough for a check and a plan. Raises ConfigError.
+    """
+    folder = directory.check(recipe.model.path, weights=False)
+    if directory.has_weights(folder):
+        load.check_weights(recipe.model, needs.depth)
+    else:
+        log.warning(f"model.path={folder}: no weights here yet; only the configuration was checked")
 
 
 def warn(checked: Checked, streams: Mapping[str, Source]) -> None:

@@ -56,7 +56,7 @@ def check(recipe, ranks=2):
         (["objective.retain=kl"], "use engine"),
         (["train.global_batch=6", "train.micro_batch=4"], "multiple of train.micro_batch"),
         (["deepspeed=nowhere.json"], "no such file"),
-        (["model.path=./nowhere"], "config.json"),
+        (["model.path=./nowhere"], "looks like a local path but does not exist"),
         (["data.streams.train=[{format: samples, path: x.jsonl}]"], "needs"),
         (["data.streams.forget=[{format: samples, path: nowhere.jsonl}]"], "cannot be read"),
     ],
