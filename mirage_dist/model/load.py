@@ -11,7 +11,7 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision, weights
-from mirage_dist.model.families import configs, packing, processors, roles
+from mirage_dist.model.families import configs, packing, processors, roles, truncation
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
@@ -68,15 +68,8 @@ def policy(
 
 def _config(model: ModelConfig, depth: int | None) -> Any:
     config = configs.load(directory.resolve(model.path))
-    text = config.get_text_config()
-    whole = text.num_hidden_layers
     # Never more layers than the model has: `check_names` reports a missing layer.
-    if depth is not None and depth < whole:
-        text.num_hidden_layers = depth
-        for name, value in vars(text).items():  # such as layer_types, mlp_layer_types, no_rope_layers
-            if "layer" in name and isinstance(value, list) and len(value) == whole:
-                setattr(text, name, value[:depth])
-    return config
+    return config if depth is None else truncation.truncated(config, depth)
 
 
 def check_weights(model: ModelConfig, depth: int | None) -> None:

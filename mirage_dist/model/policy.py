@@ -14,6 +14,9 @@ from mirage_dist.model import activations, head, vision
 from mirage_dist.model.activations import Narrow, Prefix
 from mirage_dist.model.families import packing, roles
 
+# What decoders call the norm after their last layer.
+FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
+
 
 class Request(NamedTuple):
     """What to compute; positions are flat (b·S + t) into the hidden states.
@@ -60,6 +63,8 @@ class HeadedModel(nn.Module):
         super().__init__()
         self.hf = hf
         head.install(self.base)
+        # Here, since an AttributeError within one of the properties below would hide its cause.
+        roles.decoder(self.base)
 
     @property
     def base(self) -> Any:
@@ -69,11 +74,11 @@ class HeadedModel(nn.Module):
     @property
     def backbone(self) -> Any:
         """The model below its lm_head."""
-        return getattr(self.base, self.base.base_model_prefix)
+        return self.base.base_model
 
     @property
     def hidden_size(self) -> int:
-        return getattr(self.base.config, "text_config", self.base.config).hidden_size
+        return self.base.config.get_text_config().hidden_size
 
     @property
     def depth(self) -> int:
@@ -86,7 +91,8 @@ class HeadedModel(nn.Module):
         These are the later layers, the final norm and the LM head (unless tied to the embeddings).
         """
         text = roles.decoder(self.backbone)
-        later = [*text.layers[depth:], getattr(text, "norm", nn.Identity()), self.base.get_output_embeddings()]
+        norms = [module for name, module in text.named_children() if name in FINAL_NORMS]
+        later = [*text.layers[depth:], *norms, self.base.get_output_embeddings()]
         tied = {id(p) for p in text.get_input_embeddings().parameters()}
         return [p for module in later for p in module.parameters() if id(p) not in tied]
 

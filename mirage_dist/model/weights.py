@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mirage_dist.model import directory
-from mirage_dist.model.families import roles
+from mirage_dist.model.families import configs, roles
 from mirage_dist.schema import ConfigError
 
 # Names in safetensors headers, and the bits of one element. What torch has no dtype for cannot be loaded.
@@ -148,6 +148,8 @@ def _header(file: Path) -> dict[str, Header]:
     try:
         content = json.loads(text)
         tensors = {name: _entry(file, name, value) for name, value in content.items() if name != "__metadata__"}
+    except ConfigError:
+        raise
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"{file}: no safetensors file (its header cannot be read: {error}); {AGAIN}") from error
     place = 0  # in the data, which follow the header without gaps
@@ -170,6 +172,8 @@ def _header(file: Path) -> dict[str, Header]:
 def _entry(file: Path, name: str, value: Mapping[str, Any]) -> tuple[Header, int, int]:
     """A tensor of a header and its place in the file's data, in bytes."""
     dtype, shape, (begin, stop) = value["dtype"], tuple(map(int, value["shape"])), map(int, value["data_offsets"])
+    if min(*shape, begin, 0) < 0:
+        raise ValueError(f"{name} has shape {shape} at byte {begin}")
     if dtype not in DTYPES:
         raise ConfigError(f"{file}: {name} has dtype {dtype}, which cannot be loaded; known: {', '.join(DTYPES)}")
     return Header(file, dtype, shape), begin, stop
@@ -180,8 +184,11 @@ def _entry(file: Path, name: str, value: Mapping[str, Any]) -> tuple[Header, int
 
 def _rehearsed(config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[str, Any]]:
     """The model without memory, and transformers' report on loading it from tensors of these names and shapes."""
-    with torch.device("meta"):
-        empty: Any = roles.auto_class(config).from_config(config)
+    try:
+        with torch.device("meta"):
+            empty: Any = roles.auto_class(config).from_config(config)
+    except configs.FAULTS as error:
+        raise ConfigError(f"model.path: no model can be made of its config.json: {configs.brief(error)}") from error
     tensors = {
         name: torch.empty(header.shape, dtype=DTYPES[header.dtype][0], device="meta")
         for name, header in headers.items()
@@ -197,21 +204,23 @@ def _rehearsed(config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[st
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except RuntimeError:  # parts of a fused weight do not fit together
-            missing = _missing_parts(empty, headers, empty.state_dict())
-            return empty, {"missing_keys": missing, "mismatched_keys": (), "unexpected_keys": ()}
+        except configs.FAULTS:  # the parts of a fused weight do not fit together
+            parts = _parts(empty, headers, empty.state_dict())
+    lacking = [name for name in parts if name not in headers]
+    differing = [(n, headers[n].shape, s) for n, s in parts.items() if n in headers and headers[n].shape != s]
+    return empty, {"missing_keys": lacking, "mismatched_keys": differing, "unexpected_keys": (), "error_msgs": ()}
 
 
-def _missing_parts(model: Any, headers: Mapping[str, Header], weights: Mapping[str, Any]) -> list[str]:
-    """Names on disk that the files lack of weights that a model keeps fused, such as those of one expert of several.
+def _parts(model: Any, headers: Mapping[str, Header], weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names on disk, and shapes, of tensors that a model fuses into `weights`, such as those of several experts.
 
-    weights: some of the model's, by name. Only names that differ in nothing but numbers from one in the files count.
+    Only names that differ in nothing but numbers from one in the files: other names may be spelt in another way there.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     present = {_unnumbered(name) for name in headers}
-    expected = revert_weight_conversion(model, dict(weights))
-    return [name for name in expected if name not in headers and _unnumbered(name) in present]
+    tensors = revert_weight_conversion(model, dict(weights))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if _unnumbered(name) in present}
 
 
 def _unnumbered(name: str) -> str:
@@ -220,26 +229,29 @@ def _unnumbered(name: str) -> str:
 
 def _check_matched(folder: Path, headers: Mapping[str, Header], model: Any, info: Mapping[str, Any]) -> None:
     """Raise ConfigError for missing weights and other shapes in transformers' report on loading `model`."""
-    missing = sorted(info["missing_keys"], key=_numbers_last)
-    weights = model.state_dict()
-    for name, shape, wanted in sorted(info["mismatched_keys"]):
-        if parts := _missing_parts(model, headers, {name: weights[name]}):
-            missing += parts
-            continue
+    weights, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", {})
+    missing = [name for name in info["missing_keys"] if tied.get(name) not in info["missing_keys"]]
+    missing.sort(key=_numbers_last)
+    differing = sorted(info["mismatched_keys"], key=lambda entry: _numbers_last(entry[0]))
+    fused = _parts(model, headers, {name: weights[name] for name, *_ in differing if name in weights})
+    if lacking := [part for part in fused if part not in headers]:
+        missing += lacking  # of one expert of several, for example
+    elif differing:
+        name, shape, wanted = differing[0][0], *map(tuple, differing[0][1:])
         place = _on_disk(name, headers)
-        file = headers[place].file if place is not None else folder
-        empty = "is empty, " if 0 in shape else ""
+        more = f" (so it is with {len(differing) - 1} more weights)" if len(differing) > 1 else ""
         raise ConfigError(
-            f"{file}: {place or name} {empty}has shape {tuple(shape)}, but config.json describes a model whose {name} "
-            f"has shape {tuple(wanted)}; weights and config.json are of different models, or one was changed. Give "
-            "the files of one model"
+            f"{headers[place].file if place else folder}: {place or name} has shape {shape}"
+            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; weights and "
+            "config.json are of different models, or one of them was changed. Give the files of one model"
         )
     if not missing:
         return
+    shown = [_as_saved(model, weights, name) for name in missing[:3]] + missing[3:]
     count = f"{len(missing)} weights" if len(missing) > 1 else "a weight"
     error = (
         f"model.path={folder}: {count} of {type(model).__name__} {'are' if len(missing) > 1 else 'is'} in none of its "
-        f"files, and would start from random values: {_listing(missing)}. "
+        f"files, and would start from random values: {_listing(shown)}. "
     )
     similar = _similar(missing, headers, weights, info["unexpected_keys"])
     if similar:
@@ -250,6 +262,14 @@ def _check_matched(folder: Path, headers: Mapping[str, Header], model: Any, info
     else:
         error += "Give a directory with all weights (copy or download the model again, or save the whole model)"
     raise ConfigError(error)
+
+
+def _as_saved(model: Any, weights: Mapping[str, Any], name: str) -> str:
+    """The name that transformers writes to disk for a weight, and the model's own where that is another."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved = list(revert_weight_conversion(model, {name: weights[name]})) if name in weights else [name]
+    return f"{saved[0]} ({name} in the model)" if len(saved) == 1 and saved[0] != name else name
 
 
 def _similar(

@@ -172,7 +172,7 @@ def _memory(
 ) -> None:
     required, train = objective.needs, recipe.train
     item = load.DTYPES[train.dtype].itemsize
-    text = getattr(policy.base.config, "text_config", policy.base.config)
+    text = policy.base.config.get_text_config()
     head = policy.base.get_output_embeddings()
     sizes = [p.numel() for p in policy.parameters()]
     layers = decoder(policy.backbone).layers
