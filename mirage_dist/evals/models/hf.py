@@ -105,6 +105,7 @@ def encoder(processor: Any, template: TemplateConfig, config: Any) -> Encoder:
         template.image_aspect,
         template.system_prompt,
         picture_token=roles.picture_token(config),
+        template_options=template.template_options,
     )
 
 
