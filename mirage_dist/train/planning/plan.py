@@ -247,14 +247,13 @@ def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) ->
         return  # not offered for this model; a recipe that asks for it did not come so far
     digests = pictures.digests(s.image for samples in feed.samples.values() for s in samples)
     count = len(set(digests.values())) + 1  # and the placeholder
-    tokens, features = (
-        len(feed.encoder.placeholder["input_ids"]),
-        policy.backbone.multi_modal_projector.linear_1.in_features,
-    )
-    each = tokens * features * load.DTYPES[recipe.train.dtype].itemsize
-    note = f"{count:,} pictures of {tokens} × {features}, the placeholder included"
+    blank = feed.encoder.picture(None)
+    item = load.DTYPES[recipe.train.dtype].itemsize
+    elements = vision.elements(policy.base, blank, len(feed.encoder.placeholder["input_ids"]))
+    beside = sum(8 * t.ndim if vision.is_pixels(name) else t.nbytes for name, t in blank.items())
+    note = f"{count:,} pictures, the placeholder included, of {elements:,} features as a blank one has"
     plan.disk["vision features"] = (
-        count * each,
+        count * (elements * item + beside),
         note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 
