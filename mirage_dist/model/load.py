@@ -24,6 +24,11 @@ def processor(model: ModelConfig) -> Any:
     return processors.load(directory.resolve(model.path))
 
 
+def configuration(model: ModelConfig) -> Any:
+    """The configuration of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
+    return _config(model, None)
+
+
 def picture_token(model: ModelConfig) -> int | None:
     """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
     return roles.picture_token(_config(model, None))
