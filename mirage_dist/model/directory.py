@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
@@ -19,6 +20,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Configurations of model, generation, tokenizer and processor (*.json), chat templates, and tokenizer vocabularies.
 DECIDING = (WEIGHTS, "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken")
 VOCABULARIES = ("merges.txt", "vocab.txt")
+# Files among these that saving a model writes: they change with the weights. The others belong to its processor.
+OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model*.safetensors"
 POINTER = b"version https://git-lfs"  # a Git-LFS pointer's first bytes
@@ -267,6 +270,16 @@ def files(folder: Path) -> list[Path]:
     """The files that decide what a model answers: weights, configurations, tokenizer, processor, chat templates."""
     chosen = {file for pattern in DECIDING for file in folder.glob(pattern)}
     return sorted(chosen | {folder / name for name in VOCABULARIES if (folder / name).is_file()})
+
+
+def copy_processing(folder: Path, out: Path) -> None:
+    """Copy the files of processor, tokenizer and chat templates from a model directory to `out`, as they are."""
+    for file in files(folder):
+        if file.match(WEIGHTS) or file.name in OF_THE_MODEL or file.name.endswith(".index.json"):
+            continue
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def state(folder: Path) -> State:
