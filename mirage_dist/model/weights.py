@@ -169,7 +169,8 @@ def _check_matched(folder: Path, headers: Mapping[str, Header], model: Any, info
         more = f" (so it is with {len(differing) - 1} more weights)" if len(differing) > 1 else ""
         raise ConfigError(
             f"{headers[place].file if place else folder}: {place or name} has shape {shape}"
-            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; {OTHER_MODEL}"
+            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; "
+            f"{OTHER_MODEL}"
         )
     if not missing:
         return
