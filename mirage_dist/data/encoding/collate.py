@@ -111,7 +111,8 @@ class Encoder:
 
     def _pictured(self) -> Pictured:
         try:
-            text, more = (self.conversation.text(picture, [], "") for picture in (True, False))
+            # With a question: its first token may merge with what a processor writes around the picture (Gemma 3).
+            text, more = (self.conversation.text(picture, [], "What is this?") for picture in (True, False))
         except (TemplateError, ValueError) as error:
             raise ConfigError(f"the chat template takes no question about a picture: {error}") from error
         more += self.tokenizer.eos_token  # a token at least

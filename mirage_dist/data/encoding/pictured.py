@@ -43,8 +43,8 @@ class Pictured:
     """First prompts with a picture, by any Hugging Face image-text-to-text processor.
 
     aspect: pad pictures to a square in the processor's mean colour, or leave them to the processor. token: the id at
-    whose places the model puts a picture's features. text, more: the template's shortest prompt with a picture, and
-    its text without one.
+    whose places the model puts a picture's features. text, more: the template's prompt for a short question, with a
+    picture and without one.
 
     outputs: the kinds of its outputs. placeholder: the picture tokens of a blank picture, hidden. blank: that picture's
     tensors. Raises ConfigError when the processor cannot encode a picture under its own template, when its prompt holds
@@ -174,7 +174,7 @@ class Pictured:
         return len(self._row(size)["input_ids"]) - len(self.plain)
 
     def _row(self, size: Size) -> Row:
-        """The shortest prompt with a blank picture of this size."""
+        """The short prompt with a blank picture of this size."""
         if size not in self._rows:
             if len(self._rows) >= KEPT:
                 del self._rows[next(iter(self._rows))]
@@ -191,7 +191,7 @@ class Pictured:
         return row or self([text], [Image.new("RGB", size)])[0][0]
 
     def _spliced(self, text: str, size: Size) -> Row | None:
-        """The start of the shortest prompt, through its picture, and the rest of `text`; None for another start."""
+        """The start of the short prompt, through its picture, and the rest of `text`; None for another start."""
         like, ids, plain = self._row(size), self.tokens.first(text), self.plain
         whole = like["input_ids"]
         # The tokens after the mark that expanding it leaves as they are; a neighbour may merge with what the processor
