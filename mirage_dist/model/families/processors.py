@@ -51,6 +51,8 @@ def load(folder: Path) -> Any:
             f"{type(processor).__name__}; copy the files of its processor (preprocessor_config.json or "
             "processor_config.json, tokenizer files) from the original model"
         )
+    # Some directories name their template for the tokenizer only (tokenizer_config.json).
+    processor.chat_template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
     return processor
 
 
