@@ -144,11 +144,13 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             return None
         return _check(next(a for a in args if a is not type(None)), value, source, key)
     if origin is Literal:
+        if any(value is choice for choice in args):
+            return value
         # YAML reads a bare off/on as a boolean; as a choice it is the word.
         word = {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value
         if word in args:
             return word
-        raise ConfigError(f"{source}: {key}={value!r}; allowed: {', '.join(map(str, args))}")
+        raise ConfigError(f"{source}: {key}={value!r}; allowed: {', '.join(map(_word, args))}")
     if origin is list:
         items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         return [_check(args[0], item, source, f"{key}[{i}]") for i, item in enumerate(items)]
@@ -176,6 +178,10 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     if not right[hint]:
         raise ConfigError(f"{source}: {key}={value!r}; expected {_PLAIN[hint]}")
     return hint(value)
+
+
+def _word(choice: Any) -> str:
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

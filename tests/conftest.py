@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from families import models as family_models
 from hypothesis import settings
 
 from mirage_dist import progress
@@ -86,6 +89,13 @@ class Toy:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Toy:
     return Toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory) -> Callable[[str], Path]:
+    """Name (see `families.models.FAMILIES`) -> a tiny random model directory of that family, made when first used."""
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda name: family_models.make(name, folder / name))
 
 
 def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False):

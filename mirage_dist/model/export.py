@@ -39,6 +39,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     manifest = read_manifest(checkpoint)
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
+    load.check_weights(recipe.model, None)
     policy = load.policy(recipe.model, recipe.train.dtype, {})
     if manifest.get("depth") is not None:  # later layers were not even loaded
         for parameter in policy.unused(manifest["depth"]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mirage_dist.model import activations, head, vision
 from mirage_dist.model.activations import Narrow, Prefix
-from mirage_dist.model.families import roles
+from mirage_dist.model.families import packing, roles
 
 
 class Request(NamedTuple):
@@ -124,8 +124,11 @@ class HeadedModel(nn.Module):
         entered = vision.entered(self.backbone, inputs)
         own = end if narrow is None else narrow.first  # layers that the backbone itself runs
         kept = {number for number in (share, *taps, own - 1) if number is not None and number < own}
-        with activations.seeing(self.backbone, kept, own) as seen:
-            hidden_BSD = self.backbone(**entered, use_cache=False).last_hidden_state
+        with (
+            packing.entering(self.backbone, entered) as arguments,
+            activations.seeing(self.backbone, kept, own) as seen,
+        ):
+            hidden_BSD = self.backbone(**arguments, use_cache=False).last_hidden_state
         tapped_BSD = {number: seen.outputs[number] for number in taps if number < own}
         if narrow is not None:
             _, arguments = seen.inputs[own - 1]

@@ -54,7 +54,8 @@ class DataConfig:
     system_prompt: str | None = None
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
     group_by_length: bool = False  # samples of similar length in one batch
-    packing: bool = False  # a micro-batch's samples concatenated into one row, without padding
+    # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
+    packing: Literal[True, False, "auto"] = False
     workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
     cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 

@@ -183,6 +183,7 @@ def describe(streams: Mapping[str, Source]) -> DataSummary:
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
+    recipe: resolved (see `planning.check.resolved`); an `auto` that is left in it pads.
     samples: stream -> its samples. pictures: path -> SHA-256 of each picture that was checked.
     lengths: stream -> tokens (n,) of each sample's row after truncation, known after
     `check_lengths`. Raises ConfigError when paired streams do not match.
@@ -201,7 +202,7 @@ class Feed:
             data.on_long,
             data.image_aspect,
             data.system_prompt,
-            data.packing,
+            data.packing is True,
             load.picture_token(recipe.model),
         )
 

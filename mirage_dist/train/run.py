@@ -31,7 +31,7 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
-from mirage_dist.train.planning.check import Checked, check_inputs, warn
+from mirage_dist.train.planning.check import Checked, check_inputs, resolved, warn
 from mirage_dist.train.watchdog import Watchdog
 
 LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
@@ -68,13 +68,13 @@ def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
 
 
 def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
-    recipe, objective = checked.recipe, checked.objective
+    objective, processor = checked.objective, load.processor(checked.recipe.model)
+    recipe = resolved(checked.recipe, processor)
     name = Path(recipe.run.dir).name
-    processor = load.processor(recipe.model)
     sources.check_pictures(streams, group.rank, group.size, lambda own: ranks.everyones(group, own))
     feed = Feed(recipe, checked.needs, streams, processor)
     cut = feed.check_lengths(group)  # before the directory is claimed: an error here changes the recipe
-    with _leased(checked, streams, group) as (lease, manifest):
+    with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest):
         log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for title, source in streams.items():
             log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
@@ -171,8 +171,13 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, Identity]]:
-    """The run directory, owned while the block runs, and its manifest; equal on every rank."""
+def _leased(
+    checked: Checked, streams: Mapping[str, Source], packed: bool, group: Group
+) -> Iterator[tuple[Lease, Identity]]:
+    """The run directory, owned while the block runs, and its manifest; equal on every rank.
+
+    packed: whether batches are.
+    """
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease, fault = None, None
     try:
@@ -181,7 +186,7 @@ def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> It
                 lease = acquire(root)
                 with lease.write_failures():
                     rundir.count_start(lease, recipe.train.max_restarts)
-                    rundir.open_run(recipe, checked.needs, streams, load.base_hash(recipe.model.path), lease)
+                    rundir.open_run(recipe, checked.needs, streams, packed, load.base_hash(recipe.model.path), lease)
         except (ConfigError, RunError) as error:
             fault = error
         # All ranks end alike: one that waited here would report a lost connection, perhaps before the cause is logged.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
+from mirage_dist.model import weights
 from mirage_dist.model.families import roles
 from mirage_dist.model.load import DTYPES
 from mirage_dist.progress import EVERY_RANK, log
@@ -36,9 +38,9 @@ class HuggingFace(Generator):
             processor: Any = AutoProcessor.from_pretrained(self.path, local_files_only=True)
             self.tokenizer = tokenizer_of(processor)
             kind = AutoModelForCausalLM if self.tokenizer is processor else AutoModelForImageTextToText
-            loaded: Any = kind.from_pretrained(self.path, dtype=DTYPES[model.dtype], local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={self.path}: cannot be loaded: {error}") from error
+        loaded = weights.load(kind, Path(self.path), dtype=DTYPES[model.dtype])
         self.model = loaded.to(self.device).eval()
         self.encoder = encoder(processor, template, loaded.config)
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)

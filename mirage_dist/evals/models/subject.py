@@ -12,8 +12,9 @@ from mirage_dist import config as configs
 from mirage_dist import disk, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.model import directory, environment, export
+from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
+from mirage_dist.model.families import configs as families
 from mirage_dist.model.shards import step_of
 from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
@@ -89,11 +90,12 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
     """Hash the model; loads no weights. run: the evaluated run's directory, which may have trained the model.
 
     Raises ConfigError when the model or checkpoint does not exist, the directory is a peft adapter without its base
-    model, the weights are not safetensors, or the model has no chat template.
+    model, a weight is missing from its safetensors files, or the model has no chat template.
     """
     if model.run is not None:
         return _checkpoint(model, Path(model.run))
     folder = directory.check(str(model.path))
+    weights.check(folder, families.load(folder))
     state = directory.state(folder)
     trained_in = run if run in Path(str(model.path)).parents else None
     return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state)

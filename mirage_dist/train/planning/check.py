@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,15 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     Loads no weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
-    directory.check(recipe.model.path, weights=False)
+    check_weights(recipe, needs)
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
     split(policy, recipe.train)
     return read_streams(recipe, needs)
+
+
+def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
+    """The recipe with every `auto` that depends on the model replaced by what it means here (see `load.resolved`)."""
+    return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
 
 
 def check_samples(checked: Checked) -> str:
@@ -76,10 +81,23 @@ def check_samples(checked: Checked) -> str:
     sources.check_pictures(streams)
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
     warn(checked, streams)
-    feed = Feed(checked.recipe, checked.needs, streams, load.processor(checked.recipe.model))
+    processor = load.processor(checked.recipe.model)
+    feed = Feed(resolved(checked.recipe, processor), checked.needs, streams, processor)
     cut = feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps"
+
+
+def check_weights(recipe: TrainRecipe, needs: Needs) -> None:
+    """Check the files of the model directory, and that its weights are whole, by their headers.
+
+    A directory without weights is enough for a check and a plan. Raises ConfigError.
+    """
+    folder = directory.check(recipe.model.path, weights=False)
+    if directory.has_weights(folder):
+        load.check_weights(recipe.model, needs.depth)
+    else:
+        log.warning(f"model.path={folder}: no weights here yet; only the configuration was checked")
 
 
 def warn(checked: Checked, streams: Mapping[str, Source]) -> None:

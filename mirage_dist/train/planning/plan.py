@@ -83,7 +83,9 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     checked = check.check_recipe(recipe, ranks)
     objective, streams = checked.objective, check.check_inputs(checked)
     policy = load.weightless(recipe.model, objective.needs.depth)  # later layers are not loaded
-    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    processor = load.processor(recipe.model)
+    recipe = check.resolved(recipe, processor)
+    feed = Feed(recipe, objective.needs, streams, processor)
     lengths = {name: _lengths(feed, source) for name, source in streams.items()}
     needs = Plan()
     _data(needs, feed, lengths)
