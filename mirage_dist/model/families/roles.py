@@ -171,23 +171,26 @@ def closest(pattern: str, names: Iterable[tuple[str, ...]], count: int = 3) -> s
     names: the spellings of each, of which the one that resembles it most is returned. Of names that differ in numbers
     only (those of other layers), the first one counts.
     """
-    literal = max(re.split(r"\[[^]]*\]|[*?]", pattern), key=len).strip(".") or pattern
-    parts = literal.count(".") + 1
+    pieces = [piece for piece in re.split(r"[*?]+", re.sub(r"\[[^]]*\]", "0", pattern)) if piece.strip(".")]
     seen: set[str] = set()
     scores: list[tuple[float, str]] = []
     for spellings in names:
         if (kind := re.sub(r"\d+", "N", spellings[0])) not in seen:
             seen.add(kind)
-            scores.append(max((_resemblance(literal, parts, spelling), spelling) for spelling in spellings))
-    best = sorted(scores, key=lambda score: -score[0])[:count]
-    return ", ".join(name for _, name in best) or "none"
+            best = max(spellings, key=lambda spelling: _resemblance(pieces, spelling))
+            scores.append((_resemblance(pieces, best), best))
+    return ", ".join(name for _, name in sorted(scores, key=lambda score: -score[0])[:count]) or "none"
 
 
-def _resemblance(literal: str, parts: int, name: str) -> float:
-    """The largest ratio of `literal` to as many successive parts of a dotted name."""
-    words = name.split(".")
-    windows = {".".join(words[i : i + parts]) for i in range(max(1, len(words) - parts + 1))}
-    return max(difflib.SequenceMatcher(None, literal, window).ratio() for window in windows)
+def _resemblance(pieces: Sequence[str], name: str) -> float:
+    """How far the literal pieces of a glob resemble parts of a dotted name: difflib's ratios, by length."""
+    words, total = name.split("."), 0.0
+    for piece in pieces:
+        length = piece.strip(".").count(".") + 1
+        windows = {".".join(words[i : i + length]) for i in range(max(1, len(words) - length + 1))}
+        ratios = (difflib.SequenceMatcher(None, piece.strip("."), window).ratio() for window in windows)
+        total += len(piece) * max(ratios)
+    return total
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:

@@ -12,7 +12,7 @@ import torch
 from mirage_dist import objectives
 from mirage_dist.data import audit, sources
 from mirage_dist.data.sources import Source
-from mirage_dist.model import directory, load
+from mirage_dist.model import directory, load, trainable
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group
@@ -54,7 +54,7 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
 
 
 def check_inputs(checked: Checked) -> dict[str, Source]:
-    """Check the model's parts that the recipe names, and read the samples of every stream.
+    """Check the model's parts that the recipe names, log what trains, and read the samples of every stream.
 
     Loads no weights and opens no picture. Raises ConfigError.
     """
@@ -62,6 +62,7 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     check_weights(recipe, needs)
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
     split(policy, recipe.train)
+    log.info(f"{recipe.model.path}: {trainable.summary(policy.hf)}")
     return read_streams(recipe, needs)
 
 

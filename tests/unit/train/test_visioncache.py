@@ -20,7 +20,7 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
 
-LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
+LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder], also_train: [connector]}"
 
 
 class Engine(torch.nn.Module):
@@ -198,7 +198,7 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("model.freeze=['*layers.0.mlp*']",), "the vision tower trains"),
+        (("model.train=['*']", "model.freeze=['*layers.0.mlp*']"), "the vision tower trains"),
         (("model.lora={targets: ['*vision_tower*_proj']}",), "the vision tower trains"),
     ],
 )
