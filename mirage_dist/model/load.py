@@ -11,7 +11,7 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision, weights
-from mirage_dist.model.families import configs, packing, processors, roles
+from mirage_dist.model.families import configs, packing, processors, roles, truncation
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
@@ -22,6 +22,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def processor(model: ModelConfig) -> Any:
     """The processor of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
     return processors.load(directory.resolve(model.path))
+
+
+def configuration(model: ModelConfig) -> Any:
+    """The configuration of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
+    return _config(model, None)
 
 
 def picture_token(model: ModelConfig) -> int | None:
@@ -68,13 +73,8 @@ def policy(
 
 def _config(model: ModelConfig, depth: int | None) -> Any:
     config = configs.load(directory.resolve(model.path))
-    text = config.get_text_config()
     # Never more layers than the model has: `check_names` reports a missing layer.
-    if depth is not None and depth < text.num_hidden_layers:
-        text.num_hidden_layers = depth
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:depth]
-    return config
+    return config if depth is None else truncation.truncated(config, depth)
 
 
 def check_weights(model: ModelConfig, depth: int | None) -> None:
@@ -85,12 +85,15 @@ def check_weights(model: ModelConfig, depth: int | None) -> None:
     weights.check(directory.check(model.path), _config(model, depth))
 
 
-def attention(model: ModelConfig, dtype: str) -> str:
-    """The attention implementation; `auto` is flash-attention for bf16 on a GPU where it is installed, else sdpa."""
+def attention(model: ModelConfig, dtype: str) -> str | None:
+    """The attention implementation to ask transformers for; None leaves the choice to it (sdpa where a family has it).
+
+    `auto` is flash-attention for bf16 on a GPU where it is installed, else None.
+    """
     if model.attention != "auto":
         return model.attention
     flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else None
 
 
 def base_hash(path: str) -> str:
@@ -105,13 +108,15 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> HeadedModel:
+def check_names(
+    model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None, dtype: str = "fp32"
+) -> HeadedModel:
     """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
     layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
     layer that does not exist, or when the model's vision features cannot be cached.
     """
-    built = weightless(model, depth)
+    built = weightless(model, depth, dtype)
     for layer in layers:
         activations.check_layer(built.backbone, layer)
     if data.cache_vision:
@@ -126,7 +131,8 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     """
     if data.packing is False:
         return data
-    encoder, flash = Encoder(processor, picture_token=picture_token(model)), attention(model, dtype).startswith("flash")
+    encoder = Encoder(processor, picture_token=picture_token(model))
+    flash = (attention(model, dtype) or "").startswith("flash")
     backbone = weightless(replace(model, lora=None)).backbone
     fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":
@@ -137,7 +143,7 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     return replace(data, packing=fault is None)
 
 
-def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
+def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32") -> HeadedModel:
     """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
 
     Raises ConfigError as `policy` does.
@@ -145,7 +151,9 @@ def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
     config = _config(model, depth)
     try:
         with torch.device("meta"):
-            hf: Any = roles.auto_class(config).from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
+            hf: Any = roles.auto_class(config).from_config(config, attn_implementation=attention(model, dtype))
+    except configs.FAULTS as error:
+        raise ConfigError(
+            f"model.path={model.path}: no model can be made of its config.json: {configs.brief(error)}"
+        ) from error
     return trainable.prepare(hf, model, depth)

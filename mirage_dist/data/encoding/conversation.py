@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
+
+from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.ext import Extension, loopcontrols
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
 Turns = Sequence[tuple[str, str]]  # (question, answer) pairs, oldest first
 PROBE = "⟦7391⟧"  # stands for an answer where a template's own text around answers is looked for
+# Variables of a template that are no options of it, beside the tokenizer's special tokens.
+GIVEN = {"messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"}
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -24,12 +29,21 @@ class Conversation:
     in another way (LLaVA-OneVision by another white space, Qwen3 by an empty block of thoughts before the last answer);
     that beginning is left out.
 
-    Raises ConfigError naming the sample when the template rewrites earlier turns or the answer.
+    options: variables of the template, such as `enable_thinking` of Qwen3's.
+
+    Raises ConfigError for an option that the template does not have; and, naming the sample, when the template rewrites
+    earlier turns or the answer.
     """
 
-    def __init__(self, processor: Any, system_prompt: str | None) -> None:
+    def __init__(self, processor: Any, system_prompt: str | None, options: Mapping[str, Any] | None = None) -> None:
         self.processor, self.tokenizer, self.system_prompt = processor, tokenizer_of(processor), system_prompt
         self.text_only = self.tokenizer is processor
+        self.options = dict(options or {})
+        if self.options and (unknown := set(self.options) - (known := options_of(processor))):
+            raise ConfigError(
+                f"template_options: the model's chat template has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
         self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def pieces(self, sample: Sample, answered: bool) -> list[str]:
@@ -38,6 +52,12 @@ class Conversation:
         answered: end with the sample's answer; else with its prompt, followed by the beginning of the answer if the
         sample has one (`Sample.begun`).
         """
+        try:
+            return self._pieces(sample, answered)
+        except (TemplateError, ValueError) as error:
+            raise ConfigError(f"{called(sample)}: the chat template does not take it: {error}") from error
+
+    def _pieces(self, sample: Sample, answered: bool) -> list[str]:
         turns = [*sample.history, (sample.question, sample.answer)]
         picture, pieces, whole, rest = sample.image is not None, [], "", ""
         for number, (question, answer) in enumerate(turns):
@@ -137,7 +157,9 @@ class Conversation:
             first = next(m for m in messages if m["role"] == "user")
             first["content"].insert(0, {"type": "image"})
         prompted = question is not None and generates
-        return self.processor.apply_chat_template(messages, add_generation_prompt=prompted, tokenize=False)
+        return self.processor.apply_chat_template(
+            messages, add_generation_prompt=prompted, tokenize=False, **self.options
+        )
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         """A chat message; templates of text-only models take its content as plain text, others as a list of parts."""
@@ -156,6 +178,34 @@ class Conversation:
         if not ends:
             return reply[:place] + self.tokenizer.eos_token, reply[place:]
         return reply[: min(ends)], reply[min(ends) :]
+
+
+class _Generation(Extension):
+    """transformers' tag around what a model generates, which marks nothing here."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def options_of(processor: Any) -> set[str]:
+    """The variables of a chat template that a recipe may set. Raises ConfigError when the template cannot be read."""
+    tokenizer = tokenizer_of(processor)
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None) or ""
+    if isinstance(template, dict):
+        template = template.get("default", "")
+    try:
+        tree = Environment(extensions=[_Generation, loopcontrols]).parse(template)
+    except TemplateError as error:
+        raise ConfigError(f"the chat template cannot be read: {error}") from error
+    return (
+        meta.find_undeclared_variables(tree)
+        - GIVEN
+        - set(tokenizer.special_tokens_map)
+        - {"namespace", "dict", "range"}
+    )
 
 
 def called(sample: Sample) -> str:

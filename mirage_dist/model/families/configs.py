@@ -44,6 +44,9 @@ def load(folder: Path) -> Any:
     except FAULTS as error:
         raise ConfigError(f"{folder / 'config.json'}: no configuration of a model: {brief(error)}") from error
     roles.auto_class(config)
+    # Some files name the attention of the machine that wrote them. It is this machine's to choose.
+    if str(config._attn_implementation).startswith("flash"):
+        config._attn_implementation = None
     return config
 
 
@@ -65,7 +68,7 @@ def read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a Hugging Face model directory") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise ConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")

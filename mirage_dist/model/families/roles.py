@@ -62,8 +62,11 @@ def decoder(model: Any) -> Any:
     """
     module = model
     while not hasattr(module, "layers"):
-        inner = module.get_decoder() if hasattr(module, "get_decoder") else module
-        if inner is module:
+        try:
+            inner = module.get_decoder()
+        except (AttributeError, NotImplementedError):
+            inner = None
+        if inner is None or inner is module:
             raise ConfigError(f"{type(model).__name__}: its decoder has no `layers`; this family is not supported")
         module = inner
     return module
