@@ -1,9 +1,14 @@
-"""What a model directory is, for training and evaluation alike: which files decide the model, and their hash."""
+"""A model directory, for training and evaluation alike: the files that decide the model, their tensors and hash."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mirage_dist import disk
 from mirage_dist.model.families import configs
@@ -14,10 +19,25 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Configurations of model, generation, tokenizer and processor (*.json), chat templates, and tokenizer vocabularies.
 DECIDING = (WEIGHTS, "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken")
 VOCABULARIES = ("merges.txt", "vocab.txt")
+# Files among these that saving a model writes: they change with the weights. The others belong to its processor.
+OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model*.safetensors"
 POINTER = b"version https://git-lfs"  # a Git-LFS pointer's first bytes
+# Bytes of one number, by the dtype's name in safetensors headers. torch has no dtype for others.
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+AGAIN = "copy or download the model again"
 State = list[tuple[str, int, int, int]]  # name, size, modification time in ns and inode of each file
+
+
+class Header(NamedTuple):
+    """One tensor in a file: dtype as safetensors names it, and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def resolve(path: str) -> Path:
@@ -101,13 +121,11 @@ def _check_content(file: Path) -> None:
         with file.open("rb") as handle:
             start = handle.read(len(POINTER))
     except FileNotFoundError as error:  # only a link can be listed and not exist
-        raise ConfigError(
-            f"{file}: a link to a file that does not exist ({os.readlink(file)}); copy or download the model again"
-        ) from error
+        raise ConfigError(f"{file}: a link to a file that does not exist ({os.readlink(file)}); {AGAIN}") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     if not start:
-        raise ConfigError(f"{file}: an empty file; copy or download the model again")
+        raise ConfigError(f"{file}: an empty file; {AGAIN}")
     if start == POINTER:
         raise ConfigError(
             f"{file}: a Git-LFS pointer, not the file itself; run `git lfs pull` in the cloned repository, or download "
@@ -172,10 +190,89 @@ def _shards(index: Path) -> dict[Path, list[str]]:
     return dict(sorted(shards.items()))
 
 
+def headers(folder: Path, extra: Sequence[str] = ()) -> dict[str, Header]:
+    """The tensors in the files that transformers loads, by their name on disk.
+
+    extra: further files that a model's class loads where they exist. Raises ConfigError for a damaged file, a tensor
+    that two files hold, and one that the index promises and its file lacks.
+    """
+    files = weight_files(folder)
+    files |= {folder / name: [] for name in extra if (folder / name).exists() and folder / name not in files}
+    tensors: dict[str, Header] = {}
+    for file, promised in files.items():
+        own = _header(file)
+        lacking = [name for name in promised if name not in own]
+        if lacking:
+            raise ConfigError(f"{file}: lacks {lacking[0]}, which {INDEX} places there; {AGAIN}")
+        for name, header in own.items():
+            if name in tensors:
+                raise ConfigError(
+                    f"{file}: holds {name}, and so does {tensors[name].file.name}; only one can be loaded. {AGAIN}"
+                )
+            tensors[name] = header
+    return tensors
+
+
+def _header(file: Path) -> dict[str, Header]:
+    """The tensors of one file. Layout: https://github.com/huggingface/safetensors, section "Format"."""
+    _check_content(file)
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        first = handle.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > LONGEST_HEADER:
+            raise ConfigError(f"{file}: no safetensors file (its header would have {length} bytes); {AGAIN}")
+        text = handle.read(length)
+    if len(text) < length:
+        raise ConfigError(f"{file}: cut off within its header: {size} bytes of at least {8 + length}; {AGAIN}")
+    try:
+        content = json.loads(text)
+        tensors = {name: _entry(file, name, value) for name, value in content.items() if name != "__metadata__"}
+    except ConfigError:
+        raise
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(f"{file}: no safetensors file (its header cannot be read: {error}); {AGAIN}") from error
+    place = 0  # in the data, which follow the header without gaps
+    for name, (header, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][1:]):
+        length_of = math.prod(header.shape) * SIZES[header.dtype]
+        if begin != place or length_of != stop - begin:
+            raise ConfigError(
+                f"{file}: its header places {name}, {header.dtype} of shape {header.shape}, at bytes {begin} to "
+                f"{stop}, which do not fit; {AGAIN}"
+            )
+        place = stop
+    end = 8 + length + place
+    if size < end:
+        raise ConfigError(f"{file}: cut off: {size} bytes, but its header describes {end}; {AGAIN}")
+    if size > end:
+        raise ConfigError(f"{file}: {size} bytes, but its header describes only {end}; {AGAIN}")
+    return {name: header for name, (header, _, _) in tensors.items()}
+
+
+def _entry(file: Path, name: str, value: Mapping[str, Any]) -> tuple[Header, int, int]:
+    """A tensor of a header and its place in the file's data, in bytes."""
+    dtype, shape, (begin, stop) = value["dtype"], tuple(map(int, value["shape"])), map(int, value["data_offsets"])
+    if min(*shape, begin, 0) < 0:
+        raise ValueError(f"{name} has shape {shape} at byte {begin}")
+    if dtype not in SIZES:
+        raise ConfigError(f"{file}: {name} has dtype {dtype}, which cannot be loaded; known: {', '.join(SIZES)}")
+    return Header(file, dtype, shape), begin, stop
+
+
 def files(folder: Path) -> list[Path]:
     """The files that decide what a model answers: weights, configurations, tokenizer, processor, chat templates."""
     chosen = {file for pattern in DECIDING for file in folder.glob(pattern)}
     return sorted(chosen | {folder / name for name in VOCABULARIES if (folder / name).is_file()})
+
+
+def copy_processing(folder: Path, out: Path) -> None:
+    """Copy the files of processor, tokenizer and chat templates from a model directory to `out`, as they are."""
+    for file in files(folder):
+        if file.match(WEIGHTS) or file.name in OF_THE_MODEL or file.name.endswith(".index.json"):
+            continue
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def state(folder: Path) -> State:

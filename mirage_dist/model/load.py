@@ -24,6 +24,11 @@ def processor(model: ModelConfig) -> Any:
     return processors.load(directory.resolve(model.path))
 
 
+def configuration(model: ModelConfig) -> Any:
+    """The configuration of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
+    return _config(model, None)
+
+
 def picture_token(model: ModelConfig) -> int | None:
     """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
     return roles.picture_token(_config(model, None))
@@ -81,12 +86,15 @@ def check_weights(model: ModelConfig, depth: int | None) -> None:
     weights.check(directory.check(model.path), _config(model, depth))
 
 
-def attention(model: ModelConfig, dtype: str) -> str:
-    """The attention implementation; `auto` is flash-attention for bf16 on a GPU where it is installed, else sdpa."""
+def attention(model: ModelConfig, dtype: str) -> str | None:
+    """The attention implementation to ask transformers for; None leaves the choice to it (sdpa where a family has it).
+
+    `auto` is flash-attention for bf16 on a GPU where it is installed, else None.
+    """
     if model.attention != "auto":
         return model.attention
     flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else None
 
 
 def base_hash(path: str) -> str:
@@ -101,13 +109,15 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> HeadedModel:
+def check_names(
+    model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None, dtype: str = "fp32"
+) -> HeadedModel:
     """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
     layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
     layer that does not exist, or when the model's vision features cannot be cached.
     """
-    built = weightless(model, depth)
+    built = weightless(model, depth, dtype)
     for layer in layers:
         activations.check_layer(built.backbone, layer)
     if data.cache_vision:
@@ -122,7 +132,8 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     """
     if data.packing is False:
         return data
-    encoder, flash = Encoder(processor, picture_token=picture_token(model)), attention(model, dtype).startswith("flash")
+    encoder = Encoder(processor, picture_token=picture_token(model))
+    flash = (attention(model, dtype) or "").startswith("flash")
     backbone = weightless(replace(model, lora=None)).backbone
     if encoder.by_row:
         fault = f"{backbone.config.model_type} has the pictures of each row apart from its tokens"
@@ -136,7 +147,7 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     return replace(data, packing=fault is None)
 
 
-def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
+def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32") -> HeadedModel:
     """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
 
     Raises ConfigError as `policy` does.
@@ -144,7 +155,9 @@ def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
     config = _config(model, depth)
     try:
         with torch.device("meta"):
-            hf: Any = roles.auto_class(config).from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
+            hf: Any = roles.auto_class(config).from_config(config, attn_implementation=attention(model, dtype))
+    except configs.FAULTS as error:
+        raise ConfigError(
+            f"model.path={model.path}: no model can be made of its config.json: {configs.brief(error)}"
+        ) from error
     return trainable.prepare(hf, model, depth)

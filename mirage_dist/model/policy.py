@@ -5,14 +5,17 @@ Arguments and results are named tuples and dicts, because ZeRO-3's hooks find te
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mirage_dist.model import activations, head, vision
+from mirage_dist.model import activations, head
 from mirage_dist.model.activations import Narrow, Prefix
 from mirage_dist.model.families import packing, roles
+from mirage_dist.model.vision import FEATURES, Tower
 
 # What decoders call the norm after their last layer.
 FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -25,7 +28,8 @@ class Request(NamedTuple):
     KL divergence from `ref_logits_MV` to compute, or whose logits where no reference logits are given (the request to a
     reference model). layers: decoder layers to tap. narrow: the rows that continue after a layer; they must include
     every row requested above. share: return the input of this layer as a prefix. prefix: start from it, whatever the
-    inputs are. vision: compute the features of the pictures only (see `model.vision`).
+    inputs are. vision: record these connectors' inputs for the pictures only; empty: of those that are constants (see
+    `model.vision`).
     """
 
     index_N: Tensor | None = None
@@ -36,13 +40,14 @@ class Request(NamedTuple):
     narrow: Narrow | None = None
     share: int | None = None
     prefix: Prefix | None = None
-    vision: bool = False
+    vision: tuple[str, ...] | None = None
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activations, vision_IPF in the model's dtype. None where not requested.
+    """logp_N, kl_M, logits_MV in float32; activations, vision in the model's dtype. None where not requested.
 
-    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`.
+    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`. vision:
+    connector -> its input.
     """
 
     logp_N: Tensor | None = None
@@ -50,7 +55,7 @@ class Outputs(NamedTuple):
     logits_MV: Tensor | None = None
     activations_BSD: dict[int, Tensor] | None = None
     prefix: Prefix | None = None
-    vision_IPF: Tensor | None = None
+    vision: dict[str, Tensor] | None = None
 
 
 class HeadedModel(nn.Module):
@@ -76,6 +81,11 @@ class HeadedModel(nn.Module):
         """The model below its lm_head."""
         return self.base.base_model
 
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, recorded and replayed."""
+        return Tower(self.base)
+
     @property
     def hidden_size(self) -> int:
         return self.base.config.get_text_config().hidden_size
@@ -98,8 +108,8 @@ class HeadedModel(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], request: Request) -> Outputs:
         """One pass; it ends after the last tapped layer when no output of the LM head is requested."""
-        if request.vision:
-            return Outputs(vision_IPF=vision.features(self.backbone, inputs["pixel_values"]))
+        if request.vision is not None:
+            return Outputs(vision=self.tower.recorded(inputs, request.vision))
         needs_head = request.index_N is not None or request.kl_index_M is not None
         end = self.depth if needs_head or not request.layers else max(request.layers) + 1
         if request.prefix is not None:
@@ -127,10 +137,10 @@ class HeadedModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor], Prefix | None]:
         """Through `end` decoder layers and the norm: hidden states, outputs of tapped layers, the prefix to share."""
         narrow, share, taps = request.narrow, request.share, request.layers
-        entered = vision.entered(self.backbone, inputs)
         own = end if narrow is None else narrow.first  # layers that the backbone itself runs
         kept = {number for number in (share, *taps, own - 1) if number is not None and number < own}
         with (
+            self.tower.replaying(inputs) if FEATURES in inputs else nullcontext(inputs) as entered,
             packing.entering(self.backbone, entered) as arguments,
             activations.seeing(self.backbone, kept, own) as seen,
         ):
@@ -147,6 +157,17 @@ class HeadedModel(nn.Module):
             shared_BSD, arguments = seen.inputs[share]
             prefix = Prefix(share, shared_BSD.detach(), arguments)
         return hidden_BSD, tapped_BSD, prefix
+
+
+def differ_by(module: Any, depth: int, one: dict[str, Any], other: dict[str, Any]) -> float:
+    """How far two inputs of the same tokens come apart in the first decoder layers: the difference by its own size.
+
+    For inputs that should show the model the same pictures. depth: number of decoder layers.
+    """
+    layers = (min(3, depth - 1),)
+    taps = [no_grad_forward(module, inputs, Request(layers=layers)).activations_BSD for inputs in (one, other)]
+    first_BSD, second_BSD = (tap[layers[0]].float() for tap in taps if tap is not None)
+    return float((first_BSD - second_BSD).norm() / first_BSD.norm())
 
 
 def no_grad_forward(module: Any, inputs: dict[str, Tensor], request: Request) -> Outputs:

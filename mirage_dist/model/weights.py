@@ -7,49 +7,41 @@ renamed and fused weights are matched by the same code that loads them.
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from mirage_dist.model import directory
+from mirage_dist.model.directory import Header
 from mirage_dist.model.families import configs, roles
+from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError
 
-# Names in safetensors headers, and the bits of one element. What torch has no dtype for cannot be loaded.
+# Names in safetensors headers. Numbers of other dtypes are no weights, or need a scale beside them.
 DTYPES = {
-    "F64": (torch.float64, 64),
-    "F32": (torch.float32, 32),
-    "F16": (torch.float16, 16),
-    "BF16": (torch.bfloat16, 16),
-    "F8_E4M3": (torch.float8_e4m3fn, 8),
-    "F8_E5M2": (torch.float8_e5m2, 8),
-    "I64": (torch.int64, 64),
-    "I32": (torch.int32, 32),
-    "I16": (torch.int16, 16),
-    "I8": (torch.int8, 8),
-    "U64": (torch.uint64, 64),
-    "U32": (torch.uint32, 32),
-    "U16": (torch.uint16, 16),
-    "U8": (torch.uint8, 8),
-    "BOOL": (torch.bool, 8),
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-WHOLE_NUMBERS = ("F64", "F32", "F16", "BF16")  # dtypes whose values are a weight; others need a scale beside them
-LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
-AGAIN = "copy or download the model again"
-
-
-class Header(NamedTuple):
-    """One tensor in a file: dtype as safetensors names it, and shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+WEIGHTS = ("F64", "F32", "F16", "BF16")
 
 
 def check(folder: Path, config: Any) -> None:
@@ -59,12 +51,14 @@ def check(folder: Path, config: Any) -> None:
     checked, its weights' names are not: they depend on the quantiser. Raises ConfigError for damaged files, and for
     weights that are missing, have another shape, or a dtype that is no weight's.
     """
-    headers = read_headers(folder, getattr(type(config), "extra_files", ()))
+    headers = directory.headers(folder, getattr(type(config), "extra_files", ()))
     if getattr(config, "quantization_config", None) is not None:
         return
     model, info = _rehearsed(config, headers)
     _check_matched(folder, headers, model, info)
-    scaled = {name for name, header in headers.items() if header.dtype not in WHOLE_NUMBERS}
+    if unused := _unknown(info["unexpected_keys"], model.state_dict()):
+        log.info(f"model.path={folder}: the model has no place for {_listing(unused)}: not loaded")
+    scaled = {name for name, header in headers.items() if header.dtype not in WEIGHTS}
     if not scaled:
         return
     model, info = _rehearsed(config, {name: h for name, h in headers.items() if name not in scaled})
@@ -75,7 +69,7 @@ def check(folder: Path, config: Any) -> None:
         assert header is not None
         raise ConfigError(
             f"{header.file}: {_listing(wrong)} {'are' if len(wrong) > 1 else 'is'} {header.dtype} there, but a weight "
-            f"is one of {', '.join(WHOLE_NUMBERS)}; a quantised checkpoint needs its quantization_config in "
+            f"is one of {', '.join(WEIGHTS)}; a quantised checkpoint needs its quantization_config in "
             "config.json. Give the unquantised model"
         )
 
@@ -89,9 +83,10 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        model, info = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-        )
+        with _silent("modeling_utils"):
+            model, info = kind.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(f"model.path={folder}: cannot be loaded: {error}") from error
     except RuntimeError as error:
@@ -99,84 +94,10 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
             raise
         raise ConfigError(f"model.path={folder}: its weights do not fit its config.json: {error}") from error
     if info["missing_keys"] or info["mismatched_keys"] or info["error_msgs"]:
-        _check_matched(folder, read_headers(folder), model, info)
+        _check_matched(folder, directory.headers(folder), model, info)
         raise ConfigError(f"model.path={folder}: its weights cannot be loaded: {'; '.join(info['error_msgs'])}")
     check_finite(folder, model)
     return model
-
-
-# ------------------------------------------------------------------------------------------------- files
-
-
-def read_headers(folder: Path, extra: Sequence[str] = ()) -> dict[str, Header]:
-    """The tensors in the files that transformers loads, by their name on disk.
-
-    extra: further files that a model's class loads where they exist. Raises ConfigError for a damaged file, a tensor
-    that two files hold, and one that the index promises and its file lacks.
-    """
-    files = directory.weight_files(folder)
-    files |= {folder / name: [] for name in extra if (folder / name).exists() and folder / name not in files}
-    headers: dict[str, Header] = {}
-    for file, promised in files.items():
-        own = _header(file)
-        lacking = [name for name in promised if name not in own]
-        if lacking:
-            raise ConfigError(f"{file}: lacks {_listing(lacking)}, which {directory.INDEX} places there; {AGAIN}")
-        for name, header in own.items():
-            if name in headers:
-                raise ConfigError(
-                    f"{file}: holds {name}, and so does {headers[name].file.name}; only one can be loaded. {AGAIN}"
-                )
-            headers[name] = header
-    return headers
-
-
-def _header(file: Path) -> dict[str, Header]:
-    """The tensors of one file. Layout: https://github.com/huggingface/safetensors, section "Format"."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        first = handle.read(8)
-        if first + handle.read(len(directory.POINTER) - 8) == directory.POINTER:
-            raise ConfigError(f"{file}: a Git-LFS pointer, not the weights themselves; run `git lfs pull`")
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or length > LONGEST_HEADER:
-            raise ConfigError(f"{file}: no safetensors file (its header would have {length} bytes); {AGAIN}")
-        handle.seek(8)
-        text = handle.read(length)
-    if len(text) < length:
-        raise ConfigError(f"{file}: cut off within its header: {size} bytes of at least {8 + length}; {AGAIN}")
-    try:
-        content = json.loads(text)
-        tensors = {name: _entry(file, name, value) for name, value in content.items() if name != "__metadata__"}
-    except ConfigError:
-        raise
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ConfigError(f"{file}: no safetensors file (its header cannot be read: {error}); {AGAIN}") from error
-    place = 0  # in the data, which follow the header without gaps
-    for name, (header, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][1:]):
-        bits = math.prod(header.shape) * DTYPES[header.dtype][1]
-        if begin != place or bits != 8 * (stop - begin):
-            raise ConfigError(
-                f"{file}: its header places {name}, {header.dtype} of shape {header.shape}, at bytes {begin} to "
-                f"{stop}, which do not fit; {AGAIN}"
-            )
-        place = stop
-    end = 8 + length + place
-    if size < end:
-        raise ConfigError(f"{file}: cut off: {size} bytes, but its header describes {end}; {AGAIN}")
-    if size > end:
-        raise ConfigError(f"{file}: {size} bytes, but its header describes only {end}; {AGAIN}")
-    return {name: header for name, (header, _, _) in tensors.items()}
-
-
-def _entry(file: Path, name: str, value: Mapping[str, Any]) -> tuple[Header, int, int]:
-    """A tensor of a header and its place in the file's data, in bytes."""
-    dtype, shape, (begin, stop) = value["dtype"], tuple(map(int, value["shape"])), map(int, value["data_offsets"])
-    if min(*shape, begin, 0) < 0:
-        raise ValueError(f"{name} has shape {shape} at byte {begin}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"{file}: {name} has dtype {dtype}, which cannot be loaded; known: {', '.join(DTYPES)}")
-    return Header(file, dtype, shape), begin, stop
 
 
 # ------------------------------------------------------------------------------------------------- names and shapes
@@ -190,8 +111,7 @@ def _rehearsed(config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[st
     except configs.FAULTS as error:
         raise ConfigError(f"model.path: no model can be made of its config.json: {configs.brief(error)}") from error
     tensors = {
-        name: torch.empty(header.shape, dtype=DTYPES[header.dtype][0], device="meta")
-        for name, header in headers.items()
+        name: torch.empty(header.shape, dtype=DTYPES[header.dtype], device="meta") for name, header in headers.items()
     }
     with _silent():
         try:
@@ -276,8 +196,7 @@ def _similar(
     missing: Sequence[str], headers: Mapping[str, Header], weights: Mapping[str, Any], unexpected: Sequence[str]
 ) -> list[str]:
     """Names of unknown weights in the files that resemble the first missing ones: by shape if possible, and by name."""
-    known = {_unnumbered(name) for name in weights}  # a model of fewer layers has no later ones
-    places = {name: _on_disk(name, headers) or name for name in unexpected if _unnumbered(name) not in known}
+    places = {name: _on_disk(name, headers) or name for name in _unknown(unexpected, weights)}
     shapes = {name: headers[place].shape for name, place in places.items() if place in headers}
     similar: list[str] = []
     for name in missing[:3]:
@@ -285,6 +204,12 @@ def _similar(
         alike = [other for other in places if shapes.get(other) == shape] or list(places)
         similar += [places[other] for other in difflib.get_close_matches(name, alike, n=1, cutoff=0.3)]
     return list(dict.fromkeys(similar))
+
+
+def _unknown(unexpected: Iterable[str], weights: Iterable[str]) -> list[str]:
+    """What a model does not know, without the later layers of one that loads the first few only."""
+    known = {_unnumbered(name) for name in weights}
+    return sorted(name for name in unexpected if _unnumbered(name) not in known)
 
 
 def _on_disk(name: str, headers: Iterable[str]) -> str | None:
@@ -310,19 +235,24 @@ def _listing(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without transformers' own table of what was missing, and its progress bar."""
-    from transformers.utils import logging
+def _silent(module: str = "") -> Iterator[None]:
+    """Without warnings of transformers or of one module of it, such as its table of missing weights; and then no bars.
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    What the table says is checked here, and reported as an error.
+    """
+    from transformers.utils import logging as bars
+
+    logger, shown = logging.getLogger(f"transformers.{module}".rstrip(".")), bars.is_progress_bar_enabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    if not module:
+        bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        logger.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------- values
@@ -371,7 +301,7 @@ def _origin(folder: Path, names: Sequence[str]) -> Path:
     """The file that holds the first tensor with a NaN or an infinity; the directory when none does."""
     from safetensors import safe_open
 
-    headers = read_headers(folder)
+    headers = directory.headers(folder)
     likely = [place for name in names if (place := _on_disk(name, headers)) is not None]
     for name in dict.fromkeys([*likely, *headers]):
         with safe_open(headers[name].file, framework="pt") as tensors:

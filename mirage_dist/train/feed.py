@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
@@ -95,7 +96,7 @@ class MicroBatch:
             return function(value) if isinstance(value, Tensor) else value
 
         tensors = {name: mapped(value) for name, value in vars(self.batch).items()}
-        inputs = {name: mapped(value) for name, value in self.batch.inputs.items()}
+        inputs = tree_map(mapped, self.batch.inputs)
         return replace(self, batch=Batch(**{**tensors, "inputs": inputs}), mask_BS=function(self.mask_BS))
 
     def _chosen(self, values_N: Tensor, streams: Sequence[str]) -> Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from mirage_dist import ranks, signals
-from mirage_dist.data import sources, stream
+from mirage_dist.data import stream
 from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
 from mirage_dist.model import export, load
@@ -31,7 +31,7 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
-from mirage_dist.train.planning.check import Checked, check_inputs, resolved, warn
+from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
 
 LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
@@ -68,12 +68,10 @@ def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
 
 
 def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
-    objective, processor = checked.objective, load.processor(checked.recipe.model)
-    recipe = resolved(checked.recipe, processor)
-    name = Path(recipe.run.dir).name
-    sources.check_pictures(streams, group.rank, group.size, lambda own: ranks.everyones(group, own))
-    feed = Feed(recipe, checked.needs, streams, processor)
-    cut = feed.check_lengths(group)  # before the directory is claimed: an error here changes the recipe
+    objective, name = checked.objective, Path(checked.recipe.run.dir).name
+    feed, cut = check_batches(checked, streams, group)  # before the directory is claimed: an error changes the recipe
+    recipe = feed.recipe
+    _check_family(feed, group)
     with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest):
         log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for title, source in streams.items():
@@ -98,6 +96,18 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         if recipe.train.export and group.main and not (run.root / "export").exists():
             export.export(run.root, run.root / "export", workspace=lease.workspace)
         ranks.barrier(group, "end of the run")
+
+
+def _check_family(feed: Feed, group: Group) -> None:
+    """`check_family` on rank 0, at the first start of a run; raises its ConfigError on every rank."""
+    fault = None
+    if group.main and not rundir.begun_like_this(Path(feed.recipe.run.dir)):
+        try:
+            check_family(feed)
+        except ConfigError as error:
+            fault = str(error)
+    if (fault := ranks.from_main(group, fault)) is not None:
+        raise ConfigError(fault)
 
 
 def reference_of(run: Run) -> Reference | None:

@@ -202,10 +202,21 @@ def count_start(lease: Lease, limit: int) -> None:
     lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, this]))
 
 
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute a run."""
+    libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def begun_like_this(root: Path) -> bool:
+    """Whether `root` holds a run that began with the libraries of this process; `open_run` then compares the rest."""
+    file = root / "manifest.json"
+    return file.is_file() and json.loads(file.read_text()).get("versions") == versions()
+
+
 def _manifest(
     recipe: TrainRecipe, needs: Needs, data: dict[str, StreamRecord], packed: bool, base_hash: str
 ) -> RunManifest:
-    libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
     cuda = torch.cuda.is_available()
     return {
         "config_hash": configs.config_hash(recipe, not_the_run(recipe, needs)),
@@ -216,7 +227,7 @@ def _manifest(
         "wandb_id": new_wandb_id(),
         "command": sys.argv,
         "git_commit": _git_commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": versions(),
         "hardware": {
             "machine": platform.machine(),
             "cpus": os.cpu_count(),

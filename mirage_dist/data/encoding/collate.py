@@ -10,7 +10,8 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from mirage_dist.schema import ConfigError
 __all__ = ["IGNORE", "TOKEN_TYPES", "Batch", "Encoder", "Lookup", "Row", "TooLong"]
 
 # Paths (None: the placeholder) -> the tensors that the model takes for these pictures.
-Lookup = Callable[[Sequence[str | None]], dict[str, Tensor]]
+Lookup = Callable[[Sequence[str | None]], dict[str, Any]]
 
 
 class TooLong(ConfigError):
@@ -116,16 +117,26 @@ class Encoder:
 
     def _pictured(self) -> Pictured:
         try:
-            probes = ((True, ""), (True, "What is it?"), (False, ""))
-            text, question, more = (self.conversation.text(picture, [], words) for picture, words in probes)
+            probes = ((True, "What is this?"), (True, ""), (False, "What is this?"))
+            text, other, more = (self.conversation.text(picture, [], words) for picture, words in probes)
         except (TemplateError, ValueError) as error:
             raise ConfigError(f"the chat template takes no question about a picture: {error}") from error
         more += self.tokenizer.eos_token  # a token at least
-        return Pictured(self.processor, self.tokens, self.picture_token, self.image_aspect, (text, question, more))
+        return Pictured(self.processor, self.tokens, self.picture_token, self.image_aspect, (text, other, more))
 
     def recall(self, lookup: Lookup) -> None:
         """From now on open no picture beyond its header: take the model's input for pictures from `lookup`."""
         self.lookup, self.placeholder_picture = lookup, lookup([None])
+
+    @contextmanager
+    def recalling(self, lookup: Lookup) -> Iterator[None]:
+        """`recall` in this block."""
+        before = self.lookup, self.placeholder_picture
+        self.recall(lookup)
+        try:
+            yield
+        finally:
+            self.lookup, self.placeholder_picture = before
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -302,7 +313,7 @@ class Encoder:
                     raise ConfigError(f"{called(sample)}: {error}") from error
             raise
 
-    def pixels(self, path: str) -> Tensor:
-        """A picture as the input of the model's vision tower: a batch of one, shaped by the processor."""
-        assert self.pictured is not None  # a text-only model has no tower
-        return self.pictured.tensors(path)["pixel_values"]
+    def picture(self, path: str | None) -> dict[str, Tensor]:
+        """The model's inputs for one picture; for the placeholder without a path."""
+        assert self.pictured is not None  # a text-only model has none
+        return self.placeholder_picture if path is None else self.pictured.tensors(path)

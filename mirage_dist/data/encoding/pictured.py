@@ -43,8 +43,8 @@ class Pictured:
     """First prompts with a picture, by any Hugging Face image-text-to-text processor.
 
     aspect: pad pictures to a square in the processor's mean colour, or leave them to the processor. token: the id at
-    whose places the model puts a picture's features. texts: the template's shortest prompt with a picture, one with a
-    question, too, and more of the template's text, without a picture.
+    whose places the model puts a picture's features. texts: the template's prompt for a short question about a picture,
+    for an empty one, and more of the template's text, without a picture.
 
     outputs: the kinds of its outputs. placeholder: the picture tokens of a blank picture, hidden. blank: that picture's
     tensors. Raises ConfigError when the processor cannot encode a picture under its own template, when its prompt holds
@@ -55,7 +55,7 @@ class Pictured:
         self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, texts: tuple[str, str, str]
     ) -> None:
         self.processor, self.tokens, self.aspect = processor, tokens, aspect
-        self.text, self.question, self.more = texts
+        self.text, self.other, self.more = texts
         self.kind = type(processor).__name__
         image = Image.new("RGB", BLANK)
         try:
@@ -82,7 +82,7 @@ class Pictured:
         # What a picture adds beside the tokens that the processor counts; None where its count is not to be trusted.
         self._offset: int | None = None
         self._calibrated, self._constant = False, False
-        # Whether a row is the shortest prompt's start and the rest of its own tokens: not where the processor adds text
+        # Whether a row is the short prompt's start and the rest of its own tokens: not where the processor adds text
         # at the end (PaliGemma's), or where its text after a picture merges with the question.
         self._splices = False
 
@@ -171,7 +171,7 @@ class Pictured:
         whether a prompt's tokens beside its picture are the same whatever the picture is.
         """
         self._calibrated = True
-        prompts = (self.text + self.more, self.question)
+        prompts = (self.text + self.more, self.other)
         self._splices = all(self._spliced(text, BLANK) == self._made(text, BLANK) for text in prompts)
         sizes = [self._shown(size) for size in PROBES]
         grid = sorted({self._shown((width, height)) for width in SIDES for height in SIDES})
@@ -191,7 +191,7 @@ class Pictured:
         return len(self._row(size)["input_ids"]) - len(self.plain)
 
     def _row(self, size: Size) -> Row:
-        """The shortest prompt with a blank picture of this size."""
+        """The short prompt with a blank picture of this size."""
         if size not in self._rows:
             if len(self._rows) >= KEPT:
                 del self._rows[next(iter(self._rows))]
@@ -208,7 +208,7 @@ class Pictured:
         return row or self._made(text, size)
 
     def _spliced(self, text: str, size: Size) -> Row | None:
-        """The start of the shortest prompt, through its picture, and the rest of `text`; None for another start."""
+        """The start of the short prompt, through its picture, and the rest of `text`; None for another start."""
         like, ids, plain = self._row(size), self.tokens.first(text), self.plain
         whole = like["input_ids"]
         # The tokens after the mark that expanding it leaves as they are; a neighbour may merge with what the processor

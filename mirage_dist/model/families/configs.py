@@ -44,6 +44,9 @@ def load(folder: Path) -> Any:
     except FAULTS as error:
         raise ConfigError(f"{folder / 'config.json'}: no configuration of a model: {brief(error)}") from error
     roles.auto_class(config)
+    # Some files name the attention of the machine that wrote them. It is this machine's to choose.
+    if str(config._attn_implementation).startswith("flash"):
+        config._attn_implementation = None
     return config
 
 

@@ -174,8 +174,9 @@ def test_a_renamed_projector_is_named_with_the_names_that_the_files_have(copy):
         load.policy(ModelConfig(path=str(folder)), "fp32", {})
 
 
-def test_weights_that_the_model_does_not_use_are_no_fault(copy):
+def test_weights_that_the_model_has_no_place_for_are_no_fault_but_in_the_log(copy, caplog):
     check(copy("llava", lambda tensors: {**tensors, "v_head.weight": torch.zeros(3)}))
+    assert "the model has no place for v_head.weight: not loaded" in caplog.text
 
 
 def test_layers_that_a_run_does_not_load_may_be_in_the_files_or_not(copy):
