@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from mirage_dist import disk
@@ -45,9 +46,13 @@ def resolve(path: str) -> Path:
 
     Raises ConfigError when there is neither.
     """
-    if Path(path).is_dir():
+    try:
+        present, file = Path(path).is_dir(), Path(path).is_file()
+    except (OSError, ValueError) as error:  # no permission, a name that is too long
+        raise ConfigError(f"model.path={path[:200]}: cannot be read: {error}") from error
+    if present:
         return Path(path)
-    if Path(path).exists():
+    if file:
         raise ConfigError(f"model.path={path}: this is a file; give the Hugging Face model directory that holds it")
     if _looks_local(path):
         raise ConfigError(
@@ -118,6 +123,8 @@ def _refuse_adapters(path: str, folder: Path) -> None:
 
 def _check_content(file: Path) -> None:
     try:
+        if not S_ISREG(file.stat().st_mode):  # reading a pipe would never end
+            raise ConfigError(f"{file}: no regular file; {AGAIN}")
         with file.open("rb") as handle:
             start = handle.read(len(POINTER))
     except FileNotFoundError as error:  # only a link can be listed and not exist

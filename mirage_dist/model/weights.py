@@ -42,6 +42,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 WEIGHTS = ("F64", "F32", "F16", "BF16")
+OTHER_MODEL = "weights and config.json are of different models, or one of them was changed. Give the files of one model"
 
 
 def check(folder: Path, config: Any) -> None:
@@ -54,6 +55,12 @@ def check(folder: Path, config: Any) -> None:
     headers = directory.headers(folder, getattr(type(config), "extra_files", ()))
     if getattr(config, "quantization_config", None) is not None:
         return
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > len(headers):  # such a model need not be built, which may take all memory
+        raise ConfigError(
+            f"{folder / 'config.json'}: describes {layers} layers, but the files hold {len(headers)} tensors; "
+            f"{OTHER_MODEL}"
+        )
     model, info = _rehearsed(config, headers)
     _check_matched(folder, headers, model, info)
     if unused := _unknown(info["unexpected_keys"], model.state_dict()):
@@ -162,8 +169,8 @@ def _check_matched(folder: Path, headers: Mapping[str, Header], model: Any, info
         more = f" (so it is with {len(differing) - 1} more weights)" if len(differing) > 1 else ""
         raise ConfigError(
             f"{headers[place].file if place else folder}: {place or name} has shape {shape}"
-            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; weights and "
-            "config.json are of different models, or one of them was changed. Give the files of one model"
+            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; "
+            f"{OTHER_MODEL}"
         )
     if not missing:
         return
