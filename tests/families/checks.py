@@ -225,17 +225,15 @@ def _prompt_by_processor(runs: Runs, sample: Sample) -> torch.Tensor:
     from PIL import Image
 
     processor, tokenizer = runs.encoder.processor, runs.encoder.tokenizer
-    if processor is tokenizer:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": sample.question}], add_generation_prompt=True, tokenize=False
-        )
-    else:
-        parts = [{"type": "image"}] if sample.image else []
-        message = {"role": "user", "content": [*parts, {"type": "text", "text": sample.question}]}
-        template = processor.chat_template or tokenizer.chat_template
-        text = processor.apply_chat_template(
-            [message], chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+    content: Any = sample.question
+    if processor is not tokenizer:
+        content = [*([{"type": "image"}] if sample.image else []), {"type": "text", "text": sample.question}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=processor.chat_template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
     start = tokenizer.bos_token
     options: dict[str, Any] = {"add_special_tokens": start is None or not text.startswith(start)}
     if sample.image is None:

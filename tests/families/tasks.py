@@ -14,7 +14,7 @@ from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 
 RANKS = 2
-STEPS = 4
+STEPS = 3
 BATCH = 2  # samples of each stream in a step
 SIZES = [(48, 32), (32, 32), (40, 64), (120, 72)]
 COLOURS = ["crimson", "navy", "olive", "orange"]
