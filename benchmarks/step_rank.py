@@ -35,7 +35,7 @@ class Version:
     twin: str | None = None
     opponent: str | None = None
     reference: str = "cache"
-    train: Sequence[str] = ("*",)
+    train: Sequence[str] = ("decoder", "connector")
     single: bool = False
 
     @property
@@ -49,7 +49,7 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
     formula = {"name": "npo", "beta": BETA}
     published = {"name": "npo", "beta": BETA, "reduction": "batch_mean", "ce_weight": 1.0}
     rmu = {"name": "rmu", "layer": size.tap, "coeff": 10.0, "retain_weight": 1.0, "ce_weight": 0.0}
-    down = [f"*language_model.layers.{i}.mlp.down_proj.weight" for i in range(max(0, size.tap - 2), size.tap + 1)]
+    down = [f"decoder.layers.{i}.mlp.down_proj.weight" for i in range(max(0, size.tap - 2), size.tap + 1)]
     frozen = "adapters_off" if lora else "engine"
 
     def steering(train: Sequence[str], single: bool = False) -> list[Version]:
@@ -69,7 +69,7 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
         "RMU": steering(down),
     }
     if not lora:  # with adapters the patterns of model.train are not used, and the two cases would be the same run
-        versions["RMU, projector too"] = steering([*down, "*multi_modal_projector*"], single=True)
+        versions["RMU, projector too"] = steering([*down, "connector"], single=True)
     return versions
 
 
@@ -82,7 +82,7 @@ def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
 
     streams = make(version.objective).needs.streams
     size, place, micro = SIZES[task["size"]], Path(task["place"]), task["batch"]
-    model: dict[str, Any] = {"path": str(place / "model"), "train": list(version.train), "freeze": ["*vision_tower*"]}
+    model: dict[str, Any] = {"path": str(place / "model"), "train": list(version.train)}
     model["gradient_checkpointing"] = size.name == "7b"
     if task["lora"]:
         model["lora"] = {"dropout": 0.0}  # so that losses can be compared

@@ -53,11 +53,7 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value, such as train.lr=5e-7")
     try:
-        # OmegaConf's own dot-list parser reads the value (numbers, null, lists), so 5e-7 is a float here.
-        items = [
-            (key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value"))
-            for key, _, value in (override.partition("=") for override in overrides)
-        ]
+        items = [_item(override) for override in overrides]
         # Classes are chosen first, so that their options may stand before the choice on the command line.
         for key, value in items:
             _choose(tree, schema, key, value)
@@ -67,6 +63,20 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     return _build(schema, plain, source, "")
+
+
+def _item(override: str) -> tuple[str, Any]:
+    """Key and value of an override. OmegaConf's own dot-list parser reads the value, so 5e-7 is a float here."""
+    key, _, value = override.partition("=")
+    try:
+        return key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:  # yaml's errors, whatever library OmegaConf parses with
+        problem = " ".join(str(error).split())
+        raise ConfigError(
+            f"override {override!r}: its value is not YAML ({problem}); quote names with [ ] in lists"
+        ) from error
 
 
 def _choose(tree: Any, schema: Any, dotted: str, value: Any) -> None:
@@ -144,11 +154,13 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             return None
         return _check(next(a for a in args if a is not type(None)), value, source, key)
     if origin is Literal:
+        if any(value is choice for choice in args):
+            return value
         # YAML reads a bare off/on as a boolean; as a choice it is the word.
         word = {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value
         if word in args:
             return word
-        raise ConfigError(f"{source}: {key}={value!r}; allowed: {', '.join(map(str, args))}")
+        raise ConfigError(f"{source}: {key}={value!r}; allowed: {', '.join(map(_word, args))}")
     if origin is list:
         items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         return [_check(args[0], item, source, f"{key}[{i}]") for i, item in enumerate(items)]
@@ -176,6 +188,10 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     if not right[hint]:
         raise ConfigError(f"{source}: {key}={value!r}; expected {_PLAIN[hint]}")
     return hint(value)
+
+
+def _word(choice: Any) -> str:
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

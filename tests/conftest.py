@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import forkserver
 import pytest
 import torch
+from families import models as family_models
 from hypothesis import settings
 from toy import Toy
 
@@ -73,6 +76,13 @@ def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Toy:
     return Toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory) -> Callable[[str], Path]:
+    """Name (see `families.models.FAMILIES`) -> a tiny random model directory of that family, made when first used."""
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda name: family_models.make(name, folder / name))
 
 
 def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False, fresh: bool = False):

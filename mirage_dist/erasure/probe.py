@@ -201,7 +201,7 @@ class Reader:
         with activations.seeing(backbone, set(layers)) as seen:
             backbone(**inputs, use_cache=False)
         places = [seen.inputs[0][0], *(seen.outputs[layer] for layer in layers)]
-        mask_BS1 = (inputs["input_ids"] == self.generator.encoder.processor.image_token_id).unsqueeze(2)
+        mask_BS1 = (inputs["input_ids"] == self.generator.encoder.picture_token).unsqueeze(2)
         count_B1 = mask_BS1.sum(1).clamp(min=1)
         last = [x_BSD[:, -1].float().cpu() for x_BSD in places]  # prompts are padded on the left
         image = [((x_BSD.float() * mask_BS1).sum(1) / count_B1).cpu() for x_BSD in places]

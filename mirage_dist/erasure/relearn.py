@@ -143,6 +143,7 @@ def training(
         streams={stream: [source]},
         system_prompt=template.system_prompt,
         image_aspect=template.image_aspect,
+        template_options=template.template_options,
     )
     keep_all = {"keep_last": None, "keep_every": None, "keep_best": None, "export": False}
     return replace(

@@ -43,14 +43,19 @@ def settings(
     environment: Environment,
     engine: Mapping[str, str],
 ) -> Settings:
-    """engine: versions of the generation backend's own libraries."""
+    """recipe: with what `template.image_aspect: auto` comes to. engine: versions of the generation backend's own
+    libraries.
+    """
+    template = asdict(recipe.template)
+    if not template["template_options"]:
+        del template["template_options"]  # as before there were any
     return {
         "model_hash": model_hash,
         "chat_template_hash": chat_template_hash,
         "image_processor": environment.image_processor,
         "libraries": {**environment.libraries, **engine},
         "dtype": recipe.model.dtype,
-        "template": asdict(recipe.template),
+        "template": template,
         "generation": {
             "decoding": "greedy",
             "max_new_tokens": recipe.generation.max_new_tokens,

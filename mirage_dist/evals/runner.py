@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -49,6 +50,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     versions = engine.versions()  # fails here where the engine is not installed
     panel = judges.panel(recipe)
     model = subject.find(recipe.model, Path(recipe.run.dir))
+    recipe = _resolved(recipe, model)
     _check_template(recipe, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash, model.environment, versions)
@@ -107,14 +109,21 @@ def _first(keys: Collection[str]) -> str:
     return f" (keys {', '.join(sorted(keys)[:3])} …)" if keys else ""
 
 
+def _resolved(recipe: EvalRecipe, model: Subject) -> EvalRecipe:
+    """The recipe with what `image_aspect: auto` comes to, since that decides the answers."""
+    if recipe.template.image_aspect != "auto":
+        return recipe
+    return replace(recipe, template=replace(recipe.template, image_aspect=model.aspect))
+
+
 def _check_template(recipe: EvalRecipe, model: Subject) -> None:
     """Raise ConfigError when the template differs from that of training, as it did unnoticed in the paper's code."""
     if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
         return
     data = configs.load(trained, [], TrainRecipe).data
-    for key in ("system_prompt", "image_aspect"):
+    for key in ("system_prompt", "image_aspect", "template_options"):
         here, there = getattr(recipe.template, key), getattr(data, key)
-        if here != there:
+        if here != (model.aspect if there == "auto" else there):
             raise ConfigError(
                 f"template.{key}={here!r}, but {trained} trained with data.{key}={there!r}; set the same value here"
             )

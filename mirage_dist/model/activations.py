@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from mirage_dist.model.families.roles import decoder
 from mirage_dist.schema import ConfigError
 
-# Text decoders whose forward is its layers one after the other, all called with the same arguments, then the norm.
+# Text decoders whose forward is its layers one after the other, all called with the same arguments, then the norm. Of
+# vision-language models, LLaVA (all kinds), InternVL, Idefics3, SmolVLM and Mistral 3 have these. Others are always
+# run whole, for all rows: Qwen-VL, which adds features of pictures between layers or has positions on three axes, Gemma
+# with its layers of two kinds, Mllama with its layers that only pictures use.
 PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -70,26 +73,26 @@ def is_plain(backbone: Any) -> bool:
 def seeing(backbone: Any, layers: set[int], depth: int | None = None) -> Iterator[Seen]:
     """Record inputs and outputs of these decoder layers during the forward inside the block.
 
-    With `depth` the decoder runs at most this many layers: the block lowers the number in its configuration. Raising
-    from a hook instead would leave ZeRO-3 with gathered parameters.
+    With `depth` the decoder runs this many layers at most: the block puts a shorter list in the place of its `layers`,
+    which every decoder goes through. Raising from a hook instead would leave ZeRO-3 with gathered parameters.
     """
     text = decoder(backbone)
-    seen, whole = Seen(), text.config.num_hidden_layers
+    seen, whole = Seen(), text.layers
 
     def hook(number: int) -> Any:
         def keep(_module: nn.Module, positional: Any, arguments: dict[str, Any], output: Any) -> None:
-            seen.inputs[number] = (positional[0], arguments)
+            seen.inputs[number] = (positional[0] if positional else arguments["hidden_states"], arguments)
             seen.outputs[number] = output[0] if isinstance(output, tuple) else output
 
         return text.layers[number].register_forward_hook(keep, with_kwargs=True)
 
     handles = [hook(number) for number in layers]
     try:
-        if depth is not None:
-            text.config.num_hidden_layers = depth
+        if depth is not None and depth < len(whole):
+            text.layers = whole[:depth]
         yield seen
     finally:
-        text.config.num_hidden_layers = whole
+        text.layers = whole
         for handle in handles:
             handle.remove()
 

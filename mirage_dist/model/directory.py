@@ -1,20 +1,44 @@
-"""What a model directory is, for training and evaluation alike: which files decide the model, and their hash."""
+"""A model directory, for training and evaluation alike: the files that decide the model, their tensors and hash."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
+from typing import Any, NamedTuple
 
 from mirage_dist import disk
+from mirage_dist.model.families import configs
 from mirage_dist.schema import ConfigError
 
 WEIGHTS = "*.safetensors"  # weights in other formats are never loaded
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Configurations of model, generation, tokenizer and processor (*.json), chat templates, and tokenizer vocabularies.
 DECIDING = (WEIGHTS, "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken")
 VOCABULARIES = ("merges.txt", "vocab.txt")
+# Files among these that saving a model writes: they change with the weights. The others belong to its processor.
+OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model*.safetensors"
+POINTER = b"version https://git-lfs"  # a Git-LFS pointer's first bytes
+# Bytes of one number, by the dtype's name in safetensors headers. torch has no dtype for others.
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+AGAIN = "copy or download the model again"
 State = list[tuple[str, int, int, int]]  # name, size, modification time in ns and inode of each file
+
+
+class Header(NamedTuple):
+    """One tensor in a file: dtype as safetensors names it, and shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def resolve(path: str) -> Path:
@@ -22,60 +46,240 @@ def resolve(path: str) -> Path:
 
     Raises ConfigError when there is neither.
     """
-    if Path(path).is_dir():
+    try:
+        present, file = Path(path).is_dir(), Path(path).is_file()
+    except (OSError, ValueError) as error:  # no permission, a name that is too long
+        raise ConfigError(f"model.path={path[:200]}: cannot be read: {error}") from error
+    if present:
         return Path(path)
+    if file:
+        raise ConfigError(f"model.path={path}: this is a file; give the Hugging Face model directory that holds it")
+    if _looks_local(path):
+        raise ConfigError(
+            f"model.path={path}: looks like a local path but does not exist (the working directory is {Path.cwd()}); "
+            "give an existing model directory, or a hub name such as llava-hf/llava-1.5-7b-hf"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(path, local_files_only=True))
-    except (OSError, HFValidationError) as error:
+    except HFValidationError as error:
+        raise ConfigError(f"model.path={path}: neither a directory nor a valid hub name: {error}") from error
+    except OSError as error:
         raise ConfigError(
-            f"model.path={path}: neither a directory with a config.json nor a model in the cache; give a Hugging Face "
-            f"model directory, or download the model first (hf download {path})"
+            f"model.path={path}: neither a directory here nor a hub model in the cache; nothing is downloaded during a "
+            f"run, so download the model first: hf download {path}"
         ) from error
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist cannot be a hub name (NAME or OWNER/NAME), or starts in an existing folder."""
+    parts = Path(path).parts
+    return (
+        path.startswith((".", "/", "~"))
+        or path.endswith("/")
+        or "\\" in path
+        or len(parts) > 2
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )
 
 
 def check(path: str, weights: bool = True) -> Path:
     """The directory that `path` names, after a check that a model can be made from it.
 
     weights: whether its weights must be present; without them a configuration is enough. Raises ConfigError when the
-    directory does not exist, holds an adapter without its base model, has no *.safetensors, or no readable config.json.
+    directory does not exist, holds a peft adapter, has no *.safetensors, or no readable config.json, and for a file
+    that is empty, a dangling link, or a Git-LFS pointer.
     """
     folder = resolve(path)
-    config = folder / "config.json"
-    if (folder / ADAPTER_CONFIG).is_file() and not (_whole_weights(folder) and config.is_file()):
-        raise ConfigError(
-            f"model.path={path}: a peft adapter without its base model; merge it first: "
-            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(OUT), copy the processor's "
-            "files to OUT, and give OUT (an adapter trained by mirage is merged by `mirage export RUN OUT`)"
-        )
+    _refuse_adapters(path, folder)
+    for file in files(folder):
+        _check_content(file)
     if weights:
         require_weights(folder)
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.path={path}: no readable config.json in {folder}; give a Hugging Face model directory"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{config}: not JSON: {error}") from error
+        )
+    configs.read(folder / "config.json")
     return folder
+
+
+def _refuse_adapters(path: str, folder: Path) -> None:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if _whole_weights(folder) and (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={path}: a whole model and a peft adapter ({ADAPTER_CONFIG}) in one directory; transformers "
+            "would load both. Move the adapter's files to another directory, or merge it into the model"
+        )
+    raise ConfigError(
+        f"model.path={path}: a peft adapter without its base model; merge it first: "
+        "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(OUT), copy the processor's "
+        "files to OUT, and give OUT (an adapter trained by mirage is merged by `mirage export RUN OUT`)"
+    )
+
+
+def _check_content(file: Path) -> None:
+    try:
+        if not S_ISREG(file.stat().st_mode):  # reading a pipe would never end
+            raise ConfigError(f"{file}: no regular file; {AGAIN}")
+        with file.open("rb") as handle:
+            start = handle.read(len(POINTER))
+    except FileNotFoundError as error:  # only a link can be listed and not exist
+        raise ConfigError(f"{file}: a link to a file that does not exist ({os.readlink(file)}); {AGAIN}") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    if not start:
+        raise ConfigError(f"{file}: an empty file; {AGAIN}")
+    if start == POINTER:
+        raise ConfigError(
+            f"{file}: a Git-LFS pointer, not the file itself; run `git lfs pull` in the cloned repository, or download "
+            "the model with `hf download`"
+        )
 
 
 def require_weights(folder: Path) -> None:
     """Raise ConfigError unless the directory has a model's weights, as safetensors."""
-    if not _whole_weights(folder):
+    if not has_weights(folder):
         raise ConfigError(
             f"model.path={folder}: no *.safetensors here (weights in other formats are never loaded); give a Hugging "
             "Face model directory, such as a run's export/ (`mirage export` writes one)"
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the directory holds any of a model's weights; `weight_files` says whether transformers finds them."""
+    return bool(_whole_weights(folder)) or (folder / INDEX).exists()
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The files that transformers loads this model's weights from, each with the tensors that the index promises.
+
+    Without an index nothing is promised: one list, empty. Raises ConfigError when there are no such files, or the index
+    names a file that is missing or lies elsewhere.
+    """
+    name = configs.read(folder / "config.json").get("transformers_weights")
+    if name is None:
+        name = WHOLE if (folder / WHOLE).exists() else INDEX
+    elif not isinstance(name, str) or Path(name).name != name:
+        raise ConfigError(f"{folder / 'config.json'}: transformers_weights={name!r} is no name of a file beside it")
+    file = folder / name
+    if not file.exists():
+        present = ", ".join(sorted(f.name for f in _whole_weights(folder))[:3]) or "none"
+        raise ConfigError(
+            f"model.path={folder}: neither {WHOLE} nor {INDEX} (*.safetensors here: {present}); transformers finds "
+            "weights by these names only. Download the whole repository, or give the model's transformers format"
+        )
+    return _shards(file) if name.endswith(".json") else {file: []}
+
+
+def _shards(index: Path) -> dict[Path, list[str]]:
+    _check_content(index)
+    content = configs.read(index)
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ConfigError(f"{index}: expected `weight_map`, an object of tensor names and the files that hold them")
+    if not isinstance(content.get("metadata"), dict):
+        raise ConfigError(f'{index}: transformers requires an object `metadata` here; add "metadata": {{}}')
+    shards: dict[Path, list[str]] = {}
+    for tensor, name in places.items():
+        if Path(name).name != name:
+            raise ConfigError(f"{index}: {tensor} lies in {name!r}; a shard must lie in the model directory itself")
+        shards.setdefault(index.parent / name, []).append(tensor)
+    missing = sorted(file.name for file in shards if not file.exists())
+    if missing:
+        raise ConfigError(
+            f"{index}: names {len(missing)} of {len(shards)} files that do not exist here: {', '.join(missing[:3])}; "
+            "copy or download the model again"
+        )
+    return dict(sorted(shards.items()))
+
+
+def headers(folder: Path, extra: Sequence[str] = ()) -> dict[str, Header]:
+    """The tensors in the files that transformers loads, by their name on disk.
+
+    extra: further files that a model's class loads where they exist. Raises ConfigError for a damaged file, a tensor
+    that two files hold, and one that the index promises and its file lacks.
+    """
+    files = weight_files(folder)
+    files |= {folder / name: [] for name in extra if (folder / name).exists() and folder / name not in files}
+    tensors: dict[str, Header] = {}
+    for file, promised in files.items():
+        own = _header(file)
+        lacking = [name for name in promised if name not in own]
+        if lacking:
+            raise ConfigError(f"{file}: lacks {lacking[0]}, which {INDEX} places there; {AGAIN}")
+        for name, header in own.items():
+            if name in tensors:
+                raise ConfigError(
+                    f"{file}: holds {name}, and so does {tensors[name].file.name}; only one can be loaded. {AGAIN}"
+                )
+            tensors[name] = header
+    return tensors
+
+
+def _header(file: Path) -> dict[str, Header]:
+    """The tensors of one file. Layout: https://github.com/huggingface/safetensors, section "Format"."""
+    _check_content(file)
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        first = handle.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > LONGEST_HEADER:
+            raise ConfigError(f"{file}: no safetensors file (its header would have {length} bytes); {AGAIN}")
+        text = handle.read(length)
+    if len(text) < length:
+        raise ConfigError(f"{file}: cut off within its header: {size} bytes of at least {8 + length}; {AGAIN}")
+    try:
+        content = json.loads(text)
+        tensors = {name: _entry(file, name, value) for name, value in content.items() if name != "__metadata__"}
+    except ConfigError:
+        raise
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(f"{file}: no safetensors file (its header cannot be read: {error}); {AGAIN}") from error
+    place = 0  # in the data, which follow the header without gaps
+    for name, (header, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][1:]):
+        length_of = math.prod(header.shape) * SIZES[header.dtype]
+        if begin != place or length_of != stop - begin:
+            raise ConfigError(
+                f"{file}: its header places {name}, {header.dtype} of shape {header.shape}, at bytes {begin} to "
+                f"{stop}, which do not fit; {AGAIN}"
+            )
+        place = stop
+    end = 8 + length + place
+    if size < end:
+        raise ConfigError(f"{file}: cut off: {size} bytes, but its header describes {end}; {AGAIN}")
+    if size > end:
+        raise ConfigError(f"{file}: {size} bytes, but its header describes only {end}; {AGAIN}")
+    return {name: header for name, (header, _, _) in tensors.items()}
+
+
+def _entry(file: Path, name: str, value: Mapping[str, Any]) -> tuple[Header, int, int]:
+    """A tensor of a header and its place in the file's data, in bytes."""
+    dtype, shape, (begin, stop) = value["dtype"], tuple(map(int, value["shape"])), map(int, value["data_offsets"])
+    if min(*shape, begin, 0) < 0:
+        raise ValueError(f"{name} has shape {shape} at byte {begin}")
+    if dtype not in SIZES:
+        raise ConfigError(f"{file}: {name} has dtype {dtype}, which cannot be loaded; known: {', '.join(SIZES)}")
+    return Header(file, dtype, shape), begin, stop
+
+
 def files(folder: Path) -> list[Path]:
     """The files that decide what a model answers: weights, configurations, tokenizer, processor, chat templates."""
     chosen = {file for pattern in DECIDING for file in folder.glob(pattern)}
     return sorted(chosen | {folder / name for name in VOCABULARIES if (folder / name).is_file()})
+
+
+def copy_processing(folder: Path, out: Path) -> None:
+    """Copy the files of processor, tokenizer and chat templates from a model directory to `out`, as they are."""
+    for file in files(folder):
+        if file.match(WEIGHTS) or file.name in OF_THE_MODEL or file.name.endswith(".index.json"):
+            continue
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def state(folder: Path) -> State:

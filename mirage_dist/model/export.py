@@ -9,10 +9,10 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import disk
-from mirage_dist.model import load
+from mirage_dist.model import directory, load, weights
 from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 
 CARD = """---
 library_name: transformers
@@ -28,15 +28,18 @@ Attack success and rejection rates belong beside this model; a low rate is behav
 def export(run: Path, out: Path, step: int | None = None, workspace: Path | None = None) -> None:
     """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; needs no process group.
 
-    Weights have the dtype of training; adapters are merged. The result loads with
-    `AutoModelForImageTextToText.from_pretrained`. It is written in `workspace` (default: beside `out`) and renamed.
-    Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed, or `out` exists.
+    Weights have the dtype of training; adapters are merged. The files of processor, tokenizer and chat template are
+    copies of the base model's. The result loads with `from_pretrained` of the base's auto class. It is written in
+    `workspace` (default: beside `out`) and renamed.
+    Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed or are not whole,
+    or `out` exists.
     """
     recipe = configs.load(run / "config.yaml", [], TrainRecipe)
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
     checkpoint = chosen(run / "checkpoints", step)
     manifest = read_manifest(checkpoint)
+    load.check_weights(recipe.model, None)  # a damaged file is named before gigabytes are hashed
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
     policy = load.policy(recipe.model, recipe.train.dtype, {})
@@ -53,7 +56,16 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
         card = CARD.format(**facts, step=step_of(checkpoint), hash=configs.config_hash(recipe)[:16])
         (partial / "README.md").write_text(card)
         hf.save_pretrained(partial)
-        load.processor(recipe.model).save_pretrained(partial)
+        _check_written(partial, hf.config, out)
+        directory.copy_processing(directory.resolve(recipe.model.path), partial)
+
+
+def _check_written(folder: Path, config: Any, out: Path) -> None:
+    """Raise RunError unless a model that was just written would load with every weight."""
+    try:
+        weights.check(folder, config)
+    except ConfigError as error:
+        raise RunError(f"{out}: nothing was exported, since the result would not load: {error}") from error
 
 
 def chosen(folder: Path, step: int | None) -> Path:

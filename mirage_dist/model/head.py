@@ -46,7 +46,7 @@ def install(model: Any) -> TokenLogProbHead:
             f"lm_head is a {type(head).__name__}; the loss head needs a plain linear layer. Leave lm_head out of "
             "model.lora.targets"
         )
-    text = getattr(model.config, "text_config", model.config)
+    text = model.config.get_text_config()
     fused: Any = head
     fused.__class__ = TokenLogProbHead
     fused.softcap = getattr(text, "final_logit_softcapping", None)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mirage_dist.model import activations, directory, trainable, vision
-from mirage_dist.model.families import packing, processors, roles
+from mirage_dist.data.encoding.collate import Encoder
+from mirage_dist.model import activations, directory, trainable, vision, weights
+from mirage_dist.model.families import by_row, configs, packing, processors, roles, truncation
 from mirage_dist.model.policy import HeadedModel
+from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,6 +22,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def processor(model: ModelConfig) -> Any:
     """The processor of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
     return processors.load(directory.resolve(model.path))
+
+
+def configuration(model: ModelConfig) -> Any:
+    """The configuration of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
+    return _config(model, None)
+
+
+def picture_token(model: ModelConfig) -> int | None:
+    """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
+    return roles.picture_token(_config(model, None))
 
 
 def policy(
@@ -31,7 +44,8 @@ def policy(
     """The model to train, or with `frozen` a reference. Under ZeRO-3 its parameters are partitioned while they load.
 
     depth: load only this many decoder layers; the norm and head above them do not train. Raises ConfigError when the
-    model cannot be loaded, a pattern of `model.train` matches nothing, or nothing within `depth` trains.
+    model cannot be loaded, its files lack a weight or hold a NaN, a pattern of `model.train` matches nothing, or
+    nothing within `depth` trains.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -40,17 +54,16 @@ def policy(
     # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
-        hf: Any = roles.auto_class(config).from_pretrained(
+        hf = weights.load(
+            roles.auto_class(config),
             folder,
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
-            use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.path={model.path}: cannot be loaded: {error}") from error
     finally:
         del keep
+    by_row.keep_apart(hf)
     if frozen:
         return HeadedModel(hf.requires_grad_(False))
     if model.gradient_checkpointing:
@@ -60,24 +73,28 @@ def policy(
 
 
 def _config(model: ModelConfig, depth: int | None) -> Any:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(directory.resolve(model.path))
-    text = config.get_text_config()
+    config = configs.load(directory.resolve(model.path))
     # Never more layers than the model has: `check_names` reports a missing layer.
-    if depth is not None and depth < text.num_hidden_layers:
-        text.num_hidden_layers = depth
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:depth]
-    return config
+    return config if depth is None else truncation.truncated(config, depth)
 
 
-def attention(model: ModelConfig, dtype: str) -> str:
-    """The attention implementation; `auto` is flash-attention for bf16 on a GPU where it is installed, else sdpa."""
+def check_weights(model: ModelConfig, depth: int | None) -> None:
+    """Check that the files hold every weight of the model, by their headers alone. depth: see `policy`.
+
+    Raises ConfigError for damaged files, and for weights that are missing or have another shape.
+    """
+    weights.check(directory.check(model.path), _config(model, depth))
+
+
+def attention(model: ModelConfig, dtype: str) -> str | None:
+    """The attention implementation to ask transformers for; None leaves the choice to it (sdpa where a family has it).
+
+    `auto` is flash-attention for bf16 on a GPU where it is installed, else None.
+    """
     if model.attention != "auto":
         return model.attention
     flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else None
 
 
 def base_hash(path: str) -> str:
@@ -92,23 +109,45 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> HeadedModel:
+def check_names(
+    model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None, dtype: str = "fp32"
+) -> HeadedModel:
     """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
     layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
-    layer that does not exist, or when the model cannot be packed or its vision features cannot be cached.
+    layer that does not exist, or when the model's vision features cannot be cached.
     """
-    built = weightless(model, depth)
+    built = weightless(model, depth, dtype)
     for layer in layers:
         activations.check_layer(built.backbone, layer)
-    if data.packing:
-        packing.check(built.backbone)
     if data.cache_vision:
         vision.check(built.base)
     return built
 
 
-def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
+def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -> DataConfig:
+    """`data` with `packing` true or false: `auto` is true for models that keep packed sequences apart, and logs which.
+
+    Loads no weights. Raises ConfigError when `packing` is true for a model that does not.
+    """
+    if data.packing is False:
+        return data
+    encoder = Encoder(processor, picture_token=picture_token(model))
+    flash = (attention(model, dtype) or "").startswith("flash")
+    backbone = weightless(replace(model, lora=None)).backbone
+    if encoder.by_row:
+        fault = f"{backbone.config.model_type} has the pictures of each row apart from its tokens"
+    else:
+        fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
+    if data.packing == "auto":
+        reason = f"{backbone.config.model_type} keeps packed sequences apart" if fault is None else fault
+        log.info(f"data.packing=auto: {'packed' if fault is None else 'padded'}, since {reason}")
+    elif fault is not None:
+        raise ConfigError(f"data.packing: {fault}; take `auto`, which pads here, or false")
+    return replace(data, packing=fault is None)
+
+
+def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32") -> HeadedModel:
     """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
 
     Raises ConfigError as `policy` does.
@@ -116,7 +155,9 @@ def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
     config = _config(model, depth)
     try:
         with torch.device("meta"):
-            hf: Any = roles.auto_class(config).from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
+            hf: Any = roles.auto_class(config).from_config(config, attn_implementation=attention(model, dtype))
+    except configs.FAULTS as error:
+        raise ConfigError(
+            f"model.path={model.path}: no model can be made of its config.json: {configs.brief(error)}"
+        ) from error
     return trainable.prepare(hf, model, depth)

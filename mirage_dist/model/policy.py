@@ -5,14 +5,22 @@ Arguments and results are named tuples and dicts, because ZeRO-3's hooks find te
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mirage_dist.model import activations, head, vision
+from mirage_dist.model import activations, head
 from mirage_dist.model.activations import Narrow, Prefix
-from mirage_dist.model.families import roles
+from mirage_dist.model.families import packing, roles
+from mirage_dist.model.vision import FEATURES, Tower
+from mirage_dist.ranks import peer_lost
+
+# What decoders call the norm after their last layer.
+FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
 class Request(NamedTuple):
@@ -22,7 +30,8 @@ class Request(NamedTuple):
     KL divergence from `ref_logits_MV` to compute, or whose logits where no reference logits are given (the request to a
     reference model). layers: decoder layers to tap. narrow: the rows that continue after a layer; they must include
     every row requested above. share: return the input of this layer as a prefix. prefix: start from it, whatever the
-    inputs are. vision: compute the features of the pictures only (see `model.vision`).
+    inputs are. vision: record these connectors' inputs for the pictures only; empty: of those that are constants (see
+    `model.vision`).
     """
 
     index_N: Tensor | None = None
@@ -33,13 +42,14 @@ class Request(NamedTuple):
     narrow: Narrow | None = None
     share: int | None = None
     prefix: Prefix | None = None
-    vision: bool = False
+    vision: tuple[str, ...] | None = None
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activations, vision_IPF in the model's dtype. None where not requested.
+    """logp_N, kl_M, logits_MV in float32; activations, vision in the model's dtype. None where not requested.
 
-    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`.
+    activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`. vision:
+    connector -> its input.
     """
 
     logp_N: Tensor | None = None
@@ -47,7 +57,7 @@ class Outputs(NamedTuple):
     logits_MV: Tensor | None = None
     activations_BSD: dict[int, Tensor] | None = None
     prefix: Prefix | None = None
-    vision_IPF: Tensor | None = None
+    vision: dict[str, Tensor] | None = None
 
 
 class HeadedModel(nn.Module):
@@ -60,6 +70,8 @@ class HeadedModel(nn.Module):
         super().__init__()
         self.hf = hf
         head.install(self.base)
+        # Here, since an AttributeError within one of the properties below would hide its cause.
+        roles.decoder(self.base)
 
     @property
     def base(self) -> Any:
@@ -69,11 +81,16 @@ class HeadedModel(nn.Module):
     @property
     def backbone(self) -> Any:
         """The model below its lm_head."""
-        return getattr(self.base, self.base.base_model_prefix)
+        return self.base.base_model
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, recorded and replayed."""
+        return Tower(self.base)
 
     @property
     def hidden_size(self) -> int:
-        return getattr(self.base.config, "text_config", self.base.config).hidden_size
+        return self.base.config.get_text_config().hidden_size
 
     @property
     def depth(self) -> int:
@@ -86,14 +103,15 @@ class HeadedModel(nn.Module):
         These are the later layers, the final norm and the LM head (unless tied to the embeddings).
         """
         text = roles.decoder(self.backbone)
-        later = [*text.layers[depth:], getattr(text, "norm", nn.Identity()), self.base.get_output_embeddings()]
+        norms = [module for name, module in text.named_children() if name in FINAL_NORMS]
+        later = [*text.layers[depth:], *norms, self.base.get_output_embeddings()]
         tied = {id(p) for p in text.get_input_embeddings().parameters()}
         return [p for module in later for p in module.parameters() if id(p) not in tied]
 
     def forward(self, inputs: dict[str, Tensor], request: Request) -> Outputs:
         """One pass; it ends after the last tapped layer when no output of the LM head is requested."""
-        if request.vision:
-            return Outputs(vision_IPF=vision.features(self.backbone, inputs["pixel_values"]))
+        if request.vision is not None:
+            return Outputs(vision=self.tower.recorded(inputs, request.vision))
         needs_head = request.index_N is not None or request.kl_index_M is not None
         end = self.depth if needs_head or not request.layers else max(request.layers) + 1
         if request.prefix is not None:
@@ -121,11 +139,14 @@ class HeadedModel(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor], Prefix | None]:
         """Through `end` decoder layers and the norm: hidden states, outputs of tapped layers, the prefix to share."""
         narrow, share, taps = request.narrow, request.share, request.layers
-        entered = vision.entered(self.backbone, inputs)
         own = end if narrow is None else narrow.first  # layers that the backbone itself runs
         kept = {number for number in (share, *taps, own - 1) if number is not None and number < own}
-        with activations.seeing(self.backbone, kept, own) as seen:
-            hidden_BSD = self.backbone(**entered, use_cache=False).last_hidden_state
+        with (
+            self.tower.replaying(inputs) if FEATURES in inputs else nullcontext(inputs) as entered,
+            packing.entering(self.backbone, entered) as arguments,
+            activations.seeing(self.backbone, kept, own) as seen,
+        ):
+            hidden_BSD = self.backbone(**arguments, use_cache=False).last_hidden_state
         tapped_BSD = {number: seen.outputs[number] for number in taps if number < own}
         if narrow is not None:
             _, arguments = seen.inputs[own - 1]
@@ -138,6 +159,28 @@ class HeadedModel(nn.Module):
             shared_BSD, arguments = seen.inputs[share]
             prefix = Prefix(share, shared_BSD.detach(), arguments)
         return hidden_BSD, tapped_BSD, prefix
+
+
+def differ_by(module: Any, depth: int, live: dict[str, Any], replayed: dict[str, Any]) -> float:
+    """How far the first decoder layers come apart with replayed pictures: the difference's share of a hidden state.
+
+    Infinite where the family's code cannot run with them. depth: number of decoder layers.
+    """
+    layer = min(3, depth - 1)
+
+    def hidden(inputs: dict[str, Any]) -> Tensor:
+        tapped = no_grad_forward(module, inputs, Request(layers=(layer,))).activations_BSD
+        assert tapped is not None
+        return tapped[layer].float()
+
+    live_BSD = hidden(live)
+    try:
+        replayed_BSD = hidden(replayed)
+    except Exception as error:  # of any kind: the code is the family's own
+        if isinstance(error, torch.OutOfMemoryError) or peer_lost(error):
+            raise
+        return math.inf
+    return float((live_BSD - replayed_BSD).norm() / live_BSD.norm())
 
 
 def no_grad_forward(module: Any, inputs: dict[str, Tensor], request: Request) -> Outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.errors import ConfigError, require
@@ -50,11 +50,14 @@ class DataConfig:
     streams: dict[str, list[SourceConfig]]
     max_length: int = 2048  # tokens a sample, image tokens included
     on_long: Literal["error", "truncate"] = "error"  # truncate cuts the answer, never image or question
-    image_aspect: Literal["pad", "processor"] = "pad"  # pad to a square with the processor's mean colour
+    # pad to a square with the processor's mean colour; auto: pad for a processor that cuts to a square, as LLaVA-1.5's
+    image_aspect: Literal["auto", "pad", "processor"] = "auto"
     system_prompt: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
     group_by_length: bool = False  # samples of similar length in one batch
-    packing: bool = False  # a micro-batch's samples concatenated into one row, without padding
+    # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
+    packing: Literal[True, False, "auto"] = False
     workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
     cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 

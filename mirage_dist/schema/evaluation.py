@@ -73,7 +73,8 @@ class TemplateConfig:
     """How a question becomes a prompt; use the values that the model was trained with (see `DataConfig`)."""
 
     system_prompt: str | None = None
-    image_aspect: Literal["pad", "processor"] = "pad"
+    image_aspect: Literal["auto", "pad", "processor"] = "auto"
+    template_options: dict[str, Any] = field(default_factory=dict)
     max_length: int = 2048  # tokens; a longer prompt is an error
 
 

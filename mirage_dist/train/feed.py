@@ -9,12 +9,14 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
+from mirage_dist.model import load
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
@@ -94,7 +96,7 @@ class MicroBatch:
             return function(value) if isinstance(value, Tensor) else value
 
         tensors = {name: mapped(value) for name, value in vars(self.batch).items()}
-        inputs = {name: mapped(value) for name, value in self.batch.inputs.items()}
+        inputs = tree_map(mapped, self.batch.inputs)
         return replace(self, batch=Batch(**{**tensors, "inputs": inputs}), mask_BS=function(self.mask_BS))
 
     def _chosen(self, values_N: Tensor, streams: Sequence[str]) -> Tensor | None:
@@ -182,6 +184,7 @@ def describe(streams: Mapping[str, Source]) -> DataSummary:
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
+    recipe: resolved (see `planning.check.resolved`); an `auto` that is left in it pads.
     samples: stream -> its samples. pictures: path -> SHA-256 of each picture that was checked.
     lengths: stream -> tokens (n,) of each sample's row after truncation, known after
     `check_lengths`. Raises ConfigError when paired streams do not match.
@@ -195,7 +198,14 @@ class Feed:
         check_pairs(self.samples, needs.paired)
         data = recipe.data
         self.encoder = Encoder(
-            processor, data.max_length, data.on_long, data.image_aspect, data.system_prompt, data.packing
+            processor,
+            data.max_length,
+            data.on_long,
+            data.image_aspect,
+            data.system_prompt,
+            data.packing is True,
+            load.picture_token(recipe.model),
+            data.template_options,
         )
 
     def check_lengths(self, group: Group) -> int:

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import torch
 
 from mirage_dist import ranks, signals
-from mirage_dist.data import sources, stream
+from mirage_dist.data import stream
 from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
-from mirage_dist.model import export, load
+from mirage_dist.model import directory, export, load
 from mirage_dist.model.reference import AdaptersOff, Frozen, Reference
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group
@@ -31,7 +31,7 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
-from mirage_dist.train.planning.check import Checked, check_inputs, warn
+from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
 
 LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
@@ -43,6 +43,7 @@ def train(checked: Checked) -> None:
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
     RunError when another rank ended before this one.
     """
+    directory.check(checked.recipe.model.path)  # weights too, without which a check or a plan is content
     streams = check_inputs(checked)
     group = ranks.start(checked.recipe.train.hang_seconds)
     try:
@@ -53,7 +54,7 @@ def train(checked: Checked) -> None:
         _end_after_peer(checked.recipe.run.dir, group, reason)
 
 
-def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
+def _end_after_peer(root: str, group: Group, reason: str) -> NoReturn:
     """End this rank because another one ended first; `reason` is how a collective failed.
 
     The rank that failed reports the cause, or its launcher names it and then stops the others. So this rank waits for
@@ -62,19 +63,17 @@ def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
     if signals.wait(LAUNCHER_SECONDS) and not group.main:
         raise SystemExit(RunError.status)
     raise RunError(
-        f"{directory}: another rank ended or does not answer, see above (rank {group.rank} was at "
+        f"{root}: another rank ended or does not answer, see above (rank {group.rank} was at "
         f"{ranks.last_call()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
     )
 
 
 def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
-    recipe, objective = checked.recipe, checked.objective
-    name = Path(recipe.run.dir).name
-    processor = load.processor(recipe.model)
-    sources.check_pictures(streams, group.rank, group.size, lambda own: ranks.everyones(group, own))
-    feed = Feed(recipe, checked.needs, streams, processor)
-    cut = feed.check_lengths(group)  # before the directory is claimed: an error here changes the recipe
-    with _leased(checked, streams, group) as (lease, manifest):
+    objective, name = checked.objective, Path(checked.recipe.run.dir).name
+    feed, cut = check_batches(checked, streams, group)  # before the directory is claimed: an error changes the recipe
+    recipe = feed.recipe
+    _check_family(feed, group)
+    with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest):
         log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
         for title, source in streams.items():
             log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
@@ -98,6 +97,18 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         if recipe.train.export and group.main and not (run.root / "export").exists():
             export.export(run.root, run.root / "export", workspace=lease.workspace)
         ranks.barrier(group, "end of the run")
+
+
+def _check_family(feed: Feed, group: Group) -> None:
+    """`check_family` on rank 0, at the first start of a run; raises its ConfigError on every rank."""
+    fault = None
+    if group.main and not rundir.begun_like_this(Path(feed.recipe.run.dir)):
+        try:
+            check_family(feed)
+        except ConfigError as error:
+            fault = str(error)
+    if (fault := ranks.from_main(group, fault)) is not None:
+        raise ConfigError(fault)
 
 
 def reference_of(run: Run) -> Reference | None:
@@ -171,8 +182,13 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> Iterator[tuple[Lease, Identity]]:
-    """The run directory, owned while the block runs, and its manifest; equal on every rank."""
+def _leased(
+    checked: Checked, streams: Mapping[str, Source], packed: bool, group: Group
+) -> Iterator[tuple[Lease, Identity]]:
+    """The run directory, owned while the block runs, and its manifest; equal on every rank.
+
+    packed: whether batches are.
+    """
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease, fault = None, None
     try:
@@ -181,7 +197,7 @@ def _leased(checked: Checked, streams: Mapping[str, Source], group: Group) -> It
                 lease = acquire(root)
                 with lease.write_failures():
                     rundir.count_start(lease, recipe.train.max_restarts)
-                    rundir.open_run(recipe, checked.needs, streams, load.base_hash(recipe.model.path), lease)
+                    rundir.open_run(recipe, checked.needs, streams, packed, load.base_hash(recipe.model.path), lease)
         except (ConfigError, RunError) as error:
             fault = error
         # All ranks end alike: one that waited here would report a lost connection, perhaps before the cause is logged.

@@ -63,12 +63,14 @@ class Hardware(TypedDict):
 class RunManifest(TypedDict):
     """manifest.json of a run: what its first start was made of.
 
-    config_hash leaves out the keys that may change between two starts. data: by stream. base_hash: see
-    `model.directory.model_hash`. command: the first start's. versions: by distribution name.
+    config_hash leaves out the keys that may change between two starts. data: by stream. packed: whether batches were,
+    which `data.packing: auto` leaves to the model. base_hash: see `model.directory.model_hash`. command: the first
+    start's. versions: by distribution name.
     """
 
     config_hash: str
     data: dict[str, StreamRecord]
+    packed: bool
     base_hash: str
     seed: int
     wandb_id: str
@@ -90,7 +92,8 @@ class Start(TypedDict):
 
 def not_the_run(recipe: TrainRecipe, needs: Needs) -> tuple[str, ...]:
     """The keys that a continued run may change; the micro-batch is one of them unless the loss depends on it."""
-    by_micro_batch = needs.depends_on_micro_batch(recipe.data.packing)
+    # `auto` may mean padding, and the model that decides it need not exist yet.
+    by_micro_batch = needs.depends_on_micro_batch(recipe.data.packing is True)
     return NOT_THE_RUN if by_micro_batch else (*NOT_THE_RUN, "train.micro_batch")
 
 
@@ -107,9 +110,12 @@ def check_directory(recipe: TrainRecipe, needs: Needs) -> None:
         raise ConfigError(f"{recipe.run.dir} holds a run of another recipe ({'; '.join(kept)}); choose another run.dir")
 
 
-def open_run(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], base_hash: str, lease: Lease) -> None:
+def open_run(
+    recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], packed: bool, base_hash: str, lease: Lease
+) -> None:
     """Write config.yaml, data.json and manifest.json at the first start; rank 0 calls this.
 
+    recipe: as given. packed: whether batches are.
     Raises ConfigError at a later start when the base weights or the samples of a stream are no longer those that the
     run began with: the order of samples would change, and the run could not be repeated.
     """
@@ -119,7 +125,7 @@ def open_run(recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], b
     if not file.is_file():
         lease.publish("config.yaml", configs.to_yaml(recipe))
         lease.publish("data.json", json.dumps(describe(streams), indent=1))
-        lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, data, base_hash), indent=1))
+        lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, data, packed, base_hash), indent=1))
     elif json.loads(file.read_text())["base_hash"] != base_hash:
         raise ConfigError(
             f"{root}: the weights of {recipe.model.path} changed since this run began; choose another run.dir"
@@ -196,18 +202,32 @@ def count_start(lease: Lease, limit: int) -> None:
     lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, this]))
 
 
-def _manifest(recipe: TrainRecipe, needs: Needs, data: dict[str, StreamRecord], base_hash: str) -> RunManifest:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute a run."""
     libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def begun_like_this(root: Path) -> bool:
+    """Whether `root` holds a run that began with the libraries of this process; `open_run` then compares the rest."""
+    file = root / "manifest.json"
+    return file.is_file() and json.loads(file.read_text()).get("versions") == versions()
+
+
+def _manifest(
+    recipe: TrainRecipe, needs: Needs, data: dict[str, StreamRecord], packed: bool, base_hash: str
+) -> RunManifest:
     cuda = torch.cuda.is_available()
     return {
         "config_hash": configs.config_hash(recipe, not_the_run(recipe, needs)),
         "data": data,
+        "packed": packed,
         "base_hash": base_hash,
         "seed": recipe.seed,
         "wandb_id": new_wandb_id(),
         "command": sys.argv,
         "git_commit": _git_commit(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": versions(),
         "hardware": {
             "machine": platform.machine(),
             "cpus": os.cpu_count(),

@@ -113,7 +113,7 @@ def test_caches_and_export_take_what_was_planned(finished, plans):
         files = list(finished[name].glob("vision/*/*"))
         planned = plans[name].disk["vision features"][0]
         assert planned == sum(t.nbytes for file in files for t in load_file(file).values())
-        assert planned < sum(file.stat().st_size for file in files) < planned + 200 * vision_cache.PART * len(files)
+        assert planned < sum(file.stat().st_size for file in files) < planned + 400 * vision_cache.PART * len(files)
     assert "reference cache" not in plans["zero3"].disk
     assert plans["zero3"].memory["reference"][0] == plans["zero3"].memory["weights"][0]
 

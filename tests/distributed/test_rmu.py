@@ -22,8 +22,8 @@ from mirage_dist.train.feed import Feed, read_streams
 STEPS, LAYER = 4, 1
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", f"objective.layer={LAYER}", "objective.positions=unpadded")
 SHARDED = {"zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0}}
-ABOVE_ZERO = "model.train=['*language_model.layers.1.*', '*lm_head*']"
-PROJECTOR = "model.train=['*language_model.layers.[01].*', '*multi_modal_projector*']"
+ABOVE_ZERO = "model.train=[decoder.layers.1.*, head]"
+PROJECTOR = "model.train=['decoder.layers.[01].*', connector]"
 LORA = "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model.layers.[1-3].*_proj']}"
 # name -> (ranks, micro-batch, overrides); the first four have a plain twin
 RUNS = {

@@ -39,6 +39,8 @@ def test_one_source_stands_for_a_list_of_one():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("model.train=[decoder.layers.[01].mlp.weight]", ["model.train", "quote names with"]),
+        ("model.train=[decoder", ["model.train=[decoder", "is not YAML"]),
         ("train.lrr=1", ["train.lrr", "'lr'"]),
         ("trian.lr=1", ["trian", "'train'"]),
         ("train.dtype=fp16", ["train.dtype", "fp32, bf16"]),

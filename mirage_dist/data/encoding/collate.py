@@ -10,29 +10,28 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from mirage_dist.data.encoding.conversation import Conversation, called, tokenizer_of
 from mirage_dist.data.encoding.packing import borders, pack
+from mirage_dist.data.encoding.pictured import Aspect, Pictured, aspect_of
+from mirage_dist.data.encoding.rows import IGNORE, TOKEN_TYPES, Row, Tokens, extend, stack, started
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
-IGNORE = -100  # label of a position without loss, as in Hugging Face models
-# Token types that a processor may return; 0 is text in both.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-# One unpadded sequence. Each list has one value a token (S values): input_ids, vocabulary ids; attention_mask, 1, or 0
-# on the placeholder; labels, the token's own id where it is part of an answer, else IGNORE (not yet shifted); and the
-# token types that the processor returns.
-Row = dict[str, list[int]]
+__all__ = ["IGNORE", "TOKEN_TYPES", "Batch", "Encoder", "Lookup", "Row", "TooLong"]
+
 # Paths (None: the placeholder) -> the tensors that the model takes for these pictures.
-Lookup = Callable[[Sequence[str | None]], dict[str, Tensor]]
+Lookup = Callable[[Sequence[str | None]], dict[str, Any]]
 
 
 class TooLong(ConfigError):
@@ -68,9 +67,12 @@ class Encoder:
     A text-only model's tokenizer serves for prompts without pictures.
 
     max_length: tokens of a row or a prompt, picture tokens included. on_long: refuse longer training rows, or truncate
-    their last answer. image_aspect: pad pictures to a square, or leave them to the processor.
-    Raises ConfigError when the tokenizer has no end token, or the processor no picture token; and, naming the sample,
-    when a prompt in the template is no prefix of its conversation or the template rewrites the answer.
+    their last answer. image_aspect: see `pictured.aspect_of`; the attribute is what it comes to. picture_token: the id
+    at whose places the model puts a picture's features (`roles.picture_token`); the processor's own where it is not
+    given. template_options: variables of the chat template.
+    Raises ConfigError when the tokenizer has no end token, when the template does not have an option, or when the
+    processor is not supported (see `Pictured`); and, naming the sample, when the template rewrites earlier turns or the
+    answer.
     """
 
     def __init__(
@@ -78,30 +80,63 @@ class Encoder:
         processor: Any,
         max_length: int = 2048,
         on_long: Literal["error", "truncate"] = "error",
-        image_aspect: Literal["pad", "processor"] = "pad",
+        image_aspect: Literal["auto", "pad", "processor"] = "auto",
         system_prompt: str | None = None,
         packing: bool = False,
+        picture_token: int | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
-        self.conversation = Conversation(processor, system_prompt)
+        own = getattr(processor, "image_token_id", None)
+        self.picture_token: int | None = own if picture_token is None else picture_token
+        self.conversation = Conversation(processor, system_prompt, template_options)
         self.text_only = self.conversation.text_only
         self.max_length, self.on_long = max_length, on_long
-        self.image_aspect, self.packing = image_aspect, packing
+        self.image_aspect: Aspect = aspect_of(processor, image_aspect)
+        self.packing = packing
         if self.tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end token (eos_token); answers would never end")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token serves
         self.lookup: Lookup | None = None
-        empty: tuple[Row, dict[str, Tensor], int] = ({"input_ids": [], "attention_mask": [], "labels": []}, {}, 0)
-        placeholder = empty if self.text_only else self._placeholder()
-        self.placeholder, self.placeholder_picture, self.picture_growth = placeholder
+        self.tokens = Tokens(self.tokenizer)
+        self.pictured = None if self.text_only else self._pictured()
+        self.placeholder: Row = {"input_ids": [], "attention_mask": [], "labels": []}
+        self.placeholder_picture: dict[str, Tensor] = {}
+        self.neutral: dict[str, Any] = {}
+        if self.pictured is not None:
+            self.placeholder, self.placeholder_picture = self.pictured.placeholder, dict(self.pictured.blank)
+            self.neutral = self.pictured.outputs.neutral
+        self.empty: Row = {name: [] for name in self.placeholder}
+        self.by_row = self.pictured is not None and self.pictured.outputs.by_row
+        if self.by_row and packing:
+            raise ConfigError(
+                f"data.packing: {type(processor).__name__} gives each row the pictures that its tokens attend to, so "
+                "sequences with pictures cannot be in one row; set it to false"
+            )
+
+    def _pictured(self) -> Pictured:
+        try:
+            probes = ((True, "What is this?"), (True, ""), (False, "What is this?"))
+            text, other, more = (self.conversation.text(picture, [], words) for picture, words in probes)
+        except (TemplateError, ValueError) as error:
+            raise ConfigError(f"the chat template takes no question about a picture: {error}") from error
+        more += self.tokenizer.eos_token  # a token at least
+        return Pictured(self.processor, self.tokens, self.picture_token, self.image_aspect, (text, other, more))
 
     def recall(self, lookup: Lookup) -> None:
-        """From now on open no picture: take the model's input for pictures from `lookup`.
-
-        For processors that write every picture as the same number of tokens.
-        """
+        """From now on open no picture beyond its header: take the model's input for pictures from `lookup`."""
         self.lookup, self.placeholder_picture = lookup, lookup([None])
+
+    @contextmanager
+    def recalling(self, lookup: Lookup) -> Iterator[None]:
+        """`recall` in this block."""
+        before = self.lookup, self.placeholder_picture
+        self.recall(lookup)
+        try:
+            yield
+        finally:
+            self.lookup, self.placeholder_picture = before
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -112,7 +147,11 @@ class Encoder:
         rows, pictures = self._rows(samples, answered=False)
         for sample, row in zip(samples, rows, strict=True):
             self._check_prompt(sample, len(row["input_ids"]))
-        tensors = self._stack(rows, left=True)
+        if self.by_row and pictures:
+            pictures = self._for_each_row(samples, pictures)
+        elif self.by_row:  # a model that is shown nothing takes no relation to it either
+            rows = [{name: values for name, values in row.items() if name not in self.neutral} for row in rows]
+        tensors = stack(rows, left=True, fill=self._fill)
         del tensors["labels"]
         return {**tensors, **pictures}
 
@@ -121,11 +160,13 @@ class Encoder:
         the picture. Raises TooLong by the length that `sizes` computes.
         """
         pieces = self.conversation.pieces(sample, answered=False)
-        ids = self._first_ids(pieces[0])
+        ids = self.tokens.first(pieces[0])
         for before, piece in pairwise(pieces):
-            ids = ids + self._ids_after(before, piece)
-        self._check_prompt(sample, len(ids) + (self.picture_growth if sample.image is not None else 0))
-        return ids, None if sample.image is None else self._picture(sample.image)
+            ids = ids + self.tokens.after(before, piece)
+        self._check_prompt(sample, len(ids) + self._growth(sample, pieces[0]))
+        if sample.image is None or self.pictured is None:
+            return ids, None
+        return ids, self.pictured.opened(sample.image)
 
     def _check_prompt(self, sample: Sample, length: int) -> None:
         if length > self.max_length:
@@ -135,14 +176,16 @@ class Encoder:
         """One training batch. Raises TooLong for a row over max_length unless `on_long` is truncate."""
         rows, pictures = self._rows(samples, answered=True)
         cut = sum(self._truncate(sample, row) for sample, row in zip(samples, rows, strict=True))
-        if not pictures:
+        if self.by_row:
+            pictures = self._for_each_row(samples, pictures)
+        elif not pictures and not self.text_only:
             pictures = dict(self.placeholder_picture)
             self._hide_placeholder(rows)
         if self.packing:
             tensors, edges = pack(rows)
             segment_BS = torch.repeat_interleave(torch.tensor(edges).diff()).unsqueeze(0)
         else:
-            tensors, edges = self._stack(rows, left=False), None
+            tensors, edges = stack(rows, left=False, fill=self._fill), None
             segment_BS = torch.arange(len(rows)).unsqueeze(1).expand_as(tensors["input_ids"])
         labels_BS, unpadded_BS = tensors.pop("labels"), tensors.pop("attention_mask")
         # Where one of several segments ends, the next one's first token is not its to predict.
@@ -157,10 +200,22 @@ class Encoder:
             labels_N=labels_BS.flatten()[index_N + 1],
             segment_N=segment_BS.flatten()[index_N],
             unpadded_BS=unpadded_BS,
-            text_BS=unpadded_BS * (tensors["input_ids"] != self.processor.image_token_id),
+            text_BS=unpadded_BS * (tensors["input_ids"] != (-1 if self.text_only else self.picture_token)),
             cut=cut,
             edges=edges,
         )
+
+    def _for_each_row(self, samples: Sequence[Sample], pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Picture tensors with one entry for each row: the blank picture, which its row does not attend to, where it
+        has none.
+        """
+        shown = torch.tensor([sample.image is not None for sample in samples])
+        every = {}
+        for name, blank in self.placeholder_picture.items():
+            every[name] = blank.repeat(len(samples), *[1] * (blank.ndim - 1))
+            if name in pictures:
+                every[name][shown] = pictures[name]
+        return every
 
     def _hide_placeholder(self, rows: list[Row]) -> None:
         """Append the placeholder's tokens where no other token attends to them and no position shifts."""
@@ -170,15 +225,9 @@ class Encoder:
             for name, values in rows[-1].items():
                 values += self.placeholder[name]
 
-    def _stack(self, rows: Sequence[Row], left: bool) -> dict[str, Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
-
-        def padded(name: str, values: list[int]) -> list[int]:
-            gap = [fill.get(name, 0)] * (width - len(values))
-            return gap + values if left else values + gap
-
-        return {name: torch.tensor([padded(name, row[name]) for row in rows]) for name in rows[0]}
+    @property
+    def _fill(self) -> dict[str, Any]:
+        return {**self.neutral, "input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
 
     def _truncate(self, sample: Sample, row: Row) -> bool:
         """Cut the end of the last answer off a row that is too long, never picture or question. True for a cut row."""
@@ -193,7 +242,10 @@ class Encoder:
         return True
 
     def length(self, sample: Sample) -> int:
-        """Tokens of a training row before it is truncated; opens no picture. Raises TooLong when `encode` would."""
+        """Tokens of a training row before it is truncated; reads no more of a picture than its header.
+
+        Raises TooLong when `encode` would, and ConfigError for a picture that cannot be encoded.
+        """
         lengths = self.sizes(sample)
         total, before = sum(lengths), sum(lengths[:-1])
         if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
@@ -201,16 +253,24 @@ class Encoder:
         return total
 
     def sizes(self, sample: Sample) -> list[int]:
-        """Tokens of a training row's first prompt, its answer, the next prompt, …, before truncation; opens no picture.
+        """Tokens of a training row's first prompt, its answer, the next prompt, …, before truncation.
 
-        A picture counts as many tokens as a blank one: exact for processors with a fixed size (LLaVA-1.5), an estimate
-        for others.
+        They are those of `encode`, picture tokens included, which follow from the size in the picture's header.
+        Raises ConfigError for a picture that cannot be encoded.
         """
         pieces = self.conversation.pieces(sample, answered=True)
-        lengths = [len(self._first_ids(pieces[0])), *(len(self._ids_after(*pair)) for pair in pairwise(pieces))]
-        if sample.image is not None:
-            lengths[0] += self.picture_growth
+        lengths = [len(self.tokens.first(pieces[0])), *(len(self.tokens.after(*pair)) for pair in pairwise(pieces))]
+        lengths[0] += self._growth(sample, pieces[0])
         return lengths
+
+    def _growth(self, sample: Sample, text: str) -> int:
+        """The number of tokens that the sample's picture adds to its first prompt `text`."""
+        if sample.image is None or self.pictured is None:
+            return 0
+        try:
+            return self.pictured.growth(text, sample.image)
+        except ConfigError as error:
+            raise ConfigError(f"{called(sample)}: {error}") from error
 
     def _too_long(self, sample: Sample, length: int, before: int) -> str:
         return (
@@ -224,117 +284,36 @@ class Encoder:
         """Unpadded rows, with or without the last answer, and the picture tensors in the order of their rows."""
         conversations = [self.conversation.pieces(sample, answered) for sample in samples]
         shown = [i for i, sample in enumerate(samples) if sample.image is not None]
-        seen, pictures = self._see([conversations[i][0] for i in shown], [samples[i].image or "" for i in shown])
+        seen, pictures = self._see([conversations[i][0] for i in shown], [samples[i] for i in shown])
         starts = dict(zip(shown, seen, strict=True))
         rows = []
         for i, pieces in enumerate(conversations):
-            row = starts[i] if i in starts else self._text_row(pieces[0])
+            row = starts[i] if i in starts else started(self.tokens.first(pieces[0]), self.empty, self.neutral)
             for number, (before, piece) in enumerate(pairwise(pieces)):
-                _extend(row, self._ids_after(before, piece), answer=number % 2 == 0)
+                extend(row, self.tokens.after(before, piece), number % 2 == 0, self.neutral)
             rows.append(row)
         return rows, pictures
 
-    def _see(self, texts: list[str], paths: list[str]) -> tuple[list[Row], dict[str, Tensor]]:
+    def _see(self, texts: list[str], samples: list[Sample]) -> tuple[list[Row], dict[str, Tensor]]:
         """First prompts with their pictures: picture tokens expanded, padding removed."""
-        if not texts:
+        pictured, paths = self.pictured, [sample.image or "" for sample in samples]
+        if not texts or pictured is None:
             return [], {}
         if self.lookup is not None:
-            return [self._row_for_lookup(text) for text in texts], self.lookup(paths)
-        return self._process(texts, [self._picture(path) for path in paths])
-
-    def _process(self, texts: list[str], images: list[Image.Image]) -> tuple[list[Row], dict[str, Tensor]]:
-        encoded = dict(
-            self.processor(
-                text=texts,
-                images=images,
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=self._adds_start(texts[0]),
-            )
-        )
-        mask_BS = encoded.pop("attention_mask").bool()
-        tokens = {name: encoded.pop(name) for name in ("input_ids", *TOKEN_TYPES) if name in encoded}
-        rows = []
-        for number, mask_S in enumerate(mask_BS):
-            row = {name: values_BS[number][mask_S].tolist() for name, values_BS in tokens.items()}
-            length = len(row["input_ids"])
-            rows.append({**row, "attention_mask": [1] * length, "labels": [IGNORE] * length})
-        return rows, encoded
-
-    def _text_row(self, text: str) -> Row:
-        row: Row = {name: [] for name in self.placeholder}
-        _extend(row, self._first_ids(text), answer=False)
-        return row
-
-    def _row_for_lookup(self, text: str) -> Row:
-        """A first prompt, its picture's mark expanded as the processor expands it."""
-        row = self._text_row(text)
-        place = row["input_ids"].index(self.processor.image_token_id)
-        seen = {**self.placeholder, "attention_mask": [1] * len(self.placeholder["input_ids"])}
-        for name, values in row.items():
-            values[place : place + 1] = seen[name]
-        return row
-
-    def _placeholder(self) -> tuple[Row, dict[str, Tensor], int]:
-        """A blank picture: its picture tokens, hidden; its tensors; the number of tokens that it adds to a prompt."""
-        kind, token = type(self.processor).__name__, getattr(self.processor, "image_token_id", None)
-        text = self.conversation.text(True, [], "")
+            rows = [pictured.known_row(text, path) for text, path in zip(texts, paths, strict=True)]
+            return rows, self.lookup(paths)
+        images = [pictured.opened(path) for path in paths]
         try:
-            (row,), picture = self._process([text], [Image.new("RGB", (32, 32))])
-        except ValueError as error:
-            raise ConfigError(f"{kind} cannot encode a picture by its own chat template: {error}") from error
-        places = [i for i, value in enumerate(row["input_ids"]) if value == token]
-        if not places:
-            raise ConfigError(
-                f"{kind}: its prompt for a picture holds no image_token_id ({token}); models that take pictures in "
-                "another way are not supported"
-            )
-        hidden = {name: [values[i] for i in places] for name, values in row.items()}
-        growth = len(row["input_ids"]) - len(self._first_ids(text))
-        return {**hidden, "attention_mask": [0] * len(places)}, picture, growth
+            return pictured(texts, images)
+        except ConfigError:
+            for text, image, sample in zip(texts, images, samples, strict=True):
+                try:
+                    pictured([text], [image])
+                except ConfigError as error:
+                    raise ConfigError(f"{called(sample)}: {error}") from error
+            raise
 
-    # ------------------------------------------------------------------------------------------- tokens
-
-    def _adds_start(self, text: str) -> bool:
-        """Whether the tokenizer should add its start token: not if the template has written it."""
-        start = self.tokenizer.bos_token
-        return not (start and text.startswith(start))
-
-    def _first_ids(self, text: str) -> list[int]:
-        """Token ids of a conversation's first prompt, its picture's mark not expanded."""
-        return self.tokenizer(text, add_special_tokens=self._adds_start(text))["input_ids"]
-
-    def _ids_after(self, before: str, text: str) -> list[int]:
-        """Token ids of `text` as the continuation of `before`, whose own tokens do not change.
-
-        Tokenised alone, a text can get other ids: SentencePiece prepends a space to its input.
-        """
-        head, whole = self._ids(before), self._ids(before + text)
-        return whole[len(head) :] if whole[: len(head)] == head else self._ids(text)
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    # ------------------------------------------------------------------------------------------ pictures
-
-    def pixels(self, path: str) -> Tensor:
-        """A picture as the input of the model's vision tower: a batch of one, shaped by the processor."""
-        return self._process([self.processor.image_token], [self._picture(path)])[1]["pixel_values"]
-
-    def _picture(self, path: str) -> Image.Image:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-        if self.image_aspect == "processor" or image.width == image.height:
-            return image
-        side = max(image.size)
-        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        red, green, blue = (int(255 * channel) for channel in mean)
-        square = Image.new("RGB", (side, side), (red, green, blue))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
-
-
-def _extend(row: Row, ids: list[int], answer: bool) -> None:
-    added = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids if answer else [IGNORE] * len(ids)}
-    for name, values in row.items():
-        values += added.get(name, [0] * len(ids))
+    def picture(self, path: str | None) -> dict[str, Tensor]:
+        """The model's inputs for one picture; for the placeholder without a path."""
+        assert self.pictured is not None  # a text-only model has none
+        return self.placeholder_picture if path is None else self.pictured.tensors(path)

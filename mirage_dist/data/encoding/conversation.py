@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.ext import Extension, loopcontrols
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
+
+Turns = Sequence[tuple[str, str]]  # (question, answer) pairs, oldest first
+PROBE = "⟦7391⟧"  # stands for an answer where a template's own text around answers is looked for
+# Variables of a template that are no options of it, beside the tokenizer's special tokens.
+GIVEN = {"messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"}
+GIVEN |= {"namespace", "dict", "range"}
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template of a processor, or of its tokenizer, where older directories keep it; None without one."""
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer_of(processor), "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -17,13 +32,26 @@ def tokenizer_of(processor: Any) -> Any:
 class Conversation:
     """One model's chat template, from any Hugging Face processor or a text-only model's tokenizer.
 
-    Raises ConfigError naming the sample when a prompt in the template is no prefix of its conversation, or when the
-    template rewrites the answer.
+    The generation prompt is what the model sees, and the answer follows it. Some templates begin the turn of an answer
+    in another way (LLaVA-OneVision by another white space, Qwen3 by an empty block of thoughts before the last answer);
+    that beginning is left out.
+
+    options: variables of the template, such as `enable_thinking` of Qwen3's.
+
+    Raises ConfigError for an option that the template does not have; and, naming the sample, when the template rewrites
+    earlier turns or the answer.
     """
 
-    def __init__(self, processor: Any, system_prompt: str | None) -> None:
+    def __init__(self, processor: Any, system_prompt: str | None, options: Mapping[str, Any] | None = None) -> None:
         self.processor, self.tokenizer, self.system_prompt = processor, tokenizer_of(processor), system_prompt
         self.text_only = self.tokenizer is processor
+        self.options = dict(options or {})
+        self.template = template_of(processor)
+        if self.options and (unknown := set(self.options) - (known := options_of(self.template or "", self.tokenizer))):
+            raise ConfigError(
+                f"template_options: the model's chat template has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
         self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
     def pieces(self, sample: Sample, answered: bool) -> list[str]:
@@ -32,34 +60,94 @@ class Conversation:
         answered: end with the sample's answer; else with its prompt, followed by the beginning of the answer if the
         sample has one (`Sample.begun`).
         """
+        try:
+            return self._pieces(sample, answered)
+        except (TemplateError, ValueError) as error:
+            raise ConfigError(f"{called(sample)}: the chat template does not take it: {error}") from error
+
+    def _pieces(self, sample: Sample, answered: bool) -> list[str]:
         turns = [*sample.history, (sample.question, sample.answer)]
-        pieces, whole, rest = [], "", ""
+        picture, pieces, whole, rest = sample.image is not None, [], "", ""
         for number, (question, answer) in enumerate(turns):
-            prompt = self.text(sample.image is not None, turns[:number], question)
+            prompt = self.text(picture, turns[:number], question)
             # Text that the template adds after an answer's end token belongs to the next prompt.
-            pieces.append(rest + _suffix(whole, prompt, sample))
+            follows = prompt.startswith(whole)
+            pieces.append(rest + prompt[len(whole) :] if follows else self._next_prompt(sample, turns[: number + 1]))
             if answered or number + 1 < len(turns):
-                whole = self.text(sample.image is not None, turns[: number + 1], None)
-                reply, rest = self._split_reply(_suffix(prompt, whole, sample), answer, sample)
+                whole = self.text(picture, turns[: number + 1], None)
+                reply = self._reply(sample, turns[:number], (question, answer), prompt, whole)
+                reply, rest = self._split_reply(reply, answer, sample)
                 pieces.append(reply)
         if sample.begun and not answered:
             pieces.append(self._begun(sample, turns, prompt))
         return pieces
 
-    def _begun(self, sample: Sample, turns: Sequence[tuple[str, str]], prompt: str) -> str:
+    def _reply(self, sample: Sample, past: Turns, turn: tuple[str, str], prompt: str, whole: str) -> str:
+        """The template's text from the answer on, which follows the generation prompt.
+
+        prompt, whole: `text` before and after the answer.
+        """
+        question, answer = turn
+        after = whole[len(prompt) :] if whole.startswith(prompt) else ""
+        if answer.strip() and after.lstrip().startswith(answer.strip()):
+            return after
+
+        def write(reply: str) -> str:
+            return self.text(sample.image is not None, [*past, (question, reply)], None)
+
+        place = self._place(sample, past, turn, write)
+        before = whole[len(prompt) : place] if whole.startswith(prompt) else whole[:place]
+        if before.strip():
+            # The prompt's white space stands for the template's own; where it has none, the model writes it.
+            before = "" if prompt[-1:].isspace() else before[len(before.rstrip()) :]
+        return before + whole[place:]
+
+    def _next_prompt(self, sample: Sample, turns: Turns) -> str:
+        """The last prompt after the answer before it, which the template writes here in another way than as the last.
+
+        Its end token belongs to that answer.
+        """
+        *past, (question, answer), (last, _) = turns
+
+        def write(reply: str) -> str:
+            return self.text(sample.image is not None, [*past, (question, reply)], last)
+
+        place = self._place(sample, past, (question, answer), write)
+        return self._split_reply(write(answer)[place:], answer, sample)[1]
+
+    def _place(self, sample: Sample, past: Turns, turn: tuple[str, str], write: Callable[[str], str]) -> int:
+        """Where the answer begins in the conversation that `write` makes of it: where any other answer would.
+
+        Only the text that introduces the answer may differ from the generation prompt.
+        """
+        picture, (question, answer) = sample.image is not None, turn
+        start, whole, other = self.text(picture, past, question, generates=False), write(answer), write(PROBE)
+        if not all(text.startswith(start) for text in (whole, other, self.text(picture, past, question))):
+            raise ConfigError(
+                f"{called(sample)}: the chat template rewrites earlier turns when a turn is added; labels cannot be "
+                "placed. Use a template in which a prompt is a prefix of its conversation"
+            )
+        place = other.find(PROBE, len(start))
+        if place < 0 or whole[:place] != other[:place]:
+            raise ConfigError(f"{called(sample)}: the chat template rewrites the answer; labels cannot be placed")
+        return place
+
+    def _begun(self, sample: Sample, turns: Turns, prompt: str) -> str:
         """The beginning of the answer as the template writes it, without an end token."""
         begun = sample.begun.rstrip()  # the next word brings its own space
-        whole = self.text(sample.image is not None, [*turns[:-1], (sample.question, begun)], None)
-        reply = _suffix(prompt, whole, sample)
+        turn = sample.question, begun
+        whole = self.text(sample.image is not None, [*turns[:-1], turn], None)
+        reply = self._reply(sample, turns[:-1], turn, prompt, whole)
         if begun not in reply:
             raise ConfigError(f"{called(sample)}: the chat template rewrites the answer; it cannot be begun")
         return reply[: reply.index(begun) + len(begun)]
 
-    def text(self, picture: bool, past: Sequence[tuple[str, str]], question: str | None) -> str:
+    def text(self, picture: bool, past: Turns, question: str | None, generates: bool = True) -> str:
         """The conversation so far as text; with a question, it ends where the answer begins.
 
-        picture: whether the first question is about a picture. past: earlier (question, answer) turns. Raises
-        ConfigError for a picture in a text-only model's conversation.
+        picture: whether the first question is about a picture. past: earlier (question, answer) turns.
+        generates: whether a question is followed by the generation prompt. Raises ConfigError for a picture in a
+        text-only model's conversation.
         """
         messages: list[Mapping[str, Any]] = []
         if self.system_prompt is not None:
@@ -76,7 +164,12 @@ class Conversation:
                 )
             first = next(m for m in messages if m["role"] == "user")
             first["content"].insert(0, {"type": "image"})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=question is not None, tokenize=False)
+        prompted = question is not None and generates
+        options = {"add_generation_prompt": prompted, "tokenize": False, **self.options}
+        if self.template is None:
+            return self.processor.apply_chat_template(messages, **options)
+        # By the tokenizer, since some processors' own method also prepares videos (SmolVLM's).
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         """A chat message; templates of text-only models take its content as plain text, others as a list of parts."""
@@ -97,13 +190,23 @@ class Conversation:
         return reply[: min(ends)], reply[min(ends) :]
 
 
-def _suffix(start: str, whole: str, sample: Sample) -> str:
-    if not whole.startswith(start):
-        raise ConfigError(
-            f"{called(sample)}: the chat template rewrites earlier turns when a turn is added; labels cannot be "
-            "placed. Use a template in which a prompt is a prefix of its conversation"
-        )
-    return whole[len(start) :]
+class _Generation(Extension):
+    """transformers' tag around what a model generates, which marks nothing here."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def options_of(template: str, tokenizer: Any) -> set[str]:
+    """The variables of a chat template that a recipe may set. Raises ConfigError when the template cannot be read."""
+    try:
+        tree = Environment(extensions=[_Generation, loopcontrols]).parse(template)
+    except TemplateError as error:
+        raise ConfigError(f"the chat template cannot be read: {error}") from error
+    return meta.find_undeclared_variables(tree) - GIVEN - set(tokenizer.special_tokens_map)
 
 
 def called(sample: Sample) -> str:

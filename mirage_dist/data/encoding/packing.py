@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The model's keyword arguments for the borders between segments.
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 def pack(rows: Sequence[Mapping[str, Sequence[int]]]) -> tuple[dict[str, Tensor], list[int]]:
     """Rows of any lengths as tensors (1, T), and the position in them where each row begins, followed by T.
@@ -33,10 +36,5 @@ def borders(edges: Sequence[int]) -> dict[str, Any]:
     lengths = [stop - start for start, stop in pairwise(edges)]
     positions_T = torch.cat([torch.arange(length) for length in lengths])
     cu_seq_lens, longest = torch.tensor(edges, dtype=torch.int32), max(lengths)
-    return {
-        "position_ids": positions_T.unsqueeze(0),
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    values = (cu_seq_lens, cu_seq_lens, longest, longest)
+    return {"position_ids": positions_T.unsqueeze(0), **dict(zip(BORDERS, values, strict=True))}

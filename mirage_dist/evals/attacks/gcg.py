@@ -28,7 +28,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import vision
-from mirage_dist.model.policy import HeadedModel, Request
+from mirage_dist.model.policy import HeadedModel, Request, differ_by, no_grad_forward
 from mirage_dist.schema import ConfigError, RunError
 
 STARTS = 200  # random suffixes that are drawn before the search gives up
@@ -89,9 +89,12 @@ class Victim:
             vision.check(self.network.base)
         except ConfigError:
             return inputs
-        with torch.no_grad():
-            features = self.network(inputs, Request(vision=True)).vision_IPF
-        return {**{n: t for n, t in inputs.items() if n != "pixel_values"}, vision.FEATURES: features}
+        features = no_grad_forward(self.network, inputs, Request(vision=())).vision or {}
+        shapes = {name: tensor.shape for name, tensor in inputs.items() if vision.is_pixels(name)}
+        others = {name: tensor for name, tensor in inputs.items() if name not in shapes}
+        replayed = {**others, **vision.replayed([features], [shapes])}
+        difference = differ_by(self.network, self.network.depth, inputs, replayed)
+        return replayed if difference <= vision.tolerance(self.network.base.dtype) else inputs
 
     def _allowed(self) -> Tensor:
         """The tokens that a suffix may contain, (A,): printable ASCII text, no special token, no word of `avoid`."""
@@ -176,7 +179,7 @@ class Problem:
 
     def _losses(self, row: Row, ids_CL: Tensor) -> Tensor:
         count, width = len(ids_CL), row.inputs["input_ids"].shape[1]
-        inputs = {name: torch.cat([tensor] * count) for name, tensor in row.inputs.items()}
+        inputs = vision.repeated(row.inputs, count)
         inputs["input_ids"][:, row.first : row.first + self.length] = ids_CL
         starts_C1 = torch.arange(count, device=self.device).unsqueeze(1) * width
         index_N = (starts_C1 + row.index_T).flatten()

@@ -6,14 +6,16 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import disk, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
+from mirage_dist.data.encoding.pictured import Aspect, aspect_of
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.model import directory, environment, export
+from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
+from mirage_dist.model.families import configs as families
+from mirage_dist.model.families import processors
 from mirage_dist.model.shards import step_of
 from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
@@ -28,7 +30,7 @@ class Subject:
     model: as in the recipe, with the step filled in. trained_in: the run whose checkpoint or export it is, if any.
     folder: the model directory, or the checkpoint's. model_hash: of the files that decide the model (see
     `model.directory`), or of the checkpoint's manifest, which has the hashes of all of its files. template_hash: of the
-    chat template. state: of the files when they were hashed.
+    chat template. aspect: what `template.image_aspect: auto` comes to. state: of the files when they were hashed.
     """
 
     model: EvalModelConfig
@@ -37,6 +39,7 @@ class Subject:
     model_hash: str
     template_hash: str
     environment: Environment
+    aspect: Aspect
     state: directory.State
 
     @property
@@ -89,11 +92,12 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
     """Hash the model; loads no weights. run: the evaluated run's directory, which may have trained the model.
 
     Raises ConfigError when the model or checkpoint does not exist, the directory is a peft adapter without its base
-    model, the weights are not safetensors, or the model has no chat template.
+    model, a weight is missing from its safetensors files, or the model has no chat template.
     """
     if model.run is not None:
         return _checkpoint(model, Path(model.run))
     folder = directory.check(str(model.path))
+    weights.check(folder, families.load(folder))
     state = directory.state(folder)
     trained_in = run if run in Path(str(model.path)).parents else None
     return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state)
@@ -109,16 +113,13 @@ def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     return Subject(exact, run, checkpoint, manifest_hash, *_processing(directory.resolve(base)), [])
 
 
-def _processing(folder: Path) -> tuple[str, Environment]:
-    """SHA-256 of the chat template that the processor of this directory applies, and what else decides its inputs."""
-    from transformers import AutoProcessor
-
-    try:
-        processor: Any = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={folder}: its processor cannot be loaded: {error}") from error
+def _processing(folder: Path) -> tuple[str, Environment, Aspect]:
+    """SHA-256 of the chat template that the processor of this directory applies, and what else decides its inputs:
+    its environment, and how pictures reach it by default.
+    """
+    processor = processors.load(folder)
     tokenizer = tokenizer_of(processor)
     template = processor.chat_template or tokenizer.chat_template
     if not template:
         raise ConfigError(f"model.path={folder}: the processor has no chat template")
-    return disk.sha256_text(str(template)), environment.of(processor)
+    return disk.sha256_text(str(template)), environment.of(processor), aspect_of(processor, "auto")

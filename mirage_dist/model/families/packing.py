@@ -1,32 +1,220 @@
-"""Which models can be packed: their layers keep the sequences of one row apart."""
+"""Packed sequences in one row: how a family's model takes them, and whether it keeps them apart.
+
+Which models do is measured, not listed: a copy of the decoder, of its own classes and kinds of layers but narrow and
+with random weights, computes some sequences alone and in one row (`fault`).
+
+Shapes: T tokens of a row, R sequences in it, S tokens of the longest, A axes of a position (three in Qwen-VL).
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mirage_dist.data.encoding.collate import TOKEN_TYPES, Row
+from mirage_dist.data.encoding.packing import BORDERS, borders, pack
 from mirage_dist.model.families import roles
-from mirage_dist.schema import ConfigError
 
-# Vision-language models that pass positions and the borders of packed sequences to their text decoder only. Others
-# derive positions from a picture's grid (Qwen2-VL), or attention from token types (Gemma 3).
-PACKABLE = {
-    *("aya_vision", "cohere2_vision", "got_ocr2", "internvl", "llava", "llava_next", "llava_onevision", "mistral3"),
-    "vipllava",
-}
-# Kinds of layers that keep packed sequences apart.
+# Kinds of layers in which a token meets others by attention alone, which transformers masks.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+BY_BORDERS = "mirage_by_borders"  # name of the attention that stands for flash-attention on any device
+# Share of a hidden state's size: rounding of float32 stays below 1e-5, a sequence that another one reaches above 1e-3.
+TOLERANCE = 1e-4
 
 
-def check(backbone: Any) -> None:
-    """Raise ConfigError unless the model is known to keep packed sequences apart."""
+@contextmanager
+def entering(backbone: Any, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The backbone's keyword arguments for these inputs, packed or not, while the block runs its forward.
+
+    Packed, positions are those that the family gives each sequence alone; and the borders reach the decoder only, since
+    a vision tower would take them for the borders of its pictures.
+    """
+    given = {name: value for name, value in inputs.items() if name not in BORDERS}
+    if len(given) == len(inputs):
+        yield given
+        return
+    if hasattr(backbone, "get_rope_index") and given["position_ids"].ndim == 2:
+        given["position_ids"] = _positions(backbone, given, inputs["cu_seq_lens_q"].diff().tolist())
+    edges = {name: inputs[name] for name in BORDERS}
+
+    def add(_module: nn.Module, positional: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return positional, {**arguments, **edges}
+
+    handle = roles.decoder(backbone).register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+def _positions(backbone: Any, inputs: Mapping[str, Any], lengths: list[int]) -> Tensor:
+    """Positions (1 + A, 1, T): in the sequence's own text order, by which transformers keeps sequences apart; then the
+    model's own on each axis, which it computes as for a padded batch.
+    """
+    known = inspect.signature(backbone.get_rope_index).parameters
+    given = {name: value for name, value in inputs.items() if name in known}
+    for name in ("input_ids", *TOKEN_TYPES):
+        if name in given:
+            given[name] = pad_sequence(list(given[name][0].split(lengths)), batch_first=True)
+    text_1T = inputs["position_ids"]
+    order_S = torch.arange(max(lengths), device=text_1T.device)
+    shown_RS = order_S < torch.tensor(lengths, device=text_1T.device).unsqueeze(1)
+    own_ARS, _ = backbone.get_rope_index(**{**given, "attention_mask": shown_RS.long()})
+    return torch.cat([text_1T, own_ARS[:, shown_RS]]).unsqueeze(1)
+
+
+def fault(backbone: Any, placeholder: Row, picture: Mapping[str, Tensor], flash: bool = False) -> str | None:
+    """Why the model does not keep packed sequences apart, or cannot be shown to; None where it does.
+
+    backbone: may be on the meta device. placeholder, picture: a blank picture's tokens, and its tensors, as the model's
+    processor makes them (see `Encoder`); empty for text-only models. flash: by flash-attention.
+    """
     kind, text = backbone.config.model_type, roles.decoder(backbone)
-    if kind not in PACKABLE:
-        raise ConfigError(
-            f"data.packing: {kind} is not known to keep packed sequences apart (models that make positions of a "
-            f"picture's grid, such as Qwen2-VL, do not); leave it off. Known: {', '.join(sorted(PACKABLE))}"
-        )
-    kinds = set(getattr(text.config, "layer_types", None) or ())
-    if not text._supports_attention_backend or not kinds <= ATTENTION:
-        raise ConfigError(
-            f"data.packing: not every layer of {text.config.model_type} keeps packed sequences apart; leave it off"
-        )
+    if others := sorted(set(getattr(text.config, "layer_types", None) or ()) - ATTENTION):
+        return f"{kind} has layers that pass on more than attention does ({', '.join(others)})"
+    if flash and not text._supports_attention_backend:
+        return f"{kind} does not pass the borders of sequences to flash-attention"
+    # Positions and token types follow from the tokens; what the tower sees has no part in it.
+    sizes = {name: value for name, value in picture.items() if not name.startswith("pixel_")}
+    if flash:
+        _register()
+    try:
+        for attention in (None, BY_BORDERS)[: 1 + flash]:
+            if (reason := _measured(_narrow(backbone, attention), kind, placeholder, sizes)) is not None:
+                return reason
+    except Exception as error:  # of any kind: a family's own code runs on a configuration that it did not foresee
+        return f"{kind} could not be measured ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return None
+
+
+@torch.no_grad()
+def _measured(backbone: Any, kind: str, placeholder: Row, sizes: Mapping[str, Tensor]) -> str | None:
+    """The comparison of `fault`: sequences of text, with a picture, and of a picture alone, each alone and all packed.
+
+    sizes: the model's inputs for one picture, without the picture.
+    """
+    layers, ran = roles.decoder(backbone).layers, set[int]()
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.add(number))
+    rows = _rows(backbone, placeholder)
+
+    def hidden(chosen: Sequence[tuple[Row, bool]], apart: bool = True) -> Tensor:
+        tensors, edges = pack([row for row, _ in chosen])
+        count = sum(shown for _, shown in chosen)
+        pictures = {name: torch.cat([value] * count) for name, value in sizes.items()} if count else {}
+        kept = borders(edges if apart else [0, edges[-1]])
+        with entering(backbone, {**tensors, **kept, **pictures}) as given:
+            return backbone(**given, use_cache=False).last_hidden_state[0]
+
+    alone_TD = torch.cat([hidden([row]) for row in rows])
+    packed_TD, joint_TD = hidden(rows), hidden(rows, apart=False)
+    if missing := sorted(set(range(len(layers))) - ran):
+        return f"{kind} reads pictures in other ways than as tokens (layer {missing[0]} did not run without one)"
+    size = alone_TD.abs().mean()
+    if not (joint_TD - alone_TD).abs().max() > TOLERANCE * size:
+        return f"{kind} could not be measured (sequences that meet differ too little from sequences alone)"
+    if not (difference := float((packed_TD - alone_TD).abs().max() / size)) <= TOLERANCE:
+        return f"{kind} does not keep packed sequences apart (hidden states differ by {difference:.1e} of their size)"
+    return None
+
+
+def _rows(backbone: Any, placeholder: Row) -> list[tuple[Row, bool]]:
+    """Sequences of different words, and whether each shows a picture."""
+    ids = [v for n, v in backbone.config.to_dict().items() if n.endswith("token_id") and v is not None]
+    special = {*placeholder["input_ids"], *itertools.chain(*(v if isinstance(v, list) else [v] for v in ids))}
+    vocabulary = roles.decoder(backbone).config.vocab_size
+    words = itertools.cycle([token for token in range(min(vocabulary, 500)) if token not in special])
+    pictured = bool(placeholder["input_ids"])
+
+    def row(before: int, after: int, shown: bool) -> tuple[Row, bool]:
+        made: Row = {}
+        for name, values in placeholder.items():
+            if name not in ("attention_mask", "labels"):
+                text = [next(words) if name == "input_ids" else 0 for _ in range(before + after)]
+                made[name] = text[:before] + (values if shown else []) + text[before:]
+        return made, shown
+
+    rows = [row(3, 4, False), row(2, 5, pictured), row(4, 3, pictured), row(5, 1, False)]
+    return [*rows, row(0, 0, True)] if pictured else rows
+
+
+def _narrow(backbone: Any, attention: str | None) -> Any:
+    """A copy of the backbone with a narrow decoder on the CPU, and no other parameters.
+
+    attention: the implementation; None for transformers' choice.
+    """
+    text, token = roles.decoder(backbone), roles.picture_token(backbone.config) or 0
+    options = {} if attention is None else {"attn_implementation": attention}
+    config = _narrow_config(text.config)
+    config.vocab_size = max(config.vocab_size, token + 1)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        small = type(text)._from_config(config, dtype=torch.float32, **options)
+    return _hollow(backbone, {id(text): small}).eval()
+
+
+def _hollow(module: nn.Module, instead: Mapping[int, nn.Module]) -> Any:
+    """A copy of the module without parameters; modules in `instead`, by id, are replaced."""
+    if id(module) in instead:
+        return instead[id(module)]
+    hollow = copy.copy(module)
+    hollow._parameters = {}
+    hollow._modules = {name: _hollow(child, instead) for name, child in module.named_children()}
+    return hollow
+
+
+def _narrow_config(config: Any) -> Any:
+    """The decoder's configuration with two heads, narrow MLPs and windows, and every kind of its layers.
+
+    Widths of heads stay, since rotary sections divide them, and the vocabulary, since token ids have meanings.
+    """
+    small = copy.deepcopy(config)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    small.hidden_size, small.num_attention_heads = 2 * width, 2
+    if getattr(config, "num_key_value_heads", None):
+        small.num_key_value_heads = 2 if config.num_key_value_heads == heads else 1
+    for name, value in vars(config).items():
+        if name.endswith("intermediate_size") and isinstance(value, int):
+            setattr(small, name, 64)
+        if name in ("sliding_window", "attention_chunk_size") and value:
+            setattr(small, name, 4)
+        if "dropout" in name and isinstance(value, float):
+            setattr(small, name, 0.0)
+    kinds = getattr(config, "layer_types", None)
+    depth = 8 if not kinds else max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+    if depth < config.num_hidden_layers:
+        small.num_hidden_layers = depth
+        if kinds:
+            small.layer_types = kinds[:depth]
+    return small
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    def by_borders(
+        _module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _mask: Any,
+        scaling: float | None = None,
+        **given: Any,
+    ) -> tuple[Tensor, None]:
+        """Causal attention within the borders; windows and sinks are left out. query, key, value: (1, heads, T, d)."""
+        lengths = given["cu_seq_lens_q"].diff().tolist()
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        own = [F.scaled_dot_product_attention(*p, is_causal=True, scale=scaling, enable_gqa=True) for p in parts]
+        return torch.cat(own, dim=2).transpose(1, 2), None
+
+    AttentionInterface.register(BY_BORDERS, by_borders)

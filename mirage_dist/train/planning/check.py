@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import heapq
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mirage_dist import objectives
 from mirage_dist.data import audit, sources
+from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
-from mirage_dist.model import directory, load
+from mirage_dist.model import directory, load, trainable
+from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
-from mirage_dist.ranks import Group
+from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import engine, rundir
 from mirage_dist.train.feed import Feed, check_streams, read_streams
@@ -54,32 +59,103 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
 
 
 def check_inputs(checked: Checked) -> dict[str, Source]:
-    """Check the model's parts that the recipe names, and read the samples of every stream.
+    """Check the model's parts that the recipe names, log what trains, and read the samples of every stream.
 
     Loads no weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
-    directory.check(recipe.model.path, weights=False)
-    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
+    check_weights(recipe, needs)
+    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
+    log.info(f"{recipe.model.path}: {trainable.summary(policy.hf)}")
     return read_streams(recipe, needs)
 
 
+def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
+    """The recipe with every `auto` that depends on the model replaced by what it means here (see `load.resolved`)."""
+    return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
+
+
 def check_samples(checked: Checked) -> str:
-    """`check_inputs`, every picture, the length of every sample, and whether an existing run began with these samples.
-
-    Returns the counts in words.
-
-    Raises ConfigError.
-    """
+    """All that a start checks before weights load, in words. Raises ConfigError."""
     streams = check_inputs(checked)
-    sources.check_pictures(streams)
+    feed, cut = check_batches(checked, streams, Group(0, 0, 1, torch.device("cpu")))
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
     warn(checked, streams)
-    feed = Feed(checked.recipe, checked.needs, streams, load.processor(checked.recipe.model))
-    cut = feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
+    kinds = check_family(feed)
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
-    return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps"
+    return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps; computed on a small model: {kinds}"
+
+
+def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group) -> tuple[Feed, int]:
+    """Check every picture and the length of every sample, each rank its share, with the model's processor.
+
+    Returns the feed, of the resolved recipe, and how many answers will be cut. Raises ConfigError on every rank.
+    """
+    processor = load.processor(checked.recipe.model)
+    recipe = resolved(checked.recipe, processor)
+    sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own))
+    feed = Feed(recipe, checked.needs, streams, processor)
+    return feed, feed.check_lengths(group)
+
+
+def check_family(feed: Feed) -> str:
+    """Compute batches on a small model of the model's classes (see `families.guard`): which kinds, in words.
+
+    Batches are of the data's shortest samples, pictured, mixed and of text alone. What goes wrong with a kind of sample
+    that the data lack is logged as a warning. Call `Feed.check_lengths` first. Raises ConfigError.
+    """
+    model, encoder = feed.recipe.model, feed.encoder
+    config, attention = load.configuration(model), load.attention(model, feed.recipe.train.dtype)
+    measured = attention if attention in ("eager", "sdpa") else None  # flash-attention has no kernel for the CPU
+    pictured, text = (_shortest(feed, shown) for shown in (True, False))
+    if (fault := guard.fault(config, encoder, pictured, text, measured)) is not None:
+        raise ConfigError(f"model.path={model.path}: {fault}")
+    if encoder.text_only:
+        return "batches of text"
+    if pictured and text:
+        return "pictured, mixed and text-only batches"
+    with tempfile.TemporaryDirectory() as folder:
+        own = "pictured" if pictured else "text-only"
+        if pictured:
+            text = [replace(sample, image=None) for sample in pictured]
+        else:
+            pictured = [replace(sample, image=_blank(Path(folder), n)) for n, sample in enumerate(text)]
+        try:
+            fault = guard.fault(config, encoder, pictured, text, measured)
+        except ConfigError as error:
+            fault = str(error)
+    if fault is not None:
+        log.warning(f"model.path={model.path}: {fault} (only {own} samples are in these data; they are in order)")
+        return f"{own} batches"
+    return f"{own} batches, and made-up mixed ones"
+
+
+def _shortest(feed: Feed, shown: bool) -> list[Sample]:
+    """Up to two different samples with (or without) a picture, of those with the fewest tokens."""
+    lengths = (pair for name, kept in feed.samples.items() for pair in zip(feed.lengths[name], kept, strict=True))
+    own = (pair for pair in lengths if (pair[1].image is not None) == shown)
+    shortest = heapq.nsmallest(16, own, key=lambda pair: int(pair[0]))
+    return list({sample.digest(): sample for _, sample in shortest}.values())[:2]
+
+
+def _blank(folder: Path, number: int) -> str:
+    """A picture of one colour; those of different numbers have different sizes."""
+    file = folder / f"{number}.png"
+    Image.new("RGB", (64 + 32 * number, 64), "gray").save(file)
+    return str(file)
+
+
+def check_weights(recipe: TrainRecipe, needs: Needs) -> None:
+    """Check the files of the model directory, and that its weights are whole, by their headers.
+
+    A directory without weights is enough for a check and a plan. Raises ConfigError.
+    """
+    folder = directory.check(recipe.model.path, weights=False)
+    if directory.has_weights(folder):
+        load.check_weights(recipe.model, needs.depth)
+    else:
+        log.warning(f"model.path={folder}: no weights here yet; only the configuration was checked")
 
 
 def warn(checked: Checked, streams: Mapping[str, Source]) -> None:

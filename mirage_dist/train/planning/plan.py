@@ -82,8 +82,10 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     """
     checked = check.check_recipe(recipe, ranks)
     objective, streams = checked.objective, check.check_inputs(checked)
-    policy = load.weightless(recipe.model, objective.needs.depth)  # later layers are not loaded
-    feed = Feed(recipe, objective.needs, streams, load.processor(recipe.model))
+    policy = load.weightless(recipe.model, objective.needs.depth, recipe.train.dtype)  # later layers are not loaded
+    processor = load.processor(recipe.model)
+    recipe = check.resolved(recipe, processor)
+    feed = Feed(recipe, objective.needs, streams, processor)
     lengths = {name: _lengths(feed, source) for name, source in streams.items()}
     needs = Plan()
     _data(needs, feed, lengths)
@@ -170,7 +172,7 @@ def _memory(
 ) -> None:
     required, train = objective.needs, recipe.train
     item = load.DTYPES[train.dtype].itemsize
-    text = getattr(policy.base.config, "text_config", policy.base.config)
+    text = policy.base.config.get_text_config()
     head = policy.base.get_output_embeddings()
     sizes = [p.numel() for p in policy.parameters()]
     layers = decoder(policy.backbone).layers
@@ -187,7 +189,7 @@ def _memory(
     width = max(max(counts.rows) for counts in lengths.values())
     rows = train.micro_batch * len(lengths)
     depth = len(layers)
-    eager = load.attention(recipe.model, train.dtype) == "eager"
+    eager = decoder(policy.backbone).config._attn_implementation == "eager"
 
     def kept(checkpointing: bool) -> int:
         return memory.activations(text, rows * width, width, depth, item, eager, checkpointing)
@@ -245,14 +247,13 @@ def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) ->
         return  # not offered for this model; a recipe that asks for it did not come so far
     digests = pictures.digests(s.image for samples in feed.samples.values() for s in samples)
     count = len(set(digests.values())) + 1  # and the placeholder
-    tokens, features = (
-        len(feed.encoder.placeholder["input_ids"]),
-        policy.backbone.multi_modal_projector.linear_1.in_features,
-    )
-    each = tokens * features * load.DTYPES[recipe.train.dtype].itemsize
-    note = f"{count:,} pictures of {tokens} × {features}, the placeholder included"
+    blank = feed.encoder.picture(None)
+    item = load.DTYPES[recipe.train.dtype].itemsize
+    elements = vision.elements(policy.base, blank, len(feed.encoder.placeholder["input_ids"]))
+    beside = sum(8 * t.ndim if vision.is_pixels(name) else t.nbytes for name, t in blank.items())
+    note = f"{count:,} pictures, the placeholder included, of {elements:,} features as a blank one has"
     plan.disk["vision features"] = (
-        count * each,
+        count * (elements * item + beside),
         note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 

@@ -1,7 +1,6 @@
 """Benchmarks through the runner: accuracies beside the safety figures; a text-only model and text-only records."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from mirage_dist.evals import runner
 from mirage_dist.evals.judges import scoring
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
+from mirage_dist.model import weights
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, TemplateConfig
 
 TEMPLATE = embedded_model.CHAT_TEMPLATE.replace("{%- for part", "{{ raise_exception('parts') }}{%- for part")
@@ -153,10 +153,9 @@ def test_a_text_only_model_answers_text_only_records(data, tmp_path):
     assert result["judges"]["benchmark"]["entry"]["accuracy"]["scienceqa"]["n"] == 5
 
 
-def test_a_text_only_model_gets_no_picture_and_the_error_comes_before_it_loads(data, tmp_path):
-    shutil.copytree(data / "llama", tmp_path / "damaged")
-    (tmp_path / "damaged/model.safetensors").write_text("no weights")
-    options = recipe(data, tmp_path, {"vizwiz": vizwiz(data)}, "benchmark", model=str(tmp_path / "damaged"))
+def test_a_text_only_model_gets_no_picture_and_the_error_comes_before_it_loads(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    options = recipe(data, tmp_path, {"vizwiz": vizwiz(data)}, "benchmark", model="llama")
     with pytest.raises(ConfigError, match=r"text-only model, but 4 of 4 questions have a picture .*sets\.vizwiz, id "):
         runner.evaluate(options)
     assert not (tmp_path / "evals").exists()

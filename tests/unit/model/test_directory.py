@@ -60,5 +60,7 @@ def test_what_is_no_model_is_named(model, tmp_path):
     (model / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"no readable config\.json in .*model;"):
         directory.check(str(model), weights=False)
-    with pytest.raises(ConfigError, match=r"neither a directory with a config\.json nor a model in the cache"):
+    with pytest.raises(
+        ConfigError, match=r"neither a directory here nor a hub model in the cache; .* hf download nobody/nothing"
+    ):
         directory.check("nobody/nothing")

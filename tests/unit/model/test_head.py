@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3Config, Gemma3TextConfig
 
 from mirage_dist.model import head
 from mirage_dist.schema import ConfigError
 
 
 def model(layer, softcap=None):
-    config = SimpleNamespace(text_config=SimpleNamespace(final_logit_softcapping=softcap))
-    return SimpleNamespace(config=config, get_output_embeddings=lambda: layer)
+    text = Gemma3TextConfig(final_logit_softcapping=softcap)
+    return SimpleNamespace(config=Gemma3Config(text_config=text), get_output_embeddings=lambda: layer)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -1,6 +1,7 @@
 """Errors that can be known before weights load are reported before weights load, with place and remedy."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig, Qwen2_5_VLConfig
+from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig
 
 from mirage_dist import config as configs
 from mirage_dist import objectives, ranks
@@ -23,7 +24,7 @@ from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.loop import total
-from mirage_dist.train.planning.check import check_inputs, check_recipe, warn
+from mirage_dist.train.planning.check import check_inputs, check_recipe, resolved, warn
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def check(recipe, ranks=2):
         (["objective.retain=kl"], "use engine"),
         (["train.global_batch=6", "train.micro_batch=4"], "multiple of train.micro_batch"),
         (["deepspeed=nowhere.json"], "no such file"),
-        (["model.path=./nowhere"], "config.json"),
+        (["model.path=./nowhere"], "looks like a local path but does not exist"),
         (["data.streams.train=[{format: samples, path: x.jsonl}]"], "needs"),
         (["data.streams.forget=[{format: samples, path: nowhere.jsonl}]"], "cannot be read"),
     ],
@@ -112,15 +113,22 @@ def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
 def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
     overrides = toy.overrides("npo", tmp_path / "run")
     assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == 0
-    assert "forget 20, retain 30" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "forget 20, retain 30" in out
+    assert len(re.findall(r"trains: decoder [\d.]+ k, connector [\d.]+ k, vision 0 of [\d.]+ k\n", out)) == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.train=['*nothing*']"], r"model\.train: pattern '\*nothing\*' matches no parameter"),
+        (
+            ["model.train=['*nothing*']"],
+            r"model\.train: '\*nothing\*' matches no parameter; roles here: decoder, head, connector, vision; nearest",
+        ),
         (["model.freeze=['*']"], "leaves nothing"),
+        (["model.freeze=['*vision_towr*']"], r"model\.freeze: '\*vision_towr\*' matches no parameter; .*vision"),
+        (["model.train=[audio]"], r"model\.train: 'audio' matches no parameter; roles here"),
         (["model.lora={targets: ['*q_porj']}"], "matches no linear layer"),
         (["model.lora={also_train: ['*projctor*']}"], "also_train: '\\*projctor\\*' matches no parameter"),
         (["model.lora={targets: ['lm_head']}"], "lm_head is a .*; the loss head needs a plain linear layer"),
@@ -144,22 +152,25 @@ def test_a_layer_that_the_model_does_not_have_is_named(recipe):
         check(recipe("objective.layer=4", name="rmu"))
 
 
-def test_a_model_that_does_not_keep_packed_sequences_apart_is_refused_by_its_configuration(recipe, tmp_path):
-    """Positions of a picture's grid are one case; text layers that pass from token to token are another."""
-    check(recipe("data.packing=true"))
+def test_packing_auto_follows_the_model_and_true_refuses_one_that_cannot(recipe, toy, tmp_path, capsys):
+    """Text layers that pass from token to token are the case; the recipe itself stays as it was given."""
+    processor = load.processor(recipe().model)
+    assert resolved(recipe(), processor).data.packing is False
+    assert resolved(recipe("data.packing=true"), processor).data.packing is True
+    assert resolved(recipe("data.packing=auto"), processor).data.packing is True
+    assert "data.packing=auto: packed, since llava keeps packed sequences apart" in capsys.readouterr().out
     text = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     text |= {"num_hidden_layers": 2, "vocab_size": 64}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     convolution = Lfm2Config(**text, layer_types=["conv", "full_attention"])
-    for config, words in (
-        (Qwen2_5_VLConfig(text_config=text), "qwen2_5_vl is not known to keep packed sequences apart .*grid"),
-        (LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=convolution), "not every layer of lfm2"),
-    ):
-        config.save_pretrained(tmp_path / config.model_type)
-        path = f"model.path={tmp_path / config.model_type}"
-        check(recipe(path))
-        with pytest.raises(ConfigError, match=rf"data\.packing: {words}"):
-            check(recipe(path, "data.packing=true"))
+    parts = {"vision_config": CLIPVisionConfig(**vision), "text_config": convolution}
+    LlavaConfig(**parts, image_token_id=processor.image_token_id).save_pretrained(tmp_path / "model")
+    path = f"model.path={tmp_path}/model"
+    assert resolved(recipe(path, "data.packing=auto"), processor).data.packing is False
+    words = r"llava has layers that pass on more than attention does \(conv\)"
+    assert re.search(f"data.packing=auto: padded, since {words}", capsys.readouterr().out)
+    with pytest.raises(ConfigError, match=rf"data\.packing: {words}; take `auto`"):
+        resolved(recipe(path, "data.packing=true"), processor)
 
 
 def test_a_broken_config_json_is_named(recipe, toy, tmp_path):

@@ -49,7 +49,7 @@ def recipe(toy, tmp_path):
         ),
         (
             ["train.groups=[{match: '*projctor*'}]"],
-            r"matches no parameter; roles here: connector, decoder, head, vision",
+            r"matches no parameter; roles here: decoder, head, connector, vision",
         ),
         (["train.groups=[{match: vision, lr: 1}]"], "matches only parameters that do not train"),
         (["train.groups=[{match: '*'}, {match: head}]"], r"groups\[1\]\.match: .* are in earlier groups; move this"),

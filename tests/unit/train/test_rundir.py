@@ -37,7 +37,8 @@ def begin(toy, tmp_path):
         forget = replace(streams["forget"], samples=change(streams["forget"].samples))
         lease = acquire(Path(recipe.run.dir))
         try:
-            rundir.open_run(recipe, make(recipe.objective).needs, {**streams, "forget": forget}, base_hash, lease)
+            needs = make(recipe.objective).needs
+            rundir.open_run(recipe, needs, {**streams, "forget": forget}, False, base_hash, lease)
         finally:
             lease.release()
 

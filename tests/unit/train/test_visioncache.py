@@ -9,7 +9,7 @@ import torch
 from conftest import run_of
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import LlamaForCausalLM
 
 from mirage_dist import config as configs
 from mirage_dist.data.sample import Sample
@@ -20,7 +20,7 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
 
-LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
+LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder], also_train: [connector]}"
 
 
 class Engine(torch.nn.Module):
@@ -72,13 +72,20 @@ class Run:
 @pytest.fixture
 def start(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(vision_cache, "PART", 6)
-    monkeypatch.setattr(vision_cache, "WIDTH", 4)
 
     def start(*overrides: str, folder: str = "a") -> Run:
         (tmp_path / folder).mkdir(exist_ok=True)
         return Run(toy, tmp_path / folder, *overrides)
 
     return start
+
+
+ASIDE = 3  # forwards that show where the tower ends, and compare a batch with pictures and one with features
+
+
+def projected(features: vision_cache.Features, path: str) -> torch.Tensor:
+    """The projector's input for a picture."""
+    return features([path])["vision_features"]["features"]["model.multi_modal_projector"][0]
 
 
 BATCHES = {
@@ -147,18 +154,18 @@ def test_a_picture_in_two_files_is_kept_once_and_a_changed_one_is_made_again(sta
     run.streams["forget"].samples.append(Sample("copy", str(copy), "q", "a", True, "", "t"))
     distinct = len({picture.read_bytes() for picture in run.pictures})
     first, forwards = run.fill()
-    held = [name for file in Path(run.recipe.run.dir).glob("vision/*/*") for name in load_file(file)]
-    assert len(held) == len(set(held)) == distinct + 1
+    parts = [{n.split("/")[0] for n in load_file(f)} for f in Path(run.recipe.run.dir).glob("vision/*/*")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == distinct + 1
     before = run.parts()
     assert run.fill()[1] == 0
     Image.new("RGB", (20, 32), "green").save(run.pictures[1])
     second, again = run.fill()
-    assert again == 1 < forwards
+    assert again == 1 + ASIDE < forwards == distinct + 1 + ASIDE
     after = run.parts()
     assert before.items() < after.items()
     unchanged, changed = (str(run.pictures[i]) for i in (0, 1))
-    assert torch.equal(first([unchanged])["vision_features"], second([str(copy)])["vision_features"])
-    assert not torch.equal(first([changed])["vision_features"], second([changed])["vision_features"])
+    assert torch.equal(projected(first, unchanged), projected(second, str(copy)))
+    assert not torch.equal(projected(first, changed), projected(second, changed))
 
 
 def test_whatever_decides_the_features_decides_the_key(start):
@@ -169,7 +176,8 @@ def test_whatever_decides_the_features_decides_the_key(start):
         return vision_cache.key(recipe, model, feed, base)
 
     keys = [key(), key(base="other")]
-    keys.append(key(recipe=replace(run.recipe, data=replace(run.recipe.data, image_aspect="processor"))))
+    feed.encoder.image_aspect = "processor"  # as the encoder resolved it
+    keys.append(key())
     keys.append(key(recipe=replace(run.recipe, train=replace(run.recipe.train, dtype="bf16"))))
     model.vision_feature_layer = -2
     keys.append(key())
@@ -184,7 +192,7 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
     whole, broken = start(folder="a"), start(folder="b")
     needed = whole.fill()[1]
     with pytest.raises(KeyboardInterrupt):
-        broken.fill(forwards=3)
+        broken.fill(forwards=10)
     assert 0 < len(broken.parts()) < len(whole.parts())
     assert 0 < broken.fill()[1] < needed
     assert broken.parts() == whole.parts()
@@ -198,7 +206,7 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("model.freeze=['*layers.0.mlp*']",), "the vision tower trains"),
+        (("model.train=['*']", "model.freeze=['*layers.0.mlp*']"), "the vision tower trains"),
         (("model.lora={targets: ['*vision_tower*_proj']}",), "the vision tower trains"),
     ],
 )
@@ -210,7 +218,7 @@ def test_a_tower_that_trains_is_refused_before_weights_load(toy, tmp_path, overr
         load.check_names(recipe.model, replace(recipe.data, cache_vision=True), (), None)
 
 
-def test_other_models_and_towers_that_draw_are_refused(toy, tmp_path):
+def test_text_only_models_and_towers_that_draw_are_refused(toy, tmp_path):
     recipe = configs.load("configs/train/demo_npo.yaml", toy.overrides("npo", tmp_path / "run"), TrainRecipe)
     base = load.weightless(recipe.model).base
     vision.check(base)
@@ -218,6 +226,38 @@ def test_other_models_and_towers_that_draw_are_refused(toy, tmp_path):
     with pytest.raises(ConfigError, match="attention_dropout"):
         vision.check(base)
     with torch.device("meta"):
-        other = CLIPModel(CLIPConfig())
-    with pytest.raises(ConfigError, match="CLIPModel is not supported, only LlavaForConditionalGeneration"):
+        other = LlamaForCausalLM(base.config.text_config)
+    with pytest.raises(ConfigError, match="llama has no vision tower"):
         vision.check(other)
+
+
+def test_a_connector_that_follows_another_one_is_not_recorded(start):
+    """Its input is no constant, since the first one trains."""
+    run = start()
+    tower, projector = run.policy.tower, "model.multi_modal_projector"
+    picture = run.feed.encoder.picture(None)
+    assert list(tower.recorded(picture)) == [projector]
+    parts = [f"{projector}.linear_1", f"{projector}.linear_2"]
+    tower.connectors = {name: run.policy.base.get_submodule(name) for name in parts}
+    assert list(tower.recorded(picture)) == parts[:1]
+
+
+@pytest.mark.parametrize("fault", ["the layers cannot be passed over", "another selection of features", "other tokens"])
+def test_a_model_that_computes_something_else_with_features_is_refused(start, monkeypatch, fault):
+    run = start()
+    words = "with features in place of pictures llava computes something else"
+    if fault == "the layers cannot be passed over":
+        run.policy.tower.layers = [run.policy.base.model.vision_tower.embeddings]
+    elif fault == "other tokens":
+        words = "writes input_ids"
+        row = run.feed.encoder.pictured.known_row
+        monkeypatch.setattr(
+            run.feed.encoder.pictured, "known_row", lambda text, path: {n: v[::-1] for n, v in row(text, path).items()}
+        )
+    else:
+        recorded = run.policy.tower.inputs
+        monkeypatch.setattr(
+            run.policy.tower, "inputs", lambda *given, **more: {n: t + 1 for n, t in recorded(*given, **more).items()}
+        )
+    with pytest.raises(ConfigError, match=rf"data\.cache_vision: .*{words}"):
+        run.fill()

@@ -1,0 +1,247 @@
+"""Prompts with pictures: what a processor makes of them, how many tokens a picture takes, the placeholder picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mirage_dist.data.encoding import outputs
+from mirage_dist.data.encoding.rows import IGNORE, Row, Tokens, extend
+from mirage_dist.schema import ConfigError
+
+Aspect = Literal["pad", "processor"]
+Size = tuple[int, int]  # width, height
+BLANK: Size = (32, 32)
+# Sizes at which a processor's own count of picture tokens is held against what it makes.
+PROBES: tuple[Size, ...] = (BLANK, (336, 336), (100, 300), (900, 400), (600, 60))
+KEPT = 512  # sizes whose rows are kept
+SIDES = (8, 30, 100, 336, 500, 896, 1500, 4000)  # of the pictures among which a count that never varies is constant
+
+
+def aspect_of(processor: Any, choice: Literal["auto", "pad", "processor"]) -> Aspect:
+    """How pictures reach the processor. `auto` pads where it would cut off the ends of a wide picture.
+
+    LLaVA-1.5's does (CLIP's centre crop), and the model was trained on padded pictures.
+    """
+    if choice != "auto":
+        return choice
+    images = getattr(processor, "image_processor", None)
+    if images is None:
+        return "processor"
+    plain = Image.new("RGB", (96, 32))
+    ends = Image.new("RGB", (96, 32), "white")
+    ends.paste(plain.crop((0, 0, 80, 32)), (8, 0))
+    one, other = (images(images=[picture], return_tensors="pt") for picture in (plain, ends))
+    return "pad" if all(torch.equal(torch.as_tensor(one[n]), torch.as_tensor(other[n])) for n in one) else "processor"
+
+
+class Pictured:
+    """First prompts with a picture, by any Hugging Face image-text-to-text processor.
+
+    aspect: pad pictures to a square in the processor's mean colour, or leave them to the processor. token: the id at
+    whose places the model puts a picture's features. texts: the template's prompt for a short question about a picture,
+    for an empty one, and more of the template's text, without a picture.
+
+    outputs: the kinds of its outputs. placeholder: the picture tokens of a blank picture, hidden. blank: that picture's
+    tensors. Raises ConfigError when the processor cannot encode a picture under its own template, when its prompt holds
+    no `token`, and for an output of unknown kind (see `outputs.sort`).
+    """
+
+    def __init__(
+        self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, texts: tuple[str, str, str]
+    ) -> None:
+        self.processor, self.tokens, self.aspect = processor, tokens, aspect
+        self.text, self.other, self.more = texts
+        self.kind = type(processor).__name__
+        image = Image.new("RGB", BLANK)
+        try:
+            once = self._outputs([self.text], [image])
+            twice = self._outputs([self.text + self.more], [image])
+        except Exception as error:  # of any kind: a processor may fail anywhere on a template that is not its own
+            raise ConfigError(f"{self.kind} cannot encode a picture by its own chat template: {error}") from error
+        self.outputs = outputs.sort(self.kind, once, twice)
+        (self.row,), self.blank = self._divided(once)
+        places = [i for i, value in enumerate(self.row["input_ids"]) if value == token]
+        if not places:
+            raise ConfigError(
+                f"{self.kind}: its prompt for a picture holds no image_token_id ({token}); models that take pictures "
+                "in another way are not supported"
+            )
+        hidden = {name: [values[i] for i in places] for name, values in self.row.items()}
+        self.placeholder: Row = {**hidden, "attention_mask": [0] * len(places)}
+        self.plain = tokens.first(self.text)  # with the picture's mark not expanded
+        marks = (token, getattr(processor, "image_token_id", None))
+        self.mark = next((i for i, value in enumerate(self.plain) if value in marks), len(self.plain) - 1)
+        self._rows: dict[Size, Row] = {}
+        self._sizes: dict[str, Size] = {}
+        self._growths: dict[Size, int] = {}
+        # What a picture adds beside the tokens that the processor counts; None where its count is not to be trusted.
+        self._offset: int | None = None
+        self._calibrated, self._constant = False, False
+        # Whether a row is the short prompt's start and the rest of its own tokens: not where the processor adds text
+        # at the end (PaliGemma's), or where its text after a picture merges with the question.
+        self._splices = False
+
+    # ------------------------------------------------------------------------------------------ batches
+
+    def __call__(self, texts: list[str], images: list[Image.Image]) -> tuple[list[Row], dict[str, Tensor]]:
+        """Prompts as rows without padding, and the tensors of their pictures. Raises ConfigError."""
+        try:
+            encoded = self._outputs(texts, images)
+        except Exception as error:  # of any kind: each family refuses odd sizes in its own way, or fails on them
+            raise ConfigError(f"{self.kind} cannot encode {_sizes(images)}: {error}") from error
+        for name, value in encoded.items():
+            if not isinstance(value, Tensor):
+                raise ConfigError(
+                    f"{self.kind} returns {name!r} as {type(value).__name__}, no tensor, for {_sizes(images)}; such "
+                    "pictures cannot be in one batch. Use train.micro_batch=1, or pictures of one size"
+                )
+        return self._divided(encoded)
+
+    def _outputs(self, texts: list[str], images: list[Image.Image]) -> dict[str, Any]:
+        encoded = dict(
+            self.processor(
+                text=texts,
+                images=[[image] for image in images],  # every family takes one list of pictures for each text
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=self.tokens.adds_start(texts[0]),
+            )
+        )
+        return {name: value for name, value in encoded.items() if name not in outputs.DROPPED}
+
+    def _divided(self, encoded: dict[str, Any]) -> tuple[list[Row], dict[str, Tensor]]:
+        pictures, values = dict(encoded), {}
+        mask_BS = pictures.pop("attention_mask").bool()
+        for name in ("input_ids", *self.outputs.neutral):
+            if name in pictures:
+                values[name] = pictures.pop(name)
+        rows = []
+        for number, mask_S in enumerate(mask_BS):
+            row = {name: value_BS[number][mask_S].tolist() for name, value_BS in values.items()}
+            length = len(row["input_ids"])
+            rows.append({**row, "attention_mask": [1] * length, "labels": [IGNORE] * length})
+        return rows, pictures
+
+    # ------------------------------------------------------------------------------------------- lengths
+
+    def growth(self, text: str, path: str) -> int:
+        """The number of tokens that a picture adds to the prompt `text`; reads no more than the file's header.
+
+        Raises ConfigError for a file that is no picture, and for a picture that the processor cannot encode.
+        """
+        size = self._size(path)
+        if not self._splices:
+            return len(self._made(text, size)["input_ids"]) - len(self.tokens.first(text))
+        if size not in self._growths:
+            self._growths[size] = self._count(size)
+        return self._growths[size]
+
+    def _count(self, size: Size) -> int:
+        if self._offset is not None:
+            try:
+                return self._offset + self._counted([size])[0]
+            except Exception:  # of any kind, for a size that the processor refuses: encoding gives the reason
+                return self._measured(size)
+        return self._measured(size)
+
+    def _size(self, path: str) -> Size:
+        """The picture's size as it goes to the processor, or where size makes no difference any one."""
+        if not self._calibrated:
+            self._calibrate()
+        if self._constant:
+            return BLANK
+        if path not in self._sizes:
+            try:
+                with Image.open(path) as image:
+                    self._sizes[path] = self._shown(image.size)
+            except OSError as error:
+                raise ConfigError(f"{path}: no picture can be read from it ({error})") from error
+        return self._sizes[path]
+
+    def _shown(self, size: Size) -> Size:
+        return (max(size), max(size)) if self.aspect == "pad" else size
+
+    def _calibrate(self) -> None:
+        """Whether the processor's own count of picture tokens is right, and whether it varies with the size; and
+        whether a prompt's tokens beside its picture are the same whatever the picture is.
+        """
+        self._calibrated = True
+        prompts = (self.text + self.more, self.other)
+        self._splices = all(self._spliced(text, BLANK) == self._made(text, BLANK) for text in prompts)
+        sizes = [self._shown(size) for size in PROBES]
+        grid = sorted({self._shown((width, height)) for width in SIDES for height in SIDES})
+        try:
+            offsets = {self._measured(size) - count for size, count in zip(sizes, self._counted(sizes), strict=True)}
+            if len(offsets) == 1:
+                (self._offset,) = offsets
+                self._constant = len(set(self._counted(grid))) == 1
+        except Exception:  # of any kind: not every family's processor counts, or takes pictures of these sizes
+            return
+
+    def _counted(self, sizes: Sequence[Size]) -> list[int]:
+        counts = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+        return list(counts["num_image_tokens"])
+
+    def _measured(self, size: Size) -> int:
+        return len(self._row(size)["input_ids"]) - len(self.plain)
+
+    def _row(self, size: Size) -> Row:
+        """The short prompt with a blank picture of this size."""
+        if size not in self._rows:
+            if len(self._rows) >= KEPT:
+                del self._rows[next(iter(self._rows))]
+            self._rows[size] = self._made(self.text, size)
+        return self._rows[size]
+
+    def _made(self, text: str, size: Size) -> Row:
+        return self([text], [Image.new("RGB", size)])[0][0]
+
+    def known_row(self, text: str, path: str) -> Row:
+        """A first prompt with a picture that is not opened beyond its header: its mark expanded as by the processor."""
+        size = self._size(path)
+        row = self._spliced(text, size) if self._splices else None
+        return row or self._made(text, size)
+
+    def _spliced(self, text: str, size: Size) -> Row | None:
+        """The start of the short prompt, through its picture, and the rest of `text`; None for another start."""
+        like, ids, plain = self._row(size), self.tokens.first(text), self.plain
+        whole = like["input_ids"]
+        # The tokens after the mark that expanding it leaves as they are; a neighbour may merge with what the processor
+        # writes around a picture.
+        after = 0
+        while after < len(plain) - self.mark - 1 and plain[-1 - after] == whole[-1 - after]:
+            after += 1
+        end = len(plain) - after
+        if ids[:end] != plain[:end]:
+            return None
+        row = {name: values[: len(whole) - after] for name, values in like.items()}
+        extend(row, ids[end:], False, self.outputs.neutral)
+        return row
+
+    # ------------------------------------------------------------------------------------------ pictures
+
+    def opened(self, path: str) -> Image.Image:
+        """The picture as it goes to the processor. Raises OSError."""
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        if self.aspect == "processor" or image.width == image.height:
+            return image
+        side = max(image.size)
+        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+        red, green, blue = (int(255 * channel) for channel in mean)
+        square = Image.new("RGB", (side, side), (red, green, blue))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """The tensors of one picture, each (1, …) or as the processor shapes it."""
+        return self([self.text], [self.opened(path)])[1]
+
+
+def _sizes(images: Sequence[Image.Image]) -> str:
+    return "a picture of " + ", ".join(f"{image.width}x{image.height}" for image in images) + " pixels"

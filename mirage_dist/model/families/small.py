@@ -1,0 +1,106 @@
+"""A small model of a family's own classes, to be measured before any weights load.
+
+It has the configuration's widths, kinds of layers, attention and token ids, but few layers, narrow MLPs, and random
+weights that share their memory: a model of seven billion parameters takes some hundred megabytes and a few seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirage_dist.model.families import roles, truncation
+
+LAYERS = 2  # of the decoder, at least; more where a later layer is the first one of its kind
+TOWER_LAYERS = 4  # of encoders of pictures and sounds
+MLP = 64
+VOCABULARY = 61  # tokens that the LM head knows; labels are taken modulo this
+SHARED = 1 << 23  # random numbers at most; larger matrices have rows that overlap in them
+
+
+def made(config: Any, attention: str | None = None, whole: bool = False) -> Any:
+    """The model on the CPU, in float32, without dropout.
+
+    attention: the implementation, None for transformers' choice. whole: with all layers at their widths, as a family
+    may need. Raises what the family's classes raise.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(config) if whole else shrunk(config)
+    options = {} if attention is None else {"attn_implementation": attention}
+    # Buffers, such as frequencies of positions, keep the values that they are made with.
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        hf = roles.auto_class(config).from_config(config, dtype=torch.float32, **options)
+    head = hf.get_output_embeddings()
+    hf.set_output_embeddings(nn.Linear(head.in_features, VOCABULARY, bias=head.bias is not None, device="meta"))
+    _fill(hf)
+    for module in hf.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ((name == "p" and isinstance(module, nn.Dropout)) or "dropout" in name):
+                setattr(module, name, 0.0)
+    return hf.eval()
+
+
+def shrunk(config: Any) -> Any:
+    """A copy of the configuration with few layers, of every kind, and narrow MLPs in the decoder."""
+    with torch.device("meta"):
+        kinds = [_kind(layer) for layer in roles.decoder(roles.auto_class(config).from_config(config)).layers]
+    depth = max(LAYERS, *(1 + kinds.index(kind) for kind in set(kinds)))
+    small = copy.deepcopy(truncation.shortened(config, depth))
+    text = small.get_text_config()
+    for name, value in vars(text).items():
+        if name.endswith("intermediate_size") and isinstance(value, int):
+            setattr(text, name, min(value, MLP))
+    for part in (getattr(small, name) for name in (small.sub_configs or {}) if hasattr(small, name)):
+        for name in ("num_hidden_layers", "depth"):
+            if part is not None and part is not text and isinstance(getattr(part, name, None), int):
+                setattr(part, name, min(getattr(part, name), TOWER_LAYERS))
+    return small
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What layers of one kind have in common: the classes of their modules, and settings that are no numbers."""
+    return tuple(
+        (type(module), *(value for value in vars(module).values() if isinstance(value, (bool, str))))
+        for module in layer.modules()
+    )
+
+
+def _fill(hf: nn.Module) -> None:
+    """Give every parameter random values, of a size at which layers neither fade nor dominate; tied ones stay tied."""
+    generator = torch.Generator().manual_seed(0)
+    largest = max(p.numel() for p in hf.parameters())
+    normal = torch.randn(min(SHARED, 4 * largest), generator=generator)
+    scaled: dict[int, Tensor] = {}
+    filled: dict[int, nn.Parameter] = {}
+    for prefix, module in hf.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in filled:
+                shape, width = parameter.shape, parameter.shape[-1] if parameter.dim() > 1 else 1
+                if parameter.dim() > 1 and width not in scaled:
+                    scaled[width] = normal / width**0.5
+                values = scaled[width] if parameter.dim() > 1 else torch.full(shape, float(not name.endswith("bias")))
+                start = zlib.crc32(f"{prefix}.{name}".encode())
+                filled[id(parameter)] = nn.Parameter(_rows(values, shape, start), requires_grad=False)
+            module._parameters[name] = filled[id(parameter)]
+
+
+def _rows(values: Tensor, shape: torch.Size, start: int) -> Tensor:
+    """A tensor of this shape in the memory of `values`, from `start` on; its rows overlap where it is larger."""
+    if len(shape) < 2:
+        return values
+    count, row = shape[0], shape[1:].numel()
+    if row > len(values) // 2:
+        return torch.randn(shape) / shape[-1] ** 0.5
+    step = max(1, min(row, (len(values) // 2 - row) // max(1, count - 1)))
+    strides = [1]
+    for length in reversed(shape[2:]):
+        strides.append(strides[-1] * length)
+    return values.as_strided(shape, (step, *reversed(strides)), start % (len(values) // 2))

@@ -1,0 +1,1 @@
+"""Tiny random models of real families, and the matrix of what works with each."""
