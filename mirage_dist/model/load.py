@@ -11,7 +11,7 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision, weights
-from mirage_dist.model.families import configs, packing, processors, replays, roles, truncation
+from mirage_dist.model.families import by_row, configs, packing, processors, replays, roles, truncation
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
@@ -63,6 +63,7 @@ def policy(
         )
     finally:
         del keep
+    by_row.keep_apart(hf)
     if frozen:
         return HeadedModel(hf.requires_grad_(False))
     if model.gradient_checkpointing:
@@ -139,7 +140,10 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     if data.packing is False:
         return data
     flash = (attention(model, dtype) or "").startswith("flash")
-    fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
+    if encoder.by_row:
+        fault = f"{backbone.config.model_type} has the pictures of each row apart from its tokens"
+    else:
+        fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":
         reason = f"{backbone.config.model_type} keeps packed sequences apart" if fault is None else fault
         log.info(f"data.packing=auto: {'packed' if fault is None else 'padded'}, since {reason}")

@@ -43,22 +43,24 @@ class Pictured:
     """First prompts with a picture, by any Hugging Face image-text-to-text processor.
 
     aspect: pad pictures to a square in the processor's mean colour, or leave them to the processor. token: the id at
-    whose places the model puts a picture's features. text, more: the template's prompt for a short question, with a
-    picture and without one.
+    whose places the model puts a picture's features. texts: the template's prompt for a short question about a picture,
+    for an empty one, and more of the template's text, without a picture.
 
     outputs: the kinds of its outputs. placeholder: the picture tokens of a blank picture, hidden. blank: that picture's
     tensors. Raises ConfigError when the processor cannot encode a picture under its own template, when its prompt holds
     no `token`, and for an output of unknown kind (see `outputs.sort`).
     """
 
-    def __init__(self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, text: str, more: str) -> None:
+    def __init__(
+        self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, texts: tuple[str, str, str]
+    ) -> None:
         self.processor, self.tokens, self.aspect = processor, tokens, aspect
-        self.text, self.more = text, more
+        self.text, self.other, self.more = texts
         self.kind = type(processor).__name__
         image = Image.new("RGB", BLANK)
         try:
-            once = self._outputs([text], [image])
-            twice = self._outputs([text + more], [image])
+            once = self._outputs([self.text], [image])
+            twice = self._outputs([self.text + self.more], [image])
         except Exception as error:  # of any kind: a processor may fail anywhere on a template that is not its own
             raise ConfigError(f"{self.kind} cannot encode a picture by its own chat template: {error}") from error
         self.outputs = outputs.sort(self.kind, once, twice)
@@ -71,7 +73,7 @@ class Pictured:
             )
         hidden = {name: [values[i] for i in places] for name, values in self.row.items()}
         self.placeholder: Row = {**hidden, "attention_mask": [0] * len(places)}
-        self.plain = tokens.first(text)  # with the picture's mark not expanded
+        self.plain = tokens.first(self.text)  # with the picture's mark not expanded
         marks = (token, getattr(processor, "image_token_id", None))
         self.mark = next((i for i, value in enumerate(self.plain) if value in marks), len(self.plain) - 1)
         self._rows: dict[Size, Row] = {}
@@ -80,7 +82,9 @@ class Pictured:
         # What a picture adds beside the tokens that the processor counts; None where its count is not to be trusted.
         self._offset: int | None = None
         self._calibrated, self._constant = False, False
-        self._splices: bool | None = None  # whether a row's start can be that of another one; None: not yet known
+        # Whether a row is the short prompt's start and the rest of its own tokens: not where the processor adds text
+        # at the end (PaliGemma's), or where its text after a picture merges with the question.
+        self._splices = False
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -125,16 +129,25 @@ class Pictured:
 
     # ------------------------------------------------------------------------------------------- lengths
 
-    def growth(self, path: str) -> int:
-        """The number of tokens that a picture adds to its prompt; reads no more than the file's header.
+    def growth(self, text: str, path: str) -> int:
+        """The number of tokens that a picture adds to the prompt `text`; reads no more than the file's header.
 
         Raises ConfigError for a file that is no picture, and for a picture that the processor cannot encode.
         """
         size = self._size(path)
+        if not self._splices:
+            return len(self._made(text, size)["input_ids"]) - len(self.tokens.first(text))
         if size not in self._growths:
-            counted = None if self._offset is None else self._offset + self._counted([size])[0]
-            self._growths[size] = self._measured(size) if counted is None else counted
+            self._growths[size] = self._count(size)
         return self._growths[size]
+
+    def _count(self, size: Size) -> int:
+        if self._offset is not None:
+            try:
+                return self._offset + self._counted([size])[0]
+            except Exception:  # of any kind, for a size that the processor refuses: encoding gives the reason
+                return self._measured(size)
+        return self._measured(size)
 
     def _size(self, path: str) -> Size:
         """The picture's size as it goes to the processor, or where size makes no difference any one."""
@@ -154,8 +167,12 @@ class Pictured:
         return (max(size), max(size)) if self.aspect == "pad" else size
 
     def _calibrate(self) -> None:
-        """Whether the processor's own count of picture tokens is right, and whether it varies with the size."""
+        """Whether the processor's own count of picture tokens is right, and whether it varies with the size; and
+        whether a prompt's tokens beside its picture are the same whatever the picture is.
+        """
         self._calibrated = True
+        prompts = (self.text + self.more, self.other)
+        self._splices = all(self._spliced(text, BLANK) == self._made(text, BLANK) for text in prompts)
         sizes = [self._shown(size) for size in PROBES]
         grid = sorted({self._shown((width, height)) for width in SIDES for height in SIDES})
         try:
@@ -178,17 +195,17 @@ class Pictured:
         if size not in self._rows:
             if len(self._rows) >= KEPT:
                 del self._rows[next(iter(self._rows))]
-            (self._rows[size],), _ = self([self.text], [Image.new("RGB", size)])
+            self._rows[size] = self._made(self.text, size)
         return self._rows[size]
+
+    def _made(self, text: str, size: Size) -> Row:
+        return self([text], [Image.new("RGB", size)])[0][0]
 
     def known_row(self, text: str, path: str) -> Row:
         """A first prompt with a picture that is not opened beyond its header: its mark expanded as by the processor."""
         size = self._size(path)
-        if self._splices is None:  # not where a processor adds text of its own, as PaliGemma's does
-            whole = self.text + self.more
-            self._splices = self._spliced(whole, BLANK) == self([whole], [Image.new("RGB", BLANK)])[0][0]
         row = self._spliced(text, size) if self._splices else None
-        return row or self([text], [Image.new("RGB", size)])[0][0]
+        return row or self._made(text, size)
 
     def _spliced(self, text: str, size: Size) -> Row | None:
         """The start of the short prompt, through its picture, and the rest of `text`; None for another start."""

@@ -14,7 +14,7 @@ from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.model import weights
-from mirage_dist.model.families import configs, processors, roles
+from mirage_dist.model.families import by_row, configs, processors, roles
 from mirage_dist.model.load import DTYPES
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import no_bars_in_logs
@@ -35,6 +35,7 @@ class HuggingFace(Generator):
         config, processor = configs.load(folder), processors.load(folder)
         self.tokenizer = tokenizer_of(processor)
         loaded = weights.load(roles.auto_class(config), folder, config=config, dtype=DTYPES[model.dtype])
+        by_row.keep_apart(loaded)
         self.model = loaded.to(self.device).eval()
         self.encoder = encoder(processor, template, config)
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)

@@ -484,6 +484,16 @@ def test_check_and_plan_end_with_status_2_and_one_paragraph(toy, toy_copy, tmp_p
             assert sum(line.startswith("mirage: ") for line in error.splitlines()) == 1
 
 
+def test_a_configuration_is_enough_for_a_check_and_not_for_a_run(toy, toy_copy, tmp_path, capsys):
+    folder, _ = toy_copy
+    (folder / directory.WHOLE).unlink()
+    arguments = ["configs/train/demo_sft.yaml", *toy.overrides("sft", tmp_path / "run"), f"model.path={folder}"]
+    assert main(["train", "--check", *arguments]) == 0
+    assert main(["train", *arguments]) == 2
+    assert "no *.safetensors here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_under_test_or_a_judge_is_whole_before_it_is_hashed(toy_copy, monkeypatch, tmp_path):
     folder, lost = toy_copy
     file = folder / directory.WHOLE

@@ -21,7 +21,7 @@ from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.planning.check import resolved
 
-LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
+LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder], also_train: [connector]}"
 
 
 class Engine(torch.nn.Module):
