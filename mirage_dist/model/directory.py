@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from mirage_dist import disk
@@ -18,6 +20,8 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Configurations of model, generation, tokenizer and processor (*.json), chat templates, and tokenizer vocabularies.
 DECIDING = (WEIGHTS, "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken")
 VOCABULARIES = ("merges.txt", "vocab.txt")
+# Files among these that saving a model writes: they change with the weights. The others belong to its processor.
+OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model*.safetensors"
 POINTER = b"version https://git-lfs"  # a Git-LFS pointer's first bytes
@@ -42,9 +46,13 @@ def resolve(path: str) -> Path:
 
     Raises ConfigError when there is neither.
     """
-    if Path(path).is_dir():
+    try:
+        present, file = Path(path).is_dir(), Path(path).is_file()
+    except (OSError, ValueError) as error:  # no permission, a name that is too long
+        raise ConfigError(f"model.path={path[:200]}: cannot be read: {error}") from error
+    if present:
         return Path(path)
-    if Path(path).exists():
+    if file:
         raise ConfigError(f"model.path={path}: this is a file; give the Hugging Face model directory that holds it")
     if _looks_local(path):
         raise ConfigError(
@@ -115,6 +123,8 @@ def _refuse_adapters(path: str, folder: Path) -> None:
 
 def _check_content(file: Path) -> None:
     try:
+        if not S_ISREG(file.stat().st_mode):  # reading a pipe would never end
+            raise ConfigError(f"{file}: no regular file; {AGAIN}")
         with file.open("rb") as handle:
             start = handle.read(len(POINTER))
     except FileNotFoundError as error:  # only a link can be listed and not exist
@@ -260,6 +270,16 @@ def files(folder: Path) -> list[Path]:
     """The files that decide what a model answers: weights, configurations, tokenizer, processor, chat templates."""
     chosen = {file for pattern in DECIDING for file in folder.glob(pattern)}
     return sorted(chosen | {folder / name for name in VOCABULARIES if (folder / name).is_file()})
+
+
+def copy_processing(folder: Path, out: Path) -> None:
+    """Copy the files of processor, tokenizer and chat templates from a model directory to `out`, as they are."""
+    for file in files(folder):
+        if file.match(WEIGHTS) or file.name in OF_THE_MODEL or file.name.endswith(".index.json"):
+            continue
+        target = out / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def state(folder: Path) -> State:

@@ -9,7 +9,7 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import disk
-from mirage_dist.model import load, weights
+from mirage_dist.model import directory, load, weights
 from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
@@ -28,8 +28,9 @@ Attack success and rejection rates belong beside this model; a low rate is behav
 def export(run: Path, out: Path, step: int | None = None, workspace: Path | None = None) -> None:
     """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; needs no process group.
 
-    Weights have the dtype of training; adapters are merged. The result loads with
-    `AutoModelForImageTextToText.from_pretrained`. It is written in `workspace` (default: beside `out`) and renamed.
+    Weights have the dtype of training; adapters are merged. The files of processor, tokenizer and chat template are
+    copies of the base model's. The result loads with `from_pretrained` of the base's auto class. It is written in
+    `workspace` (default: beside `out`) and renamed.
     Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed or are not whole,
     or `out` exists.
     """
@@ -56,7 +57,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
         (partial / "README.md").write_text(card)
         hf.save_pretrained(partial)
         _check_written(partial, hf.config, out)
-        load.processor(recipe.model).save_pretrained(partial)
+        directory.copy_processing(directory.resolve(recipe.model.path), partial)
 
 
 def _check_written(folder: Path, config: Any, out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision, weights
-from mirage_dist.model.families import configs, packing, processors, roles, truncation
+from mirage_dist.model.families import by_row, configs, packing, processors, roles, truncation
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
@@ -63,6 +63,7 @@ def policy(
         )
     finally:
         del keep
+    by_row.keep_apart(hf)
     if frozen:
         return HeadedModel(hf.requires_grad_(False))
     if model.gradient_checkpointing:
@@ -85,12 +86,15 @@ def check_weights(model: ModelConfig, depth: int | None) -> None:
     weights.check(directory.check(model.path), _config(model, depth))
 
 
-def attention(model: ModelConfig, dtype: str) -> str:
-    """The attention implementation; `auto` is flash-attention for bf16 on a GPU where it is installed, else sdpa."""
+def attention(model: ModelConfig, dtype: str) -> str | None:
+    """The attention implementation to ask transformers for; None leaves the choice to it (sdpa where a family has it).
+
+    `auto` is flash-attention for bf16 on a GPU where it is installed, else None.
+    """
     if model.attention != "auto":
         return model.attention
     flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else None
 
 
 def base_hash(path: str) -> str:
@@ -105,15 +109,22 @@ def _stage(deepspeed_config: Mapping[str, Any]) -> int:
     return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def check_names(model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None) -> HeadedModel:
+def check_names(
+    model: ModelConfig, data: DataConfig, layers: Collection[int], depth: int | None, dtype: str = "fp32"
+) -> HeadedModel:
     """Check what the recipe wants of the model against its configuration alone; returns the model without memory.
 
     layers: the tapped ones. depth: see `policy`. Raises ConfigError for a name pattern that matches nothing, a
     layer that does not exist, or when the model's vision features cannot be cached.
     """
-    built = weightless(model, depth)
+    built = weightless(model, depth, dtype)
     for layer in layers:
         activations.check_layer(built.backbone, layer)
+    if data.cache_vision and by_row.layers(built.base):
+        raise ConfigError(
+            f"data.cache_vision: {built.base.config.model_type} takes the pictures of each row apart from its tokens; "
+            "take data.cache_vision out"
+        )
     if data.cache_vision:
         vision.check(built.base)
     return built
@@ -126,9 +137,13 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     """
     if data.packing is False:
         return data
-    encoder, flash = Encoder(processor, picture_token=picture_token(model)), attention(model, dtype).startswith("flash")
+    encoder = Encoder(processor, picture_token=picture_token(model))
+    flash = (attention(model, dtype) or "").startswith("flash")
     backbone = weightless(replace(model, lora=None)).backbone
-    fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
+    if encoder.by_row:
+        fault = f"{backbone.config.model_type} has the pictures of each row apart from its tokens"
+    else:
+        fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":
         reason = f"{backbone.config.model_type} keeps packed sequences apart" if fault is None else fault
         log.info(f"data.packing=auto: {'packed' if fault is None else 'padded'}, since {reason}")
@@ -137,7 +152,7 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     return replace(data, packing=fault is None)
 
 
-def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
+def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32") -> HeadedModel:
     """The model to train, with adapters and requires_grad, on the meta device: no memory, and a second, not minutes.
 
     Raises ConfigError as `policy` does.
@@ -145,7 +160,9 @@ def weightless(model: ModelConfig, depth: int | None = None) -> HeadedModel:
     config = _config(model, depth)
     try:
         with torch.device("meta"):
-            hf: Any = roles.auto_class(config).from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path}: no model can be made of its config.json: {error}") from error
+            hf: Any = roles.auto_class(config).from_config(config, attn_implementation=attention(model, dtype))
+    except Exception as error:  # of any kind: a family's own code, with values that it did not foresee
+        raise ConfigError(
+            f"model.path={model.path}: no model can be made of its config.json: {configs.brief(error)}"
+        ) from error
     return trainable.prepare(hf, model, depth)

@@ -5,6 +5,7 @@ Arguments and results are named tuples and dicts, because ZeRO-3's hooks find te
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from mirage_dist.model import activations, head
 from mirage_dist.model.activations import Narrow, Prefix
 from mirage_dist.model.families import packing, roles
 from mirage_dist.model.vision import FEATURES, Tower
+from mirage_dist.ranks import peer_lost
 
 # What decoders call the norm after their last layer.
 FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -159,15 +161,26 @@ class HeadedModel(nn.Module):
         return hidden_BSD, tapped_BSD, prefix
 
 
-def differ_by(module: Any, depth: int, one: dict[str, Any], other: dict[str, Any]) -> float:
-    """How far two inputs of the same tokens come apart in the first decoder layers: the difference by its own size.
+def differ_by(module: Any, depth: int, live: dict[str, Any], replayed: dict[str, Any]) -> float:
+    """How far the first decoder layers come apart with replayed pictures: the difference's share of a hidden state.
 
-    For inputs that should show the model the same pictures. depth: number of decoder layers.
+    Infinite where the family's code cannot run with them. depth: number of decoder layers.
     """
-    layers = (min(3, depth - 1),)
-    taps = [no_grad_forward(module, inputs, Request(layers=layers)).activations_BSD for inputs in (one, other)]
-    first_BSD, second_BSD = (tap[layers[0]].float() for tap in taps if tap is not None)
-    return float((first_BSD - second_BSD).norm() / first_BSD.norm())
+    layer = min(3, depth - 1)
+
+    def hidden(inputs: dict[str, Any]) -> Tensor:
+        tapped = no_grad_forward(module, inputs, Request(layers=(layer,))).activations_BSD
+        assert tapped is not None
+        return tapped[layer].float()
+
+    live_BSD = hidden(live)
+    try:
+        replayed_BSD = hidden(replayed)
+    except Exception as error:  # of any kind: the code is the family's own
+        if isinstance(error, torch.OutOfMemoryError) or peer_lost(error):
+            raise
+        return math.inf
+    return float((live_BSD - replayed_BSD).norm() / live_BSD.norm())
 
 
 def no_grad_forward(module: Any, inputs: dict[str, Tensor], request: Request) -> Outputs:

@@ -42,6 +42,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 WEIGHTS = ("F64", "F32", "F16", "BF16")
+OTHER_MODEL = "weights and config.json are of different models, or one of them was changed. Give the files of one model"
 
 
 def check(folder: Path, config: Any) -> None:
@@ -54,6 +55,12 @@ def check(folder: Path, config: Any) -> None:
     headers = directory.headers(folder, getattr(type(config), "extra_files", ()))
     if getattr(config, "quantization_config", None) is not None:
         return
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > len(headers):  # such a model need not be built, which may take all memory
+        raise ConfigError(
+            f"{folder / 'config.json'}: describes {layers} layers, but the files hold {len(headers)} tensors; "
+            f"{OTHER_MODEL}"
+        )
     model, info = _rehearsed(config, headers)
     _check_matched(folder, headers, model, info)
     if unused := _unknown(info["unexpected_keys"], model.state_dict()):
@@ -83,7 +90,7 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        with _silent("modeling_utils"):
+        with _without_report():
             model, info = kind.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
@@ -162,8 +169,8 @@ def _check_matched(folder: Path, headers: Mapping[str, Header], model: Any, info
         more = f" (so it is with {len(differing) - 1} more weights)" if len(differing) > 1 else ""
         raise ConfigError(
             f"{headers[place].file if place else folder}: {place or name} has shape {shape}"
-            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; weights and "
-            "config.json are of different models, or one of them was changed. Give the files of one model"
+            f"{', no value at all' if 0 in shape else ''}, but in the model of config.json {wanted}{more}; "
+            f"{OTHER_MODEL}"
         )
     if not missing:
         return
@@ -235,24 +242,35 @@ def _listing(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _silent(module: str = "") -> Iterator[None]:
-    """Without warnings of transformers or of one module of it, such as its table of missing weights; and then no bars.
-
-    What the table says is checked here, and reported as an error.
-    """
+def _silent() -> Iterator[None]:
+    """Without warnings and progress bars of transformers."""
     from transformers.utils import logging as bars
 
-    logger, shown = logging.getLogger(f"transformers.{module}".rstrip(".")), bars.is_progress_bar_enabled()
+    logger, shown = logging.getLogger("transformers"), bars.is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    if not module:
-        bars.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
         if shown:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing and unknown weights: the first are an error here, the others a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 # ------------------------------------------------------------------------------------------------- values

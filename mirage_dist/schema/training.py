@@ -13,20 +13,16 @@ from mirage_dist.schema.errors import require
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al., 2021) by peft, on the linear layers that match `targets`.
+    """Low-rank adapters (Hu et al., 2021) by peft, on linear layers.
 
-    With adapters `model.train` and `model.freeze` are not used; `also_train` names parameters that train whole.
+    targets: roles, or shell globs over the layers' names or names relative to a role, such as `decoder.*.q_proj`. With
+    adapters `model.train` and `model.freeze` are not used; `also_train` selects parameters that train whole.
     """
 
     rank: int = 128
     alpha: int = 256
     dropout: float = 0.05
-    targets: list[str] = field(
-        default_factory=lambda: [
-            f"*language_model*.{name}"
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        ]
-    )
+    targets: list[str] = field(default_factory=lambda: ["decoder"])  # its linear layers, without the LM head
     also_train: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -52,8 +48,7 @@ class ModelConfig:
 class GroupConfig:
     """Trained parameters with their own learning rate or weight decay; what is left out is as in `train`.
 
-    match: shell globs over parameter names, or roles: connector, decoder, vision, head. The schedule scales `lr` as it
-    scales `train.lr`.
+    match: roles, or shell globs as in `model.train`. The schedule scales `lr` as it scales `train.lr`.
     """
 
     match: list[str]

@@ -14,7 +14,7 @@ from mirage_dist import ranks, signals
 from mirage_dist.data import stream
 from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
-from mirage_dist.model import export, load
+from mirage_dist.model import directory, export, load
 from mirage_dist.model.reference import AdaptersOff, Frozen, Reference
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group
@@ -43,6 +43,7 @@ def train(checked: Checked) -> None:
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
     RunError when another rank ended before this one.
     """
+    directory.check(checked.recipe.model.path)  # weights too, without which a check or a plan is content
     streams = check_inputs(checked)
     group = ranks.start(checked.recipe.train.hang_seconds)
     try:
@@ -53,7 +54,7 @@ def train(checked: Checked) -> None:
         _end_after_peer(checked.recipe.run.dir, group, reason)
 
 
-def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
+def _end_after_peer(root: str, group: Group, reason: str) -> NoReturn:
     """End this rank because another one ended first; `reason` is how a collective failed.
 
     The rank that failed reports the cause, or its launcher names it and then stops the others. So this rank waits for
@@ -62,7 +63,7 @@ def _end_after_peer(directory: str, group: Group, reason: str) -> NoReturn:
     if signals.wait(LAUNCHER_SECONDS) and not group.main:
         raise SystemExit(RunError.status)
     raise RunError(
-        f"{directory}: another rank ended or does not answer, see above (rank {group.rank} was at "
+        f"{root}: another rank ended or does not answer, see above (rank {group.rank} was at "
         f"{ranks.last_call()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
     )
 

@@ -15,7 +15,7 @@ from mirage_dist.model.shards import Shards
 STEPS = 4
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.micro_batch=4")
 LORA = (
-    "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model*_proj']}",
+    "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: [decoder]}",
     "model.gradient_checkpointing=true",
     "objective.retain_weight=0.1",  # so that the forget term decides where four steps go
 )

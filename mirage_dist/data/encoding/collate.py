@@ -108,15 +108,21 @@ class Encoder:
             self.placeholder, self.placeholder_picture = self.pictured.placeholder, dict(self.pictured.blank)
             self.neutral = self.pictured.outputs.neutral
         self.empty: Row = {name: [] for name in self.placeholder}
+        self.by_row = self.pictured is not None and self.pictured.outputs.by_row
+        if self.by_row and packing:
+            raise ConfigError(
+                f"data.packing: {type(processor).__name__} gives each row the pictures that its tokens attend to, so "
+                "sequences with pictures cannot be in one row; set it to false"
+            )
 
     def _pictured(self) -> Pictured:
         try:
-            # With a question: its first token may merge with what a processor writes around the picture (Gemma 3).
-            text, more = (self.conversation.text(picture, [], "What is this?") for picture in (True, False))
+            probes = ((True, "What is this?"), (True, ""), (False, "What is this?"))
+            text, other, more = (self.conversation.text(picture, [], words) for picture, words in probes)
         except (TemplateError, ValueError) as error:
             raise ConfigError(f"the chat template takes no question about a picture: {error}") from error
         more += self.tokenizer.eos_token  # a token at least
-        return Pictured(self.processor, self.tokens, self.picture_token, self.image_aspect, text, more)
+        return Pictured(self.processor, self.tokens, self.picture_token, self.image_aspect, (text, other, more))
 
     def recall(self, lookup: Lookup) -> None:
         """From now on open no picture beyond its header: take the model's input for pictures from `lookup`."""
@@ -141,6 +147,10 @@ class Encoder:
         rows, pictures = self._rows(samples, answered=False)
         for sample, row in zip(samples, rows, strict=True):
             self._check_prompt(sample, len(row["input_ids"]))
+        if self.by_row and pictures:
+            pictures = self._for_each_row(samples, pictures)
+        elif self.by_row:  # a model that is shown nothing takes no relation to it either
+            rows = [{name: values for name, values in row.items() if name not in self.neutral} for row in rows]
         tensors = stack(rows, left=True, fill=self._fill)
         del tensors["labels"]
         return {**tensors, **pictures}
@@ -153,7 +163,7 @@ class Encoder:
         ids = self.tokens.first(pieces[0])
         for before, piece in pairwise(pieces):
             ids = ids + self.tokens.after(before, piece)
-        self._check_prompt(sample, len(ids) + self._growth(sample))
+        self._check_prompt(sample, len(ids) + self._growth(sample, pieces[0]))
         if sample.image is None or self.pictured is None:
             return ids, None
         return ids, self.pictured.opened(sample.image)
@@ -166,7 +176,9 @@ class Encoder:
         """One training batch. Raises TooLong for a row over max_length unless `on_long` is truncate."""
         rows, pictures = self._rows(samples, answered=True)
         cut = sum(self._truncate(sample, row) for sample, row in zip(samples, rows, strict=True))
-        if not pictures and not self.text_only:
+        if self.by_row:
+            pictures = self._for_each_row(samples, pictures)
+        elif not pictures and not self.text_only:
             pictures = dict(self.placeholder_picture)
             self._hide_placeholder(rows)
         if self.packing:
@@ -192,6 +204,18 @@ class Encoder:
             cut=cut,
             edges=edges,
         )
+
+    def _for_each_row(self, samples: Sequence[Sample], pictures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Picture tensors with one entry for each row: the blank picture, which its row does not attend to, where it
+        has none.
+        """
+        shown = torch.tensor([sample.image is not None for sample in samples])
+        every = {}
+        for name, blank in self.placeholder_picture.items():
+            every[name] = blank.repeat(len(samples), *[1] * (blank.ndim - 1))
+            if name in pictures:
+                every[name][shown] = pictures[name]
+        return every
 
     def _hide_placeholder(self, rows: list[Row]) -> None:
         """Append the placeholder's tokens where no other token attends to them and no position shifts."""
@@ -236,15 +260,15 @@ class Encoder:
         """
         pieces = self.conversation.pieces(sample, answered=True)
         lengths = [len(self.tokens.first(pieces[0])), *(len(self.tokens.after(*pair)) for pair in pairwise(pieces))]
-        lengths[0] += self._growth(sample)
+        lengths[0] += self._growth(sample, pieces[0])
         return lengths
 
-    def _growth(self, sample: Sample) -> int:
-        """The number of tokens that the sample's picture adds to its prompt."""
+    def _growth(self, sample: Sample, text: str) -> int:
+        """The number of tokens that the sample's picture adds to its first prompt `text`."""
         if sample.image is None or self.pictured is None:
             return 0
         try:
-            return self.pictured.growth(sample.image)
+            return self.pictured.growth(text, sample.image)
         except ConfigError as error:
             raise ConfigError(f"{called(sample)}: {error}") from error
 

@@ -15,6 +15,13 @@ Turns = Sequence[tuple[str, str]]  # (question, answer) pairs, oldest first
 PROBE = "⟦7391⟧"  # stands for an answer where a template's own text around answers is looked for
 # Variables of a template that are no options of it, beside the tokenizer's special tokens.
 GIVEN = {"messages", "add_generation_prompt", "tools", "documents", "raise_exception", "strftime_now"}
+GIVEN |= {"namespace", "dict", "range"}
+
+
+def template_of(processor: Any) -> str | None:
+    """The chat template of a processor, or of its tokenizer, where older directories keep it; None without one."""
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer_of(processor), "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -39,7 +46,8 @@ class Conversation:
         self.processor, self.tokenizer, self.system_prompt = processor, tokenizer_of(processor), system_prompt
         self.text_only = self.tokenizer is processor
         self.options = dict(options or {})
-        if self.options and (unknown := set(self.options) - (known := options_of(processor))):
+        self.template = template_of(processor)
+        if self.options and (unknown := set(self.options) - (known := options_of(self.template or "", self.tokenizer))):
             raise ConfigError(
                 f"template_options: the model's chat template has no option {', '.join(sorted(unknown))}; it has "
                 f"{', '.join(sorted(known)) or 'none'}"
@@ -157,9 +165,11 @@ class Conversation:
             first = next(m for m in messages if m["role"] == "user")
             first["content"].insert(0, {"type": "image"})
         prompted = question is not None and generates
-        return self.processor.apply_chat_template(
-            messages, add_generation_prompt=prompted, tokenize=False, **self.options
-        )
+        options = {"add_generation_prompt": prompted, "tokenize": False, **self.options}
+        if self.template is None:
+            return self.processor.apply_chat_template(messages, **options)
+        # By the tokenizer, since some processors' own method also prepares videos (SmolVLM's).
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         """A chat message; templates of text-only models take its content as plain text, others as a list of parts."""
@@ -190,22 +200,13 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def options_of(processor: Any) -> set[str]:
+def options_of(template: str, tokenizer: Any) -> set[str]:
     """The variables of a chat template that a recipe may set. Raises ConfigError when the template cannot be read."""
-    tokenizer = tokenizer_of(processor)
-    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None) or ""
-    if isinstance(template, dict):
-        template = template.get("default", "")
     try:
         tree = Environment(extensions=[_Generation, loopcontrols]).parse(template)
     except TemplateError as error:
         raise ConfigError(f"the chat template cannot be read: {error}") from error
-    return (
-        meta.find_undeclared_variables(tree)
-        - GIVEN
-        - set(tokenizer.special_tokens_map)
-        - {"namespace", "dict", "range"}
-    )
+    return meta.find_undeclared_variables(tree) - GIVEN - set(tokenizer.special_tokens_map)
 
 
 def called(sample: Sample) -> str:

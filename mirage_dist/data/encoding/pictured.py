@@ -43,24 +43,30 @@ class Pictured:
     """First prompts with a picture, by any Hugging Face image-text-to-text processor.
 
     aspect: pad pictures to a square in the processor's mean colour, or leave them to the processor. token: the id at
-    whose places the model puts a picture's features. text, more: the template's prompt for a short question, with a
-    picture and without one.
+    whose places the model puts a picture's features. texts: the template's prompt for a short question about a picture,
+    for an empty one, and more of the template's text, without a picture.
 
     outputs: the kinds of its outputs. placeholder: the picture tokens of a blank picture, hidden. blank: that picture's
     tensors. Raises ConfigError when the processor cannot encode a picture under its own template, when its prompt holds
     no `token`, and for an output of unknown kind (see `outputs.sort`).
     """
 
-    def __init__(self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, text: str, more: str) -> None:
+    def __init__(
+        self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, texts: tuple[str, str, str]
+    ) -> None:
         self.processor, self.tokens, self.aspect = processor, tokens, aspect
-        self.text, self.more = text, more
+        self.text, self.other, self.more = texts
         self.kind = type(processor).__name__
-        image = Image.new("RGB", BLANK)
+        # Most families take one list of pictures for each text, Gemma 3 and Mllama nothing else; GOT-OCR takes none.
+        self._nested = True
         try:
-            once = self._outputs([text], [image])
-            twice = self._outputs([text + more], [image])
+            once, twice = self._blank_outputs()
         except Exception as error:  # of any kind: a processor may fail anywhere on a template that is not its own
-            raise ConfigError(f"{self.kind} cannot encode a picture by its own chat template: {error}") from error
+            self._nested = False
+            try:
+                once, twice = self._blank_outputs()
+            except Exception:
+                raise ConfigError(f"{self.kind} cannot encode a picture by its own chat template: {error}") from error
         self.outputs = outputs.sort(self.kind, once, twice)
         (self.row,), self.blank = self._divided(once)
         places = [i for i, value in enumerate(self.row["input_ids"]) if value == token]
@@ -71,7 +77,7 @@ class Pictured:
             )
         hidden = {name: [values[i] for i in places] for name, values in self.row.items()}
         self.placeholder: Row = {**hidden, "attention_mask": [0] * len(places)}
-        self.plain = tokens.first(text)  # with the picture's mark not expanded
+        self.plain = tokens.first(self.text)  # with the picture's mark not expanded
         marks = (token, getattr(processor, "image_token_id", None))
         self.mark = next((i for i, value in enumerate(self.plain) if value in marks), len(self.plain) - 1)
         self._rows: dict[Size, Row] = {}
@@ -80,7 +86,9 @@ class Pictured:
         # What a picture adds beside the tokens that the processor counts; None where its count is not to be trusted.
         self._offset: int | None = None
         self._calibrated, self._constant = False, False
-        self._splices: bool | None = None  # whether a row's start can be that of another one; None: not yet known
+        # Whether a row is the short prompt's start and the rest of its own tokens: not where the processor adds text
+        # at the end (PaliGemma's), or where its text after a picture merges with the question.
+        self._splices = False
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -94,7 +102,8 @@ class Pictured:
             if not isinstance(value, Tensor):
                 raise ConfigError(
                     f"{self.kind} returns {name!r} as {type(value).__name__}, no tensor, for {_sizes(images)}; such "
-                    "pictures cannot be in one batch. Use train.micro_batch=1, or pictures of one size"
+                    "pictures cannot be in one batch. Use batches of one sample (train.micro_batch, "
+                    "generation.batch_size), or pictures of one size"
                 )
         return self._divided(encoded)
 
@@ -102,13 +111,18 @@ class Pictured:
         encoded = dict(
             self.processor(
                 text=texts,
-                images=[[image] for image in images],  # every family takes one list of pictures for each text
+                images=[[image] for image in images] if self._nested else images,
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=self.tokens.adds_start(texts[0]),
             )
         )
         return {name: value for name, value in encoded.items() if name not in outputs.DROPPED}
+
+    def _blank_outputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the processor makes of a blank picture under the short prompt, and under a longer one."""
+        image = Image.new("RGB", BLANK)
+        return self._outputs([self.text], [image]), self._outputs([self.text + self.more], [image])
 
     def _divided(self, encoded: dict[str, Any]) -> tuple[list[Row], dict[str, Tensor]]:
         pictures, values = dict(encoded), {}
@@ -125,16 +139,25 @@ class Pictured:
 
     # ------------------------------------------------------------------------------------------- lengths
 
-    def growth(self, path: str) -> int:
-        """The number of tokens that a picture adds to its prompt; reads no more than the file's header.
+    def growth(self, text: str, path: str) -> int:
+        """The number of tokens that a picture adds to the prompt `text`; reads no more than the file's header.
 
         Raises ConfigError for a file that is no picture, and for a picture that the processor cannot encode.
         """
         size = self._size(path)
+        if not self._splices:
+            return len(self._made(text, size)["input_ids"]) - len(self.tokens.first(text))
         if size not in self._growths:
-            counted = None if self._offset is None else self._offset + self._counted([size])[0]
-            self._growths[size] = self._measured(size) if counted is None else counted
+            self._growths[size] = self._count(size)
         return self._growths[size]
+
+    def _count(self, size: Size) -> int:
+        if self._offset is not None:
+            try:
+                return self._offset + self._counted([size])[0]
+            except Exception:  # of any kind, for a size that the processor refuses: encoding gives the reason
+                return self._measured(size)
+        return self._measured(size)
 
     def _size(self, path: str) -> Size:
         """The picture's size as it goes to the processor, or where size makes no difference any one."""
@@ -154,8 +177,12 @@ class Pictured:
         return (max(size), max(size)) if self.aspect == "pad" else size
 
     def _calibrate(self) -> None:
-        """Whether the processor's own count of picture tokens is right, and whether it varies with the size."""
+        """Whether the processor's own count of picture tokens is right, and whether it varies with the size; and
+        whether a prompt's tokens beside its picture are the same whatever the picture is.
+        """
         self._calibrated = True
+        prompts = (self.text + self.more, self.other)
+        self._splices = all(self._spliced(text, BLANK) == self._made(text, BLANK) for text in prompts)
         sizes = [self._shown(size) for size in PROBES]
         grid = sorted({self._shown((width, height)) for width in SIDES for height in SIDES})
         try:
@@ -178,17 +205,17 @@ class Pictured:
         if size not in self._rows:
             if len(self._rows) >= KEPT:
                 del self._rows[next(iter(self._rows))]
-            (self._rows[size],), _ = self([self.text], [Image.new("RGB", size)])
+            self._rows[size] = self._made(self.text, size)
         return self._rows[size]
+
+    def _made(self, text: str, size: Size) -> Row:
+        return self([text], [Image.new("RGB", size)])[0][0]
 
     def known_row(self, text: str, path: str) -> Row:
         """A first prompt with a picture that is not opened beyond its header: its mark expanded as by the processor."""
         size = self._size(path)
-        if self._splices is None:  # not where a processor adds text of its own, as PaliGemma's does
-            whole = self.text + self.more
-            self._splices = self._spliced(whole, BLANK) == self([whole], [Image.new("RGB", BLANK)])[0][0]
         row = self._spliced(text, size) if self._splices else None
-        return row or self([text], [Image.new("RGB", size)])[0][0]
+        return row or self._made(text, size)
 
     def _spliced(self, text: str, size: Size) -> Row | None:
         """The start of the short prompt, through its picture, and the rest of `text`; None for another start."""

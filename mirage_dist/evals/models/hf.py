@@ -14,7 +14,7 @@ from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.model import weights
-from mirage_dist.model.families import roles
+from mirage_dist.model.families import by_row, configs, processors, roles
 from mirage_dist.model.load import DTYPES
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import no_bars_in_logs
@@ -24,25 +24,20 @@ from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, R
 class HuggingFace(Generator):
     """A model and its processor, on the GPU if there is one. Prompts of a batch are left-padded.
 
-    Raises ConfigError when `AutoModelForImageTextToText` (`AutoModelForCausalLM` for a directory with a tokenizer only)
-    cannot load the model.
+    Raises ConfigError when the directory is no image-text-to-text or causal language model that can be loaded.
     """
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-
         super().__init__(model, template, generation)
         no_bars_in_logs()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            processor: Any = AutoProcessor.from_pretrained(self.path, local_files_only=True)
-            self.tokenizer = tokenizer_of(processor)
-            kind = AutoModelForCausalLM if self.tokenizer is processor else AutoModelForImageTextToText
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={self.path}: cannot be loaded: {error}") from error
-        loaded = weights.load(kind, Path(self.path), dtype=DTYPES[model.dtype])
+        folder = Path(self.path)
+        config, processor = configs.load(folder), processors.load(folder)
+        self.tokenizer = tokenizer_of(processor)
+        loaded = weights.load(roles.auto_class(config), folder, config=config, dtype=DTYPES[model.dtype])
+        by_row.keep_apart(loaded)
         self.model = loaded.to(self.device).eval()
-        self.encoder = encoder(processor, template, loaded.config)
+        self.encoder = encoder(processor, template, config)
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:

@@ -6,7 +6,6 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist import disk, signals
@@ -16,6 +15,7 @@ from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
 from mirage_dist.model.families import configs as families
+from mirage_dist.model.families import processors
 from mirage_dist.model.shards import step_of
 from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
 from mirage_dist.signals import StopRequested
@@ -117,12 +117,7 @@ def _processing(folder: Path) -> tuple[str, Environment, Aspect]:
     """SHA-256 of the chat template that the processor of this directory applies, and what else decides its inputs:
     its environment, and how pictures reach it by default.
     """
-    from transformers import AutoProcessor
-
-    try:
-        processor: Any = AutoProcessor.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={folder}: its processor cannot be loaded: {error}") from error
+    processor = processors.load(folder)
     tokenizer = tokenizer_of(processor)
     template = processor.chat_template or tokenizer.chat_template
     if not template:

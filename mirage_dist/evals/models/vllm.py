@@ -13,13 +13,16 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import encoder, greedy, out_of_memory
+from mirage_dist.model.families import configs, processors
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -57,16 +60,11 @@ class VLLM(Generator):
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         vllm = _library()
-        from transformers import AutoConfig, AutoProcessor
         from transformers import GenerationConfig as Defaults
 
         super().__init__(model, template, generation)
-        path = self.path
-        try:
-            config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-            processor: Any = AutoProcessor.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path={path}: cannot be loaded: {error}") from error
+        path = Path(self.path)
+        config, processor = configs.load(path), processors.load(path)
         try:
             defaults: Any = Defaults.from_pretrained(path, local_files_only=True)
         except OSError:  # a model need not have one
@@ -76,7 +74,7 @@ class VLLM(Generator):
                 f"model.path={path}: its generation config sets {', '.join(unknown)}, which backend vllm does not "
                 "apply; use generation.backend=hf"
             )
-        self.tokenizer = processor.tokenizer
+        self.tokenizer = tokenizer_of(processor)
         self.encoder = encoder(processor, template, config)
         eos = greedy(defaults, self.tokenizer, generation.max_new_tokens)["eos_token_id"]
         self.sampling = vllm.SamplingParams(
@@ -90,7 +88,7 @@ class VLLM(Generator):
         )
         room = template.max_length + generation.max_new_tokens
         most = getattr(config.get_text_config(), "max_position_embeddings", None) or room
-        self.engine: Any = _engine(vllm, model, generation, min(room, most))
+        self.engine: Any = _engine(vllm, model, generation, min(room, most), self.encoder.text_only)
         self.compared: set[bool] = set()
 
     def close(self) -> None:
@@ -131,7 +129,7 @@ def _prompt(ids: list[int], picture: Any) -> dict[str, Any]:
     return {"prompt_token_ids": ids, **({} if picture is None else {"multi_modal_data": {"image": picture}})}
 
 
-def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max_length: int) -> Any:
+def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max_length: int, text_only: bool) -> Any:
     try:
         return vllm.LLM(
             model=str(model.path),
@@ -139,7 +137,7 @@ def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max
             max_model_len=max_length,
             max_num_seqs=generation.batch_size,
             gpu_memory_utilization=generation.gpu_share,
-            limit_mm_per_prompt={"image": 1},
+            **({} if text_only else {"limit_mm_per_prompt": {"image": 1}}),
             generation_config="vllm",  # no defaults: the sampling parameters hold all that matters of the model's own
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes longer than it can save
             use_tqdm_on_load=sys.stderr.isatty(),

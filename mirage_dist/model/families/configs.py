@@ -41,9 +41,12 @@ def load(folder: Path) -> Any:
     _refuse_original(folder, read(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except FAULTS as error:
+    except Exception as error:  # of any kind: every family's class checks its values in its own way
         raise ConfigError(f"{folder / 'config.json'}: no configuration of a model: {brief(error)}") from error
     roles.auto_class(config)
+    # Some files name the attention of the machine that wrote them. It is this machine's to choose.
+    if str(config._attn_implementation).startswith("flash"):
+        config._attn_implementation = None
     return config
 
 
@@ -65,7 +68,7 @@ def read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a Hugging Face model directory") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise ConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")

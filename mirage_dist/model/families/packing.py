@@ -129,7 +129,8 @@ def _measured(backbone: Any, kind: str, placeholder: Row, sizes: Mapping[str, Te
 
 def _rows(backbone: Any, placeholder: Row) -> list[tuple[Row, bool]]:
     """Sequences of different words, and whether each shows a picture."""
-    special = {*placeholder["input_ids"], *(v for n, v in backbone.config.to_dict().items() if n.endswith("token_id"))}
+    ids = [v for n, v in backbone.config.to_dict().items() if n.endswith("token_id") and v is not None]
+    special = {*placeholder["input_ids"], *itertools.chain(*(v if isinstance(v, list) else [v] for v in ids))}
     vocabulary = roles.decoder(backbone).config.vocab_size
     words = itertools.cycle([token for token in range(min(vocabulary, 500)) if token not in special])
     pictured = bool(placeholder["input_ids"])
@@ -151,11 +152,13 @@ def _narrow(backbone: Any, attention: str | None) -> Any:
 
     attention: the implementation; None for transformers' choice.
     """
-    text = roles.decoder(backbone)
+    text, token = roles.decoder(backbone), roles.picture_token(backbone.config) or 0
     options = {} if attention is None else {"attn_implementation": attention}
+    config = _narrow_config(text.config)
+    config.vocab_size = max(config.vocab_size, token + 1)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        small = type(text)._from_config(_narrow_config(text.config), dtype=torch.float32, **options)
+        small = type(text)._from_config(config, dtype=torch.float32, **options)
     return _hollow(backbone, {id(text): small}).eval()
 
 

@@ -120,7 +120,7 @@ def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, s
 
     digests: path of each picture -> SHA-256 of its file.
     """
-    data, processor = recipe.data, feed.encoder.processor
+    data, processor, tokenizer = recipe.data, feed.encoder.processor, feed.encoder.tokenizer
     samples = {
         name: stream_digest(replace(s, image=s.image and digests[s.image]) for s in feed.samples[name])
         for name in feed.needs.ref_logp
@@ -130,8 +130,8 @@ def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, s
         "dtype": recipe.train.dtype,
         "encoding": [data.max_length, data.on_long, feed.encoder.image_aspect, data.system_prompt, data.packing],
         "template": processor.chat_template,
-        "vocabulary": processor.tokenizer.get_vocab(),
-        "transform": processor.image_processor.to_dict(),
+        "vocabulary": tokenizer.get_vocab(),
+        "transform": None if feed.encoder.text_only else processor.image_processor.to_dict(),
         "environment": asdict(environment.of(processor)),
         "samples": samples,
         **({"template_options": data.template_options} if data.template_options else {}),

@@ -16,7 +16,7 @@ from mirage_dist import objectives
 from mirage_dist.data import audit, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
-from mirage_dist.model import directory, load
+from mirage_dist.model import directory, load, trainable
 from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
@@ -59,14 +59,15 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
 
 
 def check_inputs(checked: Checked) -> dict[str, Source]:
-    """Check the model's parts that the recipe names, and read the samples of every stream.
+    """Check the model's parts that the recipe names, log what trains, and read the samples of every stream.
 
     Loads no weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
     check_weights(recipe, needs)
-    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth)
+    policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
+    log.info(f"{recipe.model.path}: {trainable.summary(policy.hf)}")
     return read_streams(recipe, needs)
 
 

@@ -83,7 +83,7 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     """
     checked = check.check_recipe(recipe, ranks)
     objective, streams = checked.objective, check.check_inputs(checked)
-    policy = load.weightless(recipe.model, objective.needs.depth)  # later layers are not loaded
+    policy = load.weightless(recipe.model, objective.needs.depth, recipe.train.dtype)  # later layers are not loaded
     processor = load.processor(recipe.model)
     recipe = check.resolved(recipe, processor)
     feed = Feed(recipe, objective.needs, streams, processor)
@@ -190,7 +190,7 @@ def _memory(
     width = max(max(counts.rows) for counts in lengths.values())
     rows = train.micro_batch * len(lengths)
     depth = len(layers)
-    eager = load.attention(recipe.model, train.dtype) == "eager"
+    eager = decoder(policy.backbone).config._attn_implementation == "eager"
 
     def kept(checkpointing: bool) -> int:
         return memory.activations(text, rows * width, width, depth, item, eager, checkpointing)

@@ -151,11 +151,15 @@ CROSS = {**TEXT, "bos_token_id": 0, "cross_attention_layers": [1]}
 CROSS["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
 TEXTS = {
     "llama": lambda: LlamaConfig(**TEXT),
+    "llama with two end tokens": lambda: LlamaConfig(**{**TEXT, "eos_token_id": [1, 2]}),
     "qwen3": lambda: Qwen3Config(**{**TEXT, "num_hidden_layers": 40}, head_dim=8),
 }
 PICTURED = {
     **PLACED,
     "llava": lambda: LlavaConfig(vision_config=CLIP, text_config=LlamaConfig(**TEXT), image_token_id=PICTURE),
+    "llava, a picture token beyond the vocabulary": lambda: LlavaConfig(
+        vision_config=CLIP, text_config=LlamaConfig(**{**TEXT, "vocab_size": PICTURE}), image_token_id=PICTURE
+    ),
     "internvl": lambda: InternVLConfig(vision_config=CLIP, text_config=Qwen3Config(**TEXT), image_token_id=PICTURE),
 }
 REFUSED = {

@@ -1,6 +1,7 @@
 """Every weight comes from the files or is tied to one that does; what is missing, renamed or damaged is named."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -225,6 +226,26 @@ def test_another_shape_or_dtype_is_named_with_the_file_and_both(copy, name, tens
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text_config": None}, r"has shape \(.*\), but in the model of config\.json \(.*so it is with \d+ more"),
+        ({"text_config": TEXT | {"num_hidden_layers": 10**7}}, "describes 10000000 layers, but the files hold"),
+        (
+            {"text_config": TEXT | {"num_hidden_layers": 3}},
+            r"9 weights .*none of its files, .*layers\.2\.input_layernorm",
+        ),
+        ({"text_config": TEXT | {"hidden_size": 32}}, r"has shape \(.*\b16\b.*\), but .*\b32\b"),
+    ],
+)
+def test_a_configuration_of_another_model_is_named(copy, change, words):
+    folder = copy("llava")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(ConfigError, match=words):
+        check(folder)
+
+
 # ------------------------------------------------------------------------------------------------- values
 
 
@@ -364,6 +385,7 @@ def test_any_changed_byte_of_a_header_is_bad_input_or_another_whole_model(copy, 
         (lambda f: f.write_bytes(POINTER), "a Git-LFS pointer, not the file itself"),
         (lambda f: f.write_bytes(b""), "an empty file"),
         (lambda f: (f.unlink(missing_ok=True), f.symlink_to("nowhere")), "a link to a file that does not exist"),
+        (lambda f: (f.unlink(missing_ok=True), os.mkfifo(f)), "no regular file"),
     ],
 )
 def test_every_deciding_file_must_be_there_itself(copy, name, change, words):
@@ -396,6 +418,12 @@ def test_a_hub_name_that_is_not_in_the_cache_is_named_with_what_to_do():
             directory.resolve(name)
     with pytest.raises(ConfigError, match="neither a directory nor a valid hub name"):
         directory.resolve("some lab/some..model")
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a/" * 3000, "a\0b"])
+def test_a_path_that_no_file_system_takes_is_bad_input(path):
+    with pytest.raises(ConfigError, match=r"model\.path=a"):
+        directory.resolve(path)
 
 
 def test_a_file_is_no_model(saved):
@@ -454,6 +482,16 @@ def test_check_and_plan_end_with_status_2_and_one_paragraph(toy, toy_copy, tmp_p
             assert str(folder) in error
             assert "Traceback" not in error
             assert sum(line.startswith("mirage: ") for line in error.splitlines()) == 1
+
+
+def test_a_configuration_is_enough_for_a_check_and_not_for_a_run(toy, toy_copy, tmp_path, capsys):
+    folder, _ = toy_copy
+    (folder / directory.WHOLE).unlink()
+    arguments = ["configs/train/demo_sft.yaml", *toy.overrides("sft", tmp_path / "run"), f"model.path={folder}"]
+    assert main(["train", "--check", *arguments]) == 0
+    assert main(["train", *arguments]) == 2
+    assert "no *.safetensors here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_under_test_or_a_judge_is_whole_before_it_is_hashed(toy_copy, monkeypatch, tmp_path):

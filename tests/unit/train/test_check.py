@@ -113,7 +113,9 @@ def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
 def test_check_says_so_and_loads_no_weights(toy, tmp_path, capsys):
     overrides = toy.overrides("npo", tmp_path / "run")
     assert main(["train", "configs/train/demo_npo.yaml", "--check", *overrides]) == 0
-    assert "forget 20, retain 30" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "forget 20, retain 30" in out
+    assert len(re.findall(r"trains: decoder [\d.]+ k, connector [\d.]+ k, vision 0 of [\d.]+ k\n", out)) == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -20,7 +20,7 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
 
-LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: ['*language_model*_proj'], also_train: ['*projector*']}"
+LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder], also_train: [connector]}"
 
 
 class Engine(torch.nn.Module):
@@ -229,3 +229,35 @@ def test_text_only_models_and_towers_that_draw_are_refused(toy, tmp_path):
         other = LlamaForCausalLM(base.config.text_config)
     with pytest.raises(ConfigError, match="llama has no vision tower"):
         vision.check(other)
+
+
+def test_a_connector_that_follows_another_one_is_not_recorded(start):
+    """Its input is no constant, since the first one trains."""
+    run = start()
+    tower, projector = run.policy.tower, "model.multi_modal_projector"
+    picture = run.feed.encoder.picture(None)
+    assert list(tower.recorded(picture)) == [projector]
+    parts = [f"{projector}.linear_1", f"{projector}.linear_2"]
+    tower.connectors = {name: run.policy.base.get_submodule(name) for name in parts}
+    assert list(tower.recorded(picture)) == parts[:1]
+
+
+@pytest.mark.parametrize("fault", ["the layers cannot be passed over", "another selection of features", "other tokens"])
+def test_a_model_that_computes_something_else_with_features_is_refused(start, monkeypatch, fault):
+    run = start()
+    words = "with features in place of pictures llava computes something else"
+    if fault == "the layers cannot be passed over":
+        run.policy.tower.layers = [run.policy.base.model.vision_tower.embeddings]
+    elif fault == "other tokens":
+        words = "writes input_ids"
+        row = run.feed.encoder.pictured.known_row
+        monkeypatch.setattr(
+            run.feed.encoder.pictured, "known_row", lambda text, path: {n: v[::-1] for n, v in row(text, path).items()}
+        )
+    else:
+        recorded = run.policy.tower.inputs
+        monkeypatch.setattr(
+            run.policy.tower, "inputs", lambda *given, **more: {n: t + 1 for n, t in recorded(*given, **more).items()}
+        )
+    with pytest.raises(ConfigError, match=rf"data\.cache_vision: .*{words}"):
+        run.fill()

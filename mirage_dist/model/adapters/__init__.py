@@ -1,0 +1,1 @@
+"""Low-rank adapters: which layers have them, a 4-bit base below them, and their files."""
