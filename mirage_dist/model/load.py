@@ -120,6 +120,11 @@ def check_names(
     built = weightless(model, depth, dtype)
     for layer in layers:
         activations.check_layer(built.backbone, layer)
+    if data.cache_vision and by_row.layers(built.base):
+        raise ConfigError(
+            f"data.cache_vision: {built.base.config.model_type} takes the pictures of each row apart from its tokens; "
+            "take data.cache_vision out"
+        )
     if data.cache_vision:
         vision.check(built.base)
     return built
@@ -161,7 +166,7 @@ def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32"
     try:
         with torch.device("meta"):
             hf: Any = roles.auto_class(config).from_config(config, attn_implementation=attention(model, dtype))
-    except configs.FAULTS as error:
+    except Exception as error:  # of any kind: a family's own code, with values that it did not foresee
         raise ConfigError(
             f"model.path={model.path}: no model can be made of its config.json: {configs.brief(error)}"
         ) from error
