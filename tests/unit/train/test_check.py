@@ -55,6 +55,8 @@ def check(recipe, ranks=2):
         (["reference=adapters_off"], "model.lora"),
         (["objective.retain=kl"], "use engine"),
         (["train.global_batch=6", "train.micro_batch=4"], "multiple of train.micro_batch"),
+        (["model.lora={load_in_4bit: true}", "deepspeed=configs/deepspeed/zero3.json"], "take stage 2"),
+        (["model.lora={load_in_4bit: true}"], "load_in_4bit needs bitsandbytes"),
         (["deepspeed=nowhere.json"], "no such file"),
         (["model.path=./nowhere"], "looks like a local path but does not exist"),
         (["data.streams.train=[{format: samples, path: x.jsonl}]"], "needs"),
