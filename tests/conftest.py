@@ -1,28 +1,27 @@
-"""A small embedded world, an untrained model, and training runs as users start them."""
+"""Training runs as users start them, on a small embedded world (`toy`), and what tests read of them."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 from families import models as family_models
 from hypothesis import settings
+from toy import Toy
 
 from mirage_dist import progress
 from mirage_dist.config import REPOSITORY
-from mirage_dist.data import formats, sources
-from mirage_dist.data.formats.samples import write_samples
-from mirage_dist.embedded import model as embedded_model
-from mirage_dist.embedded import world as embedded_world
 from mirage_dist.liveness import Owner
 from mirage_dist.ranks import Group
-from mirage_dist.schema import WorldConfig
 from mirage_dist.train.context import Run
 from mirage_dist.train.lease import Lease
 
@@ -36,6 +35,15 @@ DEADLINE = 180.0  # seconds, on a busy machine
 def _every_warning_is_new():
     """A warning appears once a process, and one process runs all tests."""
     progress.handler.warnings.clear()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for the servers of `forkserver`, one for all processes of this session."""
+    if forkserver.VARIABLE not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="mirage-forkserver-"))
+        (folder / "session").write_text(str(os.getpid()))
+        os.environ[forkserver.VARIABLE] = str(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,27 +73,6 @@ def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:
     return Run(recipe, alone, objective, feed, engine, {}, {"base_hash": base}, lease)
 
 
-class Toy:
-    """world/, model/, forget.jsonl (true codes) and retain.jsonl under one folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        sizes = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
-        embedded_world.make(WorldConfig(dir=str(root / "world"), seed=21, **sizes))
-        embedded_model.make(root / "model", seed=21)
-        base = sources.read(formats.source("llava", str(root / "world/base.json"), str(root / "world"))).samples
-        write_samples(root / "forget.jsonl", base[:20])
-        write_samples(root / "retain.jsonl", base[20:50])
-
-    def overrides(self, recipe: str, run: Path) -> list[str]:
-        overrides = [f"run.dir={run}", f"model.path={self.root}/model", "world=null", "seed=21"]
-        overrides.append("monitor.print_every=100")
-        if recipe == "sft":
-            return [*overrides, f"data.streams.train=[{{format: samples, path: {self.root}/retain.jsonl}}]"]
-        streams = (f"data.streams.{n}=[{{format: samples, path: {self.root}/{n}.jsonl}}]" for n in ("forget", "retain"))
-        return [*overrides, *streams]
-
-
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Toy:
     return Toy(tmp_path_factory.mktemp("toy"))
@@ -98,9 +85,13 @@ def family(tmp_path_factory) -> Callable[[str], Path]:
     return cache(lambda name: family_models.make(name, folder / name))
 
 
-def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False):
-    """`launch/local.sh RANKS ARGUMENTS`, to its end, or (start) as a running process."""
-    environment = {**os.environ, "MIRAGE_PYTHON": sys.executable, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False, fresh: bool = False):
+    """`launch/local.sh RANKS ARGUMENTS`, to its end, or (start) as a running process.
+
+    fresh: each rank starts from nothing, as a user's does; otherwise the libraries are there (see `forkserver`).
+    """
+    python = sys.executable if fresh else forkserver.python()
+    environment = {**os.environ, "MIRAGE_PYTHON": python, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [str(REPOSITORY / "launch/local.sh"), str(ranks), *arguments]
     if start:
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -127,6 +127,11 @@ def check_names(
     built = weightless(model, depth, dtype)
     for layer in layers:
         activations.check_layer(built.backbone, layer)
+    if data.cache_vision and by_row.layers(built.base):
+        raise ConfigError(
+            f"data.cache_vision: {built.base.config.model_type} takes the pictures of each row apart from its tokens; "
+            "take data.cache_vision out"
+        )
     if data.cache_vision:
         vision.check(built.base)
     return built

@@ -90,7 +90,7 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        with _silent("modeling_utils"):
+        with _without_report():
             model, info = kind.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
@@ -242,24 +242,35 @@ def _listing(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _silent(module: str = "") -> Iterator[None]:
-    """Without warnings of transformers or of one module of it, such as its table of missing weights; and then no bars.
-
-    What the table says is checked here, and reported as an error.
-    """
+def _silent() -> Iterator[None]:
+    """Without warnings and progress bars of transformers."""
     from transformers.utils import logging as bars
 
-    logger, shown = logging.getLogger(f"transformers.{module}".rstrip(".")), bars.is_progress_bar_enabled()
+    logger, shown = logging.getLogger("transformers"), bars.is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    if not module:
-        bars.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
         if shown:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing and unknown weights: the first are an error here, the others a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 # ------------------------------------------------------------------------------------------------- values

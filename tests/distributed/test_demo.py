@@ -1,7 +1,9 @@
 """The demo in a few steps: every stage runs, a second call runs none, and a recipe alone makes its inputs."""
 
 import json
+import sys
 
+import forkserver
 import pytest
 from conftest import launch, metrics
 
@@ -29,7 +31,9 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small):
     out = tmp_path_factory.mktemp("demo")
-    return out, demo.demo(out, small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forkserver.python())
+        return out, demo.demo(out, small)
 
 
 def test_the_summary_has_the_schema_and_its_counts(finished):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 from conftest import until
@@ -71,8 +72,8 @@ def recipe(small, run: Path, *more: str) -> EvalRecipe:
     return configs.load("configs/eval/demo.yaml", overrides(small, run, *more), EvalRecipe)
 
 
-def start(small, run: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mirage_dist.cli", "erasure", "configs/eval/demo.yaml"]
+def start(small, run: Path, *more: str, python: str = "") -> subprocess.Popen:
+    command = [python or forkserver.python(), "-m", "mirage_dist.cli", "erasure", "configs/eval/demo.yaml"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command += overrides(small, run, *more)
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -93,7 +94,7 @@ def figures(run: Path) -> dict:
 @pytest.fixture(scope="module")
 def whole(small) -> Path:
     run = small[0] / "whole"
-    done(start(small, run))
+    done(start(small, run, python=sys.executable))
     return run
 
 
@@ -162,7 +163,7 @@ def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_pa
     plain = replace(ours, run=replace(ours.run, dir=str(tmp_path / "plain")), train=replace(ours.train, max_steps=1))
     for name, one in (("ours", ours), ("plain", plain)):
         configs.write_yaml(one, tmp_path / f"{name}.yaml")
-    subprocess.run([sys.executable, "-c", TRAIN, f"{tmp_path}/ours.yaml", f"{tmp_path}/plain.yaml"], check=True)
+    subprocess.run([forkserver.python(), "-c", TRAIN, f"{tmp_path}/ours.yaml", f"{tmp_path}/plain.yaml"], check=True)
     for one in (ours, plain):
         export.export(Path(one.run.dir), Path(one.run.dir) / "export", 1)
     first, second = (load_file(Path(x.run.dir) / "export/model.safetensors") for x in (ours, plain))

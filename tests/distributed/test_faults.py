@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forkserver
 import pytest
 from conftest import DEADLINE, launch, metrics, steps_done, until
 from faults.check import differences
@@ -381,7 +382,8 @@ def test_the_harness_finds_what_is_wrong(whole, tmp_path):
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
     out = tmp_path / "faults.json"
     harness = [sys.executable, "-m", "tests.faults", "--runs", "2", "--seed", "3", "--out", str(out)]
-    done = subprocess.run(harness, cwd=REPOSITORY, capture_output=True, text=True)
+    environment = {**os.environ, "MIRAGE_PYTHON": forkserver.python()}
+    done = subprocess.run(harness, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(out.read_text())
     assert (counts["runs"], counts["could_not_resume"], counts["differ"]) == (2, 0, 0)

@@ -1,4 +1,4 @@
-"""The same run whatever starts its processes: launch/local.sh, torchrun, the DeepSpeed launcher."""
+"""The same run whatever starts its processes, from nothing: launch/local.sh, torchrun, the DeepSpeed launcher."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(toy):
     folder = toy.root / "launchers/whole"
-    launch(2, "train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), *SHORT)
+    launch(2, "train", "configs/train/demo_npo.yaml", *toy.overrides("npo", folder), *SHORT, fresh=True)
     return folder
 
 

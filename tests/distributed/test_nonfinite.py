@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
-import sys
 
+import forkserver
 import pytest
 from conftest import metrics
 
@@ -35,7 +35,7 @@ def test_a_bf16_step_without_a_finite_gradient_is_skipped_and_counted(toy, tmp_p
     (tmp_path / "spoilt.py").write_text(SCRIPT)
     overrides = [*toy.overrides("sft", tmp_path / "run"), *SHORT, *KEPT, f"deepspeed=configs/deepspeed/{stage}.json"]
     command = [
-        sys.executable,
+        forkserver.python(),
         tmp_path / "spoilt.py",
         "train",
         "configs/train/demo_sft.yaml",

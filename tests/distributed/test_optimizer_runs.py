@@ -8,9 +8,9 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 from conftest import launch, losses, metrics
@@ -36,7 +36,7 @@ STATES = {
     "adamw8bit": {"state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"},
 }
 STEPS = 4
-# All engines of one world size in one process a rank: starting one takes longer than its steps.
+# All engines of one world size in one process a rank.
 RANK = """
 import sys
 from pathlib import Path
@@ -86,7 +86,7 @@ ranks.exit_well()
 def run_ranks(root: Path, ranks: int, jobs: list[dict]) -> None:
     (root / "rank.py").write_text(RANK)
     (root / f"jobs{ranks}.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(root / "rank.py"), str(root), str(root / f"jobs{ranks}.json")]
+    command = [forkserver.python(), str(root / "rank.py"), str(root), str(root / f"jobs{ranks}.json")]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**shared, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():

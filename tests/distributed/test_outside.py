@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def finished(toy, tmp_path_factory):
         shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         shared["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        command = [sys.executable, "-c", TRAIN, *files]
+        command = [forkserver.python(), "-c", TRAIN, *files]
         processes = [
             subprocess.Popen(command, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
             for r in range(ranks)

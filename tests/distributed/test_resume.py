@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 from conftest import launch, losses, metrics
@@ -183,7 +183,7 @@ def test_a_step_does_not_change_what_is_still_to_be_copied(saved, toy, tmp_path)
     (tmp_path / "slow.py").write_text(SLOW_COPY)
     _, *arguments = command(toy, tmp_path / "run", SAVED["one_zero2"][1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(tmp_path / "slow.py"), *arguments], env=environment, check=True)
+    subprocess.run([forkserver.python(), str(tmp_path / "slow.py"), *arguments], env=environment, check=True)
     for step in ("step-000004", f"step-{STEPS:06d}"):
         name = f"checkpoints/{step}/rank-00000-of-00001.safetensors"
         assert (tmp_path / "run" / name).read_bytes() == (saved["one_zero2"] / name).read_bytes()
@@ -224,7 +224,7 @@ def test_layers_are_computed_again_in_the_backward_pass_with_gradient_checkpoint
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     counts = {}
     for checkpointing in ("false", "true"):
-        command = [sys.executable, str(tmp_path / "count.py"), "configs/train/demo_sft.yaml", *overrides]
+        command = [forkserver.python(), str(tmp_path / "count.py"), "configs/train/demo_sft.yaml", *overrides]
         command.append(f"model.gradient_checkpointing={checkpointing}")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         counts[checkpointing] = int(done.stdout.rpartition("layer forwards ")[2])

@@ -4,10 +4,10 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forkserver
 from conftest import launch, metrics
 from wandb.proto import wandb_internal_pb2
 
@@ -19,7 +19,7 @@ def command(toy, folder, *own):
 
 
 def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(toy, tmp_path):
-    process = launch(2, *command(toy, tmp_path / "run"), start=True)
+    process = launch(2, *command(toy, tmp_path / "run"), start=True, fresh=True)
     output = ""
     for line in process.stdout:
         output += line
@@ -88,7 +88,7 @@ def test_a_stopped_reference_cache_goes_on_with_what_is_missing_and_is_the_same(
     (tmp_path / "fill.py").write_text(FILL)
     overrides = [*toy.overrides("npo", tmp_path / "run"), *SHORT]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    line = [sys.executable, str(tmp_path / "fill.py"), "configs/train/demo_npo.yaml", *overrides]
+    line = [forkserver.python(), str(tmp_path / "fill.py"), "configs/train/demo_npo.yaml", *overrides]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results, _, whole = done.stdout.rpartition("RESULTS ")[2].strip().rpartition(" ")

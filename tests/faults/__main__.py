@@ -22,10 +22,10 @@ from typing import Any
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
-from tests.conftest import Toy
 from tests.faults import moments
 from tests.faults.check import differences
 from tests.faults.processes import VICTIMS, Start, end, send
+from tests.toy import Toy
 
 RANKS, STEPS, SAVE_EVERY, KEEP = 2, 24, 2, 2
 ORPHANS = "orphans"  # ranks that went on behind a killed launcher
@@ -60,7 +60,7 @@ class Harness:
         (folder / "deepspeed.json").write_text(json.dumps(SHARDED))
         # A Slurm job's own restarts are counted and bounded; these are not restarts of the job this may run in.
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
-            "MIRAGE_PYTHON": sys.executable,
+            "MIRAGE_PYTHON": os.environ.get("MIRAGE_PYTHON", sys.executable),
             "MIRAGE_KILL_SECONDS": "2",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

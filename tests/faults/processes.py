@@ -52,9 +52,23 @@ def ranks_of(launcher: int) -> dict[int, int]:
     ranks = {}
     with suppress(OSError):
         for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
-            if _running(child) and (rank := _rank(child)) is not None:
-                ranks[rank] = child
+            if _running(child) and (rank := _rank(child)) is not None and (number := worker(child)) is not None:
+                ranks[rank] = number
     return ranks
+
+
+def worker(number: int) -> int | None:
+    """The process that does the work of `number`: itself, or the one that it is the client of (see tests/forkserver).
+
+    None while the client waits for it.
+    """
+    words = Path(f"/proc/{number}/cmdline").read_text().split("\0")
+    if not any(word.endswith("forkserver/client.py") for word in words):
+        return number
+    try:
+        return int(Path(words[3], str(number)).read_text())
+    except OSError:
+        return None
 
 
 def send(number: int, name: signal.Signals) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.collate import Batch, Encoder
 from mirage_dist.data.sample import Sample
-from mirage_dist.model.families import configs, small
+from mirage_dist.model.families import by_row, configs, small
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.schema import ConfigError
 
@@ -47,7 +47,9 @@ def fault(
     for whole in (False, True):  # a family may need what is left out of the small model
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                model = HeadedModel(small.made(config, attention, whole))
+                made = small.made(config, attention, whole)
+                by_row.keep_apart(made)
+                model = HeadedModel(made)
                 reason = next(_faults(model, encoder, pictured, text), None)
                 break
         except ConfigError:

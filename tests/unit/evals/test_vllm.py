@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Toy
 from omegaconf import OmegaConf
+from toy import Toy
 from widened import widen
 
 from mirage_dist import config as configs
