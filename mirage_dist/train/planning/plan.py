@@ -78,7 +78,8 @@ def size(number: float) -> str:
 def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     """What `recipe` will need on `ranks` ranks; reads recipe, data and the model's configuration.
 
-    Raises ConfigError for everything that `mirage train --check` checks, except broken pictures.
+    Raises ConfigError for everything that `mirage train --check` checks, except broken pictures and batches that the
+    model cannot compute.
     """
     checked = check.check_recipe(recipe, ranks)
     objective, streams = checked.objective, check.check_inputs(checked)
@@ -176,7 +177,7 @@ def _memory(
     head = policy.base.get_output_embeddings()
     sizes = [p.numel() for p in policy.parameters()]
     layers = decoder(policy.backbone).layers
-    largest = max(sum(p.numel() for p in module.parameters()) for module in (layers[0], head))
+    largest = max(sum(p.numel() for p in module.parameters()) for module in (*layers, head))
     weights = memory.weights(sizes, item, zero, ranks, largest)
     plan.memory["weights"] = weights, f"{train.dtype}, ZeRO-{zero['stage']}, ranks: {ranks}"
     plan.memory["gradients"] = memory.gradients(trained.groups, zero, ranks), "float32"
