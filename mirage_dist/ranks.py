@@ -131,6 +131,8 @@ def no_bars_in_logs(rank: int = 0) -> None:
 
     if rank or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    # It warns of layers that tensor parallelism would not split, whether or not there is any.
+    logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
 
 
 def finish() -> None:

@@ -90,7 +90,7 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     from safetensors import SafetensorError
 
     try:
-        with _silent("modeling_utils"):
+        with _without_report():
             model, info = kind.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
@@ -117,11 +117,9 @@ def _rehearsed(config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[st
             empty: Any = roles.auto_class(config).from_config(config)
     except configs.FAULTS as error:
         raise ConfigError(f"model.path: no model can be made of its config.json: {configs.brief(error)}") from error
-    tensors = {
-        name: torch.empty(header.shape, dtype=DTYPES[header.dtype], device="meta") for name, header in headers.items()
-    }
     with _silent():
         try:
+            tensors = {n: torch.empty(h.shape, dtype=DTYPES[h.dtype], device="meta") for n, h in headers.items()}
             return type(empty).from_pretrained(
                 None,
                 config=config,
@@ -242,24 +240,35 @@ def _listing(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _silent(module: str = "") -> Iterator[None]:
-    """Without warnings of transformers or of one module of it, such as its table of missing weights; and then no bars.
-
-    What the table says is checked here, and reported as an error.
-    """
+def _silent() -> Iterator[None]:
+    """Without warnings and progress bars of transformers."""
     from transformers.utils import logging as bars
 
-    logger, shown = logging.getLogger(f"transformers.{module}".rstrip(".")), bars.is_progress_bar_enabled()
+    logger, shown = logging.getLogger("transformers"), bars.is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    if not module:
-        bars.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
         if shown:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of missing and unknown weights: the first are an error here, the others a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 # ------------------------------------------------------------------------------------------------- values

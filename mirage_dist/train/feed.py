@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
+from mirage_dist.data.encoding.conversation import called
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
@@ -147,6 +148,16 @@ def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) 
                 )
 
 
+def check_no_picture(samples: Mapping[str, Sequence[Sample]], model: str) -> None:
+    """Raise ConfigError, naming the first one, when any sample has a picture."""
+    for name, kept in samples.items():
+        if (sample := next((s for s in kept if s.image is not None), None)) is not None:
+            raise ConfigError(
+                f"data.streams.{name}: {called(sample)} has a picture, but model.path={model} is a text-only model; "
+                "take a vision-language model, or records without pictures"
+            )
+
+
 class StreamSummary(TypedDict):
     """One stream in data.json: its samples, those that were left out, and the first words of its questions.
 
@@ -187,7 +198,8 @@ class Feed:
     recipe: resolved (see `planning.check.resolved`); an `auto` that is left in it pads.
     samples: stream -> its samples. pictures: path -> SHA-256 of each picture that was checked.
     lengths: stream -> tokens (n,) of each sample's row after truncation, known after
-    `check_lengths`. Raises ConfigError when paired streams do not match.
+    `check_lengths`. Raises ConfigError when paired streams do not match, or a text-only
+    model's have a picture.
     """
 
     def __init__(self, recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], processor: Any) -> None:
@@ -207,6 +219,8 @@ class Feed:
             load.picture_token(recipe.model),
             data.template_options,
         )
+        if self.encoder.text_only:
+            check_no_picture(self.samples, recipe.model.path)
 
     def check_lengths(self, group: Group) -> int:
         """The number of samples that will be cut. Each rank measures its share; every rank then knows all lengths.

@@ -94,21 +94,24 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         steps(run, loop, resume(run))
         watchdog.stop()
         ranks.barrier(group, "end of training")
-        if recipe.train.export and group.main and not (run.root / "export").exists():
-            export.export(run.root, run.root / "export", workspace=lease.workspace)
+        if recipe.train.export != "off" and group.main and not (run.root / "export").exists():
+            export.export(run.root, run.root / "export", workspace=lease.workspace, form=recipe.train.export)
         ranks.barrier(group, "end of the run")
 
 
 def _check_family(feed: Feed, group: Group) -> None:
-    """`check_family` on rank 0, at the first start of a run; raises its ConfigError on every rank."""
+    """`check_family` on rank 0, at the first start of a run. Every rank ends alike when it fails there."""
     fault = None
     if group.main and not rundir.begun_like_this(Path(feed.recipe.run.dir)):
         try:
             check_family(feed)
         except ConfigError as error:
-            fault = str(error)
-    if (fault := ranks.from_main(group, fault)) is not None:
-        raise ConfigError(fault)
+            fault = error
+    failed = ranks.from_main(group, fault is not None)
+    if fault is not None:
+        raise fault
+    if failed:
+        raise SystemExit(ConfigError.status)
 
 
 def reference_of(run: Run) -> Reference | None:

@@ -59,6 +59,9 @@ def test_both_ranks_refuse_what_one_holds_or_none_does(toy, tmp_path):
         for output in outputs
     ]
     assert errors[0] == errors[1], "\n".join(outputs)
+    for output in outputs:
+        assert "LOAD REPORT" not in output
+        assert "not sharded" not in output
     of = dict(zip(models, errors[0], strict=True))
     assert of["whole"] is None
     assert "is in none of its files" in of["missing"]

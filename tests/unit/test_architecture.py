@@ -1,6 +1,7 @@
 """The house's rules, held over the source: imports run one way, names are the field's, light commands stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -170,6 +171,22 @@ def test_a_file_is_one_thing_and_loads_nothing_unsafe(file: Path):
     assert "torch.load(" not in text
     assert "object.__setattr__" not in text  # a frozen dataclass is not changed
     assert "pickle" not in text.replace("allow_pickle=False", "")
+
+
+def test_models_and_processors_are_loaded_in_one_place():
+    """Elsewhere a missing package, remote code or a damaged file would not be caught."""
+    loaders = re.compile(r"Auto(Processor|Tokenizer|ImageProcessor|Config|Model\w*)$")
+    at_home = PACKAGE / "model" / "families"
+    elsewhere = {
+        f"{file.relative_to(PACKAGE)}: {alias.name}"
+        for file in FILES
+        if file.parent != at_home
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if loaders.match(alias.name)
+    }
+    assert not elsewhere
 
 
 def test_no_folder_has_more_rooms_than_a_dozen():

@@ -35,8 +35,12 @@ def aspect_of(processor: Any, choice: Literal["auto", "pad", "processor"]) -> As
     plain = Image.new("RGB", (96, 32))
     ends = Image.new("RGB", (96, 32), "white")
     ends.paste(plain.crop((0, 0, 80, 32)), (8, 0))
-    one, other = (images(images=[picture], return_tensors="pt") for picture in (plain, ends))
-    return "pad" if all(torch.equal(torch.as_tensor(one[n]), torch.as_tensor(other[n])) for n in one) else "processor"
+    try:
+        one, other = (images(images=[picture], return_tensors="pt") for picture in (plain, ends))
+        same = all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
+    except Exception:  # of any kind: a family's own code, which may take pictures with their text only
+        return "processor"
+    return "pad" if same else "processor"
 
 
 class Pictured:
@@ -57,12 +61,16 @@ class Pictured:
         self.processor, self.tokens, self.aspect = processor, tokens, aspect
         self.text, self.other, self.more = texts
         self.kind = type(processor).__name__
-        image = Image.new("RGB", BLANK)
+        # Most families take one list of pictures for each text, Gemma 3 and Mllama nothing else; GOT-OCR takes none.
+        self._nested = True
         try:
-            once = self._outputs([self.text], [image])
-            twice = self._outputs([self.text + self.more], [image])
+            once, twice = self._blank_outputs()
         except Exception as error:  # of any kind: a processor may fail anywhere on a template that is not its own
-            raise ConfigError(f"{self.kind} cannot encode a picture by its own chat template: {error}") from error
+            self._nested = False
+            try:
+                once, twice = self._blank_outputs()
+            except Exception:
+                raise ConfigError(f"{self.kind} cannot encode a picture by its own chat template: {error}") from error
         self.outputs = outputs.sort(self.kind, once, twice)
         (self.row,), self.blank = self._divided(once)
         places = [i for i, value in enumerate(self.row["input_ids"]) if value == token]
@@ -98,7 +106,8 @@ class Pictured:
             if not isinstance(value, Tensor):
                 raise ConfigError(
                     f"{self.kind} returns {name!r} as {type(value).__name__}, no tensor, for {_sizes(images)}; such "
-                    "pictures cannot be in one batch. Use train.micro_batch=1, or pictures of one size"
+                    "pictures cannot be in one batch. Use batches of one sample (train.micro_batch, "
+                    "generation.batch_size), or pictures of one size"
                 )
         return self._divided(encoded)
 
@@ -106,13 +115,18 @@ class Pictured:
         encoded = dict(
             self.processor(
                 text=texts,
-                images=[[image] for image in images],  # every family takes one list of pictures for each text
+                images=[[image] for image in images] if self._nested else images,
                 padding=True,
                 return_tensors="pt",
                 add_special_tokens=self.tokens.adds_start(texts[0]),
             )
         )
         return {name: value for name, value in encoded.items() if name not in outputs.DROPPED}
+
+    def _blank_outputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the processor makes of a blank picture under the short prompt, and under a longer one."""
+        image = Image.new("RGB", BLANK)
+        return self._outputs([self.text], [image]), self._outputs([self.text + self.more], [image])
 
     def _divided(self, encoded: dict[str, Any]) -> tuple[list[Row], dict[str, Tensor]]:
         pictures, values = dict(encoded), {}

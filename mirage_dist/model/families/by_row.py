@@ -15,18 +15,26 @@ from torch import Tensor, nn
 MASK = "full_text_row_masked_out_mask"
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of cross-attention; none in models that take a picture as tokens."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(getattr(layer, "cross_attn", None), nn.Module)
+        and MASK in inspect.signature(layer.forward).parameters
+    ]
+
+
 def keep_apart(model: nn.Module) -> None:
     """From now on a row of which no token attends to a picture passes cross-attention unchanged.
 
     Other rows, and models without such layers, compute as before.
     """
-    for layer in model.modules():
-        attention = getattr(layer, "cross_attn", None)
-        if isinstance(attention, nn.Module) and MASK in inspect.signature(layer.forward).parameters:
-            _mask(layer, attention)
+    for layer in layers(model):
+        _mask(layer, layer.cross_attn)
 
 
-def _mask(layer: nn.Module, attention: nn.Module) -> None:
+def _mask(layer: nn.Module, attention: Any) -> None:
     current: list[Tensor | None] = [None]
 
     def keep(_layer: nn.Module, _inputs: Any, options: dict[str, Any]) -> None:

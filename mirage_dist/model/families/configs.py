@@ -41,7 +41,7 @@ def load(folder: Path) -> Any:
     _refuse_original(folder, read(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except FAULTS as error:
+    except Exception as error:  # of any kind: every family's class checks its values in its own way
         raise ConfigError(f"{folder / 'config.json'}: no configuration of a model: {brief(error)}") from error
     roles.auto_class(config)
     # Some files name the attention of the machine that wrote them. It is this machine's to choose.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.collate import Batch, Encoder
 from mirage_dist.data.sample import Sample
-from mirage_dist.model.families import configs, small
+from mirage_dist.model.families import by_row, configs, small
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.schema import ConfigError
 
@@ -47,7 +47,9 @@ def fault(
     for whole in (False, True):  # a family may need what is left out of the small model
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                model = HeadedModel(small.made(config, attention, whole))
+                made = small.made(config, attention, whole)
+                by_row.keep_apart(made)
+                model = HeadedModel(made)
                 reason = next(_faults(model, encoder, pictured, text), None)
                 break
         except ConfigError:
@@ -58,34 +60,37 @@ def fault(
 
 
 def _faults(model: HeadedModel, encoder: Encoder, pictured: Sequence[Sample], text: Sequence[Sample]) -> Iterator[str]:
-    groups = {"pictured": pictured, "mixed": [*pictured[:1], *text[:1], *pictured[1:]], "text-only": text}
+    mixed = [*pictured[:1], *text[:1], *pictured[1:]] if pictured and text else []
+    groups = {"pictured": pictured, "mixed": mixed, "text-only": text}
     groups = {name: samples for name, samples in groups.items() if samples}
-    widest = max(groups.values(), key=len)
-    alone = {s.digest(): _logps(model, encoder.encode([s]), "one-row") for s in (*pictured, *text)}
+    widest = max(groups, key=lambda name: len(groups[name]))
+    alone = {s.digest(): _logps(model, encoder.encode([s]), "one-row") for s in groups[widest]}
     for name, samples in groups.items():
         batch = encoder.encode(samples)
         logp_N = _logps(model, batch, name)
-        if (off := _largest(logp_N - _own_logps(model, batch, name))) > CARRIED:
-            yield f"the model's own log-probabilities differ from the loss head's by {off:.1e}; it changes its logits"
         rows = logp_N.split(torch.bincount(batch.segment_N, minlength=len(samples)).tolist())
-        if (off := max(_largest(row - alone[s.digest()]) for s, row in zip(samples, rows, strict=True))) > CARRIED:
+        known = [(row, alone[s.digest()]) for s, row in zip(samples, rows, strict=True) if s.digest() in alone]
+        if (off := max(_largest(row - own) for row, own in known)) > CARRIED:
             yield (
                 f"in a {name} batch a row's log-probabilities depend on the other rows (by {off:.1e}): an output of "
                 "the processor or the model is not carried by row"
             )
-        for training in (False, True) if samples is widest else ():
-            if (off := _leak(model, batch, training, name)) > LEAK:
-                yield (
-                    f"answers see their own later tokens (a changed last token moves the log-probabilities of earlier "
-                    f"ones by {off:.1e}{' in training' if training else ''}), as under prefix attention; such "
-                    "log-probabilities are of no use for training"
-                )
-    continued = {s.digest(): _logits(model, encoder, [s], "one-row")[:, 0] for s in (*pictured, *text)}
-    for name, samples in groups.items():
-        logits_TBV = _logits(model, encoder, samples, name)
-        if (off := max(_largest(logits_TBV[:, i] - continued[s.digest()]) for i, s in enumerate(samples))) > CARRIED:
+    batch = encoder.encode(groups[widest])
+    logp_N = _logps(model, batch, widest)
+    if (off := _largest(logp_N - _own_logps(model, batch, widest))) > CARRIED:
+        yield f"the model's own log-probabilities differ from the loss head's by {off:.1e}; it changes its logits"
+    for training in (False, True):
+        if (off := _leak(model, batch, training, widest)) > LEAK:
             yield (
-                f"in generation, with prompts padded on the left, a row of a {name} batch depends on the other rows "
+                "answers see their own later tokens (a changed last token moves the log-probabilities of earlier "
+                f"ones by {off:.1e}{' in training' if training else ''}), as under prefix attention; such "
+                "log-probabilities are of no use for training"
+            )
+    logits_TBV = _logits(model, encoder, groups[widest], widest)
+    for number, sample in enumerate(groups[widest]):
+        if (off := _largest(logits_TBV[:, number] - _logits(model, encoder, [sample], "one-row")[:, 0])) > CARRIED:
+            yield (
+                f"in generation, with prompts padded on the left, a row of a {widest} batch depends on the other rows "
                 f"(its logits by {off:.1e}): an output of the processor or the model is not carried by row"
             )
 

@@ -28,6 +28,7 @@ def load(folder: Path) -> Any:
     package is missing.
     """
     from transformers import AutoProcessor, AutoTokenizer
+    from transformers.utils.import_utils import is_torchvision_available
 
     config = configs.load(folder)
     try:
@@ -35,16 +36,12 @@ def load(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         try:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except ImportError:
+        except configs.FAULTS as error:  # not ImportError alone: transformers fails in several ways without torchvision
+            if is_torchvision_available() and not isinstance(error, ImportError):
+                raise
             processor = _without_torchvision(folder, config)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"model.path={folder}: its processor needs a package that is not installed: {_package(error)}"
-        ) from error
     except configs.FAULTS as error:
-        if configs.names_remote_code(folder):
-            raise configs.remote_code(folder, "processor") from error
-        raise ConfigError(f"model.path={folder}: its processor cannot be loaded: {configs.brief(error)}") from error
+        raise _refusal(folder, error) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise ConfigError(
             f"model.path={folder}: {config.model_type} takes pictures, but this directory gives only a "
@@ -54,9 +51,20 @@ def load(folder: Path) -> Any:
     return processor
 
 
-def _package(error: ModuleNotFoundError) -> str:
-    name = (error.name or str(error)).partition(".")[0]
-    return f"{name} (pip install {name})"
+def _refusal(folder: Path, error: Exception) -> ConfigError:
+    """The error for a processor that transformers cannot load, with the package to install where one is missing."""
+    from transformers.utils.import_utils import is_torchvision_available
+
+    package = None
+    if "torchvision" in str(error).lower() and not is_torchvision_available():
+        package = "torchvision"  # a family with no image processor for PIL
+    elif isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+    if package is not None:
+        return ConfigError(f"model.path={folder}: its processor needs the package {package}: pip install {package}")
+    if configs.names_remote_code(folder):
+        return configs.remote_code(folder, "processor")
+    return ConfigError(f"model.path={folder}: its processor cannot be loaded: {configs.brief(error)}")
 
 
 def _without_torchvision(folder: Path, config: Any) -> Any:

@@ -19,7 +19,7 @@ LAYERS = 2  # of the decoder, at least; more where a later layer is the first on
 TOWER_LAYERS = 4  # of encoders of pictures and sounds
 MLP = 64
 VOCABULARY = 61  # tokens that the LM head knows; labels are taken modulo this
-SHARED = 1 << 23  # random numbers at most; larger matrices have rows that overlap in them
+SHARED = 1 << 25  # random numbers of a width at most; larger matrices have rows that overlap in them
 
 
 def made(config: Any, attention: str | None = None, whole: bool = False) -> Any:
@@ -74,33 +74,39 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 def _fill(hf: nn.Module) -> None:
     """Give every parameter random values, of a size at which layers neither fade nor dominate; tied ones stay tied."""
     generator = torch.Generator().manual_seed(0)
-    largest = max(p.numel() for p in hf.parameters())
-    normal = torch.randn(min(SHARED, 4 * largest), generator=generator)
-    scaled: dict[int, Tensor] = {}
+    sizes: dict[int, int] = {}  # width of rows -> the largest matrix with such rows
+    for parameter in hf.parameters():
+        width = _width(parameter)
+        sizes[width] = max(sizes.get(width, 0), parameter.numel())
+    normal = torch.randn(min(SHARED, 2 * max(sizes.values())), generator=generator)
+    shared = {width: normal[: max(2 * size, 2 * width)] / width**0.5 for width, size in sizes.items()}
     filled: dict[int, nn.Parameter] = {}
     for prefix, module in hf.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in filled:
-                shape, width = parameter.shape, parameter.shape[-1] if parameter.dim() > 1 else 1
-                if parameter.dim() > 1 and width not in scaled:
-                    scaled[width] = normal / width**0.5
-                values = scaled[width] if parameter.dim() > 1 else torch.full(shape, float(not name.endswith("bias")))
-                start = zlib.crc32(f"{prefix}.{name}".encode())
-                filled[id(parameter)] = nn.Parameter(_rows(values, shape, start), requires_grad=False)
+                if parameter.dim() > 1:
+                    start = zlib.crc32(f"{prefix}.{name}".encode())
+                    values = _rows(shared[_width(parameter)], parameter.shape, start)
+                else:  # of norms and gates
+                    values = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
+                filled[id(parameter)] = nn.Parameter(values, requires_grad=False)
             module._parameters[name] = filled[id(parameter)]
+
+
+def _width(parameter: Tensor) -> int:
+    return parameter.shape[-1] if parameter.dim() > 1 else 1
 
 
 def _rows(values: Tensor, shape: torch.Size, start: int) -> Tensor:
     """A tensor of this shape in the memory of `values`, from `start` on; its rows overlap where it is larger."""
-    if len(shape) < 2:
-        return values
     count, row = shape[0], shape[1:].numel()
-    if row > len(values) // 2:
+    room = len(values) - min(len(values) // 4, len(values) - row)
+    if row > room:
         return torch.randn(shape) / shape[-1] ** 0.5
-    step = max(1, min(row, (len(values) // 2 - row) // max(1, count - 1)))
+    step = max(1, min(row, (room - row) // max(1, count - 1)))
     strides = [1]
     for length in reversed(shape[2:]):
         strides.append(strides[-1] * length)
-    return values.as_strided(shape, (step, *reversed(strides)), start % (len(values) // 2))
+    return values.as_strided(shape, (step, *reversed(strides)), start % (len(values) - (step * (count - 1) + row) + 1))

@@ -134,11 +134,27 @@ def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, e
     With checkpointing each layer keeps its input only, and one layer at a time everything. The vision tower is assumed
     to be frozen and to keep nothing.
     """
-    layer = itemsize * (10 * text.hidden_size + 4 * text.intermediate_size) + FP32 * text.hidden_size
+    layer = itemsize * (10 * text.hidden_size + 4 * feed_forward(text)) + FP32 * text.hidden_size
     if eager:
-        layer += width * text.num_attention_heads * (FP32 if itemsize == FP32 else itemsize + FP32)
+        heads = getattr(text, "num_attention_heads", 0)  # models without attention have none
+        layer += width * heads * (FP32 if itemsize == FP32 else itemsize + FP32)
     inputs = itemsize * text.hidden_size
     return tokens * (depth * inputs + layer if checkpointing else depth * layer)
+
+
+def feed_forward(text: Any) -> int:
+    """The number of feed-forward features that a token goes through in the widest layer.
+
+    With experts these are the features of those that a token is sent to and of the shared ones.
+    """
+    names = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok")
+    dense, expert, shared, chosen = (getattr(text, name, None) or 0 for name in names)
+    if isinstance(dense, (list, tuple)):  # one value a layer
+        dense = max(dense)
+    if chosen and not expert:  # Mixtral's experts have the size that dense models' layers have
+        dense, expert = 0, dense
+    shared = shared or expert * (getattr(text, "n_shared_experts", None) or 0)
+    return max(dense, chosen * expert + shared) or 4 * text.hidden_size
 
 
 def loss_head(rows: int, vocabulary: int, hidden: int, itemsize: int, kl: bool, trains: bool) -> int:

@@ -78,7 +78,8 @@ def size(number: float) -> str:
 def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     """What `recipe` will need on `ranks` ranks; reads recipe, data and the model's configuration.
 
-    Raises ConfigError for everything that `mirage train --check` checks, except broken pictures.
+    Raises ConfigError for everything that `mirage train --check` checks, except broken pictures and batches that the
+    model cannot compute.
     """
     checked = check.check_recipe(recipe, ranks)
     objective, streams = checked.objective, check.check_inputs(checked)
@@ -176,7 +177,7 @@ def _memory(
     head = policy.base.get_output_embeddings()
     sizes = [p.numel() for p in policy.parameters()]
     layers = decoder(policy.backbone).layers
-    largest = max(sum(p.numel() for p in module.parameters()) for module in (layers[0], head))
+    largest = max(sum(p.numel() for p in module.parameters()) for module in (*layers, head))
     weights = memory.weights(sizes, item, zero, ranks, largest)
     plan.memory["weights"] = weights, f"{train.dtype}, ZeRO-{zero['stage']}, ranks: {ranks}"
     plan.memory["gradients"] = memory.gradients(trained.groups, zero, ranks), "float32"
@@ -230,8 +231,11 @@ def _disk(
     one = trained.elements * memory.FP32 + sum(trained.states)
     plan.disk["a checkpoint"] = one, f"float32 master copy and the state of {train.optimizer['name']}"
     plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, feed.steps), "and one more while it is written"
-    if train.export:
-        whole = sum(p.numel() for name, p in policy.named_parameters() if "lora_" not in name)  # these are merged
+    if train.export != "off":
+        sizes = {"merged": 0, "adapter": 0}
+        for name, parameter in policy.named_parameters():  # adapters are merged
+            sizes["adapter" if "lora_" in name else "merged"] += parameter.numel()
+        whole = sizes.get(train.export, sum(sizes.values()))
         plan.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
 
 

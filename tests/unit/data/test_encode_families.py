@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from families import models
+from families.tokenizers import byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -243,6 +244,23 @@ def test_an_output_that_cannot_be_continued_with_an_answer_is_refused_by_name(en
     like = encoder_of("llava_llama")
     with pytest.raises(ConfigError, match=f"LlavaProcessor returns {re.escape(words)}"):
         Encoder(like.processor)
+
+
+def test_a_processor_that_takes_no_lists_of_pictures_gets_none(pictures):
+    """GOT-OCR 2's, which refuses several pictures for one text."""
+    from transformers import GotOcr2Processor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    tokenizer = byte_level(["<|end|>", "<imgpad>", "<img>", "</img>"], {}, eos_token="<|end|>", pad_token="<|end|>")
+    processor = GotOcr2Processor(GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
+    processor.chat_template = (
+        "{% for m in messages %}{% for p in m.content %}{{ '<img><imgpad></img>' if p.type == 'image' else p.text }}"
+        "{% endfor %}{{ '<|end|>' }}{% endfor %}"
+    )
+    encoder = Encoder(processor, picture_token=tokenizer.convert_tokens_to_ids("<imgpad>"))
+    batch = encoder.encode([sample(pictures["wide"]), sample(), sample(pictures["small"])])
+    assert len(batch.inputs["pixel_values"]) == 2
+    assert (batch.labels_BS != IGNORE).any(1).all()
 
 
 def test_a_directory_without_a_template_is_refused(tmp_path):

@@ -23,6 +23,7 @@ from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.evals import judges, rows, runner, worklist
+from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
 from mirage_dist.model import environment
@@ -425,6 +426,31 @@ def test_a_template_other_than_the_trained_one_is_refused(finished, tmp_path):
         runner.evaluate(recipe(finished, *own))
     with pytest.raises(ConfigError, match=r"template\.image_aspect='pad', .* data\.image_aspect='processor'"):
         runner.evaluate(recipe(finished, *own, "template.system_prompt=be brief"))
+
+
+@pytest.mark.parametrize(("here", "there"), [("auto", "pad"), ("pad", "auto"), ("auto", "auto")])
+def test_an_aspect_is_compared_and_kept_by_what_auto_comes_to(finished, tmp_path, here, there):
+    shutil.copytree(finished / "model", tmp_path / "run/export")
+    trained = configs.load("configs/train/demo_sft.yaml", ["run.dir=x", f"data.image_aspect={there}"], TrainRecipe)
+    configs.write_yaml(trained, tmp_path / "run/config.yaml")
+    own = [f"run.dir={tmp_path}/run", f"model.path={tmp_path}/run/export", f"template.image_aspect={here}"]
+    runner.evaluate(recipe(finished, *own))
+    assert json.loads((suite(tmp_path) / "manifest.json").read_text())["settings"]["template"] == {
+        "system_prompt": None,
+        "image_aspect": "pad",  # the world's processor crops
+        "max_length": 2048,
+    }
+
+
+def test_template_options_are_part_of_every_rows_key(finished):
+    model = subject.find(recipe(finished).model, finished)
+    options = ("template.template_options={}", "template.template_options={enable_thinking: false}")
+    one, other = (
+        rows.settings(recipe(finished, chosen), model.model_hash, model.template_hash, model.environment, {})
+        for chosen in options
+    )
+    assert "template_options" not in one["template"]  # as rows of earlier versions
+    assert other["template"]["template_options"] == {"enable_thinking": False}
 
 
 def test_a_slurm_job_that_answers_nothing_is_stopped_after_three_starts(finished, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from mirage_dist.model import load
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.caches import reference
 from mirage_dist.train.feed import Feed, positions, read_streams
 
 # The template's tokens: role, 16 of the picture, the question's words, role, the answer's words, end.
@@ -106,3 +107,25 @@ def test_partners_are_at_the_same_place_of_one_micro_batch_however_a_batch_is_sp
 def test_streams_that_do_not_pair_are_refused(pairs, change, words):
     with pytest.raises(ConfigError, match=words):
         pairs(change=change)
+
+
+# --------------------------------------------------------------------------------------------- reference cache
+
+
+def test_the_reference_caches_key_holds_what_an_aspect_comes_to(toy, tmp_path):
+    def key(*overrides):
+        given = [*toy.overrides("npo", tmp_path / "run"), *overrides]
+        recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
+        needs = make(recipe.objective).needs
+        feed = Feed(recipe, needs, read_streams(recipe, needs), load.processor(recipe.model))
+        images = {s.image: "digest" for samples in feed.samples.values() for s in samples if s.image}
+        return reference.key(recipe, feed, "base", images), feed, images
+
+    (auto, feed, images), (padded, *_), (left, *_) = (
+        key(f"data.image_aspect={aspect}") for aspect in ("auto", "pad", "processor")
+    )
+    assert auto == padded != left
+    options = replace(feed.recipe, data=replace(feed.recipe.data, template_options={"enable_thinking": False}))
+    assert reference.key(options, feed, "base", images) != auto
+    with pytest.raises(ConfigError, match=r"template_options: .* no option enable_thinking; it has none"):
+        key("data.template_options={enable_thinking: false}")
