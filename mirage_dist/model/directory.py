@@ -237,7 +237,7 @@ def _header(file: Path) -> dict[str, Header]:
         tensors = {name: _entry(file, name, value) for name, value in content.items() if name != "__metadata__"}
     except ConfigError:
         raise
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{file}: no safetensors file (its header cannot be read: {error}); {AGAIN}") from error
     place = 0  # in the data, which follow the header without gaps
     for name, (header, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][1:]):

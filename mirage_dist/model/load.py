@@ -11,7 +11,8 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision, weights
-from mirage_dist.model.families import by_row, configs, packing, processors, roles, truncation
+from mirage_dist.model.adapters import quantization
+from mirage_dist.model.families import by_row, configs, packing, processors, replays, roles, truncation
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, DataConfig, ModelConfig
@@ -51,6 +52,11 @@ def policy(
 
     folder = directory.resolve(model.path)
     config = _config(model, depth)
+    options: dict[str, Any] = {}
+    if quantization.wanted(model):
+        quantization.check(_stage(deepspeed_config))
+        empty = weightless(replace(model, lora=None, train=None, freeze=[]), depth, dtype).hf
+        options["quantization_config"] = quantization.config(empty, DTYPES[dtype])
     # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
@@ -60,6 +66,7 @@ def policy(
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
+            **options,
         )
     finally:
         del keep
@@ -133,13 +140,18 @@ def check_names(
 def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -> DataConfig:
     """`data` with `packing` true or false: `auto` is true for models that keep packed sequences apart, and logs which.
 
-    Loads no weights. Raises ConfigError when `packing` is true for a model that does not.
+    Loads no weights. Raises ConfigError when `packing` is true for a model that does not, or `cache_vision` for one
+    that recorded features cannot serve.
     """
+    if data.packing is False and not data.cache_vision:
+        return data
+    encoder = Encoder(processor, picture_token=picture_token(model), image_aspect=data.image_aspect)
+    backbone = weightless(replace(model, lora=None, train=None, freeze=[])).backbone
+    if data.cache_vision and (reason := replays.fault(backbone.config, encoder)) is not None:
+        raise ConfigError(f"data.cache_vision: {reason}; take data.cache_vision out")
     if data.packing is False:
         return data
-    encoder = Encoder(processor, picture_token=picture_token(model))
     flash = (attention(model, dtype) or "").startswith("flash")
-    backbone = weightless(replace(model, lora=None)).backbone
     if encoder.by_row:
         fault = f"{backbone.config.model_type} has the pictures of each row apart from its tokens"
     else:

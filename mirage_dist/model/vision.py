@@ -91,9 +91,17 @@ def check(base: Any) -> None:
     if drawn:
         raise ConfigError(f"data.cache_vision: the vision tower has {drawn[0]}, its features are drawn anew each time")
     ends = Tower(base)
-    if not ends.connectors or not ends.layers:
-        missing = "module between tower and decoder" if not ends.connectors else "list of layers in its vision tower"
-        raise ConfigError(f"data.cache_vision: {kind} has no {missing}; take data.cache_vision out")
+    missing = [
+        what
+        for what, exists in (
+            ("module between tower and decoder", ends.connectors),
+            ("list of layers in its vision tower", ends.layers),
+            ("forward of its own for pictures (get_image_features)", hasattr(ends.backbone, "get_image_features")),
+        )
+        if not exists
+    ]
+    if missing:
+        raise ConfigError(f"data.cache_vision: {kind} has no {missing[0]}; take data.cache_vision out")
 
 
 def elements(base: Any, picture: Mapping[str, Tensor], tokens: int) -> int:

@@ -117,11 +117,9 @@ def _rehearsed(config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[st
             empty: Any = roles.auto_class(config).from_config(config)
     except configs.FAULTS as error:
         raise ConfigError(f"model.path: no model can be made of its config.json: {configs.brief(error)}") from error
-    tensors = {
-        name: torch.empty(header.shape, dtype=DTYPES[header.dtype], device="meta") for name, header in headers.items()
-    }
     with _silent():
         try:
+            tensors = {n: torch.empty(h.shape, dtype=DTYPES[h.dtype], device="meta") for n, h in headers.items()}
             return type(empty).from_pretrained(
                 None,
                 config=config,

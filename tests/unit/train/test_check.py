@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -57,6 +58,12 @@ def check(recipe, ranks=2):
         (["reference=adapters_off"], "model.lora"),
         (["objective.retain=kl"], "use engine"),
         (["train.global_batch=6", "train.micro_batch=4"], "multiple of train.micro_batch"),
+        (["model.lora={load_in_4bit: true}", "deepspeed=configs/deepspeed/zero3.json"], "take stage 2"),
+        pytest.param(
+            ["model.lora={load_in_4bit: true}", "deepspeed=configs/deepspeed/zero2.json"],
+            "load_in_4bit needs bitsandbytes",
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"),
+        ),
         (["deepspeed=nowhere.json"], "no such file"),
         (["model.path=./nowhere"], "looks like a local path but does not exist"),
         (["data.streams.train=[{format: samples, path: x.jsonl}]"], "needs"),

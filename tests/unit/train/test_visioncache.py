@@ -19,6 +19,7 @@ from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.planning.check import resolved
 
 LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder], also_train: [connector]}"
 
@@ -261,3 +262,19 @@ def test_a_model_that_computes_something_else_with_features_is_refused(start, mo
         )
     with pytest.raises(ConfigError, match=rf"data\.cache_vision: .*{words}"):
         run.fill()
+
+
+def test_a_family_for_which_features_cannot_stand_is_refused_before_weights_load(start, monkeypatch):
+    run = start("data.cache_vision=true")
+    processor = run.feed.encoder.processor
+    assert resolved(run.recipe, processor).data.cache_vision
+    recorded = vision.Tower.recorded
+    monkeypatch.setattr(
+        vision.Tower, "recorded", lambda self, *given: {n: t + 1 for n, t in recorded(self, *given).items()}
+    )
+    words = "llava computes something else with features than with its pictures; take data.cache_vision out"
+    with pytest.raises(ConfigError, match=rf"data\.cache_vision: {words}"):
+        resolved(run.recipe, processor)
+    monkeypatch.setattr(vision.Tower, "recorded", lambda *_: {})
+    with pytest.raises(ConfigError, match="nothing in llava that takes only what its tower computes"):
+        resolved(run.recipe, processor)
