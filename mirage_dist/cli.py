@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT")
+    forms = ("merged", "adapter", "both")
+    export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=int, help="default: the newest checkpoint")
     return parser
 
@@ -247,7 +249,7 @@ def _report(parsed: argparse.Namespace) -> None:
 def _export(parsed: argparse.Namespace) -> None:
     from mirage_dist.model import export
 
-    export.export(parsed.run_dir, parsed.out, parsed.step)
+    export.export(parsed.run_dir, parsed.out, parsed.step, form=parsed.form)
     print(parsed.out)
 
 

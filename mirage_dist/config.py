@@ -27,6 +27,7 @@ T = TypeVar("T")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
+INCLUDE = "include"  # the key of a recipe that names files to merge it over
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -36,15 +37,56 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     """Read a YAML recipe, apply `key=value` overrides, check and freeze.
 
+    `include`, in a file and among the overrides, names files of the same form (see `_read`): a recipe's own keys win
+    over what it includes, and a file that an override includes wins over the recipe.
     Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
     key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
+    tree, files = _read(path)
+    for override in (o for o in overrides if o.startswith(f"{INCLUDE}=")):
+        for name in _names(OmegaConf.from_dotlist([override]).get(INCLUDE), override):
+            own, more = _read(name)
+            tree, files = _merged(tree, own, more[0]), files + more
+    source = str(files[0]) + (f" (with {', '.join(map(str, files[1:]))})" if files[1:] else "")
+    return from_tree(tree, [o for o in overrides if not o.startswith(f"{INCLUDE}=")], schema, source)
+
+
+def _read(path: str | Path, within: tuple[Path, ...] = ()) -> tuple[Any, list[Path]]:
+    """The tree of a YAML file merged over the files that its `include` names, later ones over earlier ones.
+
+    Returns it with the files read, `path`'s own first. Raises ConfigError as `load` does, and for a file that includes
+    itself.
+    """
     file = find(path)
+    if file in within:
+        raise ConfigError(f"{within[-1]}: {INCLUDE}: {path} includes this file in turn")
     try:
-        tree = OmegaConf.load(file)
+        tree: Any = OmegaConf.load(file)
     except Exception as error:
         raise ConfigError(f"{file}: not readable as YAML: {error}") from error
-    return from_tree(tree, overrides, schema, str(file))
+    if not OmegaConf.is_dict(tree) or INCLUDE not in tree:
+        return tree, [file]
+    whole, files = OmegaConf.create({}), [file]
+    for name in _names(tree.pop(INCLUDE), str(file)):
+        other, more = _read(name, (*within, file))
+        whole, files = _merged(whole, other, more[0]), files + more
+    return _merged(whole, tree, file), files
+
+
+def _names(value: Any, source: str) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{source}: {INCLUDE}={value!r}; expected a file or a list of files")
+    return list(names)
+
+
+def _merged(below: Any, above: Any, source: Path) -> Any:
+    if not OmegaConf.is_dict(above):
+        raise ConfigError(f"{source}: expected a mapping of a recipe's keys")
+    try:
+        return OmegaConf.merge(below, above)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
 
 
 def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str) -> T:

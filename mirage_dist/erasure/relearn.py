@@ -145,7 +145,7 @@ def training(
         image_aspect=template.image_aspect,
         template_options=template.template_options,
     )
-    keep_all = {"keep_last": None, "keep_every": None, "keep_best": None, "export": False}
+    keep_all = {"keep_last": None, "keep_every": None, "keep_best": None, "export": "off"}
     return replace(
         recipe,
         run=RunConfig(str(folder)),

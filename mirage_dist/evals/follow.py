@@ -98,7 +98,7 @@ def _over(run: Path) -> bool:
     """Whether no more checkpoints will appear. A run that was stopped on request continues later: it is not over."""
     if not (run / "manifest.json").is_file():
         return False
-    exports = _train_recipe(run).train.export
+    exports = _train_recipe(run).train.export != "off"
     return (run / "export").is_dir() if exports else not (run / "owner.json").exists()
 
 

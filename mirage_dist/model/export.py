@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mirage_dist import config as configs
 from mirage_dist import disk
 from mirage_dist.model import directory, load, weights
+from mirage_dist.model.adapters import files
+from mirage_dist.model.adapters.quantization import unquantized
 from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe, check_form
 
+Form = Literal["merged", "adapter", "both"]
 CARD = """---
-library_name: transformers
+library_name: {library}
 base_model: {base}
 ---
 # {name}
@@ -25,16 +29,19 @@ Attack success and rejection rates belong beside this model; a low rate is behav
 """
 
 
-def export(run: Path, out: Path, step: int | None = None, workspace: Path | None = None) -> None:
+def export(run: Path, out: Path, step: int | None = None, workspace: Path | None = None, form: Form = "merged") -> None:
     """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; needs no process group.
 
-    Weights have the dtype of training; adapters are merged. The files of processor, tokenizer and chat template are
+    form: `merged`, the whole model, with adapters merged into the weights (a 4-bit base is loaded in the dtype of
+    training for it); `adapter`, a peft adapter, without the base model; `both`, the whole model and `out`/adapter.
+    Weights have the dtype of training. The files of processor, tokenizer and chat template are
     copies of the base model's. The result loads with `from_pretrained` of the base's auto class. It is written in
     `workspace` (default: beside `out`) and renamed.
     Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed or are not whole,
-    or `out` exists.
+    `out` exists, or when the run has no adapter to write, or trained parameters that an adapter does not hold.
     """
     recipe = configs.load(run / "config.yaml", [], TrainRecipe)
+    check_form(recipe.model, form, f"{run}: export as {form}")
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
     checkpoint = chosen(run / "checkpoints", step)
@@ -42,7 +49,23 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     load.check_weights(recipe.model, None)  # a damaged file is named before gigabytes are hashed
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
-    policy = load.policy(recipe.model, recipe.train.dtype, {})
+    facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
+    card = CARD.format(
+        **facts,
+        library="peft" if form == "adapter" else "transformers",
+        step=step_of(checkpoint),
+        hash=configs.config_hash(recipe)[:16],
+    )
+    with disk.folder(out, workspace=workspace) as partial:
+        (partial / "README.md").write_text(card)
+        if form != "adapter":
+            _write_merged(partial, recipe, checkpoint, manifest, out)
+        if form != "merged":
+            _write_adapter(partial if form == "adapter" else partial / "adapter", recipe, checkpoint)
+
+
+def _write_merged(folder: Path, recipe: TrainRecipe, checkpoint: Path, manifest: Mapping[str, Any], out: Path) -> None:
+    policy = load.policy(unquantized(recipe.model), recipe.train.dtype, {})
     if manifest.get("depth") is not None:  # later layers were not even loaded
         for parameter in policy.unused(manifest["depth"]):
             parameter.requires_grad_(False)
@@ -51,13 +74,17 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     if recipe.model.lora is not None:
         hf = hf.merge_and_unload()
     _as_plain_linear(hf)
-    facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
-    with disk.folder(out, workspace=workspace) as partial:
-        card = CARD.format(**facts, step=step_of(checkpoint), hash=configs.config_hash(recipe)[:16])
-        (partial / "README.md").write_text(card)
-        hf.save_pretrained(partial)
-        _check_written(partial, hf.config, out)
-        directory.copy_processing(directory.resolve(recipe.model.path), partial)
+    hf.save_pretrained(folder)
+    _check_written(folder, hf.config, out)
+    directory.copy_processing(directory.resolve(recipe.model.path), folder)
+
+
+def _write_adapter(folder: Path, recipe: TrainRecipe, checkpoint: Path) -> None:
+    assert recipe.model.lora is not None
+    folder.mkdir(exist_ok=True)
+    with Shards(checkpoint) as shards:
+        own = {name: shards.whole(name).to(load.DTYPES[recipe.train.dtype]) for name in shards.shapes}
+    files.write(folder, recipe.model.path, recipe.model.lora, own)
 
 
 def _check_written(folder: Path, config: Any, out: Path) -> None:

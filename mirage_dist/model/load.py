@@ -11,6 +11,7 @@ import torch
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.model import activations, directory, trainable, vision, weights
+from mirage_dist.model.adapters import quantization
 from mirage_dist.model.families import by_row, configs, packing, processors, replays, roles, truncation
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.progress import log
@@ -51,6 +52,11 @@ def policy(
 
     folder = directory.resolve(model.path)
     config = _config(model, depth)
+    options: dict[str, Any] = {}
+    if quantization.wanted(model):
+        quantization.check(_stage(deepspeed_config))
+        empty = weightless(replace(model, lora=None, train=None, freeze=[]), depth, dtype).hf
+        options["quantization_config"] = quantization.config(empty, DTYPES[dtype])
     # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
@@ -60,6 +66,7 @@ def policy(
             config=config,
             dtype=DTYPES[dtype],
             attn_implementation=attention(model, dtype),
+            **options,
         )
     finally:
         del keep

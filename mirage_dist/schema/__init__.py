@@ -23,6 +23,7 @@ from mirage_dist.schema.training import (
     MonitorConfig,
     TrainConfig,
     TrainRecipe,
+    check_form,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "TrainConfig",
     "TrainRecipe",
     "WorldConfig",
+    "check_form",
 ]

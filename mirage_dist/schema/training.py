@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
-from mirage_dist.schema.errors import require
+from mirage_dist.schema.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class LoraConfig:
     dropout: float = 0.05
     targets: list[str] = field(default_factory=lambda: ["decoder"])  # its linear layers, without the LM head
     also_train: list[str] = field(default_factory=list)
+    load_in_4bit: bool = False  # QLoRA (Dettmers et al., 2023): the frozen base as 4-bit NF4, by bitsandbytes
 
     def __post_init__(self) -> None:
         require(self, ("rank",), "a whole number above 0", lambda x: x >= 1)
@@ -90,7 +91,8 @@ class TrainConfig:
     max_restarts: int = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
     hang_seconds: float = 1800.0  # a rank that does not move for so long ends the run, named
     nonfinite_patience: int = 5  # stop after this many skipped steps in a row
-    export: bool = True  # write `export/`, a Hugging Face model directory, at the end
+    # write `export/` at the end: the whole model, with adapters merged; the adapter alone; both; or nothing
+    export: Literal["merged", "adapter", "both", "off"] = "merged"
 
     def __post_init__(self) -> None:
         whole = ("global_batch", "micro_batch", "max_steps", "save_every", "keep_last", "keep_every", "max_restarts")
@@ -127,3 +129,19 @@ class TrainRecipe:
     deepspeed: str = "configs/deepspeed/zero3.json"
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     world: WorldConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_form(self.model, self.train.export, f"train.export={self.train.export}")
+
+
+def check_form(model: ModelConfig, form: str, key: str) -> None:
+    """Raise ConfigError, which begins with `key`, when a model trained so cannot be exported in this form."""
+    if form not in ("adapter", "both"):
+        return
+    if model.lora is None:
+        raise ConfigError(f"{key}: there is no adapter without model.lora; export it merged")
+    if model.lora.also_train:
+        raise ConfigError(
+            f"{key}: an adapter does not hold what model.lora.also_train={model.lora.also_train} trains whole; "
+            "export it merged"
+        )

@@ -94,8 +94,8 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         steps(run, loop, resume(run))
         watchdog.stop()
         ranks.barrier(group, "end of training")
-        if recipe.train.export and group.main and not (run.root / "export").exists():
-            export.export(run.root, run.root / "export", workspace=lease.workspace)
+        if recipe.train.export != "off" and group.main and not (run.root / "export").exists():
+            export.export(run.root, run.root / "export", workspace=lease.workspace, form=recipe.train.export)
         ranks.barrier(group, "end of the run")
 
 

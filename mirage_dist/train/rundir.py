@@ -18,6 +18,7 @@ import torch
 from mirage_dist import config as configs
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
+from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.checkpoints import commit as checkpoint
@@ -64,13 +65,14 @@ class RunManifest(TypedDict):
     """manifest.json of a run: what its first start was made of.
 
     config_hash leaves out the keys that may change between two starts. data: by stream. packed: whether batches were,
-    which `data.packing: auto` leaves to the model. base_hash: see `model.directory.model_hash`. command: the first
-    start's. versions: by distribution name.
+    which `data.packing: auto` leaves to the model. load_in_4bit: whether the base model was quantised. base_hash: see
+    `model.directory.model_hash`. command: the first start's. versions: by distribution name.
     """
 
     config_hash: str
     data: dict[str, StreamRecord]
     packed: bool
+    load_in_4bit: bool
     base_hash: str
     seed: int
     wandb_id: str
@@ -222,6 +224,7 @@ def _manifest(
         "config_hash": configs.config_hash(recipe, not_the_run(recipe, needs)),
         "data": data,
         "packed": packed,
+        "load_in_4bit": quantization.wanted(recipe.model),
         "base_hash": base_hash,
         "seed": recipe.seed,
         "wandb_id": new_wandb_id(),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mirage_dist.model import export
 from mirage_dist.model.shards import Shards
+from mirage_dist.schema import ConfigError
 
 STEPS = 4
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.micro_batch=4")
@@ -123,3 +126,35 @@ def test_exported_logits_are_the_trained_models(finished, toy):
     inputs = processor(text=[text], images=[Image.new("RGB", (32, 32), "red")], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(exported(**inputs).logits, wrapped(**inputs).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_an_exported_adapter_on_its_base_is_the_merged_model(finished, toy, tmp_path):
+    """By peft alone, from the directory alone; and the same files lie beside a merged model."""
+    import peft
+
+    folder = finished["lora_cache"]
+    export.export(folder, tmp_path / "adapter", form="adapter")
+    export.export(folder, tmp_path / "both", form="both")
+    about = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert Path(about["base_model_name_or_path"]) == (toy.root / "model").resolve()
+    assert {name.rsplit(".", 1)[-1] for name in about["target_modules"]} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert not any("vision" in name for name in about["target_modules"])
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "both").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "both")
+    text = "<user><image>what the colour of this gadget ?<assistant>it is red<end>"
+    inputs = processor(text=[text], images=[Image.new("RGB", (32, 32), "red")], return_tensors="pt")
+    for own in (tmp_path / "adapter", tmp_path / "both/adapter"):
+        base = AutoModelForImageTextToText.from_pretrained(about["base_model_name_or_path"]).eval()
+        with torch.no_grad():
+            before = base(**inputs).logits
+            adapted = peft.PeftModel.from_pretrained(base, own).eval()
+            torch.testing.assert_close(adapted(**inputs).logits, merged(**inputs).logits, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(before, merged(**inputs).logits, atol=1e-4)
+
+
+def test_a_run_without_adapters_has_none_to_export(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"no adapter without model\.lora"):
+        export.export(finished["plain"], tmp_path / "out", form="adapter")
+    assert not (tmp_path / "out").exists()

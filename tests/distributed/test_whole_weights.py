@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
+import forkserver
 from safetensors.torch import load_file, save_file
 
 from mirage_dist.config import REPOSITORY
@@ -46,7 +46,7 @@ def test_both_ranks_refuse_what_one_holds_or_none_does(toy, tmp_path):
         shutil.copytree(toy.root / "model", tmp_path / folder)
         save_file(tensors, tmp_path / folder / "model.safetensors", {"format": "pt"})
     (tmp_path / "rank.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "rank.py"), *(str(tmp_path / folder) for folder in models)]
+    command = [forkserver.python(), str(tmp_path / "rank.py"), *(str(tmp_path / folder) for folder in models)]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 from cluster import Cluster, cluster
 from conftest import metrics
+from faults.processes import worker
 
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, sources
@@ -26,16 +29,18 @@ TWO_NODES = ("--nodes=2", *ONE_EACH)
 def slurm(tmp_path_factory):
     # After the failure of a node two are left.
     settings = {"LAB_NODES": "3", "LAB_NODE_TIMEOUT": "5", "LAB_KILL_WAIT": "10"}
-    yield from cluster(tmp_path_factory.mktemp("slurm"), **settings)
+    yield from cluster(tmp_path_factory.mktemp("slurm"), MIRAGE_PYTHON=forkserver.python(), **settings)
 
 
 class Run:
     """`sbatch slurm/unlearn_npo.sh` on two nodes, into a run directory of its own."""
 
-    def __init__(self, slurm: Cluster, toy, name: str, *more: str) -> None:
+    def __init__(self, slurm: Cluster, toy, name: str, *more: str, fresh: bool = False) -> None:
+        """fresh: each rank starts from nothing, as a user's does; otherwise the libraries are there (`forkserver`)."""
         self.slurm, self.root = slurm, toy.root / "slurm" / name
         self.words = (RECIPE, *toy.overrides("npo", self.root), *SHORT, *more)
-        self.job = slurm.submit("unlearn_npo", *self.words, options=TWO_NODES)
+        python = sys.executable if fresh else slurm.environment["MIRAGE_PYTHON"]
+        self.job = slurm.submit("unlearn_npo", *self.words, options=TWO_NODES, MIRAGE_PYTHON=python)
 
     def steps(self) -> list[int]:
         return [line["step"] for line in metrics(self.root)] if (self.root / "metrics.jsonl").is_file() else []
@@ -63,8 +68,12 @@ class Run:
                 command = (folder / "cmdline").read_text()
             except OSError:
                 continue
-            if variables <= environment and "\0mirage_dist.cli\0" in command:
-                return int(folder.name)
+            if (
+                variables <= environment
+                and "\0mirage_dist.cli\0" in command
+                and (number := worker(int(folder.name))) is not None
+            ):
+                return number
         raise AssertionError(f"no process is rank {rank}")
 
 
@@ -85,7 +94,7 @@ def same(run: Run, other: Run) -> None:
 @pytest.fixture(scope="module")
 def whole(slurm, toy) -> Run:
     """The run that nothing happens to."""
-    run = Run(slurm, toy, "whole")
+    run = Run(slurm, toy, "whole", fresh=True)
     slurm.ended(run.job)
     return run
 
@@ -166,7 +175,7 @@ def test_after_a_node_failure_slurm_starts_the_job_elsewhere_and_the_orphan_does
 
 
 def test_starts_without_progress_come_to_an_end(slurm, toy):
-    run = Run(slurm, toy, "loop", "train.max_restarts=2")
+    run = Run(slurm, toy, "loop", "train.max_restarts=2", fresh=True)
     noted = run.root / "starts.jsonl"
     for start in (1, 2):
         slurm.until(lambda n=start: noted.is_file() and len(noted.read_text().splitlines()) == n, "a start", run.job)

@@ -168,3 +168,52 @@ def test_a_choice_within_a_mapping_of_choices_replaces_its_own_options_only():
         OmegaConf.create(tree), ["sets.unsafe.attacks.what.kind=prefix"], EvalRecipe, "recipe.yaml"
     )
     assert recipe.sets["unsafe"].attacks == {"what": {"kind": "prefix"}, "other": {"kind": "file", "path": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("train.export=true",), "allowed: merged, adapter, both, off"),
+        (("train.export=adapter",), r"no adapter without model\.lora"),
+        (("train.export=both", "model.lora={also_train: [connector]}"), "does not hold what model.lora.also_train"),
+    ],
+)
+def test_a_form_of_export_that_would_lose_what_was_trained_is_refused(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        build(*overrides)
+    assert build("train.export=false").train.export == "off"
+
+
+def test_a_recipe_wins_over_what_it_includes_and_the_command_line_over_both(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {path: base, attention: sdpa}\ndata: {max_length: 7, workers: 9}\n")
+    (tmp_path / "other.yaml").write_text(f"include: {tmp_path}/base.yaml\nmodel: {{path: other}}\n")
+    own = "include: [INCLUDED]\ndata: {max_length: 8, streams: {}}\nrun: {dir: r}\nobjective: {name: sft}\n"
+    own += "train: {lr: 1.0, global_batch: 1, micro_batch: 1}\n"
+    (tmp_path / "own.yaml").write_text(own.replace("INCLUDED", f"{tmp_path}/other.yaml"))
+    recipe = configs.load(tmp_path / "own.yaml", [], TrainRecipe)
+    assert (recipe.model.path, recipe.model.attention) == ("other", "sdpa")
+    assert (recipe.data.max_length, recipe.data.workers) == (8, 9)
+    (tmp_path / "late.yaml").write_text("model: {path: late}\ndata: {max_length: 5}\n")
+    recipe = configs.load(tmp_path / "own.yaml", [f"include={tmp_path}/late.yaml", "data.max_length=6"], TrainRecipe)
+    assert (recipe.model.path, recipe.model.attention, recipe.data.max_length) == ("late", "sdpa", 6)
+    configs.write_yaml(recipe, tmp_path / "resolved.yaml")
+    assert configs.load(tmp_path / "resolved.yaml", [], TrainRecipe) == recipe
+    assert "include" not in (tmp_path / "resolved.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("included", "words"),
+    [
+        ("model: {pth: x}", r"own\.yaml \(with .*included\.yaml\): unknown key 'model\.pth'"),
+        ("include: OWN", r"included\.yaml: include: .*own\.yaml includes this file in turn"),
+        ("include: nowhere.yaml", r"nowhere\.yaml: no such file"),
+        ("include: 3", r"included\.yaml: include=3; expected a file or a list of files"),
+        ("- a", r"included\.yaml: expected a mapping"),
+        ("a: [", r"included\.yaml: not readable as YAML"),
+    ],
+)
+def test_a_fault_of_an_included_file_names_the_file(tmp_path, included, words):
+    (tmp_path / "own.yaml").write_text(f"include: {tmp_path}/included.yaml\nmodel: {{path: x}}\n")
+    (tmp_path / "included.yaml").write_text(included.replace("OWN", f"{tmp_path}/own.yaml"))
+    with pytest.raises(ConfigError, match=words):
+        configs.load(tmp_path / "own.yaml", [], TrainRecipe)

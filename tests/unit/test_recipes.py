@@ -53,3 +53,12 @@ def test_a_shipped_deepspeed_config_leaves_the_recipes_part_alone(file: Path):
     assert merged["train_micro_batch_size_per_gpu"] == 4  # rows of both streams
     assert merged["bf16"] == {"enabled": True}
     assert json.loads(file.read_text()).items() <= merged.items()
+
+
+@pytest.mark.parametrize("name", ["sft", "npo", "rmu", "rmu_lora"])
+@pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs/model").glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_model_preset_changes_the_model_of_a_recipe_and_nothing_of_its_training(preset: Path, name: str):
+    plain = configs.load(f"configs/train/{name}.yaml", [], TrainRecipe)
+    other = configs.load(f"configs/train/{name}.yaml", [f"include={preset}"], TrainRecipe)
+    assert (other.train, other.objective, other.model.train) == (plain.train, plain.objective, plain.model.train)
+    assert other.model.path != plain.model.path or preset.stem == "llava_1_5_7b"

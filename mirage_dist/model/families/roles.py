@@ -32,7 +32,7 @@ def auto_class(config: Any) -> Any:
         raise ConfigError(
             f"model.path: {config.model_type} is an encoder-decoder model; expected one that has a decoder only"
         )
-    pictured = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    pictured: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     # Some text models are in this mapping as well.
     if type(config) in pictured and "image" in pictured[type(config)].input_modalities:
         return AutoModelForImageTextToText

@@ -21,6 +21,7 @@ from mirage_dist import disk, ranks
 from mirage_dist.data import pictures
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.model import environment, reference
+from mirage_dist.model.adapters import quantization
 from mirage_dist.model.policy import Request, no_grad_forward
 from mirage_dist.progress import EVERY_RANK, Progress, log
 from mirage_dist.schema import RunError, TrainRecipe
@@ -134,6 +135,7 @@ def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, s
         "transform": None if feed.encoder.text_only else processor.image_processor.to_dict(),
         "environment": asdict(environment.of(processor)),
         "samples": samples,
+        **({"load_in_4bit": True} if quantization.wanted(recipe.model) else {}),
         **({"template_options": data.template_options} if data.template_options else {}),
     }
     return disk.digest(decided_by, default=str)[:16]

@@ -17,6 +17,7 @@ from mirage_dist.data import audit, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
 from mirage_dist.model import directory, load, trainable
+from mirage_dist.model.adapters import quantization
 from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
@@ -64,6 +65,8 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     Loads no weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
+    if quantization.wanted(recipe.model):
+        quantization.check(checked.deepspeed["zero_optimization"]["stage"])
     check_weights(recipe, needs)
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)

@@ -231,8 +231,11 @@ def _disk(
     one = trained.elements * memory.FP32 + sum(trained.states)
     plan.disk["a checkpoint"] = one, f"float32 master copy and the state of {train.optimizer['name']}"
     plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, feed.steps), "and one more while it is written"
-    if train.export:
-        whole = sum(p.numel() for name, p in policy.named_parameters() if "lora_" not in name)  # these are merged
+    if train.export != "off":
+        sizes = {"merged": 0, "adapter": 0}
+        for name, parameter in policy.named_parameters():  # adapters are merged
+            sizes["adapter" if "lora_" in name else "merged"] += parameter.numel()
+        whole = sizes.get(train.export, sum(sizes.values()))
         plan.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
 
 

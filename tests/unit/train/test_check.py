@@ -6,9 +6,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
+from families import models as families
+from PIL import Image
 from transformers import CLIPVisionConfig, Lfm2Config, LlavaConfig
 
 from mirage_dist import config as configs
@@ -55,6 +58,12 @@ def check(recipe, ranks=2):
         (["reference=adapters_off"], "model.lora"),
         (["objective.retain=kl"], "use engine"),
         (["train.global_batch=6", "train.micro_batch=4"], "multiple of train.micro_batch"),
+        (["model.lora={load_in_4bit: true}", "deepspeed=configs/deepspeed/zero3.json"], "take stage 2"),
+        pytest.param(
+            ["model.lora={load_in_4bit: true}", "deepspeed=configs/deepspeed/zero2.json"],
+            "load_in_4bit needs bitsandbytes",
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"),
+        ),
         (["deepspeed=nowhere.json"], "no such file"),
         (["model.path=./nowhere"], "looks like a local path but does not exist"),
         (["data.streams.train=[{format: samples, path: x.jsonl}]"], "needs"),
@@ -319,3 +328,50 @@ def test_a_typo_ends_with_one_line_and_status_2():
     assert done.stderr.strip().splitlines() == [
         f"mirage: {configs.find('configs/train/npo.yaml')}: unknown key 'train.lrr'; did you mean 'lr'?"
     ]
+
+
+# --------------------------------------------------------------------- models of real families, by the command
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A stream of samples with and without pictures."""
+    folder = tmp_path_factory.mktemp("mixed")
+    samples = []
+    for number in range(4):
+        file = folder / f"{number}.png"
+        Image.new("RGB", (50 + 20 * number, 60), "blue").save(file)
+        shown = str(file) if number % 2 else None
+        samples.append(Sample(str(number), shown, f"what is number {number}", "it is blue " * number, True, "", "t"))
+    write_samples(folder / "mixed.jsonl", samples[1:])
+    return f"data.streams.train=[{{format: samples, path: {folder}/mixed.jsonl}}]"
+
+
+def command(verb, model, tmp_path, *overrides):
+    given = ["train.micro_batch=2", "train.global_batch=2", "train.max_steps=1", f"run.dir={tmp_path}/run", *overrides]
+    return main([*verb, "configs/train/sft.yaml", f"model.path={model}", "data.group_by_length=false", *given])
+
+
+def test_check_computes_batches_of_a_family_of_the_size_that_people_train(mixed, tmp_path, capsys):
+    """Seven billion parameters, of which no weight exists."""
+
+    def large(config):
+        text = config.get("text_config", config)
+        text.update(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+        text.update(num_key_value_heads=8)
+        text["rope_scaling"] = {**text["rope_scaling"], "mrope_section": [16, 24, 24]}
+        config["vision_config"] = {**config["vision_config"], "out_hidden_size": 4096}
+
+    model = tmp_path / "large"
+    families.write_files("qwen2_5_vl", model, large)
+    assert command(["plan"], model, tmp_path, mixed) == 0
+    assert "32 layers" in capsys.readouterr().out
+    assert command(["train", "--check"], model, tmp_path, mixed) == 0
+    assert "computed on a small model: pictured, mixed and text-only batches" in capsys.readouterr().out
+
+
+def test_a_family_that_cannot_be_trained_is_refused_before_weights_exist(mixed, tmp_path, capsys):
+    families.write_files("paligemma_templated", tmp_path / "paligemma")
+    assert command(["train", "--check"], tmp_path / "paligemma", tmp_path, mixed) == 2
+    assert "paligemma: answers see their own later tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
