@@ -23,7 +23,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models import hf as engine
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import load
-from mirage_dist.model.families import processors, roles
+from mirage_dist.model.families import by_row, processors, roles
 from mirage_dist.model.policy import Request
 from mirage_dist.model.shards import Shards
 from mirage_dist.schema import EvalModelConfig, GenerationConfig, ModelConfig, TemplateConfig
@@ -92,7 +92,7 @@ def sft(runs: Runs) -> None:
     """Step 1 has the loss that plain transformers has on the same tokens, and the labels are answers and end tokens."""
     first = runs.losses("sft")[0, 0]  # the step's batch is the whole stream
     batches = [runs.encoder.encode([sample]) for sample in runs.samples("retain")]
-    nll = [loss for batch in batches for loss in _nll(runs.hf, batch)]
+    nll = [x for s, batch in zip(runs.samples("retain"), batches, strict=True) for x in _nll(runs.hf, s, batch)]
     torch.testing.assert_close(first, torch.tensor(nll).double().mean().float(), atol=EXACT, rtol=EXACT)
     for sample, batch in zip(runs.samples("retain"), batches, strict=True):
         _check_labels(runs, sample, batch)
@@ -115,6 +115,7 @@ def rmu(runs: Runs) -> None:
     assert runs.losses("rmu").isfinite().all()
     policy = load.policy(ModelConfig(str(runs.base)), "fp32", {}, depth=2)
     batch = runs.encoder.encode(runs.samples("forget"))
+    by_row.keep_apart(runs.hf)  # transformers lets rows without a picture read the others' in a mixed batch
     with torch.no_grad():
         tapped = policy.eval()(batch.inputs, Request(layers=(1,))).activations_BSD
         whole = runs.hf(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states[2]
@@ -190,11 +191,11 @@ def export(runs: Runs) -> None:
 # ------------------------------------------------------------------------------------------------------- details
 
 
-def _nll(hf: Any, batch: Batch) -> Iterator[float]:
+def _nll(hf: Any, sample: Sample, batch: Batch) -> Iterator[float]:
     """−log p of every label of one row: a plain forward without padding, and without the placeholder picture."""
     shown = batch.unpadded_BS[0].bool()
     inputs = dict(batch.inputs)
-    if not bool(shown.all()):  # a text-only row ends in a hidden placeholder
+    if sample.image is None:
         inputs = {"input_ids": inputs["input_ids"][:, shown]}
     labels = batch.labels_BS[0, shown]
     with torch.no_grad():
