@@ -27,11 +27,11 @@ from mirage_dist.train.planning.check import resolved
 
 PADDED = {"gemma3", "mllama"}
 # PaliGemma answers by prefix-LM attention and is not trained.
-LEFT_OUT = {"paligemma", "paligemma_templated", "smolvlm", "llava_qwen2"}
+LEFT_OUT = {"paligemma", "paligemma_templated"}
 NOT_CACHED = {
     "llama_text": "has no vision tower",
     "qwen3_text": "has no vision tower",
-    "mllama": "has no forward of its own for pictures",
+    "mllama": "takes the pictures of each row apart from its tokens",
 }
 NAMES = [name for name in models.FAMILIES if name not in LEFT_OUT]
 SIZES = [(64, 64), (120, 60), (40, 90), (200, 120)]
