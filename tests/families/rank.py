@@ -38,6 +38,8 @@ def outcome(task: dict[str, Any]) -> dict[str, Any]:
         perform(task["verb"], task["recipe"])
     except ConfigError as error:
         return {"refused": str(error)}
+    except SystemExit as end:  # of the ranks other than 0, which report nothing where rank 0 reports a refusal
+        return {"refused": f"exit status {end.code}"}
     except Exception:
         return {"failed": traceback.format_exc()}
     return {"seconds": round(time.monotonic() - begun, 2)}

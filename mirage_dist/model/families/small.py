@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mirage_dist.model.families import roles, truncation
 
 LAYERS = 2  # of the decoder, at least; more where a later layer is the first one of its kind
-TOWER_LAYERS = 4  # of encoders of pictures and sounds
+TOWER_LAYERS = 2  # of encoders of pictures and sounds
 MLP = 64
 VOCABULARY = 61  # tokens that the LM head knows; labels are taken modulo this
 SHARED = 1 << 25  # random numbers of a width at most; larger matrices have rows that overlap in them
@@ -53,14 +53,31 @@ def shrunk(config: Any) -> Any:
     depth = max(LAYERS, *(1 + kinds.index(kind) for kind in set(kinds)))
     small = copy.deepcopy(truncation.shortened(config, depth))
     text = small.get_text_config()
-    for name, value in vars(text).items():
-        if name.endswith("intermediate_size") and isinstance(value, int):
-            setattr(text, name, min(value, MLP))
+    _narrow(text)
     for part in (getattr(small, name) for name in (small.sub_configs or {}) if hasattr(small, name)):
-        for name in ("num_hidden_layers", "depth"):
-            if part is not None and part is not text and isinstance(getattr(part, name, None), int):
-                setattr(part, name, min(getattr(part, name), TOWER_LAYERS))
+        if part is not None and part is not text:
+            _narrow(part)
+            _shorten(part)
     return small
+
+
+def _narrow(part: Any) -> None:
+    for name, value in vars(part).items():
+        if name.endswith("intermediate_size") and isinstance(value, int):
+            setattr(part, name, min(value, MLP))
+
+
+def _shorten(tower: Any) -> None:
+    """Fewer layers of a tower; lists of its layers' numbers keep their lengths, which widths may depend on."""
+    names = [n for n in vars(tower) if n == "depth" or (n.startswith("num_") and n.endswith("_layers"))]
+    numbers = {name: value for name in names if isinstance(value := getattr(tower, name), int)}
+    for name, whole in numbers.items():
+        setattr(tower, name, min(whole, TOWER_LAYERS))
+    whole = max(numbers.values(), default=0)
+    for name, value in vars(tower).items():
+        layers = isinstance(value, (list, tuple)) and value and all(type(v) is int and 0 <= v <= whole for v in value)
+        if layers and ("layer" in name or "index" in name) and max(value) >= TOWER_LAYERS:
+            setattr(tower, name, [v * TOWER_LAYERS // (whole + 1) for v in value])
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ def check_inputs(checked: Checked) -> dict[str, Source]:
     check_weights(recipe, needs)
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
-    log.info(f"{recipe.model.path}: {trainable.summary(policy.hf)}")
+    log.info(f"{Path(recipe.run.dir).name}: {trainable.summary(policy.hf)}")
     return read_streams(recipe, needs)
 
 
