@@ -164,6 +164,8 @@ class Parts:
 
     def nearest(self, pattern: str) -> str:
         """The roles of this model, and the three names that resemble `pattern` most, for error messages."""
+        if pattern in ROLES:
+            return f"roles here: {', '.join(self.roles)}; leave {pattern!r} out for this model"
         names = {n: (alias, self._plain[n]) for n, alias in self.alias_of.items()}
         return f"roles here: {', '.join(self.roles)}; nearest names: {closest(pattern, names.values())}"
 
