@@ -58,14 +58,14 @@ NPO = {"name": "npo", "beta": 0.5, "reduction": "seq_sum", "retain": "ce", "reta
 RMU = {"name": "rmu", "layer": 1, "coeff": 10.0, "retain_weight": 1.0}
 # name -> what a run changes in the recipe. Those of `PAIR` run on two ranks, the others on one.
 RUNS: dict[str, dict[str, Any]] = {
-    "sft": {"objective": {"name": "sft"}, "train": {"global_batch": 4, "micro_batch": 2, "export": True}},
+    "sft": {"objective": {"name": "sft"}, "train": {"global_batch": 4, "micro_batch": 2, "export": "merged"}},
     "npo": {"objective": NPO},
     "rmu": {"objective": RMU, "reference": "engine"},
     "lora": {
         "objective": NPO,
         "reference": "adapters_off",
         "model": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.0}},
-        "train": {"export": True},
+        "train": {"export": "merged"},
     },
     "packed": {"objective": NPO, "data": {"packing": True}},
     "cached": {"objective": NPO, "data": {"cache_vision": True}},
@@ -97,7 +97,7 @@ def recipe(data: Path, model: Path, run: Path, text_only: bool, change: Mapping[
             "micro_batch": BATCH,
             "max_steps": STEPS,
             "dtype": "fp32",
-            "export": False,
+            "export": "off",
             "hang_seconds": 60,
             **change.get("train", {}),
         },

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from families import models
-from families.tokenizers import byte_level
+from families.vocabularies import byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
