@@ -10,7 +10,7 @@ import socket
 import sys
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -217,6 +217,26 @@ def from_main(group: Group, value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=group.device)
     return values[0]
+
+
+def on_main(group: Group, work: Callable[[], T | None]) -> T | None:
+    """What `work` returns on rank 0, on every rank; only rank 0 calls it.
+
+    All ranks end alike: one that waited here would report a lost connection, perhaps before the cause is logged. Raises
+    rank 0's ConfigError or RunError there, and SystemExit with its status on the others.
+    """
+    value, fault = None, None
+    try:
+        if group.main:
+            value = work()
+    except (ConfigError, RunError) as error:
+        fault = error
+    status, value = from_main(group, (fault.status if fault else 0, value))
+    if fault is not None:
+        raise fault
+    if status:
+        raise SystemExit(status)
+    return value
 
 
 def everyones(group: Group, value: T) -> list[T]:

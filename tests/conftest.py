@@ -24,6 +24,7 @@ from mirage_dist.liveness import Owner
 from mirage_dist.ranks import Group
 from mirage_dist.train.context import Run
 from mirage_dist.train.lease import Lease
+from mirage_dist.train.views import Views
 
 settings.register_profile("untimed", deadline=None)  # tests state properties; a busy machine has none of its own
 settings.load_profile("untimed")
@@ -65,6 +66,18 @@ class Engine(torch.nn.Module):
 
     def forward(self, *arguments):
         return self.module(*arguments)
+
+
+def terms_and_gradients(objective, feed, window, policy, compared):
+    """Values of the objective's terms in one step of this process alone, and gradients of the trained parameters."""
+    views = Views(Engine(policy), objective.needs, compared if objective.needs.reference else None)
+    counts, values = feed.counts(window), {}
+    for micro in window:
+        terms = objective(views(micro))
+        sum(t.weight / counts[t.count] * t.sum for t in terms).backward()
+        for t in terms:
+            values[t.name] = values.get(t.name, 0) + t.sum.detach() / counts[t.count]
+    return values, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
 def run_of(recipe, objective, feed, engine, base: str = "base") -> Run:

@@ -96,7 +96,7 @@ def probabilities(generator: HuggingFace, samples: Sequence[Sample], opening: st
     """P(the answer begins with `opening`), the product over its tokens, of each sample of one batch."""
     hf = generator.model
     batch = generator.encoder.encode([replace(sample, answer=opening) for sample in samples])
-    backbone = getattr(hf, hf.base_model_prefix)
+    backbone = hf.base_model
     hidden_BSD = backbone(**generator.placed(batch.inputs), use_cache=False).last_hidden_state
     index_N, segment_N = batch.index_N.to(hf.device), batch.segment_N
     target_N = batch.labels_BS.flatten()[batch.index_N + 1].to(hf.device)

@@ -196,7 +196,7 @@ class Reader:
     def _batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Last prompt token and mean of the image tokens: (L, B, D) each."""
         hf, inputs = self.generator.model, self.generator.prompts(samples)
-        backbone = getattr(hf, hf.base_model_prefix)
+        backbone = hf.base_model
         layers = range(len(roles.decoder(backbone).layers))
         with activations.seeing(backbone, set(layers)) as seen:
             backbone(**inputs, use_cache=False)

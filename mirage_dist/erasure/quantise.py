@@ -81,7 +81,7 @@ def rounded(weight_OI: Tensor, bits: int, group: int | None) -> Tensor:
 @torch.no_grad()
 def round_decoder(hf: Any, bits: int, group: int | None) -> Rounding:
     """Round every linear layer of a Hugging Face model's text decoder in place (see `rounded`)."""
-    decoder = roles.decoder(getattr(hf, hf.base_model_prefix))
+    decoder = roles.decoder(hf)
     layers = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     changed = total = count = 0.0
     for layer in layers:

@@ -46,7 +46,8 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
         raise ConfigError(f"{out} exists; export to a new directory")
     checkpoint = chosen(run / "checkpoints", step)
     manifest = read_manifest(checkpoint)
-    load.check_weights(recipe.model, None)  # a damaged file is named before gigabytes are hashed
+    # A damaged file is named before gigabytes are hashed.
+    weights.check(directory.check(recipe.model.path), load.configuration(recipe.model))
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
     facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}

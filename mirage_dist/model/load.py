@@ -25,14 +25,19 @@ def processor(model: ModelConfig) -> Any:
     return processors.load(directory.resolve(model.path))
 
 
-def configuration(model: ModelConfig) -> Any:
-    """The configuration of the model directory or hub name. Raises ConfigError when it cannot be loaded."""
-    return _config(model, None)
+def configuration(model: ModelConfig, depth: int | None = None) -> Any:
+    """The configuration of the model directory or hub name, of all decoder layers or the first `depth`.
+
+    Raises ConfigError when it cannot be loaded.
+    """
+    config = configs.load(directory.resolve(model.path))
+    # Never more layers than the model has: `check_names` reports a missing layer.
+    return config if depth is None else truncation.truncated(config, depth)
 
 
 def picture_token(model: ModelConfig) -> int | None:
     """The token whose places a picture's features take (see `roles.picture_token`); None for a text-only model."""
-    return roles.picture_token(_config(model, None))
+    return roles.picture_token(configuration(model))
 
 
 def policy(
@@ -51,7 +56,7 @@ def policy(
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     folder = directory.resolve(model.path)
-    config = _config(model, depth)
+    config = configuration(model, depth)
     options: dict[str, Any] = {}
     if quantization.wanted(model):
         quantization.check(_stage(deepspeed_config))
@@ -77,20 +82,6 @@ def policy(
         hf.gradient_checkpointing_enable({"use_reentrant": False})
         hf.enable_input_require_grads()  # otherwise adapters in checkpointed layers get no gradient
     return trainable.prepare(hf, model, depth)
-
-
-def _config(model: ModelConfig, depth: int | None) -> Any:
-    config = configs.load(directory.resolve(model.path))
-    # Never more layers than the model has: `check_names` reports a missing layer.
-    return config if depth is None else truncation.truncated(config, depth)
-
-
-def check_weights(model: ModelConfig, depth: int | None) -> None:
-    """Check that the files hold every weight of the model, by their headers alone. depth: see `policy`.
-
-    Raises ConfigError for damaged files, and for weights that are missing or have another shape.
-    """
-    weights.check(directory.check(model.path), _config(model, depth))
 
 
 def attention(model: ModelConfig, dtype: str) -> str | None:
@@ -169,7 +160,7 @@ def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32"
 
     Raises ConfigError as `policy` does.
     """
-    config = _config(model, depth)
+    config = configuration(model, depth)
     try:
         with torch.device("meta"):
             hf: Any = roles.auto_class(config).from_config(config, attn_implementation=attention(model, dtype))

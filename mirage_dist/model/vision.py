@@ -126,7 +126,7 @@ class Tower:
     """
 
     def __init__(self, base: Any) -> None:
-        self.backbone = getattr(base, base.base_model_prefix)
+        self.backbone = base.base_model
         parts, tower = roles.Parts(base), roles.encoder(base, "image")
         role_of = {id(p): parts.role_of[name] for name, p in base.named_parameters()}
 

@@ -14,11 +14,11 @@ from mirage_dist import ranks, signals
 from mirage_dist.data import stream
 from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
-from mirage_dist.model import directory, export, load
+from mirage_dist.model import export, load
 from mirage_dist.model.reference import AdaptersOff, Frozen, Reference
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group
-from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 from mirage_dist.train import engine as engines
 from mirage_dist.train import rundir
@@ -43,8 +43,7 @@ def train(checked: Checked) -> None:
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
     RunError when another rank ended before this one.
     """
-    directory.check(checked.recipe.model.path)  # weights too, without which a check or a plan is content
-    streams = check_inputs(checked)
+    streams = check_inputs(checked, with_weights=True)
     group = ranks.start(checked.recipe.train.hang_seconds)
     try:
         _train(checked, streams, group)
@@ -100,18 +99,13 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
 
 
 def _check_family(feed: Feed, group: Group) -> None:
-    """`check_family` on rank 0, at the first start of a run. Every rank ends alike when it fails there."""
-    fault = None
-    if group.main and not rundir.begun_like_this(Path(feed.recipe.run.dir)):
-        try:
+    """`check_family` on rank 0, at the first start of a run."""
+
+    def measure() -> None:
+        if not rundir.begun_like_this(Path(feed.recipe.run.dir)):
             check_family(feed)
-        except ConfigError as error:
-            fault = error
-    failed = ranks.from_main(group, fault is not None)
-    if fault is not None:
-        raise fault
-    if failed:
-        raise SystemExit(ConfigError.status)
+
+    ranks.on_main(group, measure)
 
 
 def reference_of(run: Run) -> Reference | None:
@@ -193,22 +187,19 @@ def _leased(
     packed: whether batches are.
     """
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
-    lease, fault = None, None
+    lease: Lease | None = None
+
+    def claim() -> str:
+        nonlocal lease
+        lease = acquire(root)
+        with lease.write_failures():
+            rundir.count_start(lease, recipe.train.max_restarts)
+            rundir.open_run(recipe, checked.needs, streams, packed, load.base_hash(recipe.model.path), lease)
+        return lease.owner.token
+
     try:
-        try:
-            if group.main:
-                lease = acquire(root)
-                with lease.write_failures():
-                    rundir.count_start(lease, recipe.train.max_restarts)
-                    rundir.open_run(recipe, checked.needs, streams, packed, load.base_hash(recipe.model.path), lease)
-        except (ConfigError, RunError) as error:
-            fault = error
-        # All ranks end alike: one that waited here would report a lost connection, perhaps before the cause is logged.
-        status, token = ranks.from_main(group, (fault.status if fault else 0, lease.owner.token if lease else ""))
-        if fault is not None:
-            raise fault
-        if status:
-            raise SystemExit(status)
+        token = ranks.on_main(group, claim)
+        assert token is not None
         held = lease or Lease(root, Owner(token))
         manifest = json.loads((root / "manifest.json").read_text())
         identity = Identity(

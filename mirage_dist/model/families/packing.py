@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mirage_dist.data.encoding.collate import TOKEN_TYPES, Row
 from mirage_dist.data.encoding.packing import BORDERS, borders, pack
+from mirage_dist.model import vision
 from mirage_dist.model.families import roles
 
 # Kinds of layers in which a token meets others by attention alone, which transformers masks.
@@ -84,7 +85,7 @@ def fault(backbone: Any, placeholder: Row, picture: Mapping[str, Tensor], flash:
     if flash and not text._supports_attention_backend:
         return f"{kind} does not pass the borders of sequences to flash-attention"
     # Positions and token types follow from the tokens; what the tower sees has no part in it.
-    sizes = {name: value for name, value in picture.items() if not name.startswith("pixel_")}
+    sizes = {name: value for name, value in picture.items() if not vision.is_pixels(name)}
     if flash:
         _register()
     try:

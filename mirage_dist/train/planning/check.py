@@ -16,7 +16,7 @@ from mirage_dist import objectives
 from mirage_dist.data import audit, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
-from mirage_dist.model import directory, load, trainable
+from mirage_dist.model import directory, load, trainable, weights
 from mirage_dist.model.adapters import quantization
 from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
@@ -59,15 +59,16 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     return Checked(recipe, ranks, objective, config)
 
 
-def check_inputs(checked: Checked) -> dict[str, Source]:
+def check_inputs(checked: Checked, with_weights: bool = False) -> dict[str, Source]:
     """Check the model's parts that the recipe names, log what trains, and read the samples of every stream.
 
-    Loads no weights and opens no picture. Raises ConfigError.
+    with_weights: whether the directory must have weights; a configuration is enough for a check or a plan. Loads no
+    weights and opens no picture. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
     if quantization.wanted(recipe.model):
         quantization.check(checked.deepspeed["zero_optimization"]["stage"])
-    check_weights(recipe, needs)
+    check_weights(recipe, needs, with_weights)
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
     log.info(f"{Path(recipe.run.dir).name}: {trainable.summary(policy.hf)}")
@@ -149,14 +150,14 @@ def _blank(folder: Path, number: int) -> str:
     return str(file)
 
 
-def check_weights(recipe: TrainRecipe, needs: Needs) -> None:
+def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
     """Check the files of the model directory, and that its weights are whole, by their headers.
 
-    A directory without weights is enough for a check and a plan. Raises ConfigError.
+    required: whether there must be weights. Raises ConfigError.
     """
-    folder = directory.check(recipe.model.path, weights=False)
+    folder = directory.check(recipe.model.path, weights=required)
     if directory.has_weights(folder):
-        load.check_weights(recipe.model, needs.depth)
+        weights.check(folder, load.configuration(recipe.model, needs.depth))
     else:
         log.warning(f"model.path={folder}: no weights here yet; only the configuration was checked")
 

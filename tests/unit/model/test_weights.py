@@ -31,7 +31,6 @@ from transformers import (
 from mirage_dist.cli import main
 from mirage_dist.evals.models import subject
 from mirage_dist.model import directory, load, weights
-from mirage_dist.model.families import configs
 from mirage_dist.schema import ConfigError, EvalModelConfig, ModelConfig
 
 TEXT = {
@@ -109,8 +108,8 @@ def copy(saved, tmp_path):
     return build
 
 
-def check(folder: Path) -> None:
-    weights.check(directory.check(str(folder)), configs.load(folder))
+def check(folder: Path, depth: int | None = None) -> None:
+    weights.check(directory.check(str(folder)), load.configuration(ModelConfig(path=str(folder)), depth))
 
 
 def without(*names: str):
@@ -183,12 +182,12 @@ def test_weights_that_the_model_has_no_place_for_are_no_fault_but_in_the_log(cop
 
 def test_layers_that_a_run_does_not_load_may_be_in_the_files_or_not(copy):
     folder = copy("llava")
-    load.check_weights(ModelConfig(path=str(folder)), 1)
+    check(folder, 1)
     later = without(*(name for name in load_file(folder / directory.WHOLE) if "language_model.model.layers.1" in name))
     folder = copy("llava", later)
-    load.check_weights(ModelConfig(path=str(folder)), 1)
+    check(folder, 1)
     with pytest.raises(ConfigError, match=r"9 weights .*layers\.1\..*Give a directory with all weights"):
-        load.check_weights(ModelConfig(path=str(folder)), None)
+        check(folder)
 
 
 # ------------------------------------------------------------------------------------------------- shapes, dtypes

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Engine
+from conftest import terms_and_gradients
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
@@ -17,7 +17,6 @@ from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches.reference import add
 from mirage_dist.train.feed import Feed, read_streams
-from mirage_dist.train.views import Views
 
 ONE = Group(0, 0, 1, torch.device("cpu"))
 OBJECTIVES = {
@@ -79,16 +78,9 @@ def gradients(toy, files, models, options, packing, cached=False, source="mixed"
     if cached:
         for rows in feed.every_sample(objective.needs.ref_logp, ONE):
             add(compared, other, feed.collate(rows), next(iter(rows)))
-    views = Views(Engine(policy), objective.needs, compared if objective.needs.reference else None)
     window = feed.window(0, ONE)
+    values, slopes = terms_and_gradients(objective, feed, window, policy, compared)
     counts = feed.counts(window)
-    values = {}
-    for micro in window:
-        terms = objective(views(micro))
-        sum(t.weight / counts[t.count] * t.sum for t in terms).backward()
-        for t in terms:
-            values[t.name] = values.get(t.name, 0) + t.sum.detach() / counts[t.count]
-    slopes = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad(set_to_none=True)
     return values, slopes, 1 - counts["input_tokens"] / counts["slots"]
 
