@@ -92,7 +92,15 @@ def test_a_rank_that_stands_still_ends_the_run_by_name_within_the_limit(struck, 
 def sleeping(launcher: int) -> list[int]:
     """A launcher's children that have become `sleep`."""
     children = map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
-    return [n for n in children if (comm := Path(f"/proc/{n}/comm")).exists() and comm.read_text() == "sleep\n"]
+    return [n for n in children if _command(n) == "sleep\n"]
+
+
+def _command(process: int) -> str:
+    """The name of what a process runs; empty where it has ended, also while its file is read."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def test_ranks_that_die_at_the_same_time_do_not_hold_their_launcher(tmp_path):
