@@ -126,7 +126,7 @@ def test_a_batch_that_cannot_be_computed_is_a_sentence(family, pictured):
 
 def test_a_model_of_seven_billion_parameters_is_made_in_little_memory():
     config = LlamaConfig()
-    hf = small.made(config)
+    hf = small.made(config, size="shallow")
     assert hf.config.hidden_size == 4096
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in hf.parameters()}
     assert sum(p.numel() for p in hf.parameters()) * 4 > 5 * sum(storages.values())
