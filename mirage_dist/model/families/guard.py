@@ -69,12 +69,11 @@ def _faults(model: HeadedModel, encoder: Encoder, pictured: Sequence[Sample], te
     groups = {"pictured": pictured, "mixed": mixed, "text-only": text}
     groups = {name: samples for name, samples in groups.items() if samples}
     widest = max(groups, key=lambda name: len(groups[name]))
-    alone = {s.digest(): _logps(model, encoder.encode([s]), "one-row") for s in groups[widest]}
-    computed: dict[str, tuple[Batch, Tensor]] = {}
+    batches = {s.digest(): encoder.encode([s]) for s in groups[widest]}
+    alone = {digest: _logps(model, batch, "one-row") for digest, batch in batches.items()}
     for name, samples in groups.items():
         batch = encoder.encode(samples)
         logp_N = _logps(model, batch, name)
-        computed[name] = batch, logp_N
         rows = logp_N.split(torch.bincount(batch.segment_N, minlength=len(samples)).tolist())
         known = [(row, alone[s.digest()]) for s, row in zip(samples, rows, strict=True) if s.digest() in alone]
         if (off := max(_largest(row - own) for row, own in known)) > CARRIED:
@@ -82,17 +81,18 @@ def _faults(model: HeadedModel, encoder: Encoder, pictured: Sequence[Sample], te
                 f"in a {name} batch a row's log-probabilities depend on the other rows (by {off:.1e}): an output of "
                 "the processor or the model is not carried by row"
             )
-    batch, logp_N = computed[widest]
-    if (off := _largest(logp_N - _own_logps(model, batch, widest))) > CARRIED:
-        yield f"the model's own log-probabilities differ from the loss head's by {off:.1e}; it changes its logits"
-    for training in (False, True):
-        before_N = logp_N if not training else None
-        if (off := _leak(model, batch, before_N, widest)) > LEAK:
-            yield (
-                "answers see their own later tokens (a changed last token moves the log-probabilities of earlier "
-                f"ones by {off:.1e}{' in training' if training else ''}), as under prefix attention; such "
-                "log-probabilities are of no use for training"
-            )
+    # A row of a batch is what it is alone. So what follows needs no more than one row of each kind.
+    for sample in [*pictured[:1], *text[:1]]:
+        batch, logp_N = batches[sample.digest()], alone[sample.digest()]
+        if (off := _largest(logp_N - _own_logps(model, batch, "one-row"))) > CARRIED:
+            yield f"the model's own log-probabilities differ from the loss head's by {off:.1e}; it changes its logits"
+        for training in (False, True):
+            if (off := _leak(model, batch, None if training else logp_N, "one-row")) > LEAK:
+                yield (
+                    "answers see their own later tokens (a changed last token moves the log-probabilities of earlier "
+                    f"ones by {off:.1e}{' in training' if training else ''}), as under prefix attention; such "
+                    "log-probabilities are of no use for training"
+                )
     logits_TBV = _logits(model, encoder, groups[widest], widest)
     for number, sample in enumerate(groups[widest]):
         if (off := _largest(logits_TBV[:, number] - _logits(model, encoder, [sample], "one-row")[:, 0])) > CARRIED:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-HEADS = 2
 MLP = 64
 # What configurations call the number of heads.
 COUNTS = ("num_attention_heads", "num_heads", "attention_heads", "encoder_attention_heads")
 
 
 def narrowed(config: Any, window: int | None = None) -> Any:
-    """A copy with two heads in the decoder and in every tower, and narrow MLPs.
+    """A copy with one head in the decoder and in every tower, and narrow MLPs.
 
     window: the width of sliding windows and attention chunks, None for the configuration's own.
     """
@@ -65,15 +64,14 @@ def _narrow(part: Any) -> tuple[str, int, int] | None:
     width = getattr(part, name, None)
     if heads_name is None or type(width) is not int:
         return None
-    heads = getattr(part, heads_name)
-    head = getattr(part, "head_dim", None) or width // heads
-    if heads <= HEADS or HEADS * head >= width:
+    head = getattr(part, "head_dim", None) or width // getattr(part, heads_name)
+    if head >= width:
         return None
-    if type(keys := getattr(part, "num_key_value_heads", None)) is int:
-        part.num_key_value_heads = HEADS if keys == heads else 1
-    setattr(part, heads_name, HEADS)
-    setattr(part, name, HEADS * head)
-    return name, width, HEADS * head
+    if type(getattr(part, "num_key_value_heads", None)) is int:
+        part.num_key_value_heads = 1
+    setattr(part, heads_name, 1)
+    setattr(part, name, head)
+    return name, width, head
 
 
 def _is_width(name: str) -> bool:

@@ -1,7 +1,7 @@
 """A small model of a family's own classes, to be measured before any weights load.
 
-It has the configuration's kinds of layers, attention and token ids, but few layers, two narrow heads in each, narrow
-MLPs, and random weights that share their memory: a model of seven billion parameters takes a second.
+It has the configuration's kinds of layers, attention and token ids, but few layers, one head and a narrow MLP
+in each, and random weights that share their memory: a model of seven billion parameters takes a second.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def made(config: Any, attention: str | None = None, size: str = "narrow", window
 
 
 def shrunk(config: Any, narrow: bool = True, window: int | None = None) -> Any:
-    """A copy of the configuration with few layers, of every kind, and narrow MLPs; `narrow`: with narrow heads, too."""
+    """A copy of the configuration with few layers, of every kind, and narrow MLPs; `narrow`: with one head, too."""
     small = copy.deepcopy(truncation.shortened(config, _depth(truncation.Key(config))))
     text = small.get_text_config()
     for part in narrowing.parts(small):
