@@ -19,7 +19,7 @@ from mirage_dist.model.families import narrowing, roles, truncation
 # What may be left out, most first: widths and layers; layers; nothing.
 SIZES = ("narrow", "shallow", "whole")
 LAYERS = 2  # of the decoder, at least; more where a later layer is the first one of its kind
-TOWER_LAYERS = 2  # of encoders of pictures and sounds
+TOWER_LAYERS = 2  # of encoders of pictures and sounds; shared by the counts of one that has several
 VOCABULARY = 61  # tokens that the LM head knows; labels are taken modulo this
 SHARED = 1 << 23  # random numbers of a width at most; larger matrices have rows that overlap in them
 
@@ -74,13 +74,14 @@ def _shorten(tower: Any) -> None:
     """Fewer layers of a tower; lists of its layers' numbers keep their lengths, which widths may depend on."""
     names = [n for n in vars(tower) if n == "depth" or (n.startswith("num_") and n.endswith("_layers"))]
     numbers = {name: value for name in names if isinstance(value := getattr(tower, name), int)}
+    layers = max(1, TOWER_LAYERS // max(1, len(numbers)))
     for name, whole in numbers.items():
-        setattr(tower, name, min(whole, TOWER_LAYERS))
+        setattr(tower, name, min(whole, layers))
     whole = max(numbers.values(), default=0)
     for name, value in vars(tower).items():
-        layers = isinstance(value, (list, tuple)) and value and all(type(v) is int and 0 <= v <= whole for v in value)
-        if layers and ("layer" in name or "index" in name) and max(value) >= TOWER_LAYERS:
-            setattr(tower, name, [v * TOWER_LAYERS // (whole + 1) for v in value])
+        listed = isinstance(value, (list, tuple)) and value and all(type(v) is int and 0 <= v <= whole for v in value)
+        if listed and ("layer" in name or "index" in name) and max(value) >= layers:
+            setattr(tower, name, [v * layers // (whole + 1) for v in value])
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
