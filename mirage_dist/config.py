@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +19,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from mirage_dist import disk
-from mirage_dist.schema import Choice, ConfigError
+from mirage_dist.schema import Choice, ConfigError, secrets
+from mirage_dist.schema.names import Check, shown
 from mirage_dist.schema.texts import fault_within
 
 T = TypeVar("T")
+# What a resolver reads would stand in config.yaml, in the manifest and in W&B: of OmegaConf's own, oc.env could read a
+# key from the environment.
+for name in ("env", "create", "decode", "deprecated", "dict.keys", "dict.values", "select"):
+    OmegaConf.clear_resolver(f"oc.{name}")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
@@ -103,18 +109,38 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         for key, value in items:
             OmegaConf.update(tree, key, value, merge=True)
         plain = OmegaConf.to_container(tree, resolve=True)
+    except UnsupportedInterpolationType as error:
+        raise ConfigError(
+            f"{source}: {error.full_key}: {str(error).splitlines()[0]}; a recipe can use ${{other.key}}, ${{fixed2:…}} "
+            "and ${add:…}. What is secret stays in the environment, and the recipe names its variable (key_env)"
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
+    if (key := _key_of_secret(plain)) is not None:
+        raise ConfigError(
+            f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
+            "W&B. Put it into an environment variable and give the variable's name (key_env)"
+        )
     return _build(schema, plain, source, "")
+
+
+def _key_of_secret(tree: Any, key: str = "") -> str | None:
+    """The dotted key of a text in the tree that looks like a key, if there is one."""
+    if isinstance(tree, Mapping):
+        return next((k for name, own in tree.items() if (k := _key_of_secret(own, _join(key, str(name))))), None)
+    if isinstance(tree, list):
+        return next((k for i, own in enumerate(tree) if (k := _key_of_secret(own, f"{key}[{i}]"))), None)
+    return key if isinstance(tree, str) and secrets.contains(tree) else None
 
 
 def _item(override: str) -> tuple[str, Any]:
     """Key and value of an override. OmegaConf's own dot-list parser reads the value, so 5e-7 is a float here."""
     key, _, value = override.partition("=")
     try:
-        return key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
+        plain: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        return key, plain["value"]  # interpolations are left for the whole recipe
     except OmegaConfBaseException:
         raise
     except Exception as error:  # yaml's errors, whatever library OmegaConf parses with
@@ -136,7 +162,7 @@ def _choose(tree: Any, schema: Any, dotted: str, value: Any) -> None:
         if dotted == f"{key}.{choice.key}":
             replaced = value != old.get(choice.key)
         else:
-            replaced = dotted == key and OmegaConf.is_dict(value) and choice.key in value
+            replaced = dotted == key and isinstance(value, dict) and choice.key in value
         if replaced:
             OmegaConf.update(tree, key, {}, merge=False)
 
@@ -170,7 +196,7 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{source}: {key or 'the recipe'} must be a mapping, got {value!r}")
     try:
-        hints = typing.get_type_hints(schema)
+        hints = typing.get_type_hints(schema, include_extras=True)
     except Exception as error:  # a class from outside the package may name what it never imported
         raise ConfigError(f"{source}: {key}: the types of {schema.__qualname__}'s fields: {error}") from error
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
@@ -194,6 +220,11 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        value = _check(args[0], value, source, key)
+        for check in (mark for mark in args[1:] if isinstance(mark, Check)):
+            check(value, f"{source}: {key}")
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -212,7 +243,8 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
-        return {str(k): _check(args[1], v, source, _join(key, str(k))) for k, v in value.items()}
+        named = {_check(args[0], str(name), source, f"a key of {key}"): own for name, own in value.items()}
+        return {name: _check(args[1], own, source, _join(key, name)) for name, own in named.items()}
     if dataclasses.is_dataclass(hint):
         if factory := vars(hint).get("factory"):  # the value decides which subclass it describes
             module, _, function = factory.partition(":")
@@ -231,7 +263,7 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             "bool, str, Any, Literal, a dataclass, or a list, dict or optional of these"
         )
     if not right[hint]:
-        raise ConfigError(f"{source}: {key}={value!r}; expected {_PLAIN[hint]}")
+        raise ConfigError(f"{source}: {key}={shown(value)}; expected {_PLAIN[hint]}")
     return hint(value)
 
 
@@ -272,7 +304,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The resolved recipe as YAML; `load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
+
+
+def _escaped(tree: Any) -> Any:
+    """The tree with every `${` in its texts written so that it is not an interpolation."""
+    if isinstance(tree, Mapping):
+        return {key: _escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_escaped(value) for value in tree]
+    # A backslash before `${` escapes it, and pairs of backslashes before that stand for one each.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def write_yaml(config: Any, path: Path) -> None:

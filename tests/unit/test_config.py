@@ -1,14 +1,18 @@
 """Recipes: every mistake is named with its place and its remedy; a resolved recipe reads back equal."""
 
 import copy
+import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, TemplateConfig, TrainRecipe, secrets
 
 RECIPE = {
     "run": {"dir": "runs/x"},
@@ -217,3 +221,72 @@ def test_a_fault_of_an_included_file_names_the_file(tmp_path, included, words):
     (tmp_path / "included.yaml").write_text(included.replace("OWN", f"{tmp_path}/own.yaml"))
     with pytest.raises(ConfigError, match=words):
         configs.load(tmp_path / "own.yaml", [], TrainRecipe)
+
+
+def build_eval(*overrides: str) -> EvalRecipe:
+    return configs.load("configs/eval/vlguard.yaml", ["run.dir=runs/x", *overrides], EvalRecipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [
+        ("suite", "suite={}"),
+        ("run.name", "run.name={}"),
+        ("a key of sets", "sets={{{}: {{kind: safe, sources: []}}}}"),
+        ("a key of sets.a.attacks", "sets={{a: {{kind: safe, sources: [], attacks: {{{}: {{kind: swap}}}}}}}}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["'../x'", "a/b", "'.hidden'", "'a b'", "''", "'\\e[31mred'", "naïve", "x" * 81])
+def test_what_becomes_part_of_a_path_is_a_name(key, override, name):
+    with pytest.raises(ConfigError, match=re.escape(f": {key}=") + ".*; expected a name: 1 to 80 of A-Z, a-z, 0-9"):
+        build_eval(override.format(name))
+
+
+@pytest.mark.parametrize("value", ["'a\\0b'", "''", "x" * 256, "/".join(["x" * 200] * 20)])
+@pytest.mark.parametrize("key", ["run.dir", "model.path"])
+def test_a_path_that_no_file_system_takes_is_refused_before_anything_is_made(key, value):
+    with pytest.raises(ConfigError, match=f": {key}=.*; expected a path"):
+        build_eval(f'{key}="{value[1:-1]}"' if value.startswith("'") else f"{key}={value}")
+
+
+@given(
+    text=st.lists(st.sampled_from(["$", "{", "}", "\\", "x", ":", " ", "run.dir", "${x}", "é", "'", '"', "\n"])).map(
+        "".join
+    )
+)
+def test_every_text_of_a_recipe_reads_back_from_config_yaml_as_it_is(tmp_path_factory, text):
+    recipe = dataclasses.replace(build_eval(), template=TemplateConfig(system_prompt=text))
+    file = tmp_path_factory.mktemp("recipe") / "config.yaml"
+    file.write_text(configs.to_yaml(recipe))
+    assert configs.load(file, [], EvalRecipe).template.system_prompt == text
+
+
+@pytest.mark.parametrize("resolver", ["oc.env:HOME", "oc.decode:1", "oc.create:1", "file:/etc/passwd"])
+def test_a_recipe_reads_nothing_from_outside_itself(resolver):
+    with pytest.raises(ConfigError, match=r"template.system_prompt: .*What is secret stays in the environment"):
+        build_eval(f"template.system_prompt=${{{resolver}}}")
+
+
+@pytest.mark.parametrize(
+    "value", ["sk-proj-" + "a1" * 12, "hf_" + "a1" * 12, "https://user:password@host/v1", "Bearer " + "a1" * 12]
+)
+@pytest.mark.parametrize("key", ["template.system_prompt", "judges", "run.dir"])
+def test_what_looks_like_a_key_is_refused_without_being_shown(key, value):
+    with pytest.raises(ConfigError, match=f"{key}.* holds what looks like a key or a password.*key_env") as refused:
+        build_eval(
+            f"{key}=[{{kind: vlm, url: 'http://h/v1', model: '{value}'}}]" if key == "judges" else f"{key}='{value}'"
+        )
+    assert value not in str(refused.value)
+
+
+def test_command_lines_are_recorded_without_the_keys_in_them():
+    words = [
+        "mirage",
+        "model.api_key=topsecret1",
+        "x=hf_" + "a1" * 12,
+        "url=https://u:topsecret2@host/v1",
+        "train.lr=1e-4",
+    ]
+    assert [secrets.masked(word) for word in words] == [
+        *("mirage", "model.api_key=***", "x=***", "url=https://***@host/v1", "train.lr=1e-4")
+    ]
