@@ -13,15 +13,15 @@ import importlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mirage_dist import disk
-from mirage_dist.schema import Choice, ConfigError
+from mirage_dist.schema import ConfigError, choice
 
 T = TypeVar("T")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
@@ -42,16 +42,16 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
     key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
-    tree, files = _read(path)
+    tree, files = _read(path, schema)
     for override in (o for o in overrides if o.startswith(f"{INCLUDE}=")):
         for name in _names(OmegaConf.from_dotlist([override]).get(INCLUDE), override):
-            own, more = _read(name)
-            tree, files = _merged(tree, own, more[0]), files + more
+            own, more = _read(name, schema)
+            tree, files = _merged(schema, tree, own, more[0]), files + more
     source = str(files[0]) + (f" (with {', '.join(map(str, files[1:]))})" if files[1:] else "")
     return from_tree(tree, [o for o in overrides if not o.startswith(f"{INCLUDE}=")], schema, source)
 
 
-def _read(path: str | Path, within: tuple[Path, ...] = ()) -> tuple[Any, list[Path]]:
+def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple[Any, list[Path]]:
     """The tree of a YAML file merged over the files that its `include` names, later ones over earlier ones.
 
     Returns it with the files read, `path`'s own first. Raises ConfigError as `load` does, and for a file that includes
@@ -68,9 +68,9 @@ def _read(path: str | Path, within: tuple[Path, ...] = ()) -> tuple[Any, list[Pa
         return tree, [file]
     whole, files = OmegaConf.create({}), [file]
     for name in _names(tree.pop(INCLUDE), str(file)):
-        other, more = _read(name, (*within, file))
-        whole, files = _merged(whole, other, more[0]), files + more
-    return _merged(whole, tree, file), files
+        other, more = _read(name, schema, (*within, file))
+        whole, files = _merged(schema, whole, other, more[0]), files + more
+    return _merged(schema, whole, tree, file), files
 
 
 def _names(value: Any, source: str) -> list[str]:
@@ -80,10 +80,11 @@ def _names(value: Any, source: str) -> list[str]:
     return list(names)
 
 
-def _merged(below: Any, above: Any, source: Path) -> Any:
+def _merged(schema: Any, below: Any, above: Any, source: Path) -> Any:
     if not OmegaConf.is_dict(above):
         raise ConfigError(f"{source}: expected a mapping of a recipe's keys")
     try:
+        choice.replaced(schema, below, above)
         return OmegaConf.merge(below, above)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
@@ -98,7 +99,7 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         items = [_item(override) for override in overrides]
         # Classes are chosen first, so that their options may stand before the choice on the command line.
         for key, value in items:
-            _choose(tree, schema, key, value)
+            choice.choose(schema, tree, key, value)
         for key, value in items:
             OmegaConf.update(tree, key, value, merge=True)
         plain = OmegaConf.to_container(tree, resolve=True)
@@ -119,40 +120,6 @@ def _item(override: str) -> tuple[str, Any]:
         raise ConfigError(
             f"override {override!r}: its value is not YAML ({problem}); quote names with [ ] in lists"
         ) from error
-
-
-def _choose(tree: Any, schema: Any, dotted: str, value: Any) -> None:
-    """Empty the mapping whose class `dotted`=`value` changes (see `schema.Choice`): its options belong to the old one.
-
-    A mapping that names its class replaces the one in the recipe as a whole, too.
-    """
-    for key, choice in _choices(schema, dotted.split(".")):
-        old = OmegaConf.select(tree, key)
-        if not OmegaConf.is_dict(old):
-            continue
-        if dotted == f"{key}.{choice.key}":
-            replaced = value != old.get(choice.key)
-        else:
-            replaced = dotted == key and OmegaConf.is_dict(value) and choice.key in value
-        if replaced:
-            OmegaConf.update(tree, key, {}, merge=False)
-
-
-def _choices(schema: Any, parts: Sequence[str], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Choice]]:
-    """The mappings marked as a `Choice` on the way from `schema` along `parts`, each with its dotted key."""
-    if typing.get_origin(schema) is Annotated:
-        schema, *marks = typing.get_args(schema)
-        yield from ((".".join(path), mark) for mark in marks if isinstance(mark, Choice))
-    if typing.get_origin(schema) in (typing.Union, types.UnionType):
-        schema = next(a for a in typing.get_args(schema) if a is not type(None))
-    if not parts:
-        return
-    if dataclasses.is_dataclass(schema):
-        inner = typing.get_type_hints(schema, include_extras=True).get(parts[0])
-    else:
-        inner = typing.get_args(schema)[1] if typing.get_origin(schema) is dict else None
-    if inner is not None:
-        yield from _choices(inner, parts[1:], (*path, parts[0]))
 
 
 def find(path: str | Path) -> Path:

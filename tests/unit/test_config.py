@@ -217,3 +217,58 @@ def test_a_fault_of_an_included_file_names_the_file(tmp_path, included, words):
     (tmp_path / "included.yaml").write_text(included.replace("OWN", f"{tmp_path}/own.yaml"))
     with pytest.raises(ConfigError, match=words):
         configs.load(tmp_path / "own.yaml", [], TrainRecipe)
+
+
+def suite(*overrides):
+    attacks = {"pair": {"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}, {"kind": "prefix"}]}}
+    source = {"format": "vlguard", "path": "p.json", "images": "i", "split": "unsafes"}
+    sets = {"unsafe": {"kind": "unsafe", "sources": [source], "attacks": attacks}}
+    judges = ["keyword", {"kind": "keyword", "phrases": "published", "name": "theirs"}]
+    tree = {"run": {"dir": "r"}, "suite": "s", "model": {"path": "m"}, "sets": sets, "judges": judges}
+    return configs.from_tree(OmegaConf.create(tree), overrides, EvalRecipe, "recipe.yaml")
+
+
+def test_another_judge_has_none_of_the_former_ones_options():
+    assert suite("judges[1].kind=benchmark").judges == ["keyword", {"kind": "benchmark"}]
+    assert suite("judges.1.kind=vlm", "judges.1.url=u").judges[1] == {"kind": "vlm", "url": "u"}
+    assert suite("judges[0].kind=vlm", "judges[0].path=p").judges[0] == {"kind": "vlm", "path": "p"}
+    assert suite("judges[0].phrases=published").judges[0] == {"kind": "keyword", "phrases": "published"}
+    assert suite("judges[1].kind=keyword").judges[1] == {"kind": "keyword", "phrases": "published", "name": "theirs"}
+
+
+def test_another_part_of_a_combined_attack_has_none_of_the_former_ones_options():
+    attack = suite("sets.unsafe.attacks.pair.attacks[0].kind=prefix").sets["unsafe"].attacks["pair"]
+    assert attack == {"kind": "combine", "attacks": [{"kind": "prefix"}, {"kind": "prefix"}]}
+
+
+def test_another_format_keeps_what_every_format_has_and_none_of_the_former_ones_options():
+    source = suite("sets.unsafe.sources[0].format=llava").sets["unsafe"].sources[0]
+    assert (source.format, source.path, source.images) == ("llava", "p.json", "i")
+    streams = build("data.streams.forget={format: vlguard, path: x, split: unsafes}").data.streams["forget"]
+    assert streams[0].split == "unsafes"
+    with pytest.raises(ConfigError, match="split='unsafes'; belongs to format=vlguard"):
+        suite("sets.unsafe.sources[0].format=llava", "sets.unsafe.sources[0].split=unsafes")
+
+
+def test_another_optimizer_has_none_of_the_former_ones_options():
+    train = {**RECIPE["train"], "optimizer": {"name": "adamw", "betas": [0.8, 0.9]}}
+    tree = OmegaConf.create({**RECIPE, "train": train})
+    recipe = configs.from_tree(tree, ["train.optimizer.name=muon"], TrainRecipe, "r")
+    assert recipe.train.optimizer == {"name": "muon"}
+
+
+def test_a_recipe_that_names_another_class_takes_none_of_the_included_ones_options(tmp_path):
+    npo = "objective: {name: npo, beta: '${seed}', retain: kl}\nseed: 1\nmodel: {path: m}\n"
+    (tmp_path / "npo.yaml").write_text(npo)
+    own = "run: {dir: r}\ndata: {streams: {}}\ntrain: {lr: 1.0, global_batch: 1, micro_batch: 1}\n"
+    own = f"include: {tmp_path}/npo.yaml\n{own}"
+    for objective, expected in (
+        ("{name: rmu, layer: 3}", {"name": "rmu", "layer": 3}),
+        ("{beta: 0.5}", {"name": "npo", "beta": 0.5, "retain": "kl"}),
+        ("{name: npo, retain: ce}", {"name": "npo", "beta": 1, "retain": "ce"}),
+    ):
+        (tmp_path / "own.yaml").write_text(f"{own}objective: {objective}\n")
+        assert configs.load(tmp_path / "own.yaml", [], TrainRecipe).objective == expected
+    (tmp_path / "sft.yaml").write_text("objective: {name: sft}\n")
+    recipe = configs.load(tmp_path / "own.yaml", [f"include={tmp_path}/sft.yaml", "seed=2"], TrainRecipe)
+    assert recipe.objective == {"name": "sft"}
