@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mirage_dist import disk
-from mirage_dist.schema import ConfigError, choice
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice
 
 T = TypeVar("T")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
@@ -112,7 +113,9 @@ def _item(override: str) -> tuple[str, Any]:
     """Key and value of an override. OmegaConf's own dot-list parser reads the value, so 5e-7 is a float here."""
     key, _, value = override.partition("=")
     try:
-        return key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
+        # Unresolved: an interpolation names keys of the recipe, and `\${` escapes one.
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        return key, given["value"]
     except OmegaConfBaseException:
         raise
     except Exception as error:  # yaml's errors, whatever library OmegaConf parses with
@@ -236,7 +239,57 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The resolved recipe as YAML; `load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config))))
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as the command line takes it, quoted so that `load` reads exactly this value."""
+    return f"{key}={_flow(_literal(value))}"
+
+
+def _literal(value: Any) -> Any:
+    """Containers and scalars with every `${` in their texts escaped, which OmegaConf would otherwise interpolate."""
+    if isinstance(value, Mapping):
+        return {name: _literal(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _flow(value: Any) -> str:
+    """JSON that YAML 1.1 reads alike: its escapes of characters beyond 16 bits differ."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)
+
+
+def value(recipe: Any, dotted: str) -> Any:
+    """The value of a resolved recipe's key, such as `run.dir` or `data.streams.forget[0].path`, as plain containers.
+
+    Raises ConfigError for a key that the recipe does not have, naming the nearest one.
+    """
+    node: Any = to_dict(recipe)
+    way = ""
+    for part in re.findall(r"[^.\[\]]+", dotted):
+        entries = dict(enumerate(node)) if isinstance(node, list) else node
+        key = int(part) if isinstance(node, list) and part.isdecimal() else part
+        if not isinstance(entries, Mapping) or key not in entries:
+            known = list(map(str, entries)) if isinstance(entries, Mapping) else []
+            raise ConfigError(f"{dotted}: unknown key {_join(way, part)!r}; {nearest(part, known)}")
+        node, way = node[key], _join(way, part)
+    return node
+
+
+def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRecipe | PrepareRecipe:
+    """`load` with the class that the recipe's own keys show. Raises ConfigError as `load`, and where they show none."""
+    tree, _ = _read(path, Any)
+    kinds = {"objective": TrainRecipe, "sets": EvalRecipe, "safety": PrepareRecipe}
+    kind = next((schema for key, schema in kinds.items() if OmegaConf.is_dict(tree) and key in tree), None)
+    if kind is None:
+        keys = ", ".join(kinds)
+        raise ConfigError(
+            f"{path}: has none of the keys {keys}; expected a recipe of training, evaluation or preparation"
+        )
+    return load(path, overrides, kind)
 
 
 def write_yaml(config: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which mappings of a recipe describe an object of a class that the recipe chooses, and what another choice replaces."""
+"""Mappings of a recipe that describe an object of a class: another class replaces the options of the former one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ def choose(schema: Any, tree: Any, dotted: str, value: Any) -> None:
         if parts == (*place, choice.key):
             if value != _select(old, [choice.key]):
                 _put(tree, place, _shared(old, choice))
-        elif parts == place and OmegaConf.is_dict(value) and choice.key in value:
+        elif parts == place and isinstance(value, Mapping) and choice.key in value:
             _put(tree, place, {})
 
 
@@ -85,7 +85,7 @@ def _put(tree: Any, place: Sequence[str], value: Any) -> None:
 def _along(
     schema: Any, tree: Any, parts: Sequence[str], place: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Choice]]:
-    """The mappings marked as a `Choice` on the way from `schema` along `parts`, outermost first, each with its place."""
+    """The mappings marked as a `Choice` on the way from `schema` along `parts`, outermost first, with their places."""
     choice, schema = _mark(schema)
     # A single mapping may stand for a list of one.
     if typing.get_origin(schema) is list and OmegaConf.is_dict(_select(tree, place)):

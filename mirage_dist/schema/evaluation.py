@@ -92,7 +92,8 @@ class EvalRecipe:
     suite: str
     model: EvalModelConfig
     sets: dict[str, EvalSetConfig]
-    judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])  # the first gives the headline figures
+    # the first gives the headline figures
+    judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: int = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing

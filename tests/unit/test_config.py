@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis.strategies import text as texts
 from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
@@ -272,3 +274,52 @@ def test_a_recipe_that_names_another_class_takes_none_of_the_included_ones_optio
     (tmp_path / "sft.yaml").write_text("objective: {name: sft}\n")
     recipe = configs.load(tmp_path / "own.yaml", [f"include={tmp_path}/sft.yaml", "seed=2"], TrainRecipe)
     assert recipe.objective == {"name": "sft"}
+
+
+TEXTS = (
+    "runs/it's",
+    'runs/"sft"',
+    "runs/a b = c",
+    "runs/$x ${run.name} \\${y}",
+    "runs/é 日本 \U0001f600\u2028",
+    "[a, b]: {c} #d",
+    "null",
+    "1e3",
+    "a\\",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_given_as_an_override_or_read_back_from_config_yaml_is_the_same_text(tmp_path, text):
+    recipe = build(configs.override("run.dir", text))
+    assert recipe.run.dir == text
+    assert configs.value(recipe, "run.dir") == text
+    configs.write_yaml(recipe, tmp_path / "config.yaml")
+    assert configs.load(tmp_path / "config.yaml", [], TrainRecipe) == recipe
+
+
+def test_containers_given_as_an_override_are_the_same_containers():
+    recipe = build(configs.override("data.template_options", {"a": ["x: y", 1, True, None], "b": "${c}"}))
+    assert recipe.data.template_options == {"a": ["x: y", 1, True, None], "b": "${c}"}
+
+
+@given(texts())
+def test_every_text_survives_an_override_and_config_yaml(drawn):
+    recipe = build(configs.override("run.name", drawn))
+    assert recipe.run.name == drawn
+    again = configs.from_tree(OmegaConf.create(configs.to_yaml(recipe)), [], TrainRecipe, "config.yaml")
+    assert again == recipe
+
+
+def test_a_value_is_named_by_its_key_and_an_unknown_key_by_the_nearest():
+    recipe = build()
+    assert configs.value(recipe, "data.streams.forget[0].path") == recipe.data.streams["forget"][0].path
+    with pytest.raises(ConfigError, match=r"unknown key 'run\.dri'; did you mean 'dir'"):
+        configs.value(recipe, "run.dri")
+
+
+def test_the_class_of_a_recipe_shows_in_its_keys(tmp_path):
+    assert isinstance(configs.load_any("configs/eval/vlguard.yaml", ["run.dir=r"]), EvalRecipe)
+    assert isinstance(configs.load_any("configs/train/npo_qwen2_5_vl.yaml", []), TrainRecipe)
+    with pytest.raises(ConfigError, match="expected a recipe of training, evaluation or preparation"):
+        configs.load_any("configs/model/qwen3_vl_8b.yaml", [])
