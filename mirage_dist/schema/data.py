@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
+from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.errors import ConfigError, require
 from mirage_dist.schema.names import Name, Place
 
@@ -27,6 +28,7 @@ class SourceConfig:
     """
 
     factory: ClassVar[str] = "mirage_dist.data.formats:make"  # builds the subclass from a recipe's mapping
+    choice: ClassVar[Choice] = Choice("format", shared=("path", "images", "on_bad_record", "limit"))
     score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class

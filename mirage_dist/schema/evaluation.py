@@ -93,7 +93,8 @@ class EvalRecipe:
     suite: Name
     model: EvalModelConfig
     sets: dict[Name, EvalSetConfig]
-    judges: list[Any] = field(default_factory=lambda: ["keyword"])  # the first gives the headline figures
+    # the first gives the headline figures
+    judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: int = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing
