@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirage_dist.evals.models import reasoning
+from mirage_dist.schema import secrets
 
 FILTERED = "filtered"  # the reason of an answer that the endpoint's content filter withheld
 HOPELESS = (401, 402, 403, 404, 405)  # every other request to this address with this key would fail too
@@ -176,8 +177,7 @@ def shown(message: str, secret: str, request: str) -> str:
     it repeats of the request.
     """
     message = message[: 4 * LONGEST_WORDS]
-    if secret:
-        message = message.replace(secret, "[key]")
+    message = secrets.masked(message.replace(secret, secrets.MASK) if secret else message)
     if echo := _echoed(message, request):
         message = "".join("\0" if i in echo else sign for i, sign in enumerate(message))
         message = re.sub("\0+", "[the request]", message)
@@ -195,12 +195,12 @@ def _echoed(message: str, request: str) -> set[int]:
 
 
 def _masked(word: str, secret: str) -> str:
-    """The word, or `[key]` when it holds a piece of the key, or looks like a key itself."""
+    """The word, or a mask when it holds a piece of the key, or looks like a key itself."""
     size = min(6, len(secret))
     pieces = {secret[i : i + size].lower() for i in range(len(secret) - size + 1)} if size > 3 else {secret}
     if secret and any(piece in word.lower() for piece in pieces):
-        return "[key]"
+        return secrets.MASK
     looks = re.search(r"(?i)\b(?:sk|pk|hf|gsk|key|ghp|AIza|xai)[-_*]\S{4,}", word) or any(
         re.search(r"\d", run) and re.search(r"[A-Za-z]", run) for run in re.findall(r"[A-Za-z0-9_+=]{24,}", word)
     )
-    return "[key]" if looks else word
+    return secrets.MASK if looks else word

@@ -143,7 +143,7 @@ PARAMETER = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' in
         (
             error(400, f"{PARAMETER} {KEY}", code="unsupported_parameter"),
             1,
-            f"unsupported_parameter: {PARAMETER} [key]",
+            f"unsupported_parameter: {PARAMETER} ***",
         ),
         (
             error(401, f"Incorrect API key provided: {KEY[:7]}***", code="invalid_api_key"),
