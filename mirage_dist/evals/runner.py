@@ -46,6 +46,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     read, and for a model that cannot be loaded. Raises RunError when the disk is full or the model's files change, and
     StopRequested after the batch in which a signal came (see `signals`).
     """
+    worklist.check(recipe)
     engine = models.backend(recipe.generation.backend)
     versions = engine.versions()  # fails here where the engine is not installed
     panel = judges.panel(recipe)

@@ -9,6 +9,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class ChatConfig:
     because somebody may have written a key into the wrong one.
     """
 
-    path: str | None = None
+    path: Place | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     batch_size: int = 8
     url: str | None = None  # up to the version, such as http://localhost:8000/v1
