@@ -134,7 +134,7 @@ def _outputs(recipe: EvalRecipe, step: int, result: SuiteResult) -> tuple[dict[s
     chosen = heapq.nsmallest(recipe.wandb_outputs, rows, key=_by_place)
     log.info(f"eval {recipe.suite}: step {step}: {len(chosen)} of {len(rows)} answers go to W&B", extra=EVERY_RANK)
     data = [[*(str(row[name]) for name in COLUMNS), verdicts[row["key"]]] for row in chosen]
-    counts = {"eval/outputs_n": len(chosen), "eval/outputs_of": len(rows)}
+    counts: dict[str, float] = {"eval/outputs_n": len(chosen), "eval/outputs_of": len(rows)}
     return counts, {"columns": [*COLUMNS, "verdict"], "data": data}
 
 

@@ -54,7 +54,7 @@ def end(tracker: Sender) -> None:
 
 
 def rates(entry: Entry, prefix: str) -> dict[str, float]:
-    """Every rate with its denominator and 95 % interval: {"PREFIX/asr/clean": .1, "…_n": 256, "…_low": …, "…_high": …}."""
+    """Every rate with its denominator and its 95 % interval, as PREFIX/asr/clean, …_n, …_low and …_high."""
     values: dict[str, float] = {}
     for path, leaf in _leaves(entry, prefix):
         low, high = leaf["ci95"]
