@@ -60,13 +60,24 @@ def say(**message: Any) -> None:
         os.write(1, json.dumps(message).encode() + b"\n")
 
 
+def make(name: str, options: Mapping[str, Any]) -> Sink:
+    """The sink of this name; imports its library."""
+    if name == "wandb":
+        from mirage_dist.monitoring.wandb_run import WandbRun
+
+        return WandbRun(options)
+    from mirage_dist.monitoring.tensorboard import TensorBoard
+
+    return TensorBoard(options)
+
+
 def serve(control: Lines) -> None:
     """Open the sink and give it everything until the end."""
     signal.alarm(CALL_SECONDS)
     opening, *messages = first(control)
     if opening["private"]:
         os.umask(0o077)
-    sink = sinks.make(opening["sink"], {**opening["options"], "say": say})
+    sink = make(opening["sink"], {**opening["options"], "say": say})
     held = sink.open()
     records = None if opening["metrics"] is None else Lines(opening["metrics"], seekable=True)
     while True:

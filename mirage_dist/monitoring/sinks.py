@@ -39,17 +39,6 @@ class Sink(Protocol):
         ...
 
 
-def make(name: str, options: Mapping[str, Any]) -> Sink:
-    """The sink of this name; imports its library."""
-    if name == "wandb":
-        from mirage_dist.monitoring.wandb_run import WandbRun
-
-        return WandbRun(options)
-    from mirage_dist.monitoring.tensorboard import TensorBoard
-
-    return TensorBoard(options)
-
-
 def scalars(record: Mapping[str, Any]) -> Scalars:
     """The values of a record of metrics.jsonl by name, a group's as GROUP/NAME. What is not finite is left out."""
     flat = {name: value for name, value in record.items() if name not in ("step", *GROUPS)}
