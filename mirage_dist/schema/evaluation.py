@@ -71,12 +71,21 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class TemplateConfig:
-    """How a question becomes a prompt; use the values that the model was trained with (see `DataConfig`)."""
+    """How a question becomes a prompt; use the values that the model was trained with (see `DataConfig`).
+
+    defence: the name of a system prompt that is to make the model safer, which may differ from training's. The report
+    names it.
+    """
 
     system_prompt: str | None = None
     image_aspect: Literal["auto", "pad", "processor"] = "auto"
     template_options: dict[str, Any] = field(default_factory=dict)
     max_length: int = 2048  # tokens; a longer prompt is an error
+    defence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.defence is not None and not (self.defence and self.system_prompt):
+            raise ConfigError(f"defence={self.defence!r}: expected a name, and the defence itself in system_prompt")
 
 
 @dataclass(frozen=True)
