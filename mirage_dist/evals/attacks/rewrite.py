@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD
+from mirage_dist.data.words import begins_with, opening
 from mirage_dist.evals.attacks.base import Generated, Key, Rewritten, check_share
 from mirage_dist.evals.attacks.words import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend
@@ -83,7 +83,7 @@ class Rewrite(Generated):
         """Raises ConfigError when the model's directory, or the key where one is named, does not exist."""
         options = {name: getattr(self, name) for name in ("word", "openers", "avoid", "shots", "attempts")}
         prompt = self._prompt(Sample("", None, "<q>", "", False, "", ""), ["<r>"], attempt=1).text
-        return {**options, "system": self.system, "prompt": prompt, "rules": 1, **self._backend().identity}
+        return {**options, "system": self.system, "prompt": prompt, "rules": 2, **self._backend().identity}
 
     def _backend(self) -> Any:
         return backend(self.chat, TOKENS_PER_REWRITE * self.shots, json_mode=False)
@@ -131,13 +131,9 @@ class Rewrite(Generated):
         return rewrites
 
     def _begins(self, text: str) -> bool:
-        first = FIRST_WORD.search(text)
-        if first is None:
-            return False
-        word = first[0].lower()
         if self.avoid:
-            return word not in {w.lower() for w in self.avoid}
-        return word in {w.lower() for w in (self.openers or [self.word or ""])}
+            return opening(text) is not None and not begins_with(text, self.avoid)
+        return begins_with(text, self.openers or [self.word or ""])
 
 
 def _plain(text: str) -> str:
