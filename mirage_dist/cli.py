@@ -13,6 +13,7 @@ from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema.names import PLACE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"))
     demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
@@ -55,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--check", action="store_true", help="check the recipe alone; read no data")
 
     audit = _verb(verbs, "audit", _audit, "which first words separate refusals from answers in training data")
-    audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
+    audit.add_argument(
+        "data", nargs="+", type=_path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder"
+    )
     audit.add_argument(
         "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
     )
@@ -73,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--length", action="store_true", help="also the question's length")
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
-    audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
+    audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
     audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
@@ -114,16 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    report.add_argument("--out", type=Path, help="default: report/ in the first run")
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
+    report.add_argument("--out", type=_path, help="default: report/ in the first run")
     report.add_argument("--suite", help="required when the runs share several suites")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
 
     export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
-    export.add_argument("run_dir", type=Path, metavar="RUN")
-    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("run_dir", type=_path, metavar="RUN")
+    export.add_argument("out", type=_path, metavar="OUT")
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=int, help="default: the newest checkpoint")
@@ -138,6 +141,14 @@ def _place(text: str) -> tuple[int, int]:
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 <= I < N, such as 0/4")
     return number, of
+
+
+def _path(text: str) -> Path:
+    try:
+        PLACE(text, "PATH")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def _count(text: str) -> int:

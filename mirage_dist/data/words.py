@@ -88,6 +88,11 @@ class Opening:
         """The word by which questions are counted: in lower case, or NOT_MEASURED."""
         return _lower(self.word) if self.measured else NOT_MEASURED
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a letter or a digit after the first word."""
+        return _TEXT.search(self.text, self.end) is not None
+
     def replaced(self, word: str) -> str:
         """The text with `word` in place of its first word, in the case of that; everything around it stays."""
         return self.text[: self.start] + cased(word, self.word) + self.text[self.end :]
