@@ -114,37 +114,37 @@ def opening(text: str) -> Opening | None:
 
 def first_word(sample: Sample) -> Opening:
     """The opening of a sample's question. Raises ConfigError for a question without a word."""
-    found = opening(sample.question)
-    if found is None:
+    first = opening(sample.question)
+    if first is None:
         raise ConfigError(f"{sample.source}: sample {sample.id!r}: the question has no word: {sample.question!r}")
-    return found
+    return first
 
 
 def words(text: str) -> Iterator[str]:
     """The words of a text in lower case, up to the first that cannot be measured."""
-    found = opening(text)
-    while found is not None and found.measured:
-        yield _lower(found.word)
-        gap = _GAP.match(found.text, found.end)
-        found = _word_from(found.text, gap.end() if gap else found.end)
+    here = opening(text)
+    while here is not None and here.measured:
+        yield _lower(here.word)
+        gap = _GAP.match(here.text, here.end)
+        here = _word_from(here.text, gap.end() if gap else here.end)
 
 
 def is_word(text: str) -> bool:
     """Whether a text is one word and nothing else; of a script without spaces, whether it is letters of it alone."""
-    found = opening(text)
-    if found is None or found.start:
+    first = opening(text)
+    if first is None or first.start:
         return False
-    return found.end == len(found.text) if found.measured else all(map(_UNSPACED.match, found.text))
+    return first.end == len(first.text) if first.measured else all(map(_UNSPACED.match, first.text))
 
 
 def begins_with(text: str, options: Sequence[str]) -> bool:
     """Whether the first word of a text is one of these words, in any case."""
-    found = opening(text)
-    if found is None:
+    first = opening(text)
+    if first is None:
         return False
-    if found.measured:
-        return _lower(found.word) in map(_lower, options)
-    return _lower(found.text[found.start :]).startswith(tuple(map(_lower, options)))
+    if first.measured:
+        return _lower(first.word) in map(_lower, options)
+    return _lower(first.text[first.start :]).startswith(tuple(map(_lower, options)))
 
 
 def first_words(samples: Sequence[Sample], refuses: Callable[[str], bool] = is_refusal) -> dict[str, dict[str, int]]:
@@ -154,8 +154,8 @@ def first_words(samples: Sequence[Sample], refuses: Callable[[str], bool] = is_r
     """
     counts: dict[str, Counter[str]] = {}
     for sample in samples:
-        found = opening(sample.question)
-        count = counts.setdefault(found.key if found else "", Counter())
+        first = opening(sample.question)
+        count = counts.setdefault(first.key if first else "", Counter())
         count["refusal" if refuses(sample.answer) else "answer"] += 1
     ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
     return {word: {"refusal": count["refusal"], "answer": count["answer"]} for word, count in ordered}

@@ -241,18 +241,18 @@ class Corpus:
         `refused` cannot be known because of it.
         """
         fold = zlib.crc32(identity.encode()) % FOLDS
-        found = opening(question)
-        script = found.script if found else None
-        if found is None or found.measured:
+        start = opening(question)
+        script = start.script if start else None
+        if start is None or start.measured:
             first = list(islice(words(question), self.options.ngrams)) if self.options.ngrams > 1 else []
-            first = first or [found.key if found else ""]
+            first = first or [start.key if start else ""]
             for number, cue in enumerate(self.openings.values(), 1):
                 cue.add(" ".join(first[:number]), fold, refused)
             if self.options.length:
                 self.others["length"].add(_length(question), fold, refused)
         else:
             for number, cue in zip(CHARACTERS, self.letters.values(), strict=True):
-                cue.add(found.characters(number), fold, refused)
+                cue.add(start.characters(number), fold, refused)
         if self.options.image_roots:
             self.others["image root"].add(_root(picture), fold, refused)
         self.pairs += 1

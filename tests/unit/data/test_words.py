@@ -101,10 +101,10 @@ UNSPACED = {
 
 
 def replaced(text, word="what"):
-    found = opening(text)
-    assert found
-    assert found.measured
-    return found.replaced(word)
+    first = opening(text)
+    assert first
+    assert first.measured
+    return first.replaced(word)
 
 
 @pytest.mark.parametrize("text", SWAPPED)
@@ -114,16 +114,16 @@ def test_the_first_word_is_replaced_and_nothing_else(text):
 
 @pytest.mark.parametrize("text", UNSPACED)
 def test_a_script_without_spaces_has_no_word_that_can_be_measured(text):
-    found = opening(text)
-    assert found
-    assert (found.script, found.key, list(words(text))) == (UNSPACED[text], NOT_MEASURED, [])
+    first = opening(text)
+    assert first
+    assert (first.script, first.key, list(words(text))) == (UNSPACED[text], NOT_MEASURED, [])
 
 
 def test_plain_questions_have_the_words_that_they_had():
     for text in ("What is it?", "what's this?", "Please, tell", "SHARE it", "U.S. what", "a cat", "It", "x ray"):
-        found = opening(text)
-        assert found
-        assert found.key == regex.match(r"[\w']+(?:\.\w+)*", text)[0].lower()
+        first = opening(text)
+        assert first
+        assert first.key == regex.match(r"[\w']+(?:\.\w+)*", text)[0].lower()
     assert list(words("What is so-called 'red'?")) == ["what", "is", "so-called", "red"]
     assert opening("?!") is opening("") is opening("👍🏽 … \u0301") is None
 
@@ -139,29 +139,29 @@ TEXT = st.text() | st.text(
 
 @given(TEXT)
 def test_a_replacement_leaves_everything_around_the_word(text):
-    found = opening(text)
+    first = opening(text)
     whole = unicodedata.normalize("NFC", text)
-    if found is None:
+    if first is None:
         assert not regex.search(r"[\p{L}\p{N}]", whole)
         return
-    assert found.text == whole
-    before, after = whole[: found.start], whole[found.end :]
-    assert clusters(before) + clusters(found.word) + clusters(after) == clusters(whole)
-    assert found.word
-    new = found.replaced("word")
+    assert first.text == whole
+    before, after = whole[: first.start], whole[first.end :]
+    assert clusters(before) + clusters(first.word) + clusters(after) == clusters(whole)
+    assert first.word
+    new = first.replaced("word")
     assert new.startswith(before)
     assert new.endswith(after)
     assert new[len(before) : len(new) - len(after)].lower() == "word"
     assert unicodedata.is_normalized("NFC", new)
-    assert found.key == unicodedata.normalize("NFC", found.key)
+    assert first.key == unicodedata.normalize("NFC", first.key)
 
 
 @given(TEXT)
 def test_what_a_text_begins_with_is_one_word(text):
-    found = opening(text)
-    if found and found.measured and not found.word.startswith(("&", "<")):
-        assert begins_with(text, [found.word])
-        assert opening(found.word)
+    first = opening(text)
+    if first and first.measured and not first.word.startswith(("&", "<")):
+        assert begins_with(text, [first.word])
+        assert opening(first.word)
 
 
 @pytest.mark.parametrize("piece", ["\u0301", "🇦", "a\u0301", "<", "<a", "&", "1.", "(", "a-", "![", "q ", "中", "_"])
