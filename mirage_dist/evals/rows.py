@@ -49,6 +49,8 @@ def settings(
     template = asdict(recipe.template)
     if not template["template_options"]:
         del template["template_options"]  # as before there were any
+    if template["defence"] is None:
+        del template["defence"]
     return {
         "model_hash": model_hash,
         "chat_template_hash": chat_template_hash,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Place
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ModelConfig:
     parameter names or names relative to a role, such as `decoder.layers.[567].mlp.down_proj.weight`.
     """
 
-    path: str
+    path: Place
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     train: list[str] | None = None  # default: the decoder and the connector, never a vision tower
     freeze: list[str] = field(default_factory=list)  # wins over `train`
@@ -126,7 +127,7 @@ class TrainRecipe:
     train: TrainConfig
     seed: int = 0
     reference: Literal["cache", "adapters_off", "engine"] = "cache"
-    deepspeed: str = "configs/deepspeed/zero3.json"
+    deepspeed: Place = "configs/deepspeed/zero3.json"
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     world: WorldConfig | None = None
 
