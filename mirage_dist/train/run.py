@@ -144,10 +144,11 @@ def steps(run: Run, loop: Loop, first: int) -> None:
     recipe, group, feed, lease = run.recipe, run.group, run.feed, run.lease
     saver = Saver(run.root / "checkpoints", lease.workspace, recipe.train, group)
     saver.settle(first)
-    monitor = Monitor(recipe, first, feed.steps, group.main, run.manifest["wandb_id"], lease.workspace)
+    manifest = json.loads((run.root / "manifest.json").read_text())
+    monitor = Monitor(recipe, first, feed.steps, group.main, manifest, lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(group.device)
     done, stop = first, False
-    with closing(feed.windows(range(first, feed.steps), group)) as windows:
+    with closing(feed.windows(range(first, feed.steps), group)) as windows, monitor:
         for number, window in enumerate(windows, first):
             # Dropout draws what it would have drawn in a run that never stopped.
             torch.manual_seed(recipe.seed * 1_000_003 + number * group.size + group.rank)
