@@ -276,10 +276,10 @@ def _eval(parsed: argparse.Namespace) -> None:
         pool.run(parsed.config, parsed.overrides, parsed.workers)
     else:
         from mirage_dist import inputs
-        from mirage_dist.evals import follow, runner
+        from mirage_dist.evals import follow, tracking
 
         inputs.make(recipe, parsed.worker[0] == 0)
-        evaluate = runner.evaluate if recipe.follow is None else follow.follow
+        evaluate = tracking.evaluate if recipe.follow is None else follow.follow
         evaluate(recipe, parsed.worker)
 
 

@@ -105,15 +105,21 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`metrics.jsonl` is always written; W&B only where `wandb` says so."""
+    """`metrics.jsonl` is always written; W&B and TensorBoard only where `wandb` and `tensorboard` say so."""
 
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "mirage_dist"
     entity: str | None = None
+    group: str | None = None  # of the W&B run, as `tags`, `job_type` and `notes` are
+    tags: list[str] = field(default_factory=list)
+    job_type: str | None = None
+    notes: str | None = None
+    tensorboard: bool = False  # event files in RUN/tensorboard
     print_every: int = 10  # steps between lines where there is no terminal
 
     def __post_init__(self) -> None:
         require(self, ("print_every",), "a whole number above 0", lambda x: x >= 1)
+        require(self, ("tags",), "texts of 1 to 64 characters", lambda x: all(1 <= len(tag) <= 64 for tag in x))
 
 
 @dataclass(frozen=True)

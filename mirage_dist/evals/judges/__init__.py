@@ -12,12 +12,23 @@ from typing import Any
 
 from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
-from mirage_dist.evals.judges.cache import judged, unjudged
+from mirage_dist.evals.judges.cache import judged, require_verdicts, unjudged
 from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, EvalRecipe
 from mirage_dist.schema.names import NAME
 
-__all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "make", "panel", "read", "unjudged"]
+__all__ = [
+    "REGISTRY",
+    "Judge",
+    "Opinion",
+    "compare",
+    "judged",
+    "make",
+    "panel",
+    "read",
+    "require_verdicts",
+    "unjudged",
+]
 
 REGISTRY = Registry(
     "judge",
