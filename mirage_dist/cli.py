@@ -20,12 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
     order: one paragraph each, without a traceback.
     """
-    parsed, rest = _parser().parse_known_args(arguments)
-    # key=value may stand anywhere; argparse takes positional arguments in one run only.
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides = [*parsed.overrides, *rest]
+    parsed = parse(arguments)
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -40,6 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"mirage: {stop}", flush=True)
         exit_well(signals.STOPPED)
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    # key=value may stand anywhere; argparse takes positional arguments in one run only.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

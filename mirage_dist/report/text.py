@@ -121,8 +121,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         missing = run.judged_by.get("unjudged", {})
         if lost := missing.get("unparsed", 0) + missing.get("failed", 0):
             lines.append(
-                f"{run.name}: {lost} answers have no verdict (the judge's reply was not a verdict, or the judge could "
-                "not be reached). They are in no class and in no denominator."
+                f"{run.name}: {lost} answers have no verdict (the judge's reply was not a verdict, a content filter "
+                "blocked it, or the judge could not be reached). They are in no class and in no denominator."
             )
         if run.outdated:
             lines.append(
