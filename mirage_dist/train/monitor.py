@@ -21,6 +21,7 @@ from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
 from mirage_dist.monitoring.sinks import GROUPS, End
 from mirage_dist.progress import Progress, log
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema.secrets import masked
 
 # What W&B's config holds of manifest.json besides the recipe. The command line is left out.
 FROM_MANIFEST = (
@@ -104,7 +105,7 @@ class Monitor:
     def alert(self, title: str, text: str) -> None:
         """Notify the run's owner through the sinks that can."""
         for sender in self.senders:
-            sender.send("alert", title=f"{self.name}: {title}", text=text)
+            sender.send("alert", title=f"{self.name}: {title}", text=masked(text))
 
     def close(self, preempted: bool = False) -> None:
         """End the records. preempted: W&B marks the run as one that will continue."""
