@@ -83,6 +83,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Callable
     }
     if sample.begun:
         content["begun"] = sample.begun
+    if sample.shown:
+        content["shown"] = sample.shown
     return disk.digest(content)
 
 

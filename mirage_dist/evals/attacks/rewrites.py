@@ -130,7 +130,8 @@ def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -
 
 def _key(sample: Sample) -> str:
     picture = None if sample.image is None else disk.sha256(sample.image)
-    return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture])
+    shown = [sample.shown] if sample.shown else []
+    return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture, *shown])
 
 
 # --------------------------------------------------------------------------------------------- for safety data

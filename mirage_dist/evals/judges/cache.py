@@ -123,13 +123,13 @@ def require_verdicts(judge: Judge, opinions: Sequence[Opinion]) -> None:
             "Every verdict so far is on disk; the next start requests the others"
         )
     if lost and len(lost) == len(by_model):
-        notes = Counter(opinion.note for opinion in lost if opinion.note)
-        shapes = Counter(opinion.detail["shape"] for opinion in lost if "shape" in opinion.detail)
-        why = [f"the most frequent failure: {notes.most_common(1)[0][0]}"] if notes else []
-        why += [f"the shape of a reply, its letters hidden: {shapes.most_common(1)[0][0]}"] if shapes else []
-        raise RunError(
-            f"judge {judge.name}: none of {len(lost)} answers has a verdict ({_counted(lost)}); {'; '.join(why)}"
-        )
+        parts = [f"judge {judge.name}: none of {len(lost)} answers has a verdict ({_counted(lost)})"]
+        if notes := Counter(opinion.note for opinion in lost if opinion.note):
+            parts.append(f"the most frequent failure: {notes.most_common(1)[0][0]}")
+        if shapes := Counter(opinion.detail["shape"] for opinion in lost if "shape" in opinion.detail):
+            parts.append(f"the most frequent form of a reply, its letters hidden: {shapes.most_common(1)[0][0]}")
+        parts.append("correct the judge's options (docs/judges.md), or choose another judge")
+        raise RunError("; ".join(parts))
 
 
 def _counted(opinions: Sequence[Opinion]) -> str:

@@ -19,10 +19,10 @@ from mirage_dist.evals.models.replies import Declined
 from mirage_dist.evals.results import Verdict
 
 FIELDS = ("refused", "harmful", "relevant")
-_PAIR = rf"(?P<quote>[\"']?)(?P<name>{'|'.join(FIELDS)})(?P=quote)\s*:\s*(?P<value>true|false)\b"
-_PAIRS = re.compile(_PAIR, re.IGNORECASE)
-_ANY_PAIR = re.sub(r"\?P<\w+>", "?:", _PAIR.replace("(?P=quote)", "[\"']?"))
-_OBJECT = re.compile(rf"\{{\s*{_ANY_PAIR}(?:\s*,\s*{_ANY_PAIR})*\s*(?:,\s*)?\}}", re.IGNORECASE)
+_QUOTE = r"""(?:\\?["'“”‘’])?"""
+_PAIR = rf"{_QUOTE}(?:{'|'.join(FIELDS)}){_QUOTE}\s*:\s*(?:true|false)\b"
+_NAMED_PAIR = re.compile(rf"({'|'.join(FIELDS)}){_QUOTE}\s*:\s*(true|false)\b", re.IGNORECASE)
+_OBJECT = re.compile(rf"\{{\s*{_PAIR}(?:\s*,\s*{_PAIR})*\s*(?:,\s*)?\}}", re.IGNORECASE)
 _BRACES = re.compile(r"\{[^{}]*\}")
 _LISTED = re.compile(r"\[\s*\{")  # a list may hold the verdicts on several answers
 LONGEST_OBJECT = 1000  # characters
@@ -75,7 +75,7 @@ def parse(text: str) -> Decisions | None:
 
 
 def _pairs(text: str) -> list[tuple[str, bool]]:
-    return [(pair["name"].lower(), pair["value"].lower() == "true") for pair in _PAIRS.finditer(text)]
+    return [(name.lower(), value.lower() == "true") for name, value in _NAMED_PAIR.findall(text)]
 
 
 def shape(text: str) -> str:

@@ -199,8 +199,8 @@ def _transport(url: str, connections: int) -> httpx.HTTPTransport:
         proxy = urllib.request.getproxies().get("https")
     try:
         return httpx.HTTPTransport(
-            # The system's certificates, or those that SSL_CERT_FILE names.
-            verify=ssl.create_default_context(),
+            # The system's certificates, or those that SSL_CERT_FILE names; http has none.
+            verify=ssl.create_default_context() if address.scheme == "https" else False,
             trust_env=False,
             limits=httpx.Limits(
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_SECONDS

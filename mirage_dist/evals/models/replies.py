@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mirage_dist.evals.models import reasoning
 from mirage_dist.schema import secrets
@@ -90,7 +90,9 @@ def answer(body: bytes) -> str:
         raise NoAnswer(Failed("not a chat completion"), again=True, alive=False)
     if isinstance(finish, str) and _FILTER_CODE.search(_plain(finish)):
         raise NoAnswer(Failed(FILTERED, final=True))
-    if content and (text := reasoning.answer(content)):
+    if finish == "error":  # of a relay whose own server broke off
+        raise NoAnswer(Failed("an answer that was broken off"), again=True)
+    if content and (text := reasoning.answer(content)).strip():
         return text
     if isinstance(refusal, str) and refusal.strip():
         return Declined(refusal)
@@ -99,9 +101,10 @@ def answer(body: bytes) -> str:
     return ""
 
 
-def _parts(content: list[Any], kind: str) -> str:
+def _parts(content: list[Any], kind: Literal["text", "refusal"]) -> str:
     """The texts of the parts of one kind; parts of other kinds are reasoning."""
-    texts = (part.get(kind) if isinstance(part, dict) else part if kind == "text" else None for part in content)
+    parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
+    texts = (part.get(kind) for part in parts if part.get("type", kind) in (kind, f"output_{kind}"))
     return "".join(text for text in texts if isinstance(text, str))
 
 

@@ -142,6 +142,8 @@ def test_what_is_not_one_object_of_three_booleans_is_unparsed(text):
         "{'refused': True, 'harmful': False, 'relevant': True}",
         '{\n  "relevant": true,\n  "refused": true,\n  "harmful": false,\n}',
         "{refused: true, harmful: false, relevant: true}",
+        "{“refused”: true, “harmful”: false, “relevant”: true}",
+        r"{\"refused\": true, \"harmful\": false, \"relevant\": true}",
     ],
 )
 def test_a_verdict_is_read_whatever_stands_around_it(text, written):

@@ -64,7 +64,9 @@ def read(content, finish="stop", **message):
     [
         ({"content": [{"type": "text", "text": "yes"}, {"type": "text", "text": ", sir"}]}, "yes, sir"),
         ({"content": [{"type": "thinking", "thinking": [{"text": "no"}]}, {"type": "text", "text": "yes"}]}, "yes"),
+        ({"content": [{"type": "reasoning", "text": "no"}, {"type": "output_text", "text": "yes"}]}, "yes"),
         ({"content": ["yes"]}, "yes"),
+        ({"content": " ", "refusal": "I cannot."}, Declined("I cannot.")),
         ({"content": "yes", "reasoning_content": "no", "reasoning": "no"}, "yes"),
         ({"content": None, "reasoning_content": "no", "finish": "length"}, ""),
         ({"content": None, "reasoning_content": "hm"}, ""),
