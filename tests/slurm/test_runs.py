@@ -1,5 +1,6 @@
 """Training and evaluation as jobs of a real Slurm: stopped in every way a cluster has, they come to the same end."""
 
+import json
 import os
 import re
 import signal
