@@ -52,8 +52,8 @@ def narrow_mlps(config: Any) -> None:
 def parts(config: Any) -> list[Any]:
     """The configurations of the decoder and of every other part, each once."""
     inner = [getattr(config, name, None) for name in config.sub_configs or {}]
-    found = {id(part): part for part in (config.get_text_config(), *inner) if hasattr(part, "to_dict")}
-    return list(found.values())
+    by_id = {id(part): part for part in (config.get_text_config(), *inner) if hasattr(part, "to_dict")}
+    return list(by_id.values())
 
 
 def _narrow(part: Any) -> tuple[str, int, int] | None:
