@@ -20,12 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
     order: one paragraph each, without a traceback.
     """
-    parsed, rest = _parser().parse_known_args(arguments)
-    # key=value may stand anywhere; argparse takes positional arguments in one run only.
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides = [*parsed.overrides, *rest]
+    parsed = parse(arguments)
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -40,6 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"mirage: {stop}", flush=True)
         exit_well(signals.STOPPED)
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    # key=value may stand anywhere; argparse takes positional arguments in one run only.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KIND",
         help="what counts as a refusal: list (our phrases, the default), published (VLGuard's), label (`safe`), or "
         "FIELD=VALUE of a record",
+    )
+    audit.add_argument(
+        "--refusals", metavar="FILE", help="a JSON list of refusal phrases in place of ours, for another language"
     )
     audit.add_argument("--ngrams", type=_count, default=1, metavar="N", help="also the first 2, …, N words")
     audit.add_argument("--length", action="store_true", help="also the question's length")
@@ -199,10 +208,12 @@ def _audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import audit
     from mirage_dist.report import audit as page
 
-    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
+    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
     result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
     files = page.write(result, parsed.out) if parsed.out else []
     print(page.table(result), *files, sep="\n", flush=True)
+    if not result["verdict"]["measured"]:
+        raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 
