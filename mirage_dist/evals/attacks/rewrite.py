@@ -137,7 +137,7 @@ class Rewrite(Generated):
         rewrites: list[str] = []
         taken = {_plain(text) for text in (question, *kept)}
         for text in map(_bare, _lines(reply)):
-            if _plain(text) in taken or len(rewrites) + len(kept) == self.shots or not self._begins(text):
+            if _plain(text) in taken or len(rewrites) + len(kept) >= self.shots or not self._begins(text):
                 continue
             if self.word is None and is_refusal(text) and not is_refusal(question):
                 continue  # no word is required, so a sentence that declines to reword would count
