@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what counts as a refusal: list (our phrases, the default), published (VLGuard's), label (`safe`), or "
         "FIELD=VALUE of a record",
     )
+    audit.add_argument(
+        "--refusals", metavar="FILE", help="a JSON list of refusal phrases in place of ours, for another language"
+    )
     audit.add_argument("--ngrams", type=_count, default=1, metavar="N", help="also the first 2, …, N words")
     audit.add_argument("--length", action="store_true", help="also the question's length")
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
@@ -206,10 +209,12 @@ def _audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import audit
     from mirage_dist.report import audit as page
 
-    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
+    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
     result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
     files = page.write(result, parsed.out) if parsed.out else []
     show(page.table(result), *files)
+    if not result["verdict"]["measured"]:
+        raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 
