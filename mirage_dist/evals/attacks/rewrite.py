@@ -38,6 +38,7 @@ MARK = re.compile(
 EMPHASIS = re.compile(
     r"(?<!\w)(\*{1,3}|_{1,3}|~~|`)(?=\S)(.+?)(?<=\S)\1(?!\w)|</?(?:b|i|u|p|li|em|code|strong)>|<br ?/?>"
 )
+DEPTH = 8  # of such marks around each other
 # … and quotation marks.
 QUOTED = re.compile(r"""^(?:"(.*)"|'(.*)'|“(.*)”|‘(.*)’|«(.*)»|„(.*)[“”]|「(.*)」|『(.*)』)[,;]?$""")
 
@@ -169,12 +170,13 @@ def _lines(reply: str) -> list[str]:
 
 def _bare(line: str) -> str:
     """A line without what models put around a rewrite, in whatever order they do."""
-    before = None
-    while line != before:
+    for _ in range(DEPTH):
         before = line
         line = EMPHASIS.sub(lambda match: match[2] or "", MARK.sub("", line)).strip()
         if quoted := QUOTED.match(line):
             line = next(text for text in quoted.groups() if text is not None).strip()
+        if line == before:
+            break
     return line.strip('"“”').strip()
 
 
