@@ -9,7 +9,7 @@ import torch
 from families import published, tasks
 from mirage_dist import cli
 
-# These take 10 to 25 s of one core each for their many picture tokens, the others 1 to 8 s.
+# These have the most picture tokens: together some 35 s of one core. The others take about a minute, all twelve.
 SLOW = {"idefics3", "mllama"}
 NAMES = [name for name in published.SIZES if name not in SLOW or os.environ.get("MIRAGE_EVERY_SIZE")]
 
