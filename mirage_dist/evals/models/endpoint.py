@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import email.utils
 import json
-import mimetypes
 import os
 import random
 import threading
@@ -19,9 +18,9 @@ import urllib.request
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 
+from mirage_dist.data import pictures
 from mirage_dist.schema import ChatConfig, ConfigError
 
 LONGEST_WAIT = 300.0  # seconds; a longer Retry-After is cut to this
@@ -113,8 +112,8 @@ class Endpoint:
     def _outcome(self, system: str, text: str, image: str | None) -> tuple[str | None, str]:
         try:
             body = json.dumps({**self.fixed, "messages": _messages(system, text, image)}).encode()
-        except OSError:
-            return None, "its picture cannot be read"
+        except pictures.PictureError as error:
+            return None, f"its picture cannot be used: {error.cause}"
         reason = ""
         for attempt in range(self.retries + 1):
             if self._stopped.is_set():
@@ -180,8 +179,8 @@ def _content(body: bytes) -> str:
 def _messages(system: str, text: str, image: str | None) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if image is not None:
-        kind = mimetypes.guess_type(image)[0] or "image/png"
-        data = base64.b64encode(Path(image).read_bytes()).decode()
+        kind, content_bytes = pictures.encoded(image)
+        data = base64.b64encode(content_bytes).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from mirage_dist import config as configs
 from mirage_dist import disk, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
-from mirage_dist.data.encoding.pictured import Aspect, aspect_of
+from mirage_dist.data.encoding.framing import Aspect
+from mirage_dist.data.encoding.pictured import aspect_of
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
