@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mirage_dist import disk
 from mirage_dist.schema import Choice, ConfigError
+from mirage_dist.schema.texts import fault_within
 
 T = TypeVar("T")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
@@ -104,6 +105,8 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+    if (why := fault_within(plain)) is not None:
+        raise ConfigError(f"{source}: {why}")
     return _build(schema, plain, source, "")
 
 

@@ -3,6 +3,9 @@
 Every function writes to a temporary path with a random name and then renames or links it, so a reader sees the old
 content or the new content, and an interrupted write leaves at most a file or folder named `NAME.HEX.tmp`.
 
+Nothing is removed for its name, which a user may have chosen too: a folder that this package may remove again holds a
+file `.mirage_dist` with the process that made it (see `own`). No other module removes folders.
+
 Modes follow one rule. What holds model output on harmful questions is private: its owner alone may read it (0600 for
 files, 0700 for folders), whatever the umask. Everything else, weights included, gets the mode that a plain `open` or
 `mkdir` gives under the umask, also where a library made the file through a private temporary (safetensors does).
@@ -11,6 +14,7 @@ files, 0700 for folders), whatever the umask. Everything else, weights included,
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,12 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mirage_dist import liveness
+from mirage_dist.liveness import Owner
 from mirage_dist.schema.errors import ConfigError, RunError
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that accepts no more data
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.(tmp|gone)")  # follows the name of the file or folder that was being written
+MARK = ".mirage_dist"  # in a folder that this package made and may remove: its maker (see `liveness.Owner`), as JSON
 CHUNK_BYTES = 1 << 24  # written and hashed at once
 REMOVAL_ATTEMPTS, REMOVAL_PAUSE = 20, 0.1  # seconds
+ABANDONED_SECONDS = 3600.0  # after which a temporary folder without a readable mark is taken for abandoned
 
 Piece = str | bytes | bytearray | memoryview
 Content = Piece | Iterable[Piece]
@@ -201,7 +209,8 @@ def folder(
     workspace: the folder of the temporary (see `write`). durable: every file in it is synced first.
     shared: other processes may write the same content at the same time; the first one wins, and `out` may exist.
 
-    Files in it get the modes of the module's rule, however they were made. An empty folder `out` is replaced.
+    Files in it get the modes of the module's rule, however they were made. An empty folder `out` is replaced. What
+    processes that have died since left of their attempts at `out` is removed first.
     Raises ConfigError when `out` exists (unless shared), before the block starts or after it; RunError when the
     temporary was removed while it was filled, as happens to a job whose workspace another job has taken over.
     """
@@ -209,14 +218,16 @@ def folder(
         raise ConfigError(f"{out} exists; choose a new directory")
     if workspace is None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(out, workspace)
+        remove_leftovers(out)
+    outer = own(_sibling(out, workspace), parents=False)
+    temporary = outer / out.name
     temporary.mkdir(mode=0o700 if private else 0o777)
     made = temporary.stat()
     try:
         yield temporary
         # Libraries make folders that are missing: one that was removed may exist again, with half of its files.
         if not temporary.is_dir() or not os.path.samestat(made, temporary.stat()):
-            raise RunError(f"{temporary}: was removed while it was written; nothing was put at {out}")
+            raise RunError(f"{outer}: was removed while it was written; nothing was put at {out}")
         _settle(temporary, made.st_mode, durable)
         try:
             os.rename(temporary, out)
@@ -226,7 +237,8 @@ def folder(
             if not shared:
                 raise ConfigError(f"{out} exists; another process has written it meanwhile") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            _remove_tree(outer)
     if durable:
         sync_folder(out.parent)
 
@@ -252,17 +264,53 @@ def _settle(root: Path, mode: int, durable: bool) -> None:
 # ------------------------------------------------------------------------------------------------------- removal
 
 
-def leftovers(path: Path, workspace: Path | None = None) -> list[Path]:
-    """Temporaries that interrupted writers and removals of `path` left beside it, or in `workspace`."""
-    home = workspace or path.parent
-    names = (entry for entry in home.iterdir() if entry.name.startswith(path.name)) if home.is_dir() else ()
-    return sorted(entry for entry in names if TEMPORARY.fullmatch(entry.name, len(path.name)))
+def own(folder: Path, owner: Owner | None = None, *, parents: bool = True) -> Path:
+    """Make `folder` with the mark of `owner` (default: this process), and return it; `remove_own` may remove it.
+
+    A folder that has the mark keeps it. Raises ConfigError when `folder` exists without the mark and is not empty.
+    """
+    folder.mkdir(parents=parents, exist_ok=True)
+    if not owned(folder):
+        raise ConfigError(f"{folder} exists, and mirage_dist did not make it; move it away or choose another place")
+    if not (folder / MARK).exists():
+        (folder / MARK).write_text(json.dumps((owner or Owner.current()).record()) + "\n")
+    return folder
 
 
-def remove_leftovers(path: Path, workspace: Path | None = None) -> None:
-    """Remove the leftovers of `path`. Call it only where no other process can be writing `path`."""
-    for entry in leftovers(path, workspace):
-        remove(entry)
+def owned(folder: Path) -> bool:
+    """Whether this package made the folder: it has the mark, or its maker or its removal ended before anything else."""
+    return not folder.is_symlink() and folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
+
+
+def remove_own(folder: Path, workspace: Path | None = None) -> bool:
+    """Remove a folder that has the mark, as `remove` does; False, and nothing is removed, where it has none."""
+    if not owned(folder):
+        return False
+    remove(folder, workspace)
+    return True
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Folders beside `path` in which processes that have died since were writing it."""
+    beside = path.parent.glob(f"{glob.escape(path.name)}.*") if path.parent.is_dir() else ()
+    names = (entry for entry in beside if TEMPORARY.fullmatch(entry.name, len(path.name)))
+    return sorted(entry for entry in names if owned(entry) and _abandoned(entry))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the leftovers of `path`."""
+    for entry in leftovers(path):
+        with suppress(OSError):  # another process removes them too
+            remove_own(entry)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether the maker of a folder has died. False where this process cannot see that, as from another host."""
+    record = liveness.read(folder / MARK)
+    if record is None:  # empty, or cut by a power failure
+        return time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+    owner = Owner.from_record(record)
+    return owner.superseded() or owner.alive() is False
 
 
 def detach(path: Path, workspace: Path | None = None) -> Path:
@@ -281,21 +329,41 @@ def detach(path: Path, workspace: Path | None = None) -> Path:
 def remove(path: Path, workspace: Path | None = None) -> None:
     """Remove a file, a link or a folder if it exists, although a former owner may still be writing into it.
 
+    For paths whose name and place are this package's own; `remove_own` is for those that a user may have made.
     A link is removed, never what it points to. Raises OSError when something keeps writing into the folder.
     """
     try:
         gone = detach(path, workspace)
     except FileNotFoundError:
         return
+    discard(gone)
+
+
+def discard(gone: Path) -> None:
+    """Remove what `detach` returned. Raises OSError when something keeps writing into it."""
     if gone.is_symlink() or not gone.is_dir():
-        gone.unlink()
+        gone.unlink(missing_ok=True)
         return
     for _ in range(REMOVAL_ATTEMPTS):
-        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(OSError):
+            _remove_tree(gone)
         if not gone.exists():
             return
         time.sleep(REMOVAL_PAUSE)
     raise OSError(f"{gone} cannot be removed: something keeps writing into it")
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder, the mark last, so that the rest of an interrupted removal is still known as ours."""
+    for entry in folder.iterdir():
+        if entry.name == MARK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------------- digests

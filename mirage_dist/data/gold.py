@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mirage_dist.data import records
 from mirage_dist.data.formats import base, vlguard
 from mirage_dist.data.refusals import is_refusal, is_refusal_as_published
 from mirage_dist.schema import ConfigError
@@ -26,7 +27,7 @@ def refusals(file: Path) -> dict[str, dict[str, int]]:
     Raises ConfigError naming file, record and field for what is not VLGuard's format.
     """
     counts = {split: dict.fromkeys(("answers", *TESTS), 0) for split in vlguard.FIELDS}
-    for number, record in enumerate(base.records(file)):
+    for number, record in records.checked(file):
         try:
             for split in vlguard.splits(base.get(record, "safe", bool)):
                 for pair in vlguard.pairs(record, split):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import disk
+from mirage_dist.data import records
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
@@ -38,7 +38,9 @@ class Answers:
 
 
 def harvest(path: Path) -> Answers:
-    """A model's answers to unchanged questions, from a JSONL file or a folder of them; attacked rows are left out.
+    """A model's answers to unchanged questions; attacked rows are left out.
+
+    path: a file of any form that `data.records` reads, or a folder of JSONL files.
 
     Raises ConfigError when there is no file, and naming file, record and field for a row that is no answer.
     """
@@ -70,22 +72,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _rows(file: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Lines with an id, a question and a response. A last line that breaks off was cut by a worker's death; counted."""
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-    for number, line in enumerate(lines):
-        last = number + 1 == len(lines)
-        if last and not line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # no JSON, or not even UTF-8
-            if last:
-                left_out["half_lines"] += 1
-                continue
-            raise ConfigError(f"{file}: record {number}: not JSON: {error}") from error
+    """Rows with an id, a question and a response. A last line that breaks off was cut by a worker's death; counted."""
+    if records.size(file) == 0:  # of a worker that has not answered yet
+        return
+    for number, row in records.checked(file, torn=lambda: left_out.update(half_lines=1)):
         for name in ("id", "question", "response"):
             kinds = (str, int) if name == "id" else str
             if not isinstance(row, dict) or not isinstance(row.get(name), kinds):

@@ -18,6 +18,7 @@ from mirage_dist.data.pictures import Inspection, Size, shortened
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema.texts import fault_within
 
 
 # Sizes of pictures -> why a model's processor refuses those that it refuses (see `Encoder.refusals`).
@@ -154,8 +155,12 @@ def _files(config: Format, pattern: str) -> list[Format]:
 def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> list[Sample]:
     if not isinstance(record, Mapping):
         raise BadRecord(f"expected an object, got {type(record).__name__}")
+    if (why := fault_within(record)) is not None:
+        raise BadRecord(why)
     samples = list(opened.parse(record, number, dropped))
     for sample in samples:
+        if "\0" in (sample.image or ""):
+            raise BadRecord(f"image {sample.image!r:.100}: a path cannot hold a NUL character")
         if any(PICTURE in text for turn in [*sample.history, (sample.question, sample.answer)] for text in turn):
             raise BadRecord(f"a text holds {PICTURE}, which a processor would take for another picture")
     return samples

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.texts import check_template, fill
 
 FIRST_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -39,12 +40,12 @@ def check_templates(templates: Sequence[str], key: str) -> None:
     """Check templates, in which {question} stands for the whole question and {rest} for what follows its first word.
 
     key: the option that holds them, for errors. Raises ConfigError when there is no template, and for a template
-    without a placeholder or with an unknown one.
+    without a placeholder or with another one.
     """
     if not templates:
         raise ConfigError(f"{key} is empty; give at least one template, such as 'What {{rest}}'")
     for template in templates:
-        if set(re.findall(r"{(.*?)}", template)) - {"rest", "question"} or "{" not in template:
+        if not check_template(template, ("rest", "question"), key):
             raise ConfigError(f"{key}: {template!r}; use {{rest}} or {{question}}, and nothing else in braces")
 
 
@@ -52,7 +53,7 @@ def fill_template(template: str, sample: Sample) -> str:
     """The sample's question reworded by a template; its first letter keeps its case. Raises as `first_word`."""
     first = first_word(sample)
     rest = sample.question[first.end() :].lstrip(" ,:;")
-    return cased(template.replace("{rest}", rest).replace("{question}", sample.question), first[0])
+    return cased(fill(template, rest=rest, question=sample.question), first[0])
 
 
 def cased(text: str, like: str) -> str:

@@ -50,14 +50,14 @@ class Quantisation:
         return {"before": headline(setting.before)["entry"], "after": after}
 
     def _after(self, setting: Setting, bits: int) -> Quantised:
-        out = setting.folder / f"model-int{bits}"
+        out = disk.own(setting.folder / "rounded") / f"model-int{bits}"
         setting.log(f"{bits} bits a weight")
         weights = write_rounded(setting, bits, self.group if bits <= WIDEST_GROUPED else None, out)
         sets = setting.recipe.sets
         if not self.attacks:
             sets = {name: EvalSetConfig(options.kind, options.sources) for name, options in sets.items()}
         result = setting.evaluate(f"int{bits}", replace(setting.model, path=str(out)), sets)
-        disk.remove(out)
+        disk.remove_own(out.parent)
         return {"entry": headline(result)["entry"], "weights": weights}
 
 
@@ -97,7 +97,6 @@ def round_decoder(hf: Any, bits: int, group: int | None) -> Rounding:
 def write_rounded(setting: Setting, bits: int, group: int | None, out: Path) -> Rounding:
     """Write the model under test with rounded weights to `out`, as an ordinary model directory."""
     disk.remove(out)  # of a start that was killed
-    disk.remove_leftovers(out)
     source = Path(str(setting.model.path))
     with disk.folder(out, durable=False) as folder:
         weights = shutil.ignore_patterns("*.safetensors*", "*.tmp")

@@ -98,7 +98,8 @@ class Relearning:
                 name, lambda n=n, name=name: self._run(setting, recipe, name, pool[:n], questions)
             )
             # Only after the result is kept: without checkpoints an interrupted test would have to train again.
-            disk.remove(setting.folder / name / "run" / "checkpoints")
+            if disk.owned(setting.folder / name / "run"):
+                disk.remove(setting.folder / name / "run" / "checkpoints")
         return {"questions": len(questions), "contents": len(set(setting.forget.labels(self.label))), "runs": runs}
 
     def _run(
@@ -111,6 +112,7 @@ class Relearning:
         sets = {SET: EvalSetConfig("unsafe", [setting.questions(f"{name}/questions", parts)])}
         source, folder = setting.questions(f"{name}/samples", samples), setting.folder / name / "run"
         setting.log(f"{len(samples)} samples, {self.steps} steps")
+        disk.own(folder)
         self.train(training(setting, recipe, folder, source, self.steps, self.every))
         steps = {"0": _rates(setting.evaluate(f"{name}/step-000000", setting.model, sets))}
         for step in range(self.every, self.steps + 1, self.every):

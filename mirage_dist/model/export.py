@@ -16,6 +16,7 @@ from mirage_dist.model.adapters.quantization import unquantized
 from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, check_form
+from mirage_dist.schema.texts import fill
 
 Form = Literal["merged", "adapter", "both"]
 CARD = """---
@@ -51,10 +52,11 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
     facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
-    card = CARD.format(
+    card = fill(
+        CARD,
         **facts,
         library="peft" if form == "adapter" else "transformers",
-        step=step_of(checkpoint),
+        step=str(step_of(checkpoint)),
         hash=configs.config_hash(recipe)[:16],
     )
     with disk.folder(out, workspace=workspace) as partial:

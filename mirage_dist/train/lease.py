@@ -1,7 +1,7 @@
 """The right to write a run directory: one job at a time has it, and none that comes back after another took over.
 
     owner.json             the owner (see `liveness.Owner`)
-    work-TOKEN.tmp/        the owner's workspace; `beat` in it changes while the owner lives
+    work-TOKEN.tmp/        the owner's workspace (marked, see `disk.own`); `beat` in it changes while it lives
 
 The fence: everything that the owner publishes (a checkpoint, `latest`, an export) is a rename out of its workspace, and
 everything that it removes is a rename into it. A job that takes over removes its predecessor's workspace, and every
@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from mirage_dist import disk, liveness
 from mirage_dist.liveness import Heartbeat, Observer, Owner
 from mirage_dist.schema import RunError
 
+WORKSPACE = re.compile(r"work-[0-9a-f]{12}\.tmp(\.[0-9a-f]{8}\.gone)?")
 BEATS_MISSED = 3  # after so many missed beats an owner that is not in the process table is dead
 
 
@@ -96,11 +98,16 @@ def acquire(root: Path) -> Lease:
                     f"{root} belongs to {owner}, which is running. Wait for it or cancel it, or choose another run.dir"
                 )
             lease = Lease(root, Owner.current())
-            lease.workspace.mkdir()
+            disk.own(lease.workspace, lease.owner)
             # The predecessor is fenced before our name is published, so that it cannot remove that.
             for other in root.glob("work-*"):
-                if other != lease.workspace:
-                    disk.remove(other)
+                if other != lease.workspace and WORKSPACE.fullmatch(other.name):
+                    disk.remove_own(other)
+            if owner is not None and workspace_of(root, owner).exists():
+                raise RunError(
+                    f"{workspace_of(root, owner)}: the workspace of {owner}, which has ended, holds no {disk.MARK}; "
+                    "remove it when no job writes there, then start again"
+                )
             lease.publish("owner.json", json.dumps(lease.owner.record(), indent=1) + "\n")
     except OSError as error:
         raise RunError(f"{root}: the run directory cannot be written: {error}") from error

@@ -77,9 +77,8 @@ class Cluster:
         while not true():
             over = self.over(job) and not true()
             if over or time.monotonic() > end:
-                pytest.fail(
-                    f"{'the job ended without' if over else f'not within {seconds} s'}: {what}\n{self.log(job)}"
-                )
+                problem = "the job ended without" if over else f"not within {seconds} s"
+                pytest.fail(f"{problem}: {what}\n{self.log(job)}\n{self.daemons()}")
             time.sleep(0.1)
 
     def ended(self, job: str, seconds: float = 150) -> dict[str, str]:
@@ -89,6 +88,12 @@ class Cluster:
 
     def log(self, job: str) -> str:
         return "".join(file.read_text() for file in sorted(self.work.glob(f"*-{job}.log")))
+
+    def daemons(self) -> str:
+        """The state of the nodes and the ends of the daemons' logs, for a failure that is Slurm's own."""
+        ends = [(file.name, file.read_text().splitlines()[-12:]) for file in sorted((self.root / "lab/log").iterdir())]
+        logs = (f"{name}:\n" + "\n".join(lines) for name, lines in ends)
+        return "\n".join((self.ask("sinfo", "--Node", "--long", check=False).stdout, *logs))
 
     def starts(self, job: str) -> list[dict]:
         """What the stand-in noted: {"words", "env"} of each start of each task of a job or of an array's elements."""

@@ -145,7 +145,12 @@ start_lab() {
 
 start_node() {
   mkdir -p "$lab/spool/$1"
-  slurmd -N "$1"
+  # In the foreground of a shell of its own, for what it says when it dies, and with which status, is in no log of its.
+  (
+    status=0
+    setsid --wait slurmd -D -N "$1" || status=$?
+    echo "slurmd $1 ended with status $status"
+  ) </dev/null >>"$lab/log/$1.txt" 2>&1 &
 }
 
 # A zombie counts as gone: in a container the first process may reap late or never.

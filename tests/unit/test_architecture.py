@@ -24,10 +24,10 @@ MODULES = {
 # only what is named here.
 FLOORS = [
     ["schema", "progress", "stats"],
-    ["signals"],
+    ["signals", "liveness"],
     ["disk"],
     ["config"],
-    ["registry", "ranks", "liveness", "launching"],
+    ["registry", "ranks", "launching"],
     ["kernels", "data"],
     ["model", "objectives"],
     ["train", "evals"],
@@ -36,7 +36,6 @@ FLOORS = [
 ]
 BESIDE = {
     "ranks": {"progress"},
-    "liveness": {"ranks", "progress"},
     "launching": {"progress"},
     "inputs": {"embedded"},
     "demo": {"inputs"},
@@ -171,6 +170,11 @@ def test_a_file_is_one_thing_and_loads_nothing_unsafe(file: Path):
     assert "torch.load(" not in text
     assert "object.__setattr__" not in text  # a frozen dataclass is not changed
     assert "pickle" not in text.replace("allow_pickle=False", "")
+
+
+def test_only_disk_removes_folders():
+    removing = re.compile(r"\brmtree\b|\.rmdir\(|\bremovedirs\b|shutil\.move\(")
+    assert [str(f) for f in FILES if f != PACKAGE / "disk.py" and removing.search(f.read_text())] == []
 
 
 def test_models_and_processors_are_loaded_in_one_place():

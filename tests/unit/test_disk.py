@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirage_dist import disk
+from mirage_dist.liveness import Owner
 from mirage_dist.schema import ConfigError, RunError
 
 
@@ -249,15 +250,75 @@ def test_what_is_published_replaces_a_file_and_an_empty_folder(tmp_path):
     assert (tmp_path / "step" / "shard").exists()
 
 
-def test_only_our_leftovers_are_removed(tmp_path):
-    ours = ["out.01234567.tmp", "out.89abcdef.gone"]
-    others = ["out", "out.tmp", "out.0123456.tmp", "out.01234567.tmp.bak", "out2.01234567.tmp", "x.out.01234567.tmp"]
+def test_only_leftovers_of_dead_makers_are_removed(tmp_path):
+    """Neither for a name alone, nor while the maker lives, nor where nobody here can see whether it does."""
+    dead = Owner.current().record() | {"process": "1"}  # another process had this number
+    ours = ["o[u]t.01234567.tmp", "o[u]t.89abcdef.gone"]
+    others = [
+        "o[u]t",
+        "o[u]t.tmp",
+        "o[u]t.0123456.tmp",
+        "o[u]t.01234567.tmp.bak",
+        "o[u]t2.01234567.tmp",
+        "out.01234567.tmp",
+    ]
     for name in ours + others:
-        (tmp_path / name).mkdir()
-    assert [path.name for path in disk.leftovers(tmp_path / "out")] == ours
-    disk.remove_leftovers(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+        disk.own(tmp_path / name, Owner.from_record(dead))
+        (tmp_path / name / "file").write_text("")
+    disk.own(tmp_path / "o[u]t.aaaaaaaa.tmp")
+    disk.own(tmp_path / "o[u]t.bbbbbbbb.tmp", Owner.from_record(dead | {"host": "elsewhere"}))
+    (tmp_path / "o[u]t.cccccccc.tmp").mkdir()
+    (tmp_path / "o[u]t.cccccccc.tmp/theirs").write_text("")
+    kept = [*others, *(f"o[u]t.{c * 8}.tmp" for c in "abc")]
+    assert [path.name for path in disk.leftovers(tmp_path / "o[u]t")] == ours
+    disk.remove_leftovers(tmp_path / "o[u]t")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
     disk.remove_leftovers(tmp_path / "missing" / "out")
+
+
+def test_a_maker_that_was_killed_leaves_what_the_next_removes(tmp_path):
+    """Also in a container, where every maker has the same process number."""
+    script = (
+        "import os, sys; from pathlib import Path; from mirage_dist import disk\n"
+        "with disk.folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")]).returncode == -9
+        assert len(list(tmp_path.iterdir())) == 1
+    with disk.folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("whole")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/file"]
+
+
+def test_an_interrupted_removal_is_still_known_as_ours(tmp_path, monkeypatch):
+    folder = disk.own(tmp_path / "folder")
+    (folder / "a").write_text("")
+    (folder / "b").mkdir()
+
+    def fail(path):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(disk, "REMOVAL_PAUSE", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.shutil, "rmtree", fail)
+        with pytest.raises(OSError, match="cannot be removed"):
+            disk.remove_own(folder)
+    (gone,) = tmp_path.iterdir()
+    assert disk.remove_own(gone)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_somebody_else_made_is_neither_taken_nor_removed(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "file").write_text("theirs")
+    (tmp_path / "link").symlink_to(theirs)
+    for path in (theirs, tmp_path / "link", tmp_path / "missing", theirs / "file"):
+        assert not disk.remove_own(path)
+    with pytest.raises(ConfigError, match="mirage_dist did not make it; move it away"):
+        disk.own(theirs)
+    assert (theirs / "file").read_text() == "theirs"
 
 
 def test_removal_follows_no_link_and_misses_nothing(tmp_path):
@@ -287,15 +348,15 @@ def test_a_detached_folder_is_out_of_reach_of_its_former_owner(tmp_path):
 def test_a_removal_ends_although_somebody_still_writes(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
-    real, calls = disk.shutil.rmtree, []
+    real, calls = disk.Path.rmdir, []
 
-    def rmtree(path, **options):
+    def rmdir(path):
         calls.append(path)
-        real(path, **options)
+        real(path)
         if len(calls) < 3:
             path.mkdir()  # a former owner that holds the folder open
 
-    monkeypatch.setattr(disk.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(disk.Path, "rmdir", rmdir)
     monkeypatch.setattr(disk, "REMOVAL_PAUSE", 0.0)
     disk.remove(folder)
     assert len(calls) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,28 +90,9 @@ def records(path: Path) -> list[Any]:
     return list(streamed.read(path))
 
 
-def contents(path: Path) -> str:
-    """The text of a file without a byte-order mark. Raises ConfigError for a file that cannot be read or is empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not text.strip():
-        raise ConfigError(f"{path}: the file is empty")
-    return text
-
-
-def decoded(path: Path, text: str) -> Any:
-    """`text` as JSON. Raises ConfigError naming `path` for anything else."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-
-
 def table(path: Path) -> dict[str, Any]:
     """A file that is one JSON object, such as problems by their id. Raises ConfigError for anything else."""
-    value = decoded(path, contents(path))
+    value = streamed.value(path)
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {type(value).__name__}")
     return value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirage_dist.data.formats import typeset
-from mirage_dist.data.formats.base import BadRecord, Format, Opened, contents, text
+from mirage_dist.data.formats.base import BadRecord, Format, Opened, records, text
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -38,11 +36,12 @@ class FigStep(Format):
 
     def open(self) -> Opened:
         path = Path(self.path)
-        rows = csv.DictReader(io.StringIO(contents(path), newline=""))
-        missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+        rows = records(path)
+        first = rows[0] if rows and isinstance(rows[0], Mapping) else {}
+        missing = [name for name in COLUMNS if rows and name not in first]
         if missing:
             raise ConfigError(f"{path}: no column {missing[0]!r}; expected the columns {', '.join(COLUMNS)}")
-        return Opened(list(rows), self.parse)
+        return Opened(rows, self.parse)
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         if None in record or None in record.values():

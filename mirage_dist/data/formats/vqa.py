@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mirage_dist.data.formats.base import BadRecord, Format, Opened, contents, decoded, get, records, text, within
+from mirage_dist.data import records as streamed
+from mirage_dist.data.formats.base import BadRecord, Format, Opened, get, records, text, within
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.texts import fault_within
 
 ANNOTATORS = 10
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -83,11 +85,11 @@ class VQAv2(AnnotatedVQA):
 
 def _vqav2_questions(path: Path) -> tuple[Sequence[Any], str | None]:
     """The records, and the official file's name for its pictures' split, such as val2014; None for LLaVA's."""
-    start = contents(path)
+    start = streamed.text(path)
     # LLaVA's lines and the official file both begin with a brace; only the second is one object to its end.
     if '"questions"' not in start:
         return records(path), None
-    file = decoded(path, start)
+    file = streamed.value(path, start)
     if not isinstance(file, dict) or not isinstance(file.get("questions"), list):
         raise ConfigError(f"{path}: field 'questions': expected a list of records")
     if not isinstance(file.get("data_subtype"), str):
@@ -188,6 +190,8 @@ def _keyed(file: Path, annotations: Sequence[Any], key: Key) -> dict[Any, Record
         try:
             if not isinstance(record, Mapping):
                 raise BadRecord(f"expected an object, got {type(record).__name__}")
+            if (why := fault_within(record)) is not None:
+                raise BadRecord(why)
             name = key(record)
             if by_key.setdefault(name, record) is not record:
                 raise BadRecord(f"a second one for {name!r}")

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.data import records
+from mirage_dist.data.formats import BadRecord
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack, check_share
 from mirage_dist.schema import ConfigError
 
+EXPECTED = "expected a list of VLGuard records, or one a line, one for each rewrite"
+
 
 @dataclass(frozen=True)
 class File(Attack):
-    """Rewrites from a published attack file: a list of VLGuard records, one for each rewrite, joined to the set by `id`
-    (never by position) in file order.
+    """Rewrites from a published attack file: VLGuard records, one for each rewrite, joined to the set by `id` (never by
+    position) in file order. The file has any form that `data.records` reads.
 
     The first `shots` records of an id are its rewrites. min_match: the fraction of the set's samples that must have as
     many.
@@ -61,24 +64,25 @@ def read_rewrites(path: Path) -> Iterable[tuple[str, str]]:
     A plain VLGuard reader refuses such a file, because its ids repeat. Raises ConfigError that names the file, the
     record number (from 0) and the field.
     """
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise ConfigError(f"{path}: expected a list of VLGuard records, one for each rewrite")
-    for number, record in enumerate(records):
-        yield _rewrite(record, f"{path}: record {number}")
+    number = -1
+    for number, record in records.checked(path):
+        try:
+            rewrite = _rewrite(record)
+        except BadRecord as error:
+            raise ConfigError(f"{path}: record {number}: {error}; {EXPECTED}") from error
+        yield rewrite
+    if number < 0:
+        raise ConfigError(f"{path}: {EXPECTED}")
 
 
-def _rewrite(record: Any, where: str) -> tuple[str, str]:
+def _rewrite(record: Any) -> tuple[str, str]:
     if not isinstance(record, Mapping) or "id" not in record:
-        raise ConfigError(f"{where}: field 'id' is missing")
+        raise BadRecord("field 'id' is missing")
     if not isinstance(record.get("safe"), bool):
-        raise ConfigError(f"{where}: field 'safe' must be true or false, got {record.get('safe')!r}")
+        raise BadRecord(f"field 'safe' must be true or false, got {record.get('safe')!r}")
     name = "safe_instruction" if record["safe"] else "instruction"
     pairs = record.get("instr-resp")
     for pair in pairs if isinstance(pairs, list) else []:
         if isinstance(pair, Mapping) and isinstance(pair.get(name), str) and pair[name].strip():
             return str(record["id"]), pair[name]
-    raise ConfigError(f"{where}: field 'instr-resp' has no {name!r} with text")
+    raise BadRecord(f"field 'instr-resp' has no {name!r} with text")

@@ -14,6 +14,7 @@ from mirage_dist.evals.attacks.base import Generated, Key, Rewritten, check_shar
 from mirage_dist.evals.attacks.words import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend
 from mirage_dist.schema import ChatConfig, ConfigError
+from mirage_dist.schema.texts import fill
 
 if TYPE_CHECKING:
     from mirage_dist.evals.attacks.journal import Resources
@@ -76,7 +77,7 @@ class Rewrite(Generated):
             opening = f"Its first word is one of these: {', '.join(self.openers)}."
         else:
             opening = f"Its first word is none of these: {', '.join(self.avoid)}."
-        return SYSTEM.format(opening=opening)
+        return fill(SYSTEM, opening=opening)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         """Raises ConfigError when the model's directory, or the key where one is named, does not exist."""

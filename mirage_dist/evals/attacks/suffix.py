@@ -10,12 +10,11 @@ from mirage_dist import disk
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Generated, Key, Rewritten
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.texts import check_template, fill
 
 if TYPE_CHECKING:
     from mirage_dist.evals.attacks import gcg
     from mirage_dist.evals.attacks.journal import Resources, SearchState
-
-ANSWER = "{answer}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Suffix(Generated):
             raise ConfigError(f"steps={self.steps}: expected 0 (the suffix that a search starts from) or more")
         if not self.target.strip():
             raise ConfigError("target is empty; give an affirmative opening, or {answer}")
+        check_template(self.target, ("answer",), "target")
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         names = ("target", "universal", "length", "steps", "candidates", "top_k", "seed", "avoid")
@@ -84,7 +84,7 @@ class Suffix(Generated):
         """The suffix after all steps; continues after the last state that was saved under `name`."""
         from mirage_dist.evals.attacks import gcg
 
-        targets = [replace(s, answer=self.target.replace(ANSWER, s.answer)) for s in samples]
+        targets = [replace(s, answer=fill(self.target, answer=s.answer)) for s in samples]
         problem = gcg.Problem(victim, targets, self.length, f"{self.seed} {name}")
         saved = resources.state(name)
         state = problem.start() if saved is None else gcg.State(saved["step"], saved["ids"], saved["loss"])

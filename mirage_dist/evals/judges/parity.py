@@ -9,19 +9,18 @@ published list, or not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from mirage_dist.data import refusals
+from mirage_dist.data import records, refusals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint
 from mirage_dist.evals.judges.chat import ChatJudge
 from mirage_dist.evals.models.chat import Failed, Prompt
 from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema.texts import check_template, fill
 
 # Searched in lower-cased text, in which the first list's "Unfortunately" never occurs.
 IRRELEVANT = {
@@ -92,10 +91,9 @@ class PublishedParity(ChatJudge):
                 yield places[number], _opinion(reply)
 
     def _prompt(self, row: Row, question: str) -> Prompt:
-        parts = {"{question}": question, "{answer}": row["response"]}
-        text = self.texts["question"]
-        for name, value in parts.items():  # not str.format: answers hold braces
-            text = text.replace(name, value.replace("<", "‹"))  # no answer may write a special token
+        parts = {"question": question, "answer": row["response"]}
+        # No answer may write a special token.
+        text = fill(self.texts["question"], **{name: part.replace("<", "‹") for name, part in parts.items()})
         return Prompt(text, row["image"])
 
 
@@ -138,8 +136,8 @@ def _question(row: Row) -> tuple[str, str, str]:
 
 def _read(path: str) -> Mapping[str, str]:
     try:
-        texts: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        texts = records.value(Path(path))
+    except ConfigError as error:
         raise ConfigError(f"judges: prompts={path}: not readable as JSON: {error}") from error
     if (
         not isinstance(texts, dict)
@@ -147,6 +145,7 @@ def _read(path: str) -> Mapping[str, str]:
         or not all(isinstance(text, str) for text in texts.values())
     ):
         raise ConfigError(f"judges: prompts={path}: expected an object of three texts: {', '.join(PROMPTS)}")
-    if not all(name in texts["question"] for name in ("{question}", "{answer}")):
+    parts = ("question", "answer")
+    if check_template(texts["question"], parts, f"judges: prompts={path}: 'question'") != set(parts):
         raise ConfigError(f"judges: prompts={path}: 'question' must hold {{question}} and {{answer}}")
     return texts

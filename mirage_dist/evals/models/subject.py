@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainReci
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 0.5
+EXPORTS = "exported"  # the folder in a suite of a checkpoint's export
 
 
 @dataclass(frozen=True)
@@ -61,32 +61,26 @@ class Subject:
         """The model to load. A checkpoint is exported into `suite` by one worker for all others (see `discard`)."""
         if self.model.run is None:
             return replace(self.model, path=str(self.folder))
-        out = suite / f"model-{self.model_hash[:12]}"
+        out = suite / EXPORTS / f"model-{self.model_hash[:12]}"
         while not out.is_dir():
             if name := signals.received():
                 raise StopRequested(f"stopped by {name} before the first answer")
             if claim := claims.take("export"):
                 try:
-                    self._export(out, suite / f"export-{claims.token}.tmp")
+                    self._export(out)
                 finally:
                     claims.release(claim)
             else:
                 time.sleep(POLL_SECONDS)
         return replace(self.model, path=str(out), run=None, step=None)
 
-    def _export(self, out: Path, workspace: Path) -> None:
-        if out.is_dir():  # another worker exported it between the look and the claim
-            return
-        workspace.mkdir()
-        try:
-            export.export(Path(str(self.model.run)), out, self.model.step, workspace)
-        finally:
-            shutil.rmtree(workspace, ignore_errors=True)
+    def _export(self, out: Path) -> None:
+        if not out.is_dir():  # another worker may have exported it between the look and the claim
+            export.export(Path(str(self.model.run)), disk.own(out.parent) / out.name, self.model.step)
 
     def discard(self, suite: Path) -> None:
         """Remove the export of a checkpoint, and unfinished exports of killed workers."""
-        for folder in [*suite.glob("model-*"), *suite.glob("export-*.tmp")]:
-            shutil.rmtree(folder, ignore_errors=True)
+        disk.remove_own(suite / EXPORTS)
 
 
 def find(model: EvalModelConfig, run: Path) -> Subject:

@@ -12,7 +12,6 @@ at the first step boundary at which all ranks have written.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -87,7 +86,7 @@ class Saver:
         if self.group.main:
             with _write_failures(partial):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(partial, ignore_errors=True)
+                disk.remove(partial, self.workspace)
                 partial.mkdir()
         barrier(self.group, f"checkpoint {name}")
         fragments, scalars = state.fragments(engine)
@@ -181,7 +180,7 @@ class Saver:
     def _remove_later(self, checkpoint: Path) -> None:
         """Rename a checkpoint out of its folder, so that it is never half there, and remove it in the background."""
         gone = disk.detach(checkpoint, self.workspace)
-        self._writer.submit(shutil.rmtree, gone, ignore_errors=True)
+        self._writer.submit(disk.discard, gone)
 
     def close(self) -> None:
         """Commit what is pending and end the writer's thread."""

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirage_dist.data import records
+from mirage_dist.data import formats, gold, records, sources
+from mirage_dist.data.formats import figstep
+from mirage_dist.data.harvest import harvest
+from mirage_dist.evals.attacks.file import read_rewrites
 from mirage_dist.schema import ConfigError
 
 text = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -144,3 +147,127 @@ def test_a_table_that_is_none_is_refused(tmp_path):
         (tmp_path / name).write_text("no table")
         with pytest.raises(ConfigError, match=rf"{name}: cannot be read"):
             list(records.read(tmp_path / name))
+
+
+# ------------------------------------------------------------------------------- forms that every reader takes
+
+FORMS = {
+    "list": lambda rows: json.dumps(rows, indent=1),
+    "lines": lambda rows: "\n".join(map(json.dumps, rows)),
+    "lines with blank ones": lambda rows: "\n \n" + "\n\n\t\n".join(map(json.dumps, rows)) + "\n\n",
+}
+
+
+@pytest.fixture(
+    params=[(form, mark, end) for form in FORMS for mark in (False, True) for end in ("\n", "\r\n")], ids=str
+)
+def as_form(request):
+    """Records as the bytes of a file in one of the forms."""
+    form, mark, end = request.param
+    return lambda rows: FORMS[form](rows).replace("\n", end).encode("utf-8-sig" if mark else "utf-8")
+
+
+UNSAFE = {"id": "a", "image": "x.png", "safe": False, "harmful_category": "k", "harmful_subcategory": "p"}
+UNSAFE["instr-resp"] = [{"instruction": "What é 😀?", "response": "Red."}]
+
+
+def test_every_reader_takes_every_form(tmp_path, as_form):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(as_form([UNSAFE]))
+    assert list(records.read(file)) == [UNSAFE]
+    assert list(read_rewrites(file)) == [("a", "What é 😀?")]
+    assert gold.refusals(file)["unsafes"]["answers"] == 1
+    (sample,) = sources.read(formats.source("vlguard", str(file)), check_images=False).samples
+    assert (sample.question, sample.answer) == ("What é 😀?", "Red.")
+    file.write_bytes(as_form([{"id": 1, "question": "What?", "response": "Rot é"}]))
+    assert harvest(tmp_path).by_question == {("1", "What?"): "Rot é"}
+    assert harvest(file).left_out == {}
+    row = dict.fromkeys(figstep.COLUMNS, "1") | {"instruction": "Steps to bake."}
+    file.write_bytes(as_form([row]))
+    config = formats.source("figstep", str(file), variant="text_only")
+    assert [s.question for s in sources.read(config).samples] == ["1"]
+    question = {"question_id": "q", "image": "x.jpg", "text": "What?"}
+    annotated = {"image": "x.jpg", "answer_type": "other", "answers": [{"answer": "red"}] * 10}
+    file.write_bytes(as_form([question]))
+    (tmp_path / "annotations.json").write_bytes(as_form([annotated]))
+    config = formats.source("vizwiz", str(file), annotations=str(tmp_path / "annotations.json"))
+    assert [s.answer for s in sources.read(config, check_images=False).samples] == ["red"]
+
+
+@pytest.mark.parametrize(("suffix", "sign"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [False, True])
+def test_a_sheet_is_its_rows_by_name(tmp_path, suffix, sign, end, mark):
+    rows = [["id", "text"], [], ["1", 'a "quoted", é\nline'], [], ["2", ""]]
+    quoted = [sign.join('"' + value.replace('"', '""') + '"' for value in row) for row in rows]
+    file = tmp_path / f"data.{suffix}"
+    file.write_bytes((end + end.join(quoted) + end).encode("utf-8-sig" if mark else "utf-8"))
+    assert list(records.read(file)) == [{"id": "1", "text": 'a "quoted", é\nline'}, {"id": "2", "text": ""}]
+
+
+HALF = '{"id": "h", "question": "Q \\ud83d?", "response": "A", "instr-resp": []}'
+WHOLE = '{"id": "w", "question": "Q \\ud83d\\ude00?", "response": "A"}'
+
+
+@pytest.mark.parametrize(
+    "half",
+    [HALF, HALF.replace("Q \\ud83d", "Q").replace('"A"', '"\\udc00"'), HALF.replace('"instr-resp"', '"k\\ud800"')],
+)
+def test_half_a_surrogate_pair_is_a_bad_record_where_it_is_read(tmp_path, half):
+    file = tmp_path / "data.jsonl"
+    file.write_text(f"{WHOLE}\n{half}\n")
+    for reader in (lambda: list(records.checked(file)), lambda: harvest(file), lambda: harvest(tmp_path)):
+        with pytest.raises(ConfigError, match=r"data\.jsonl: record 1: field '.*': holds half of a surrogate pair"):
+            reader()
+    row = json.loads(half)
+    file.write_text(json.dumps([UNSAFE, {**UNSAFE, "id": "b", **row}]))
+    for reader in (
+        lambda: list(read_rewrites(file)),
+        lambda: gold.refusals(file),
+        lambda: sources.read(formats.source("vlguard", str(file)), check_images=False),
+    ):
+        with pytest.raises(ConfigError, match=r"data\.jsonl: record 1: field '.*': holds half of a surrogate pair"):
+            reader()
+    source = sources.read(formats.source("vlguard", str(file), on_bad_record="skip"), check_images=False)
+    assert ([s.id for s in source.samples], source.skipped) == (["a"], 1)
+    (tmp_path / "whole.json").write_text('{"a": "\\ud83d"}')
+    with pytest.raises(ConfigError, match=r"whole\.json: field 'a': holds half"):
+        records.value(tmp_path / "whole.json")
+
+
+@pytest.mark.parametrize("written", ["[\n{}]", "{}\n{}\n{}"])
+def test_what_is_not_utf8_or_has_a_trailing_comma_is_named_by_file_and_line(tmp_path, written):
+    file = tmp_path / "data.json"
+    readers = (lambda: list(records.read(file)), lambda: list(read_rewrites(file)), lambda: harvest(file))
+    file.write_text(written.replace("{}", '{"a": 1,}'))
+    place = "line 2 column" if written.startswith("[") else "line 1 column"
+    for reader in readers:
+        with pytest.raises(ConfigError, match=rf"data\.json: record 0: not JSON: .*{place}"):
+            reader()
+    file.write_text('[{"id": 1, "question": "q", "response": "r"},\n]')
+    for reader in (readers[0], readers[2]):
+        with pytest.raises(ConfigError, match=r"data\.json: record 1: not JSON: .*line [12] column"):
+            reader()
+    file.write_text(written, encoding="utf-16")
+    for reader in readers:
+        with pytest.raises(ConfigError, match=r"data\.json: cannot be read: line 1 is not UTF-8.*convert the file"):
+            reader()
+    file.write_bytes(b'{"id": 1, "question": "q", "response": "r"}\n\n{"id": "\xe9"}\n{}')
+    for reader in (readers[0], readers[2]):
+        with pytest.raises(ConfigError, match=r"cannot be read: line 3 is not UTF-8"):
+            reader()
+
+
+def test_a_record_nested_without_end_and_a_line_that_never_ends_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "data.json"
+    for start in ("", "[", '{"a":'):
+        file.write_text(start + "[" * 100_000)
+        with pytest.raises(ConfigError, match=r"record 0: not JSON: nested too deep: line 1"):
+            list(records.read(file))
+    monkeypatch.setattr(records, "LARGEST", 1000)
+    monkeypatch.setattr(records, "CHUNK", 100)
+    file.write_text('{"a": 1}\n{"a": "' + "x" * 100_000)
+    sizes = []
+    with pytest.raises(ConfigError, match=r"record 1: not JSON: line 2 is longer than"):
+        list(records.read(file, sizes.append))
+    assert sum(sizes) < 2000

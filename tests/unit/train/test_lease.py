@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mirage_dist import liveness
+from mirage_dist import disk, liveness
 from mirage_dist.liveness import Owner, process_start
 from mirage_dist.schema import RunError
 from mirage_dist.train import lease as leases
@@ -30,12 +30,14 @@ def quick(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+FORGED = "f0f0f0f0f0f0"
+
+
 def forge(root, **changes):
     """An owner.json and a workspace as another process left them."""
-    owner = {**Owner.current().record(), "token": "forged", **changes}
-    (root / "work-forged.tmp").mkdir(parents=True, exist_ok=True)
+    owner = {**Owner.current().record(), "token": FORGED, **changes}
     (root / "owner.json").write_text(json.dumps(owner))
-    return root / "work-forged.tmp"
+    return disk.own(root / f"work-{FORGED}.tmp")
 
 
 def names(root):
@@ -113,7 +115,7 @@ def test_an_owner_on_another_host_whose_beat_moves_is_named_and_keeps_its_worksp
     finally:
         stop.set()
         thread.join()
-    assert names(tmp_path) == ["owner.json", "owner.lock", "work-forged.tmp"]
+    assert names(tmp_path) == ["owner.json", "owner.lock", f"work-{FORGED}.tmp"]
 
 
 @pytest.mark.skipif(
@@ -195,11 +197,31 @@ def test_another_job_with_a_higher_restart_count_is_not_the_successor(tmp_path, 
 
 
 def test_stale_workspaces_go_even_half_removed_ones(tmp_path):
-    for name in ("work-old.tmp/step-000004.tmp", "work-older.gone/step-000002.gone"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "rank-00000-of-00001.safetensors").write_bytes(b"half")
+    for name, inner in (
+        ("work-0123456789ab.tmp", "step-4.tmp"),
+        ("work-ba9876543210.tmp.01234567.gone", "step-2.gone"),
+    ):
+        (disk.own(tmp_path / name) / inner).mkdir()
+        (tmp_path / name / inner / "rank-00000-of-00001.safetensors").write_bytes(b"half")
     acquire(tmp_path).release()
     assert names(tmp_path) == ["owner.lock"]
+
+
+def test_what_a_user_put_into_the_run_directory_stays(tmp_path):
+    """By names that ours resemble, and by exactly such a name."""
+    theirs = ["work-notes/plan.md", "work-2024.csv", "work-0123456789ab.tmp/mine.txt", "work-01.tmp/mine.txt"]
+    for name in theirs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    acquire(tmp_path).release()
+    assert [name for name in theirs if not (tmp_path / name).is_file()] == []
+
+
+def test_a_predecessor_that_cannot_be_fenced_stops_the_start(tmp_path):
+    (forge(tmp_path, pid=0, process=None) / disk.MARK).unlink()
+    (tmp_path / f"work-{FORGED}.tmp/file").write_text("")
+    with pytest.raises(RunError, match=r"work-f0f0f0f0f0f0\.tmp: the workspace of .*holds no .mirage_dist; remove it"):
+        acquire(tmp_path)
 
 
 def test_of_many_that_start_at_once_one_wins(tmp_path):
