@@ -20,7 +20,6 @@ from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
 from mirage_dist.schema.texts import fault_within
 
-
 # Sizes of pictures -> why a model's processor refuses those that it refuses (see `Encoder.refusals`).
 Refusals = Callable[[Iterable[Size]], Mapping[Size, str]]
 
@@ -104,9 +103,7 @@ def parsed(
             yield number, record, samples
 
 
-def read_all(
-    configs: Sequence[SourceConfig], check_images: bool = True, refusals: Refusals = _refuse_none
-) -> Source:
+def read_all(configs: Sequence[SourceConfig], check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:
     """Several files as one, in order, their counts added. Raises as `read`."""
     total = Source([])
     for config in configs:

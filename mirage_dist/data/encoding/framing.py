@@ -73,8 +73,10 @@ class Framing:
         return _square(picture.resize((width, height), Image.Resampling.BICUBIC), self.colour)
 
     def _pads(self, size: Size) -> bool:
-        # What the processor pads itself makes a difference only in how much memory that takes.
-        return self.aspect == "pad" or (max(size) > LONG * min(size) and self._pads_itself)
+        longer, shorter = max(size), min(size)
+        # For a processor that pads, the result is the same; its own square of the full size would take more memory.
+        costly = longer > LONG * shorter or (longer > ROOM and longer > 2 * shorter)
+        return self.aspect == "pad" or (costly and self._pads_itself)
 
     def _side(self, size: Size) -> int:
         """The side of the square: the picture's longer one, or what that is scaled to."""
@@ -97,7 +99,7 @@ class Framing:
             if made["pixel_values"].shape[-2] != side:
                 return None
             method = Image.Resampling(self.resample)
-            for noise in map(_noise, ((2 * side + 37, side // 2 + 5), (side // 3 + 3, 3 * side + 11))):
+            for noise in map(_noise, ((2 * side + 37, side // 2 + 5), (side // 2 + 3, 3 * side + 11))):
                 if not _same(self.images, _square(noise, self.colour), scaled_square(noise, side, self.colour, method)):
                     return None
         except Exception:  # of any kind: a family's own code

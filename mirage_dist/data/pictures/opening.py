@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -23,10 +24,11 @@ Size = tuple[int, int]  # width, height in pixels, as the picture is shown
 Box = tuple[int, int, int, int]
 # Raster formats of still pictures. PIL knows more; some start a program (EPS) or hold no pixels (WMF, HDF5).
 FORMATS = (
-    *("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM"),
+    *("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM"),
     *("ICO", "TGA", "PCX", "SGI", "QOI", "PSD"),
 )
 LARGEST = 89_478_485  # pixels; PIL warns of a decompression bomb above it: 256 MiB in three bytes a pixel
+LARGEST_PNG = 8 << 20  # bytes in which a photograph is sent without loss
 GROUND = "white"  # on which transparent pictures are composed
 BAND = 1 << 20  # pixels that are scaled to eight bits at once
 ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
@@ -129,11 +131,12 @@ def encoded(source: Picture) -> tuple[str, bytes]:
         with _recognised(handle, name) as image:
             kind, plain = image.format, _plain(image)
         handle.seek(0)
-        picture = _decoded(handle, name)
-        if plain:
-            handle.seek(0)
-            return f"image/{str(kind).lower()}", handle.read()
-    if len(content := as_png(picture)) <= 8 << 20 or kind not in ("JPEG", "MPO"):
+        content = handle.read() if plain else b""
+        handle.seek(0)
+        picture = _decoded(handle, name)  # a damaged file is not sent either
+    if plain:
+        return f"image/{str(kind).lower()}", content
+    if len(content := as_png(picture)) <= LARGEST_PNG or kind not in ("JPEG", "MPO"):
         return "image/png", content
     output = BytesIO()
     picture.save(output, format="JPEG", quality=95, subsampling=0)
@@ -210,11 +213,18 @@ def _handle(source: Picture) -> Iterator[BinaryIO]:
         yield handle
 
 
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this PIL reads. JPEG stands for MPO too."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 @contextmanager
 def _recognised(handle: BinaryIO, name: str) -> Iterator[Image.Image]:
     """The picture by its header, not decoded; whatever a decoder raises becomes a PictureError."""
     try:
-        with Image.open(handle, formats=FORMATS) as image:
+        with Image.open(handle, formats=_formats()) as image:
             if image.width * image.height > LARGEST:
                 raise PictureError(name, _too_large(image.width * image.height))
             if not image.width or not image.height:
@@ -242,7 +252,7 @@ def _unrecognised(handle: BinaryIO) -> str:
     handle.seek(0)
     if not handle.read(1):
         return "the file is empty"
-    return f"no picture can be read from it; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+    return f"no picture can be read from it; expected {', '.join(_formats())}"
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -258,8 +268,8 @@ def _decoded(handle: BinaryIO, name: str) -> Image.Image:
             if image.mode == "L" and raw in GREYS and "transparency" in image.info:
                 image.info["transparency"] *= GREYS[raw]  # PIL has scaled the pixels, and not their colour key
             alpha = None
-        picture = _flat(image, alpha)
         method = TURNS.get(_orientation(image))
+        picture = _flat(image, alpha)
     picture = picture if method is None else picture.transpose(method)
     picture.info = {}
     return picture
@@ -295,16 +305,19 @@ def _plain(image: Image.Image) -> bool:
 
 
 def _flat(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
-    """A decoded picture of any mode as RGB on the ground. alpha: its opacity where its mode does not hold it."""
+    """A decoded picture of any mode as RGB on the ground; closes it. alpha: its opacity where no channel is."""
     white = _white(image)
     if image.mode in ("I", "F") and white is None:
         raise _Refused(f"its channels have {KINDS[image.mode]}, for which no white is defined; save it in 8 or 16 bits")
     if white is not None:
         return _of_deep_grey(image, white)
     if alpha is None and image.has_transparency_data:
-        image = image.convert("RGBA")
+        if image.mode != "RGBA":
+            decoded, image = image, image.convert("RGBA")
+            decoded.close()
         alpha = image.getchannel("A")
     picture = image.convert("RGB")
+    image.close()  # its pixels are not kept beside those of the result
     return picture if alpha is None else _composed(picture, alpha)
 
 
@@ -338,7 +351,7 @@ def _of_deep_grey(image: Image.Image, white: int) -> Image.Image:
 def _of_deep_colour(image: Image.Image, handle: BinaryIO) -> Image.Image:
     """The opacity of a 16-bit RGB picture with a colour key. PIL keeps the high bytes; the low ones are read again."""
     handle.seek(0)
-    with Image.open(handle, formats=FORMATS) as low:
+    with Image.open(handle, formats=_formats()) as low:
         low.tile = [tile._replace(args="RGB;16L") for tile in getattr(low, "tile", [])]
         low.load()
         key = np.array(image.info["transparency"])

@@ -113,7 +113,7 @@ class Endpoint:
         try:
             body = json.dumps({**self.fixed, "messages": _messages(system, text, image)}).encode()
         except pictures.PictureError as error:
-            return None, f"its picture cannot be used: {error.cause}"
+            return None, f"its picture cannot be read: {error.cause}"
         reason = ""
         for attempt in range(self.retries + 1):
             if self._stopped.is_set():
