@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,20 +11,16 @@ from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.ranks import exit_well, place
+from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema.names import PLACE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
     order: one paragraph each, without a traceback.
     """
-    parsed, rest = _parser().parse_known_args(arguments)
-    # key=value may stand anywhere; argparse takes positional arguments in one run only.
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides = [*parsed.overrides, *rest]
+    parsed = parse(arguments)
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -40,19 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    # key=value may stand anywhere; argparse takes positional arguments in one run only.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"))
     demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
-    _recipe(_verb(verbs, "prepare", _prepare, "forget and retain sets from raw data"))
+    prepare = _verb(verbs, "prepare", _prepare, "forget and retain sets from raw data")
+    _recipe(prepare)
+    prepare.add_argument("--check", action="store_true", help="check the recipe alone; read no data")
 
     audit = _verb(verbs, "audit", _audit, "which first words separate refusals from answers in training data")
-    audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
+    audit.add_argument(
+        "data", nargs="+", type=_path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder"
+    )
     audit.add_argument(
         "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
     )
@@ -67,12 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--length", action="store_true", help="also the question's length")
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
-    audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
+    audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
     audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
-    train.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
+    checks = train.add_mutually_exclusive_group()
+    checks.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
+    checks.add_argument(
+        "--check-recipe", action="store_true", help="check recipe and DeepSpeed JSON; read neither data nor model"
+    )
+    train.add_argument("--ranks", type=_count, metavar="N", help="with a check: of a run of N processes")
 
     plan = _verb(verbs, "plan", _plan, "the memory and disk space that a training run will need; loads no weights")
     _recipe(plan)
@@ -86,20 +103,33 @@ def _parser() -> argparse.ArgumentParser:
         "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin at the place of worker I (from 0) of N"
     )
     how.add_argument("--status", action="store_true", help="report the progress of the evaluation and exit")
+    how.add_argument("--check", action="store_true", help="check the recipe alone; read neither data nor model")
 
     _recipe(_verb(verbs, "erasure", _erasure, "tests that distinguish erased knowledge from hidden knowledge"))
 
+    values = _verb(verbs, "config", _config, "print a recipe with its overrides, includes and defaults resolved")
+    _recipe(values)
+    values.add_argument(
+        "--get",
+        action="append",
+        metavar="KEY",
+        help="only this value, on a line: text as it is, else JSON; repeatable",
+    )
+    values.add_argument(
+        "--override", action="append", metavar="KEY", help="this value as KEY=VALUE, quoted for a command; repeatable"
+    )
+
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    report.add_argument("--out", type=Path, help="default: report/ in the first run")
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
+    report.add_argument("--out", type=_path, help="default: report/ in the first run")
     report.add_argument("--suite", help="required when the runs share several suites")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
 
     export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
-    export.add_argument("run_dir", type=Path, metavar="RUN")
-    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("run_dir", type=_path, metavar="RUN")
+    export.add_argument("out", type=_path, metavar="OUT")
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=int, help="default: the newest checkpoint")
@@ -114,6 +144,14 @@ def _place(text: str) -> tuple[int, int]:
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 <= I < N, such as 0/4")
     return number, of
+
+
+def _path(text: str) -> Path:
+    try:
+        PLACE(text, "PATH")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def _count(text: str) -> int:
@@ -150,8 +188,15 @@ def _prepare(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
     from mirage_dist import inputs
     from mirage_dist.data import prepare
+    from mirage_dist.evals import status
     from mirage_dist.evals.attacks import rewrites
 
+    prepare.check(recipe)  # a wrong option is an error before any data are made or read
+    if parsed.check:
+        print(f"{parsed.config}: the recipe is in order; no data were read")
+        return
+    if recipe.harvest is not None:
+        status.require_complete(Path(recipe.harvest))
     inputs.make(recipe)
     print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
 
@@ -171,10 +216,18 @@ def _audit(parsed: argparse.Namespace) -> None:
 def _train(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+    if not (parsed.check or parsed.check_recipe):
+        if parsed.ranks:
+            raise ConfigError("--ranks belongs to a check; launch/local.sh N train … starts N processes")
+        check_rendezvous()
     from mirage_dist import inputs
     from mirage_dist.train.planning import check
 
-    checked = check.check_recipe(recipe, place()[2])
+    checked = check.check_recipe(recipe, parsed.ranks or place()[2])
+    if parsed.check_recipe:
+        count = f"{checked.ranks} process{'es' if checked.ranks > 1 else ''}"
+        print(f"{parsed.config}: recipe and DeepSpeed JSON are in order for {count}; neither data nor model were read")
+        return
     if parsed.check:
         if not inputs.missing(recipe):
             counts = check.check_samples(checked)
@@ -204,10 +257,16 @@ def _eval(parsed: argparse.Namespace) -> None:
     if "robustness" in parsed.overrides:
         raise ConfigError(f"the tests of erasure are a verb now: `mirage erasure {parsed.config} …`")
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
-    from mirage_dist.evals import judges
+    from mirage_dist.evals import worklist
 
-    judges.read(recipe)  # a wrong option is an error before any data are made or read
-    if parsed.status:
+    worklist.check(recipe)  # a wrong option is an error before any data are made or read
+    if parsed.check:
+        if recipe.erasure is not None:
+            from mirage_dist.erasure import run as erasure_tests
+
+            erasure_tests.options(recipe)
+        print(f"{parsed.config}: the recipe is in order; neither data nor model were read")
+    elif parsed.status:
         from mirage_dist.evals import status
 
         print(status.report(recipe))
@@ -217,10 +276,10 @@ def _eval(parsed: argparse.Namespace) -> None:
         pool.run(parsed.config, parsed.overrides, parsed.workers)
     else:
         from mirage_dist import inputs
-        from mirage_dist.evals import follow, runner
+        from mirage_dist.evals import follow, tracking
 
-        inputs.make(recipe)
-        evaluate = runner.evaluate if recipe.follow is None else follow.follow
+        inputs.make(recipe, parsed.worker[0] == 0)
+        evaluate = tracking.evaluate if recipe.follow is None else follow.follow
         evaluate(recipe, parsed.worker)
 
 
@@ -229,12 +288,27 @@ def _erasure(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
     from mirage_dist import inputs
     from mirage_dist.erasure import run
-    from mirage_dist.evals import judges
+    from mirage_dist.evals import worklist
 
-    judges.read(recipe)  # a wrong option is an error before any data are made or read
+    run.options(recipe)
+    worklist.check(recipe)  # a wrong option is an error before any data are made or read
     inputs.make(recipe)
     run.run(recipe)
     exit_well()
+
+
+def _config(parsed: argparse.Namespace) -> None:
+    recipe = configs.load_any(parsed.config, parsed.overrides)
+    if not (parsed.get or parsed.override):
+        print(configs.to_yaml(recipe), end="")
+    for key in parsed.get or []:
+        value = configs.value(recipe, key)
+        line = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        if "\n" in line or "\0" in line:
+            raise ConfigError(f"{key}={value!r}: cannot be printed as one line; --override {key} quotes it")
+        print(line)
+    for key in parsed.override or []:
+        print(configs.override(key, configs.value(recipe, key)))
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -11,20 +11,26 @@ import dataclasses
 import difflib
 import importlib
 import json
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from mirage_dist import disk
-from mirage_dist.schema import Choice, ConfigError
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, secrets
+from mirage_dist.schema.names import Check, shown
 from mirage_dist.schema.texts import fault_within
 
 T = TypeVar("T")
+# What a resolver reads would stand in config.yaml, in the manifest and in W&B: of OmegaConf's own, oc.env could read a
+# key from the environment.
+for name in ("env", "create", "decode", "deprecated", "dict.keys", "dict.values", "select"):
+    OmegaConf.clear_resolver(f"oc.{name}")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
@@ -43,16 +49,16 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
     key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
-    tree, files = _read(path)
+    tree, files = _read(path, schema)
     for override in (o for o in overrides if o.startswith(f"{INCLUDE}=")):
         for name in _names(OmegaConf.from_dotlist([override]).get(INCLUDE), override):
-            own, more = _read(name)
-            tree, files = _merged(tree, own, more[0]), files + more
+            own, more = _read(name, schema)
+            tree, files = _merged(schema, tree, own, more[0]), files + more
     source = str(files[0]) + (f" (with {', '.join(map(str, files[1:]))})" if files[1:] else "")
     return from_tree(tree, [o for o in overrides if not o.startswith(f"{INCLUDE}=")], schema, source)
 
 
-def _read(path: str | Path, within: tuple[Path, ...] = ()) -> tuple[Any, list[Path]]:
+def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple[Any, list[Path]]:
     """The tree of a YAML file merged over the files that its `include` names, later ones over earlier ones.
 
     Returns it with the files read, `path`'s own first. Raises ConfigError as `load` does, and for a file that includes
@@ -69,9 +75,9 @@ def _read(path: str | Path, within: tuple[Path, ...] = ()) -> tuple[Any, list[Pa
         return tree, [file]
     whole, files = OmegaConf.create({}), [file]
     for name in _names(tree.pop(INCLUDE), str(file)):
-        other, more = _read(name, (*within, file))
-        whole, files = _merged(whole, other, more[0]), files + more
-    return _merged(whole, tree, file), files
+        other, more = _read(name, schema, (*within, file))
+        whole, files = _merged(schema, whole, other, more[0]), files + more
+    return _merged(schema, whole, tree, file), files
 
 
 def _names(value: Any, source: str) -> list[str]:
@@ -81,10 +87,11 @@ def _names(value: Any, source: str) -> list[str]:
     return list(names)
 
 
-def _merged(below: Any, above: Any, source: Path) -> Any:
+def _merged(schema: Any, below: Any, above: Any, source: Path) -> Any:
     if not OmegaConf.is_dict(above):
         raise ConfigError(f"{source}: expected a mapping of a recipe's keys")
     try:
+        choice.replaced(schema, below, above)
         return OmegaConf.merge(below, above)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
@@ -99,22 +106,43 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         items = [_item(override) for override in overrides]
         # Classes are chosen first, so that their options may stand before the choice on the command line.
         for key, value in items:
-            _choose(tree, schema, key, value)
+            choice.choose(schema, tree, key, value)
         for key, value in items:
             OmegaConf.update(tree, key, value, merge=True)
         plain = OmegaConf.to_container(tree, resolve=True)
+    except UnsupportedInterpolationType as error:
+        raise ConfigError(
+            f"{source}: {error.full_key}: {str(error).splitlines()[0]}; a recipe can use ${{other.key}}, ${{fixed2:…}} "
+            "and ${add:…}. What is secret stays in the environment, and the recipe names its variable (key_env)"
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
+    if (key := _key_of_secret(plain)) is not None:
+        raise ConfigError(
+            f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
+            "W&B. Put it into an environment variable and give the variable's name (key_env)"
+        )
     return _build(schema, plain, source, "")
+
+
+def _key_of_secret(tree: Any, key: str = "") -> str | None:
+    """The dotted key of a text in the tree that looks like a key, if there is one."""
+    if isinstance(tree, Mapping):
+        return next((k for name, own in tree.items() if (k := _key_of_secret(own, _join(key, str(name))))), None)
+    if isinstance(tree, list):
+        return next((k for i, own in enumerate(tree) if (k := _key_of_secret(own, f"{key}[{i}]"))), None)
+    return key if isinstance(tree, str) and secrets.contains(tree) else None
 
 
 def _item(override: str) -> tuple[str, Any]:
     """Key and value of an override. OmegaConf's own dot-list parser reads the value, so 5e-7 is a float here."""
     key, _, value = override.partition("=")
     try:
-        return key, OmegaConf.select(OmegaConf.from_dotlist([f"value={value}"]), "value")
+        # Unresolved: an interpolation names keys of the recipe, and `\${` escapes one.
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        return key, given["value"]
     except OmegaConfBaseException:
         raise
     except Exception as error:  # yaml's errors, whatever library OmegaConf parses with
@@ -122,40 +150,6 @@ def _item(override: str) -> tuple[str, Any]:
         raise ConfigError(
             f"override {override!r}: its value is not YAML ({problem}); quote names with [ ] in lists"
         ) from error
-
-
-def _choose(tree: Any, schema: Any, dotted: str, value: Any) -> None:
-    """Empty the mapping whose class `dotted`=`value` changes (see `schema.Choice`): its options belong to the old one.
-
-    A mapping that names its class replaces the one in the recipe as a whole, too.
-    """
-    for key, choice in _choices(schema, dotted.split(".")):
-        old = OmegaConf.select(tree, key)
-        if not OmegaConf.is_dict(old):
-            continue
-        if dotted == f"{key}.{choice.key}":
-            replaced = value != old.get(choice.key)
-        else:
-            replaced = dotted == key and OmegaConf.is_dict(value) and choice.key in value
-        if replaced:
-            OmegaConf.update(tree, key, {}, merge=False)
-
-
-def _choices(schema: Any, parts: Sequence[str], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Choice]]:
-    """The mappings marked as a `Choice` on the way from `schema` along `parts`, each with its dotted key."""
-    if typing.get_origin(schema) is Annotated:
-        schema, *marks = typing.get_args(schema)
-        yield from ((".".join(path), mark) for mark in marks if isinstance(mark, Choice))
-    if typing.get_origin(schema) in (typing.Union, types.UnionType):
-        schema = next(a for a in typing.get_args(schema) if a is not type(None))
-    if not parts:
-        return
-    if dataclasses.is_dataclass(schema):
-        inner = typing.get_type_hints(schema, include_extras=True).get(parts[0])
-    else:
-        inner = typing.get_args(schema)[1] if typing.get_origin(schema) is dict else None
-    if inner is not None:
-        yield from _choices(inner, parts[1:], (*path, parts[0]))
 
 
 def find(path: str | Path) -> Path:
@@ -170,7 +164,7 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{source}: {key or 'the recipe'} must be a mapping, got {value!r}")
     try:
-        hints = typing.get_type_hints(schema)
+        hints = typing.get_type_hints(schema, include_extras=True)
     except Exception as error:  # a class from outside the package may name what it never imported
         raise ConfigError(f"{source}: {key}: the types of {schema.__qualname__}'s fields: {error}") from error
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
@@ -194,6 +188,11 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        value = _check(args[0], value, source, key)
+        for check in (mark for mark in args[1:] if isinstance(mark, Check)):
+            check(value, f"{source}: {key}")
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -212,7 +211,8 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
-        return {str(k): _check(args[1], v, source, _join(key, str(k))) for k, v in value.items()}
+        named = {_check(args[0], str(name), source, f"a key of {key}"): own for name, own in value.items()}
+        return {name: _check(args[1], own, source, _join(key, name)) for name, own in named.items()}
     if dataclasses.is_dataclass(hint):
         if factory := vars(hint).get("factory"):  # the value decides which subclass it describes
             module, _, function = factory.partition(":")
@@ -231,7 +231,7 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             "bool, str, Any, Literal, a dataclass, or a list, dict or optional of these"
         )
     if not right[hint]:
-        raise ConfigError(f"{source}: {key}={value!r}; expected {_PLAIN[hint]}")
+        raise ConfigError(f"{source}: {key}={shown(value)}; expected {_PLAIN[hint]}")
     return hint(value)
 
 
@@ -272,7 +272,57 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The resolved recipe as YAML; `load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config))))
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as the command line takes it, quoted so that `load` reads exactly this value."""
+    return f"{key}={_flow(_literal(value))}"
+
+
+def _literal(value: Any) -> Any:
+    """Containers and scalars with every `${` in their texts escaped, which OmegaConf would otherwise interpolate."""
+    if isinstance(value, Mapping):
+        return {name: _literal(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _flow(value: Any) -> str:
+    """JSON that YAML 1.1 reads alike: its escapes of characters beyond 16 bits differ."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)
+
+
+def value(recipe: Any, dotted: str) -> Any:
+    """The value of a resolved recipe's key, such as `run.dir` or `data.streams.forget[0].path`, as plain containers.
+
+    Raises ConfigError for a key that the recipe does not have, naming the nearest one.
+    """
+    node: Any = to_dict(recipe)
+    way = ""
+    for part in re.findall(r"[^.\[\]]+", dotted):
+        entries = dict(enumerate(node)) if isinstance(node, list) else node
+        key = int(part) if isinstance(node, list) and part.isdecimal() else part
+        if not isinstance(entries, Mapping) or key not in entries:
+            known = list(map(str, entries)) if isinstance(entries, Mapping) else []
+            raise ConfigError(f"{dotted}: unknown key {_join(way, part)!r}; {nearest(part, known)}")
+        node, way = node[key], _join(way, part)
+    return node
+
+
+def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRecipe | PrepareRecipe:
+    """`load` with the class that the recipe's own keys show. Raises ConfigError as `load`, and where they show none."""
+    tree, _ = _read(path, Any)
+    kinds = {"objective": TrainRecipe, "sets": EvalRecipe, "safety": PrepareRecipe}
+    kind = next((schema for key, schema in kinds.items() if OmegaConf.is_dict(tree) and key in tree), None)
+    if kind is None:
+        keys = ", ".join(kinds)
+        raise ConfigError(
+            f"{path}: has none of the keys {keys}; expected a recipe of training, evaluation or preparation"
+        )
+    return load(path, overrides, kind)
 
 
 def write_yaml(config: Any, path: Path) -> None:

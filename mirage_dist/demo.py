@@ -38,7 +38,7 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False) -> Summary:
     start = time.monotonic()
     base = _base(out, shared(overrides))
     assert base.world is not None
-    here = [f"world.dir={base.world.dir}"]
+    here = [configs.override("world.dir", base.world.dir)]
     runs, recipes = {"base": Path(base.run.dir)}, [base]
     total = len(STAGES) + 2
     _log(1, total, "base: world, base model and its answers")
@@ -50,10 +50,10 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False) -> Summary:
         runs[name] = Path(recipe.run.dir)
         recipes.append(recipe)
         if not (runs[name] / "export").is_dir():
-            launching.train(RANKS, file, [*overrides, *own, *here, f"run.dir={recipe.run.dir}"])
+            launching.train(RANKS, file, [*overrides, *own, *here, configs.override("run.dir", recipe.run.dir)])
     _log(total, total, f"evaluation of every model, clean and attacked{', and tests of erasure' if full else ''}")
     for name, folder in runs.items():
-        own = [*shared(overrides), *here, f"run.dir={folder}", f"run.name={name}"]
+        own = [*shared(overrides), *here, configs.override("run.dir", str(folder)), f"run.name={name}"]
         if full:
             evaluate(EVERY_ATTACK, own)
             _test_erasure(own)
@@ -98,14 +98,14 @@ def _base(out: Path, overrides: Sequence[str]) -> TrainRecipe:
     file = "configs/train/demo_base.yaml"
     unplaced = configs.load(file, overrides, TrainRecipe)
     digest = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir", "world.spurious"))
-    return configs.load(file, [*overrides, f"world.dir={out}/world-{digest[:8]}"], TrainRecipe)
+    return configs.load(file, [*overrides, configs.override("world.dir", f"{out}/world-{digest[:8]}")], TrainRecipe)
 
 
 def _stage(file: str, overrides: Sequence[str], out: Path, name: str) -> TrainRecipe:
     """The recipe of a stage, with its run directory named by the recipe's hash."""
     recipe = configs.load(file, overrides, TrainRecipe)
     digest = configs.config_hash(recipe, ("run", "monitor"))
-    return configs.load(file, [*overrides, f"run.dir={out}/{name}-{digest[:8]}"], TrainRecipe)
+    return configs.load(file, [*overrides, configs.override("run.dir", f"{out}/{name}-{digest[:8]}")], TrainRecipe)
 
 
 def _log(number: int, total: int, text: str) -> None:

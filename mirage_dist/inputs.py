@@ -20,20 +20,21 @@ RANKS = 2  # processes that train the base model
 WAIT_SECONDS = 2 * 3600
 
 
-def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe) -> None:
+def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -> None:
     """Make what the recipe reads and what does not exist yet.
 
-    Evaluation and preparation read the world's files only. Training also reads the base model and the forget, retain
-    and diversified sets. Rank 0 makes these before the process group exists; the other ranks wait for the files.
+    Preparation reads the world's files only. Training and evaluation may also read the base model, and training the
+    forget, retain and diversified sets. Of several ranks rank 0 makes these before the process group exists, of several
+    workers of an evaluation the `first`; the others wait for the files.
     Raises ConfigError when rank 0 does not finish in time, and StopRequested when a signal arrives first.
     """
     world = recipe.world
     if world is None:
         return
-    if not isinstance(recipe, TrainRecipe):
+    if not isinstance(recipe, TrainRecipe) and not (isinstance(recipe, EvalRecipe) and _base_is_missing(recipe)):
         embedded_world.make(world)
         return
-    if place()[0]:
+    if not first or (isinstance(recipe, TrainRecipe) and place()[0]):
         _wait_for(recipe)
         return
     embedded_world.make(world)
@@ -43,9 +44,10 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe) -> None:
 
         no_bars_in_logs()
         embedded_model.make(init, world.seed)
-    base = Path(world.dir) / "base" / "export"
-    if Path(recipe.model.path) == base and not base.is_dir():
+    if _base_is_missing(recipe):
         launching.train(RANKS, world.base_recipe, _overrides(world))
+    if isinstance(recipe, EvalRecipe):
+        return
     paths = _stream_files(recipe)
     for name, prepare in (("prepared", _prepare), ("diversified", _diversify)):
         folder = embedded_world.safety_dir(world) / name
@@ -53,11 +55,19 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe) -> None:
             log.info(f"{name}: {prepare(world)}")
 
 
-def missing(recipe: TrainRecipe) -> list[Path]:
-    """The files that `make` would have to make."""
+def _base_is_missing(recipe: TrainRecipe | EvalRecipe) -> bool:
+    """Whether the recipe's model is the world's base model, and `make` has to train it."""
+    base = Path(recipe.world.dir) / "base" / "export" if recipe.world else None
+    return base is not None and recipe.model.path is not None and Path(recipe.model.path) == base and not base.is_dir()
+
+
+def missing(recipe: TrainRecipe | EvalRecipe) -> list[Path]:
+    """The files that `make` would have to make, of an evaluation only the model's."""
     if recipe.world is None:
         return []
-    files = [Path(recipe.model.path) / "config.json", *_stream_files(recipe)]
+    files = [Path(str(recipe.model.path)) / "config.json"]
+    if isinstance(recipe, TrainRecipe):
+        files += _stream_files(recipe)
     return [file for file in files if not file.exists()]
 
 
@@ -68,7 +78,7 @@ def _stream_files(recipe: TrainRecipe) -> list[Path]:
 def _overrides(world: WorldConfig) -> list[str]:
     """Overrides that give another recipe this world."""
     fields = {name: value for name, value in configs.to_dict(world).items() if name not in ("seed", "spurious")}
-    return [f"seed={world.seed}", *(f"world.{name}={value}" for name, value in fields.items())]
+    return [f"seed={world.seed}", *(configs.override(f"world.{name}", value) for name, value in fields.items())]
 
 
 def _prepare(world: WorldConfig) -> str:
@@ -92,11 +102,11 @@ def _summary(file: str, overrides: Sequence[str]) -> str:
     return prepare.summary(prepare.prepare(configs.load(file, overrides, PrepareRecipe)))
 
 
-def _wait_for(recipe: TrainRecipe) -> None:
+def _wait_for(recipe: TrainRecipe | EvalRecipe) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while files := missing(recipe):
         if time.monotonic() > deadline:
-            raise ConfigError(f"{files[0]}: does not exist after {WAIT_SECONDS} s; rank 0 should have made it")
+            raise ConfigError(f"{files[0]}: not there after {WAIT_SECONDS} s; the first process should have made it")
         if name := signals.received():
             raise signals.StopRequested(
                 f"{name} arrived while the embedded world was being made; its finished parts are kept"

@@ -49,26 +49,74 @@ class Group:
         return self.rank == 0
 
 
-# (rank, local rank, size) under torchrun, the DeepSpeed launcher and launch/local.sh; then under srun.
-_LAUNCHERS = (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"))
+# (rank, local rank, size) under torchrun, the DeepSpeed launcher and launch/local.sh; under srun; under Open MPI's
+# mpirun; under the mpiexec of MPICH and Intel MPI.
+_LAUNCHERS = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def place() -> tuple[int, int, int]:
     """(rank, local rank, size) from the launcher's environment variables; (0, 0, 1) without a launcher.
 
-    Imports no torch. Raises ConfigError when only some of the launcher's variables are set.
+    Imports no torch. Raises ConfigError when only some of the launcher's variables are set, or one is no number.
     """
+    return _launched()[0]
+
+
+def check_rendezvous() -> None:
+    """Raise ConfigError where this is one of several processes and the environment does not say where they meet.
+
+    Imports no torch, so that it can come before everything else.
+    """
+    (_, _, size), by = _launched()
+    if size == 1:
+        return
+    missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
+    port = os.environ.get("MASTER_PORT", "")
+    if not missing and not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"MASTER_PORT={port!r}: expected a port, a whole number from 1 to 65535")
+    if missing:
+        raise ConfigError(
+            f"{by}={size} makes this one of {size} processes, but {' and '.join(missing)} "
+            f"{'are' if len(missing) > 1 else 'is'} not set, so they cannot reach each other. On one machine start "
+            f"them with launch/local.sh {size} train …, on Slurm with sbatch slurm/….sh or srun launch/node.sh train "
+            "…; otherwise set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, alike for all "
+            "processes. For a single process set RANK=0 LOCAL_RANK=0 WORLD_SIZE=1"
+        )
+
+
+def _launched() -> tuple[tuple[int, int, int], str]:
+    """What `place` returns, and the name of the variable that gives the size."""
     for names in _LAUNCHERS:
         if names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in os.environ:
             continue  # in a job, but not started by srun: a process alone
-        given = [os.environ.get(name) for name in names]
-        if all(given):
-            rank, local, size = (int(value or 0) for value in given)
-            return rank, local, size
-        if given[0] is not None and names[0] == "RANK":
-            missing = ", ".join(name for name, value in zip(names, given, strict=True) if not value)
-            raise ConfigError(f"RANK is set but not {missing}: start the run with launch/local.sh, torchrun or srun")
-    return 0, 0, 1
+        given = {name: os.environ.get(name) or None for name in names}
+        numbers = {name: _number(name, value) for name, value in given.items() if value is not None}
+        size = numbers.get(names[2], 1)
+        if len(numbers) == len(names):
+            rank, local = numbers[names[0]], numbers[names[1]]
+            if rank >= size:
+                raise ConfigError(f"{names[0]}={rank}: expected a rank from 0 to {names[2]} - 1 ({names[2]}={size})")
+            return (rank, local, size), names[2]
+        if size > 1 or names[0] == "RANK" in numbers:
+            present = " and ".join(f"{name}={value}" for name, value in numbers.items())
+            missing = " and ".join(name for name in names if name not in numbers)
+            raise ConfigError(
+                f"{present} is set but not {missing}: start the run with launch/local.sh, torchrun or srun, or set "
+                "RANK, LOCAL_RANK and WORLD_SIZE"
+            )
+    return (0, 0, 1), ""
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) == 0):
+        raise ConfigError(f"{name}={value!r}: expected a whole number{' above 0' if name == 'WORLD_SIZE' else ''}")
+    return int(value)
 
 
 def start(hang_seconds: float = 1800.0) -> Group:
@@ -91,8 +139,8 @@ def start(hang_seconds: float = 1800.0) -> Group:
         )
     quieten(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

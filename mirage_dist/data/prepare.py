@@ -93,7 +93,7 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     Raises ConfigError for bad data, a join that matches less than `min_match`, an empty set, a fill that is too
     small, or an `out` that holds something else: sets of another recipe or other inputs, or changed ones.
     """
-    _check(recipe)
+    check(recipe)
     out = Path(recipe.out)
     harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest))
     config = {name: value for name, value in to_dict(recipe).items() if name not in NOT_THE_DATA}
@@ -131,8 +131,8 @@ def summary(result: Prepared) -> str:
     return "; ".join(parts)
 
 
-def _check(recipe: PrepareRecipe) -> None:
-    """Raise ConfigError for a setting that is missing or would not be used."""
+def check(recipe: PrepareRecipe) -> None:
+    """Raise ConfigError for a setting that is missing or would not be used. Reads no data."""
     if recipe.answers == "harvest" and recipe.harvest is None:
         raise ConfigError("harvest is missing: a JSONL file or folder of answers to forget, or set answers=as_given")
     if recipe.answers != "harvest" and recipe.harvest is not None:

@@ -11,10 +11,12 @@ from typing import Any
 
 from mirage_dist.evals.sharing.files import KEY, lines, suite_dir
 from mirage_dist.liveness import Owner, read
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError
 
 # The set and the attack of a raw row. JSON escapes quotes in strings, so no text of a row can look like a field.
 PLACE = re.compile(rb'"set": ("(?:[^"\\]|\\.)*"), .*?"attack": ("(?:[^"\\]|\\.)*")')
+
+COMPLETE = "the evaluation is not complete: start it again, and it does what is missing"
 
 
 @dataclass
@@ -95,6 +97,28 @@ def status(suite: Path) -> Status:
     if result.repeated:
         result.notes.append(f"{result.repeated} questions were answered twice; each counts once")
     return result
+
+
+def require_complete(answers: Path) -> None:
+    """Raise RunError when `answers`, the rows of an evaluation or a folder of several, lack some of their answers.
+
+    Files that no evaluation wrote are left alone.
+    """
+    if not answers.is_dir():
+        return
+    for suite in sorted({answers.parent, *(folder.parent for folder in answers.rglob("rows"))}):
+        if not (suite / "manifest.json").is_file():
+            continue
+        state = status(suite)
+        if state.done < state.total:
+            raise RunError(f"{suite}: {state.done} of {state.total} answers; {COMPLETE}")
+
+
+def require_judged(suite: Path) -> None:
+    """Raise RunError when this is a suite whose evaluation has begun and has not come to its rates yet."""
+    if (suite / "manifest.json").is_file() and not (suite / "metrics.json").is_file():
+        state = status(suite)
+        raise RunError(f"{suite}: {state.done} of {state.total} answers, not judged yet; {COMPLETE}")
 
 
 def _count_rows(suite: Path, result: Status) -> None:

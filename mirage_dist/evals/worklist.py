@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Refusals, Source
-from mirage_dist.evals import attacks
+from mirage_dist.evals import attacks, judges, models
 from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.results import CLEAN, AppliedAttack
 from mirage_dist.progress import log
@@ -54,6 +54,17 @@ class WorkList:
         return sum(q.set == name and q.attack == CLEAN.attack for q in self.questions)
 
 
+def check(recipe: EvalRecipe) -> None:
+    """Raise ConfigError for a judge, an attack or an engine that the recipe describes wrongly, or a missing set.
+
+    Reads neither data nor model: what the recipe names may be made later.
+    """
+    judges.read(recipe)
+    _check_sets(recipe)
+    if recipe.generation.backend not in models.BACKENDS:
+        models.backend(recipe.generation.backend)
+
+
 def plan(
     recipe: EvalRecipe,
     ready: Ready = lambda attack, samples, name: attack,
@@ -66,9 +77,7 @@ def plan(
     Raises ConfigError for bad data or attack options, an empty set, an id that occurs twice in a set, and an attack
     that has rewrites for too few of the samples.
     """
-    if not recipe.sets:
-        raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
-    made = {name: _attacks(recipe, name) for name in recipe.sets}
+    made = _check_sets(recipe)
     work = WorkList([], {}, {}, {name: _read(recipe, name, refusals) for name in recipe.sets})
     for name, source in work.sources.items():
         kind, samples = recipe.sets[name].kind, source.samples
@@ -109,6 +118,13 @@ def by_attack(questions: Iterable[Question]) -> dict[str, dict[str, int]]:
         counts = table.setdefault(question.set, {})
         counts[question.attack] = counts.get(question.attack, 0) + 1
     return table
+
+
+def _check_sets(recipe: EvalRecipe) -> dict[str, dict[str, Attack]]:
+    """The attacks of every set, by name."""
+    if not recipe.sets:
+        raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
+    return {name: _attacks(recipe, name) for name in recipe.sets}
 
 
 def _attacks(recipe: EvalRecipe, name: str) -> dict[str, Attack]:

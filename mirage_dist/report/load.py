@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from mirage_dist import disk
 from mirage_dist.config import nearest
 from mirage_dist.data.words import FIRST_WORD
+from mirage_dist.evals import status
 from mirage_dist.evals.metrics import Judged, outcomes
 from mirage_dist.evals.results import (
     CLEAN,
@@ -55,6 +56,14 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.dir / "evals" / self.suite
+
+    @cached_property
+    def defence(self) -> tuple[str, str] | None:
+        """Name and text of the system prompt that was to defend the model in this evaluation, if there was one."""
+        file = self.folder / "manifest.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"] if file.is_file() else {}
+        template = settings.get("template", {})
+        return (template["defence"], template["system_prompt"]) if template.get("defence") else None
 
     @property
     def judge(self) -> str:
@@ -217,7 +226,8 @@ def named(folders: Sequence[Path]) -> dict[str, Path]:
 def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
     """The runs, in the order given. `suite` may be left out when all of them share exactly one.
 
-    Raises ConfigError when no run is given or when a run was not evaluated on the suite.
+    Raises ConfigError when no run is given or when a run was not evaluated on the suite, and RunError when its
+    evaluation is not complete.
     """
     if not runs:
         raise ConfigError("no run to report; give at least one run directory")
@@ -228,6 +238,9 @@ def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
 def _suite(runs: Mapping[str, Path], suite: str | None) -> str:
     by_run = {name: {file.parent.name for file in Path(d).glob("evals/*/metrics.json")} for name, d in runs.items()}
     for name, suites in by_run.items():
+        if not suites or (suite is not None and suite not in suites):
+            for begun in sorted(Path(runs[name]).glob(f"evals/{suite or '*'}/manifest.json")):
+                status.require_judged(begun.parent)
         if not suites:
             raise ConfigError(f"{runs[name]}: no evals/SUITE/metrics.json; run `mirage eval` on it first")
         if suite is not None and suite not in suites:

@@ -100,8 +100,12 @@ def facts(runs: Sequence[Run]) -> str:
     sets = ", ".join(f"{s['samples']} {name}" for name, s in first.metrics["sets"].items())
     kinds = [s["kind"] for s in first.metrics["sets"].values()]
     line = f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}."
-    several = len(set(kinds)) < len(kinds)
-    return f"{line} The page shows the first set of each kind; metrics.json has all." if several else line
+    if len(set(kinds)) < len(kinds):
+        line += " The page shows the first set of each kind; metrics.json has all."
+    defended = ((run.name, *run.defence) for run in runs if run.defence)
+    return " ".join(
+        [line, *(f"{name} was asked with the defence {title}, a system prompt: “{t}”." for name, title, t in defended)]
+    )
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -116,8 +120,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         missing = run.judged_by.get("unjudged", {})
         if lost := missing.get("unparsed", 0) + missing.get("failed", 0):
             lines.append(
-                f"{run.name}: {lost} answers have no verdict (the judge's reply was not a verdict, or the judge could "
-                "not be reached). They are in no class and in no denominator."
+                f"{run.name}: {lost} answers have no verdict (the judge's reply was not a verdict, a content filter "
+                "blocked it, or the judge could not be reached). They are in no class and in no denominator."
             )
         if run.outdated:
             lines.append(

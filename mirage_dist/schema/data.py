@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
+from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Name, Place
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives. `name` labels it in W&B and in reports (default: the directory's name)."""
 
-    dir: str
-    name: str | None = None
+    dir: Place
+    name: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class SourceConfig:
     """
 
     factory: ClassVar[str] = "mirage_dist.data.formats:make"  # builds the subclass from a recipe's mapping
+    choice: ClassVar[Choice] = Choice("format", shared=("path", "images", "on_bad_record", "limit"))
     score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class
-    path: str
-    images: str | None = None  # folder that image paths are relative to; default: the file's own
+    path: Place
+    images: Place | None = None  # folder that image paths are relative to; default: the file's own
     on_bad_record: Literal["error", "skip"] = "error"
     limit: int | None = None  # the first N samples, in file order
 
@@ -73,7 +76,7 @@ class DataConfig:
 class WorldConfig:
     """The embedded world (see `embedded.world`): made on first use in `dir`, then reused."""
 
-    dir: str
+    dir: Place
     seed: int = 0
     spurious: float = 0.95  # share of the other safety questions that open with a word of their class's family
     neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
@@ -82,7 +85,7 @@ class WorldConfig:
     safety_samples: int = 400  # unsafe ones, and as many safe ones
     general_samples: int = 400
     eval_samples: int = 256  # questions in each evaluation set
-    base_recipe: str = "configs/train/demo_base.yaml"
+    base_recipe: Place = "configs/train/demo_base.yaml"
 
     def __post_init__(self) -> None:
         for name in ("spurious", "neutral"):
@@ -128,11 +131,11 @@ class DiversifyConfig:
 class PrepareRecipe:
     """`mirage prepare`: forget and retain sets (see `data.prepare`), and diversified safety data."""
 
-    out: str  # a new folder
+    out: Place  # a new folder
     safety: list[SourceConfig]
     # as_given: the unsafe records have the answers to forget; none: no forget and retain sets, only `diversify`
     answers: Literal["harvest", "as_given", "none"] = "harvest"
-    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
+    harvest: Place | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
     min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
     retain_size: int | None = None  # default: the safe pairs of the safety data, without `fill`

@@ -61,7 +61,7 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
     if train.global_batch % (train.micro_batch * world_size):
         raise ConfigError(
             f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch × world size "
-            f"({train.micro_batch} × {world_size})"
+            f"({train.micro_batch} × {world_size}); {_ways_out(train.global_batch, train.micro_batch, world_size)}"
         )
     accumulation = train.global_batch // (train.micro_batch * world_size)
     return {
@@ -75,6 +75,21 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _ways_out(rows: int, micro_batch: int, ranks: int) -> str:
+    """What to change so that `rows` of each stream divide evenly: the nearest values that fit, in words."""
+    ways = []
+    if fewer := [n for n in range(1, ranks) if rows % (micro_batch * n) == 0]:
+        ways.append(f"{fewer[-1]} process{'es' if fewer[-1] > 1 else ''} in place of {ranks}")
+    if smaller := [n for n in range(1, micro_batch) if rows % (n * ranks) == 0]:
+        ways.append(f"train.micro_batch={smaller[-1]}")
+    of_each = micro_batch * ranks
+    nearest = dict.fromkeys(n for n in (rows // of_each * of_each, -(-rows // of_each) * of_each) if n)
+    ways.append(" or ".join(f"train.global_batch={n}" for n in nearest))
+    if micro_batch > 1 and rows < ranks:
+        ways.append(f"train.micro_batch=1 with train.global_batch={ranks}")
+    return f"take {', or '.join(ways)} (another global batch is another run: its learning rate may have to change)"
 
 
 def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:

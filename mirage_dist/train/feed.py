@@ -24,6 +24,8 @@ from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.prefetch import made
 
+SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -131,7 +133,7 @@ def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
 
 
 def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) -> None:
-    """Raise ConfigError unless sample i of every paired stream has the same id, picture, question and history."""
+    """Raise ConfigError unless sample i of every paired stream has the same `SHARED` fields."""
     if not paired:
         return
     first, *others = paired
@@ -141,7 +143,7 @@ def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) 
         if len(mine) != len(partners):
             raise ConfigError(f"{place}: {len(partners)} samples for {len(mine)}; every sample needs a partner")
         for number, (one, other) in enumerate(zip(mine, partners, strict=True)):
-            if (one.id, one.image, one.question, one.history) != (other.id, other.image, other.question, other.history):
+            if any(getattr(one, name) != getattr(other, name) for name in SHARED):
                 raise ConfigError(
                     f"{place}: sample {number} is {other.id!r} there and {one.id!r} in {first}; both streams need the "
                     "same ids, pictures and questions in the same order"

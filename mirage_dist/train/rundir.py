@@ -20,7 +20,7 @@ from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
-from mirage_dist.schema import ConfigError, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import Lease
@@ -228,7 +228,7 @@ def _manifest(
         "base_hash": base_hash,
         "seed": recipe.seed,
         "wandb_id": new_wandb_id(),
-        "command": sys.argv,
+        "command": [secrets.masked(word) for word in sys.argv],
         "git_commit": _git_commit(),
         "versions": versions(),
         "hardware": {

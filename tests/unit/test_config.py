@@ -1,14 +1,17 @@
 """Recipes: every mistake is named with its place and its remedy; a resolved recipe reads back equal."""
 
 import copy
+import re
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe, secrets
 
 RECIPE = {
     "run": {"dir": "runs/x"},
@@ -217,3 +220,167 @@ def test_a_fault_of_an_included_file_names_the_file(tmp_path, included, words):
     (tmp_path / "included.yaml").write_text(included.replace("OWN", f"{tmp_path}/own.yaml"))
     with pytest.raises(ConfigError, match=words):
         configs.load(tmp_path / "own.yaml", [], TrainRecipe)
+
+
+def suite(*overrides):
+    attacks = {"pair": {"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}, {"kind": "prefix"}]}}
+    source = {"format": "vlguard", "path": "p.json", "images": "i", "split": "unsafes"}
+    sets = {"unsafe": {"kind": "unsafe", "sources": [source], "attacks": attacks}}
+    judges = ["keyword", {"kind": "keyword", "phrases": "published", "name": "theirs"}]
+    tree = {"run": {"dir": "r"}, "suite": "s", "model": {"path": "m"}, "sets": sets, "judges": judges}
+    return configs.from_tree(OmegaConf.create(tree), overrides, EvalRecipe, "recipe.yaml")
+
+
+def test_another_judge_has_none_of_the_former_ones_options():
+    assert suite("judges[1].kind=benchmark").judges == ["keyword", {"kind": "benchmark"}]
+    assert suite("judges.1.kind=vlm", "judges.1.url=u").judges[1] == {"kind": "vlm", "url": "u"}
+    assert suite("judges[0].kind=vlm", "judges[0].path=p").judges[0] == {"kind": "vlm", "path": "p"}
+    assert suite("judges[0].phrases=published").judges[0] == {"kind": "keyword", "phrases": "published"}
+    assert suite("judges[1].kind=keyword").judges[1] == {"kind": "keyword", "phrases": "published", "name": "theirs"}
+
+
+def test_another_part_of_a_combined_attack_has_none_of_the_former_ones_options():
+    attack = suite("sets.unsafe.attacks.pair.attacks[0].kind=prefix").sets["unsafe"].attacks["pair"]
+    assert attack == {"kind": "combine", "attacks": [{"kind": "prefix"}, {"kind": "prefix"}]}
+
+
+def test_another_format_keeps_what_every_format_has_and_none_of_the_former_ones_options():
+    source = suite("sets.unsafe.sources[0].format=llava").sets["unsafe"].sources[0]
+    assert (source.format, source.path, source.images) == ("llava", "p.json", "i")
+    streams = build("data.streams.forget={format: vlguard, path: x, split: unsafes}").data.streams["forget"]
+    assert streams[0].split == "unsafes"
+    with pytest.raises(ConfigError, match="split='unsafes'; belongs to format=vlguard"):
+        suite("sets.unsafe.sources[0].format=llava", "sets.unsafe.sources[0].split=unsafes")
+
+
+def test_another_optimizer_has_none_of_the_former_ones_options():
+    train = {**RECIPE["train"], "optimizer": {"name": "adamw", "betas": [0.8, 0.9]}}
+    tree = OmegaConf.create({**RECIPE, "train": train})
+    recipe = configs.from_tree(tree, ["train.optimizer.name=muon"], TrainRecipe, "r")
+    assert recipe.train.optimizer == {"name": "muon"}
+
+
+def test_a_recipe_that_names_another_class_takes_none_of_the_included_ones_options(tmp_path):
+    npo = "objective: {name: npo, beta: '${seed}', retain: kl}\nseed: 1\nmodel: {path: m}\n"
+    (tmp_path / "npo.yaml").write_text(npo)
+    own = "run: {dir: r}\ndata: {streams: {}}\ntrain: {lr: 1.0, global_batch: 1, micro_batch: 1}\n"
+    own = f"include: {tmp_path}/npo.yaml\n{own}"
+    for objective, expected in (
+        ("{name: rmu, layer: 3}", {"name": "rmu", "layer": 3}),
+        ("{beta: 0.5}", {"name": "npo", "beta": 0.5, "retain": "kl"}),
+        ("{name: npo, retain: ce}", {"name": "npo", "beta": 1, "retain": "ce"}),
+    ):
+        (tmp_path / "own.yaml").write_text(f"{own}objective: {objective}\n")
+        assert configs.load(tmp_path / "own.yaml", [], TrainRecipe).objective == expected
+    (tmp_path / "sft.yaml").write_text("objective: {name: sft}\n")
+    recipe = configs.load(tmp_path / "own.yaml", [f"include={tmp_path}/sft.yaml", "seed=2"], TrainRecipe)
+    assert recipe.objective == {"name": "sft"}
+
+
+TEXTS = (
+    "runs/it's",
+    'runs/"sft"',
+    "runs/a b = c",
+    "runs/$x ${run.name} \\${y}",
+    "runs/é 日本 \U0001f600\u2028",
+    "[a, b]: {c} #d",
+    "null",
+    "1e3",
+    "a\\",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_given_as_an_override_or_read_back_from_config_yaml_is_the_same_text(tmp_path, text):
+    recipe = build(configs.override("run.dir", text))
+    assert recipe.run.dir == text
+    assert configs.value(recipe, "run.dir") == text
+    configs.write_yaml(recipe, tmp_path / "config.yaml")
+    assert configs.load(tmp_path / "config.yaml", [], TrainRecipe) == recipe
+
+
+def test_containers_given_as_an_override_are_the_same_containers():
+    recipe = build(configs.override("data.template_options", {"a": ["x: y", 1, True, None], "b": "${c}"}))
+    assert recipe.data.template_options == {"a": ["x: y", 1, True, None], "b": "${c}"}
+
+
+PIECES = ("$", "{", "}", "\\", "x", ":", " ", "run.dir", "${x}", "é", "'", '"', "\n")
+
+
+@given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
+def test_every_text_survives_an_override_and_config_yaml(drawn):
+    recipe = build(configs.override("data.system_prompt", drawn))
+    assert recipe.data.system_prompt == drawn
+    again = configs.from_tree(OmegaConf.create(configs.to_yaml(recipe)), [], TrainRecipe, "config.yaml")
+    assert again == recipe
+
+
+def test_a_value_is_named_by_its_key_and_an_unknown_key_by_the_nearest():
+    recipe = build()
+    assert configs.value(recipe, "data.streams.forget[0].path") == recipe.data.streams["forget"][0].path
+    with pytest.raises(ConfigError, match=r"unknown key 'run\.dri'; did you mean 'dir'"):
+        configs.value(recipe, "run.dri")
+
+
+def test_the_class_of_a_recipe_shows_in_its_keys(tmp_path):
+    assert isinstance(configs.load_any("configs/eval/vlguard.yaml", ["run.dir=r"]), EvalRecipe)
+    assert isinstance(configs.load_any("configs/train/npo_qwen2_5_vl.yaml", []), TrainRecipe)
+    with pytest.raises(ConfigError, match="expected a recipe of training, evaluation or preparation"):
+        configs.load_any("configs/model/qwen3_vl_8b.yaml", [])
+
+
+def build_eval(*overrides: str) -> EvalRecipe:
+    return configs.load("configs/eval/vlguard.yaml", ["run.dir=runs/x", *overrides], EvalRecipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [
+        ("suite", "suite={}"),
+        ("run.name", "run.name={}"),
+        ("a key of sets", "sets={{{}: {{kind: safe, sources: []}}}}"),
+        ("a key of sets.a.attacks", "sets={{a: {{kind: safe, sources: [], attacks: {{{}: {{kind: swap}}}}}}}}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["'../x'", "a/b", "'.hidden'", "'a b'", "''", "'\\e[31mred'", "naïve", "x" * 81])
+def test_what_becomes_part_of_a_path_is_a_name(key, override, name):
+    with pytest.raises(ConfigError, match=re.escape(f": {key}=") + ".*; expected a name: 1 to 80 of A-Z, a-z, 0-9"):
+        build_eval(override.format(name))
+
+
+@pytest.mark.parametrize("value", ["'a\\0b'", "''", "x" * 256, "/".join(["x" * 200] * 20)])
+@pytest.mark.parametrize("key", ["run.dir", "model.path"])
+def test_a_path_that_no_file_system_takes_is_refused_before_anything_is_made(key, value):
+    with pytest.raises(ConfigError, match=f": {key}=.*; expected a path"):
+        build_eval(f'{key}="{value[1:-1]}"' if value.startswith("'") else f"{key}={value}")
+
+
+@pytest.mark.parametrize("resolver", ["oc.env:HOME", "oc.decode:1", "oc.create:1", "file:/etc/passwd"])
+def test_a_recipe_reads_nothing_from_outside_itself(resolver):
+    with pytest.raises(ConfigError, match=r"template.system_prompt: .*What is secret stays in the environment"):
+        build_eval(f"template.system_prompt=${{{resolver}}}")
+
+
+@pytest.mark.parametrize(
+    "value", ["sk-proj-" + "a1" * 12, "hf_" + "a1" * 12, "https://user:password@host/v1", "Bearer " + "a1" * 12]
+)
+@pytest.mark.parametrize("key", ["template.system_prompt", "judges", "run.dir"])
+def test_what_looks_like_a_key_is_refused_without_being_shown(key, value):
+    with pytest.raises(ConfigError, match=f"{key}.* holds what looks like a key or a password.*key_env") as refused:
+        build_eval(
+            f"{key}=[{{kind: vlm, url: 'http://h/v1', model: '{value}'}}]" if key == "judges" else f"{key}='{value}'"
+        )
+    assert value not in str(refused.value)
+
+
+def test_command_lines_are_recorded_without_the_keys_in_them():
+    words = [
+        "mirage",
+        "model.api_key=topsecret1",
+        "x=hf_" + "a1" * 12,
+        "url=https://u:topsecret2@host/v1",
+        "train.lr=1e-4",
+    ]
+    assert [secrets.masked(word) for word in words] == [
+        *("mirage", "model.api_key=***", "x=***", "url=https://***@host/v1", "train.lr=1e-4")
+    ]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mirage_dist.data.encoding.collate import IGNORE, Batch
+from mirage_dist.data.encoding.control import SpelledControl
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.models.hf import HuggingFace
@@ -210,7 +211,11 @@ class Problem:
             return False
         for row in rows:
             tokens, first = row.bare
-            if self.victim.tokens(row.sample, text)[0] != [*tokens[:first], *ids, *tokens[first + self.length :]]:
+            try:
+                own = self.victim.tokens(row.sample, text)[0]
+            except SpelledControl:  # the tokens together spell one
+                return False
+            if own != [*tokens[:first], *ids, *tokens[first + self.length :]]:
                 return False
         return True
 

@@ -6,18 +6,29 @@ fields are its options in the recipe. docs/judges.md describes each judge and it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
-from mirage_dist.evals.judges.cache import judged, unjudged
+from mirage_dist.evals.judges.cache import judged, require_verdicts, unjudged
 from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema.names import NAME
 
-__all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "make", "panel", "read", "unjudged"]
+__all__ = [
+    "REGISTRY",
+    "Judge",
+    "Opinion",
+    "compare",
+    "judged",
+    "make",
+    "panel",
+    "read",
+    "require_verdicts",
+    "unjudged",
+]
 
 REGISTRY = Registry(
     "judge",
@@ -42,15 +53,15 @@ def make(options: str | Mapping[str, Any], source: str, key: str) -> Judge:
         raise ConfigError(f"{source}: {key}={options!r}: expected a kind of judge, or a mapping with `kind`")
     judge: Judge = REGISTRY.make({"kind": options} if isinstance(options, str) else options, source, key)
     name = judge.name or judge.default_name
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ConfigError(f"{source}: {key}.name={name!r}; expected letters, digits, - and _")
+    NAME(name, f"{source}: {key}.name")
     return replace(judge, name=name)
 
 
 def read(recipe: EvalRecipe) -> list[Judge]:
     """The recipe's judges as it describes them; opens no file. `panel` makes them ready.
 
-    Raises ConfigError when there is none, when two have one name but different options, and as `make` does.
+    Raises ConfigError when there is none, when two have one name but different options, when a benchmark has no judge
+    that scores it, and as `make` does.
     """
     if not recipe.judges:
         raise ConfigError("judges is empty; expected some of " + ", ".join(REGISTRY))
@@ -59,16 +70,15 @@ def read(recipe: EvalRecipe) -> list[Judge]:
         judge = make(options, "the recipe", f"judges[{number}]")
         if judges.setdefault(judge.name, judge) != judge:
             raise ConfigError(f"judges: two are named {judge.name!r}; give one of them another `name`")
+    benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
+    if benchmarks and all("scored" not in judge.verdicts for judge in judges.values()):
+        raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")
     return list(judges.values())
 
 
 def panel(recipe: EvalRecipe) -> list[Judge]:
     """The recipe's judges, ready to judge its rows; loads no weights.
 
-    Raises ConfigError as `read` and the judges' `of` do, and when a benchmark has no judge that scores it.
+    Raises ConfigError as `read` and the judges' `of` do.
     """
-    judges = read(recipe)
-    benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
-    if benchmarks and all("scored" not in judge.verdicts for judge in judges):
-        raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")
-    return [judge.of(recipe) for judge in judges]
+    return [judge.of(recipe) for judge in read(recipe)]
