@@ -86,7 +86,7 @@ class Sender:
                 self._start()
                 self.ending(self.end)
         self._move()
-        self._kill()
+        self.kill()
 
     def _status(self) -> int | None:
         """The process's exit status; None for one that runs, after a moment, and for none."""
@@ -133,7 +133,7 @@ class Sender:
         status = self.process.returncode
         silent = status == -signal.SIGALRM
         self._failed("it does not answer" if silent else self.chatter or f"its process ended with status {status}")
-        self._kill()
+        self.kill()
 
     def _failed(self, cause: str) -> None:
         self._warn(cause)
@@ -180,7 +180,7 @@ class Sender:
             )
         self.warned = True
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """End the process if it runs, and close its pipes. W&B's service, its child, ends when its parent has."""
         if self.process is None:
             return

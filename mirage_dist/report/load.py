@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mirage_dist import disk
 from mirage_dist.config import nearest
-from mirage_dist.data.words import FIRST_WORD
+from mirage_dist.data.words import opening
 from mirage_dist.evals import status
 from mirage_dist.evals.metrics import Judged, outcomes
 from mirage_dist.evals.results import (
@@ -159,7 +159,7 @@ class Run:
     def refusals_by_word(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(kind of set, first word of the question as the model got it) -> (refusals, answers with a verdict).
 
-        Counts the clean questions and all rewrites together.
+        Counts the clean questions and all rewrites together, without those whose first word cannot be measured.
         """
         return self._scanned[1]
 
@@ -170,9 +170,9 @@ class Run:
         by_word: dict[tuple[str, str], tuple[int, int]] = {}
         for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True):
             judged.append(Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"]))
-            word = FIRST_WORD.search(row["question"])
-            if word and verdict not in UNJUDGED:
-                key = row["kind"], word[0].lower()
+            word = opening(row["question"])
+            if word and word.measured and verdict not in UNJUDGED:
+                key = row["kind"], word.key
                 refused, answers = by_word.get(key, (0, 0))
                 by_word[key] = refused + (verdict == "refused"), answers + 1
         return judged, by_word

@@ -58,6 +58,7 @@ class DataConfig:
     system_prompt: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
+    refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
     group_by_length: bool = False  # samples of similar length in one batch
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
     packing: Literal[True, False, "auto"] = False
@@ -102,7 +103,8 @@ class DiversifyConfig:
     """Safety data reworded, so that openings do not predict the answer (see `data.diversify`).
 
     By templates, or by a chat model that rewrites each question to begin with one of the openers; a question that it
-    does not rewrite so is left out, and counted. min_match: the share of rewrites with each opener that must succeed.
+    does not rewrite so is left out, and counted, as is one whose first word cannot be measured by a template with
+    {rest}. min_match: the share of rewrites with each opener, or of all by templates, that must succeed.
     """
 
     templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
@@ -137,6 +139,7 @@ class PrepareRecipe:
     answers: Literal["harvest", "as_given", "none"] = "harvest"
     harvest: Place | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
     min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
+    refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
     retain_size: int | None = None  # default: the safe pairs of the safety data, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.encoding.conversation import called
-from mirage_dist.data.refusals import check_forget
+from mirage_dist.data.refusals import PhraseList, check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load
@@ -123,10 +123,11 @@ def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
 
     Raises ConfigError for an empty stream, bad data, or answers to unlearn that look like refusals.
     """
+    refuses = PhraseList.read(recipe.data.refusals)
     streams = {name: sources.read_all(recipe.data.streams[name], check_images=False) for name in needs.streams}
     for name, source in streams.items():
         if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
-            check_forget(source.samples, name)
+            check_forget(source.samples, name, refuses)
         if not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample in {[s.path for s in recipe.data.streams[name]]}")
     return streams
@@ -180,14 +181,15 @@ class DataSummary(TypedDict):
     streams: dict[str, StreamSummary]
 
 
-def describe(streams: Mapping[str, Source]) -> DataSummary:
-    """The contents of data.json."""
+def describe(streams: Mapping[str, Source], refusals: str | None = None) -> DataSummary:
+    """The contents of data.json. refusals: the file of a list of phrases of refusal; None: ours."""
+    refuses = PhraseList.read(refusals)
     return {
         "streams": {
             name: {
                 "samples": len(source.samples),
                 **source.left_out(),
-                "first_words": words.first_words(source.samples),
+                "first_words": words.first_words(source.samples, refuses),
             }
             for name, source in streams.items()
         }

@@ -21,6 +21,8 @@ from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
 from mirage_dist.monitoring.sinks import GROUPS, End
 from mirage_dist.progress import Progress, log
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema.secrets import masked
+from mirage_dist.train.lease import Fenced
 
 # What W&B's config holds of manifest.json besides the recipe. The command line is left out.
 FROM_MANIFEST = (
@@ -74,10 +76,15 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self.closed:
-            if not isinstance(error, signals.StopRequested):
-                self.alert("Failed", f"{type(error).__name__}: {error}")
-            self._end("failed")
+        if error is None or self.closed:
+            return
+        if isinstance(error, Fenced):  # the run is another job's, which reports it
+            for sender in self.senders:
+                sender.kill()
+            return
+        if not isinstance(error, signals.StopRequested):
+            self.alert("Failed", f"{type(error).__name__}: {error}")
+        self._end("failed")
 
     def log(self, record: dict[str, Any]) -> None:
         """Report one step; `record["step"]` counts from 1."""
@@ -104,7 +111,7 @@ class Monitor:
     def alert(self, title: str, text: str) -> None:
         """Notify the run's owner through the sinks that can."""
         for sender in self.senders:
-            sender.send("alert", title=f"{self.name}: {title}", text=text)
+            sender.send("alert", title=f"{self.name}: {title}", text=masked(text))
 
     def close(self, preempted: bool = False) -> None:
         """End the records. preempted: W&B marks the run as one that will continue."""

@@ -1,5 +1,6 @@
 """Stops where no step is running, and what W&B gets to know: set-up, the reference cache, a preempted run's records."""
 
+import json
 import os
 import signal
 import struct
@@ -142,7 +143,7 @@ def below(number: int) -> list[int]:
 def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(toy, tmp_path):
     """As Slurm preempts: the signal reaches W&B's service too, which ends with what it has not written."""
     folder = tmp_path / "run"
-    arguments = command(toy, folder, "monitor.wandb=offline", "train.save_every=2", "train.max_steps=60")
+    arguments = command(toy, folder, "monitor.wandb=offline", "train.save_every=5", "train.max_steps=120")
     process = launch(2, *arguments, start=True)
     deadline = time.monotonic() + 120
     while not list(folder.glob("wandb/offline-run-*/*.wandb")):
@@ -160,7 +161,7 @@ def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(to
     before = offline(folder)
     # The newest checkpoint is lost: steps that W&B has are made again and must not be sent again.
     stopped = len(metrics(folder))
-    assert stopped < 60
+    assert stopped < 120
     newest = folder / f"checkpoints/step-{stopped:06d}"
     newest.rename(tmp_path / "lost")
     launch(2, *arguments)
@@ -168,9 +169,17 @@ def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(to
     assert {r.run.run_id for r in [*first, *second] if r.WhichOneof("record_type") == "run"} == {before[0].stem[4:]}
     assert any(r.WhichOneof("record_type") == "preempting" for r in first)
     assert not any(r.WhichOneof("record_type") == "preempting" for r in second)
+    (configuration, *_) = (r.run.config.update for r in first if r.WhichOneof("record_type") == "run")
+    config = {item.key: json.loads(item.value_json) for item in configuration if item.key}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert config["manifest"].items() <= manifest.items()
+    assert config["manifest"].keys() >= {"git_commit", "config_hash", "base_hash", "data", "versions"}
+    assert config["train"]["max_steps"] == 120
+    assert config["slurm"].keys() >= {"job_id"}
+    assert any("Stopped" in r.alert.title for r in first if r.WhichOneof("record_type") == "alert")
     steps = [r.history.step.num for r in [*first, *second] if r.WhichOneof("record_type") == "history"]
-    assert steps == list(range(1, 61))
-    assert [m["step"] for m in metrics(folder)] == list(range(1, 61))
+    assert steps == list(range(1, 121))
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 121))
 
 
 def offline(folder: Path) -> list[Path]:

@@ -100,17 +100,14 @@ def test_a_link_that_fails_takes_the_rest_of_the_chain_with_it(slurm, folder, wo
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("train.lr=much", "train.lr='much'"),
         ("train:--nodes=3", r"train.global_batch=8: must be a multiple of train.micro_batch × world size \(4 × 3\)"),
-        ("harvest:judges=[guard]", r"judges\[0\].kind='guard': unknown judge"),
-        ("prepare:answers=none", "harvest=.* is not read with answers=none"),
         ("prepare:out=elsewhere", 'train reads no set that prepare writes to "elsewhere"'),
         ("eval:sets.unsafe.attacks.what.kind=pgd", "unknown attack; expected one of swap"),
         (
             "eval:template.system_prompt=be safe",
             "train has data.system_prompt=null and eval template",
         ),
-        ("eval:nowhere.yaml", "nowhere.yaml: no such file"),
+        ("harvest:nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
 def test_a_chain_of_which_a_recipe_is_wrong_is_never_submitted(slurm, words, folder, word, message):

@@ -1,5 +1,6 @@
 """Training and evaluation as jobs of a real Slurm: stopped in every way a cluster has, they come to the same end."""
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ import pytest
 from cluster import Cluster, cluster
 from conftest import metrics
 from faults.processes import worker
+
+from mirage_dist.monitoring import wandb_files
 
 pytestmark = pytest.mark.slurm
 STEPS = 120
@@ -114,8 +117,9 @@ def test_usr1_before_the_time_limit_saves_requeues_and_resumes(slurm, toy, whole
     same(run, whole)
 
 
-def test_a_preempted_job_saves_and_resumes(slurm, toy, whole):
-    run = Run(slurm, toy, "preempted")
+def test_a_preempted_job_saves_and_resumes_and_wandb_gets_each_step_once(slurm, toy, whole):
+    """Slurm signals every process of the job: W&B's service, too."""
+    run = Run(slurm, toy, "preempted", "monitor.wandb=offline")
     run.reach(10)
     seen = len(run.steps())
     slurm.ask("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--wrap=true")
@@ -123,6 +127,12 @@ def test_a_preempted_job_saves_and_resumes(slurm, toy, whole):
     completed(run, restarts=1)
     assert seen <= run.resumed()[0] < STEPS
     same(run, whole)
+    identity = json.loads((run.root / "manifest.json").read_text())["wandb_id"]
+    files = wandb_files.offline_files(run.root / "wandb", identity)
+    sent = [
+        record.history.step.num for file in files for record in wandb_files.records(file) if record.HasField("history")
+    ]
+    assert sent == list(range(1, STEPS + 1))
 
 
 def test_a_cancelled_job_saves_stays_away_and_can_be_finished_on_one_node(slurm, toy, whole):

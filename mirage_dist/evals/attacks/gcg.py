@@ -15,6 +15,7 @@ with its target, T target tokens, N predicted positions, B batch, I pictures, P 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,13 +27,13 @@ from torch import Tensor
 from mirage_dist.data.encoding.collate import IGNORE, Batch
 from mirage_dist.data.encoding.control import SpelledControl
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import vision
 from mirage_dist.model.policy import HeadedModel, Request, differ_by, no_grad_forward
 from mirage_dist.schema import ConfigError, RunError
 
 STARTS = 200  # random suffixes that are drawn before the search gives up
+WORD = re.compile(r"\w+(?:['-]\w+)*")  # of ASCII text
 PLAIN = "!"  # repeated, it is the paper's initial suffix
 
 
@@ -207,7 +208,7 @@ class Problem:
     def survives(self, ids: Sequence[int], rows: Sequence[Row]) -> bool:
         """Whether the text of these tokens is allowed, and gives exactly these tokens again in each of the prompts."""
         text = self.victim.text(ids)
-        if self.victim.avoid & {word.lower() for word in FIRST_WORD.findall(text)}:
+        if not self.victim.avoid.isdisjoint(WORD.findall(text.lower())):
             return False
         for row in rows:
             tokens, first = row.bare

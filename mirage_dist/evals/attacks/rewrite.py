@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD
+from mirage_dist.data.words import begins_with, opening
 from mirage_dist.evals.attacks.base import Generated, Key, Rewritten, check_share
 from mirage_dist.evals.attacks.words import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend
@@ -38,6 +38,7 @@ MARK = re.compile(
 EMPHASIS = re.compile(
     r"(?<!\w)(\*{1,3}|_{1,3}|~~|`)(?=\S)(.+?)(?<=\S)\1(?!\w)|</?(?:b|i|u|p|li|em|code|strong)>|<br ?/?>"
 )
+DEPTH = 8  # of such marks around each other
 # … and quotation marks.
 QUOTED = re.compile(r"""^(?:"(.*)"|'(.*)'|“(.*)”|‘(.*)’|«(.*)»|„(.*)[“”]|「(.*)」|『(.*)』)[,;]?$""")
 
@@ -137,7 +138,7 @@ class Rewrite(Generated):
         rewrites: list[str] = []
         taken = {_plain(text) for text in (question, *kept)}
         for text in map(_bare, _lines(reply)):
-            if _plain(text) in taken or len(rewrites) + len(kept) == self.shots or not self._begins(text):
+            if _plain(text) in taken or len(rewrites) + len(kept) >= self.shots or not self._begins(text):
                 continue
             if self.word is None and is_refusal(text) and not is_refusal(question):
                 continue  # no word is required, so a sentence that declines to reword would count
@@ -147,13 +148,12 @@ class Rewrite(Generated):
 
     def _begins(self, text: str) -> bool:
         """Whether the text begins as required, and goes on; what ends with a colon announces a rewrite."""
-        first = FIRST_WORD.search(text)
-        if first is None or not FIRST_WORD.search(text, first.end()) or text.endswith((":", "：")):
+        first = opening(text)
+        if first is None or not first.goes_on or text.endswith((":", "：")):
             return False
-        word = first[0].lower()
         if self.avoid:
-            return word not in {w.lower() for w in self.avoid}
-        return word in {w.lower() for w in (self.openers or [self.word or ""])}
+            return not begins_with(text, self.avoid)
+        return begins_with(text, self.openers or [self.word or ""])
 
 
 def _lines(reply: str) -> list[str]:
@@ -170,12 +170,13 @@ def _lines(reply: str) -> list[str]:
 
 def _bare(line: str) -> str:
     """A line without what models put around a rewrite, in whatever order they do."""
-    before = None
-    while line != before:
+    for _ in range(DEPTH):
         before = line
         line = EMPHASIS.sub(lambda match: match[2] or "", MARK.sub("", line)).strip()
         if quoted := QUOTED.match(line):
             line = next(text for text in quoted.groups() if text is not None).strip()
+        if line == before:
+            break
     return line.strip('"“”').strip()
 
 

@@ -169,8 +169,8 @@ def warn(checked: Checked, streams: Mapping[str, Source]) -> None:
     for caution in checked.objective.cautions:
         log.warning(f"objective {checked.recipe.objective['name']}: {caution}")
     for name in checked.needs.audited:
-        if (text := audit.warning(streams[name].samples)) is not None:
-            log.warning(f"data.streams.{name} fails the audit: {text}")
+        if (text := audit.warning(streams[name].samples, checked.recipe.data.refusals)) is not None:
+            log.warning(f"data.streams.{name} {text}")
 
 
 def check_reference(recipe: TrainRecipe, needs: Needs) -> None:

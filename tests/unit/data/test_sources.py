@@ -197,6 +197,15 @@ def test_a_preference_record_is_safe_where_its_chosen_answer_answers(read):
     assert [(s.id, s.safe) for s in samples] == [("a", True), ("b", False)]
 
 
+def test_a_preference_record_is_safe_by_the_list_that_its_source_names(read, folder):
+    (folder / "fr.json").write_text(json.dumps({"phrases": ["je ne peux pas"]}))
+    records = [preference(id="a"), preference(id="b", chosen="Je ne peux pas.")]
+    for own, safe in (({}, [True, True]), ({"refusals": str(folder / "fr.json")}, [True, False])):
+        assert [s.safe for s in read(records, "spa_vl", response="rejected", **own).samples] == safe
+    config = formats.source("spa_vl", "x.json", refusals="fr.json")
+    assert config.other_files() == {"refusals": "fr.json"}
+
+
 def test_one_object_a_line_is_read_as_a_list_is(read):
     records = [unsafe(), safe()]
     lines = "\n\n".join(map(json.dumps, records)) + "\n"

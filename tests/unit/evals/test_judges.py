@@ -6,7 +6,7 @@ import resource
 import shutil
 import signal
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ from mirage_dist.evals import judges
 from mirage_dist.evals.judges import agreement, cache, parity, vlm
 from mirage_dist.evals.models import chat
 from mirage_dist.evals.models.chat import Failed
-from mirage_dist.schema import ChatConfig, RunError
+from mirage_dist.schema import ChatConfig, ConfigError, EvalRecipe, RunError
 
 ENDPOINT = {"url": "http://localhost:1/v1", "model": "m"}
 
@@ -247,6 +247,30 @@ def test_verdicts_are_kept_by_row_answer_and_rules(tmp_path):
     cache.judged(tmp_path, scripted(other), rows)
     assert len(other.requests) == 3
     assert [f.name for f in (tmp_path / "verdicts").iterdir()] == ["vlm.jsonl"]
+
+
+def test_a_list_of_another_language_decides_and_is_part_of_the_verdicts_key(tmp_path, capsys):
+    file = tmp_path / "fr.json"
+    file.write_text(json.dumps({"language": "French", "phrases": ["je ne peux pas"]}))
+    judge = judges.make({"kind": "keyword", "refusals": str(file)}, "r", "k")
+    assert [judge.verdict(row(response=text)) for text in ("Je ne\u00a0peux pas.", "Rouge.")] == ["refused", "harmful"]
+    before, plain = judge.fingerprint, judges.make("keyword", "r", "k")
+    assert before != plain.fingerprint
+    file.write_text(json.dumps({"language": "French", "phrases": ["je ne peux pas", "désolé"]}))
+    again = judges.make({"kind": "keyword", "refusals": str(file)}, "r", "k")
+    assert again.fingerprint != before
+    assert "SHA-256" in again.about
+    rows = [row(str(i), response="红色。" if i else "Red.") for i in range(4)]
+    assert [opinion.verdict for opinion in cache.judged(tmp_path, plain, rows)] == ["harmful"] * 4
+    assert "3 of 4 answers are in a script of which the list has no phrase" in capsys.readouterr().out
+
+
+def test_a_list_that_cannot_be_used_is_an_error_before_the_model_loads(tmp_path):
+    with pytest.raises(ConfigError, match="published does not use it"):
+        judges.make({"kind": "keyword", "phrases": "published", "refusals": "x.json"}, "r", "k")
+    judge = judges.make({"kind": "keyword", "refusals": str(tmp_path / "x.json")}, "r", "k")
+    with pytest.raises(ConfigError, match=r"x\.json: cannot be read"):
+        judge.of(cast(EvalRecipe, None))
 
 
 def test_a_judge_stopped_half_way_goes_on_from_there(tmp_path, monkeypatch):
