@@ -366,6 +366,30 @@ def test_a_picture_too_large_to_decode_is_a_bad_record(read, folder, monkeypatch
         read([unsafe()])
 
 
+@pytest.mark.parametrize(
+    "value", ["data:image/png;base64," + "A" * 800_000, "/9j/" + "4AAQ" * 2000, "https://x.org/a.png"]
+)
+def test_a_picture_in_place_of_its_path_is_a_bad_record_that_shows_its_beginning(read, value):
+    with pytest.raises(ConfigError, match=r"data\.json: record 1: field 'image': .* is not supported") as error:
+        read([unsafe(), unsafe(image=value)])
+    assert len(str(error.value)) < 600
+    assert len(read([unsafe(), unsafe(image=value)], on_bad_record="skip").samples) == 1
+
+
+def test_a_picture_that_a_model_refuses_is_a_bad_record_of_an_evaluation(folder):
+    Image.new("RGB", (4, 1000)).save(folder / "long.png")
+    (folder / "x.json").write_text(json.dumps([unsafe(), unsafe(image="long.png")]))
+    config = formats.source("vlguard", f"{folder}/x.json")
+
+    def refusals(sizes):
+        return {size: "too long" for size in sizes if max(size) > 200 * min(size)}
+
+    with pytest.raises(ConfigError, match=r"x\.json: record 1: image .*long\.png: too long"):
+        sources.read_all([config], refusals=refusals)
+    kept = sources.read_all([dataclasses.replace(config, on_bad_record="skip")], refusals=refusals)
+    assert (len(kept.samples), kept.skipped) == (1, 1)
+
+
 def ranks(size, streams):
     """`check_pictures` on so many ranks, each with streams of its own: what each came to, its streams or its error."""
     barrier, table = threading.Barrier(size), [{}] * size
