@@ -6,12 +6,8 @@ set -uo pipefail
 # Before anything that takes time: a request that comes now is for the ranks that are still to be started.
 asked=
 declare -A rank_of=()
-trap 'ask TERM' TERM INT
-trap 'ask USR1' USR1
-ask() {
-  asked=$1
-  signal_ranks "$1"
-}
+trap 'asked=TERM; signal_ranks TERM' TERM INT
+trap 'asked=USR1; signal_ranks USR1' USR1
 signal_ranks() { ((${#rank_of[@]} == 0)) || kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2

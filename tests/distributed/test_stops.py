@@ -1,6 +1,7 @@
 """Stops where no step is running, and what W&B gets to know: set-up, the reference cache, a preempted run's records."""
 
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import forkserver
+import pytest
 from conftest import launch, metrics
 from wandb.proto import wandb_internal_pb2
 
@@ -31,6 +33,25 @@ def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(
     assert "nothing was left to commit" in output
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert not list((tmp_path / "run").glob("work-*"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_start_stops_in_order_at_any_moment(toy, tmp_path, monkeypatch, ranks):
+    """While Python starts, while the libraries are imported, and at moments that differ from one test run to the next;
+    none of these starts counts for train.max_restarts."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4243")
+    folder = tmp_path / "run"
+    seconds = [0.0, 0.5, *(random.uniform(0.0, 1.5) for _ in range(4))]
+    for start, delay in enumerate(seconds):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        arguments = command(toy, folder, "train.max_restarts=1", "train.max_steps=1000", "train.save_every=1000")
+        process = launch(ranks, *arguments, start=True, fresh=start < 2)
+        time.sleep(delay)
+        process.send_signal(random.choice([signal.SIGTERM, signal.SIGUSR1]))
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 75, (delay, output)
+        assert "Traceback" not in output, (delay, output)
+        assert not list(folder.glob("work-*"))
 
 
 FILL = """

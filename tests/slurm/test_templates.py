@@ -55,7 +55,7 @@ def test_ranks_and_overrides_arrive(slurm):
     )
     slurm.ended(job)
     starts = slurm.starts(job)
-    assert [start["words"] for start in starts] == [["train", "configs/train/npo.yaml", *words]] * 4
+    assert [start["words"] for start in starts] == [["train", f"{REPOSITORY}/configs/train/npo.yaml", *words]] * 4
     env = [start["env"] for start in starts]
     assert sorted(e["SLURM_PROCID"] for e in env) == ["0", "1", "2", "3"]
     first = next(e["SLURMD_NODENAME"] for e in env if e["SLURM_PROCID"] == "0")
@@ -83,7 +83,7 @@ def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):
     starts = slurm.starts(job)
     assert sorted(start["words"][-1] for start in starts) == [f"{i}/6" for i in range(6)]
     assert {tuple(start["words"][:-1]) for start in starts} == {
-        ("eval", "configs/eval/vlguard.yaml", "run.dir=runs/x", "--worker")
+        ("eval", f"{REPOSITORY}/configs/eval/vlguard.yaml", "run.dir=runs/x", "--worker")
     }
     assert {start["env"]["CUDA_VISIBLE_DEVICES"] for start in starts} <= set("01234567")
     assert len({(start["env"]["SLURM_JOB_ID"], start["env"]["CUDA_VISIBLE_DEVICES"]) for start in starts}) == 6
