@@ -8,7 +8,17 @@ asked=
 declare -A rank_of=()
 trap 'asked=TERM; signal_ranks TERM' TERM INT
 trap 'asked=USR1; signal_ranks USR1' USR1
-signal_ranks() { ((${#rank_of[@]} == 0)) || kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
+signal_ranks() {
+  local pid tries
+  for pid in "${!rank_of[@]}"; do
+    # A copy of this shell, which a rank is until it has become Python, would take the signal and do nothing.
+    for ((tries = 0; tries < 100; tries++)); do
+      [[ /proc/$pid/exe -ef /proc/$$/exe ]] || break
+      sleep 0.01
+    done
+    kill -"$1" "$pid" 2>/dev/null
+  done
+}
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2
   exit 2

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import forkserver
 import pytest
-from conftest import launch, metrics
+from conftest import launch, metrics, until
 from wandb.proto import wandb_internal_pb2
 
 SHORT = ("train.max_steps=8", "train.global_batch=8", "train.micro_batch=4", "train.export=false")
@@ -35,6 +36,11 @@ def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(
     assert not list((tmp_path / "run").glob("work-*"))
 
 
+def handles(pid: int, number: int) -> bool:
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_start_stops_in_order_at_any_moment(toy, tmp_path, monkeypatch, ranks):
     """While Python starts, while the libraries are imported, and at moments that differ from one test run to the next;
@@ -46,6 +52,7 @@ def test_a_start_stops_in_order_at_any_moment(toy, tmp_path, monkeypatch, ranks)
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         arguments = command(toy, folder, "train.max_restarts=1", "train.max_steps=1000", "train.save_every=1000")
         process = launch(ranks, *arguments, start=True, fresh=start < 2)
+        until(lambda p=process: handles(p.pid, signal.SIGUSR1), process)  # before that bash itself would be killed
         time.sleep(delay)
         process.send_signal(random.choice([signal.SIGTERM, signal.SIGUSR1]))
         output = process.communicate(timeout=120)[0]
