@@ -13,18 +13,14 @@ from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema.names import PLACE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
     order: one paragraph each, without a traceback.
     """
-    parsed, rest = _parser().parse_known_args(arguments)
-    # key=value may stand anywhere; argparse takes positional arguments in one run only.
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        parsed.overrides = [*parsed.overrides, *rest]
+    parsed = parse(arguments)
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -41,12 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    # key=value may stand anywhere; argparse takes positional arguments in one run only.
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(parsed, "overrides")):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"))
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"))
     demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
@@ -55,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--check", action="store_true", help="check the recipe alone; read no data")
 
     audit = _verb(verbs, "audit", _audit, "which first words separate refusals from answers in training data")
-    audit.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder")
+    audit.add_argument(
+        "data", nargs="+", type=_path, metavar="DATA", help="JSON, JSONL, Parquet, or a dataset's folder"
+    )
     audit.add_argument(
         "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
     )
@@ -66,11 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         help="what counts as a refusal: list (our phrases, the default), published (VLGuard's), label (`safe`), or "
         "FIELD=VALUE of a record",
     )
+    audit.add_argument(
+        "--refusals", metavar="FILE", help="a JSON list of refusal phrases in place of ours, for another language"
+    )
     audit.add_argument("--ngrams", type=_count, default=1, metavar="N", help="also the first 2, …, N words")
     audit.add_argument("--length", action="store_true", help="also the question's length")
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
-    audit.add_argument("--out", type=Path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
+    audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
     audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
     train = _verb(verbs, "train", _train, "one process of a training run; launch/local.sh starts N of them")
@@ -111,16 +123,16 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    report.add_argument("--out", type=Path, help="default: report/ in the first run")
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
+    report.add_argument("--out", type=_path, help="default: report/ in the first run")
     report.add_argument("--suite", help="required when the runs share several suites")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
 
     export = _verb(verbs, "export", _export, "write a Hugging Face model directory from a checkpoint")
-    export.add_argument("run_dir", type=Path, metavar="RUN")
-    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("run_dir", type=_path, metavar="RUN")
+    export.add_argument("out", type=_path, metavar="OUT")
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=int, help="default: the newest checkpoint")
@@ -135,6 +147,14 @@ def _place(text: str) -> tuple[int, int]:
     if not 0 <= number < of:
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 <= I < N, such as 0/4")
     return number, of
+
+
+def _path(text: str) -> Path:
+    try:
+        PLACE(text, "PATH")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def _count(text: str) -> int:
@@ -188,10 +208,12 @@ def _audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.data import audit
     from mirage_dist.report import audit as page
 
-    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots)
+    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
     result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
     files = page.write(result, parsed.out) if parsed.out else []
     print(page.table(result), *files, sep="\n", flush=True)
+    if not result["verdict"]["measured"]:
+        raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
 
@@ -264,10 +286,10 @@ def _eval(parsed: argparse.Namespace) -> None:
         pool.run(parsed.config, parsed.overrides, parsed.workers)
     else:
         from mirage_dist import inputs
-        from mirage_dist.evals import follow, runner
+        from mirage_dist.evals import follow, tracking
 
         inputs.make(recipe, parsed.worker[0] == 0)
-        evaluate = runner.evaluate if recipe.follow is None else follow.follow
+        evaluate = tracking.evaluate if recipe.follow is None else follow.follow
         evaluate(recipe, parsed.worker)
 
 

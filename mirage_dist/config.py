@@ -16,16 +16,21 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from mirage_dist import disk
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, secrets
+from mirage_dist.schema.names import Check, shown
 from mirage_dist.schema.texts import fault_within
 
 T = TypeVar("T")
+# What a resolver reads would stand in config.yaml, in the manifest and in W&B: of OmegaConf's own, oc.env could read a
+# key from the environment.
+for name in ("env", "create", "decode", "deprecated", "dict.keys", "dict.values", "select"):
+    OmegaConf.clear_resolver(f"oc.{name}")
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
@@ -105,11 +110,30 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         for key, value in items:
             OmegaConf.update(tree, key, value, merge=True)
         plain = OmegaConf.to_container(tree, resolve=True)
+    except UnsupportedInterpolationType as error:
+        raise ConfigError(
+            f"{source}: {error.full_key}: {str(error).splitlines()[0]}; a recipe can use ${{other.key}}, ${{fixed2:…}} "
+            "and ${add:…}. What is secret stays in the environment, and the recipe names its variable (key_env)"
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
+    if (key := _key_of_secret(plain)) is not None:
+        raise ConfigError(
+            f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
+            "W&B. Put it into an environment variable and give the variable's name (key_env)"
+        )
     return _build(schema, plain, source, "")
+
+
+def _key_of_secret(tree: Any, key: str = "") -> str | None:
+    """The dotted key of a text in the tree that looks like a key, if there is one."""
+    if isinstance(tree, Mapping):
+        return next((k for name, own in tree.items() if (k := _key_of_secret(own, _join(key, str(name))))), None)
+    if isinstance(tree, list):
+        return next((k for i, own in enumerate(tree) if (k := _key_of_secret(own, f"{key}[{i}]"))), None)
+    return key if isinstance(tree, str) and secrets.contains(tree) else None
 
 
 def _item(override: str) -> tuple[str, Any]:
@@ -140,7 +164,7 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{source}: {key or 'the recipe'} must be a mapping, got {value!r}")
     try:
-        hints = typing.get_type_hints(schema)
+        hints = typing.get_type_hints(schema, include_extras=True)
     except Exception as error:  # a class from outside the package may name what it never imported
         raise ConfigError(f"{source}: {key}: the types of {schema.__qualname__}'s fields: {error}") from error
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
@@ -164,6 +188,11 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is Annotated:
+        value = _check(args[0], value, source, key)
+        for check in (mark for mark in args[1:] if isinstance(mark, Check)):
+            check(value, f"{source}: {key}")
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -182,7 +211,8 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
-        return {str(k): _check(args[1], v, source, _join(key, str(k))) for k, v in value.items()}
+        named = {_check(args[0], str(name), source, f"a key of {key}"): own for name, own in value.items()}
+        return {name: _check(args[1], own, source, _join(key, name)) for name, own in named.items()}
     if dataclasses.is_dataclass(hint):
         if factory := vars(hint).get("factory"):  # the value decides which subclass it describes
             module, _, function = factory.partition(":")
@@ -201,7 +231,7 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
             "bool, str, Any, Literal, a dataclass, or a list, dict or optional of these"
         )
     if not right[hint]:
-        raise ConfigError(f"{source}: {key}={value!r}; expected {_PLAIN[hint]}")
+        raise ConfigError(f"{source}: {key}={shown(value)}; expected {_PLAIN[hint]}")
     return hint(value)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Unlearning with RMU, from the prepared forget and retain sets (slurm/mirage.sh prepare configs/prepare/vlguard.yaml).
 #   sbatch slurm/unlearn_rmu.sh [RECIPE.yaml] [key=value …]
-#   sbatch --nodes=4 slurm/unlearn_rmu.sh train.lr=5e-7 run.dir=runs/rmu-4
+#   sbatch --nodes=2 slurm/unlearn_rmu.sh train.micro_batch=1 train.lr=5e-7 run.dir=runs/rmu-2
 # Change first: --gres (GPUs a node) with --ntasks-per-node, --time; model.path and the data in configs/train/rmu.yaml.
 # --signal: this many seconds before the time limit the run stops, saves and is requeued. A save has to fit twice.
 #SBATCH --job-name=unlearn_rmu

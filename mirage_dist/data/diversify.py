@@ -27,7 +27,8 @@ def diversify(
     Answers do not change. In each class (`safe` or not) every template, or opener, is used equally often, up to one if
     the numbers do not divide. The seed decides which sample gets which. With `config.keep` the original question comes
     first. reword: rewords by the chat model if `config.chat` is given (see `evals.attacks.paraphrase`).
-    Raises ConfigError when one class is missing, since there is then nothing to balance.
+    Raises ConfigError when one class is missing, since there is then nothing to balance, and when templates fit fewer
+    than `config.min_match` of the questions.
     """
     chosen = _chosen(samples, config, seed)
     by_wording: dict[str, list[int]] = {}
@@ -39,6 +40,15 @@ def diversify(
         own = [samples[i] for i in members]
         reworded = reword(own, wording) if reword else [words.fill_template(wording, sample) for sample in own]
         questions.update(zip(((i, wording) for i in members), reworded, strict=True))
+    without = [i for (i, _), question in questions.items() if question is None]
+    if reword is None and len(questions) - len(without) < config.min_match * len(questions):
+        first = samples[without[0]]
+        raise ConfigError(
+            f"diversify.templates: {len(without)} of {len(questions)} wordings could not be made, and "
+            f"min_match={config.min_match}: {{rest}} needs a first word, which questions in scripts without spaces "
+            f"between words do not have, such as sample {first.id!r} of {first.source}. Use templates with "
+            "{question}, or openers and a chat model"
+        )
     diversified: list[Sample] = []
     for i, sample in enumerate(samples):
         diversified += [sample] if config.keep else []

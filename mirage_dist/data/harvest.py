@@ -10,7 +10,7 @@ from typing import Any
 
 from mirage_dist import disk
 from mirage_dist.data import records
-from mirage_dist.data.refusals import is_refusal
+from mirage_dist.data.refusals import OURS, PhraseList
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -19,17 +19,24 @@ Key = tuple[str, str]  # (id, question)
 
 @dataclass
 class Answers:
-    """Answers to forget by question. left_out: reason -> count of answers that were not taken."""
+    """Answers to forget by question.
 
+    refuses: the list that decides which are refusals. left_out: reason -> count of answers that were not taken.
+    unread: number of those that were taken although the list has no phrase in their script.
+    """
+
+    refuses: PhraseList = OURS
     by_question: dict[Key, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    unread: int = 0
 
     def add(self, key: Key, answer: str) -> None:
         """Keep the longest of several answers, whatever their order; leave out and count a refusal."""
-        reason = "empty" if not answer.strip() else "refusals" if is_refusal(answer) else None
+        reason = "empty" if not answer.strip() else "refusals" if self.refuses(answer) else None
         if reason:
             self.left_out[reason] += 1
         else:
+            self.unread += not self.refuses.reads(answer)
             self.by_question[key] = max(self.by_question.get(key, ""), answer, key=lambda text: (len(text), text))
 
     def digest(self) -> str:
@@ -37,14 +44,14 @@ class Answers:
         return disk.digest(sorted(self.by_question.items()))
 
 
-def harvest(path: Path) -> Answers:
+def harvest(path: Path, refuses: PhraseList = OURS) -> Answers:
     """A model's answers to unchanged questions; attacked rows are left out.
 
     path: a file of any form that `data.records` reads, or a folder of JSONL files.
 
     Raises ConfigError when there is no file, and naming file, record and field for a row that is no answer.
     """
-    answers = Answers()
+    answers = Answers(refuses)
     for file in _files(path):
         for row in _rows(file, answers.left_out):
             if row.get("attack") in (None, "clean"):
@@ -54,9 +61,9 @@ def harvest(path: Path) -> Answers:
     return answers
 
 
-def as_given(samples: Sequence[Sample]) -> Answers:
+def as_given(samples: Sequence[Sample], refuses: PhraseList = OURS) -> Answers:
     """The data's own answers."""
-    answers = Answers()
+    answers = Answers(refuses)
     for sample in samples:
         answers.add((sample.id, sample.question), sample.answer)
     return answers

@@ -23,8 +23,10 @@ from mirage_dist.data.diversify import Reword
 from mirage_dist.data.formats import Split
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.harvest import Answers, as_given, harvest
+from mirage_dist.data.refusals import FEW, PhraseList
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import LeftOut, Source
+from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
@@ -95,14 +97,15 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     """
     check(recipe)
     out = Path(recipe.out)
-    harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest))
+    refuses = PhraseList.read(recipe.refusals)
+    harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest), refuses)
     config = {name: value for name, value in to_dict(recipe).items() if name not in NOT_THE_DATA}
-    inputs: Inputs = {"config": config, "inputs": _hashes(recipe, harvested)}
+    inputs: Inputs = {"config": config, "inputs": _hashes(recipe, harvested, refuses)}
     if not out.exists():
         sets: dict[str, list[Sample]] = {}
         counts: Counts = {}
         if recipe.answers != "none":
-            sets["forget"], counts["forget"] = _forget(recipe, harvested)
+            sets["forget"], counts["forget"] = _forget(recipe, harvested, refuses)
             sets["retain"], counts["retain"] = _retain(recipe)
             shown = ([sample.image for sample in sets[name]] for name in ("forget", "retain"))
             counts["pictures_in_both"] = len(pictures.shared(*shown))
@@ -140,6 +143,8 @@ def check(recipe: PrepareRecipe) -> None:
     if recipe.answers == "none":
         if recipe.diversify is None:
             raise ConfigError("answers=none and no `diversify`: there is nothing to prepare")
+        if recipe.refusals is not None:
+            raise ConfigError(f"refusals={recipe.refusals} is not read with answers=none; leave it out")
         if recipe.fill or recipe.retain_size is not None or recipe.unsafe_questions_on_safe_images:
             raise ConfigError("answers=none makes no retain set; leave out its options (fill, retain_size, …)")
     if recipe.diversify is not None and recipe.diversify.templates:
@@ -153,12 +158,17 @@ def check(recipe: PrepareRecipe) -> None:
 # -------------------------------------------------------------------------------------------------- sets
 
 
-def _forget(recipe: PrepareRecipe, harvested: Answers | None) -> tuple[list[Sample], ForgetCounts]:
+def _forget(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseList) -> tuple[list[Sample], ForgetCounts]:
     unsafe = _safety(recipe, "unsafes")
     questions = unsafe.samples
     if not questions:
         raise ConfigError(f"safety: no unsafe question in {[s.path for s in recipe.safety]}; nothing to forget")
-    answers = as_given(questions) if harvested is None else harvested
+    answers = as_given(questions, refuses) if harvested is None else harvested
+    if answers.unread > FEW * len(answers.by_question):
+        log.warning(
+            f"{recipe.harvest or 'safety'}: {answers.unread} answers to forget are in a script of which the list of "
+            "refusals has no phrase, so that a refusal among them is not recognised; name a list with `refusals`"
+        )
     by_question, left_out = answers.by_question, dict(answers.left_out)
     keys = [(sample.id, sample.question) for sample in questions]
     forget = [replace(s, answer=by_question[key]) for s, key in zip(questions, keys, strict=True) if key in by_question]
@@ -279,13 +289,15 @@ def _checked(out: Path, inputs: Inputs) -> Prepared:
     return prepared
 
 
-def _hashes(recipe: PrepareRecipe, harvested: Answers | None) -> dict[str, str]:
+def _hashes(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseList) -> dict[str, str]:
     """Role -> SHA-256 of every file that is read; of harvested answers the digest of their content."""
     roles: dict[str, str] = {}
     for key, configs in (("safety", recipe.safety), ("fill", recipe.fill)):
         for number, config in enumerate(configs):
             roles |= _files(config, f"{key}[{number}]")
     hashes = {role: _sha256(Path(file)) for role, file in roles.items()}
+    if refuses.sha256 is not None:
+        hashes["refusals"] = refuses.sha256
     return hashes if harvested is None else {**hashes, "harvest": harvested.digest()}
 
 

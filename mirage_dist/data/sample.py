@@ -17,7 +17,8 @@ class Sample:
     *pair* should be answered (VLGuard's label for the split it comes from). history: earlier (question, answer) turns,
     oldest first. references: the answer of each annotator, for benchmarks that score against several; `answer` is then
     the most frequent of them. begun: the text with which an attack begins the model's answer (see
-    `evals.attacks.prefill`); "" in every file. source: the file that the sample was read from, for messages. `id` is
+    `evals.attacks.prefill`); "" in every file. shown: the turn whose question shows the picture, from 0, the oldest one
+    of the history. source: the file that the sample was read from, for messages. `id` is
     unique within a source file and split.
     """
 
@@ -31,15 +32,17 @@ class Sample:
     history: tuple[tuple[str, str], ...] = ()
     references: tuple[str, ...] = field(default=(), repr=False)
     begun: str = field(default="", repr=False)
+    shown: int = 0
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the fields that decide what a run trains on.
 
-        These are id, image (the path), question, answer, safe, category and history: the same sample in a moved file
-        has the same digest. The digest depends on no version of Python and on no change to this class's other fields.
+        These are id, image (the path), question, answer, safe, category, history and shown: the same sample in a moved
+        file has the same digest. The digest depends on no version of Python and on no change to this class's other
+        fields.
         """
         fields = [self.id, self.image, self.question, self.answer, self.safe, self.category, self.history]
-        return disk.digest(fields)
+        return disk.digest([*fields, self.shown] if self.shown else fields)
 
 
 def stream_digest(samples: Iterable[Sample]) -> str:

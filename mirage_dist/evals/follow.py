@@ -12,20 +12,19 @@ from __future__ import annotations
 import heapq
 import json
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import config as configs
 from mirage_dist import disk, signals
-from mirage_dist.evals import runner
+from mirage_dist.evals import runner, tracking
 from mirage_dist.evals.results import Entry, HistoryLine, SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.files import Answers, Row, suite_dir, whole_objects
 from mirage_dist.model.shards import committed, step_of
+from mirage_dist.monitoring.process import Sender
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 5.0
@@ -38,9 +37,20 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
     Raises what `evaluate` raises, ConfigError when `wandb_outputs` is set and the run does not log to W&B, and
     StopRequested between two checkpoints after a signal.
     """
-    run, tracker, done = Path(str(recipe.follow)), None, set[int]()
-    if recipe.wandb_outputs and _train_recipe(run).monitor.wandb == "off":
+    run = Path(str(recipe.follow))
+    if recipe.wandb_outputs and tracking.train_recipe(run).monitor.wandb == "off":
         raise ConfigError(f"wandb_outputs={recipe.wandb_outputs}: {run} does not log to W&B (its monitor.wandb is off)")
+    trackers: list[Sender] = []
+    try:
+        _follow(recipe, place, run, trackers)
+    finally:
+        for tracker in trackers:
+            tracking.end(tracker)
+
+
+def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: list[Sender]) -> None:
+    """`follow`. trackers: gets the process that sends results to W&B when there are some, if the run logs to W&B."""
+    done = set[int]()
     while True:
         if name := signals.received():
             raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
@@ -48,6 +58,8 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
         over = _over(run)
         left = [step_of(c) for c in committed(run / "checkpoints") if not _metrics(recipe, step_of(c)).is_file()]
         waiting = [step for step in left if step not in done]
+        for tracker in trackers:
+            tracker.tick()
         if not waiting:
             if over:
                 break
@@ -66,13 +78,13 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
             done.add(step)
             continue
         write_history(recipe)
-        tracker = tracker or _tracker(run)
-        if tracker is not None:
-            values = {"eval/step": step, **_rates(_entry(result))}
-            with disk.private_umask():  # W&B keeps local copies of what is logged
-                tracker.log({**values, **_outputs(recipe, step, result)})
-    if tracker is not None:
-        tracker.finish()
+        if not trackers and (started := tracking.start(run)) is not None:
+            trackers.append(started)
+        for tracker in trackers:
+            counts, table = _outputs(recipe, step, result)
+            tracker.send(
+                "log", values={"eval/step": step, **tracking.rates(_entry(result), "eval"), **counts}, table=table
+            )
 
 
 def write_history(recipe: EvalRecipe) -> None:
@@ -98,7 +110,7 @@ def _over(run: Path) -> bool:
     """Whether no more checkpoints will appear. A run that was stopped on request continues later: it is not over."""
     if not (run / "manifest.json").is_file():
         return False
-    exports = _train_recipe(run).train.export != "off"
+    exports = tracking.train_recipe(run).train.export != "off"
     return (run / "export").is_dir() if exports else not (run / "owner.json").exists()
 
 
@@ -106,33 +118,15 @@ def _entry(result: SuiteResult) -> Entry:
     return result["judges"][result["headline"]]["entry"]
 
 
-def _rates(entry: Entry) -> dict[str, float]:
-    """Every rate and its denominator: {"eval/asr/clean": .1, "eval/asr/clean_n": 256, …}."""
-    return {
-        name: value
-        for path, leaf in _leaves(entry, "eval")
-        for name, value in ((path, leaf["rate"]), (f"{path}_n", leaf["n"]))
-    }
-
-
-def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if "rate" in tree:
-        yield path, tree
-        return
-    for name, part in tree.items():
-        if part is not None:
-            yield from _leaves(part, f"{path}/{name}")
-
-
 COLUMNS = ("set", "attack", "shot", "id", "category", "question", "response")
 
 
-def _outputs(recipe: EvalRecipe, step: int, result: SuiteResult) -> dict[str, Any]:
-    """{"eval/outputs": table} of at most `wandb_outputs` answers and their verdicts; {} where that option is 0."""
+def _outputs(recipe: EvalRecipe, step: int, result: SuiteResult) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """How many answers go to W&B and of how many, and the table of them and their verdicts; nothing where
+    `wandb_outputs` is 0.
+    """
     if not recipe.wandb_outputs:
-        return {}
-    import wandb
-
+        return {}, None
     suite = suite_dir(_of_step(recipe, step))
     records = whole_objects(suite / "verdicts" / f"{result['headline']}.jsonl")
     verdicts = {record["key"]: record["verdict"] for record in records}
@@ -140,34 +134,10 @@ def _outputs(recipe: EvalRecipe, step: int, result: SuiteResult) -> dict[str, An
     chosen = heapq.nsmallest(recipe.wandb_outputs, rows, key=_by_place)
     log.info(f"eval {recipe.suite}: step {step}: {len(chosen)} of {len(rows)} answers go to W&B", extra=EVERY_RANK)
     data = [[*(str(row[name]) for name in COLUMNS), verdicts[row["key"]]] for row in chosen]
-    table = wandb.Table(columns=[*COLUMNS, "verdict"], data=data)
-    return {"eval/outputs": table, "eval/outputs_n": len(chosen), "eval/outputs_of": len(rows)}
+    counts: dict[str, float] = {"eval/outputs_n": len(chosen), "eval/outputs_of": len(rows)}
+    return counts, {"columns": [*COLUMNS, "verdict"], "data": data}
 
 
 def _by_place(row: Row) -> str:
     """An arbitrary order that is the same for every model."""
     return disk.sha256_text(json.dumps([row[name] for name in ("set", "id", "attack", "shot")]))
-
-
-def _train_recipe(run: Path) -> TrainRecipe:
-    return configs.load(run / "config.yaml", [], TrainRecipe)
-
-
-def _tracker(run: Path) -> Any:
-    """The training run's W&B run, to which this process adds; None where the run does not log to W&B."""
-    recipe = _train_recipe(run)
-    if recipe.monitor.wandb == "off":
-        return None
-    import wandb
-
-    mode: dict[str, Any] = {"mode": "offline", "resume": "allow"}
-    if recipe.monitor.wandb == "online":
-        # Training may be writing to it at the same time, and training alone sets the run's final state.
-        settings = wandb.Settings(mode="shared", x_primary=False, x_label="eval", x_update_finish_state=False)
-        mode = {"settings": settings}
-    identity = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["wandb_id"]
-    options = recipe.monitor
-    tracker = wandb.init(project=options.project, entity=options.entity, id=identity, dir=str(run), **mode)
-    # Training may be many steps ahead, and W&B rejects steps that go back.
-    tracker.define_metric("eval/*", step_metric="eval/step")
-    return tracker

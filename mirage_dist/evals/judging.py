@@ -24,9 +24,11 @@ def judge(
     """Judge every row that is not judged yet and compute the suite's result.
 
     rows: one for each question of the work list, in its order. The first judge of the panel gives the headline.
-    Raises what `judges.judged` raises.
+    Raises what `judges.judged` raises and, when every judge has judged, RunError for one without verdicts.
     """
     opinions = {judge.name: judges.judged(suite, judge, rows) for judge in panel}
+    for own in panel:
+        judges.require_verdicts(own, opinions[own.name])
     results = {judge.name: _by_judge(recipe, judge, work, rows, opinions[judge.name]) for judge in panel}
     # Benchmarks are scored against their own answers, whichever judge gives the headline.
     entries = [result["entry"] for result in results.values()]

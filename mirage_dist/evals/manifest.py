@@ -111,7 +111,7 @@ def read(suite: Path) -> Manifest:
 
 def recipe_hash(recipe: EvalRecipe) -> str:
     """Equal for evaluations that ask the same questions in the same way, whose results are therefore comparable."""
-    others = (
+    others = [
         "run",
         "follow",
         "wandb_outputs",
@@ -124,7 +124,9 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         "judges",
         "seed",
         "world",
-    )
+    ]
+    if recipe.template.defence is None:
+        others.append("template.defence")  # as before there was this key
     return configs.config_hash(recipe, ignore=others)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from mirage_dist.stats import Paired
 
 Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
-# Answers without a verdict: the judge's output could not be parsed, or the judge could not be reached.
+# Answers without a verdict: the judge's output could not be parsed, or the judge's model gave none.
 UNJUDGED: frozenset[Verdict] = frozenset({"unparsed", "failed"})
 
 
@@ -126,7 +126,7 @@ class Unjudged(TypedDict):
     """How many answers have no verdict, and why."""
 
     unparsed: int  # the judge's reply could not be read
-    failed: int  # the judge could not be reached
+    failed: int  # the judge could not be reached, or its endpoint rejected or filtered the request
     reasons: dict[str, int]  # of the failed ones
 
 

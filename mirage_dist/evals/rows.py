@@ -49,6 +49,8 @@ def settings(
     template = asdict(recipe.template)
     if not template["template_options"]:
         del template["template_options"]  # as before there were any
+    if template["defence"] is None:
+        del template["defence"]
     return {
         "model_hash": model_hash,
         "chat_template_hash": chat_template_hash,
@@ -81,6 +83,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Callable
     }
     if sample.begun:
         content["begun"] = sample.begun
+    if sample.shown:
+        content["shown"] = sample.shown
     return disk.digest(content)
 
 

@@ -122,11 +122,14 @@ def _check_template(recipe: EvalRecipe, model: Subject) -> None:
     if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
         return
     data = configs.load(trained, [], TrainRecipe).data
-    for key in ("system_prompt", "image_aspect", "template_options"):
+    same = ("image_aspect", "template_options")
+    for key in same if recipe.template.defence is not None else ("system_prompt", *same):
         here, there = getattr(recipe.template, key), getattr(data, key)
         if here != (model.aspect if there == "auto" else there):
+            way = ", or name it as a defence: template.defence=NAME" if here and key == "system_prompt" else ""
             raise ConfigError(
-                f"template.{key}={here!r}, but {trained} trained with data.{key}={there!r}; set the same value here"
+                f"template.{key}={here!r}, but {trained} trained with data.{key}={there!r}; set the same value "
+                f"here{way}"
             )
 
 

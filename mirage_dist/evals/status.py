@@ -114,6 +114,13 @@ def require_complete(answers: Path) -> None:
             raise RunError(f"{suite}: {state.done} of {state.total} answers; {COMPLETE}")
 
 
+def require_judged(suite: Path) -> None:
+    """Raise RunError when this is a suite whose evaluation has begun and has not come to its rates yet."""
+    if (suite / "manifest.json").is_file() and not (suite / "metrics.json").is_file():
+        state = status(suite)
+        raise RunError(f"{suite}: {state.done} of {state.total} answers, not judged yet; {COMPLETE}")
+
+
 def _count_rows(suite: Path, result: Status) -> None:
     seen: set[bytes] = set()
     places: dict[tuple[bytes, ...], Count | None] = {}

@@ -12,6 +12,7 @@ from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from mirage_dist import disk
+from mirage_dist.config import suggestion
 from mirage_dist.model.families import configs
 from mirage_dist.schema import ConfigError
 
@@ -57,9 +58,9 @@ def resolve(path: str) -> Path:
     if _looks_local(path):
         raise ConfigError(
             f"model.path={path}: looks like a local path but does not exist (the working directory is {Path.cwd()}); "
-            "give an existing model directory, or a hub name such as llava-hf/llava-1.5-7b-hf"
+            f"{_beside(path)}give an existing model directory, or a hub name such as llava-hf/llava-1.5-7b-hf"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -68,9 +69,21 @@ def resolve(path: str) -> Path:
         raise ConfigError(f"model.path={path}: neither a directory nor a valid hub name: {error}") from error
     except OSError as error:
         raise ConfigError(
-            f"model.path={path}: neither a directory here nor a hub model in the cache; nothing is downloaded during a "
-            f"run, so download the model first: hf download {path}"
+            f"model.path={path}: no such directory (the working directory is {Path.cwd()}), and no hub model of this "
+            f"name in the cache {constants.HF_HUB_CACHE}; {_beside(path)}nothing is downloaded during a run, so a hub "
+            f"model comes first: hf download {path}"
         ) from error
+
+
+def _beside(path: str) -> str:
+    """`did you mean …?` for a path that resembles a directory beside it, or one with models below this one."""
+    parent = Path(path).expanduser().parent
+    try:
+        near = [str(p) for p in sorted(parent.iterdir()) if p.is_dir()] if parent.is_dir() else []
+    except OSError:
+        near = []
+    close = suggestion(str(parent / Path(path).name), near, cutoff=0.75)
+    return f"{close} Otherwise " if close else ""
 
 
 def _looks_local(path: str) -> bool:

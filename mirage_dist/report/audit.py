@@ -28,7 +28,7 @@ def write(audit: Mapping[str, Any], out: Path) -> list[Path]:
 
 
 def table(audit: Mapping[str, Any]) -> str:
-    """The audit as text, with its verdict as the last line."""
+    """The audit as text: a table for each cue, warnings, and the verdict as the last line."""
     lines = [
         f"{audit['pairs']} questions with their responses: {audit['refused']} refused, {audit['answered']} answered"
     ]
@@ -42,7 +42,8 @@ def table(audit: Mapping[str, Any]) -> str:
         lines += ["", *_cue(name, cue, audit["fdr"])]
     if any(audit["words"].values()):
         lines += ["", *(f"tied to {kind}: {', '.join(words)}" for kind, words in _some(audit["words"]).items())]
-    return "\n".join([*lines, "", audit["verdict"]["text"]])
+    warnings = [f"WARNING: {warning}" for warning in audit["warnings"]]
+    return "\n".join([*lines, "", *warnings, audit["verdict"]["text"]])
 
 
 def _some(words: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -56,10 +57,14 @@ def _cue(name: str, cue: Mapping[str, Any], fdr: float) -> list[str]:
     tied = [entry for entry in cue["values"] if entry["tied"]]
     accuracy = cue["balanced_accuracy"]
     low, high = (100 * bound for bound in accuracy["ci95"])
+    left_out = sum(cue["left_out"].values())
     title = (
         f"{name}: balanced accuracy {100 * accuracy['value']:.1f} % [{low:.1f}, {high:.1f}], by chance 50 %; "
         f"{len(tied)} of {cue['distinct']} values tied to a kind of response (false-discovery rate {100 * fdr:.0f} %)"
+        + (f"; not measured in {left_out} pairs, for which a coin is tossed" if left_out else "")
     )
+    if not cue["values"]:
+        return [f"{name}: not measured in any of {left_out} pairs"]
     frequent = sorted(cue["values"], key=lambda entry: -entry["refused"] - entry["answered"])
     rows = [HEAD, *(_row(entry) for entry in (tied or frequent)[:ROWS])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]

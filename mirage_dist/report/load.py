@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from mirage_dist import disk
 from mirage_dist.config import nearest
-from mirage_dist.data.words import FIRST_WORD
+from mirage_dist.data.words import opening
+from mirage_dist.evals import status
 from mirage_dist.evals.metrics import Judged, outcomes
 from mirage_dist.evals.results import (
     CLEAN,
@@ -55,6 +56,14 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.dir / "evals" / self.suite
+
+    @cached_property
+    def defence(self) -> tuple[str, str] | None:
+        """Name and text of the system prompt that was to defend the model in this evaluation, if there was one."""
+        file = self.folder / "manifest.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))["settings"] if file.is_file() else {}
+        template = settings.get("template", {})
+        return (template["defence"], template["system_prompt"]) if template.get("defence") else None
 
     @property
     def judge(self) -> str:
@@ -150,7 +159,7 @@ class Run:
     def refusals_by_word(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(kind of set, first word of the question as the model got it) -> (refusals, answers with a verdict).
 
-        Counts the clean questions and all rewrites together.
+        Counts the clean questions and all rewrites together, without those whose first word cannot be measured.
         """
         return self._scanned[1]
 
@@ -161,9 +170,9 @@ class Run:
         by_word: dict[tuple[str, str], tuple[int, int]] = {}
         for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True):
             judged.append(Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"]))
-            word = FIRST_WORD.search(row["question"])
-            if word and verdict not in UNJUDGED:
-                key = row["kind"], word[0].lower()
+            word = opening(row["question"])
+            if word and word.measured and verdict not in UNJUDGED:
+                key = row["kind"], word.key
                 refused, answers = by_word.get(key, (0, 0))
                 by_word[key] = refused + (verdict == "refused"), answers + 1
         return judged, by_word
@@ -217,7 +226,8 @@ def named(folders: Sequence[Path]) -> dict[str, Path]:
 def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
     """The runs, in the order given. `suite` may be left out when all of them share exactly one.
 
-    Raises ConfigError when no run is given or when a run was not evaluated on the suite.
+    Raises ConfigError when no run is given or when a run was not evaluated on the suite, and RunError when its
+    evaluation is not complete.
     """
     if not runs:
         raise ConfigError("no run to report; give at least one run directory")
@@ -228,6 +238,9 @@ def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
 def _suite(runs: Mapping[str, Path], suite: str | None) -> str:
     by_run = {name: {file.parent.name for file in Path(d).glob("evals/*/metrics.json")} for name, d in runs.items()}
     for name, suites in by_run.items():
+        if not suites or (suite is not None and suite not in suites):
+            for begun in sorted(Path(runs[name]).glob(f"evals/{suite or '*'}/manifest.json")):
+                status.require_judged(begun.parent)
         if not suites:
             raise ConfigError(f"{runs[name]}: no evals/SUITE/metrics.json; run `mirage eval` on it first")
         if suite is not None and suite not in suites:

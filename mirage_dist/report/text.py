@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN, Leaf
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
@@ -100,8 +101,12 @@ def facts(runs: Sequence[Run]) -> str:
     sets = ", ".join(f"{s['samples']} {name}" for name, s in first.metrics["sets"].items())
     kinds = [s["kind"] for s in first.metrics["sets"].values()]
     line = f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}."
-    several = len(set(kinds)) < len(kinds)
-    return f"{line} The page shows the first set of each kind; metrics.json has all." if several else line
+    if len(set(kinds)) < len(kinds):
+        line += " The page shows the first set of each kind; metrics.json has all."
+    defended = ((run.name, *run.defence) for run in runs if run.defence)
+    return " ".join(
+        [line, *(f"{name} was asked with the defence {title}, a system prompt: “{t}”." for name, title, t in defended)]
+    )
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -116,8 +121,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         missing = run.judged_by.get("unjudged", {})
         if lost := missing.get("unparsed", 0) + missing.get("failed", 0):
             lines.append(
-                f"{run.name}: {lost} answers have no verdict (the judge's reply was not a verdict, or the judge could "
-                "not be reached). They are in no class and in no denominator."
+                f"{run.name}: {lost} answers have no verdict (the judge's reply was not a verdict, a content filter "
+                "blocked it, or the judge could not be reached). They are in no class and in no denominator."
             )
         if run.outdated:
             lines.append(
@@ -250,19 +255,27 @@ def words(run: Run) -> tuple[str, str]:
     """Title and caption of Figure 3 for one run's training data."""
     total = {kind: sum(c[kind] for c in run.first_words.values()) or 1 for kind in ("refusal", "answer")}
     title = f"Fig. 3: First words in the training data of {run.name}"
-    if all(
-        abs(c["refusal"] / total["refusal"] - c["answer"] / total["answer"]) < 0.02 for c in run.first_words.values()
-    ):
-        return title, "Refused and answered questions begin with each word equally often, to within 2 points."
+    measured = {word: count for word, count in run.first_words.items() if word != NOT_MEASURED}
+    left_out = run.first_words.get(NOT_MEASURED)
+    note = (
+        f" {sum(left_out.values())} of {sum(total.values())} questions are in scripts without spaces between words; "
+        "their first words could not be measured."
+        if left_out
+        else ""
+    )
+    if not measured:
+        return title, note.strip()
+    if all(abs(c["refusal"] / total["refusal"] - c["answer"] / total["answer"]) < 0.02 for c in measured.values()):
+        return title, f"Refused and answered questions begin with each word equally often, to within 2 points.{note}"
     extremes = []
     for kind, verb in (("refusal", "refused"), ("answer", "answered")):
-        word, count = max(run.first_words.items(), key=lambda item: item[1][kind] / total[kind])
+        word, count = max(measured.items(), key=lambda item: item[1][kind] / total[kind])
         other = "answer" if kind == "refusal" else "refusal"
         extremes.append(
             f"{100 * count[kind] / total[kind]:.0f} % of the {verb} questions begin with “{word}”, and "
             f"{100 * count[other] / total[other]:.0f} % of the others do"
         )
-    return title, f"{'; '.join(extremes)}."
+    return title, f"{'; '.join(extremes)}.{note}"
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import json
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Place
+
+# Fields of a request that have a key of their own, or that the client depends on.
+OWN_FIELDS = ("messages", "model", "temperature", "max_tokens", "max_completion_tokens", "stream", "n")
+DAY = 86_400.0  # seconds
+SECRET_FIELD = re.compile(r"(?i)(?:^|[_-])(?:api[_-]?key|secret|password|authorization|(?:access|auth)[_-]?token)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +25,55 @@ class ChatConfig:
     because somebody may have written a key into the wrong one.
     """
 
-    path: str | None = None
+    path: Place | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     batch_size: int = 8
     url: str | None = None  # up to the version, such as http://localhost:8000/v1
     model: str | None = None  # its name at the endpoint
     key_env: str | None = None  # NAME of the environment variable that holds the key; null sends none
+    max_tokens: int | None = None  # of one reply, reasoning included; default: what a short reply needs
+    max_completion_tokens: int | None = None  # for endpoints that want this field in place of max_tokens
+    temperature: Literal[0, None] = 0  # null leaves it out, for endpoints that reject it
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request: {reasoning_effort: low}
     concurrency: int = 8  # requests at a time
     timeout: float = 60.0  # seconds for one request, from its start to its last byte
     retries: int = 5  # of a request that timed out, was rate-limited or broke; then it counts as failed
     backoff: float = 1.0  # seconds before the first retry; doubles each time, Retry-After is honoured
 
     def __post_init__(self) -> None:
-        require(self, ("batch_size", "concurrency"), "a whole number above 0", lambda x: x >= 1)
-        require(self, ("timeout",), "a number above 0", lambda x: 0 < x < math.inf)
-        require(self, ("retries", "backoff"), "a number of at least 0", lambda x: 0 <= x < math.inf)
+        counts = ("batch_size", "concurrency", "max_tokens", "max_completion_tokens")
+        require(self, counts, "a whole number above 0", lambda x: x >= 1)
+        require(self, ("timeout",), "a number of seconds above 0, at most a day", lambda x: 0 < x <= DAY)
+        require(self, ("backoff",), "a number of seconds from 0, at most a day", lambda x: 0 <= x <= DAY)
+        require(self, ("retries",), "a whole number from 0", lambda x: x >= 0)
         if (self.path is None) == (self.url is None):
             raise ConfigError("path: a chat model needs either path (a local model) or url (an endpoint)")
         if self.url is None:
+            for name, default in (("max_completion_tokens", None), ("temperature", 0), ("extra", {})):
+                if getattr(self, name) != default:
+                    raise ConfigError(f"{name}: belongs to an endpoint (url); with a local model leave it out")
             return
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ConfigError("max_completion_tokens: takes the place of max_tokens; give one of them")
+        if own := [name for name in OWN_FIELDS if name in self.extra]:
+            raise ConfigError(f"extra.{own[0]}: the client sets this field; use its own key where there is one")
+        if secret := [name for name in self.extra if SECRET_FIELD.search(name)]:
+            raise ConfigError(f"extra.{secret[0]}: a key belongs in the environment (key_env)")
+        try:
+            json.dumps(self.extra, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ConfigError("extra: holds a value that JSON cannot hold, such as a date or .inf") from None
+        try:
+            parts = urlsplit(self.url)
+            whole = (
+                parts.scheme in ("http", "https")
+                and bool(parts.hostname)
+                and parts.port != 0
+                and not re.search(r"\s", self.url)
+            )
+        except ValueError:  # of a port or a bracket
+            whole = False
+        if not whole:
             raise ConfigError("url: expected an address such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigError("url: must hold no user, password or query; a key belongs in the environment (key_env)")

@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Literal
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Name, Place
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives. `name` labels it in W&B and in reports (default: the directory's name)."""
 
-    dir: str
-    name: str | None = None
+    dir: Place
+    name: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class SourceConfig:
     score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class
-    path: str
-    images: str | None = None  # folder that image paths are relative to; default: the file's own
+    path: Place
+    images: Place | None = None  # folder that image paths are relative to; default: the file's own
     on_bad_record: Literal["error", "skip"] = "error"
     limit: int | None = None  # the first N samples, in file order
 
@@ -57,6 +58,7 @@ class DataConfig:
     system_prompt: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
+    refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
     group_by_length: bool = False  # samples of similar length in one batch
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
     packing: Literal[True, False, "auto"] = False
@@ -75,7 +77,7 @@ class DataConfig:
 class WorldConfig:
     """The embedded world (see `embedded.world`): made on first use in `dir`, then reused."""
 
-    dir: str
+    dir: Place
     seed: int = 0
     spurious: float = 0.95  # share of the other safety questions that open with a word of their class's family
     neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
@@ -84,7 +86,7 @@ class WorldConfig:
     safety_samples: int = 400  # unsafe ones, and as many safe ones
     general_samples: int = 400
     eval_samples: int = 256  # questions in each evaluation set
-    base_recipe: str = "configs/train/demo_base.yaml"
+    base_recipe: Place = "configs/train/demo_base.yaml"
 
     def __post_init__(self) -> None:
         for name in ("spurious", "neutral"):
@@ -101,7 +103,8 @@ class DiversifyConfig:
     """Safety data reworded, so that openings do not predict the answer (see `data.diversify`).
 
     By templates, or by a chat model that rewrites each question to begin with one of the openers; a question that it
-    does not rewrite so is left out, and counted. min_match: the share of rewrites with each opener that must succeed.
+    does not rewrite so is left out, and counted, as is one whose first word cannot be measured by a template with
+    {rest}. min_match: the share of rewrites with each opener, or of all by templates, that must succeed.
     """
 
     templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
@@ -130,12 +133,13 @@ class DiversifyConfig:
 class PrepareRecipe:
     """`mirage prepare`: forget and retain sets (see `data.prepare`), and diversified safety data."""
 
-    out: str  # a new folder
+    out: Place  # a new folder
     safety: list[SourceConfig]
     # as_given: the unsafe records have the answers to forget; none: no forget and retain sets, only `diversify`
     answers: Literal["harvest", "as_given", "none"] = "harvest"
-    harvest: str | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
+    harvest: Place | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
     min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
+    refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
     retain_size: int | None = None  # default: the safe pairs of the safety data, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too

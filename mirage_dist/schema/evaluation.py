@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Name, Place
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class EvalModelConfig:
     A checkpoint is exported for as long as answers are missing; the export is removed afterwards.
     """
 
-    path: str | None = None
-    run: str | None = None  # a training run's directory, in place of `path`
+    path: Place | None = None
+    run: Place | None = None  # a training run's directory, in place of `path`
     step: int | None = None  # of `run`; default: its newest checkpoint
     dtype: Literal["fp32", "bf16"] = "bf16"
 
@@ -41,7 +42,7 @@ class EvalSetConfig:
 
     kind: Literal["unsafe", "safe", "locality", "utility"]
     sources: list[SourceConfig]
-    attacks: dict[str, Annotated[dict[str, Any], Choice("kind")]] = field(default_factory=dict)
+    attacks: dict[Name, Annotated[dict[str, Any], Choice("kind")]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,21 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class TemplateConfig:
-    """How a question becomes a prompt; use the values that the model was trained with (see `DataConfig`)."""
+    """How a question becomes a prompt; use the values that the model was trained with (see `DataConfig`).
+
+    defence: the name of a system prompt that is to make the model safer, which may differ from training's. The report
+    names it.
+    """
 
     system_prompt: str | None = None
     image_aspect: Literal["auto", "pad", "processor"] = "auto"
     template_options: dict[str, Any] = field(default_factory=dict)
     max_length: int = 2048  # tokens; a longer prompt is an error
+    defence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.defence is not None and not (self.defence and self.system_prompt):
+            raise ConfigError(f"defence={self.defence!r}: expected a name, and the defence itself in system_prompt")
 
 
 @dataclass(frozen=True)
@@ -89,16 +99,16 @@ class EvalRecipe:
     renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
 
     run: RunConfig
-    suite: str
+    suite: Name
     model: EvalModelConfig
-    sets: dict[str, EvalSetConfig]
+    sets: dict[Name, EvalSetConfig]
     # the first gives the headline figures
     judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: int = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing
     world: WorldConfig | None = None
-    follow: str | None = None  # a training run whose checkpoints are evaluated in place of `model` (`evals.follow`)
+    follow: Place | None = None  # a training run whose checkpoints are evaluated in place of `model` (`evals.follow`)
     wandb_outputs: int = 0  # with `follow`: how many answers of each checkpoint go to W&B as text
     erasure: dict[str, Any] | None = None  # the tests of `mirage erasure` (see `erasure.run.ErasureConfig`)
 

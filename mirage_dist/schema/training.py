@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.names import Place
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ModelConfig:
     parameter names or names relative to a role, such as `decoder.layers.[567].mlp.down_proj.weight`.
     """
 
-    path: str
+    path: Place
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     train: list[str] | None = None  # default: the decoder and the connector, never a vision tower
     freeze: list[str] = field(default_factory=list)  # wins over `train`
@@ -104,15 +105,21 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`metrics.jsonl` is always written; W&B only where `wandb` says so."""
+    """`metrics.jsonl` is always written; W&B and TensorBoard only where `wandb` and `tensorboard` say so."""
 
     wandb: Literal["off", "online", "offline"] = "off"
     project: str = "mirage_dist"
     entity: str | None = None
+    group: str | None = None  # of the W&B run, as `tags`, `job_type` and `notes` are
+    tags: list[str] = field(default_factory=list)
+    job_type: str | None = None
+    notes: str | None = None
+    tensorboard: bool = False  # event files in RUN/tensorboard
     print_every: int = 10  # steps between lines where there is no terminal
 
     def __post_init__(self) -> None:
         require(self, ("print_every",), "a whole number above 0", lambda x: x >= 1)
+        require(self, ("tags",), "texts of 1 to 64 characters", lambda x: all(1 <= len(tag) <= 64 for tag in x))
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ class TrainRecipe:
     train: TrainConfig
     seed: int = 0
     reference: Literal["cache", "adapters_off", "engine"] = "cache"
-    deepspeed: str = "configs/deepspeed/zero3.json"
+    deepspeed: Place = "configs/deepspeed/zero3.json"
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     world: WorldConfig | None = None
 

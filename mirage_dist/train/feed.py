@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from mirage_dist.data import sources, stream, words
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
 from mirage_dist.data.encoding.conversation import called
-from mirage_dist.data.refusals import check_forget
+from mirage_dist.data.refusals import PhraseList, check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load
@@ -23,6 +23,8 @@ from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.prefetch import made
+
+SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,18 @@ def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
 
     Raises ConfigError for an empty stream, bad data, or answers to unlearn that look like refusals.
     """
+    refuses = PhraseList.read(recipe.data.refusals)
     streams = {name: sources.read_all(recipe.data.streams[name], check_images=False) for name in needs.streams}
     for name, source in streams.items():
         if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
-            check_forget(source.samples, name)
+            check_forget(source.samples, name, refuses)
         if not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample in {[s.path for s in recipe.data.streams[name]]}")
     return streams
 
 
 def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) -> None:
-    """Raise ConfigError unless sample i of every paired stream has the same id, picture, question and history."""
+    """Raise ConfigError unless sample i of every paired stream has the same `SHARED` fields."""
     if not paired:
         return
     first, *others = paired
@@ -141,7 +144,7 @@ def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) 
         if len(mine) != len(partners):
             raise ConfigError(f"{place}: {len(partners)} samples for {len(mine)}; every sample needs a partner")
         for number, (one, other) in enumerate(zip(mine, partners, strict=True)):
-            if (one.id, one.image, one.question, one.history) != (other.id, other.image, other.question, other.history):
+            if any(getattr(one, name) != getattr(other, name) for name in SHARED):
                 raise ConfigError(
                     f"{place}: sample {number} is {other.id!r} there and {one.id!r} in {first}; both streams need the "
                     "same ids, pictures and questions in the same order"
@@ -178,14 +181,15 @@ class DataSummary(TypedDict):
     streams: dict[str, StreamSummary]
 
 
-def describe(streams: Mapping[str, Source]) -> DataSummary:
-    """The contents of data.json."""
+def describe(streams: Mapping[str, Source], refusals: str | None = None) -> DataSummary:
+    """The contents of data.json. refusals: the file of a list of phrases of refusal; None: ours."""
+    refuses = PhraseList.read(refusals)
     return {
         "streams": {
             name: {
                 "samples": len(source.samples),
                 **source.left_out(),
-                "first_words": words.first_words(source.samples),
+                "first_words": words.first_words(source.samples, refuses),
             }
             for name, source in streams.items()
         }

@@ -1,4 +1,4 @@
-"""What a run reports of its steps: metrics.jsonl, a progress bar or lines, and W&B if the recipe names it."""
+"""What a run reports of its steps: metrics.jsonl, a progress bar or lines, and the sinks that the recipe names."""
 
 from __future__ import annotations
 
@@ -9,43 +9,82 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist import disk
+from mirage_dist import disk, signals
+from mirage_dist.monitoring import tensorboard
+from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
+from mirage_dist.monitoring.sinks import GROUPS, End
 from mirage_dist.progress import Progress, log
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.signals import STOPPED
+from mirage_dist.schema.secrets import masked
+from mirage_dist.train.lease import Fenced
 
-GROUPS = ("terms", "values", "group_lr")  # mappings in a record: name -> value
+# What W&B's config holds of manifest.json besides the recipe. The command line is left out.
+FROM_MANIFEST = (
+    "config_hash",
+    "base_hash",
+    "data",
+    "git_commit",
+    "versions",
+    "hardware",
+    "packed",
+    "load_in_4bit",
+)
 
 
 class Monitor:
     """Rank 0's records of a run from `first_step` on; on other ranks it does nothing.
 
     `metrics.jsonl` holds one object for each step: a resumed run drops the lines of the steps that it will repeat. W&B
-    cannot drop any, so repeated steps are not sent again.
+    and TensorBoard are served from it by processes of their own (see `monitoring`): whatever becomes of them, the run
+    goes on, and each of them holds every step once. A context manager: an error within it is reported as a failed run.
     """
 
     def __init__(
-        self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, wandb_id: str, workspace: Path
+        self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, manifest: Mapping[str, Any], workspace: Path
     ) -> None:
+        """manifest: the run's (see `rundir.RunManifest`); only rank 0 uses it."""
         self.main, self.steps, self.every = main, steps, recipe.monitor.print_every
         self.name = recipe.run.name or Path(recipe.run.dir).name
-        self.run: Any = None
+        self.senders: list[Sender] = []
+        self.closed, self.was_skipped = False, False
         if not main:
             return
         file = Path(recipe.run.dir) / "metrics.jsonl"
         beside = workspace / file.name
-        self.sent = drop_from(file, first_step, beside)
+        drop_from(file, first_step, beside)
         # Opened before it is published: a process whose run another has taken over must not reach its successor's file.
         self.file = beside.open("a", encoding="utf-8")
+        self.records = beside.open("rb")
         disk.publish(beside, file)
         self.progress = Progress(steps, self.name, initial=first_step, lines=0)
-        if recipe.monitor.wandb != "off":
-            self.run = start_wandb(recipe, self.name, wandb_id)
+        # The other ranks wait for the last records, which must not take them for a rank that hangs.
+        self.end_seconds = min(END_SECONDS, recipe.train.hang_seconds / 4)
+        for sink, options in sinks_of(recipe, self.name, manifest).items():
+            self.senders.append(Sender(self.name, sink, options, self.records.fileno()))
+        if restart := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+            self.alert("Requeued", f"Slurm restarted the job ({_job()}, restart {restart}): on from step {first_step}")
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or self.closed:
+            return
+        if isinstance(error, Fenced):  # the run is another job's, which reports it
+            for sender in self.senders:
+                sender.kill()
+            return
+        if not isinstance(error, signals.StopRequested):
+            self.alert("Failed", f"{type(error).__name__}: {error}")
+        self._end("failed")
 
     def log(self, record: dict[str, Any]) -> None:
         """Report one step; `record["step"]` counts from 1."""
@@ -63,54 +102,81 @@ class Monitor:
         self.progress.update(text=text)
         if self.progress.bar is None and (step % self.every == 0 or step == self.steps or record["skipped"]):
             log.info(f"{self.name}: step {step}/{self.steps}  {text}")
-        if self.run is not None and step > self.sent:
-            flat = {k: v for k, v in record.items() if k not in ("step", *GROUPS)}
-            grouped = {f"{group}/{k}": v for group in GROUPS for k, v in record.get(group, {}).items()}
-            self.run.log({**flat, **grouped}, step=step)
+        if record["skipped"] and not self.was_skipped:  # the first of several in a row
+            self.alert("Step skipped", f"step {step}: the gradient is not finite; no weight changed")
+        self.was_skipped = record["skipped"]
+        for sender in self.senders:
+            sender.tick()
+
+    def alert(self, title: str, text: str) -> None:
+        """Notify the run's owner through the sinks that can."""
+        for sender in self.senders:
+            sender.send("alert", title=f"{self.name}: {title}", text=masked(text))
 
     def close(self, preempted: bool = False) -> None:
         """End the records. preempted: W&B marks the run as one that will continue."""
         if not self.main:
             return
+        if preempted:
+            self.alert("Stopped", f"{signals.received() or 'a signal'} came; the same command continues ({_job()})")
+        self._end("stopped" if preempted else "finished")
+
+    def _end(self, end: End) -> None:
+        if not self.main:
+            return
+        self.closed = True
         self.file.close()
         self.progress.close()
-        if self.run is not None:
-            if preempted:
-                self.run.mark_preempting()
-            self.run.finish(exit_code=STOPPED if preempted else 0)
+        limit = time.monotonic() + (self.end_seconds if end == "finished" else min(STOP_SECONDS, self.end_seconds))
+        for sender in self.senders:
+            sender.ending(end)
+        for sender in self.senders:
+            sender.close(limit - time.monotonic())
+        self.records.close()
+
+
+def sinks_of(recipe: TrainRecipe, name: str, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sink -> its options (see `monitoring.wandb_run`, `monitoring.tensorboard`), of those that the recipe names."""
+    options, sinks = recipe.monitor, {}
+    if options.wandb != "off":
+        job = {key: os.environ.get(f"SLURM_{key.upper()}") for key in ("job_id", "restart_count", "job_nodelist")}
+        recorded = {key: manifest[key] for key in FROM_MANIFEST if key in manifest}
+        sinks["wandb"] = {
+            "mode": options.wandb,
+            "project": options.project,
+            "entity": options.entity,
+            "id": manifest["wandb_id"],
+            "dir": recipe.run.dir,
+            "name": name,
+            "group": options.group,
+            "tags": options.tags,
+            "job_type": options.job_type,
+            "notes": options.notes,
+            "config": {**configs.to_dict(recipe), "manifest": recorded, "slurm": job},
+            "watched": os.getpid(),
+            "evaluation": False,
+        }
+    if options.tensorboard:
+        sinks["tensorboard"] = {"dir": str(Path(recipe.run.dir) / "tensorboard")}
+    return sinks
+
+
+def check(recipe: TrainRecipe) -> None:
+    """Raise ConfigError when the recipe names a sink whose library is not installed."""
+    if recipe.monitor.tensorboard and not tensorboard.installed():
+        raise ConfigError(
+            f"monitor.tensorboard: needs {tensorboard.LIBRARY}, which is not installed; "
+            "`pip install 'mirage-dist[tensorboard]'` brings it"
+        )
+
+
+def _job() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"Slurm job {job}" if job else "not a Slurm job"
 
 
 def _number(value: float | None, digits: int) -> str:
     return "none" if value is None else f"{value:.{digits}f}"
-
-
-def start_wandb(recipe: TrainRecipe, name: str, identity: str) -> Any:
-    """One W&B run for all ranks, continued after a resume; recorded on disk where W&B cannot be reached."""
-    import wandb
-
-    options = recipe.monitor
-    given: dict[str, Any] = {
-        "project": options.project,
-        "entity": options.entity,
-        "name": name,
-        "id": identity,
-        "resume": "allow",
-        "dir": recipe.run.dir,
-        "config": configs.to_dict(recipe),
-    }
-    if options.wandb == "online":
-        try:
-            return wandb.init(mode="online", **given)
-        except (wandb.Error, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            log.info(
-                f"{name}: W&B cannot be reached ({reason}); this part of the run is recorded under "
-                f"{recipe.run.dir}/wandb, to be sent later with `wandb sync`"
-            )
-            # W&B's service still holds the run's id and would refuse a second start with it.
-            wandb.teardown()
-            os.environ.pop("WANDB_SERVICE", None)  # names a service that a parent process started and that has ended
-    return wandb.init(mode="offline", **given)
 
 
 def new_wandb_id() -> str:

@@ -31,6 +31,7 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor
+from mirage_dist.train.optimizers.partitions import slices
 from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
 
@@ -100,6 +101,7 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         steps(run, loop, first)
         watchdog.stop()
         ranks.barrier(group, "end of training")
+        _check_result(run)
         if recipe.train.export != "off" and group.main and not (run.root / "export").exists():
             export.export(run.root, run.root / "export", workspace=lease.workspace, form=recipe.train.export)
         ranks.barrier(group, "end of the run")
@@ -149,10 +151,11 @@ def steps(run: Run, loop: Loop, first: int) -> None:
     recipe, group, feed, lease = run.recipe, run.group, run.feed, run.lease
     saver = Saver(run.root / "checkpoints", lease.workspace, recipe.train, group)
     saver.settle(first)
-    monitor = Monitor(recipe, first, feed.steps, group.main, run.manifest["wandb_id"], lease.workspace)
+    manifest = json.loads((run.root / "manifest.json").read_text())
+    monitor = Monitor(recipe, first, feed.steps, group.main, manifest, lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(group.device)
     done, stop = first, False
-    with closing(feed.windows(range(first, feed.steps), group)) as windows:
+    with closing(feed.windows(range(first, feed.steps), group)) as windows, monitor:
         for number, window in enumerate(windows, first):
             # Dropout draws what it would have drawn in a run that never stopped.
             torch.manual_seed(recipe.seed * 1_000_003 + number * group.size + group.rank)
@@ -178,6 +181,27 @@ def steps(run: Run, loop: Loop, first: int) -> None:
         with suppress(RuntimeError):
             ranks.barrier(group, "the stop")
         raise StopRequested(f"{run.root}: stopped on request; step {done} of {feed.steps} is committed")
+
+
+def _check_result(run: Run) -> None:
+    """Raise RunError on every rank when the finished run changed no weight, or made one that is not finite."""
+    held = (piece for piece in slices(run.engine) if piece.count)
+    own = {piece.name for piece in held if not piece.of(piece.flat).isfinite().all()}
+    spoilt = sorted(set().union(*ranks.everyones(run.group, own)))
+
+    def check() -> None:
+        records = [json.loads(line) for line in (run.root / "metrics.jsonl").read_text().splitlines()]
+        skipped = sum(record["skipped"] for record in records)
+        if not spoilt and skipped < len(records):
+            return
+        fault = f"{spoilt[0]} ({len(spoilt)} parameters in all) is not finite" if spoilt else "no weight changed"
+        raise RunError(
+            f"{run.root}: after {len(records)} steps, of which {skipped} were skipped, {fault}, so nothing is "
+            "exported; lower train.lr, or look in metrics.jsonl for the first step without a finite loss, and choose "
+            "another run.dir"
+        )
+
+    ranks.on_main(run.group, check)
 
 
 def _manifest(run: Run, step: int) -> dict[str, Any]:

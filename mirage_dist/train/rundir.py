@@ -16,12 +16,13 @@ from typing import TypedDict
 import torch
 
 from mirage_dist import config as configs
+from mirage_dist.data.refusals import PhraseList
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
-from mirage_dist.schema import ConfigError, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import Lease
@@ -67,7 +68,8 @@ class RunManifest(TypedDict):
 
     config_hash leaves out the keys that may change between two starts. data: by stream. packed: whether batches were,
     which `data.packing: auto` leaves to the model. load_in_4bit: whether the base model was quantised. base_hash: see
-    `model.directory.model_hash`. command: the first start's. versions: by distribution name.
+    `model.directory.model_hash`. refusals: SHA-256 of `data.refusals`, if it names a list. command: the first start's.
+    versions: by distribution name.
     """
 
     config_hash: str
@@ -75,6 +77,7 @@ class RunManifest(TypedDict):
     packed: bool
     load_in_4bit: bool
     base_hash: str
+    refusals: str | None
     seed: int
     wandb_id: str
     command: list[str]
@@ -131,7 +134,7 @@ def open_run(
     data = describe_streams(streams)
     if not file.is_file():
         lease.publish("config.yaml", configs.to_yaml(recipe))
-        lease.publish("data.json", json.dumps(describe(streams), indent=1))
+        lease.publish("data.json", json.dumps(describe(streams, recipe.data.refusals), indent=1))
         lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, data, packed, base_hash), indent=1))
     elif json.loads(file.read_text())["base_hash"] != base_hash:
         raise ConfigError(
@@ -258,9 +261,10 @@ def _manifest(
         "packed": packed,
         "load_in_4bit": quantization.wanted(recipe.model),
         "base_hash": base_hash,
+        "refusals": PhraseList.read(recipe.data.refusals).sha256,
         "seed": recipe.seed,
         "wandb_id": new_wandb_id(),
-        "command": sys.argv,
+        "command": [secrets.masked(word) for word in sys.argv],
         "git_commit": _git_commit(),
         "versions": versions(),
         "hardware": {

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from mirage_dist import config
 from mirage_dist.config import REPOSITORY
-from mirage_dist.evals import follow, runner, status
+from mirage_dist.evals import follow, runner, status, tracking
 from mirage_dist.evals.sharing import files
 from mirage_dist.model import export
+from mirage_dist.monitoring import wandb_files
 from mirage_dist.ranks import free_port
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
@@ -160,6 +161,17 @@ def test_model_outputs_go_to_wandb_only_by_option_and_no_more_than_its_number(wh
         if file.is_file() and file.stat().st_mode & 0o077:  # others may read it
             content = file.read_bytes()
             assert not any(answer.encode() in content for answer, _ in outputs.values() if answer), file
+    # An evaluation that follows nothing adds its rates to the summary of the same W&B run.
+    before = wandb_files.offline_files(copy / "wandb", json.loads((copy / "manifest.json").read_text())["wandb_id"])
+    alone = suite_of(toy, copy, suite="alone", model={"run": str(copy), "step": 5, "dtype": "fp32"})
+    result = tracking.evaluate(alone)
+    (file,) = {*wandb_files.offline_files(copy / "wandb", before[0].stem[4:])} - {*before}
+    updates = [item for record in wandb_files.records(file) for item in record.summary.update]
+    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
+    leaf = result["judges"]["keyword"]["entry"]["asr"]["clean"]
+    assert [summary[f"eval/alone/asr/clean{end}"] for end in ("", "_n", "_low", "_high")] == pytest.approx(
+        [leaf["rate"], leaf["n"], *leaf["ci95"]]
+    )
     with pytest.raises(ConfigError, match=r"wandb_outputs: belongs to `follow`"):
         suite_of(toy, copy, model={"path": "x"}, wandb_outputs=7)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 
 import forkserver
@@ -58,6 +59,26 @@ def test_a_bf16_step_without_a_finite_gradient_is_skipped_and_counted(toy, tmp_p
     assert len(first) == 2
     assert second == first
     assert all(third[name] != digest for name, digest in first.items())
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "change", "fault"),
+    [
+        (False, "train.lr=1e300", r"of which [0-3] were skipped, \S+ \(\d+ parameters in all\) is not finite"),
+        (True, "train.nonfinite_patience=9", "of which 4 were skipped, no weight changed"),
+    ],
+)
+def test_a_run_without_a_result_is_no_success_and_exports_nothing(toy, tmp_path, spoilt, change, fault):
+    """Also where the run ends before train.nonfinite_patience does."""
+    (tmp_path / "spoilt.py").write_text(SCRIPT.replace('len(calls) == 2 and os.environ["RANK"] == "1"', "True"))
+    start = [tmp_path / "spoilt.py"] if spoilt else ["-m", "mirage_dist.cli"]
+    overrides = [*toy.overrides("sft", tmp_path / "run"), *SHORT[:-1], change]
+    command = [forkserver.python(), *start, "train", "configs/train/demo_sft.yaml", *overrides]
+    alone = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(rf"^mirage: .*run: after 4 steps, {fault}, so nothing is exported; lower", done.stderr, re.M)
+    assert not (tmp_path / "run/export").exists()
 
 
 def shards(checkpoint):

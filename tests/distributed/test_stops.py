@@ -1,5 +1,6 @@
 """Stops where no step is running, and what W&B gets to know: set-up, the reference cache, a preempted run's records."""
 
+import json
 import os
 import random
 import re
@@ -7,11 +8,13 @@ import signal
 import struct
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import forkserver
 import pytest
 from conftest import launch, metrics, until
+from faults.processes import send, worker
 from wandb.proto import wandb_internal_pb2
 
 SHORT = ("train.max_steps=8", "train.global_batch=8", "train.micro_batch=4", "train.export=false")
@@ -150,29 +153,67 @@ def records(file: Path):
             yield record
 
 
-def test_wandb_gets_one_run_marked_preempted_and_each_step_once(toy, tmp_path):
+def command_of(number: int) -> str:
+    """Its command line; empty when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{number}/cmdline").read_text()
+    return ""
+
+
+def below(number: int) -> list[int]:
+    """This process and all that descend from it, a rank's children too."""
+    number = worker(number) or number
+    lists = Path(f"/proc/{number}/task").glob("*/children")
+    children = [int(word) for file in lists for word in file.read_text().split()]
+    return [number, *(process for child in children for process in below(child))]
+
+
+def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(toy, tmp_path):
+    """As Slurm preempts: the signal reaches W&B's service too, which ends with what it has not written."""
     folder = tmp_path / "run"
-    arguments = command(toy, folder, "monitor.wandb=offline", "train.save_every=2")
+    arguments = command(toy, folder, "monitor.wandb=offline", "train.save_every=5", "train.max_steps=120")
     process = launch(2, *arguments, start=True)
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 3:
+    while not list(folder.glob("wandb/offline-run-*/*.wandb")):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGUSR1)
+    everyone = below(process.pid)
+    assert all(any(name in command_of(number) for number in everyone) for name in ("monitoring.sender", "wandb-core"))
+    for number in everyone:
+        send(number, signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75, output
+    assert output.count("W&B failed") <= 1
+    assert "Traceback" not in output
+    before = offline(folder)
     # The newest checkpoint is lost: steps that W&B has are made again and must not be sent again.
     stopped = len(metrics(folder))
+    assert stopped < 120
     newest = folder / f"checkpoints/step-{stopped:06d}"
     newest.rename(tmp_path / "lost")
     launch(2, *arguments)
-    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda f: f.stat().st_mtime)
-    first, second = (list(records(file)) for file in files)
-    assert {r.run.run_id for r in [*first, *second] if r.WhichOneof("record_type") == "run"} == {files[0].stem[4:]}
-    kinds = [[r.WhichOneof("record_type") for r in part] for part in (first, second)]
-    assert "preempting" in kinds[0]
-    assert "preempting" not in kinds[1]
-    steps = [r.history.step.num for part in (first, second) for r in part if r.WhichOneof("record_type") == "history"]
-    assert steps == list(range(1, 9))
-    assert [m["step"] for m in metrics(folder)] == list(range(1, 9))
+    first, second = records_of(before), records_of([file for file in offline(folder) if file not in before])
+    assert {r.run.run_id for r in [*first, *second] if r.WhichOneof("record_type") == "run"} == {before[0].stem[4:]}
+    assert any(r.WhichOneof("record_type") == "preempting" for r in first)
+    assert not any(r.WhichOneof("record_type") == "preempting" for r in second)
+    (configuration, *_) = (r.run.config.update for r in first if r.WhichOneof("record_type") == "run")
+    config = {item.key: json.loads(item.value_json) for item in configuration if item.key}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert config["manifest"].items() <= manifest.items()
+    assert config["manifest"].keys() >= {"git_commit", "config_hash", "base_hash", "data", "versions"}
+    assert config["train"]["max_steps"] == 120
+    assert config["slurm"].keys() >= {"job_id"}
+    assert any("Stopped" in r.alert.title for r in first if r.WhichOneof("record_type") == "alert")
+    steps = [r.history.step.num for r in [*first, *second] if r.WhichOneof("record_type") == "history"]
+    assert steps == list(range(1, 121))
+    assert [m["step"] for m in metrics(folder)] == list(range(1, 121))
+
+
+def offline(folder: Path) -> list[Path]:
+    """The files of W&B's offline runs, in the order of their starts."""
+    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.parent.stat().st_ctime)
+
+
+def records_of(files: list[Path]) -> list:
+    return [record for file in files for record in records(file)]

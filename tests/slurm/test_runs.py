@@ -13,9 +13,7 @@ from cluster import Cluster, cluster
 from conftest import metrics
 from faults.processes import worker
 
-from mirage_dist.config import REPOSITORY
-from mirage_dist.data import formats, sources
-from mirage_dist.embedded import world as embedded_world
+from mirage_dist.monitoring import wandb_files
 
 pytestmark = pytest.mark.slurm
 STEPS = 120
@@ -119,8 +117,9 @@ def test_usr1_before_the_time_limit_saves_requeues_and_resumes(slurm, toy, whole
     same(run, whole)
 
 
-def test_a_preempted_job_saves_and_resumes(slurm, toy, whole):
-    run = Run(slurm, toy, "preempted")
+def test_a_preempted_job_saves_and_resumes_and_wandb_gets_each_step_once(slurm, toy, whole):
+    """Slurm signals every process of the job: W&B's service, too."""
+    run = Run(slurm, toy, "preempted", "monitor.wandb=offline")
     run.reach(10)
     seen = len(run.steps())
     slurm.ask("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--wrap=true")
@@ -128,6 +127,12 @@ def test_a_preempted_job_saves_and_resumes(slurm, toy, whole):
     completed(run, restarts=1)
     assert seen <= run.resumed()[0] < STEPS
     same(run, whole)
+    identity = json.loads((run.root / "manifest.json").read_text())["wandb_id"]
+    files = wandb_files.offline_files(run.root / "wandb", identity)
+    sent = [
+        record.history.step.num for file in files for record in wandb_files.records(file) if record.HasField("history")
+    ]
+    assert sent == list(range(1, STEPS + 1))
 
 
 def test_a_cancelled_job_saves_stays_away_and_can_be_finished_on_one_node(slurm, toy, whole):
@@ -185,83 +190,7 @@ def test_starts_that_are_asked_to_stop_before_training_begins_do_not_count(slurm
     # A start that does not get on, and was not asked to stop, has the last line.
     lines = [json.loads(line) for line in noted.read_text().splitlines()]
     assert [line["stopped"] for line in lines] == [True, True]
-    noted.write_text("".join(json.dumps(line | {"stopped": n == 1}) + "\n" for n, line in enumerate(lines)))
+    noted.write_text("".join(json.dumps(line | {"stopped": n == 0}) + "\n" for n, line in enumerate(lines)))
     state = slurm.ended(run.job)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "2"), slurm.log(run.job)
     assert "has started 1 times from step 0" in slurm.log(run.job)
-
-
-# ---------------------------------------------------------------------------------------------- the pipeline
-
-
-@pytest.fixture(scope="module")
-def chain(toy) -> list[str]:
-    """The words that make slurm/pipeline.sh work on the small world, but for where the run goes."""
-    world = embedded_world.load(str(toy.root / "world"))
-    given = formats.source("vlguard", f"{toy.root}/world/safety-0.95/train.json", f"{toy.root}/world", split="unsafes")
-    unsafe = sources.read(given).samples
-    rows = [
-        {"id": s.id, "question": s.question, "response": world.answer(s.question, world.label(s.image or ""))}
-        for s in unsafe
-    ]
-    harvest = toy.root / "harvest.jsonl"
-    harvest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepared = toy.root / "prepared"
-    sizes = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
-    return [
-        *ONE_EACH,
-        "--mem=1G",
-        "seed=21",
-        f"world.dir={toy.root}/world",
-        "prepare:configs/prepare/demo.yaml",
-        *(f"world.{name}={size}" for name, size in sizes.items()),
-        f"prepare:harvest={harvest}",
-        f"prepare:out={prepared}",
-        RECIPE,
-        f"model.path={toy.root}/model",
-        *(f"data.streams.{n}=[{{format: samples, path: {prepared}/{n}.jsonl}}]" for n in ("forget", "retain")),
-        "train:--nodes=2",
-        "train.max_steps=3",
-        "train.global_batch=8",
-        "train.micro_batch=4",
-        "eval:configs/eval/demo.yaml",
-        "eval:--array=0-2%2",
-        "eval:generation.max_new_tokens=3",
-    ]
-
-
-def submitted(slurm: Cluster, *words: str) -> dict[str, str]:
-    """Link -> job."""
-    output = slurm.ask(f"{REPOSITORY}/slurm/pipeline.sh", "npo", *words).stdout
-    return dict(re.findall(r"^(prepare|train|eval|report) +(\d+)$", output, re.MULTILINE))
-
-
-def test_the_pipeline_prepares_trains_evaluates_and_reports(slurm, toy, chain):
-    root = toy.root / "slurm/chain"
-    jobs = submitted(slurm, *chain, f"run.dir={root}")
-    assert list(jobs) == ["prepare", "train", "eval", "report"]
-    assert slurm.ended(jobs["report"])["JobState"] == "COMPLETED", "".join(
-        slurm.log(job) for job in (*jobs.values(), f"{jobs['eval']}_*")
-    )
-    assert len(metrics(root)) == 3
-    rows = [json.loads(line)["key"] for file in root.glob("evals/demo/rows/*.jsonl") for line in file.open()]
-    assert len(rows) == len(set(rows)) == 8 * (5 + 3 + 1)
-    assert (root / "report/index.html").is_file()
-
-
-def test_a_link_that_fails_takes_the_rest_of_the_chain_with_it(slurm, toy, chain):
-    jobs = submitted(slurm, *chain, f"run.dir={toy.root}/slurm/broken", "skip:prepare", "train.lr=much")
-    assert list(jobs) == ["train", "eval", "report"]
-    assert slurm.ended(jobs["train"])["ExitCode"] == "2:0"
-    for link in ("eval", "report"):
-        assert slurm.ended(jobs[link])["JobState"] == "CANCELLED"
-    assert not (toy.root / "slurm/broken").exists()
-
-
-def test_a_chain_of_which_slurm_refuses_a_link_never_starts(slurm, toy, chain):
-    command = (f"{REPOSITORY}/slurm/pipeline.sh", "npo", *chain, "run.dir=runs/refused", "eval:--partition=nowhere")
-    done = slurm.ask(*command, check=False)
-    assert done.returncode == 1
-    assert "sbatch refused the link eval" in done.stderr
-    states = [slurm.job(job)["JobState"] for job in re.findall(r"^\w+ +(\d+)$", done.stdout, re.MULTILINE)]
-    assert states == ["CANCELLED", "CANCELLED"]

@@ -28,6 +28,7 @@ FLOORS = [
     ["disk"],
     ["config"],
     ["registry", "ranks", "launching"],
+    ["monitoring"],
     ["kernels", "data"],
     ["model", "objectives"],
     ["train", "evals"],
@@ -43,10 +44,10 @@ BESIDE = {
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {
-    "kernels": {"stats", "registry", "disk", "liveness", "launching"},
-    "objectives": {"data", "disk", "liveness", "launching"},
+    "kernels": {"stats", "registry", "disk", "liveness", "launching", "monitoring"},
+    "objectives": {"data", "disk", "liveness", "launching", "monitoring"},
     "evals": {"kernels", "objectives"},
-    "report": {"kernels", "model", "objectives", "train"},
+    "report": {"kernels", "model", "objectives", "train", "monitoring"},
 }
 ACTS = {"told", "found", "asked", "said", "tell", "tells"}  # names say what a thing is, not how it came
 

@@ -1,16 +1,17 @@
 """Recipes: every mistake is named with its place and its remedy; a resolved recipe reads back equal."""
 
 import copy
+import re
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given
-from hypothesis.strategies import text as texts
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe, secrets
 
 RECIPE = {
     "run": {"dir": "runs/x"},
@@ -303,10 +304,13 @@ def test_containers_given_as_an_override_are_the_same_containers():
     assert recipe.data.template_options == {"a": ["x: y", 1, True, None], "b": "${c}"}
 
 
-@given(texts())
+PIECES = ("$", "{", "}", "\\", "x", ":", " ", "run.dir", "${x}", "é", "'", '"', "\n")
+
+
+@given(st.text() | st.lists(st.sampled_from(PIECES)).map("".join))
 def test_every_text_survives_an_override_and_config_yaml(drawn):
-    recipe = build(configs.override("run.name", drawn))
-    assert recipe.run.name == drawn
+    recipe = build(configs.override("data.system_prompt", drawn))
+    assert recipe.data.system_prompt == drawn
     again = configs.from_tree(OmegaConf.create(configs.to_yaml(recipe)), [], TrainRecipe, "config.yaml")
     assert again == recipe
 
@@ -323,3 +327,60 @@ def test_the_class_of_a_recipe_shows_in_its_keys(tmp_path):
     assert isinstance(configs.load_any("configs/train/npo_qwen2_5_vl.yaml", []), TrainRecipe)
     with pytest.raises(ConfigError, match="expected a recipe of training, evaluation or preparation"):
         configs.load_any("configs/model/qwen3_vl_8b.yaml", [])
+
+
+def build_eval(*overrides: str) -> EvalRecipe:
+    return configs.load("configs/eval/vlguard.yaml", ["run.dir=runs/x", *overrides], EvalRecipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [
+        ("suite", "suite={}"),
+        ("run.name", "run.name={}"),
+        ("a key of sets", "sets={{{}: {{kind: safe, sources: []}}}}"),
+        ("a key of sets.a.attacks", "sets={{a: {{kind: safe, sources: [], attacks: {{{}: {{kind: swap}}}}}}}}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["'../x'", "a/b", "'.hidden'", "'a b'", "''", "'\\e[31mred'", "naïve", "x" * 81])
+def test_what_becomes_part_of_a_path_is_a_name(key, override, name):
+    with pytest.raises(ConfigError, match=re.escape(f": {key}=") + ".*; expected a name: 1 to 80 of A-Z, a-z, 0-9"):
+        build_eval(override.format(name))
+
+
+@pytest.mark.parametrize("value", ["'a\\0b'", "''", "x" * 256, "/".join(["x" * 200] * 20)])
+@pytest.mark.parametrize("key", ["run.dir", "model.path"])
+def test_a_path_that_no_file_system_takes_is_refused_before_anything_is_made(key, value):
+    with pytest.raises(ConfigError, match=f": {key}=.*; expected a path"):
+        build_eval(f'{key}="{value[1:-1]}"' if value.startswith("'") else f"{key}={value}")
+
+
+@pytest.mark.parametrize("resolver", ["oc.env:HOME", "oc.decode:1", "oc.create:1", "file:/etc/passwd"])
+def test_a_recipe_reads_nothing_from_outside_itself(resolver):
+    with pytest.raises(ConfigError, match=r"template.system_prompt: .*What is secret stays in the environment"):
+        build_eval(f"template.system_prompt=${{{resolver}}}")
+
+
+@pytest.mark.parametrize(
+    "value", ["sk-proj-" + "a1" * 12, "hf_" + "a1" * 12, "https://user:password@host/v1", "Bearer " + "a1" * 12]
+)
+@pytest.mark.parametrize("key", ["template.system_prompt", "judges", "run.dir"])
+def test_what_looks_like_a_key_is_refused_without_being_shown(key, value):
+    with pytest.raises(ConfigError, match=f"{key}.* holds what looks like a key or a password.*key_env") as refused:
+        build_eval(
+            f"{key}=[{{kind: vlm, url: 'http://h/v1', model: '{value}'}}]" if key == "judges" else f"{key}='{value}'"
+        )
+    assert value not in str(refused.value)
+
+
+def test_command_lines_are_recorded_without_the_keys_in_them():
+    words = [
+        "mirage",
+        "model.api_key=topsecret1",
+        "x=hf_" + "a1" * 12,
+        "url=https://u:topsecret2@host/v1",
+        "train.lr=1e-4",
+    ]
+    assert [secrets.masked(word) for word in words] == [
+        *("mirage", "model.api_key=***", "x=***", "url=https://***@host/v1", "train.lr=1e-4")
+    ]

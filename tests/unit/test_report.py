@@ -11,6 +11,7 @@ from made_runs import KEYWORD, NASTY, write_run
 from mirage_dist import report
 from mirage_dist.evals import metrics
 from mirage_dist.report import examples
+from mirage_dist.report import text as captions
 from mirage_dist.report.figures import style
 from mirage_dist.report.load import read, row_label
 from mirage_dist.schema import ConfigError
@@ -263,3 +264,15 @@ def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
 )
 def test_a_rate_is_named_by_its_condition_and_an_accuracy_by_its_benchmark(measure, key, label):
     assert row_label(measure, key) == label
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_questions_without_a_measurable_first_word_are_no_evidence_of_evenness(runs, measured):
+    words = {
+        "(not measured)": {"refusal": 9, "answer": 9},
+        **({"what": {"refusal": 9, "answer": 9}} if measured else {}),
+    }
+    (runs["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
+    _, caption = captions.words(read({"sft": runs["sft"]})[0])
+    assert f"18 of {36 if measured else 18} questions are in scripts without spaces between words" in caption
+    assert ("equally often" in caption) is measured

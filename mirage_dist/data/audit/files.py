@@ -11,7 +11,7 @@ from mirage_dist.data import formats, records, sources
 from mirage_dist.data.audit.corpus import Corpus, Measured, Options
 from mirage_dist.data.audit.verdict import Verdict, verdict
 from mirage_dist.data.formats import Format
-from mirage_dist.data.refusals import is_refusal, is_refusal_as_published
+from mirage_dist.data.refusals import is_refusal_as_published
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import Progress
 from mirage_dist.schema import ConfigError
@@ -90,7 +90,7 @@ def _read(corpus: Corpus, config: Format, on_bytes: records.OnBytes) -> FileCoun
                 source.dropped["exact duplicate"] += 1
                 continue
             hashes.add(sample_hash)
-            corpus.add_sample(sample, record.get("image"), _refuses(rule, config.path, number, record, sample))
+            corpus.add_sample(sample, record.get("image"), _refuses(corpus, config.path, number, record, sample))
     return {
         "path": config.path,
         "format": config.format,
@@ -102,13 +102,14 @@ def _read(corpus: Corpus, config: Format, on_bytes: records.OnBytes) -> FileCoun
 
 
 def _refuses(
-    rule: str, path: str, number: int, record: Mapping[str, Any], sample: Sample
+    corpus: Corpus, path: str, number: int, record: Mapping[str, Any], sample: Sample
 ) -> Callable[[str], bool] | bool:
     """The test of an answer, or the label of the sample's last turn."""
-    if rule == "list":
-        return is_refusal
+    rule = corpus.options.response_kind
     if rule == "published":
         return is_refusal_as_published
+    if corpus.phrases is not None:
+        return corpus.phrases
     if rule == "label":
         return not sample.safe
     name, _, refusing = rule.partition("=")

@@ -2,57 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypedDict
 
 from mirage_dist.data.audit.corpus import FIRST, LIMIT, Corpus, CueResult, Measured, Options, Value
-from mirage_dist.data.refusals import is_refusal
+from mirage_dist.data.refusals import FEW, PhraseList
 from mirage_dist.data.sample import Sample
 
 
 class Verdict(TypedDict):
-    """passed: whether the first words predict refusals no better than LIMIT. text: one line that says why."""
+    """passed: whether the first words predict refusals no better than LIMIT. text: one line that says why.
+
+    measured: whether enough pairs could be measured to know.
+    """
 
     passed: bool
+    measured: bool
     text: str
 
 
 def verdict(measured: Measured) -> Verdict:
     """A corpus fails by how well its first words predict refusals, not by whether they predict at all.
 
-    Other cues are named when they predict better, but decide nothing: the words after the first approach the question's
-    content.
+    It passes only if it would also pass with a right guess for every pair that could not be measured. Other cues are
+    named when they predict better, but decide nothing: the words after the first approach the question's content.
     """
-    cues = measured["cues"]
+    cues, left_out = measured["cues"], _left_out(measured)
     if not cues:
         kind = "refusal" if not measured["refused"] else "answer"
+        if sum(measured["unmeasured"]["responses"].values()) > 2 * (LIMIT - 0.5) * measured["pairs"]:
+            return {"passed": False, "measured": False, "text": f"NOT MEASURED: {left_out}"}
         text = f"passes: no {kind} among {measured['pairs']} responses, so no word can separate refusals from answers"
-        return {"passed": True, "text": text}
+        return {"passed": True, "measured": True, "text": text}
     first, strongest = cues[FIRST], max(cues, key=lambda name: _lower_end(cues[name]))
-    passed = _lower_end(first) <= LIMIT
-    text = f"{'passes' if passed else 'FAILS'}: {_separates(FIRST, first)}"
-    word = _strongest(first)
-    text += f"; {_shares(word)}" if word else "; no word is tied to either"
+    fails = _lower_end(first) > LIMIT
+    known = fails or max(_lower_end(first), 0.5) + _share_left_out(measured) / 2 <= LIMIT
+    if not known:
+        text = f"NOT MEASURED: {left_out}"
+    else:
+        text = f"{'FAILS' if fails else 'passes'}: {_separates(FIRST, first)}"
+        word = _strongest(first)
+        text += f"; {_shares(word)}" if word else "; no word is tied to either"
+        text += f"; {left_out}" if left_out else ""
     if _lower_end(cues[strongest]) > first["balanced_accuracy"]["value"]:
-        text += f"; {strongest} separates them better: {_accuracy(cues[strongest])}"
-    return {"passed": passed, "text": text}
+        better = f"{strongest} separates them better: {_accuracy(cues[strongest])}"
+        text += f"; {better if known else _separates(strongest, cues[strongest])}"
+    return {"passed": known and not fails, "measured": known, "text": text}
 
 
-def warning(samples: Iterable[Sample]) -> str | None:
-    """One line on samples from which a model would learn a first word in place of what to refuse; None if they pass."""
-    corpus = Corpus(Options())
+def warning(samples: Iterable[Sample], refusals: str | None = None) -> str | None:
+    """One line on samples from which a model would learn a first word in place of what to refuse; None if they pass.
+
+    refusals: the file of another list of phrases than ours.
+    """
+    refuses = PhraseList.read(refusals)
+    corpus = Corpus(Options(refusals=refusals))
+    unsafe = refused = 0
     for sample in samples:
-        corpus.add_sample(sample, None, is_refusal)
+        before = corpus.refused
+        corpus.add_sample(sample, None, refuses)
+        unsafe += not sample.safe
+        refused += not sample.safe and corpus.refused > before
     measured = corpus.measured()
-    if verdict(measured)["passed"]:
+    result = verdict(measured)
+    if not result["measured"]:
+        return (
+            f"cannot be audited: {result['text']}; `mirage audit` shows more, and data.refusals names a list of "
+            "phrases of another language"
+        )
+    if unsafe and refused < FEW * unsafe:
+        return (
+            f"has hardly a refusal that is recognised: the list of phrases finds {refused} in {unsafe} responses to "
+            "unsafe questions; if they refuse in another language or in other words, name a list with data.refusals"
+        )
+    if result["passed"]:
         return None
     cue = measured["cues"][FIRST]
     word = _strongest(cue)
     shares = f"{_shares(word)}; " if word else ""
     return (
-        f"{shares}{_separates(FIRST, cue)}. The model may learn the word in place of what is to be refused: "
-        "rebalance first words with prepare.diversify; `mirage audit` shows every word"
+        f"fails the audit: {shares}{_separates(FIRST, cue)}. The model may learn the word in place of what is to be "
+        "refused: rebalance first words with prepare.diversify; `mirage audit` shows every word"
     )
+
+
+def _left_out(measured: Measured) -> str:
+    """How many pairs could not be measured, and why; "" when all could."""
+    of, unmeasured = measured["pairs"], measured["unmeasured"]
+    questions, responses = unmeasured["questions"], unmeasured["responses"]
+    parts = []
+    if questions:
+        parts.append(
+            f"{sum(questions.values())} of {of} questions have no first word that could be measured, since their "
+            f"script has no spaces between words ({_counts(questions)})"
+        )
+    if responses:
+        parts.append(
+            f"{sum(responses.values())} of {of} responses are in a script of which the list of refusals has no phrase "
+            f"({_counts(responses)})"
+        )
+    return "; ".join(parts)
+
+
+def _counts(scripts: Mapping[str, int]) -> str:
+    return ", ".join(f"{script} {count}" for script, count in scripts.items())
+
+
+def _share_left_out(measured: Measured) -> float:
+    """The share of pairs that could not be measured: the mean of the shares of refusals and of answers."""
+    kinds = ("refused", "answered")
+    return sum(measured["unmeasured"][kind] / measured[kind] for kind in kinds) / 2
 
 
 def _lower_end(cue: CueResult) -> float:

@@ -21,10 +21,11 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from mirage_dist.data.encoding.control import SpelledControl
 from mirage_dist.data.encoding.conversation import Conversation, called, tokenizer_of
 from mirage_dist.data.encoding.packing import borders, pack
 from mirage_dist.data.encoding.pictured import Aspect, Pictured, aspect_of
-from mirage_dist.data.encoding.rows import IGNORE, TOKEN_TYPES, Row, Tokens, extend, stack, started
+from mirage_dist.data.encoding.rows import IGNORE, TOKEN_TYPES, Row, Tokens, extend, stack
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -61,6 +62,20 @@ class Batch:
     edges: list[int] | None = None
 
 
+@dataclass(frozen=True)
+class Turns:
+    """A conversation as token ids of prompts and answers in turn, with the picture's mark not expanded.
+
+    place: the index of the prompt that shows the picture. shown: the text through that prompt. plain: whether the
+    processor can encode that text by itself: no text in it spells a control token.
+    """
+
+    ids: list[list[int]]
+    place: int
+    shown: str
+    plain: bool
+
+
 class Encoder:
     """Chat template and processor of one model, for any Hugging Face image-text-to-text processor.
 
@@ -89,7 +104,7 @@ class Encoder:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
         own = getattr(processor, "image_token_id", None)
         self.picture_token: int | None = own if picture_token is None else picture_token
-        self.conversation = Conversation(processor, system_prompt, template_options)
+        self.conversation = Conversation(processor, system_prompt, template_options, self.picture_token)
         self.text_only = self.conversation.text_only
         self.max_length, self.on_long = max_length, on_long
         self.image_aspect: Aspect = aspect_of(processor, image_aspect)
@@ -99,7 +114,7 @@ class Encoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # never attended to, so any token serves
         self.lookup: Lookup | None = None
-        self.tokens = Tokens(self.tokenizer)
+        self.tokens = Tokens(self.tokenizer, self.conversation.control)
         self.pictured = None if self.text_only else self._pictured()
         self.placeholder: Row = {"input_ids": [], "attention_mask": [], "labels": []}
         self.placeholder_picture: dict[str, Tensor] = {}
@@ -159,11 +174,9 @@ class Encoder:
         """`prompts` for engines that run the processor themselves: token ids, with the picture's mark not expanded, and
         the picture. Raises TooLong by the length that `sizes` computes.
         """
-        pieces = self.conversation.pieces(sample, answered=False)
-        ids = self.tokens.first(pieces[0])
-        for before, piece in pairwise(pieces):
-            ids = ids + self.tokens.after(before, piece)
-        self._check_prompt(sample, len(ids) + self._growth(sample, pieces[0]))
+        turns = self._turns(sample, answered=False)
+        ids = [i for piece in turns.ids for i in piece]
+        self._check_prompt(sample, len(ids) + self._growth(sample, turns))
         if sample.image is None or self.pictured is None:
             return ids, None
         return ids, self.pictured.opened(sample.image)
@@ -258,17 +271,20 @@ class Encoder:
         They are those of `encode`, picture tokens included, which follow from the size in the picture's header.
         Raises ConfigError for a picture that cannot be encoded.
         """
-        pieces = self.conversation.pieces(sample, answered=True)
-        lengths = [len(self.tokens.first(pieces[0])), *(len(self.tokens.after(*pair)) for pair in pairwise(pieces))]
-        lengths[0] += self._growth(sample, pieces[0])
+        turns = self._turns(sample, answered=True)
+        lengths = [len(ids) for ids in turns.ids]
+        lengths[2 * sample.shown] += self._growth(sample, turns)
         return lengths
 
-    def _growth(self, sample: Sample, text: str) -> int:
-        """The number of tokens that the sample's picture adds to its first prompt `text`."""
+    def _growth(self, sample: Sample, turns: Turns) -> int:
+        """The number of tokens that the sample's picture adds."""
         if sample.image is None or self.pictured is None:
             return 0
+        if turns.place or not turns.plain:
+            row = self._placed(turns, sample, self._known(turns, sample))
+            return len(row["input_ids"]) - sum(map(len, turns.ids[: turns.place + 1]))
         try:
-            return self.pictured.growth(text, sample.image)
+            return self.pictured.growth(turns.shown, sample.image)
         except ConfigError as error:
             raise ConfigError(f"{called(sample)}: {error}") from error
 
@@ -280,38 +296,81 @@ class Encoder:
 
     # --------------------------------------------------------------------------------------------- rows
 
+    def _turns(self, sample: Sample, answered: bool) -> Turns:
+        """A sample's conversation as text and tokens. Raises ConfigError, naming the sample."""
+        pieces = self.conversation.pieces(sample, answered)
+        try:
+            ids = [self.tokens.first(pieces[0]), *(self.tokens.after(*pair) for pair in pairwise(pieces))]
+        except SpelledControl as error:
+            raise SpelledControl(f"{called(sample)}: {error}") from error
+        shown = "".join(pieces[: 2 * sample.shown + 1])
+        return Turns(ids, 2 * sample.shown, shown, sample.image is None or self.tokens.plain(shown))
+
     def _rows(self, samples: Sequence[Sample], answered: bool) -> tuple[list[Row], dict[str, Tensor]]:
         """Unpadded rows, with or without the last answer, and the picture tensors in the order of their rows."""
-        conversations = [self.conversation.pieces(sample, answered) for sample in samples]
+        conversations = [self._turns(sample, answered) for sample in samples]
         shown = [i for i, sample in enumerate(samples) if sample.image is not None]
-        seen, pictures = self._see([conversations[i][0] for i in shown], [samples[i] for i in shown])
+        seen, pictures = self._see([conversations[i] for i in shown], [samples[i] for i in shown])
         starts = dict(zip(shown, seen, strict=True))
         rows = []
-        for i, pieces in enumerate(conversations):
-            row = starts[i] if i in starts else started(self.tokens.first(pieces[0]), self.empty, self.neutral)
-            for number, (before, piece) in enumerate(pairwise(pieces)):
-                extend(row, self.tokens.after(before, piece), number % 2 == 0, self.neutral)
+        for i, turns in enumerate(conversations):
+            row = starts.get(i) or {name: [] for name in self.empty}
+            first = turns.place + 1 if i in starts else 0
+            for number, ids in enumerate(turns.ids[first:], start=first):
+                extend(row, ids, number % 2 == 1, self.neutral)
             rows.append(row)
         return rows, pictures
 
-    def _see(self, texts: list[str], samples: list[Sample]) -> tuple[list[Row], dict[str, Tensor]]:
-        """First prompts with their pictures: picture tokens expanded, padding removed."""
+    def _see(self, several: list[Turns], samples: list[Sample]) -> tuple[list[Row], dict[str, Tensor]]:
+        """Conversations through their pictures: picture tokens expanded, padding removed, earlier answers labelled."""
         pictured, paths = self.pictured, [sample.image or "" for sample in samples]
-        if not texts or pictured is None:
+        if not several or pictured is None:
             return [], {}
         if self.lookup is not None:
-            rows = [pictured.known_row(text, path) for text, path in zip(texts, paths, strict=True)]
-            return rows, self.lookup(paths)
-        images = [pictured.opened(path) for path in paths]
+            made, pictures = [self._known(*pair) for pair in zip(several, samples, strict=True)], self.lookup(paths)
+        else:
+            # What the processor cannot encode by itself is put together here; it then sees another text.
+            made, pictures = self._made([t.shown if t.plain else pictured.text for t in several], samples)
+        return [self._placed(*parts) for parts in zip(several, samples, made, strict=True)], pictures
+
+    def _known(self, turns: Turns, sample: Sample) -> Row | None:
+        """What the processor makes of a picture that is not opened; None where it cannot encode the text."""
+        assert self.pictured is not None
+        return self.pictured.known_row(turns.shown, sample.image or "") if turns.plain else None
+
+    def _made(self, texts: list[str], samples: list[Sample]) -> tuple[list[Row], dict[str, Tensor]]:
+        """What the processor makes of texts with their pictures. Raises ConfigError, naming the sample."""
+        assert self.pictured is not None
+        images = [self.pictured.opened(sample.image or "") for sample in samples]
         try:
-            return pictured(texts, images)
+            return self.pictured(texts, images)
         except ConfigError:
             for text, image, sample in zip(texts, images, samples, strict=True):
                 try:
-                    pictured([text], [image])
+                    self.pictured([text], [image])
                 except ConfigError as error:
                     raise ConfigError(f"{called(sample)}: {error}") from error
             raise
+
+    def _placed(self, turns: Turns, sample: Sample, made: Row | None) -> Row:
+        """The row through the picture, with the labels of earlier answers. made: the processor's."""
+        assert self.pictured is not None
+        before = [i for ids in turns.ids[: turns.place] for i in ids]
+        if turns.plain and made is not None and made["input_ids"][: len(before)] == before:
+            start = 0
+            for number, ids in enumerate(turns.ids[: turns.place]):
+                if number % 2:
+                    made["labels"][start : start + len(ids)] = ids
+                start += len(ids)
+            return made
+        row: Row = {name: [] for name in self.empty}
+        for number, ids in enumerate(turns.ids[: turns.place]):
+            extend(row, ids, number % 2 == 1, self.neutral)
+        try:
+            self.pictured.expand(row, turns.ids[turns.place], turns.shown, sample.image or "")
+        except ConfigError as error:
+            raise ConfigError(f"{called(sample)}: {error}") from error
+        return row
 
     def picture(self, path: str | None) -> dict[str, Tensor]:
         """The model's inputs for one picture; for the placeholder without a path."""

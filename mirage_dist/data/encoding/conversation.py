@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 
+from mirage_dist.data.encoding.control import Control, SpelledControl
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -36,14 +38,24 @@ class Conversation:
     in another way (LLaVA-OneVision by another white space, Qwen3 by an empty block of thoughts before the last answer);
     that beginning is left out.
 
-    options: variables of the template, such as `enable_thinking` of Qwen3's.
+    options: variables of the template, such as `enable_thinking` of Qwen3's. picture_token: the id at whose places the
+    model puts a picture's features.
+
+    control: the model's control tokens. Where a sample's texts or the system prompt spell one, the rendered text has a
+    stand-in (see `encoding.control`).
 
     Raises ConfigError for an option that the template does not have; and, naming the sample, when the template rewrites
     earlier turns or the answer.
     """
 
-    def __init__(self, processor: Any, system_prompt: str | None, options: Mapping[str, Any] | None = None) -> None:
-        self.processor, self.tokenizer, self.system_prompt = processor, tokenizer_of(processor), system_prompt
+    def __init__(
+        self,
+        processor: Any,
+        system_prompt: str | None,
+        options: Mapping[str, Any] | None = None,
+        picture_token: int | None = None,
+    ) -> None:
+        self.processor, self.tokenizer, self.system_prompt = processor, tokenizer_of(processor), None
         self.text_only = self.tokenizer is processor
         self.options = dict(options or {})
         self.template = template_of(processor)
@@ -53,6 +65,16 @@ class Conversation:
                 f"{', '.join(sorted(known)) or 'none'}"
             )
         self.marks = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.control = Control(self.tokenizer, processor, self._example(), picture_token)
+        if system_prompt is not None:
+            self.system_prompt = self.control.shielded(system_prompt)
+
+    def _example(self) -> str:
+        """What the template writes around two questions and the answer between them; "" where it refuses them."""
+        try:
+            return self.text(False, [(PROBE, PROBE)], PROBE, generates=False)
+        except (TemplateError, ValueError):
+            return ""
 
     def pieces(self, sample: Sample, answered: bool) -> list[str]:
         """The conversation as a prompt, an answer through its end token, a prompt, …
@@ -61,20 +83,28 @@ class Conversation:
         sample has one (`Sample.begun`).
         """
         try:
-            return self._pieces(sample, answered)
+            return self._pieces(self._shielded(sample), answered)
+        except SpelledControl as error:
+            raise SpelledControl(f"{called(sample)}: {error}") from error
         except (TemplateError, ValueError) as error:
             raise ConfigError(f"{called(sample)}: the chat template does not take it: {error}") from error
 
+    def _shielded(self, sample: Sample) -> Sample:
+        """The sample with stand-ins for the control tokens that its texts spell."""
+        texts = {name: self.control.shielded(getattr(sample, name)) for name in ("question", "answer", "begun")}
+        history = tuple((self.control.shielded(q), self.control.shielded(a)) for q, a in sample.history)
+        return replace(sample, history=history, **texts)
+
     def _pieces(self, sample: Sample, answered: bool) -> list[str]:
         turns = [*sample.history, (sample.question, sample.answer)]
-        picture, pieces, whole, rest = sample.image is not None, [], "", ""
+        pieces, whole, rest = [], "", ""
         for number, (question, answer) in enumerate(turns):
-            prompt = self.text(picture, turns[:number], question)
+            prompt = self._text(sample, turns[:number], question)
             # Text that the template adds after an answer's end token belongs to the next prompt.
             follows = prompt.startswith(whole)
             pieces.append(rest + prompt[len(whole) :] if follows else self._next_prompt(sample, turns[: number + 1]))
             if answered or number + 1 < len(turns):
-                whole = self.text(picture, turns[: number + 1], None)
+                whole = self._text(sample, turns[: number + 1], None)
                 reply = self._reply(sample, turns[:number], (question, answer), prompt, whole)
                 reply, rest = self._split_reply(reply, answer, sample)
                 pieces.append(reply)
@@ -93,7 +123,7 @@ class Conversation:
             return after
 
         def write(reply: str) -> str:
-            return self.text(sample.image is not None, [*past, (question, reply)], None)
+            return self._text(sample, [*past, (question, reply)], None)
 
         place = self._place(sample, past, turn, write)
         before = whole[len(prompt) : place] if whole.startswith(prompt) else whole[:place]
@@ -110,7 +140,7 @@ class Conversation:
         *past, (question, answer), (last, _) = turns
 
         def write(reply: str) -> str:
-            return self.text(sample.image is not None, [*past, (question, reply)], last)
+            return self._text(sample, [*past, (question, reply)], last)
 
         place = self._place(sample, past, (question, answer), write)
         return self._split_reply(write(answer)[place:], answer, sample)[1]
@@ -120,9 +150,9 @@ class Conversation:
 
         Only the text that introduces the answer may differ from the generation prompt.
         """
-        picture, (question, answer) = sample.image is not None, turn
-        start, whole, other = self.text(picture, past, question, generates=False), write(answer), write(PROBE)
-        if not all(text.startswith(start) for text in (whole, other, self.text(picture, past, question))):
+        question, answer = turn
+        start, whole, other = self._text(sample, past, question, generates=False), write(answer), write(PROBE)
+        if not all(text.startswith(start) for text in (whole, other, self._text(sample, past, question))):
             raise ConfigError(
                 f"{called(sample)}: the chat template rewrites earlier turns when a turn is added; labels cannot be "
                 "placed. Use a template in which a prompt is a prefix of its conversation"
@@ -136,18 +166,22 @@ class Conversation:
         """The beginning of the answer as the template writes it, without an end token."""
         begun = sample.begun.rstrip()  # the next word brings its own space
         turn = sample.question, begun
-        whole = self.text(sample.image is not None, [*turns[:-1], turn], None)
+        whole = self._text(sample, [*turns[:-1], turn], None)
         reply = self._reply(sample, turns[:-1], turn, prompt, whole)
         if begun not in reply:
             raise ConfigError(f"{called(sample)}: the chat template rewrites the answer; it cannot be begun")
         return reply[: reply.index(begun) + len(begun)]
 
-    def text(self, picture: bool, past: Turns, question: str | None, generates: bool = True) -> str:
+    def _text(self, sample: Sample, past: Turns, question: str | None, generates: bool = True) -> str:
+        """`text` of a sample's turns so far."""
+        return self.text(sample.image is not None, past, question, generates, sample.shown)
+
+    def text(self, picture: bool, past: Turns, question: str | None, generates: bool = True, shown: int = 0) -> str:
         """The conversation so far as text; with a question, it ends where the answer begins.
 
-        picture: whether the first question is about a picture. past: earlier (question, answer) turns.
-        generates: whether a question is followed by the generation prompt. Raises ConfigError for a picture in a
-        text-only model's conversation.
+        picture: whether a question is about a picture. past: earlier (question, answer) turns. generates: whether a
+        question is followed by the generation prompt. shown: which question is about the picture, from 0; the turns so
+        far may end before it. Raises ConfigError for a picture in a text-only model's conversation.
         """
         messages: list[Mapping[str, Any]] = []
         if self.system_prompt is not None:
@@ -162,8 +196,8 @@ class Conversation:
                     "a text-only model cannot answer questions about pictures; use a vision-language model, or records "
                     "without pictures"
                 )
-            first = next(m for m in messages if m["role"] == "user")
-            first["content"].insert(0, {"type": "image"})
+            for message in [m for m in messages if m["role"] == "user"][shown : shown + 1]:
+                message["content"].insert(0, {"type": "image"})
         prompted = question is not None and generates
         options = {"add_generation_prompt": prompted, "tokenize": False, **self.options}
         if self.template is None:

@@ -58,7 +58,7 @@ class Pictured:
     def __init__(
         self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, texts: tuple[str, str, str]
     ) -> None:
-        self.processor, self.tokens, self.aspect = processor, tokens, aspect
+        self.processor, self.tokens, self.aspect, self.token = processor, tokens, aspect, token
         self.text, self.other, self.more = texts
         self.kind = type(processor).__name__
         # Most families take one list of pictures for each text, Gemma 3 and Mllama nothing else; GOT-OCR takes none.
@@ -82,8 +82,6 @@ class Pictured:
         hidden = {name: [values[i] for i in places] for name, values in self.row.items()}
         self.placeholder: Row = {**hidden, "attention_mask": [0] * len(places)}
         self.plain = tokens.first(self.text)  # with the picture's mark not expanded
-        marks = (token, getattr(processor, "image_token_id", None))
-        self.mark = next((i for i, value in enumerate(self.plain) if value in marks), len(self.plain) - 1)
         self._rows: dict[Size, Row] = {}
         self._sizes: dict[str, Size] = {}
         self._growths: dict[Size, int] = {}
@@ -150,7 +148,8 @@ class Pictured:
         """
         size = self._size(path)
         if not self._splices:
-            return len(self._made(text, size)["input_ids"]) - len(self.tokens.first(text))
+            like, plain = self._like(text, size)
+            return len(like["input_ids"]) - len(plain)
         if size not in self._growths:
             self._growths[size] = self._count(size)
         return self._growths[size]
@@ -225,17 +224,66 @@ class Pictured:
         """The start of the short prompt, through its picture, and the rest of `text`; None for another start."""
         like, ids, plain = self._row(size), self.tokens.first(text), self.plain
         whole = like["input_ids"]
-        # The tokens after the mark that expanding it leaves as they are; a neighbour may merge with what the processor
-        # writes around a picture.
-        after = 0
-        while after < len(plain) - self.mark - 1 and plain[-1 - after] == whole[-1 - after]:
-            after += 1
+        after = self._unchanged(plain, whole)
         end = len(plain) - after
         if ids[:end] != plain[:end]:
             return None
         row = {name: values[: len(whole) - after] for name, values in like.items()}
         extend(row, ids[end:], False, self.outputs.neutral)
         return row
+
+    def expand(self, row: Row, ids: list[int], text: str, path: str) -> None:
+        """Append a prompt to a row, the picture's mark in it expanded as the processor expands it.
+
+        For prompts that the processor cannot encode by itself. text: the conversation through this prompt. Reads no
+        more of the picture than the file's header. Raises ConfigError where it cannot be known what the processor makes
+        of the mark beside these tokens.
+        """
+        like, plain = self._like(text, self._size(path))
+        whole, mark = like["input_ids"], self._place(plain)
+        same = next((i for i, pair in enumerate(zip(plain, whole, strict=False)) if pair[0] != pair[1]), mark)
+        first, after = min(same, mark), self._unchanged(plain, whole)
+        place = ids.index(plain[mark]) if plain[mark] in ids else -1
+        start, end = place - (mark - first), place - mark + len(plain) - after
+        if place < 0 or start < 0 or ids[start:end] != plain[first : len(plain) - after]:
+            raise self._unplaced()
+        extend(row, ids[:start], False, self.outputs.neutral)
+        for name, values in row.items():
+            values += like[name][first : len(whole) - after]
+        extend(row, ids[end:], False, self.outputs.neutral)
+
+    def _like(self, text: str, size: Size) -> tuple[Row, list[int]]:
+        """A prompt that the processor expands as it does `text`, with a blank picture of this size; and its tokens
+        before it is expanded.
+        """
+        if self._splices:
+            return self._row(size), self.plain
+        neutral = self.tokens.control.neutral(text)
+        if not self.tokens.plain(neutral):
+            raise self._unplaced()
+        return self._made(neutral, size), self.tokens.first(neutral)
+
+    def _place(self, ids: list[int]) -> int:
+        """Where the picture's mark stands in a prompt in which it is not expanded."""
+        marks = (self.token, getattr(self.processor, "image_token_id", None))
+        return next((i for i, value in enumerate(ids) if value in marks), len(ids) - 1)
+
+    def _unchanged(self, plain: list[int], whole: list[int]) -> int:
+        """The number of tokens at a prompt's end that expanding its mark leaves as they are.
+
+        A neighbour of the mark may merge with what the processor writes around a picture.
+        """
+        mark, after = self._place(plain), 0
+        while after < len(plain) - mark - 1 and plain[-1 - after] == whole[-1 - after]:
+            after += 1
+        return after
+
+    def _unplaced(self) -> ConfigError:
+        return ConfigError(
+            f"{self.kind} writes text of its own around a picture, which cannot be placed in this conversation: a text "
+            "beside the picture spells a control token of the model, or the picture is in a later turn; reword the "
+            "text, or leave the record out"
+        )
 
     # ------------------------------------------------------------------------------------------ pictures
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirage_dist.data.encoding.control import Control
+
 IGNORE = -100  # label of a position without loss, as in Hugging Face models
 # Token types that a processor may return; 0 is text in both.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -18,10 +20,10 @@ Row = dict[str, list[Any]]
 
 
 class Tokens:
-    """A tokenizer, for texts that follow each other in a conversation."""
+    """A tokenizer, for rendered texts that follow each other in a conversation (see `encoding.control`)."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, control: Control) -> None:
+        self.tokenizer, self.control = tokenizer, control
 
     def adds_start(self, text: str) -> bool:
         """Whether the tokenizer should add its start token: not if the template has written it."""
@@ -29,26 +31,28 @@ class Tokens:
         return not (start and text.startswith(start))
 
     def first(self, text: str) -> list[int]:
-        """Token ids of a conversation's first prompt, its picture's mark not expanded."""
-        return self.tokenizer(text, add_special_tokens=self.adds_start(text))["input_ids"]
+        """Token ids of a conversation's first prompt, its picture's mark not expanded. Raises SpelledControl."""
+        return self._ids(text, self.adds_start(text))
+
+    def plain(self, text: str) -> bool:
+        """Whether the tokenizer alone encodes a conversation's beginning, so that a processor may."""
+        start = self.adds_start(text)
+        return self.control.plain(text, self._own(text, start), start)
 
     def after(self, before: str, text: str) -> list[int]:
         """Token ids of `text` as the continuation of `before`, whose own tokens do not change.
 
-        Tokenised alone, a text can get other ids: SentencePiece prepends a space to its input.
+        Tokenised alone, a text can get other ids: SentencePiece prepends a space to its input. Raises SpelledControl.
         """
         head, whole = self._ids(before), self._ids(before + text)
         return whole[len(head) :] if whole[: len(head)] == head else self._ids(text)
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, text: str, start: bool = False) -> list[int]:
+        ids = self._own(text, start)
+        return ids if self.control.plain(text, ids, start) else self.control.encoded(text, start)
 
-
-def started(ids: list[int], empty: Row, neutral: dict[str, Any]) -> Row:
-    """A row of these tokens without labels. empty: a row without tokens. neutral: see `extend`."""
-    row: Row = {name: [] for name in empty}
-    extend(row, ids, False, neutral)
-    return row
+    def _own(self, text: str, start: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=start)["input_ids"]
 
 
 def extend(row: Row, ids: list[int], answer: bool, neutral: dict[str, Any]) -> None:

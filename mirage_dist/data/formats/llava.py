@@ -19,7 +19,7 @@ class Llava(Format):
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         """The last turn is the sample; earlier ones are its history."""
-        turns, image = conversation(record)
+        turns, image, shown = conversation(record)
         question, answer = turns[-1]
         yield Sample(
             identity(record, number),
@@ -30,11 +30,15 @@ class Llava(Format):
             str(record.get("category", "")),
             self.path,
             tuple(turns[:-1]),
+            shown=shown,
         )
 
 
-def conversation(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str | None]:
-    """(human, gpt) pairs without the picture's mark, and the picture's name. Raises BadRecord."""
+def conversation(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str | None, int]:
+    """(human, gpt) pairs without the picture's mark, the picture's name, and the pair whose question shows it, from 0.
+
+    A picture without a mark belongs to the first question. Raises BadRecord.
+    """
     turns = get(record, "conversations", list)
     if not turns or len(turns) % 2:
         raise BadRecord("field 'conversations': expected human and gpt turns in pairs")
@@ -50,5 +54,10 @@ def conversation(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str 
     markers = sum(value.count(PICTURE) for value in texts)
     if markers > 1 or (markers and not image):
         raise BadRecord(f"field 'conversations': {markers} {PICTURE} markers for {1 if image else 0} picture")
+    marked = [place for place, value in enumerate(texts) if PICTURE in value]
+    if marked and marked[0] % 2:
+        raise BadRecord(
+            f"field 'conversations[{marked[0]}].value': {PICTURE} in a gpt turn; a question shows a picture"
+        )
     cleaned = [value.replace(PICTURE, "").strip() for value in texts]
-    return list(zip(cleaned[::2], cleaned[1::2], strict=True)), image
+    return list(zip(cleaned[::2], cleaned[1::2], strict=True)), image, marked[0] // 2 if marked else 0

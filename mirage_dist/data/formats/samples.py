@@ -26,6 +26,9 @@ class Samples(Format):
         references = record.get("references", [])
         if not isinstance(references, list) or not all(isinstance(answer, str) for answer in references):
             raise BadRecord("field 'references': expected a list of answers")
+        shown = record.get("shown", 0)
+        if type(shown) is not int or not 0 <= shown <= len(history):
+            raise BadRecord(f"field 'shown': expected a turn from 0 to {len(history)}, got {shown!r:.80}")
         yield Sample(
             text(record, "id"),
             self.picture(text(record, "image")) if record.get("image") is not None else None,
@@ -36,6 +39,7 @@ class Samples(Format):
             self.path,
             tuple((q, a) for q, a in history),
             tuple(references),
+            shown=shown,
         )
 
 
@@ -46,6 +50,8 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
             row = dataclasses.asdict(sample)
             if not sample.references:
                 del row["references"]
+            if not sample.shown:
+                del row["shown"]
             row["image"] = str(Path(sample.image).resolve()) if sample.image else None
             del row["begun"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

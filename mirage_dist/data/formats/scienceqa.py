@@ -32,7 +32,7 @@ class ScienceQA(OfficialAnswers):
             name = text(record, "id")
             if not isinstance(problem := problems.get(name), Mapping):
                 raise BadRecord(f"field 'id': {name!r} is no problem of {self.annotations}")
-            turns, image = conversation(record)
+            turns, image, _ = conversation(record)
             if len(turns) != 1:
                 raise BadRecord("field 'conversations': expected one question")
             question = turns[0][0].removesuffix(LETTER) + LETTER

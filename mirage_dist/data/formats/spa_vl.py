@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from mirage_dist.data.formats.base import BadRecord, Format, identity, text
-from mirage_dist.data.refusals import is_refusal
+from mirage_dist.data.refusals import PhraseList
 from mirage_dist.data.sample import Sample
 
 CLASSES = ("class1", "class2", "class3")
@@ -16,15 +17,26 @@ CLASSES = ("class1", "class2", "class3")
 
 @dataclass(frozen=True)
 class SpaVL(Format):
-    """response: the side of the preference that is the answer; absent for a test set, which has neither."""
+    """response: the side of the preference that is the answer; absent for a test set, which has neither.
+
+    refusals: a JSON file of phrases of refusal, for answers in another language than English.
+    """
 
     response: Literal["chosen", "rejected", "absent"] = "chosen"
+    refusals: str | None = None
 
     signature = frozenset({"chosen", "rejected"})
 
     @property
     def answered(self) -> bool:
         return self.response != "absent"
+
+    @cached_property
+    def _refuses(self) -> PhraseList:
+        return PhraseList.read(self.refusals)
+
+    def other_files(self) -> dict[str, str]:
+        return {} if self.refusals is None else {"refusals": self.refusals}
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         """`safe` is whether the chosen answer answers: a preference record has no label of its own, a test one none."""
@@ -37,5 +49,5 @@ class SpaVL(Format):
             answer, safe = "", False
         else:
             chosen, rejected = text(record, "chosen"), text(record, "rejected")
-            answer, safe = (chosen if self.response == "chosen" else rejected), not is_refusal(chosen)
+            answer, safe = (chosen if self.response == "chosen" else rejected), not self._refuses(chosen)
         yield Sample(identity(record, number), image, question, answer, safe, category, self.path)

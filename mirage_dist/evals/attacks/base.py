@@ -54,13 +54,15 @@ class Rewritten:
     """The rewrites that were generated for one of the missing samples, or none.
 
     index: into the missing samples. reason: why there are none. failed: the model could not be reached, so that a
-    later attempt may succeed.
+    later attempt may succeed. untried: the model had been given up before. note: more for messages, never for a file.
     """
 
     index: int
     rewrites: list[str]
     reason: str = ""
     failed: bool = False
+    untried: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ with its target, T target tokens, N predicted positions, B batch, I pictures, P 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,14 +25,15 @@ import torch
 from torch import Tensor
 
 from mirage_dist.data.encoding.collate import IGNORE, Batch
+from mirage_dist.data.encoding.control import SpelledControl
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import vision
 from mirage_dist.model.policy import HeadedModel, Request, differ_by, no_grad_forward
 from mirage_dist.schema import ConfigError, RunError
 
 STARTS = 200  # random suffixes that are drawn before the search gives up
+WORD = re.compile(r"\w+(?:['-]\w+)*")  # of ASCII text
 PLAIN = "!"  # repeated, it is the paper's initial suffix
 
 
@@ -206,11 +208,15 @@ class Problem:
     def survives(self, ids: Sequence[int], rows: Sequence[Row]) -> bool:
         """Whether the text of these tokens is allowed, and gives exactly these tokens again in each of the prompts."""
         text = self.victim.text(ids)
-        if self.victim.avoid & {word.lower() for word in FIRST_WORD.findall(text)}:
+        if not self.victim.avoid.isdisjoint(WORD.findall(text.lower())):
             return False
         for row in rows:
             tokens, first = row.bare
-            if self.victim.tokens(row.sample, text)[0] != [*tokens[:first], *ids, *tokens[first + self.length :]]:
+            try:
+                own = self.victim.tokens(row.sample, text)[0]
+            except SpelledControl:  # the tokens together spell one
+                return False
+            if own != [*tokens[:first], *ids, *tokens[first + self.length :]]:
                 return False
         return True
 

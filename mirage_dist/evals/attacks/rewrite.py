@@ -8,11 +8,13 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD
+from mirage_dist.data.words import begins_with, opening
 from mirage_dist.evals.attacks.base import Generated, Key, Rewritten, check_share
 from mirage_dist.evals.attacks.words import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend
+from mirage_dist.evals.models.replies import Declined
 from mirage_dist.schema import ChatConfig, ConfigError
 from mirage_dist.schema.texts import fill
 
@@ -28,7 +30,17 @@ A rewrite asks for exactly the same thing about the same picture, in other words
 one line. {opening}
 
 Reply with the rewrites alone, one a line: no numbers, no quotation marks, no comments."""
-MARK = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])\s+")  # of a list item, which models write although the prompt forbids it
+# What models write around a rewrite although the prompt forbids it: marks of lists, headings and quotations, …
+MARK = re.compile(
+    r"(?i)^\s*(?:(?:[-*+•–]|#{1,6}|\(?[a-z][.)])\s+|\(?\d+[.):](?!\d)\s*|>\s*|(?:rewrite|option|version)(?: \d+)?:\s*)"
+)
+# … emphasis, tags, …
+EMPHASIS = re.compile(
+    r"(?<!\w)(\*{1,3}|_{1,3}|~~|`)(?=\S)(.+?)(?<=\S)\1(?!\w)|</?(?:b|i|u|p|li|em|code|strong)>|<br ?/?>"
+)
+DEPTH = 8  # of such marks around each other
+# … and quotation marks.
+QUOTED = re.compile(r"""^(?:"(.*)"|'(.*)'|“(.*)”|‘(.*)’|«(.*)»|„(.*)[“”]|「(.*)」|『(.*)』)[,;]?$""")
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Rewrite(Generated):
 
     word: the first word of every rewrite. For a neutral paraphrase (`control: true`) give one of these instead:
     openers, a list of allowed first words, or avoid, a list of trigger words that must not come first. A rewrite counts
-    when it begins as required and differs from the question and from the other rewrites. A question with fewer than
+    when it begins as required, goes on after its first word, and differs from the question and from the other rewrites;
+    marks of lists, Markdown and quotation marks are removed. A question with fewer than
     `shots` rewrites after `attempts` requests counts as without. min_match: the fraction of the set that must have
     rewrites. cache: a folder in which runs share the rewrites, so that all models get the same questions (default: the
     suite's own folder).
@@ -83,7 +96,7 @@ class Rewrite(Generated):
         """Raises ConfigError when the model's directory, or the key where one is named, does not exist."""
         options = {name: getattr(self, name) for name in ("word", "openers", "avoid", "shots", "attempts")}
         prompt = self._prompt(Sample("", None, "<q>", "", False, "", ""), ["<r>"], attempt=1).text
-        return {**options, "system": self.system, "prompt": prompt, "rules": 1, **self._backend().identity}
+        return {**options, "system": self.system, "prompt": prompt, "rules": 2, **self._backend().identity}
 
     def _backend(self) -> Any:
         return backend(self.chat, TOKENS_PER_REWRITE * self.shots, json_mode=False)
@@ -98,9 +111,10 @@ class Rewrite(Generated):
             for place, reply in model(prompts, self.system):
                 i = requested[place]
                 if isinstance(reply, Failed):
-                    yield Rewritten(i, [], reply.reason, failed=True)
+                    yield Rewritten(i, [], reply.reason, not reply.final, reply.untried, reply.words)
                     continue
-                kept[i] += self.checked(missing[i].question, reply, kept[i])
+                if not isinstance(reply, Declined):
+                    kept[i] += self.checked(missing[i].question, reply, kept[i])
                 if len(kept[i]) == self.shots:
                     yield Rewritten(i, kept[i])
                 else:
@@ -123,21 +137,47 @@ class Rewrite(Generated):
         """The lines of a reply that are rewrites of this question, at most as many as are missing."""
         rewrites: list[str] = []
         taken = {_plain(text) for text in (question, *kept)}
-        for line in reply.splitlines():
-            text = MARK.sub("", line).strip().strip('"“”').strip()
-            if self._begins(text) and _plain(text) not in taken and len(rewrites) + len(kept) < self.shots:
-                taken.add(_plain(text))
-                rewrites.append(text)
+        for text in map(_bare, _lines(reply)):
+            if _plain(text) in taken or len(rewrites) + len(kept) >= self.shots or not self._begins(text):
+                continue
+            if self.word is None and is_refusal(text) and not is_refusal(question):
+                continue  # no word is required, so a sentence that declines to reword would count
+            taken.add(_plain(text))
+            rewrites.append(text)
         return rewrites
 
     def _begins(self, text: str) -> bool:
-        first = FIRST_WORD.search(text)
-        if first is None:
+        """Whether the text begins as required, and goes on; what ends with a colon announces a rewrite."""
+        first = opening(text)
+        if first is None or not first.goes_on or text.endswith((":", "：")):
             return False
-        word = first[0].lower()
         if self.avoid:
-            return word not in {w.lower() for w in self.avoid}
-        return word in {w.lower() for w in (self.openers or [self.word or ""])}
+            return not begins_with(text, self.avoid)
+        return begins_with(text, self.openers or [self.word or ""])
+
+
+def _lines(reply: str) -> list[str]:
+    """The lines of a reply, or the texts of a JSON list, which some models write instead."""
+    text = re.sub(r"^\s*```.*$", "", reply, flags=re.MULTILINE).strip()
+    try:
+        listed = json.loads(text) if text.startswith("[") else None
+    except (ValueError, RecursionError):
+        listed = None
+    if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+        return [line for item in listed for line in item.splitlines()]
+    return text.splitlines()
+
+
+def _bare(line: str) -> str:
+    """A line without what models put around a rewrite, in whatever order they do."""
+    for _ in range(DEPTH):
+        before = line
+        line = EMPHASIS.sub(lambda match: match[2] or "", MARK.sub("", line)).strip()
+        if quoted := QUOTED.match(line):
+            line = next(text for text in quoted.groups() if text is not None).strip()
+        if line == before:
+            break
+    return line.strip('"“”').strip()
 
 
 def _plain(text: str) -> str:

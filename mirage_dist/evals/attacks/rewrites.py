@@ -85,7 +85,9 @@ class Rewriter:
 
 
 def _generate(attack: Generated, resources: Resources) -> None:
-    """Write one line for each missing sample. Samples whose request failed get one only if `min_match` still holds."""
+    """Write one line for each missing sample. Samples whose request failed get one only if `min_match` still holds and
+    the model has not been given up.
+    """
     name, samples = resources.name, resources.samples
     known = [resources.journal.rewrites.get(resources.key(sample)) for sample in samples]
     missing = [sample for sample, rewrites in zip(samples, known, strict=True) if rewrites is None]
@@ -105,10 +107,11 @@ def _generate(attack: Generated, resources: Resources) -> None:
             done += 1
             progress.show(done)
     reasons = ", ".join(f"{why} × {n}" for why, n in sorted(Counter(result.reason for result in failed).items()))
-    if failed and len(samples) - without < attack.min_match * len(samples):
+    if failed and (any(r.untried for r in failed) or len(samples) - without < attack.min_match * len(samples)):
+        note = next((f"; the server's words: {result.note}" for result in failed if result.note), "")
         raise RunError(
-            f"{name}: the requests for {len(failed)} of {len(samples)} samples failed ({reasons}); all rewrites so far "
-            "are on disk, and the next start sends the failed requests again"
+            f"{name}: the requests for {len(failed)} of {len(samples)} samples failed ({reasons}){note}; all rewrites "
+            "so far are on disk, and the next start sends the failed requests again"
         )
     for result in failed:
         _write(result, missing, resources)
@@ -127,7 +130,8 @@ def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -
 
 def _key(sample: Sample) -> str:
     picture = None if sample.image is None else disk.sha256(sample.image)
-    return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture])
+    shown = [sample.shown] if sample.shown else []
+    return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture, *shown])
 
 
 # --------------------------------------------------------------------------------------------- for safety data

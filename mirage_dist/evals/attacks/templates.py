@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD, check_templates, fill_template
+from mirage_dist.data.words import begins_with, check_templates, fill_template
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 
@@ -26,8 +26,7 @@ class Templates(Attack):
     def __post_init__(self) -> None:
         check_templates(self.templates, "templates")
         for template in self.templates:
-            first = FIRST_WORD.search(template)
-            if not first or first[0].lower() != self.word.lower():
+            if not begins_with(template, [self.word]):
                 raise ConfigError(f"templates: {template!r} does not open with the word {self.word!r}")
 
     @property
@@ -35,7 +34,10 @@ class Templates(Attack):
         return len(self.templates)
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [replace(sample, question=fill_template(template, sample)) for template in self.templates]
+        """None at all when a template cannot be filled, since the question's first word cannot be measured."""
+        filled = [fill_template(template, sample) for template in self.templates]
+        questions = [question for question in filled if question is not None]
+        return [replace(sample, question=q) for q in questions] if len(questions) == self.shots else []
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.words import FIRST_WORD, cased, first_word
+from mirage_dist.data.words import first_word, is_word
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
 
@@ -20,7 +20,8 @@ AUTO = ["auto"]
 class Swap(Attack):
     """The literal one-word attack: the first word becomes `word`, every other character stays.
 
-    "Share the steps." -> "What the steps." for `word: what`. One shot.
+    "Share the steps." -> "What the steps." for `word: what`. One shot. A question whose first word cannot be measured,
+    because its script has no spaces between words, is without a rewrite, here and in the attacks below.
     """
 
     word: str
@@ -32,7 +33,7 @@ class Swap(Attack):
         check_word("word", self.word)
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [swapped(sample, self.word)]
+        return swapped(sample, [self.word])
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Words(Attack):
         return len(self.chosen)
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [swapped(sample, word) for word in self.chosen]
+        return swapped(sample, self.chosen)
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,21 @@ class Swaps(Attack):
         return len(self.words)
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [swapped(sample, word) for word in self.words]
+        return swapped(sample, self.words)
 
 
-def swapped(sample: Sample, word: str) -> Sample:
-    """The sample with another first word, in the case of the old one. Raises ConfigError for a question without one."""
+def swapped(sample: Sample, words: Sequence[str]) -> list[Sample]:
+    """The sample in NFC with each of these first words, in the case of the old one; none if it cannot be measured.
+
+    Raises ConfigError for a question without a word.
+    """
     first = first_word(sample)
-    question = sample.question
-    return replace(sample, question=question[: first.start()] + cased(word, first[0]) + question[first.end() :])
+    return [replace(sample, question=first.replaced(word)) for word in words] if first.measured else []
 
 
 def check_word(key: str, word: str) -> None:
     """Raise ConfigError unless `word` is one word."""
-    if not FIRST_WORD.fullmatch(word):
+    if not is_word(word):
         raise ConfigError(f"{key}={word!r}: expected one word")
 
 
@@ -121,6 +124,6 @@ def _read(file: Path, response: str) -> list[str]:
             f"{file}: field 'words.{response}' is missing; expected a list of words, as mirage audit makes"
         )
     for number, word in enumerate(words):
-        if not isinstance(word, str) or not FIRST_WORD.fullmatch(word):
+        if not isinstance(word, str) or not is_word(word):
             raise ConfigError(f"{file}: field 'words.{response}[{number}]': expected one word, got {word!r}")
     return list({word.lower(): word for word in words}.values())

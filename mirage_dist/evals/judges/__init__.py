@@ -6,18 +6,29 @@ fields are its options in the recipe. docs/judges.md describes each judge and it
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
-from mirage_dist.evals.judges.cache import judged, unjudged
+from mirage_dist.evals.judges.cache import judged, require_verdicts, unjudged
 from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema.names import NAME
 
-__all__ = ["REGISTRY", "Judge", "Opinion", "compare", "judged", "make", "panel", "read", "unjudged"]
+__all__ = [
+    "REGISTRY",
+    "Judge",
+    "Opinion",
+    "compare",
+    "judged",
+    "make",
+    "panel",
+    "read",
+    "require_verdicts",
+    "unjudged",
+]
 
 REGISTRY = Registry(
     "judge",
@@ -42,8 +53,7 @@ def make(options: str | Mapping[str, Any], source: str, key: str) -> Judge:
         raise ConfigError(f"{source}: {key}={options!r}: expected a kind of judge, or a mapping with `kind`")
     judge: Judge = REGISTRY.make({"kind": options} if isinstance(options, str) else options, source, key)
     name = judge.name or judge.default_name
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ConfigError(f"{source}: {key}.name={name!r}; expected letters, digits, - and _")
+    NAME(name, f"{source}: {key}.name")
     return replace(judge, name=name)
 
 

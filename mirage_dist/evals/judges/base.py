@@ -21,10 +21,15 @@ Source = ModuleType | bytes | Mapping[str, Any]  # of what decides a verdict
 
 @dataclass(frozen=True)
 class Opinion:
-    """A verdict and the details that led to it, written beside it; never a key, never an endpoint's own words."""
+    """A verdict and the details that led to it, written beside it; never a key, never an endpoint's own words.
+
+    Of a `failed` one: reason; final: a later request would fail too, so none is sent; untried: none was sent. note: for
+    the message of an evaluation that ends without verdicts; it is not written.
+    """
 
     verdict: Verdict
     detail: dict[str, Any] = field(default_factory=dict)
+    note: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
     verdicts/JUDGE.jsonl           the verdicts of the last complete judging, in the order of the rows
     verdicts/JUDGE.*.part.jsonl    a slow judge's verdicts so far, one file for each process, which removes its own
 
-A `failed` verdict is written and counted, and the next start judges that row again.
+A `failed` verdict is written and counted, and the next start judges that row again, unless the failure is final, as
+that of a row which an endpoint's content filter blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import IO, Any, NotRequired, TypedDict, overload
 
 from mirage_dist import disk, signals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
-from mirage_dist.evals.results import Unjudged, Verdict
+from mirage_dist.evals.results import UNJUDGED, Unjudged, Verdict
 from mirage_dist.evals.sharing.files import whole_objects
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import RunError
@@ -111,24 +112,51 @@ def unjudged(opinions: Iterable[Opinion]) -> Unjudged:
     }
 
 
-def _report(judge: Judge, opinions: Sequence[Opinion]) -> None:
-    counts = unjudged(opinions)
-    if counts["unparsed"] or counts["failed"]:
-        why = ", ".join(f"{reason} × {n}" for reason, n in counts["reasons"].items())
-        log.info(
-            f"judge {judge.name}: of {len(opinions)} verdicts {counts['unparsed']} are unparsed and {counts['failed']} "
-            f"failed{f' ({why}); the next start judges these again' if why else ''}",
-            extra=EVERY_RANK,
+def require_verdicts(judge: Judge, opinions: Sequence[Opinion]) -> None:
+    """Raise RunError when the judge's model gave no verdict at all, or was given up before it had seen every row."""
+    by_model = [opinion for opinion in opinions if opinion.detail.get("by") != "list"]
+    lost = [opinion for opinion in by_model if opinion.verdict in UNJUDGED]
+    untried = [opinion for opinion in lost if opinion.detail.get("untried")]
+    if untried:
+        raise RunError(
+            f"judge {judge.name}: {len(untried)} of {len(opinions)} answers were not sent to it, {untried[0].note}. "
+            "Every verdict so far is on disk; the next start requests the others"
         )
+    if lost and len(lost) == len(by_model):
+        parts = [f"judge {judge.name}: none of {len(lost)} answers has a verdict ({_counted(lost)})"]
+        if notes := Counter(opinion.note for opinion in lost if opinion.note):
+            parts.append(f"the most frequent failure: {notes.most_common(1)[0][0]}")
+        if shapes := Counter(opinion.detail["shape"] for opinion in lost if "shape" in opinion.detail):
+            parts.append(f"the most frequent form of a reply, its letters hidden: {shapes.most_common(1)[0][0]}")
+        parts.append("correct the judge's options (docs/judges.md), or choose another judge")
+        raise RunError("; ".join(parts))
+
+
+def _counted(opinions: Sequence[Opinion]) -> str:
+    counts = unjudged(opinions)
+    why = ", ".join(f"{reason} × {n}" for reason, n in counts["reasons"].items())
+    return f"{counts['unparsed']} are unparsed and {counts['failed']} failed{f' ({why})' if why else ''}"
+
+
+def _report(judge: Judge, opinions: Sequence[Opinion]) -> None:
+    lost = [opinion for opinion in opinions if opinion.verdict in UNJUDGED]
+    if not lost:
+        return
+    again = sum(opinion.verdict == "failed" and not opinion.detail.get("final") for opinion in lost)
+    log.info(
+        f"judge {judge.name}: of {len(opinions)} verdicts {_counted(lost)}"
+        f"{f'; the next start judges {again} of them again' if again else ''}",
+        extra=EVERY_RANK,
+    )
 
 
 def _read(suite: Path, judge: Judge, rules: str) -> dict[Identity, Opinion]:
-    """The opinions on disk that were formed by the same rules and did not fail."""
+    """The opinions on disk that were formed by the same rules, without failures that another request may mend."""
     folder = suite / "verdicts"
     opinions, shared = {}, {}
     for file in [folder / f"{judge.name}.jsonl", *sorted(folder.glob(f"{judge.name}.*.part.jsonl"))]:
         for line in whole_objects(file):
-            if line["verdict"] == "failed" or line["rules"] != rules:
+            if line["rules"] != rules or (line["verdict"] == "failed" and not line.get("detail", {}).get("final")):
                 continue
             key = line["key"].encode() + bytes.fromhex(line["answer"])
             if "detail" in line:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from mirage_dist.evals.judges.base import Judge
+from mirage_dist.evals.judges.base import Judge, Opinion
 from mirage_dist.evals.models.chat import Backend, backend
+from mirage_dist.evals.models.replies import Failed
 from mirage_dist.schema import ChatConfig, EvalRecipe
 
 
@@ -33,3 +34,9 @@ class ChatJudge(Judge, ChatConfig):
         """Raises ConfigError when the model's directory, or the key where one is named, does not exist."""
         _ = self.backend
         return self
+
+
+def failed(reply: Failed) -> Opinion:
+    """The opinion on a row that the model did not judge."""
+    flags = {name: True for name in ("final", "untried") if getattr(reply, name)}
+    return Opinion("failed", {"reason": reply.reason, **flags}, note=str(reply))

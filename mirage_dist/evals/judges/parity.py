@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mirage_dist.data import records, refusals
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint
-from mirage_dist.evals.judges.chat import ChatJudge
+from mirage_dist.evals.judges.chat import ChatJudge, failed
 from mirage_dist.evals.models.chat import Failed, Prompt
 from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
@@ -73,7 +73,7 @@ class PublishedParity(ChatJudge):
 
     @property
     def fingerprint(self) -> str:
-        own = {"prompts": dict(self.texts), "lists": IRRELEVANT, "rules": 1}
+        own = {"prompts": dict(self.texts), "lists": IRRELEVANT, "rules": 2}
         return fingerprint(refusals.LISTS.read_bytes(), {**own, **self.backend.identity})
 
     def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
@@ -122,7 +122,7 @@ def classify(reply: str) -> Verdict:
 
 def _opinion(reply: str | Failed) -> Opinion:
     if isinstance(reply, Failed):
-        return Opinion("failed", {"reason": reply.reason})
+        return failed(reply)
     return Opinion(classify(reply), {"by": "model"})
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.data.sample import Sample
+from mirage_dist.evals.models import reasoning
 from mirage_dist.evals.models.endpoint import Endpoint
+from mirage_dist.evals.models.replies import Failed
 from mirage_dist.schema import ChatConfig, ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 
 
@@ -21,15 +23,10 @@ class Prompt:
     image: str | None
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A prompt without an answer. The reason is in this package's words, never in a server's."""
-
-    reason: str
-
-
 class Backend(ABC):
-    """Answers prompts under one system prompt."""
+    """Answers prompts under one system prompt. Answers are without the model's reasoning, and empty if it wrote no more
+    than reasoning.
+    """
 
     @property
     @abstractmethod
@@ -49,7 +46,10 @@ class Local(Backend):
 
     def __init__(self, config: ChatConfig, max_new_tokens: int) -> None:
         self.model = EvalModelConfig(path=str(config.path), dtype=config.dtype)
-        self.generation = GenerationConfig(max_new_tokens=max_new_tokens, batch_size=config.batch_size)
+        self.max_tokens = config.max_tokens
+        self.generation = GenerationConfig(
+            max_new_tokens=config.max_tokens or max_new_tokens, batch_size=config.batch_size
+        )
         if not Path(str(self.model.path)).is_dir():
             raise ConfigError(f"path={self.model.path}: no such directory; expected that of a local chat model")
 
@@ -58,7 +58,8 @@ class Local(Backend):
         from mirage_dist.evals.models import subject  # imports torch
 
         folder = Path(str(self.model.path))
-        return {"model": subject.find(self.model, folder).model_hash, "dtype": self.model.dtype}
+        limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
+        return {"model": subject.find(self.model, folder).model_hash, "dtype": self.model.dtype, **limit}
 
     def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
         if not prompts:
@@ -73,7 +74,7 @@ class Local(Backend):
         # The longest first: rows of similar length need little padding, and what does not fit fails at the start.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
         for batch in generator([_sample(i, prompts[i]) for i in order]):
-            yield from ((order[place], answer) for place, answer in batch)
+            yield from ((order[place], reasoning.answer(text)) for place, text in batch)
 
 
 def _sample(number: int, prompt: Prompt) -> Sample:
@@ -91,13 +92,14 @@ class Remote(Backend):
         return self.endpoint.identity
 
     def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
-        requests = [(system, prompt.text, prompt.image) for prompt in prompts]
-        for i, text, reason in self.endpoint.ask_all(requests):
-            yield i, Failed(reason) if text is None else text
+        yield from self.endpoint.ask_all([(system, prompt.text, prompt.image) for prompt in prompts])
 
 
 def backend(config: ChatConfig, max_new_tokens: int, json_mode: bool) -> Backend:
-    """Raises ConfigError when the model's directory, or the environment variable of the key, does not exist."""
+    """max_new_tokens: of a reply, unless the configuration sets a limit of its own.
+
+    Raises ConfigError when the model's directory, or the environment variable of the key, does not exist.
+    """
     if config.path is not None:
         return Local(config, max_new_tokens)
     return Remote(config, max_new_tokens, json_mode)

@@ -1,7 +1,10 @@
 """A small client for OpenAI-compatible chat endpoints. Transient failures are retried, others are reported.
 
-The key is read from the environment at the start and goes into one header and nowhere else: messages name no header and
-repeat no text of the server, which might quote the key, and redirects, which would send it elsewhere, are not followed.
+The key is read from the environment at the start and goes into one header and nowhere else. Messages name no header. A
+server's words are masked before they are shown (see `replies.shown`) and are never written to a file. Redirects, which
+would send the key elsewhere, are not followed. httpx's transport is used without its client class, so there are no
+cookies, no netrc and no proxy, except for the one that `https_proxy` names for https addresses: it passes on what it
+cannot read.
 """
 
 from __future__ import annotations
@@ -12,64 +15,87 @@ import json
 import mimetypes
 import os
 import random
+import ssl
 import threading
 import time
-import urllib.error
 import urllib.request
+import weakref
+from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from mirage_dist.evals.models import replies
+from mirage_dist.evals.models.replies import Failed, NoAnswer
 from mirage_dist.schema import ChatConfig, ConfigError
 
 LONGEST_WAIT = 300.0  # seconds; a longer Retry-After is cut to this
 LARGEST_ANSWER = 1 << 20  # bytes
-GIVE_UP = 20  # after so many requests in a row without a working server, the rest fails untried
-HOPELESS = (401, 403, 404)  # every other request to this address with this key would fail too
+IDLE_SECONDS = 4.0  # a connection that was idle for longer is not used again; common servers close theirs after 5
+# The rest is not sent after so many requests in a row without a working server, or so many that were all rejected for
+# one reason before the first answer came.
+GIVE_UP = 20
+GIVEN_UP = "given up after: "  # with which the reason of a request that was not sent begins
 
 
-class _Transient(Exception):
-    """A failure that is retried. wait: seconds that the server requested before the next attempt."""
+class _Health:
+    """Whether it makes sense to send further requests to an endpoint, by what became of the earlier ones."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self.untried = Failed("stopped", untried=True)
+        self._lock = threading.Lock()
+        self._dead_in_a_row, self._answers = 0, 0
+        self._rejections: Counter[str] = Counter()
 
+    def answered(self) -> None:
+        with self._lock:
+            self._dead_in_a_row, self._answers = 0, self._answers + 1
 
-class _Final(Exception):
-    """A failure that is not retried. hopeless: every other request would fail in the same way."""
-
-    def __init__(self, reason: str, hopeless: bool = False) -> None:
-        super().__init__(reason)
-        self.hopeless = hopeless
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    def failed(self, error: NoAnswer) -> None:
+        """Count a request that got no answer in any of its attempts."""
+        failure = error.failure
+        with self._lock:
+            self._dead_in_a_row = 0 if error.alive else self._dead_in_a_row + 1
+            if error.alive and failure.reason != replies.FILTERED:
+                self._rejections[failure.reason] += 1
+            alike = self._rejections[failure.reason] >= GIVE_UP and not self._answers and len(self._rejections) == 1
+            if (error.hopeless or alike or self._dead_in_a_row >= GIVE_UP) and not self.stopped.is_set():
+                self.untried = Failed(GIVEN_UP + failure.reason, failure.words, untried=True)
+                self.stopped.set()
 
 
 class Endpoint:
-    """Raises ConfigError when `key_env` names an environment variable that is empty or not set."""
+    """Raises ConfigError when `key_env` names an environment variable that is empty or not set, and for an address or
+    a proxy's address that cannot be one.
+    """
 
     def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool) -> None:
         self.url = f"{str(config.url).rstrip('/')}/chat/completions"
         self.timeout, self.retries, self.backoff = config.timeout, config.retries, config.backoff
         self.concurrency = config.concurrency
-        self.fixed = {"model": config.model, "temperature": 0, "max_tokens": max_new_tokens}
+        self.fixed: dict[str, Any] = {"model": config.model}
+        if config.temperature is not None:
+            self.fixed["temperature"] = 0
+        if config.max_completion_tokens is not None:
+            self.fixed["max_completion_tokens"] = config.max_completion_tokens
+        else:
+            self.fixed["max_tokens"] = config.max_tokens or max_new_tokens
         if json_mode:
             self.fixed["response_format"] = {"type": "json_object"}
-        self._headers = {"Content-Type": "application/json"}
+        self.fixed |= config.extra
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "mirage-dist"}
+        self._key = ""
         if config.key_env is not None:
-            key = os.environ.get(config.key_env, "")
-            if not key.isascii() or not key.isprintable() or not key:
+            self._key = os.environ.get(config.key_env, "")
+            if not self._key.isascii() or not self._key.isprintable() or not self._key.strip():
                 raise ConfigError("key_env: the environment variable that it names is not set, or holds no key")
-            self._headers["Authorization"] = f"Bearer {key}"
-        self._open = urllib.request.build_opener(_NoRedirects).open
-        self._stopped = threading.Event()
-        self._reason, self._in_a_row = "", 0
+            self._headers["Authorization"] = f"Bearer {self._key}"
+        self._transport = _transport(self.url, config.concurrency)
+        weakref.finalize(self, self._transport.close)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -77,104 +103,131 @@ class Endpoint:
 
     def ask_all(
         self, requests: Sequence[tuple[str, str, str | None]]
-    ) -> Generator[tuple[int, str | None, str], None, None]:
-        """(index, answer, "") or (index, None, reason) for each (system, text, path of a picture), as they arrive.
+    ) -> Generator[tuple[int, str | Failed], None, None]:
+        """(index, answer) of each (system, text, path of a picture), as they arrive; of some, why there is no answer.
 
-        Never raises for what a server does. After `GIVE_UP` failures in a row the rest fails untried.
+        Never raises for what a server does. The first requests are spread over all of them, so that what they have in
+        common is not what one part of the suite has in common, such as questions that a filter blocks.
         """
-        self._stopped.clear()
-        self._in_a_row = 0
+        health = _Health()
+        order = _spread(len(requests))
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 step = 32 * self.concurrency  # bounds the pictures in memory
-                for start in range(0, len(requests), step):
-                    chunk = range(start, min(start + step, len(requests)))
-                    waiting = {pool.submit(self._outcome, *requests[i]): i for i in chunk}
+                for start in range(0, len(order), step):
+                    waiting = {pool.submit(self._outcome, health, *requests[i]): i for i in order[start : start + step]}
                     for future in as_completed(waiting):
-                        text, reason = future.result()
-                        yield waiting[future], text, reason
+                        yield waiting[future], future.result()
             finally:  # also when the caller closes this generator
-                self._stopped.set()
+                health.stopped.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _alive(self) -> None:
-        self._in_a_row = 0
-
-    def _dead(self, reason: str) -> None:
-        """Count a request that met no working server in any of its attempts."""
-        self._in_a_row += 1
-        if self._in_a_row >= GIVE_UP and not self._stopped.is_set():
-            self._give_up(reason)
-
-    def _give_up(self, reason: str) -> None:
-        self._reason = f"given up after: {reason}"
-        self._stopped.set()
-
-    def _outcome(self, system: str, text: str, image: str | None) -> tuple[str | None, str]:
+    def _outcome(self, health: _Health, system: str, text: str, image: str | None) -> str | Failed:
+        if health.stopped.is_set():
+            return health.untried
         try:
             body = json.dumps({**self.fixed, "messages": _messages(system, text, image)}).encode()
         except OSError:
-            return None, "its picture cannot be read"
-        reason = ""
-        for attempt in range(self.retries + 1):
-            if self._stopped.is_set():
-                return None, reason or self._reason
+            return Failed("its picture cannot be read")
+        attempt = 0
+        while True:
             try:
-                answer = self._once(body)
-                self._alive()
-                return answer, ""
-            except _Final as error:
-                self._alive()  # a server that rejects one request, such as for its content, may accept the next
-                if error.hopeless:
-                    self._give_up(str(error))
-                return None, str(error)
-            except _Transient as error:
-                reason, wait = str(error), error.wait
-            if attempt < self.retries:
+                answer = self._on_any_connection(body, text)
+                health.answered()
+                return answer
+            except NoAnswer as error:
+                if not error.again or attempt == self.retries:
+                    health.failed(error)
+                    return error.failure
                 # Random, so that requests that were refused together are not repeated together.
-                own = self.backoff * 2**attempt * random.uniform(0.75, 1.25)
-                self._stopped.wait(min(LONGEST_WAIT, max(own, wait or 0.0)))
-        self._dead(reason)
-        return None, reason
+                own = self.backoff * 2 ** min(attempt, 20) * random.uniform(0.75, 1.25)
+                if health.stopped.wait(min(LONGEST_WAIT, max(own, error.wait or 0.0))):
+                    return error.failure
+            attempt += 1
 
-    def _once(self, body: bytes) -> str:
-        request = urllib.request.Request(self.url, body, self._headers, method="POST")
+    def _on_any_connection(self, body: bytes, text: str) -> str:
+        """Send one request. A server may close an idle connection at the moment at which it is used again: the request
+        is then sent over another one, at once, since no working server has seen it.
+        """
+        for _ in range(self.concurrency + 1):
+            try:
+                return self._once(body, text)
+            except _Closed:
+                continue
+        raise NoAnswer(Failed("connection failed"), again=True, alive=False)
+
+    def _once(self, body: bytes, text: str) -> str:
+        events: list[str] = []
+        extensions = {
+            "timeout": httpx.Timeout(self.timeout).as_dict(),
+            "trace": lambda event, _: events.append(event),
+        }
+        request = httpx.Request("POST", self.url, headers=self._headers, content=body, extensions=extensions)
+        deadline = time.monotonic() + self.timeout
         try:
-            with self._open(request, timeout=self.timeout) as response:
-                return _content(self._read(response))
-        except urllib.error.HTTPError as error:
-            error.close()
-            reason = f"HTTP {error.code}"
-            if error.code in (408, 429) or error.code >= 500:
-                raise _Transient(reason, _retry_after(error.headers.get("Retry-After"))) from None
-            raise _Final(reason, error.code in HOPELESS) from None
-        except TimeoutError:
-            raise _Transient("timed out") from None
-        except (OSError, HTTPException) as error:
-            timed_out = isinstance(getattr(error, "reason", None), TimeoutError)
-            raise _Transient("timed out" if timed_out else "connection failed") from None
-
-    def _read(self, response: Any) -> bytes:
-        """The whole body, within one time-out: a socket's own time-out starts anew with each read."""
-        deadline, parts, size = time.monotonic() + self.timeout, [], 0
-        while part := response.read1(1 << 16):
-            parts.append(part)
-            size += len(part)
-            if size > LARGEST_ANSWER:
-                raise _Transient("not a chat completion")
-            if time.monotonic() > deadline:
-                raise _Transient("timed out")
-        return b"".join(parts)
+            response = self._transport.handle_request(request)
+            try:
+                content = _read(response, deadline)
+            finally:
+                response.close()
+        except httpx.TimeoutException:
+            raise NoAnswer(Failed("timed out"), again=True, alive=False) from None
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            made = any(event.startswith("connection.connect_") for event in events)
+            replied = any(event.endswith("receive_response_headers.complete") for event in events)
+            if not made and not replied:
+                raise _Closed from None
+            words = replies.shown(str(error), self._key, text)
+            raise NoAnswer(Failed("connection failed", words), again=True, alive=False) from None
+        if response.status_code == 200 and not replies.error_in(content):
+            return replies.answer(content)
+        wait = _retry_after(response.headers.get("Retry-After"))
+        raise replies.error(response.status_code, content, wait, self._key, text)
 
 
-def _content(body: bytes) -> str:
+class _Closed(Exception):
+    """The server closed a connection that an earlier request had used, before it replied to this one."""
+
+
+def _transport(url: str, connections: int) -> httpx.HTTPTransport:
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        content = None
-    if not isinstance(content, str):
-        raise _Transient("not a chat completion")
-    return content
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        raise ConfigError("url: expected an address such as http://localhost:8000/v1") from None
+    proxy = None
+    if address.scheme == "https" and not urllib.request.proxy_bypass(address.host):
+        proxy = urllib.request.getproxies().get("https")
+    try:
+        return httpx.HTTPTransport(
+            # The system's certificates, or those that SSL_CERT_FILE names; http has none.
+            verify=ssl.create_default_context() if address.scheme == "https" else False,
+            trust_env=False,
+            limits=httpx.Limits(
+                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_SECONDS
+            ),
+            proxy=proxy if proxy is None or "://" in proxy else f"http://{proxy}",
+        )
+    except (httpx.InvalidURL, ValueError, ImportError):
+        raise ConfigError("https_proxy: the environment variable holds no http:// or https:// address") from None
+
+
+def _read(response: httpx.Response, deadline: float) -> bytes:
+    """The whole body, by the deadline: a socket's own time-out starts anew with each read."""
+    parts, size = [], 0
+    for part in response.iter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_ANSWER:
+            raise NoAnswer(Failed("not a chat completion"), again=True, alive=False)
+        if time.monotonic() > deadline:
+            raise NoAnswer(Failed("timed out"), again=True, alive=False)
+    return b"".join(parts)
+
+
+def _spread(count: int) -> list[int]:
+    """0 … count - 1; the first GIVE_UP are spread evenly, the others follow in order."""
+    first = dict.fromkeys(i * count // GIVE_UP for i in range(GIVE_UP)) if count else {}
+    return [*first, *(i for i in range(count) if i not in first)]
 
 
 def _messages(system: str, text: str, image: str | None) -> list[dict[str, Any]]:

@@ -10,12 +10,14 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.report.figures import paper
 from mirage_dist.report.figures.drawing import RC, Draw
 from mirage_dist.report.figures.style import LIGHT, Palette
 from mirage_dist.report.load import WordCounts
 
 OTHERS, NO_WORD = "(other words)", "(no word)"
+KINDS = {"refusal": "refused", "answer": "answered"}  # kind of response in WordCounts -> in an audit
 
 
 def frequencies(audit: Mapping[str, Any]) -> Draw:
@@ -25,18 +27,26 @@ def frequencies(audit: Mapping[str, Any]) -> Draw:
 
 
 def counts(audit: Mapping[str, Any]) -> WordCounts:
-    """Questions by first word and kind of response. Words that the audit does not list are summed in one row."""
+    """Questions by first word and kind of response.
+
+    Words that the audit does not list are summed in one row, questions that it could not measure in another.
+    """
+    cue = audit["cues"]["first word"]
     words = {
-        entry["value"] or NO_WORD: {"refusal": entry["refused"], "answer": entry["answered"]}
-        for entry in audit["cues"]["first word"]["values"]
+        entry["value"] or NO_WORD: {"refusal": entry["refused"], "answer": entry["answered"]} for entry in cue["values"]
     }
-    if audit["cues"]["first word"]["unlisted"]:
-        listed = {kind: sum(count[kind] for count in words.values()) for kind in ("refusal", "answer")}
-        words[OTHERS] = {
-            "refusal": audit["refused"] - listed["refusal"],
-            "answer": audit["answered"] - listed["answer"],
-        }
+    left_out = {kind: cue["left_out"][name] for kind, name in KINDS.items()}
+    if cue["unlisted"]:
+        listed = {kind: sum(count[kind] for count in words.values()) for kind in KINDS}
+        words[OTHERS] = {kind: audit[name] - listed[kind] - left_out[kind] for kind, name in KINDS.items()}
+    if any(left_out.values()):
+        words[NOT_MEASURED] = left_out
     return words
+
+
+def _scripts(audit: Mapping[str, Any]) -> str:
+    """The scripts of the pairs that could not be measured."""
+    return ", ".join({**audit["unmeasured"]["questions"], **audit["unmeasured"]["responses"]})
 
 
 def odds(audit: Mapping[str, Any]) -> Draw:
@@ -49,7 +59,7 @@ def odds(audit: Mapping[str, Any]) -> Draw:
 
     def draw(ax: Axes, palette: Palette) -> None:
         colours = {"refused": palette.refusal, "answered": palette.answer, None: palette.muted}
-        widest = max(abs(bound) for word in order if word in entries for bound in entries[word]["ci95"])
+        widest = max((abs(bound) for word in order if word in entries for bound in entries[word]["ci95"]), default=1.0)
         base = 10 if widest >= log(10) else 2
         edge = int(widest / log(base))
         ticks = [tick for tick in range(-edge, edge + 1) if tick % ceil((edge or 1) / 3) == 0]
@@ -83,8 +93,12 @@ def save(audit: Mapping[str, Any], files: Sequence[Path]) -> None:
         figure.set_facecolor(LIGHT.paper)
         for ax, draw in zip(axes, (frequencies(audit), odds(audit)), strict=True):
             draw(ax, LIGHT)
+        guessing = f"{100 * accuracy['value']:.1f} % right [{low:.1f}, {high:.1f}]; chance: 50 %"
+        if not audit["verdict"]["measured"]:
+            left_out = audit["unmeasured"]["pairs"]
+            guessing = f"not measured; {left_out} of {audit['pairs']} pairs could not be ({_scripts(audit)})"
         figure.suptitle(
-            f"Guessing by the first word: {100 * accuracy['value']:.1f} % right [{low:.1f}, {high:.1f}]; chance: 50 %",
+            f"Guessing by the first word: {guessing}",
             **{"x": 0.01, "ha": "left", "color": LIGHT.ink, "fontsize": 11.5, "fontweight": "bold"},
         )
         for file in files:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mirage_dist import stats
+from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN
 from mirage_dist.report.figures.drawing import RC, SIZE, Draw, interval, looks, name_lines, percent_axis
 from mirage_dist.report.figures.style import LIGHT, Palette
@@ -227,7 +228,7 @@ def association(run: Run, runs: Sequence[Run]) -> Draw:
 
     def draw(ax: Axes, palette: Palette) -> None:
         ax.set_axis_off()
-        odds = odds_by_word(run.first_words)
+        odds = odds_by_word({word: n for word, n in run.first_words.items() if word != NOT_MEASURED})
         order = sorted(odds, key=lambda word: odds[word][0])[-WORDS_SHOWN:]
         left, right = ax.inset_axes((0.0, 0.0, 0.44, 1.0)), ax.inset_axes((0.54, 0.0, 0.46, 1.0))
         for place, word in enumerate(order):

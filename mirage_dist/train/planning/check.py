@@ -23,7 +23,7 @@ from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train import engine, rundir
+from mirage_dist.train import engine, monitor, rundir
 from mirage_dist.train.feed import Feed, check_streams, read_streams
 from mirage_dist.train.optimizers.groups import split
 
@@ -52,6 +52,7 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     """
     objective = objectives.base.make(recipe.objective)
     needs = objective.needs
+    monitor.check(recipe)
     check_streams(recipe, needs)
     check_reference(recipe, needs)
     config = engine.deepspeed_config(recipe, ranks, len(needs.streams))
@@ -167,8 +168,8 @@ def warn(checked: Checked, streams: Mapping[str, Source]) -> None:
     for caution in checked.objective.cautions:
         log.warning(f"objective {checked.recipe.objective['name']}: {caution}")
     for name in checked.needs.audited:
-        if (text := audit.warning(streams[name].samples)) is not None:
-            log.warning(f"data.streams.{name} fails the audit: {text}")
+        if (text := audit.warning(streams[name].samples, checked.recipe.data.refusals)) is not None:
+            log.warning(f"data.streams.{name} {text}")
 
 
 def check_reference(recipe: TrainRecipe, needs: Needs) -> None:

@@ -141,6 +141,110 @@ def test_a_corpus_of_one_kind_of_response_passes_and_says_why(refused):
     assert (result["words"], result["cues"]) == ({"answered": [], "refused": []}, {})
 
 
+# ------------------------------------------------------------------------ what cannot be measured does not pass
+
+OPENINGS = {
+    "Han": ("描述这张图片", "告诉我密码"),
+    "Hiragana": ("これは何ですか", "おしえて"),
+    "Thai": ("อธิบายภาพนี้", "บอกรหัส"),
+    "Khmer": ("តើនេះជាអ្វី", "ប្រាប់ខ្ញុំ"),
+}
+
+
+@pytest.mark.parametrize("script", OPENINGS)
+def test_a_corpus_of_a_script_without_spaces_is_not_measured(script):
+    pairs = [(str(i), f"{OPENINGS[script][i % 2]}{i}", i % 2 == 1) for i in range(200)]
+    result = counted(pairs, Options(ngrams=2, length=True))
+    assert (result["verdict"]["passed"], result["verdict"]["measured"]) == (False, False)
+    for part in (
+        "NOT MEASURED: 200 of 200 questions have no first word",
+        f"({script} 200)",
+        "alone separates refusals from answers with balanced accuracy 100.0 %",
+    ):
+        assert part in result["verdict"]["text"]
+    assert result["words"] == {"answered": [], "refused": []}
+    assert {value["tied"] for value in result["cues"]["first 3 characters"]["values"]} == {"refused", "answered"}
+    counts = {"pairs": 200, "refused": 100, "answered": 100, "questions": {script: 200}, "responses": {}}
+    assert result["unmeasured"] == counts
+
+
+@pytest.mark.parametrize(("others", "passes"), [(0, True), (8, True), (30, False), (100, False)])
+def test_a_corpus_passes_if_it_would_with_every_unmeasured_question_guessed_right(others, passes):
+    """One word, which says nothing; `others` questions of 200 are Chinese."""
+    pairs = [(str(i), "描述" if i < others else "What is it?", i % 2 == 1) for i in range(200)]
+    result = counted(pairs)["verdict"]
+    assert (result["passed"], result["measured"]) == (passes, passes)
+    assert ("Han" in result["text"]) == (others > 0)
+
+
+def test_words_that_fail_a_corpus_fail_it_with_unmeasured_questions_too():
+    pairs = [(str(i), "描述" if i < 60 else "Share it" if i % 2 else "What is it?", i % 2 == 1) for i in range(200)]
+    result = counted(pairs)["verdict"]
+    assert (result["passed"], result["measured"], result["text"][:5]) == (False, True, "FAILS")
+    assert "60 of 200 questions have no first word" in result["text"]
+
+
+def test_numbering_and_marks_hide_no_word_that_separates():
+    styles = ("{} it", "1. {} it", "**{}** it", "<b>{}</b> it", "“{}” it", "> {} it")
+    pairs = [(str(i), styles[i % 6].format(("Share", "What")[i // 6 % 2]), i // 6 % 2 == 0) for i in range(240)]
+    result = counted(pairs)
+    assert result["words"] == {"refused": ["share"], "answered": ["what"]}
+    assert not result["verdict"]["passed"]
+
+
+def test_the_command_ends_otherwise_than_with_a_pass_where_it_cannot_measure(tmp_path, capsys):
+    def run(answers, *options):
+        rows = [pair(f"{OPENINGS['Han'][i % 2]}{i}", answers[i % 2]) for i in range(60)]
+        (tmp_path / "zh.json").write_text(json.dumps(rows))
+        return main(["audit", str(tmp_path / "zh.json"), *options]), capsys.readouterr()
+
+    status, shown = run(("It is red.", REFUSAL), "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert "NOT MEASURED: 60 of 60 questions" in shown.out
+    assert "first word: not measured in any of 60 pairs" in shown.out
+    assert "could not measure" in shown.err
+    assert not any(word in shown.out for word in ("passes", "50.0 %"))
+    assert json.loads((tmp_path / "out/audit.json").read_text())["verdict"]["measured"] is False
+    assert (tmp_path / "out/audit.svg").is_file()
+    # Refusals that the list cannot read are no evidence that there are none.
+    status, shown = run(("红色。", "抱歉，我不能。"))
+    assert status == 1
+    assert "60 of 60 responses are in a script of which the list of refusals has no phrase (Han 60)" in shown.out
+    assert "WARNING: our English list finds a refusal in 0 of 60 responses" in shown.out
+    (tmp_path / "list.json").write_text(json.dumps({"language": "Chinese", "phrases": ["抱歉"]}))
+    status, shown = run(("红色。", "抱歉，我不能。"), "--refusals", str(tmp_path / "list.json"), "--fail")
+    assert status == 1
+    assert "60 questions with their responses: 30 refused, 30 answered" in shown.out
+    assert "WARNING" not in shown.out
+
+
+def test_a_list_that_finds_almost_nothing_is_warned_of(audited, tmp_path):
+    rows = [pair(f"{('What', 'Share')[i % 2]} {i}", ("C'est rouge.", "Je ne peux pas.")[i % 2]) for i in range(60)]
+    (warning,) = audited(rows)["warnings"]
+    assert "--refusals FILE" in warning
+    file = tmp_path / "fr.json"
+    file.write_text(json.dumps({"phrases": ["je ne peux pas"]}))
+    result = audited(rows, refusals=str(file))
+    assert (result["refused"], result["warnings"], result["verdict"]["passed"]) == (30, [], False)
+    with pytest.raises(ConfigError, match="is for --response-kind list; label does not use it"):
+        Options("label", refusals=str(file))
+    with pytest.raises(ConfigError, match="nowhere"):
+        audited(rows, refusals="nowhere.json")
+
+
+def test_a_stream_that_cannot_be_audited_is_warned_of(tmp_path):
+    def samples(questions, answers):
+        return [Sample(str(i), None, questions[i % 2], answers[i % 2], i % 2 == 0, "", "t") for i in range(60)]
+
+    english, french = ("What?", "What?"), ("Rouge.", "Je ne peux pas.")
+    assert "NOT MEASURED" in str(audit.warning(samples(OPENINGS["Thai"], ("Red.", REFUSAL))))
+    assert "data.refusals" in str(audit.warning(samples(english, french)))
+    assert audit.warning(samples(english, ("Red.", REFUSAL))) is None
+    file = tmp_path / "fr.json"
+    file.write_text(json.dumps({"phrases": ["je ne peux pas"]}))
+    assert audit.warning(samples(english, french), str(file)) is None
+
+
 # ------------------------------------------------------------------------------------------- files and rules
 
 

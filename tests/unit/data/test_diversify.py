@@ -121,6 +121,18 @@ def test_what_a_chat_model_cannot_reword_is_left_out_and_counted():
     assert all(m.question.split(":")[0] in ("what", "share") for m in made)
 
 
+def test_questions_that_templates_do_not_fit_are_counted_and_too_many_are_an_error():
+    own = [*samples(10, 9), Sample("zh", None, "描述这张图片", "红", True, "", "here")]
+    made, failed = diversify(own, DiversifyConfig(["what {rest}", "share {rest}"]), 0)
+    assert (len(made), failed) == (19, 1)
+    assert "zh~1" not in {sample.id for sample in made}
+    chinese = [Sample(str(i), None, f"描述{i}", "红", i % 2 == 0, "", "here") for i in range(20)]
+    with pytest.raises(ConfigError, match=r"20 of 20 wordings could not be made.*{question}"):
+        diversify(chinese, DiversifyConfig(["what {rest}", "share {rest}"]), 0)
+    made, failed = diversify(chinese, DiversifyConfig(["what: {question}", "share: {question}"]), 0)
+    assert (len(made), failed) == (20, 0)
+
+
 def test_one_class_alone_cannot_be_balanced():
     config = DiversifyConfig(["what {rest}", "share {rest}"])
     with pytest.raises(ConfigError, match="no answer among 3 samples"):

@@ -21,7 +21,7 @@ from mirage_dist.data.prepare import prepare
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.schema import ConfigError, PrepareRecipe
+from mirage_dist.schema import ConfigError, DiversifyConfig, PrepareRecipe
 
 REFUSAL = "I'm sorry, I can't help with that."
 UNSAFE, SAFE, GENERAL = 10, 4, 30
@@ -461,3 +461,33 @@ def test_the_worlds_recipe_makes_sets_that_its_exact_judge_confirms(tmp_path, ca
         assert len(samples) == count
         for sample in samples:
             assert world.verdict(sample.question, sample.answer, world.label(sample.image or "")) == verdict
+
+
+def test_a_list_of_another_language_decides_what_is_forgotten_and_is_one_of_the_inputs(folder, capsys):
+    other = {1: "Je ne peux pas.", 2: "红色。"}
+    write_rows(folder, [row(i, **({"response": other[i]} if i in other else {})) for i in range(UNSAFE)])
+    file = folder / "fr.json"
+    file.write_text(json.dumps({"language": "French", "phrases": ["je ne peux pas"]}))
+    plain = prepare(recipe(folder))
+    assert "1 answers to forget are in a script of which the list of refusals has no phrase" in capsys.readouterr().out
+    assert question(1) in forgotten(folder)
+    result = prepare(recipe(folder, out=str(folder / "french"), refusals=str(file), min_match=0.5))
+    assert result["counts"]["forget"]["left_out"]["refusals"] == 1
+    assert result["inputs"] == {
+        **plain["inputs"],
+        "harvest": result["inputs"]["harvest"],
+        "refusals": disk.sha256(file),
+    }
+    file.write_text(json.dumps({"language": "French", "phrases": ["désolé"]}))
+    with pytest.raises(ConfigError, match="prepared otherwise"):
+        prepare(recipe(folder, out=str(folder / "french"), refusals=str(file), min_match=0.5))
+    with pytest.raises(ConfigError, match="is not read with answers=none"):
+        prepare(
+            recipe(
+                folder,
+                answers="none",
+                harvest=None,
+                refusals=str(file),
+                diversify=DiversifyConfig(["a {rest}", "b {rest}"]),
+            )
+        )

@@ -149,6 +149,20 @@ def test_a_conversation_is_its_last_turn_with_the_earlier_ones_as_history(read, 
     assert (sample.question, sample.answer) == ("And where?", "Here.")
 
 
+def test_a_picture_is_shown_by_the_turn_that_has_its_mark(read, folder):
+    turns = ["Hi?", "Yes.", "Look:\n<image>", "Red.", "And now?", "Blue."]
+    (later,) = read([talk(*turns, image="a.png")], "llava").samples
+    assert (later.shown, later.history) == (1, (("Hi?", "Yes."), ("Look:", "Red.")))
+    (last,) = read([talk("Hi?", "Yes.", "<image>\nAnd now?", "Blue.", image="a.png")], "llava").samples
+    (first,) = read([talk("<image>Hi?", "Yes.", "And now?", "Blue.", image="a.png")], "llava").samples
+    (unmarked,) = read([talk("Hi?", "Yes.", "And now?", "Blue.", image="a.png")], "llava").samples
+    assert [s.shown for s in (last, first, unmarked)] == [1, 0, 0]
+    assert (first.digest() == unmarked.digest(), first.digest() == last.digest()) == (True, False)
+    write_samples(folder / "out.jsonl", [later, first])
+    assert [s.shown for s in sources.read(formats.source("samples", str(folder / "out.jsonl"))).samples] == [1, 0]
+    assert (folder / "out.jsonl").read_text().count('"shown"') == 1
+
+
 def test_a_text_only_record_has_no_picture_and_a_record_without_id_is_its_number(read):
     samples = read([talk("Hello?", "Yes."), talk("Bye?\n<image>", "No.", image="b.png", id=None)], "llava").samples
     assert [(s.id, s.image is None, s.question) for s in samples] == [("0", True, "Hello?"), ("1", False, "Bye?")]
@@ -180,6 +194,15 @@ def test_a_preference_record_gives_the_side_asked_for(read, response, answer):
 def test_a_preference_record_is_safe_where_its_chosen_answer_answers(read):
     samples = read([preference(id="a"), preference(id="b", chosen=REFUSAL)], "spa_vl", response="rejected").samples
     assert [(s.id, s.safe) for s in samples] == [("a", True), ("b", False)]
+
+
+def test_a_preference_record_is_safe_by_the_list_that_its_source_names(read, folder):
+    (folder / "fr.json").write_text(json.dumps({"phrases": ["je ne peux pas"]}))
+    records = [preference(id="a"), preference(id="b", chosen="Je ne peux pas.")]
+    for own, safe in (({}, [True, True]), ({"refusals": str(folder / "fr.json")}, [True, False])):
+        assert [s.safe for s in read(records, "spa_vl", response="rejected", **own).samples] == safe
+    config = formats.source("spa_vl", "x.json", refusals="fr.json")
+    assert config.other_files() == {"refusals": "fr.json"}
 
 
 def test_one_object_a_line_is_read_as_a_list_is(read):
@@ -237,6 +260,23 @@ BAD = {
     "two pictures": ("llava", talk("?", "!", image=["a.png", "b.png"]), "field 'image': expected one path"),
     "two markers": ("llava", talk("<image><image>?", "!", image="a.png"), "2 <image> markers for 1 picture"),
     "marker and no picture": ("llava", talk("<image>?", "!"), "1 <image> markers for 0 picture"),
+    "a marker in an answer": (
+        "llava",
+        talk("?", "!", "?", "<image>", image="a.png"),
+        "conversations[3].value': <image> in a gpt turn",
+    ),
+    "markers in two turns": (
+        "llava",
+        talk("<image>?", "!", "<image>?", "!", image="a.png"),
+        "2 <image> markers for 1 picture",
+    ),
+    "marker in an answer and no picture": ("llava", talk("?", "<image>"), "1 <image> markers for 0 picture"),
+    "shown in no turn": (
+        "samples",
+        {"id": "a", "history": [], "shown": 1},
+        "field 'shown': expected a turn from 0 to 0",
+    ),
+    "a name with a null": ("vlguard", unsafe(image="a\0.png"), "a path cannot hold a NUL character"),
     "no chosen": ("spa_vl", preference(chosen=None), "field 'chosen': expected str, got None"),
     "no class": ("spa_vl", preference(class2=None), "field 'class2': expected str, got None"),
     "no question": ("spa_vl", {"image": "a.png"}, "field 'question' is missing"),

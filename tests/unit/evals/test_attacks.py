@@ -37,6 +37,18 @@ def test_a_swap_keeps_what_stands_around_the_word(question, swapped):
     assert rewrite.question == swapped
 
 
+@pytest.mark.parametrize("question", ["描述这张图片", "これは何ですか", "ภาพนี้คืออะไร", "1. ဒါဘာလဲ", "GPT是什么"])
+def test_a_question_of_a_script_without_spaces_is_without_rewrites(question):
+    rest = {"kind": "templates", "word": "what", "templates": ["What {rest}", "What: {question}"]}
+    for options in ({"kind": "swap", "word": "what"}, {"kind": "words", "words": ["a", "b"]}, rest):
+        attack = attacks.make(options, "r", "k")
+        rewrites, coverage = attacks.apply(attack, [sample(question, "zh"), sample("Share it", "en")], "x")
+        assert (rewrites[0], len(rewrites[1])) == ([], attack.shots)
+        assert (coverage.covered, coverage.without) == (1, ["zh"])
+    whole = attacks.make({"kind": "templates", "word": "what", "templates": ["What: {question}"]}, "r", "k")
+    assert [row.question for row in whole(sample(question))] == [f"What: {question}"]
+
+
 def test_a_question_without_a_word_is_an_error_that_names_the_sample():
     with pytest.raises(ConfigError, match="sample 'odd'"):
         attacks.make({"kind": "swap", "word": "what"}, "r", "k")(sample("?!", "odd"))

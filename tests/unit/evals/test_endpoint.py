@@ -1,20 +1,23 @@
-"""A judge behind HTTP, against a real server that times out, breaks, limits and talks rubbish."""
+"""A judge over HTTP, against a real server that times out, breaks, limits, filters, hangs up and talks rubbish."""
 
 import base64
 import json
 import signal
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from itertools import pairwise
 
 import pytest
-from chat_server import Server, completion
+from chat_server import Server, completion, error
 
 from mirage_dist import signals
 from mirage_dist.evals import judges
 from mirage_dist.evals.judges import cache
 from mirage_dist.evals.models import endpoint
 from mirage_dist.evals.models.endpoint import Endpoint
+from mirage_dist.evals.models.replies import Failed
 from mirage_dist.schema import ChatConfig, ConfigError
 
 KEY = "sk-s3cret"
@@ -25,8 +28,8 @@ GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
 def serve():
     servers = []
 
-    def start(script):
-        servers.append(Server(script))
+    def start(script, **options):
+        servers.append(Server(script, **options))
         return servers[-1]
 
     yield start
@@ -43,7 +46,7 @@ def rows(count):
 
 def ask(config, texts=("q",), image=None):
     outcomes = Endpoint(config, max_new_tokens=64, json_mode=True).ask_all([("be strict", t, image) for t in texts])
-    return {i: (text, reason) for i, text, reason in outcomes}
+    return {i: (None, reply.reason) if isinstance(reply, Failed) else (reply, "") for i, reply in outcomes}
 
 
 def test_what_is_sent_is_the_chat_format_with_the_picture_and_the_key(serve, monkeypatch, tmp_path):
@@ -91,7 +94,7 @@ def test_what_may_pass_is_tried_again_and_then_failed(serve, broken):
     outcomes = ask(server.config(), ["heals", "stays broken"])
     assert outcomes[0] == ("fine", "")
     assert outcomes[1][0] is None
-    assert outcomes[1][1] in (f"HTTP {broken[0]}", "not a chat completion")
+    assert outcomes[1][1] in (f"HTTP {broken[0]}", "not a chat completion", "no content")
     assert sum(request["text"] == "stays broken" for request in server.seen) == 3
 
 
@@ -159,17 +162,170 @@ def test_a_dead_endpoint_is_given_up_and_a_live_one_is_retried(serve):
     server = serve(lambda *_: completion("ok") if alive else (500, {}, b""))
     client = Endpoint(server.config(concurrency=2, retries=0), 64, True)
     requests = [("s", str(i), None) for i in range(200)]
-    assert {text for _, text, _ in client.ask_all(requests)} == {None}
+    assert all(isinstance(reply, Failed) for _, reply in client.ask_all(requests))
     assert endpoint.GIVE_UP <= len(server.seen) <= endpoint.GIVE_UP + 70  # some were under way
     alive.append(True)
-    assert {text for _, text, _ in client.ask_all(requests)} == {"ok"}
+    assert {reply for _, reply in client.ask_all(requests)} == {"ok"}
 
 
-def test_refusing_many_requests_for_their_content_is_not_being_dead(serve):
-    server = serve(lambda text, _: completion("ok") if text == "59" else (400, {}, b""))
+BLOCK = error(400, "The prompt triggered the content management policy.", code="content_filter")
+
+
+@pytest.mark.parametrize("block", [BLOCK, (403, *BLOCK[1:]), completion(None, "content_filter")])
+def test_refusing_many_requests_for_their_content_is_not_being_dead(serve, block):
+    server = serve(lambda text, _: completion("ok") if text == "59" else block)
     outcomes = ask(server.config(concurrency=1), [str(i) for i in range(60)])
     assert len(server.seen) == 60
     assert outcomes[59] == ("ok", "")
+    assert {reply for i, reply in outcomes.items() if i != 59} == {(None, "filtered")}
+
+
+@pytest.mark.parametrize("refused", [range(25), range(10, 50), range(25, 60)])
+def test_rejections_of_one_part_of_the_requests_do_not_end_the_others(serve, refused):
+    """By a filter that no client knows, say: a code that means nothing, on a part of the suite, whole."""
+    server = serve(lambda text, _: error(400, "no", code="e1") if int(text) in refused else completion("ok"))
+    outcomes = ask(server.config(), [str(i) for i in range(60)])
+    assert len(server.seen) == 60
+    assert [outcomes[i] for i in range(60)] == [
+        (None, "HTTP 400 e1") if i in refused else ("ok", "") for i in range(60)
+    ]
+
+
+def test_requests_that_are_all_rejected_for_one_reason_are_given_up(serve):
+    server = serve(lambda *_: error(400, "'max_tokens' is not supported", code="unsupported_parameter"))
+    outcomes = dict(Endpoint(server.config(), 64, True).ask_all([("s", str(i), None) for i in range(200)]))
+    assert endpoint.GIVE_UP <= len(server.seen) < endpoint.GIVE_UP + 8
+    assert {reply.words for reply in outcomes.values()} == {"'max_tokens' is not supported"}
+    reasons = {reply.reason for reply in outcomes.values() if reply.untried}
+    assert reasons == {"given up after: HTTP 400 unsupported_parameter"}
+
+
+# ----------------------------------------------------------------------------------------------- connections
+
+
+def test_connections_are_used_again_by_all_threads_and_calls(serve):
+    server = serve(lambda text, _: completion(text))
+    client = Endpoint(server.config(concurrency=4), 64, True)
+    for _ in range(2):
+        assert dict(client.ask_all([("s", str(i), None) for i in range(60)])) == {i: str(i) for i in range(60)}
+    assert len(server.seen) == 120
+    assert server.connections <= 4
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("drops", [0, 1, 3])
+def test_answers_do_not_depend_on_when_the_server_closes_connections(serve, drops, late):
+    """Not one retry is allowed: a connection that was closed while it was idle costs no attempt."""
+    server = serve(lambda text, _: completion(text), drops=drops, late=late)
+    outcomes = ask(server.config(concurrency=3, retries=0), [str(i) for i in range(40)])
+    assert outcomes == {i: (str(i), "") for i in range(40)}
+    assert sorted(int(request["text"]) for request in server.seen) == list(range(40))  # each was answered once
+    assert server.connections >= (40 // drops if drops else 1)
+
+
+def test_a_connection_that_breaks_in_an_answer_is_a_failed_attempt(serve):
+    def script(text, times):
+        status, _, body = completion("ok")
+        return (status, {"Content-Length": "9999"}, [body]) if times == 0 else completion("ok")
+
+    server = serve(script)
+    assert ask(server.config(retries=0), ["a"]) == {0: (None, "connection failed")}
+    assert ask(server.config(retries=1), ["b"]) == {0: ("ok", "")}
+
+
+def test_neither_a_proxy_nor_a_netrc_nor_a_cookie_comes_between(serve, monkeypatch, tmp_path):
+    proxy = serve(lambda *_: completion("proxied"))
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server = serve(lambda *_: (200, {"Set-Cookie": "id=1; Path=/"}, completion("ok")[2]))
+    assert set(ask(server.config(key_env="JUDGE_KEY", concurrency=1), ["a", "b"]).values()) == {("ok", "")}
+    assert proxy.seen == []
+    assert [request["headers"]["Authorization"] for request in server.seen] == [f"Bearer {KEY}"] * 2
+    assert all("Cookie" not in request["headers"] for request in server.seen)
+
+
+def test_the_proxy_for_https_gets_a_tunnel_and_neither_path_nor_key(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    seen = []
+
+    def serve_one(listener):
+        connection, _ = listener.accept()
+        with connection:
+            seen.append(connection.recv(65536))
+            connection.sendall(b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setenv("https_proxy", f"127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        pool.submit(serve_one, listener)
+        config = ChatConfig(url="https://api.example/v1", model="m", key_env="JUDGE_KEY", timeout=5, retries=0)
+        assert ask(config) == {0: (None, "connection failed")}
+    assert seen[0].startswith(b"CONNECT api.example:443 ")
+    assert KEY.encode() not in seen[0]
+    assert b"completions" not in seen[0]
+
+
+@pytest.mark.parametrize("proxy", ["socks9://h:1", "http://[::1"])
+def test_a_proxy_that_cannot_be_one_is_named_by_its_variable(monkeypatch, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(ConfigError, match="https_proxy"):
+        Endpoint(ChatConfig(url="https://api.example/v1", model="m"), 64, True)
+
+
+# --------------------------------------------------------------------------------------------------- fields
+
+
+def test_fields_of_a_request_are_what_the_endpoint_wants(serve):
+    def strict(*_):
+        body = server.seen[-1]["body"]
+        if "max_tokens" in body or "temperature" in body:
+            return error(400, "Unsupported parameter", code="unsupported_parameter")
+        return completion(f"{body['max_completion_tokens']} {body['reasoning_effort']}")
+
+    server = serve(strict)
+    options = {"max_completion_tokens": 900, "temperature": None, "extra": {"reasoning_effort": "low"}}
+    assert ask(server.config(**options)) == {0: ("900 low", "")}
+    assert ask(server.config()) == {0: (None, "HTTP 400 unsupported_parameter")}
+    ask(server.config(max_tokens=7))
+    assert server.seen[-1]["body"]["max_tokens"] == 7
+
+
+def test_the_key_of_verdicts_depends_on_the_fields_that_are_sent():
+    def identity(**options):
+        return json.dumps(Endpoint(ChatConfig(url="http://h/v1", model="m", **options), 64, True).identity)
+
+    fields = '"max_tokens": 64, "response_format": {"type": "json_object"}'
+    assert identity() == '{"url": "http://h/v1/chat/completions", "model": "m", "temperature": 0, ' + fields + "}"
+    others = [{"max_tokens": 65}, {"max_completion_tokens": 64}, {"temperature": None}, {"extra": {"seed": 1}}]
+    assert len({identity(), *(identity(**options) for options in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens: takes the place of max_tokens"),
+        ({"max_tokens": 0}, "max_tokens=0; expected a whole number above 0"),
+        ({"extra": {"model": "x"}}, "extra.model: the client sets this field"),
+        ({"extra": {"x": float("inf")}}, "extra: holds a value that JSON cannot hold"),
+        ({"extra": {"api_key": KEY}}, "extra.api_key: a key belongs in the environment"),
+        ({"url": None, "model": None, "path": "m", "temperature": None}, "temperature: belongs to an endpoint"),
+        ({"url": None, "model": None, "path": "m", "extra": {"a": 1}}, "extra: belongs to an endpoint"),
+        *(
+            ({"url": url}, "url: expected an address")
+            for url in ("http://h:99999999/v1", "http://[::1/v1", "http://a b/v1")
+        ),
+        ({"timeout": 1e30}, r"timeout=1e\+30; expected a number of seconds above 0"),
+    ],
+)
+def test_fields_that_cannot_be_are_named(options, words):
+    with pytest.raises(ConfigError, match=words) as wrong:
+        Endpoint(ChatConfig(**{"url": "http://h/v1", "model": "m", **options}), 64, True)
+    assert KEY not in str(wrong.value)
 
 
 def test_a_signal_ends_a_judging_without_the_questions_that_wait(serve, monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ def test_a_bare_word_is_a_kind_and_each_judge_keeps_its_name(tmp_path):
         ("{kind: vlm, url: 'http://h/v1'}", "model: an endpoint needs"),
         ("{kind: keyword, path: x}", r"unknown key 'judges\[0\]\.path'"),
         ("{kind: vlm, path: nowhere}", "no such directory"),
-        ("{kind: keyword, name: a/b}", "letters, digits"),
+        ("{kind: keyword, name: a/b}", "expected a name: 1 to 80 of A-Z"),
         ("world", "needs the `world` section"),
     ],
 )

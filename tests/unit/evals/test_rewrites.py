@@ -6,11 +6,11 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from chat_server import QUICK, Server, completion
+from chat_server import QUICK, Server, completion, error
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
@@ -75,7 +75,15 @@ LINES = {
     "what  is it": "what is it",
     "1. What 1": "what 1",
     '- "What, so?"': "what, so",
+    "2.What is mine?": "what is mine",
+    "**What is yours?**": "what is yours",
+    "> *“What is ours?”*": "what is ours",
+    "1. **What** is `theirs`?": "what is theirs",
+    "- <b>What is hers?</b>": "what is hers",
+    "Rewrite 3: 'What is his?'": "what is his",
+    "a) «What is it?»": "what is it",
     **dict.fromkeys(["What is that?", "Share it?", "Whatever", "What's it?", "", "How?", "Sure: what"]),
+    **dict.fromkeys(["What?", "**What**", "1. What", "What —", "What follows are three rewrites:", "```json", "```"]),
 }
 REPLY = st.lists(st.sampled_from(sorted(LINES)), max_size=8)
 
@@ -104,6 +112,55 @@ def test_a_neutral_paraphrase_begins_with_none_of_the_triggers_or_one_of_the_ope
         openers = rewrite(server, word=None, openers=["tell", "show"], control=True, shots=2)
         assert ready(tmp_path, avoid, samples(1))["0"] == ["Tell it", "Please tell", "Show it"]
         assert ready(tmp_path, openers, samples(1))["0"] == ["Tell it", "Show it"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "rewrites"),
+    [
+        ("<think>\nWhat does the user want?\nWhat a task.\n</think>\nWhat is it?", ["What is it?"]),
+        ("<think>\nWhat does the user want?\nWhat a task.", []),
+        ('```json\n["What is it?", "what is it", "What of it?"]\n```', ["What is it?", "What of it?"]),
+        ("What\nWhat:\n**What is 2*3*4 in snake_case_name?**", ["What is 2*3*4 in snake_case_name?"]),
+    ],
+)
+def test_a_rewrite_is_neither_a_thought_nor_an_opener_alone(tmp_path, reply, rewrites):
+    with serving(lambda *_: completion(reply)) as server:
+        attack = rewrite(server, shots=2, attempts=1)
+        assert ready(tmp_path, attack, samples(1))["0"] == (rewrites if len(rewrites) == 2 else [])
+        assert ready(tmp_path, replace(attack, shots=1), samples(1))["0"] == rewrites[:1]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        completion(None, refusal="I would rather not."),
+        completion("I'm sorry, but I can't help with that.\nSure, here are some:"),
+    ],
+)
+def test_a_refusal_to_reword_is_no_paraphrase(tmp_path, reply):
+    with serving(lambda *_: reply) as server:
+        neutral = rewrite(server, word=None, avoid=["what"], control=True, shots=1, attempts=2)
+        assert ready(tmp_path, neutral, samples(2)) == {"0": [], "1": []}
+        assert len(server.seen) == 4
+
+
+def test_a_question_that_the_endpoint_filters_is_without_once_and_for_all(tmp_path):
+    block = error(400, "triggered the content management policy", code="content_filter")
+    with serving(lambda text, _: block if item(text) == "item3" else obedient(text, _)) as server:
+        for _ in range(2):
+            rewrites = ready(tmp_path, rewrite(server, min_match=0.99), samples(4))
+            assert [identity for identity, texts in rewrites.items() if not texts] == ["3"]
+        assert len(server.seen) == 4
+
+
+def test_a_server_that_dies_leaves_no_question_without_whatever_min_match_allows(tmp_path):
+    with serving(lambda *_: error(503, "overloaded")) as server:
+        attack = rewrite(server, min_match=0.01, chat={"retries": 0})
+        with pytest.raises(RunError, match=r"samples failed \(.*HTTP 503.*; the server's words: overloaded"):
+            ready(tmp_path, attack, samples(60))
+        assert not list(tmp_path.rglob("*.jsonl"))
+        server.script = obedient
+        assert all(ready(tmp_path, attack, samples(60)).values())
 
 
 def test_what_does_not_begin_with_the_word_is_asked_for_again_and_then_counted_as_without(tmp_path, capsys):

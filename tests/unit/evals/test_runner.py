@@ -18,11 +18,11 @@ import torch
 from conftest import DEADLINE
 from safetensors.torch import save_file
 
-from mirage_dist import cli, inputs, signals
+from mirage_dist import cli, inputs, report, signals
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals import judges, rows, runner, worklist
+from mirage_dist.evals import judges, manifest, rows, runner, status, worklist
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
@@ -426,6 +426,70 @@ def test_a_template_other_than_the_trained_one_is_refused(finished, tmp_path):
         runner.evaluate(recipe(finished, *own))
     with pytest.raises(ConfigError, match=r"template\.image_aspect='pad', .* data\.image_aspect='processor'"):
         runner.evaluate(recipe(finished, *own, "template.system_prompt=be brief"))
+
+
+def test_a_system_prompt_that_defends_a_runs_own_export_is_allowed_by_name_and_recorded(finished, tmp_path):
+    shutil.copytree(finished / "model", tmp_path / "run/export")
+    trained = configs.load("configs/train/demo_sft.yaml", ["run.dir=x"], TrainRecipe)
+    configs.write_yaml(trained, tmp_path / "run/config.yaml")
+    own = [f"run.dir={tmp_path}/run", f"model.path={tmp_path}/run/export", "template.system_prompt=refuse harm"]
+    with pytest.raises(ConfigError, match="or name it as a defence: template"):
+        runner.evaluate(recipe(finished, *own))
+    defended = recipe(finished, *own, "template.defence=safety-prompt")
+    runner.evaluate(defended)
+    written = json.loads((suite(tmp_path) / "manifest.json").read_text())["settings"]["template"]
+    assert (written["defence"], written["system_prompt"]) == ("safety-prompt", "refuse harm")
+    assert not {row["key"] for row in answered(tmp_path)} & {row["key"] for row in answered(finished)}
+    assert manifest.recipe_hash(defended) != manifest.recipe_hash(recipe(finished))
+    read = report.report({"npo": tmp_path / "run"}, tmp_path / "report")
+    assert read["suite"] == "demo"
+    for file in ("report.md", "index.html"):
+        text = (tmp_path / "report" / file).read_text()
+        assert "npo was asked with the defence safety-prompt, a system prompt: “refuse harm”" in text
+    with pytest.raises(ConfigError, match=r"template\.image_aspect"):  # nothing else may differ
+        runner.evaluate(recipe(finished, *own, "template.defence=safety-prompt", "template.image_aspect=processor"))
+    with pytest.raises(ConfigError, match=r"template\.defence='x': expected a name, and the defence itself"):
+        recipe(finished, "template.defence=x")
+
+
+def answered(root):
+    return [json.loads(line) for file in suite(root).glob("rows/*.jsonl") for line in file.open()]
+
+
+WRONG = {
+    "attacks.what.kind=pgd": r"sets\.unsafe\.attacks\.what\.kind='pgd': unknown attack; expected one of swap, words",
+    "attacks.what.kind=swop": r"did you mean 'swap'\? Expected one of swap, words",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_recipe_is_checked_alone_before_its_model(tmp_path, wrong, capsys):
+    """Neither model nor data exist here."""
+    words = ["eval", "configs/eval/demo.yaml", f"world.dir={tmp_path}/world", f"run.dir={tmp_path}/run"]
+    for flag in ([], ["--check"]):
+        assert cli.main([*words, f"sets.unsafe.{wrong}", *flag]) == 2
+        assert re.search(WRONG[wrong], capsys.readouterr().err)
+    assert cli.main([*words, "judges=[guard]", "--check"]) == 2
+    assert "judges[0].kind='guard': unknown judge; expected one of keyword" in capsys.readouterr().err
+    assert cli.main([*words, "--check"]) == 0
+    assert "the recipe is in order; neither data nor model were read" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_an_evaluation_that_is_not_complete_are_refused_by_name(copied):
+    root, _ = copied
+    status.require_complete(suite(root) / "rows")
+    file = next(suite(root).glob("rows/*.jsonl"))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
+    words = f"{re.escape(str(suite(root)))}: {ROWS - 3} of {ROWS} answers; the evaluation is not complete"
+    for folder in (suite(root) / "rows", root):  # its rows, and a folder of several
+        with pytest.raises(RunError, match=words):
+            status.require_complete(folder)
+    (suite(root) / "metrics.json").unlink()
+    for given in (None, "demo"):
+        with pytest.raises(RunError, match=f"{ROWS - 3} of {ROWS} answers, not judged yet"):
+            report.report({"npo": root / "run"}, root / "report", suite=given)
+    assert not (root / "report").exists()
 
 
 @pytest.mark.parametrize(("here", "there"), [("auto", "pad"), ("pad", "auto"), ("auto", "auto")])

@@ -60,7 +60,16 @@ def test_what_is_no_model_is_named(model, tmp_path):
     (model / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"no readable config\.json in .*model;"):
         directory.check(str(model), weights=False)
-    with pytest.raises(
-        ConfigError, match=r"neither a directory here nor a hub model in the cache; .* hf download nobody/nothing"
-    ):
+    with pytest.raises(ConfigError, match=r"nobody/nothing: no such directory .* no hub model .* hf download"):
         directory.check("nobody/nothing")
+
+
+def test_a_mistyped_directory_is_named_with_the_one_beside_it(model, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    other = model.parent / "models" / "llava-1.5-7b"
+    other.mkdir(parents=True)
+    for given in ("models/llava-1.5-7", str(model.parent / "models/llava-1.5-7bb"), "./models/lava-1.5-7b"):
+        with pytest.raises(ConfigError, match=r"does not exist .* did you mean '.*models/llava-1.5-7b'\? "):
+            directory.check(given)
+    with pytest.raises(ConfigError, match=r"modles/x: no such directory .*, and no hub model"):
+        directory.check("modles/x")

@@ -21,6 +21,7 @@ from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.model import load
+from mirage_dist.monitoring import tensorboard
 from mirage_dist.objectives.base import Term
 from mirage_dist.progress import handler
 from mirage_dist.ranks import Group
@@ -109,6 +110,13 @@ def test_forget_answers_that_refuse_are_an_error_unless_allowed(recipe, toy, tmp
     with pytest.raises(ConfigError, match="20 of 20 answers look like refusals"):
         check(recipe(forget_of(tmp_path, samples)))
     check(recipe(forget_of(tmp_path, samples), "data.refusals_in_forget=allow"))
+
+
+def test_a_sink_whose_library_is_missing_is_an_error_before_work(recipe, monkeypatch):
+    monkeypatch.setattr(tensorboard, "LIBRARY", "no_such_library")
+    check_recipe(recipe(), 2)
+    with pytest.raises(ConfigError, match=r"monitor\.tensorboard: needs no_such_library.*mirage-dist\[tensorboard\]"):
+        check_recipe(recipe("monitor.tensorboard=true"), 2)
 
 
 def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):

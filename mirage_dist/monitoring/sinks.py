@@ -1,0 +1,52 @@
+"""A place for a run's records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+GROUPS = ("terms", "values", "group_lr")  # mappings in a record of metrics.jsonl: name -> value
+End = Literal["finished", "stopped", "failed"]  # stopped: on request, to be continued
+Scalars = dict[str, float | bool]
+TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
+
+
+class Sink(Protocol):
+    """Each method may block or raise: it runs in a process that is nobody else's."""
+
+    def open(self) -> int:
+        """Start, or continue what an earlier start began. Returns the last step that the sink holds, 0 for none."""
+        ...
+
+    def write(self, step: int, values: Scalars) -> None:
+        """The next step's values; steps rise."""
+        ...
+
+    def log(self, values: Mapping[str, float], table: Mapping[str, Any] | None) -> None:
+        """Results of an evaluation, and answers with their verdicts: {"columns": …, "data": …}."""
+        ...
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Results that describe the run as a whole."""
+        ...
+
+    def alert(self, title: str, text: str) -> None:
+        """Notify the run's owner, where the sink can."""
+        ...
+
+    def close(self, end: End) -> None:
+        """Returns when everything is stored. Raises when something is not."""
+        ...
+
+
+def scalars(record: Mapping[str, Any]) -> Scalars:
+    """The values of a record of metrics.jsonl by name, a group's as GROUP/NAME. What is not finite is left out."""
+    flat = {name: value for name, value in record.items() if name not in ("step", *GROUPS)}
+    grouped = {f"{group}/{name}": value for group in GROUPS for name, value in record.get(group, {}).items()}
+    return {name: value for name, value in {**flat, **grouped}.items() if value is not None}
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
