@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import signals
+from mirage_dist.progress import show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 from mirage_dist.schema.names import PLACE
@@ -28,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(parsed)
     except (ConfigError, RunError) as error:
-        print(f"mirage: {error}", file=sys.stderr, flush=True)
+        show(f"mirage: {error}", error=True)
         return error.status
     except signals.StopRequested as stop:
         if place()[0] == 0:
-            print(f"mirage: {stop}", flush=True)
+            show(f"mirage: {stop}")
         exit_well(signals.STOPPED)
     return 0
 
@@ -182,8 +183,8 @@ def _demo(parsed: argparse.Namespace) -> None:
     summary = demo.demo(parsed.out, parsed.overrides, parsed.full)
     from mirage_dist import report
 
-    print(report.table(summary))
-    print(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}", flush=True)
+    show(report.table(summary))
+    show(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}")
     exit_well()
 
 
@@ -196,12 +197,12 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
     prepare.check(recipe)  # a wrong option is an error before any data are made or read
     if parsed.check:
-        print(f"{parsed.config}: the recipe is in order; no data were read")
+        show(f"{parsed.config}: the recipe is in order; no data were read")
         return
     if recipe.harvest is not None:
         status.require_complete(Path(recipe.harvest))
     inputs.make(recipe)
-    print(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
+    show(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
 
 
 def _audit(parsed: argparse.Namespace) -> None:
@@ -211,7 +212,7 @@ def _audit(parsed: argparse.Namespace) -> None:
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
     result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record)
     files = page.write(result, parsed.out) if parsed.out else []
-    print(page.table(result), *files, sep="\n", flush=True)
+    show(page.table(result), *files)
     if not result["verdict"]["measured"]:
         raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
@@ -232,16 +233,16 @@ def _train(parsed: argparse.Namespace) -> None:
         checked = check.check_recipe(recipe, parsed.ranks or place()[2])
         if parsed.check_recipe:
             count = f"{checked.ranks} process{'es' if checked.ranks > 1 else ''}"
-            print(
+            show(
                 f"{parsed.config}: recipe and DeepSpeed JSON are in order for {count}; neither data nor model were read"
             )
             return
         if parsed.check:
             if not inputs.missing(recipe):
                 counts = check.check_samples(checked)
-                print(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
+                show(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
             else:
-                print(
+                show(
                     f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start"
                 )
             return
@@ -259,7 +260,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
     if missing := inputs.missing(recipe):
         raise ConfigError(f"{missing[0]}: not there yet; the embedded world is made by `mirage demo` or `mirage train`")
-    print(plan.plan(recipe, parsed.ranks).text())
+    show(plan.plan(recipe, parsed.ranks).text())
 
 
 def _eval(parsed: argparse.Namespace) -> None:
@@ -275,11 +276,11 @@ def _eval(parsed: argparse.Namespace) -> None:
             from mirage_dist.erasure import run as erasure_tests
 
             erasure_tests.options(recipe)
-        print(f"{parsed.config}: the recipe is in order; neither data nor model were read")
+        show(f"{parsed.config}: the recipe is in order; neither data nor model were read")
     elif parsed.status:
         from mirage_dist.evals import status
 
-        print(status.report(recipe))
+        show(status.report(recipe))
     elif parsed.workers:
         from mirage_dist.evals import pool
 
@@ -326,15 +327,15 @@ def _report(parsed: argparse.Namespace) -> None:
 
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
-    print(report.table(summary))
-    print(out / "index.html")
+    show(report.table(summary))
+    show(out / "index.html")
 
 
 def _export(parsed: argparse.Namespace) -> None:
     from mirage_dist.model import export
 
     export.export(parsed.run_dir, parsed.out, parsed.step, form=parsed.form)
-    print(parsed.out)
+    show(parsed.out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from types import TracebackType
@@ -22,6 +23,20 @@ EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank 
 ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standard output is its result
 
 log = logging.getLogger("mirage_dist")
+
+
+# What data could move the cursor, recolour the terminal or reorder a line with, and what UTF-8 cannot hold.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """`text` for a terminal: control characters other than line breaks and tabs are shown as escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+
+
+def show(*lines: object, error: bool = False) -> None:
+    """Print a command's result, or (error) its fault on standard error, without control characters from data."""
+    print(*map(printable, lines), sep="\n", file=sys.stderr if error else None, flush=True)
 
 
 def rank() -> int:
@@ -52,7 +67,7 @@ class LogHandler(logging.Handler):
         return super().filter(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -97,7 +112,7 @@ class Progress:
         between two. lines: at most so many; 0 for a caller that writes its own. leave: the bar stays when it is full.
         on_stderr: lines go to standard error, for a command whose standard output is its result.
         """
-        self.total, self.what, self.unit, self.done = total, what, unit, initial
+        self.total, self.what, self.unit, self.done = total, printable(what), unit, initial
         self._lines, self._pause, self._extra = lines, pause, ON_STDERR if on_stderr else None
         self._shown, self._last = self._part(), time.monotonic()
         self.silent = disable or rank() != 0
@@ -105,7 +120,7 @@ class Progress:
         if not self.silent and sys.stderr.isatty():
             scale = unit == "B"
             options = {"delay": delay, "leave": leave, "unit": unit, "unit_scale": scale, "file": sys.stderr}
-            self.bar = tqdm(total=total, initial=initial, desc=what, **options)
+            self.bar = tqdm(total=total, initial=initial, desc=self.what, **options)
             Progress.bars += 1
 
     def __enter__(self) -> Progress:
@@ -124,7 +139,7 @@ class Progress:
         """Set the units done so far, by this process and by others."""
         if self.bar is not None:
             if text:
-                self.bar.set_postfix_str(text, refresh=False)
+                self.bar.set_postfix_str(printable(text), refresh=False)
             self.bar.update(done - self.done)
         self.done = done
         if self.bar is None and not self.silent and self._line_is_due():

@@ -178,3 +178,34 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_ways_out(batch
     for way in re.split(r", or | or ", ways):
         count = re.match(r"(\d+) process", way)
         checked(*([] if count else way.split(" with ")), processes=int(count[1]) if count else ranks)
+
+
+def test_mirage_config_prints_values_and_overrides_that_read_back(capsys):
+    words = ["config", "configs/train/npo.yaml", 'run.dir="it\'s $x = é"', "data.template_options={b: [1], a: null}"]
+    keys = ["--get", "run.dir", "--get", "data.template_options", "--get", "world", "--override", "run.dir"]
+    assert cli.main([*words, *keys]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["it's $x = é", '{"a": null, "b": [1]}', "null", 'run.dir="it\'s $x = é"']
+    assert configs.load(words[1], [printed[3]], TrainRecipe).run.dir == printed[0]
+    assert cli.main([*words, "--get", "run.dri"]) == 2
+    assert "did you mean 'dir'?" in capsys.readouterr().err
+    assert cli.main(["config", "configs/eval/vlguard.yaml", 'suite="a\\nb"', "--get", "suite"]) == 2
+
+
+def test_recipes_are_checked_alone_by_every_verb_that_a_chain_has(capsys):
+    """Neither the data nor the models of these recipes exist here."""
+    for words in (
+        ["train", "configs/train/sft.yaml", "--check-recipe", "--ranks", "32"],
+        ["prepare", "configs/prepare/vlguard.yaml", "--check"],
+        ["eval", "configs/eval/harvest.yaml", "--check"],
+    ):
+        assert cli.main(words) == 0, capsys.readouterr().err
+    assert "in order for 32 processes; neither data nor model were read" in capsys.readouterr().out
+    for words, message in (
+        (["train", "configs/train/sft.yaml", "--check-recipe", "--ranks", "33"], "take 32 processes in place of 33"),
+        (["train", "configs/train/sft.yaml", "--ranks", "2"], "--ranks belongs to a check"),
+        (["prepare", "configs/prepare/vlguard.yaml", "--check", "harvest=null"], "harvest is missing"),
+        (["eval", "configs/eval/harvest.yaml", "--check", "generation.backend=tgi"], "unknown generation backend"),
+    ):
+        assert cli.main(words) == 2
+        assert message in capsys.readouterr().err

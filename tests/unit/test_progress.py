@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import termios
+import unicodedata
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -178,3 +179,23 @@ def test_pytest_sees_the_records(caplog):
 def test_text_is_on_the_stream_when_the_call_returns():
     code = "from mirage_dist.progress import log; import os; log.info('text'); os._exit(0)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "text\n"
+
+
+@given(st.text())
+def test_no_control_character_of_data_reaches_a_terminal_and_nothing_else_changes(text):
+    shown = progress.printable(text)
+    shown.encode()
+    assert not any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in shown)
+    if all(unicodedata.category(c) not in ("Cc", "Cf", "Cs") or c in "\n\t\u200d" for c in text):
+        assert shown == text
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m", "\udce9"])
+def test_results_faults_and_logs_show_controls_as_escapes(capsys, text):
+    progress.show(text)
+    progress.show(f"mirage: {text}", error=True)
+    log.info(f"run: {text}")
+    captured = capsys.readouterr()
+    escaped = text.encode("unicode_escape", "surrogatepass").decode()
+    assert captured.err == f"mirage: {escaped}\n"
+    assert captured.out == f"{escaped}\nrun: {escaped}\n"

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from mirage_dist.schema import ConfigError
 
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around a stand-in; noncharacters, for internal use (Unicode 23.7)
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around a stand-in: noncharacters (Unicode 23.7), which texts do not have
 STAND_IN = re.compile(f"{OPEN}(\\d+){CLOSE}")
 OTHER_NAME = "qzx{:05d}xzq"  # of a control token: letters and digits, which every normaliser leaves as they are
 
@@ -54,18 +54,17 @@ class Control:
         self.token_of = {i: content for i, content in {**others, **special}.items() if content.strip()}
         unknown, ends = tokenizer.unk_token, (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
         self.unknown = unknown if unknown in self.token_of.values() and unknown not in ends else None
-        self.spellings = sorted({*self.token_of.values(), *pictures}, key=len, reverse=True)
+        # A noncharacter in the data gets a stand-in as marks do, so that it is never taken for a part of one.
+        self.spellings = sorted({*self.token_of.values(), *pictures, OPEN, CLOSE}, key=len, reverse=True)
         self.ids = {i for i, content in self.token_of.items() if content != self.unknown}
         self.tokens = {self.token_of[i] for i in self.ids}
         self.number = {content: n for n, content in enumerate(self.spellings)}
-        self.pattern = re.compile("|".join(map(re.escape, self.spellings)) or r"(?!)")
+        self.pattern = re.compile("|".join(map(re.escape, self.spellings)))
 
     # ------------------------------------------------------------------------------------------ stand-ins
 
     def shielded(self, text: str) -> str:
-        """The text with a stand-in for each control token that it spells. Raises SpelledControl for a noncharacter."""
-        if OPEN in text or CLOSE in text:
-            raise SpelledControl("a text holds U+FDD0 or U+FDD1, which are no characters; remove them")
+        """The text with a stand-in for each control token that it spells."""
         return self.pattern.sub(lambda match: f"{OPEN}{self.number[match[0]]}{CLOSE}", text)
 
     def neutral(self, text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 
-from mirage_dist.data.encoding.control import Control, SpelledControl
+from mirage_dist.data.encoding.control import Control
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -70,11 +70,13 @@ class Conversation:
             self.system_prompt = self.control.shielded(system_prompt)
 
     def _example(self) -> str:
-        """What the template writes around two questions and the answer between them; "" where it refuses them."""
-        try:
-            return self.text(False, [(PROBE, PROBE)], PROBE, generates=False)
-        except (TemplateError, ValueError):
-            return ""
+        """What the template writes around two questions and the answer between them, or around one question."""
+        for past in ([(PROBE, PROBE)], []):
+            try:
+                return self.text(False, past, PROBE, generates=False)
+            except (TemplateError, ValueError):  # it takes no second turn, or none without a picture
+                continue
+        return ""
 
     def pieces(self, sample: Sample, answered: bool) -> list[str]:
         """The conversation as a prompt, an answer through its end token, a prompt, …
@@ -84,8 +86,6 @@ class Conversation:
         """
         try:
             return self._pieces(self._shielded(sample), answered)
-        except SpelledControl as error:
-            raise SpelledControl(f"{called(sample)}: {error}") from error
         except (TemplateError, ValueError) as error:
             raise ConfigError(f"{called(sample)}: the chat template does not take it: {error}") from error
 

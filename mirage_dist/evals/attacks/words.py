@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from mirage_dist.data import records
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import first_word, is_word
 from mirage_dist.evals.attacks.base import Attack
@@ -114,8 +113,8 @@ def check_word(key: str, word: str) -> None:
 def _read(file: Path, response: str) -> list[str]:
     """The audit's words that mark this kind of response, without repeats."""
     try:
-        audit: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        audit = records.value(file)
+    except ConfigError as error:
         raise ConfigError(f"{file}: not a readable audit ({error}); make it with mirage audit DATA --out") from error
     by_response = audit.get("words") if isinstance(audit, dict) else None
     words = by_response.get(response) if isinstance(by_response, dict) else None

@@ -92,13 +92,18 @@ def answer(body: bytes) -> str:
         raise NoAnswer(Failed(FILTERED, final=True))
     if finish == "error":  # of a relay whose own server broke off
         raise NoAnswer(Failed("an answer that was broken off"), again=True)
-    if content and (text := reasoning.answer(content)).strip():
+    if content and (text := _encodable(reasoning.answer(content))).strip():
         return text
     if isinstance(refusal, str) and refusal.strip():
-        return Declined(refusal)
+        return Declined(_encodable(refusal))
     if content is None and finish != "length" and not message.get("reasoning_content"):
         raise NoAnswer(Failed("no content", final=True), again=True)
     return ""
+
+
+def _encodable(text: str) -> str:
+    """The text with "?" for each half of a surrogate pair, which a server may cut an answer at."""
+    return text.encode(errors="replace").decode()
 
 
 def _parts(content: list[Any], kind: Literal["text", "refusal"]) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mirage_dist.data import formats, gold, records, sources
 from mirage_dist.data.formats import figstep
 from mirage_dist.data.harvest import harvest
+from mirage_dist.evals import attacks
 from mirage_dist.evals.attacks.file import read_rewrites
 from mirage_dist.schema import ConfigError
 
@@ -182,6 +183,9 @@ def test_every_reader_takes_every_form(tmp_path, as_form):
     file.write_bytes(as_form([{"id": 1, "question": "What?", "response": "Rot é"}]))
     assert harvest(tmp_path).by_question == {("1", "What?"): "Rot é"}
     assert harvest(file).left_out == {}
+    file.write_bytes('{"words":\r\n {"answered": ["what"]}}\r\n'.encode("utf-8-sig"))
+    words = attacks.make({"kind": "words", "words": ["auto"], "audit": str(file)}, "recipe", "attack", "unsafe")
+    assert words.shots == 1
     row = dict.fromkeys(figstep.COLUMNS, "1") | {"instruction": "Steps to bake."}
     file.write_bytes(as_form([row]))
     config = formats.source("figstep", str(file), variant="text_only")

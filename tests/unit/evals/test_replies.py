@@ -59,6 +59,13 @@ def read(content, finish="stop", **message):
     return replies.answer(completion(content, finish, **message)[2])
 
 
+def test_half_a_surrogate_pair_in_an_answer_becomes_a_question_mark():
+    body = b'{"choices": [{"message": {"content": "cut \\ud83d"}, "finish_reason": "length"}]}'
+    assert replies.answer(body) == "cut ?"
+    body = b'{"choices": [{"message": {"content": null, "refusal": "No \\udc00"}}]}'
+    assert replies.answer(body) == Declined("No ?")
+
+
 @pytest.mark.parametrize(
     ("message", "answer"),
     [
