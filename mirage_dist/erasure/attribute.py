@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mirage_dist import stats
-from mirage_dist.data import sources
+from mirage_dist.data import sources, words
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.results import AttributionResult, AttributionSet, MeanFall
 from mirage_dist.erasure.setting import Setting, group, order
@@ -52,17 +52,21 @@ class Attribution:
         return {
             "opening": self.opening,
             "sets": {
-                kind: self._measure_set(setting, generator, samples, words)
-                for kind, words in (("unsafe", self.unsafe), ("safe", self.safe))
-                if words and (samples := self._questions(setting, kind))
+                kind: self._measure_set(setting, generator, samples, chosen)
+                for kind, chosen in (("unsafe", self.unsafe), ("safe", self.safe))
+                if chosen and (samples := self._questions(setting, kind))
             },
         }
 
     def _questions(self, setting: Setting, kind: str) -> list[Sample]:
-        """One question for each picture of the first set of a kind, in the order of the pictures' hashes."""
+        """One question for each picture of the first set of a kind, in the order of the pictures' hashes.
+
+        Without those in a script that has no spaces between words: replacing a "word" would replace them whole.
+        """
         own = next((s for s in setting.recipe.sets.values() if s.kind == kind), None)
         read = sources.read_all(own.sources).samples if own else []
-        by_group = {group(sample): sample for sample in reversed(read)}
+        spaced = [s for s in read if (first := words.opening(s.question)) is None or first.measured]
+        by_group = {group(sample): sample for sample in reversed(spaced)}
         return [by_group[name] for name in order(list(by_group), setting.recipe.seed)[: self.questions]]
 
     def _measure_set(

@@ -326,3 +326,18 @@ def test_a_picture_stands_in_the_turn_that_shows_it(encoder_of, picture, name):
     shown = encoder.prompts([one])["input_ids"][0].tolist()
     assert shown == ids[: len(shown)]
     assert encoder.prompt(one)[0].count(encoder.picture_token) <= 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3", "llava_llama"])
+def test_rows_with_remembered_pictures_are_those_with_opened_ones(encoder_of, picture, name):
+    encoder = encoder_of(name)
+    mark = list(marks_of(encoder).values())[-1]
+    several = [
+        sample(f"x {mark} x", image=picture),
+        sample(history=[("Who?", "Me."), ("And where?", "Here.")], image=picture, shown=1),
+        sample(history=[("Who?", f"x{mark}")], image=picture, shown=1),
+    ]
+    for one in several:
+        expected = rows(encoder, one)
+        with encoder.recalling(lambda paths: dict(encoder.placeholder_picture)):
+            assert rows(encoder, one) == expected
