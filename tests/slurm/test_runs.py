@@ -179,7 +179,7 @@ def test_after_a_node_failure_slurm_starts_the_job_elsewhere_and_the_orphan_does
     same(run, whole)
 
 
-def test_starts_that_are_asked_to_stop_before_training_begins_do_not_count(slurm, toy):
+def test_starts_that_stop_on_request_before_training_begins_do_not_count(slurm, toy):
     run = Run(slurm, toy, "asked", "train.max_restarts=1", fresh=True)
     noted = run.root / "starts.jsonl"
     for start in (1, 2):

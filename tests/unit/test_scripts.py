@@ -76,7 +76,7 @@ def test_the_default_recipe_is_that_of_the_checkout_that_runs(run, elsewhere):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_job_from_elsewhere_is_asked_for_mirage_home(run, script):
+def test_a_job_from_elsewhere_names_mirage_home(run, script):
     status, output = run(REPOSITORY / f"slurm/{script}.sh")
     assert status == 2, output
     assert "set MIRAGE_HOME to it (now: not set)" in output

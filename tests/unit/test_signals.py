@@ -73,18 +73,18 @@ with signals.start_up():
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def request_stop(monkeypatch):
     monkeypatch.setattr(signals, "_received", [])
     return lambda: signals.handler(signal.SIGTERM, None)
 
 
-def test_an_error_after_the_request_is_a_stop_unless_the_recipe_is_wrong(asked):
+def test_an_error_after_the_request_is_a_stop_unless_the_recipe_is_wrong(request_stop):
     with pytest.raises(ZeroDivisionError), signals.start_up():
         raise ZeroDivisionError
 
     def fail(error: Exception) -> None:
         with signals.start_up():
-            asked()
+            request_stop()
             raise error
 
     with pytest.raises(ConfigError):
