@@ -137,18 +137,18 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     if data.packing is False and not data.cache_vision:
         return data
     encoder = Encoder(processor, picture_token=picture_token(model), image_aspect=data.image_aspect)
-    backbone = weightless(replace(model, lora=None, train=None, freeze=[])).backbone
-    if data.cache_vision and (reason := replays.fault(backbone.config, encoder)) is not None:
+    config = configuration(model)
+    if data.cache_vision and (reason := replays.fault(config, encoder)) is not None:
         raise ConfigError(f"data.cache_vision: {reason}; take data.cache_vision out")
     if data.packing is False:
         return data
     flash = (attention(model, dtype) or "").startswith("flash")
     if encoder.by_row:
-        fault = f"{backbone.config.model_type} has the pictures of each row apart from its tokens"
+        fault = f"{config.model_type} has the pictures of each row apart from its tokens"
     else:
-        fault = packing.fault(backbone, encoder.placeholder, encoder.placeholder_picture, flash)
+        fault = packing.fault(config, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":
-        reason = f"{backbone.config.model_type} keeps packed sequences apart" if fault is None else fault
+        reason = f"{config.model_type} keeps packed sequences apart" if fault is None else fault
         log.info(f"data.packing=auto: {'packed' if fault is None else 'padded'}, since {reason}")
     elif fault is not None:
         raise ConfigError(f"data.packing: {fault}; take `auto`, which pads here, or false")

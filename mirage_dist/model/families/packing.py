@@ -1,7 +1,7 @@
 """Packed sequences in one row: how a family's model takes them, and whether it keeps them apart.
 
-Which models do is measured, not listed: a copy of the decoder, of its own classes and kinds of layers but narrow and
-with random weights, computes some sequences alone and in one row (`fault`).
+Which models do is measured, not listed: a small model of the family's own classes and kinds of layers (see `small`)
+computes some sequences alone and in one row (`fault`).
 
 Shapes: T tokens of a row, R sequences in it, S tokens of the longest, A axes of a position (three in Qwen-VL).
 """
@@ -23,10 +23,11 @@ from torch.nn.utils.rnn import pad_sequence
 from mirage_dist.data.encoding.collate import TOKEN_TYPES, Row
 from mirage_dist.data.encoding.packing import BORDERS, borders, pack
 from mirage_dist.model import vision
-from mirage_dist.model.families import roles
+from mirage_dist.model.families import roles, small
 
 # Kinds of layers in which a token meets others by attention alone, which transformers masks.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+WINDOW = 4  # of sliding attention in what is measured, in tokens
 BY_BORDERS = "mirage_by_borders"  # name of the attention that stands for flash-attention on any device
 # Share of a hidden state's size: rounding of float32 stays below 1e-5, a sequence that another one reaches above 1e-3.
 TOLERANCE = 1e-4
@@ -73,28 +74,37 @@ def _positions(backbone: Any, inputs: Mapping[str, Any], lengths: list[int]) -> 
     return torch.cat([text_1T, own_ARS[:, shown_RS]]).unsqueeze(1)
 
 
-def fault(backbone: Any, placeholder: Row, picture: Mapping[str, Tensor], flash: bool = False) -> str | None:
-    """Why the model does not keep packed sequences apart, or cannot be shown to; None where it does.
+def fault(config: Any, placeholder: Row, picture: Mapping[str, Tensor], flash: bool = False) -> str | None:
+    """Why models of this configuration do not keep packed sequences apart, or cannot be shown to; None where they do.
 
-    backbone: may be on the meta device. placeholder, picture: a blank picture's tokens, and its tensors, as the model's
-    processor makes them (see `Encoder`); empty for text-only models. flash: by flash-attention.
+    placeholder, picture: a blank picture's tokens, and its tensors, as the model's processor makes them (see
+    `Encoder`); empty for text-only models. flash: by flash-attention.
     """
-    kind, text = backbone.config.model_type, roles.decoder(backbone)
-    if others := sorted(set(getattr(text.config, "layer_types", None) or ()) - ATTENTION):
+    kind = config.model_type
+    if others := sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - ATTENTION):
         return f"{kind} has layers that pass on more than attention does ({', '.join(others)})"
-    if flash and not text._supports_attention_backend:
-        return f"{kind} does not pass the borders of sequences to flash-attention"
     # Positions and token types follow from the tokens; what the tower sees has no part in it.
     sizes = {name: value for name, value in picture.items() if not vision.is_pixels(name)}
-    if flash:
-        _register()
     try:
-        for attention in (None, BY_BORDERS)[: 1 + flash]:
-            if (reason := _measured(_narrow(backbone, attention), kind, placeholder, sizes)) is not None:
-                return reason
+        backbone = _small(config)
+        if (reason := _measured(backbone, kind, placeholder, sizes)) is not None or not flash:
+            return reason
+        text = roles.decoder(backbone)
+        if not text._supports_attention_backend:
+            return f"{kind} does not pass the borders of sequences to flash-attention"
+        _register()
+        text.config._attn_implementation = BY_BORDERS
+        return _measured(backbone, kind, placeholder, sizes)
     except Exception as error:  # of any kind: a family's own code runs on a configuration that it did not foresee
         return f"{kind} could not be measured ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    return None
+
+
+def _small(config: Any) -> Any:
+    """A small model without its LM head, with windows narrower than the sequences that are measured."""
+    config = copy.deepcopy(config)
+    text, token = config.get_text_config(), roles.picture_token(config) or 0
+    text.vocab_size = max(text.vocab_size, token + 1)
+    return small.made(config, window=WINDOW).base_model
 
 
 @torch.no_grad()
@@ -146,58 +156,6 @@ def _rows(backbone: Any, placeholder: Row) -> list[tuple[Row, bool]]:
 
     rows = [row(3, 4, False), row(2, 5, pictured), row(4, 3, pictured), row(5, 1, False)]
     return [*rows, row(0, 0, True)] if pictured else rows
-
-
-def _narrow(backbone: Any, attention: str | None) -> Any:
-    """A copy of the backbone with a narrow decoder on the CPU, and no other parameters.
-
-    attention: the implementation; None for transformers' choice.
-    """
-    text, token = roles.decoder(backbone), roles.picture_token(backbone.config) or 0
-    options = {} if attention is None else {"attn_implementation": attention}
-    config = _narrow_config(text.config)
-    config.vocab_size = max(config.vocab_size, token + 1)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)
-        small = type(text)._from_config(config, dtype=torch.float32, **options)
-    return _hollow(backbone, {id(text): small}).eval()
-
-
-def _hollow(module: nn.Module, instead: Mapping[int, nn.Module]) -> Any:
-    """A copy of the module without parameters; modules in `instead`, by id, are replaced."""
-    if id(module) in instead:
-        return instead[id(module)]
-    hollow = copy.copy(module)
-    hollow._parameters = {}
-    hollow._modules = {name: _hollow(child, instead) for name, child in module.named_children()}
-    return hollow
-
-
-def _narrow_config(config: Any) -> Any:
-    """The decoder's configuration with two heads, narrow MLPs and windows, and every kind of its layers.
-
-    Widths of heads stay, since rotary sections divide them, and the vocabulary, since token ids have meanings.
-    """
-    small = copy.deepcopy(config)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    small.hidden_size, small.num_attention_heads = 2 * width, 2
-    if getattr(config, "num_key_value_heads", None):
-        small.num_key_value_heads = 2 if config.num_key_value_heads == heads else 1
-    for name, value in vars(config).items():
-        if name.endswith("intermediate_size") and isinstance(value, int):
-            setattr(small, name, 64)
-        if name in ("sliding_window", "attention_chunk_size") and value:
-            setattr(small, name, 4)
-        if "dropout" in name and isinstance(value, float):
-            setattr(small, name, 0.0)
-    kinds = getattr(config, "layer_types", None)
-    depth = 8 if not kinds else max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
-    if depth < config.num_hidden_layers:
-        small.num_hidden_layers = depth
-        if kinds:
-            small.layer_types = kinds[:depth]
-    return small
 
 
 def _register() -> None:

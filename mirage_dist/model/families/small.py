@@ -1,37 +1,39 @@
 """A small model of a family's own classes, to be measured before any weights load.
 
-It has the configuration's widths, kinds of layers, attention and token ids, but few layers, narrow MLPs, and random
-weights that share their memory: a model of seven billion parameters takes some hundred megabytes and a few seconds.
+It has the configuration's kinds of layers, attention and token ids, but few layers, one head and a narrow MLP
+in each, and random weights that share their memory: a model of seven billion parameters takes a second.
 """
 
 from __future__ import annotations
 
 import copy
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirage_dist.model.families import roles, truncation
+from mirage_dist.model.families import narrowing, roles, truncation
 
+# What may be left out, most first: widths and layers; layers; nothing.
+SIZES = ("narrow", "shallow", "whole")
 LAYERS = 2  # of the decoder, at least; more where a later layer is the first one of its kind
-TOWER_LAYERS = 2  # of encoders of pictures and sounds
-MLP = 64
+TOWER_LAYERS = 2  # of encoders of pictures and sounds; shared by the counts of one that has several
 VOCABULARY = 61  # tokens that the LM head knows; labels are taken modulo this
-SHARED = 1 << 25  # random numbers of a width at most; larger matrices have rows that overlap in them
+SHARED = 1 << 23  # random numbers of a width at most; larger matrices have rows that overlap in them
 
 
-def made(config: Any, attention: str | None = None, whole: bool = False) -> Any:
+def made(config: Any, attention: str | None = None, size: str = "narrow", window: int | None = None) -> Any:
     """The model on the CPU, in float32, without dropout.
 
-    attention: the implementation, None for transformers' choice. whole: with all layers at their widths, as a family
-    may need. Raises what the family's classes raise.
+    attention: the implementation, None for transformers' choice. size: one of `SIZES`; a family may need what the first
+    leaves out. window: see `narrowing`. Raises what the family's classes raise.
     """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    config = copy.deepcopy(config) if whole else shrunk(config)
+    config = copy.deepcopy(config) if size == "whole" else shrunk(config, size == "narrow", window)
     options = {} if attention is None else {"attn_implementation": attention}
     # Buffers, such as frequencies of positions, keep the values that they are made with.
     with no_init_weights(), init_empty_weights(include_buffers=False):
@@ -39,6 +41,8 @@ def made(config: Any, attention: str | None = None, whole: bool = False) -> Any:
     head = hf.get_output_embeddings()
     hf.set_output_embeddings(nn.Linear(head.in_features, VOCABULARY, bias=head.bias is not None, device="meta"))
     _fill(hf)
+    if head.bias is not None:  # not zero, as others are: logits may be scaled with it or without
+        hf.get_output_embeddings().bias = nn.Parameter(torch.linspace(-1, 1, VOCABULARY), requires_grad=False)
     for module in hf.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and ((name == "p" and isinstance(module, nn.Dropout)) or "dropout" in name):
@@ -46,38 +50,38 @@ def made(config: Any, attention: str | None = None, whole: bool = False) -> Any:
     return hf.eval()
 
 
-def shrunk(config: Any) -> Any:
-    """A copy of the configuration with few layers, of every kind, and narrow MLPs in the decoder."""
-    with torch.device("meta"):
-        kinds = [_kind(layer) for layer in roles.decoder(roles.auto_class(config).from_config(config)).layers]
-    depth = max(LAYERS, *(1 + kinds.index(kind) for kind in set(kinds)))
-    small = copy.deepcopy(truncation.shortened(config, depth))
+def shrunk(config: Any, narrow: bool = True, window: int | None = None) -> Any:
+    """A copy of the configuration with few layers, of every kind, and narrow MLPs; `narrow`: with one head, too."""
+    small = copy.deepcopy(truncation.shortened(config, _depth(truncation.Key(config))))
     text = small.get_text_config()
-    _narrow(text)
-    for part in (getattr(small, name) for name in (small.sub_configs or {}) if hasattr(small, name)):
-        if part is not None and part is not text:
-            _narrow(part)
+    for part in narrowing.parts(small):
+        if part is not text:
             _shorten(part)
+    if narrow:
+        return narrowing.narrowed(small, window)
+    narrowing.narrow_mlps(small)
     return small
 
 
-def _narrow(part: Any) -> None:
-    for name, value in vars(part).items():
-        if name.endswith("intermediate_size") and isinstance(value, int):
-            setattr(part, name, min(value, MLP))
+@lru_cache(maxsize=8)
+def _depth(key: truncation.Key) -> int:
+    """How many decoder layers hold all kinds."""
+    kinds = [_kind(layer) for layer in roles.decoder(truncation.weightless(key.config)).layers]
+    return max(LAYERS, *(1 + kinds.index(kind) for kind in set(kinds)))
 
 
 def _shorten(tower: Any) -> None:
     """Fewer layers of a tower; lists of its layers' numbers keep their lengths, which widths may depend on."""
     names = [n for n in vars(tower) if n == "depth" or (n.startswith("num_") and n.endswith("_layers"))]
     numbers = {name: value for name in names if isinstance(value := getattr(tower, name), int)}
+    layers = max(1, TOWER_LAYERS // max(1, len(numbers)))
     for name, whole in numbers.items():
-        setattr(tower, name, min(whole, TOWER_LAYERS))
+        setattr(tower, name, min(whole, layers))
     whole = max(numbers.values(), default=0)
     for name, value in vars(tower).items():
-        layers = isinstance(value, (list, tuple)) and value and all(type(v) is int and 0 <= v <= whole for v in value)
-        if layers and ("layer" in name or "index" in name) and max(value) >= TOWER_LAYERS:
-            setattr(tower, name, [v * TOWER_LAYERS // (whole + 1) for v in value])
+        listed = isinstance(value, (list, tuple)) and value and all(type(v) is int and 0 <= v <= whole for v in value)
+        if listed and ("layer" in name or "index" in name) and max(value) >= layers:
+            setattr(tower, name, [v * layers // (whole + 1) for v in value])
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,10 +23,7 @@ def truncated(config: Any, depth: int) -> Any:
     shorter = shortened(config, depth)
     if shorter is config:
         return config
-    try:
-        return shorter if _alike(config, shorter, depth) else config
-    except Exception:  # of any kind: a family's own checks refuse a configuration that it did not foresee
-        return config
+    return shorter if _alike(Key(config), depth) else config
 
 
 def shortened(config: Any, depth: int) -> Any:
@@ -42,10 +40,39 @@ def shortened(config: Any, depth: int) -> Any:
     return shorter
 
 
-def _alike(config: Any, shorter: Any, depth: int) -> bool:
+class Key:
+    """A configuration as a key of a cache: equal to those of its class with the same content."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = copy.deepcopy(config)
+        self._content = (type(config), config.to_json_string())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+
+def weightless(config: Any) -> Any:
+    """The model on the meta device, without adapters and without the time that initialisation takes."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        return roles.auto_class(config).from_config(config)
+
+
+@lru_cache(maxsize=8)  # a start asks for the same depth at every load
+def _alike(key: Key, depth: int) -> bool:
     """Whether all modules that both models have are of one class, with equal settings and shapes of parameters."""
-    with torch.device("meta"):
-        long, short = (roles.auto_class(c).from_config(c) for c in (config, shorter))
+    try:
+        long, short = weightless(key.config), weightless(shortened(key.config, depth))
+        return _prefix(long, short, depth)
+    except Exception:  # of any kind: a family's own checks refuse a configuration that it did not foresee
+        return False
+
+
+def _prefix(long: Any, short: Any, depth: int) -> bool:
     place = next(name for name, module in long.named_modules() if module is roles.decoder(long).layers)
     later = tuple(f"{place}.{number}." for number in range(depth, len(roles.decoder(long).layers)))
     own = {name: module for name, module in long.named_modules() if not f"{name}.".startswith(later)}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from PIL import Image
-from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
+from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.sample import Sample
@@ -99,12 +99,26 @@ def test_what_is_not_carried_by_row_is_refused(kind, words, family, pictured):
     assert words in fault(family("llava_llama"), pictured, wrap=wrap)
 
 
-def test_logits_that_the_loss_head_does_not_know_are_refused(family):
-    """Granite divides its logits by a constant."""
+def test_scaled_logits_pass(family):
+    """Granite divides its logits by a constant; the loss head measures it."""
     folder = family("llama_text")
     config = configs.load(folder)
     scaled = GraniteConfig(**{**config.to_dict(), "model_type": "granite", "logits_scaling": 4.0})
-    assert "differ from the loss head's" in guard.fault(scaled, encoder(folder, config), [], TEXT)
+    assert guard.fault(scaled, encoder(folder, config), [], TEXT) is None
+
+
+def test_logits_that_the_loss_head_does_not_know_are_refused(family, monkeypatch):
+    """Logits that a forward leaves below a bound, as no known family does."""
+    folder = family("llama_text")
+    own = LlamaForCausalLM.forward
+
+    def bounded(self, *inputs, **options):
+        outputs = own(self, *inputs, **options)
+        outputs.logits = outputs.logits.clamp(max=0.5)
+        return outputs
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", bounded)
+    assert "differ from the loss head's" in fault(folder, [])
 
 
 def test_a_batch_that_cannot_be_computed_is_a_sentence(family, pictured):
@@ -126,7 +140,7 @@ def test_a_batch_that_cannot_be_computed_is_a_sentence(family, pictured):
 
 def test_a_model_of_seven_billion_parameters_is_made_in_little_memory():
     config = LlamaConfig()
-    hf = small.made(config)
+    hf = small.made(config, size="shallow")
     assert hf.config.hidden_size == 4096
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in hf.parameters()}
     assert sum(p.numel() for p in hf.parameters()) * 4 > 5 * sum(storages.values())
