@@ -3,14 +3,33 @@
 # It passes on SIGTERM, SIGINT and SIGUSR1: the ranks stop in order and its exit status is 75 (see mirage_dist/signals.py).
 # When a rank ends with an error, it names that rank, stops the others, and exits with that rank's status.
 set -uo pipefail
+# Before anything that takes time: a request that comes now is for the ranks that are still to be started.
+asked=
+declare -A rank_of=()
+trap 'asked=TERM; signal_ranks TERM' TERM INT
+trap 'asked=USR1; signal_ranks USR1' USR1
+signal_ranks() {
+  local pid tries
+  for pid in "${!rank_of[@]}"; do
+    # A copy of this shell, which a rank is until it has become Python, would take the signal and do nothing.
+    for ((tries = 0; tries < 100; tries++)); do
+      [[ /proc/$pid/exe -ef /proc/$$/exe ]] || break
+      sleep 0.01
+    done
+    kill -"$1" "$pid" 2>/dev/null
+  done
+}
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2
   exit 2
 fi
 size=$1
 shift
-python=${MIRAGE_PYTHON:-$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/python}
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${MIRAGE_PYTHON:-$repository/.venv/bin/python}
 [[ -x $python ]] || python=python3
+# This checkout runs, also from inside another one, whose code `python -m` would prefer without PYTHONSAFEPATH.
+export PYTHONSAFEPATH=1 PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another has failed, and killing it
 
 export MASTER_ADDR=127.0.0.1 WORLD_SIZE=$size
@@ -19,15 +38,12 @@ export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.sock
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > size ? cores / size : 1))}
 
-declare -A rank_of=()
 for ((rank = 0; rank < size; rank++)); do
   RANK=$rank LOCAL_RANK=$rank "$python" -m mirage_dist.cli "$@" &
   rank_of[$!]=$rank
 done
 exec 3>&2 2>/dev/null # bash would report each killed process a second time
-signal_ranks() { kill -"$1" "${!rank_of[@]}" 2>/dev/null; }
-trap 'signal_ranks TERM' TERM INT
-trap 'signal_ranks USR1' USR1
+[[ ! $asked ]] || signal_ranks "$asked"
 
 status=0
 while ((${#rank_of[@]})); do
@@ -40,9 +56,13 @@ while ((${#rank_of[@]})); do
     done
     [[ -n ${ended:-} ]] || continue # a signal to this script ended the wait
   fi
+  # Killed by the request: it had only just started, and could not answer yet.
+  if [[ $asked && $code =~ ^(138|143)$ ]]; then code=75; fi
   if ((code && !status)); then
     status=$code
-    if ((code != 75)); then
+    if ((code == 75)); then
+      [[ $asked ]] || signal_ranks TERM # one rank alone was asked, and the others cannot go on without it
+    else
       how=
       ((code == 137)) && how=" (SIGKILL, which the kernel sends when memory runs out)"
       ((code > 128 && code != 137)) && how=" (SIG$(kill -l "$code"))"

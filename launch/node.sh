@@ -9,20 +9,31 @@
 set -euo pipefail
 # Asked to stop before there is a process: 75, as it would say.
 trap 'exit 75' USR1 TERM
+# A launcher's worker leaves its status there, and finds the request that came before it could be signalled.
+if [[ ${MIRAGE_LAUNCHER:-} == worker ]]; then
+  # shellcheck disable=SC2153  # the launcher's
+  trap '{ echo "$?" >"$MIRAGE_WORKERS/$LOCAL_RANK"; } 2>/dev/null || true' EXIT
+  [[ ! -e $MIRAGE_WORKERS/stop ]] || exit 75
+fi
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${SLURM_STEP_NODELIST:?launch/node.sh is started by srun; on one machine use launch/local.sh}"
 
-# The Python that has this project's packages; it runs this checkout, whatever the working directory is.
+# The Python that has this project's packages; it runs this checkout, whatever the working directory is: without
+# PYTHONSAFEPATH, `python -m` would prefer the code of a checkout in which the job was submitted.
 python=${MIRAGE_PYTHON:-$repository/.venv/bin/python}
 [[ -x $python ]] || python=python3
-export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONSAFEPATH=1 PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 # Lines reach the log when they are written, not when a buffer is full.
 export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
 
 # Rendezvous: the step's first node, and a port from the job id, below the ephemeral ones, so that two jobs on a node
 # do not meet. Names of their own to override them, as MASTER_* may be left over from the shell that submitted.
-read -r first < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
-export MASTER_ADDR=${MIRAGE_MASTER_ADDR:-$first}
+for _ in {1..10}; do
+  hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") && break
+  sleep 1
+done
+mapfile -t hosts <<<"${hosts:?scontrol does not name the hosts of $SLURM_STEP_NODELIST}"
+export MASTER_ADDR=${MIRAGE_MASTER_ADDR:-${hosts[0]}}
 export MASTER_PORT=${MIRAGE_MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
 # The network interface between nodes (such as ib0 or eth0), where NCCL's or gloo's own choice is wrong.
 if [[ ${MIRAGE_INTERFACE:-} ]]; then
@@ -44,16 +55,11 @@ mkdir -p "$TMPDIR"
 # Threads of a process: the cores that Slurm gave it, shared by what a launcher starts.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# run TRAP COMMAND …: to its end, and out with its status. srun tells the batch script the largest status of all tasks.
-# When one fails, srun tells the others to stop, and they say 75 (stopped on request): a failure has to be larger, or it
-# would be taken for that and started again. Whom a signal killed had nothing to save yet, or had saved.
-run() {
-  local status=0
-  # Slurm signals this script as well as the process: `:` leaves it to that one, '' has both go on.
-  # shellcheck disable=SC2064
-  trap "$1" USR1 TERM
-  shift
-  "$@" || status=$?
+# answer STATUS: out with it. srun tells the batch script the largest status of all tasks. When one fails, srun tells the
+# others to stop, and they say 75 (stopped on request): a failure has to be larger, or it would be taken for that and
+# started again. Whom a signal killed had nothing to save yet, or had saved.
+answer() {
+  local status=$1
   case $status in
     0) ;;
     138 | 143) status=75 ;;
@@ -64,32 +70,57 @@ run() {
 
 # One task a node: the launcher `$1` starts a worker a GPU, each of which is this script again.
 start_workers() {
-  local launcher=$1 gpus=() nodes=() world node
+  local launcher=$1 gpus=() world node asked=0 before pid status statuses worker
   shift
   IFS=, read -ra gpus <<<"${MIRAGE_GPUS:-${CUDA_VISIBLE_DEVICES:-}}"
   if ((${#gpus[@]} == 0)); then
     echo "node.sh: this node has no GPU: set MIRAGE_GPUS=0,1 to start two workers on the CPU" >&2
     exit 2
   fi
+  MIRAGE_WORKERS=$(mktemp -d "$TMPDIR/mirage-workers-XXXXXXXX")
+  export MIRAGE_WORKERS
   export MIRAGE_LAUNCHER=worker OMP_NUM_THREADS=$((OMP_NUM_THREADS > ${#gpus[@]} ? OMP_NUM_THREADS / ${#gpus[@]} : 1))
-  # Slurm signals the launcher as well as the workers: these stop in good order, and it has to wait for them.
+  worker=("$python" -c "$heed" "$0" "$@")
   case $launcher in
     torchrun)
-      # A static rendezvous keeps rank 0 on the first node, where MASTER_ADDR is. torchrun exits with 1 whatever a
-      # worker's status was, but the batch script has to know a 75: hence its main function and not its command.
-      run '' "$python" -c "$torchrun" --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
+      # A static rendezvous keeps rank 0 on the first node, where MASTER_ADDR is. Its main function, since its command
+      # prints a page for each worker that does not say 0.
+      set -- -c "$torchrun" --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" \
         --nproc-per-node="${#gpus[@]}" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
-        --signals-to-handle=SIGINT --no-python "$0" "$@"
+        --signals-to-handle=SIGINT --no-python "${worker[@]}"
       ;;
     deepspeed)
-      mapfile -t nodes < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
-      for node in "${nodes[@]}"; do world+="${world:+, }\"$node\": [$(IFS=, && echo "${gpus[*]}")]"; done
-      run '' "$python" -m deepspeed.launcher.launch --world_info="$(base64 -w 0 <<<"{$world}" | tr '+/' '-_')" \
+      for node in "${hosts[@]}"; do world+="${world:+, }\"$node\": [$(IFS=, && echo "${gpus[*]}")]"; done
+      set -- -m deepspeed.launcher.launch --world_info="$(base64 -w 0 <<<"{$world}" | tr '+/' '-_')" \
         --node_rank="$SLURM_NODEID" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --log_level=warning \
-        --no_python --no_local_rank "$0" "$@"
+        --no_python --no_local_rank "${worker[@]}"
       ;;
   esac
+  # Slurm signals the launcher as well as the workers: these stop in good order, and it has to wait for them.
+  trap 'asked=$((asked + 1)) && : >"$MIRAGE_WORKERS/stop"' USR1 TERM
+  (trap '' USR1 TERM && exec "$python" "$@") &
+  pid=$!
+  while :; do
+    before=$asked status=0
+    # A signal ends this wait early; then wait again.
+    wait "$pid" || status=$?
+    [[ $asked != "$before" ]] || break
+  done
+  # The workers' own statuses count. The launcher's says less: DeepSpeed's answers a TERM with 1, such as the one that
+  # srun sends it when the launcher of another node has ended first, with 75.
+  mapfile -t statuses < <(cat "$MIRAGE_WORKERS"/[0-9]* 2>/dev/null | sort -n)
+  trap '' USR1 TERM
+  rm -rf "$MIRAGE_WORKERS"
+  if ((${#statuses[@]} == ${#gpus[@]})); then status=${statuses[-1]}; fi
+  answer "$status"
 }
+# A shell cannot trap what it inherits as ignored, and launchers hand it down.
+heed='
+import os, signal, sys
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+'
 torchrun='
 import sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -131,4 +162,8 @@ if [[ ${1:-} == eval ]]; then
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
   if ((${#gpus[@]} > 1)); then export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}; fi
 fi
-run : "$python" -m mirage_dist.cli "$@"
+# Slurm signals this script as well as the process, whose answer counts.
+trap : USR1 TERM
+status=0
+"$python" -m mirage_dist.cli "$@" || status=$?
+answer "$status"

@@ -221,29 +221,34 @@ def _audit(parsed: argparse.Namespace) -> None:
 
 def _train(parsed: argparse.Namespace) -> None:
     signals.install()
-    recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
-    if not (parsed.check or parsed.check_recipe):
-        if parsed.ranks:
-            raise ConfigError("--ranks belongs to a check; launch/local.sh N train … starts N processes")
-        check_rendezvous()
-    from mirage_dist import inputs
-    from mirage_dist.train.planning import check
+    with signals.start_up():
+        recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+        if not (parsed.check or parsed.check_recipe):
+            if parsed.ranks:
+                raise ConfigError("--ranks belongs to a check; launch/local.sh N train … starts N processes")
+            check_rendezvous()
+        from mirage_dist import inputs
+        from mirage_dist.train.planning import check
 
-    checked = check.check_recipe(recipe, parsed.ranks or place()[2])
-    if parsed.check_recipe:
-        count = f"{checked.ranks} process{'es' if checked.ranks > 1 else ''}"
-        show(f"{parsed.config}: recipe and DeepSpeed JSON are in order for {count}; neither data nor model were read")
-        return
-    if parsed.check:
-        if not inputs.missing(recipe):
-            counts = check.check_samples(checked)
-            show(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
-        else:
-            show(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start")
-        return
-    from mirage_dist.train import run
+        checked = check.check_recipe(recipe, parsed.ranks or place()[2])
+        if parsed.check_recipe:
+            count = f"{checked.ranks} process{'es' if checked.ranks > 1 else ''}"
+            show(
+                f"{parsed.config}: recipe and DeepSpeed JSON are in order for {count}; neither data nor model were read"
+            )
+            return
+        if parsed.check:
+            if not inputs.missing(recipe):
+                counts = check.check_samples(checked)
+                show(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
+            else:
+                show(
+                    f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start"
+                )
+            return
+        from mirage_dist.train import run
 
-    inputs.make(recipe)
+        inputs.make(recipe)
     run.train(checked)
     exit_well()
 

@@ -25,12 +25,13 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
     environment.update(MIRAGE_PYTHON=sys.executable, **_gpus_for(ranks))
     command = [str(LAUNCHER), str(ranks), "train", file, *overrides]
-    process = subprocess.Popen(command, env=environment)
-    while process.poll() is None:
-        if signals.received():
-            process.terminate()
-            process.wait()
-        time.sleep(0.1)
+    with signals.at_stop_points():
+        process = subprocess.Popen(command, env=environment)
+        while process.poll() is None:
+            if signals.received():
+                process.terminate()
+                process.wait()
+            time.sleep(0.1)
     if name := signals.received():
         raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
     if process.returncode:

@@ -8,6 +8,11 @@
 set -euo pipefail
 
 home=${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}
+if [[ ! -x $home/launch/node.sh ]]; then
+  echo "no launch/node.sh under $home: submit from the checkout, or set MIRAGE_HOME to it" >&2
+  exit 2
+fi
+home=$(cd "$home" && pwd)
 # An array element is signalled by this name; by SLURM_JOB_ID the last one would stand for the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -19,41 +24,117 @@ if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PE
 step=     # process id of srun
 request=  # USR1 or TERM, once this script has received it
 signals=0 # how many it got
+courier=  # process id of `pass_on`
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 
 say() { echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 
 on_signal() {
+  local before=$request
   signals=$((signals + 1))
   # A TERM that follows a USR1 has the last word: Slurm decides about the job.
   [[ $request == TERM ]] || request=$1
   say "got $1"
-  if [[ $step ]]; then forward; fi
+  if [[ $step ]]; then send "$before"; fi
 }
 
-# Pass this script's signal on to the step, unless Slurm ends the job itself and has signalled the step. The signal goes
-# through Slurm, since on a TERM srun would kill the tasks at once. Waits for a step that is still being set up.
-forward() {
-  still_ours || return 0
-  until squeue --noheader --steps --job="$job" --format=%i 2>/dev/null | grep -q '\.[0-9]'; do
-    kill -0 "$step" 2>/dev/null || return 0
+# send [BEFORE]: start `pass_on`, in the place of one that is still trying to pass BEFORE on.
+send() {
+  if [[ $courier ]]; then
+    kill "$courier" 2>/dev/null || true
+    wait "$courier" || [[ $1 == "$request" ]] || say "$1 could not be passed on to the processes"
+  fi
+  # In the background: the next signal, and the end of the step, are not waited for by a command that hangs.
+  pass_on "$request" &
+  courier=$!
+}
+
+# pass_on SIGNAL: signal the step, unless Slurm ends this start of the job itself and signals the step. It tries for as
+# long as the step runs: the controller may be busy, and the step may still be set up. The signal goes through Slurm,
+# since on a TERM srun would kill the processes at once.
+pass_on() {
+  local problem steps failed=
+  while kill -0 "$step" 2>/dev/null; do
+    look
+    [[ $stands != slurm ]] || return 0
+    if [[ $stands == ours ]]; then
+      if ! steps=$(squeue --noheader --steps --job="$job" --format=%i 2>&1); then
+        problem=$steps
+      elif grep -q '\.[0-9]' <<<"$steps"; then
+        if problem=$(scancel --signal="$1" "$job" 2>&1); then
+          [[ ! $failed ]] || say "$1 is passed on"
+          return 0
+        fi
+        problem=${problem:-scancel failed}
+      fi
+    fi
+    if [[ $problem && ! $failed ]]; then
+      failed=yes
+      say "$1 could not be passed on to the processes, trying again: $problem"
+    fi
     sleep 1
   done
-  scancel --signal="$request" "$job" 2>/dev/null || true
 }
 
-# Whether Slurm still takes this start of the job for the one that runs: not when it is being cancelled, preempted or
-# timed out, and not when a node failed and the job was started again elsewhere while this script lived on.
-still_ours() {
-  local record
-  record=$(scontrol --oneliner show job "$job") || return 1
-  [[ $record == *" JobState=RUNNING "* && $record == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+# Where this start of the job stands with Slurm: stands=ours while it runs (the controller calls it SIGNALING while it
+# sends the warning of --signal); slurm when Slurm ends it (cancelled, preempted, out of time), or has started the job
+# again elsewhere while this script lived on (a node failed); unknown when Slurm does not answer, with the `problem`.
+look() {
+  stands=unknown problem=
+  if ! record=$(scontrol --oneliner show job "$job" 2>&1); then
+    problem=${record:-scontrol show job failed}
+  elif [[ ! $record =~ \ JobState=([A-Z_]+) ]]; then
+    problem="scontrol show job says: ${record:-nothing}"
+  elif [[ ${BASH_REMATCH[1]} =~ ^(RUNNING|SIGNALING|CONFIGURING|RESIZING|SUSPENDED|STOPPED)$ &&
+    $record == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+    stands=ours
+  else
+    stands=slurm
+  fi
 }
 
-# run_recipe VERB DEFAULT [RECIPE.yaml] [key=value …]: `run` with the recipe that the user named, or else the default.
+# After a stop on request: the same job again, unless Slurm ends it. Tries for as long as time is left.
+requeue() {
+  local problem failed=
+  # A requeue ends this script too, by a TERM that would hit the command before it has answered.
+  trap '' TERM
+  while :; do
+    look
+    case $stands in
+      slurm)
+        if [[ $failed ]]; then
+          say "stopped on request, and could not be requeued in time: submit it again and it resumes"
+        else
+          say "stopped on request; Slurm decides whether the job comes back"
+        fi
+        return
+        ;;
+      ours)
+        if [[ $record == *" Requeue=0 "* ]]; then
+          say "stopped on request; this job may not be requeued (--no-requeue): submit it again and it resumes"
+          return
+        elif problem=$(scontrol requeue "$job" 2>&1); then
+          say "stopped on request; requeued"
+          return
+        elif [[ $problem =~ denied|disabled|not\ found ]]; then
+          say "stopped on request, and Slurm refuses to requeue it ($problem): submit it again and it resumes"
+          return
+        fi
+        ;;
+    esac
+    if [[ ! $failed ]]; then
+      failed=yes
+      say "stopped on request; not requeued, trying again: ${problem:-scontrol requeue failed}"
+    fi
+    sleep 1
+  done
+}
+
+# run_recipe VERB DEFAULT [RECIPE.yaml] [key=value …]: `run` with the recipe that the user named, or else with DEFAULT of
+# the checkout that runs.
 run_recipe() {
-  local verb=$1 recipe=$2
+  local verb=$1 recipe=$home/$2
   shift 2
   if [[ ${1:-} == *.yaml && $1 != *=* ]]; then
     recipe=$1
@@ -65,13 +146,15 @@ run_recipe() {
 # run COMMAND …: the step, to its end, and what follows from its status. Does not return.
 run() {
   local status before
-  [[ -x $home/launch/node.sh ]] || { say "no launch/node.sh under $home: set MIRAGE_HOME to the checkout"; exit 2; }
+  # A failed task ends the step at once, instead of leaving the others in a collective. Evaluation workers are
+  # independent: the others go on, and the last one judges.
+  local together=(--kill-on-bad-exit=1 --wait=60)
+  [[ ${1:-} != eval ]] || together=(--kill-on-bad-exit=0 --wait=0)
   say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST): mirage $*"
-  # In the background, since a trap runs only when no foreground command does. A failed task ends the step at once,
-  # instead of leaving the others in a collective.
-  srun --kill-on-bad-exit=1 --wait=60 "$home/launch/node.sh" "$@" &
+  # In the background, since a trap runs only when no foreground command does.
+  srun "${together[@]}" "$home/launch/node.sh" "$@" &
   step=$!
-  if [[ $request ]]; then forward; fi
+  if [[ $request ]]; then send; fi
   while :; do
     before=$signals status=0
     # A signal ends this wait early, with a status of its own; then wait again.
@@ -83,13 +166,10 @@ run() {
   case $status in
     0) say "finished" ;;
     75)
-      if [[ $request == TERM ]] || ! still_ours; then
+      if [[ $request == TERM ]]; then
         say "stopped on request; Slurm decides whether the job comes back"
-      # A requeue ends this script too, by a TERM that would hit the command before it has answered.
-      elif trap '' TERM && scontrol requeue "$job"; then
-        say "stopped on request; requeued"
       else
-        say "stopped on request, and Slurm would not requeue it: submit it again and it resumes"
+        requeue
       fi
       ;;
     *)

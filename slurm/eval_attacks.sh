@@ -17,7 +17,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.log
-source "${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+source "${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" ||
+  { echo "submit from the checkout, or set MIRAGE_HOME to it (now: ${MIRAGE_HOME:-not set})" >&2; exit 2; }
 if ((${SLURM_ARRAY_TASK_MAX:-0} - ${SLURM_ARRAY_TASK_MIN:-0} + 1 != ${SLURM_ARRAY_TASK_COUNT:-1})); then
   say "--array must be one range such as 0-7: workers are numbered by it. To do what is missing, submit any range again."
   exit 2

@@ -14,5 +14,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-source "${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+source "${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh" ||
+  { echo "submit from the checkout, or set MIRAGE_HOME to it (now: ${MIRAGE_HOME:-not set})" >&2; exit 2; }
 run_recipe train configs/train/sft.yaml "$@"

@@ -14,11 +14,18 @@ from typing import Any, TypedDict
 from mirage_dist.data import pictures, records
 from mirage_dist.data.formats import BadRecord, Format, Opened, as_format
 from mirage_dist.data.formats.llava import PICTURE
-from mirage_dist.data.pictures import Inspection
+from mirage_dist.data.pictures import Inspection, Size, shortened
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
 from mirage_dist.schema.texts import fault_within
+
+# Sizes of pictures -> why a model's processor refuses those that it refuses (see `Encoder.refusals`).
+Refusals = Callable[[Iterable[Size]], Mapping[Size, str]]
+
+
+def _refuse_none(sizes: Iterable[Size]) -> Mapping[Size, str]:
+    return {}
 
 
 class LeftOut(TypedDict):
@@ -50,18 +57,18 @@ class Source:
         return {"dropped": dict(self.dropped), "renamed": self.renamed, "skipped": self.skipped}
 
 
-def read(config: SourceConfig, check_images: bool = True) -> Source:
+def read(config: SourceConfig, check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:
     """Read one file, or all files of a folder if the format has one file a scenario (`limit` then counts in each).
 
     check_images: decode every picture to its last byte. Without it no picture is opened: they are listed in
-    `unchecked`, for `check_pictures`.
+    `unchecked`, for `check_pictures`. refusals: a picture of a size for which it gives a reason is a bad record too.
     Raises ConfigError naming file, record number, field and expectation, for a file that is not JSON, a record that
     does not conform to the format, or a picture that is missing or broken.
     """
     config = as_format(config)
     if Path(config.path).is_dir():
         if config.folder is not None:
-            return read_all(_files(config, config.folder), check_images)
+            return read_all(_files(config, config.folder), check_images, refusals)
         raise ConfigError(
             f"{config.path}: a folder; a recipe names files, of a dataset on disk its *.arrow or *.parquet"
         )
@@ -72,7 +79,7 @@ def read(config: SourceConfig, check_images: bool = True) -> Source:
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
     if check_images:
         paths = (sample.image for sample in source.samples if sample.image)
-        _settle(source, pictures.inspections(paths, f"pictures of {config.path}"))
+        _settle(source, _inspected(paths, f"pictures of {config.path}", refusals))
     return source
 
 
@@ -96,11 +103,11 @@ def parsed(
             yield number, record, samples
 
 
-def read_all(configs: Sequence[SourceConfig], check_images: bool = True) -> Source:
+def read_all(configs: Sequence[SourceConfig], check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:
     """Several files as one, in order, their counts added. Raises as `read`."""
     total = Source([])
     for config in configs:
-        part = read(config, check_images)
+        part = read(config, check_images, refusals)
         total.samples.extend(part.samples)
         total.unchecked.extend(part.unchecked)
         total.pictures.update(part.pictures)
@@ -115,16 +122,17 @@ def check_pictures(
     rank: int = 0,
     size: int = 1,
     exchange: Callable[[dict[str, Inspection]], Iterable[Mapping[str, Inspection]]] = lambda own: [own],
+    refusals: Refusals = _refuse_none,
 ) -> None:
     """Check the pictures of streams that were read without checking them; `size` ranks share the decoding.
 
     exchange: takes this rank's inspections by path and returns every rank's, so that all ranks raise the same error, or
-    leave out and count the same samples.
+    leave out and count the same samples. refusals: see `read`.
     Raises ConfigError as `read` does, and for a stream of which no sample is left.
     """
     unchecked = [image for source in streams.values() for _, _, image in source.unchecked]
     inspected: dict[str, Inspection] = {}
-    for part in exchange(pictures.inspections(unchecked, "pictures", rank, size)):
+    for part in exchange(_inspected(unchecked, "pictures", refusals, rank, size)):
         inspected.update(part)
     for name, source in streams.items():
         before = len(source.samples)
@@ -155,11 +163,23 @@ def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> l
     return samples
 
 
+def _inspected(
+    paths: Iterable[str], what: str, refusals: Refusals, part: int = 0, parts: int = 1
+) -> dict[str, Inspection]:
+    """`pictures.inspections`, in which a picture that is refused for its size has that fault."""
+    inspected = pictures.inspections(paths, what, part, parts)
+    why = refusals(one.size for one in inspected.values() if one.size is not None)
+    return {
+        path: one if one.size is None or one.size not in why else one._replace(fault=why[one.size])
+        for path, one in inspected.items()
+    }
+
+
 def _settle(source: Source, inspected: Mapping[str, Inspection]) -> None:
     """Refuse the records whose pictures have a fault, or leave their samples out; then no picture is unchecked."""
     bad = dict.fromkeys(place for place in source.unchecked if inspected[place[2]].fault)
     for config, number, image in bad:
-        _refuse(config, number, f"image {image}: {inspected[image].fault}")
+        _refuse(config, number, f"image {shortened(image, 300)}: {inspected[image].fault}")
     source.skipped += len(bad)
     faulty = {image for _, _, image in bad}
     source.samples = [sample for sample in source.samples if sample.image not in faulty]

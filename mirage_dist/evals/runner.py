@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from mirage_dist import config as configs
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
 from mirage_dist.evals.attacks.rewrites import Rewriter
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.base import Generator
-from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.evals.models.subject import Subject
 from mirage_dist.evals.results import SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
 from mirage_dist.evals.worklist import WorkList
+from mirage_dist.model.families import configs as families
+from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 
@@ -58,7 +61,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     decided = manifests.decided_by(recipe, settings)
     manifests.check(suite, decided)  # before anything is made for it
     rewriter = Rewriter(suite, settings, lambda claims: _load(HuggingFace, recipe, model, suite, claims))
-    work = worklist.plan(recipe, rewriter)
+    work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
     worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
     manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
@@ -131,6 +134,10 @@ def _check_template(recipe: EvalRecipe, model: Subject) -> None:
                 f"template.{key}={here!r}, but {trained} trained with data.{key}={there!r}; set the same value "
                 f"here{way}"
             )
+
+
+def _encoder(recipe: EvalRecipe, model: Subject) -> Encoder:
+    return encoder(processors.load(model.processing), recipe.template, families.load(model.processing))
 
 
 def _check_pictures(work: WorkList, model: Subject) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
-from mirage_dist.data.sources import Source
+from mirage_dist.data.sources import Refusals, Source
 from mirage_dist.evals import attacks, judges, models
 from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.results import CLEAN, AppliedAttack
@@ -65,15 +65,20 @@ def check(recipe: EvalRecipe) -> None:
         models.backend(recipe.generation.backend)
 
 
-def plan(recipe: EvalRecipe, ready: Ready = lambda attack, samples, name: attack) -> WorkList:
+def plan(
+    recipe: EvalRecipe,
+    ready: Ready = lambda attack, samples, name: attack,
+    refusals: Refusals = lambda sizes: {},
+) -> WorkList:
     """Read the sets and rewrite their questions. Loads no weights, unless `ready` does.
 
+    refusals: which sizes of pictures the model's processor refuses.
     ready: makes the rewrites that need a model (see `evals.attacks.rewrites`), once every set has been read.
     Raises ConfigError for bad data or attack options, an empty set, an id that occurs twice in a set, and an attack
     that has rewrites for too few of the samples.
     """
     made = _check_sets(recipe)
-    work = WorkList([], {}, {}, {name: _read(recipe, name) for name in recipe.sets})
+    work = WorkList([], {}, {}, {name: _read(recipe, name, refusals) for name in recipe.sets})
     for name, source in work.sources.items():
         kind, samples = recipe.sets[name].kind, source.samples
         work.attacks[name], work.coverage[name] = [], {}
@@ -135,8 +140,8 @@ def _attacks(recipe: EvalRecipe, name: str) -> dict[str, Attack]:
     }
 
 
-def _read(recipe: EvalRecipe, name: str) -> Source:
-    source = sources.read_all(recipe.sets[name].sources)
+def _read(recipe: EvalRecipe, name: str, refusals: Refusals) -> Source:
+    source = sources.read_all(recipe.sets[name].sources, refusals=refusals)
     if not source.samples:
         raise ConfigError(f"sets.{name}: no sample in {[s.path for s in recipe.sets[name].sources]}")
     seen: dict[str, Sample] = {}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
+from mirage_dist.data.pictures import PictureError, as_png, open_picture
+from mirage_dist.progress import log
 from mirage_dist.report.figures.style import slots
 from mirage_dist.report.load import Run, by_hash
 
@@ -69,6 +70,29 @@ class Examples(TypedDict):
     questions: list[Question]
 
 
+class _Pictures:
+    """The pictures of a page, each once: decoded and encoded anew, so that nothing but a picture gets into it."""
+
+    def __init__(self) -> None:
+        self.uris: list[str] = []
+        self._index: dict[str, int | None] = {}
+
+    def index(self, path: str | None) -> int | None:
+        """The picture's index in `uris`; None without a path, and, with a warning, where no picture can be read."""
+        if path is None:
+            return None
+        if path not in self._index:
+            try:
+                content = as_png(open_picture(path))
+            except PictureError as error:
+                log.warning(f"examples: left out of the page: {error}")
+                self._index[path] = None
+            else:
+                self._index[path] = len(self.uris)
+                self.uris.append(f"data:image/png;base64,{base64.b64encode(content).decode()}")
+        return self._index[path]
+
+
 def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
     """Up to `count` questions of each set with all of their rewrites.
 
@@ -77,7 +101,7 @@ def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
     chosen = {own: _chosen(runs, own, count) for own in dict.fromkeys(s for run in runs for s in run.metrics["sets"])}
     questions = {(own, identity) for own, ids in chosen.items() for identity in ids}
     by_place: dict[Place, Question] = {}
-    pictures: dict[str, int] = {}  # path -> index
+    pictures = _Pictures()
     for number, run in enumerate(runs):
         for row in run.rows_of(questions):
             place = (row["set"], row["id"], row["attack"], row["shot"])
@@ -95,7 +119,7 @@ def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
         "judges": list(dict.fromkeys(judge for run in runs for judge in run.verdicts)),
         "outputs": outputs,
         "sets": {name: _set(runs, name, len(ids)) for name, ids in chosen.items() if ids},
-        "pictures": [_data(path) for path in pictures],
+        "pictures": pictures.uris,
         "questions": sorted(by_place.values(), key=lambda question: order[question["set"], question["id"]]),
     }
 
@@ -110,7 +134,7 @@ def _set(runs: Sequence[Run], own: str, shown: int) -> ExampleSet:
     return {"kind": info["kind"], "shown": shown, "questions": info["samples"]}
 
 
-def _question(run: Run, row: Mapping[str, Any], pictures: dict[str, int], models: int) -> Question:
+def _question(run: Run, row: Mapping[str, Any], pictures: _Pictures, models: int) -> Question:
     return {
         "set": row["set"],
         "id": row["id"],
@@ -120,20 +144,9 @@ def _question(run: Run, row: Mapping[str, Any], pictures: dict[str, int], models
         "question": row["question"],
         "original": row["original_question"],
         "expected": row["expected"] if run.metrics["world"] else None,
-        "picture": _picture(run, row["image"], pictures),
+        "picture": pictures.index(row["image"]) if run.metrics["world"] else None,
         "answers": [None] * models,
     }
-
-
-def _picture(run: Run, path: str | None, pictures: dict[str, int]) -> int | None:
-    """The picture's index in the page, None where the page does not show it."""
-    if not run.metrics["world"] or path is None or not Path(path).is_file():
-        return None
-    return pictures.setdefault(path, len(pictures))
-
-
-def _data(path: str) -> str:
-    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
 
 
 def as_script(data: Mapping[str, Any]) -> str:

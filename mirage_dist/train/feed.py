@@ -196,6 +196,21 @@ def describe(streams: Mapping[str, Source], refusals: str | None = None) -> Data
     }
 
 
+def encoder_of(recipe: TrainRecipe, processor: Any) -> Encoder:
+    """The encoder of a resolved recipe (see `Feed`). Raises ConfigError as `Encoder` does."""
+    data = recipe.data
+    return Encoder(
+        processor,
+        data.max_length,
+        data.on_long,
+        data.image_aspect,
+        data.system_prompt,
+        data.packing is True,
+        load.picture_token(recipe.model),
+        data.template_options,
+    )
+
+
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
@@ -212,17 +227,7 @@ class Feed:
         self.pictures = {path: digest for name in needs.streams for path, digest in streams[name].pictures.items()}
         self.lengths: dict[str, stream.Indices] = {}
         check_pairs(self.samples, needs.paired)
-        data = recipe.data
-        self.encoder = Encoder(
-            processor,
-            data.max_length,
-            data.on_long,
-            data.image_aspect,
-            data.system_prompt,
-            data.packing is True,
-            load.picture_token(recipe.model),
-            data.template_options,
-        )
+        self.encoder = encoder_of(recipe, processor)
         if self.encoder.text_only:
             check_no_picture(self.samples, recipe.model.path)
 

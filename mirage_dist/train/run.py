@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,8 +44,9 @@ def train(checked: Checked) -> None:
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
     RunError when another rank ended before this one.
     """
-    streams = check_inputs(checked, with_weights=True)
-    group = ranks.start(checked.recipe.train.hang_seconds)
+    with signals.start_up():
+        streams = check_inputs(checked, with_weights=True)
+        group = ranks.start(checked.recipe.train.hang_seconds)
     try:
         _train(checked, streams, group)
     except RuntimeError as error:
@@ -70,28 +71,34 @@ def _end_after_peer(root: str, group: Group, reason: str) -> NoReturn:
 
 def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
     objective, name = checked.objective, Path(checked.recipe.run.dir).name
-    feed, cut = check_batches(checked, streams, group)  # before the directory is claimed: an error changes the recipe
+    with signals.start_up():
+        # Before the directory is claimed: an error changes the recipe.
+        feed, cut = check_batches(checked, streams, group)
+        _check_family(feed, group)
     recipe = feed.recipe
-    _check_family(feed, group)
     with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest):
-        log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
-        for title, source in streams.items():
-            log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-        if group.main:  # an audit takes seconds on large streams
-            warn(checked, streams)
-        if cut:
-            log.info(f"{name}: {cut} answers are longer than data.max_length={recipe.data.max_length} and will be cut")
-        torch.manual_seed(recipe.seed)
-        ranks.stop_here(group, "data are checked")
-        engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
-        ranks.stop_here(group, "the model is loaded")
-        objective.start(engine.module.hidden_size, recipe.seed)
-        run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
-        watchdog = Watchdog(group, recipe.train.hang_seconds).start()
-        if recipe.data.cache_vision:
-            feed.encoder.recall(vision_cache.fill(run))
-        loop = Loop(run, reference_of(run))
-        steps(run, loop, resume(run))
+        with signals.start_up():
+            log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
+            for title, source in streams.items():
+                log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
+            if group.main:  # an audit takes seconds on large streams
+                warn(checked, streams)
+            if cut:
+                length = recipe.data.max_length
+                log.info(f"{name}: {cut} answers are longer than data.max_length={length} and will be cut")
+            torch.manual_seed(recipe.seed)
+            ranks.stop_here(group, "data are checked")
+            engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
+            ranks.stop_here(group, "the model is loaded")
+            objective.start(engine.module.hidden_size, recipe.seed)
+            run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
+            watchdog = Watchdog(group, recipe.train.hang_seconds).start()
+            if recipe.data.cache_vision:
+                feed.encoder.recall(vision_cache.fill(run))
+            loop = Loop(run, reference_of(run))
+            first = resume(run)
+            ranks.stop_here(group, "training begins")
+        steps(run, loop, first)
         watchdog.stop()
         ranks.barrier(group, "end of training")
         _check_result(run)
@@ -170,6 +177,9 @@ def steps(run: Run, loop: Loop, first: int) -> None:
     saver.close()
     monitor.close(preempted=stop)
     if stop:
+        # Together: a launcher that finds one rank gone gives the others only seconds. Nobody waits for a lost one.
+        with suppress(RuntimeError):
+            ranks.barrier(group, "the stop")
         raise StopRequested(f"{run.root}: stopped on request; step {done} of {feed.steps} is committed")
 
 
@@ -213,6 +223,13 @@ def _leased(
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease: Lease | None = None
 
+    def give_back(stopped: bool = True) -> None:
+        if lease is not None:
+            if stopped:
+                with suppress(OSError):  # another job took over
+                    rundir.forget_start(lease)
+            lease.release()
+
     def claim() -> str:
         nonlocal lease
         lease = acquire(root)
@@ -221,19 +238,24 @@ def _leased(
             rundir.open_run(recipe, checked.needs, streams, packed, load.base_hash(recipe.model.path), lease)
         return lease.owner.token
 
+    stopped = False
     try:
-        token = ranks.on_main(group, claim)
-        assert token is not None
-        held = lease or Lease(root, Owner(token))
-        manifest = json.loads((root / "manifest.json").read_text())
-        identity = Identity(
-            config_hash=manifest["config_hash"],
-            base_hash=manifest["base_hash"],
-            wandb_id=manifest["wandb_id"],
-            world_size=group.size,
-        )
-        with held.write_failures():
-            yield held, identity
+        with signals.before_end(give_back):
+            with signals.start_up():
+                token = ranks.on_main(group, claim)
+            assert token is not None
+            held = lease or Lease(root, Owner(token))
+            manifest = json.loads((root / "manifest.json").read_text())
+            identity = Identity(
+                config_hash=manifest["config_hash"],
+                base_hash=manifest["base_hash"],
+                wandb_id=manifest["wandb_id"],
+                world_size=group.size,
+            )
+            with held.write_failures():
+                yield held, identity
+    except StopRequested:
+        stopped = True
+        raise
     finally:
-        if lease is not None:
-            lease.release()
+        give_back(stopped)

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
+from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
@@ -86,13 +87,17 @@ class RunManifest(TypedDict):
 
 
 class Start(TypedDict):
-    """One line of starts.jsonl: the Slurm job, its restart count, and the progress of the run at that start."""
+    """One line of starts.jsonl: the Slurm job, its restart count, and the progress of the run at that start.
+
+    stopped: whether this start stopped on request.
+    """
 
     job: str | None
     restart: str | None
     step: int
     reference_parts: int
     vision_parts: int
+    stopped: bool
 
 
 def not_the_run(recipe: TrainRecipe, needs: Needs) -> tuple[str, ...]:
@@ -182,9 +187,9 @@ def count_start(lease: Lease, limit: int) -> None:
     """Record this start in starts.jsonl.
 
     Raises RunError when the same Slurm job has started `limit` times in a row without any progress, because the same
-    cause would end it again. A new submission starts a new count.
+    cause would end it again. A start that stopped on request does not count, and a new submission starts a new count.
     """
-    file, job = lease.root / "starts.jsonl", os.environ.get("SLURM_JOB_ID")
+    job = os.environ.get("SLURM_JOB_ID")
     step = max((checkpoint.step_of(f) for f in checkpoint.committed(lease.root / "checkpoints")), default=0)
     this: Start = {
         "job": job,
@@ -192,19 +197,46 @@ def count_start(lease: Lease, limit: int) -> None:
         "step": step,
         "reference_parts": len(list(lease.root.glob("reference/*/*.npz"))),
         "vision_parts": len(list(lease.root.glob("vision/*/*.safetensors"))),
+        "stopped": False,
     }
-    before: list[Start] = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    in_vain = 0
+    before = _starts(lease.root)
+    in_vain = stopped = 0
     for start in reversed(before):
-        if job is None or {**start, "restart": this["restart"]} != this:
+        if job is None or {**start, "restart": this["restart"], "stopped": False} != this:
             break
-        in_vain += 1
+        if start.get("stopped"):
+            stopped += 1
+        else:
+            in_vain += 1
     if in_vain >= limit:
         raise RunError(
             f"{lease.root}: Slurm job {job} has started {in_vain} times from step {step} without a new checkpoint "
             f"(train.max_restarts={limit}); see its log for what ended it, then submit it again"
         )
-    lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in [*before, this]))
+    if stopped >= limit:
+        log.warning(
+            f"{lease.root}: Slurm job {job} was asked to stop {stopped} times before training began; if its time limit "
+            "is the reason, submit it again with a longer one (sbatch --time)"
+        )
+    _write_starts(lease, [*before, this])
+
+
+def forget_start(lease: Lease) -> None:
+    """Record that this start of a Slurm job stopped on request, so that `count_start` does not count it."""
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")
+    starts = _starts(lease.root)
+    if job is not None and starts and (starts[-1]["job"], starts[-1]["restart"]) == (job, restart):
+        starts[-1]["stopped"] = True
+        _write_starts(lease, starts)
+
+
+def _starts(root: Path) -> list[Start]:
+    file = root / "starts.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _write_starts(lease: Lease, starts: Sequence[Start]) -> None:
+    lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in starts))
 
 
 def versions() -> dict[str, str]:

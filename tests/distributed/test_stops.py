@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import signal
 import struct
 import subprocess
@@ -10,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import forkserver
-from conftest import launch, metrics
+import pytest
+from conftest import launch, metrics, until
 from faults.processes import send, worker
 from wandb.proto import wandb_internal_pb2
 
@@ -34,6 +37,31 @@ def test_a_signal_during_set_up_ends_the_run_before_there_is_anything_to_commit(
     assert "nothing was left to commit" in output
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert not list((tmp_path / "run").glob("work-*"))
+
+
+def handles(pid: int, number: int) -> bool:
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_start_stops_in_order_at_any_moment(toy, tmp_path, monkeypatch, ranks):
+    """While Python starts, while the libraries are imported, and at moments that differ from one test run to the next;
+    none of these starts counts for train.max_restarts."""
+    monkeypatch.setenv("SLURM_JOB_ID", "4243")
+    folder = tmp_path / "run"
+    seconds = [0.0, 0.5, *(random.uniform(0.0, 1.5) for _ in range(4))]
+    for start, delay in enumerate(seconds):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        arguments = command(toy, folder, "train.max_restarts=1", "train.max_steps=1000", "train.save_every=1000")
+        process = launch(ranks, *arguments, start=True, fresh=start < 2)
+        until(lambda p=process: handles(p.pid, signal.SIGUSR1), process)  # before that bash itself would be killed
+        time.sleep(delay)
+        process.send_signal(random.choice([signal.SIGTERM, signal.SIGUSR1]))
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 75, (delay, output)
+        assert "Traceback" not in output, (delay, output)
+        assert not list(folder.glob("work-*"))
 
 
 FILL = """

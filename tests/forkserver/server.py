@@ -145,7 +145,7 @@ def become(request: dict, program: Path, paths: list[str]) -> None:
     else:
         first, module = str(Path(kind).absolute().parent), None
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    sys.path[:] = [first, *given, *paths]
+    sys.path[:] = [*([] if os.environ.get("PYTHONSAFEPATH") else [first]), *given, *paths]
     sys.path_importer_cache.clear()
     sys.executable = str(program)
     if os.environ.get("PYTHONUNBUFFERED"):

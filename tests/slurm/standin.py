@@ -3,7 +3,8 @@
 
 The note is a file in $TMPDIR, one a start of a task, since long lines of several tasks mix in a log.
 
-seconds=S is how long it takes, save=S what stopping costs, fail=RANK:STATUS a rank that fails after a second.
+seconds=S is how long it takes (again=S: from the second start on), save=S what stopping costs, fail=RANK:STATUS a rank
+that fails after a second.
 """
 
 import json
@@ -21,6 +22,8 @@ for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *_: requests.append(time.monotonic()))
 words = sys.argv[3:]
 options = {"seconds": "0", "save": "0.5", "fail": ""} | dict(word.split("=", 1) for word in words if "=" in word)
+if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+    options["seconds"] = options.get("again", options["seconds"])
 place = os.environ.get("RANK", os.environ["SLURM_PROCID"])
 own = ("start", os.environ["SLURM_JOB_ID"], place, os.environ.get("SLURM_RESTART_COUNT", "0"))
 note = Path(os.environ["TMPDIR"], "-".join(own))

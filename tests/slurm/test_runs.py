@@ -179,15 +179,18 @@ def test_after_a_node_failure_slurm_starts_the_job_elsewhere_and_the_orphan_does
     same(run, whole)
 
 
-def test_starts_without_progress_come_to_an_end(slurm, toy):
-    run = Run(slurm, toy, "loop", "train.max_restarts=2", fresh=True)
+def test_starts_that_stop_on_request_before_training_begins_do_not_count(slurm, toy):
+    run = Run(slurm, toy, "asked", "train.max_restarts=1", fresh=True)
     noted = run.root / "starts.jsonl"
     for start in (1, 2):
         slurm.until(lambda n=start: noted.is_file() and len(noted.read_text().splitlines()) == n, "a start", run.job)
-        # Told to stop while the model loads, it has nothing to commit.
         slurm.ask("scancel", "--batch", "--signal=USR1", run.job)
         slurm.until(lambda n=start: slurm.job(run.job)["Restarts"] == str(n), "a requeue", run.job)
+        assert run.saved() == []
+    # A start that does not get on, and was not asked to stop, has the last line.
+    lines = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert [line["stopped"] for line in lines] == [True, True]
+    noted.write_text("".join(json.dumps(line | {"stopped": n == 0}) + "\n" for n, line in enumerate(lines)))
     state = slurm.ended(run.job)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "2"), slurm.log(run.job)
-    assert "has started 2 times from step 0" in slurm.log(run.job)
-    assert run.saved() == []
+    assert "has started 1 times from step 0" in slurm.log(run.job)

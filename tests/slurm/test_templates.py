@@ -1,5 +1,7 @@
 """What the scripts ask of Slurm and what they tell its processes; a stand-in takes the place of the training."""
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -55,7 +57,7 @@ def test_ranks_and_overrides_arrive(slurm):
     )
     slurm.ended(job)
     starts = slurm.starts(job)
-    assert [start["words"] for start in starts] == [["train", "configs/train/npo.yaml", *words]] * 4
+    assert [start["words"] for start in starts] == [["train", f"{REPOSITORY}/configs/train/npo.yaml", *words]] * 4
     env = [start["env"] for start in starts]
     assert sorted(e["SLURM_PROCID"] for e in env) == ["0", "1", "2", "3"]
     first = next(e["SLURMD_NODENAME"] for e in env if e["SLURM_PROCID"] == "0")
@@ -83,7 +85,7 @@ def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):
     starts = slurm.starts(job)
     assert sorted(start["words"][-1] for start in starts) == [f"{i}/6" for i in range(6)]
     assert {tuple(start["words"][:-1]) for start in starts} == {
-        ("eval", "configs/eval/vlguard.yaml", "run.dir=runs/x", "--worker")
+        ("eval", f"{REPOSITORY}/configs/eval/vlguard.yaml", "run.dir=runs/x", "--worker")
     }
     assert {start["env"]["CUDA_VISIBLE_DEVICES"] for start in starts} <= set("01234567")
     assert len({(start["env"]["SLURM_JOB_ID"], start["env"]["CUDA_VISIBLE_DEVICES"]) for start in starts}) == 6
@@ -168,9 +170,72 @@ def test_a_launcher_places_the_ranks_and_passes_on_the_stop_and_its_status(slurm
         assert e["MASTER_ADDR"] == min(e["SLURMD_NODENAME"] for e in env)
 
 
-def test_a_rank_that_fails_under_a_launcher_ends_the_job(slurm):
+def test_a_term_to_deepspeeds_launcher_which_answers_1_is_a_stop_when_its_workers_stopped(slurm):
     options = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1")
-    job = slurm.submit("unlearn_npo", "seconds=120", "fail=1:1", options=options, MIRAGE_LAUNCHER="torchrun")
+    words = ("seconds=60", "again=1")
+    job = slurm.submit("unlearn_npo", *words, options=options, MIRAGE_LAUNCHER="deepspeed")
+    slurm.until(lambda: len(slurm.starts(job)) == 2, "two workers", job)
+    slurm.ask("scancel", "--signal=TERM", job)
+    fields = slurm.ended(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "1"), slurm.log(job)
+
+
+# Fails as often as told, for each command of its own, as when the controller is busy.
+BUSY = """#!/bin/bash
+[[ $2 != hostnames ]] || exec {real} "$@"
+count=$TMPDIR/calls-$SLURM_JOB_ID-{name}-${{1//[^a-z]/}}
+echo >>"$count"
+if (($(wc -l <"$count") <= {failures})); then
+  echo "slurm_{name} error: Unable to contact slurm controller" >&2
+  exit 1
+fi
+exec {real} "$@"
+"""
+
+
+def busy(slurm, failures: int, *names: str) -> dict[str, str]:
+    """The PATH of a job whose Slurm commands fail at first."""
+    folder = slurm.root / f"busy-{failures}"
+    folder.mkdir()
+    for name in names:
+        program = folder / name
+        program.write_text(BUSY.format(name=name, failures=failures, real=shutil.which(name)))
+        program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_before_the_time_limit_a_request_is_tried_again_until_it_has_been_passed_on(slurm):
+    """The limit is reached: whoever is not requeued ends TIMEOUT."""
+    options = (*SMALL, "--time=1", "--signal=B:USR1@40")
+    often, never = busy(slurm, 2, "scontrol", "scancel", "squeue"), busy(slurm, 1000, "scancel")
+    plain, tried, lost = (
+        slurm.submit("unlearn_npo", "seconds=200", "again=1", options=options, **environment)
+        for environment in ({}, often, never)
+    )
+    for job in (plain, tried):
+        fields = slurm.ended(job)
+        assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("COMPLETED", "0:0", "1"), slurm.log(job)
+    log = slurm.log(tried)
+    assert "USR1 could not be passed on to the processes, trying again: slurm_" in log
+    assert "USR1 is passed on" in log
+    assert "stopped on request; not requeued, trying again: slurm_" in log
+    assert "stopped on request; requeued" in log
+    assert slurm.ended(lost)["JobState"] == "TIMEOUT"
+    assert "USR1 could not be passed on to the processes, trying again: slurm_scancel error" in slurm.log(lost)
+
+
+def test_a_job_that_may_not_be_requeued_ends_and_says_so(slurm):
+    job = slurm.submit("unlearn_npo", "seconds=60", options=(*SMALL, "--no-requeue"))
+    slurm.until(lambda: len(slurm.starts(job)) == 2, "two ranks", job)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.ended(job)["ExitCode"] == "75:0"
+    assert "this job may not be requeued" in slurm.log(job)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_rank_that_fails_under_a_launcher_ends_the_job(slurm, launcher):
+    options = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1")
+    job = slurm.submit("unlearn_npo", "seconds=120", "fail=1:1", options=options, MIRAGE_LAUNCHER=launcher)
     fields = slurm.ended(job, seconds=60)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "0"), slurm.log(job)
     assert len(slurm.starts(job)) == 2

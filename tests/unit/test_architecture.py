@@ -194,6 +194,13 @@ def test_models_and_processors_are_loaded_in_one_place():
     assert not elsewhere
 
 
+def test_pictures_are_opened_in_one_place():
+    """Elsewhere a turned, transparent or deep picture would be another one, and a damaged one a traceback."""
+    opens = re.compile(r"\bImage\.open\(|import (open|Image) as\b|from PIL\.Image import|imread\(|decode_image\(")
+    elsewhere = {f for f in FILES if opens.search(f.read_text())} - {PACKAGE / "data/pictures/opening.py"}
+    assert not elsewhere
+
+
 def test_no_folder_has_more_rooms_than_a_dozen():
     rooms = Counter(file.parent for file in FILES if file.name != "__init__.py")
     assert not {str(folder): count for folder, count in rooms.items() if count > 12}

@@ -10,7 +10,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.control import SpelledControl
 from mirage_dist.data.encoding.conversation import Conversation, called, tokenizer_of
+from mirage_dist.data.encoding.framing import Aspect
 from mirage_dist.data.encoding.packing import borders, pack
-from mirage_dist.data.encoding.pictured import Aspect, Pictured, aspect_of
+from mirage_dist.data.encoding.pictured import Pictured, aspect_of
 from mirage_dist.data.encoding.rows import IGNORE, TOKEN_TYPES, Row, Tokens, extend, stack
+from mirage_dist.data.pictures import Size
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
@@ -351,6 +353,10 @@ class Encoder:
                 except ConfigError as error:
                     raise ConfigError(f"{called(sample)}: {error}") from error
             raise
+
+    def refusals(self, sizes: Iterable[Size]) -> dict[Size, str]:
+        """size -> why the model's processor refuses a picture of it, for those of these sizes that it refuses."""
+        return {} if self.pictured is None else self.pictured.refusals(sizes)
 
     def _placed(self, turns: Turns, sample: Sample, made: Row | None) -> Row:
         """The row through the picture, with the labels of earlier answers. made: the processor's."""

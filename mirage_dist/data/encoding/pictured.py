@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from mirage_dist.data.encoding import outputs
+from mirage_dist.data.encoding.framing import Aspect, Framing, cuts_ends
 from mirage_dist.data.encoding.rows import IGNORE, Row, Tokens, extend
+from mirage_dist.data.pictures import Size, open_picture, size_of
 from mirage_dist.schema import ConfigError
 
-Aspect = Literal["pad", "processor"]
-Size = tuple[int, int]  # width, height
 BLANK: Size = (32, 32)
 # Sizes at which a processor's own count of picture tokens is held against what it makes.
 PROBES: tuple[Size, ...] = (BLANK, (336, 336), (100, 300), (900, 400), (600, 60))
@@ -29,18 +28,7 @@ def aspect_of(processor: Any, choice: Literal["auto", "pad", "processor"]) -> As
     """
     if choice != "auto":
         return choice
-    images = getattr(processor, "image_processor", None)
-    if images is None:
-        return "processor"
-    plain = Image.new("RGB", (96, 32))
-    ends = Image.new("RGB", (96, 32), "white")
-    ends.paste(plain.crop((0, 0, 80, 32)), (8, 0))
-    try:
-        one, other = (images(images=[picture], return_tensors="pt") for picture in (plain, ends))
-        same = all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
-    except Exception:  # of any kind: a family's own code, which may take pictures with their text only
-        return "processor"
-    return "pad" if same else "processor"
+    return "pad" if cuts_ends(processor) else "processor"
 
 
 class Pictured:
@@ -58,7 +46,7 @@ class Pictured:
     def __init__(
         self, processor: Any, tokens: Tokens, token: int | None, aspect: Aspect, texts: tuple[str, str, str]
     ) -> None:
-        self.processor, self.tokens, self.aspect, self.token = processor, tokens, aspect, token
+        self.processor, self.tokens, self.token, self.framing = processor, tokens, token, Framing(processor, aspect)
         self.text, self.other, self.more = texts
         self.kind = type(processor).__name__
         # Most families take one list of pictures for each text, Gemma 3 and Mllama nothing else; GOT-OCR takes none.
@@ -85,6 +73,7 @@ class Pictured:
         self._rows: dict[Size, Row] = {}
         self._sizes: dict[str, Size] = {}
         self._growths: dict[Size, int] = {}
+        self._accepted = {True: [BLANK], False: [BLANK]}  # whether pictures are wide -> sizes that the processor takes
         # What a picture adds beside the tokens that the processor counts; None where its count is not to be trusted.
         self._offset: int | None = None
         self._calibrated, self._constant = False, False
@@ -169,15 +158,8 @@ class Pictured:
         if self._constant:
             return BLANK
         if path not in self._sizes:
-            try:
-                with Image.open(path) as image:
-                    self._sizes[path] = self._shown(image.size)
-            except OSError as error:
-                raise ConfigError(f"{path}: no picture can be read from it ({error})") from error
+            self._sizes[path] = self.framing.size(size_of(path))
         return self._sizes[path]
-
-    def _shown(self, size: Size) -> Size:
-        return (max(size), max(size)) if self.aspect == "pad" else size
 
     def _calibrate(self) -> None:
         """Whether the processor's own count of picture tokens is right, and whether it varies with the size; and
@@ -186,8 +168,8 @@ class Pictured:
         self._calibrated = True
         prompts = (self.text + self.more, self.other)
         self._splices = all(self._spliced(text, BLANK) == self._made(text, BLANK) for text in prompts)
-        sizes = [self._shown(size) for size in PROBES]
-        grid = sorted({self._shown((width, height)) for width in SIDES for height in SIDES})
+        sizes = [self.framing.size(size) for size in PROBES]
+        grid = sorted({self.framing.size((width, height)) for width in SIDES for height in SIDES})
         try:
             offsets = {self._measured(size) - count for size, count in zip(sizes, self._counted(sizes), strict=True)}
             if len(offsets) == 1:
@@ -287,22 +269,37 @@ class Pictured:
 
     # ------------------------------------------------------------------------------------------ pictures
 
+    def refusals(self, sizes: Iterable[Size]) -> dict[Size, str]:
+        """size -> why the processor refuses a picture of it, for those of these sizes that it refuses.
+
+        Processors refuse pictures that are too long for their width, or too narrow (Qwen-VL's an aspect ratio above
+        200). So a size is tried, with a blank picture, only if no picture at least as long and narrow was accepted;
+        the longest are tried first, and thousands of different sizes take a few tries.
+        """
+        refused: dict[Size, str] = {}
+        for size in sorted(set(sizes), key=lambda size: (-max(size) / min(size), min(size))):
+            accepted = self._accepted[size[0] >= size[1]]
+            if any(_at_least_as_long(other, size) for other in accepted):
+                continue
+            try:
+                self._made(self.text, self.framing.size(size))
+            except ConfigError as error:
+                refused[size] = str(error)
+            else:
+                accepted.append(size)
+        return refused
+
     def opened(self, path: str) -> Image.Image:
-        """The picture as it goes to the processor. Raises OSError."""
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-        if self.aspect == "processor" or image.width == image.height:
-            return image
-        side = max(image.size)
-        mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
-        red, green, blue = (int(255 * channel) for channel in mean)
-        square = Image.new("RGB", (side, side), (red, green, blue))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return square
+        """The picture as it goes to the processor. Raises PictureError."""
+        return self.framing(open_picture(path))
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """The tensors of one picture, each (1, …) or as the processor shapes it."""
         return self([self.text], [self.opened(path)])[1]
+
+
+def _at_least_as_long(one: Size, other: Size) -> bool:
+    return min(one) <= min(other) and max(one) * min(other) >= max(other) * min(one)
 
 
 def _sizes(images: Sequence[Image.Image]) -> str:

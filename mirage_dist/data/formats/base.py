@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mirage_dist.data import pictures
 from mirage_dist.data import records as streamed
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -75,7 +76,12 @@ class Format(SourceConfig):
         return {}
 
     def picture(self, name: str) -> str:
-        """The path of a picture under `images`, by default the file's own folder. An absolute path stays."""
+        """The path of a picture under `images`, by default the file's own folder. An absolute path stays.
+
+        Raises BadRecord for a URL or base64 in place of a path.
+        """
+        if (fault := pictures.no_path(name)) is not None:
+            raise BadRecord(f"field 'image': {fault}")
         return str(_folder(self.images, self.path) / name)
 
 

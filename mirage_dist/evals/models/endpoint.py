@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import email.utils
 import json
-import mimetypes
 import os
 import random
 import ssl
@@ -23,11 +22,11 @@ import weakref
 from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+from mirage_dist.data import pictures
 from mirage_dist.evals.models import replies
 from mirage_dist.evals.models.replies import Failed, NoAnswer
 from mirage_dist.schema import ChatConfig, ConfigError
@@ -127,8 +126,8 @@ class Endpoint:
             return health.untried
         try:
             body = json.dumps({**self.fixed, "messages": _messages(system, text, image)}).encode()
-        except OSError:
-            return Failed("its picture cannot be read")
+        except pictures.PictureError as error:
+            return Failed(f"its picture cannot be read: {error.cause}")
         attempt = 0
         while True:
             try:
@@ -233,8 +232,8 @@ def _spread(count: int) -> list[int]:
 def _messages(system: str, text: str, image: str | None) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if image is not None:
-        kind = mimetypes.guess_type(image)[0] or "image/png"
-        data = base64.b64encode(Path(image).read_bytes()).decode()
+        kind, content_bytes = pictures.encoded(image)
+        data = base64.b64encode(content_bytes).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 

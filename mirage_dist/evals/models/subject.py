@@ -9,7 +9,8 @@ from pathlib import Path
 from mirage_dist import config as configs
 from mirage_dist import disk, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
-from mirage_dist.data.encoding.pictured import Aspect, aspect_of
+from mirage_dist.data.encoding.framing import Aspect
+from mirage_dist.data.encoding.pictured import aspect_of
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
@@ -31,6 +32,7 @@ class Subject:
     folder: the model directory, or the checkpoint's. model_hash: of the files that decide the model (see
     `model.directory`), or of the checkpoint's manifest, which has the hashes of all of its files. template_hash: of the
     chat template. aspect: what `template.image_aspect: auto` comes to. state: of the files when they were hashed.
+    processing: the directory of its processor, which for a checkpoint is that of the base model.
     """
 
     model: EvalModelConfig
@@ -41,6 +43,7 @@ class Subject:
     environment: Environment
     aspect: Aspect
     state: directory.State
+    processing: Path
 
     @property
     def text_only(self) -> bool:
@@ -94,7 +97,7 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
     weights.check(folder, families.load(folder))
     state = directory.state(folder)
     trained_in = run if run in Path(str(model.path)).parents else None
-    return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state)
+    return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state, folder)
 
 
 def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
@@ -104,7 +107,8 @@ def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     checkpoint = export.chosen(run / "checkpoints", model.step)
     exact = replace(model, step=step_of(checkpoint))
     manifest_hash = disk.sha256(checkpoint / "manifest.json")
-    return Subject(exact, run, checkpoint, manifest_hash, *_processing(directory.resolve(base)), [])
+    processing = directory.resolve(base)
+    return Subject(exact, run, checkpoint, manifest_hash, *_processing(processing), [], processing)
 
 
 def _processing(folder: Path) -> tuple[str, Environment, Aspect]:

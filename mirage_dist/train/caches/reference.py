@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import disk, ranks
+from mirage_dist import disk, ranks, signals
 from mirage_dist.data import pictures
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.model import environment, reference
@@ -49,7 +49,8 @@ def fill(run: Run) -> reference.LogProbs:
             if group.main:
                 folder.mkdir(parents=True, exist_ok=True)
             ranks.barrier(group, "reference cache")
-            names = _compute(run, folder)
+            with signals.at_stop_points():
+                names = _compute(run, folder)
         cache, damaged = _read(folder, names)
         # Every rank reads every part, but a rank may see damage that the others do not: they drop the part together.
         damaged = sorted(set().union(*ranks.everyones(group, damaged)))

@@ -24,7 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mirage_dist import disk, ranks
+from mirage_dist import disk, ranks, signals
 from mirage_dist.data import pictures
 from mirage_dist.model import environment, vision
 from mirage_dist.model.policy import Request, differ_by, no_grad_forward
@@ -88,7 +88,8 @@ def fill(run: Run) -> Features:
             folder.mkdir(parents=True, exist_ok=True)
         ranks.barrier(group, "vision features")
         path_of = {digest: path for path, digest in digests.items()}
-        _compute(run, [(digest, path_of.get(digest)) for digest in missing], folder)
+        with signals.at_stop_points():
+            _compute(run, [(digest, path_of.get(digest)) for digest in missing], folder)
         index = ranks.from_main(group, _index(folder) if group.main else {})
     features = Features(digests, folder, index)
     if missing:

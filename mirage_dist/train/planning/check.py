@@ -24,7 +24,7 @@ from mirage_dist.progress import log
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
-from mirage_dist.train.feed import Feed, check_streams, read_streams
+from mirage_dist.train.feed import Feed, check_streams, encoder_of, read_streams
 from mirage_dist.train.optimizers.groups import split
 
 
@@ -99,7 +99,8 @@ def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group)
     """
     processor = load.processor(checked.recipe.model)
     recipe = resolved(checked.recipe, processor)
-    sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own))
+    refusals = encoder_of(recipe, processor).refusals
+    sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)
     return feed, feed.check_lengths(group)
 

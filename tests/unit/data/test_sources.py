@@ -12,6 +12,7 @@ from PIL import Image
 
 from mirage_dist.data import formats, pictures, sources, words
 from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.pictures import many, opening
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
@@ -360,9 +361,33 @@ def test_a_file_header_alone_is_not_taken_for_a_picture(folder, read):
 
 
 def test_a_picture_too_large_to_decode_is_a_bad_record(read, folder, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    with pytest.raises(ConfigError, match=r"record 0: image .* exceeds limit"):
+    monkeypatch.setattr(opening, "LARGEST", 64)
+    with pytest.raises(ConfigError, match=r"record 0: image .*: 4096 pixels by its header; at most 64 are decoded"):
         read([unsafe()])
+
+
+@pytest.mark.parametrize(
+    "value", ["data:image/png;base64," + "A" * 800_000, "/9j/" + "4AAQ" * 2000, "https://x.org/a.png"]
+)
+def test_a_picture_in_place_of_its_path_is_a_bad_record_that_shows_its_beginning(read, value):
+    with pytest.raises(ConfigError, match=r"data\.json: record 1: field 'image': .* is not supported") as error:
+        read([unsafe(), unsafe(image=value)])
+    assert len(str(error.value)) < 600
+    assert len(read([unsafe(), unsafe(image=value)], on_bad_record="skip").samples) == 1
+
+
+def test_a_picture_that_a_model_refuses_is_a_bad_record_of_an_evaluation(folder):
+    Image.new("RGB", (4, 1000)).save(folder / "long.png")
+    (folder / "x.json").write_text(json.dumps([unsafe(), unsafe(image="long.png")]))
+    config = formats.source("vlguard", f"{folder}/x.json")
+
+    def refusals(sizes):
+        return {size: "too long" for size in sizes if max(size) > 200 * min(size)}
+
+    with pytest.raises(ConfigError, match=r"x\.json: record 1: image .*long\.png: too long"):
+        sources.read_all([config], refusals=refusals)
+    kept = sources.read_all([dataclasses.replace(config, on_bad_record="skip")], refusals=refusals)
+    assert (len(kept.samples), kept.skipped) == (1, 1)
 
 
 def ranks(size, streams):
@@ -396,7 +421,7 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
     for name, own in records.items():
         (folder / f"{name}.json").write_text(json.dumps(own))
     decoded = []
-    monkeypatch.setattr(pictures, "inspect", lambda path, whole=pictures.inspect: decoded.append(path) or whole(path))
+    monkeypatch.setattr(many, "inspect", lambda path, whole=many.inspect: decoded.append(path) or whole(path))
 
     def streams(on_bad_record, check_images=False):
         configs = {n: [formats.source("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}
@@ -420,8 +445,8 @@ def test_a_stream_that_loses_every_sample_is_an_error(folder):
 
 
 def test_a_long_check_says_how_far_it_is_once_for_all_ranks(folder, monkeypatch, capsys):
-    monkeypatch.setattr(pictures, "AT_ONCE", 2)
-    monkeypatch.setattr(pictures, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(many, "AT_ONCE", 2)
+    monkeypatch.setattr(many, "PAUSE_SECONDS", 0.0)
     names = [f"{folder}/{name}" for name in ("a.png", "b.png", "c.jpg")]
     assert pictures.faults([*names, *names], "pictures", part=1, parts=2) == {}
     assert capsys.readouterr().out == ""

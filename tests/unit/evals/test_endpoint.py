@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 from chat_server import Server, completion, error
+from PIL import Image
 
 from mirage_dist import signals
 from mirage_dist.evals import judges
@@ -51,9 +52,9 @@ def ask(config, texts=("q",), image=None):
 
 def test_what_is_sent_is_the_chat_format_with_the_picture_and_the_key(serve, monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    (tmp_path / "p.png").write_bytes(b"\x89PNG bytes")
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "p.jpg", "PNG")  # the media type is that of the bytes
     server = serve(lambda *_: completion("hello"))
-    assert ask(server.config(key_env="JUDGE_KEY"), ["what?"], str(tmp_path / "p.png")) == {0: ("hello", "")}
+    assert ask(server.config(key_env="JUDGE_KEY"), ["what?"], str(tmp_path / "p.jpg")) == {0: ("hello", "")}
     (request,) = server.seen
     assert request["path"] == "/v1/chat/completions"
     assert request["headers"]["Authorization"] == f"Bearer {KEY}"
@@ -63,7 +64,7 @@ def test_what_is_sent_is_the_chat_format_with_the_picture_and_the_key(serve, mon
     assert body["messages"][0] == {"role": "system", "content": "be strict"}
     picture, text = body["messages"][1]["content"]
     kind, _, data = picture["image_url"]["url"].partition(",")
-    assert (kind, base64.b64decode(data)) == ("data:image/png;base64", b"\x89PNG bytes")
+    assert (kind, base64.b64decode(data)) == ("data:image/png;base64", (tmp_path / "p.jpg").read_bytes())
     assert text == {"type": "text", "text": "what?"}
 
 
@@ -366,7 +367,9 @@ def test_a_missing_key_is_an_error_before_any_request(monkeypatch, value):
 
 def test_a_missing_picture_fails_alone(serve, tmp_path):
     server = serve(lambda *_: completion("ok"))
-    assert ask(server.config(), image=str(tmp_path / "gone.png")) == {0: (None, "its picture cannot be read")}
+    ((answer, reason),) = ask(server.config(), image=str(tmp_path / "gone.png")).values()
+    assert answer is None
+    assert reason.startswith("its picture cannot be read: no such file")
 
 
 def test_requests_go_out_together_up_to_the_limit(serve):

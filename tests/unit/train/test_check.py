@@ -18,9 +18,11 @@ from mirage_dist import config as configs
 from mirage_dist import objectives, ranks
 from mirage_dist.cli import main
 from mirage_dist.data import formats, sources
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
 from mirage_dist.model import load
+from mirage_dist.model.families import processors
 from mirage_dist.monitoring import tensorboard
 from mirage_dist.objectives.base import Term
 from mirage_dist.progress import handler
@@ -383,3 +385,39 @@ def test_a_family_that_cannot_be_trained_is_refused_before_weights_exist(mixed, 
     assert command(["train", "--check"], tmp_path / "paligemma", tmp_path, mixed) == 2
     assert "paligemma: answers see their own later tokens" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def long_pictures(folder):
+    """A stream whose last sample but one has a picture that Qwen-VL's processors refuse: 4 × 1000 pixels."""
+    sizes = [(60, 60), (4, 700), (4, 1000), (1000, 90)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size, "blue").save(folder / f"{number}.png")
+    pictured = [Sample(f"s{n}", str(folder / f"{n}.png"), "what", "blue", True, "", "t") for n in range(len(sizes))]
+    write_samples(folder / "long.jsonl", pictured)
+    return folder / "long.jsonl"
+
+
+def test_what_a_processor_refuses_is_a_bad_record_of_the_check(tmp_path, capsys):
+    families.write_files("qwen2_5_vl", tmp_path / "qwen")
+    stream = f"format: samples, path: {long_pictures(tmp_path)}"
+    check = ["train", "--check"]
+    assert command(check, tmp_path / "qwen", tmp_path, f"data.streams.train=[{{{stream}}}]") == 2
+    refused = f"long.jsonl: record 2: image {tmp_path}/2.png: Qwen2_5_VLProcessor cannot encode a picture of 4x1000"
+    assert refused in capsys.readouterr().err
+    skipped = f"data.streams.train=[{{{stream}, on_bad_record: skip}}]"
+    assert command(check, tmp_path / "qwen", tmp_path, skipped) == 0
+    assert "samples: train 3" in capsys.readouterr().out
+    families.write_files("llava_llama", tmp_path / "llava")
+    assert command(check, tmp_path / "llava", tmp_path, f"data.streams.train=[{{{stream}}}]") == 0
+
+
+def test_thousands_of_sizes_take_a_few_tries(tmp_path):
+    families.write_files("qwen2_vl", tmp_path / "qwen")
+    encoder = Encoder(processors.load(tmp_path / "qwen"))
+    tried = []
+    encode = encoder.pictured._made
+    encoder.pictured._made = lambda text, size: tried.append(size) or encode(text, size)
+    ordinary = {(width, height) for width in range(100, 900, 10) for height in range(100, 900, 10)}
+    assert encoder.refusals(ordinary | {(3, 900), (900, 3), (5, 900)}).keys() == {(3, 900), (900, 3)}
+    assert len(tried) < 12
+    assert encoder.refusals(ordinary) == {}

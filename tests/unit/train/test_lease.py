@@ -301,3 +301,25 @@ def test_starts_by_hand_are_not_counted(tmp_path):
     for _ in range(6):
         start(lease, tmp_path)
     lease.release()
+
+
+def test_a_start_that_stopped_on_request_does_not_count(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    lease = acquire(tmp_path)
+    for number in range(5):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        assert ("asked to stop 3 times before training began" in caplog.text) == (number > 3)
+        start(lease, tmp_path)
+        rundir.forget_start(lease)
+    assert "sbatch --time" in caplog.text
+    for number in range(5, 8):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(number))
+        start(lease, tmp_path)
+    with pytest.raises(RunError, match="has started 3 times from step 0"):
+        start(lease, tmp_path)
+    # What is no start of this job is left alone.
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    before = (tmp_path / "starts.jsonl").read_text()
+    rundir.forget_start(lease)
+    assert (tmp_path / "starts.jsonl").read_text() == before
+    lease.release()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from mirage_dist import disk
+from mirage_dist.data.pictures.opening import PictureError, Size, examine
 from mirage_dist.progress import Progress
 
 AT_ONCE = 512  # pictures that the threads get before the next progress update, so that Ctrl-C ends a long check
@@ -18,27 +15,21 @@ PAUSE_SECONDS = 30.0  # between progress lines when there is no terminal
 
 
 class Inspection(NamedTuple):
-    """One picture: why it cannot be decoded (None for a whole one), and the SHA-256 of its file ("" without a file)."""
+    """One picture: why it cannot be used (None for a whole one), the SHA-256 of its file ("" without a file), its size
+    as it is shown (None for one that cannot be used).
+    """
 
     fault: str | None
     sha256: str
+    size: Size | None
 
 
 def inspect(path: str) -> Inspection:
-    """Read the file once, hash it, and decode it to its last byte: a file that was cut off has a whole header."""
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        return Inspection("no such file (is `images` the folder that paths are relative to?)", "")
-    except OSError as error:
-        return Inspection(f"broken: {error}", "")
-    digest = disk.sha256_text(content)
-    try:
-        with Image.open(BytesIO(content)) as image:
-            image.load()
-    except Exception as error:  # on damaged bytes a decoder may raise anything
-        return Inspection(f"broken: {error}", digest)
-    return Inspection(None, digest)
+    """Hash the file, and decode it to its last byte: a file that was cut off has a whole header."""
+    digest, size = examine(path)
+    if isinstance(size, PictureError):
+        return Inspection(size.cause, digest, None)
+    return Inspection(None, digest, size)
 
 
 def inspections(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> dict[str, Inspection]:

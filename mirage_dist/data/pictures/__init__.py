@@ -1,0 +1,31 @@
+"""Pictures: the one way to open them, and checks of many at once."""
+
+from mirage_dist.data.pictures.many import Inspection, digests, faults, inspections, shared
+from mirage_dist.data.pictures.opening import (
+    Picture,
+    PictureError,
+    Size,
+    as_png,
+    encoded,
+    no_path,
+    open_picture,
+    shortened,
+    size_of,
+)
+
+__all__ = [
+    "Inspection",
+    "Picture",
+    "PictureError",
+    "Size",
+    "as_png",
+    "digests",
+    "encoded",
+    "faults",
+    "inspections",
+    "no_path",
+    "open_picture",
+    "shared",
+    "shortened",
+    "size_of",
+]

@@ -1,0 +1,373 @@
+"""The one way in for pictures: model, judge, report and person see the same pixels. No other module opens a picture."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mirage_dist.schema import ConfigError
+
+Size = tuple[int, int]  # width, height in pixels, as the picture is shown
+Box = tuple[int, int, int, int]
+# Raster formats of still pictures. PIL knows more; some start a program (EPS) or hold no pixels (WMF, HDF5).
+FORMATS = (
+    *("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM"),
+    *("ICO", "TGA", "PCX", "SGI", "QOI", "PSD"),
+)
+LARGEST = 89_478_485  # pixels; PIL warns of a decompression bomb above it: 256 MiB in three bytes a pixel
+LARGEST_PNG = 8 << 20  # bytes in which a photograph is sent without loss
+GROUND = "white"  # on which transparent pictures are composed
+BAND = 1 << 20  # pixels that are scaled to eight bits at once
+ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+TURNS = {  # the value of `ORIENTATION` -> what it asks for; 1 asks for nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+GREYS = {"L;2": 85, "L;4": 17}  # how PNG's grey of two and four bits lies in a file -> the step between its shades
+KINDS = {"I": "32-bit integers", "F": "floating-point numbers"}
+SHOWN = 100  # characters of a value in a message
+
+# What base64 of a picture begins with, as bytes: PNG, JPEG, GIF, WebP, BMP, TIFF.
+_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+# Chunks of a PNG file that may hold an orientation. They may come after the pixels.
+_ORIENTING = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+class PictureError(ConfigError):
+    """A picture that cannot be used. file: its path, or what its bytes are. cause: why, in a clause."""
+
+    def __init__(self, file: str, cause: str) -> None:
+        super().__init__(f"{shortened(file, 300)}: {cause}")
+        self.file, self.cause = file, cause
+
+    def __reduce__(self) -> tuple[type[PictureError], tuple[str, str]]:
+        return type(self), (self.file, self.cause)
+
+
+class _Refused(ValueError):
+    """A whole picture that has no one rendering in eight bits."""
+
+
+# A picture: the path of its file, or the file's bytes.
+Picture = str | Path | bytes
+
+
+def open_picture(source: Picture) -> Image.Image:
+    """The picture in RGB, eight bits a channel, as it is meant to be shown.
+
+    It is turned by its EXIF orientation, composed on white where it is transparent, and the first frame of an
+    animation or of several pages. Sixteen-bit channels are scaled (65535 is white); channels for which the format names
+    no white (32-bit integers, floating point) are refused. The result has no metadata. Decoding takes up to 12 bytes a
+    pixel, and nothing is decoded of a picture over `LARGEST` pixels.
+    Raises PictureError for anything that is no whole picture: a missing or damaged file, a folder, a FIFO, a device.
+    """
+    with _handle(source) as handle:
+        return _decoded(handle, _named(source))
+
+
+def examine(path: str) -> tuple[str, Size | PictureError]:
+    """SHA-256 of a file ("" where there is none to read), and the size of its picture, decoded to the last byte.
+
+    A file that was cut off has a whole header. What `open_picture` would raise is returned.
+    """
+    digest = ""
+    try:
+        with _handle(path) as handle:
+            total = hashlib.sha256()
+            while part := handle.read(1 << 20):
+                total.update(part)
+            digest = total.hexdigest()
+            handle.seek(0)
+            return digest, _decoded(handle, path).size
+    except PictureError as error:
+        return digest, error
+    except OSError as error:
+        return digest, PictureError(path, f"broken: {error.strerror or error}")
+
+
+def size_of(source: Picture) -> Size:
+    """The size of the picture that `open_picture` gives, from its header alone where the header says it.
+
+    Raises PictureError as `open_picture` does, except for what only decoding shows.
+    """
+    with _handle(source) as handle, _recognised(handle, _named(source)) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # whose plugin has turned the size
+            return width, height
+        if image.format == "PNG":  # whose plugin decodes the whole picture to look for an orientation
+            handle.seek(0)
+            content = handle.read()
+            if not any(mark in content for mark in _ORIENTING):
+                return width, height
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def encoded(source: Picture) -> tuple[str, bytes]:
+    """Media type and bytes of the picture for an API or a page, which show what `open_picture` gives.
+
+    A JPEG, PNG or WebP file that needs no turning, composing or scaling stays as it is; all else becomes a PNG. A JPEG
+    file whose PNG would be over 8 MiB, more than some APIs take, is encoded as JPEG again. Raises PictureError.
+    """
+    with _handle(source) as handle:
+        name = _named(source)
+        with _recognised(handle, name) as image:
+            kind, plain = image.format, _plain(image)
+        handle.seek(0)
+        content = handle.read() if plain else b""
+        handle.seek(0)
+        picture = _decoded(handle, name)  # a damaged file is not sent either
+    if plain:
+        return f"image/{str(kind).lower()}", content
+    if len(content := as_png(picture)) <= LARGEST_PNG or kind not in ("JPEG", "MPO"):
+        return "image/png", content
+    output = BytesIO()
+    picture.save(output, format="JPEG", quality=95, subsampling=0)
+    return "image/jpeg", output.getvalue()
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """A picture of `open_picture` as a PNG file."""
+    output = BytesIO()
+    picture.save(output, format="PNG")
+    return output.getvalue()
+
+
+def no_path(value: str) -> str | None:
+    """Why a record's value names no picture file, in a clause with the value's first characters; None for a path."""
+    if re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+://", value):
+        what = "a data: URL" if value.startswith("data:") else "a URL"
+    elif _looks_base64(value):
+        what = "base64"
+    else:
+        return None
+    return (
+        f"expected the path of a picture file, got {what}, which is not supported: {shortened(value)!r}; save the "
+        "picture to a file and name that"
+    )
+
+
+def _looks_base64(value: str) -> bool:
+    text = value[:4096].replace("-", "+").replace("_", "/")
+    if not re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", text):  # the name of a picture file has a dot
+        return False
+    if len(value) > 1024:
+        return True
+    try:
+        start = base64.b64decode("".join(text.split())[:8])
+    except binascii.Error:
+        return False
+    return len(value) >= 64 and start.startswith(_STARTS)
+
+
+def shortened(value: str, length: int = SHOWN) -> str:
+    """The value, or its first `length` characters and how many it has."""
+    return value if len(value) <= length else f"{value[:length]}… ({len(value)} characters)"
+
+
+# ---------------------------------------------------------------------------------------------------- opening
+
+
+def _named(source: Picture) -> str:
+    return f"a picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+@contextmanager
+def _handle(source: Picture) -> Iterator[BinaryIO]:
+    """The bytes of a picture as a seekable file. Reads from regular files only, so it never waits."""
+    if isinstance(source, bytes):
+        yield BytesIO(source)
+        return
+    name = str(source)
+    try:
+        regular = stat.S_ISREG(mode := os.stat(source).st_mode)
+        # O_NONBLOCK: should a FIFO take the file's place meanwhile, to open it would wait for its writer.
+        descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) if regular else -1
+    except (FileNotFoundError, NotADirectoryError):
+        raise PictureError(name, "no such file (is `images` the folder that paths are relative to?)") from None
+    except OSError as error:
+        raise PictureError(name, f"broken: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL, or what the file system's encoding cannot hold
+        raise PictureError(name, f"no file can have this name ({error})") from error
+    if not regular:
+        what = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+        raise PictureError(name, f"broken: {what}, not a picture file")
+    with os.fdopen(descriptor, "rb") as handle:
+        yield handle
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this PIL reads. JPEG stands for MPO too."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@contextmanager
+def _recognised(handle: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The picture by its header, not decoded; whatever a decoder raises becomes a PictureError."""
+    try:
+        with Image.open(handle, formats=_formats()) as image:
+            if image.width * image.height > LARGEST:
+                raise PictureError(name, _too_large(image.width * image.height))
+            if not image.width or not image.height:
+                raise PictureError(name, "broken: its header gives a size of 0 pixels")
+            yield image
+    except PictureError:
+        raise
+    except _Refused as error:
+        raise PictureError(name, str(error)) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(name, _too_large(next(iter(re.findall(r"\d+", str(error))), "too many"))) from error
+    except UnidentifiedImageError:
+        raise PictureError(name, f"broken: {_unrecognised(handle)}") from None
+    except MemoryError as error:
+        raise PictureError(name, "broken: there is not enough memory to decode it") from error
+    except Exception as error:  # on damaged bytes a decoder may raise anything
+        raise PictureError(name, f"broken: {str(error) or type(error).__name__}") from error
+
+
+def _too_large(pixels: int | str) -> str:
+    return f"{pixels} pixels by its header; at most {LARGEST} are decoded, so scale it down"
+
+
+def _unrecognised(handle: BinaryIO) -> str:
+    handle.seek(0)
+    if not handle.read(1):
+        return "the file is empty"
+    return f"no picture can be read from it; expected {', '.join(_formats())}"
+
+
+# --------------------------------------------------------------------------------------------------- decoding
+
+
+def _decoded(handle: BinaryIO, name: str) -> Image.Image:
+    with _recognised(handle, name) as image:
+        raw = _raw(image)
+        image.load()
+        if image.mode == "RGB" and raw.endswith(";16B") and "transparency" in image.info:
+            alpha = _of_deep_colour(image, handle)
+        else:
+            if image.mode == "L" and raw in GREYS and "transparency" in image.info:
+                image.info["transparency"] *= GREYS[raw]  # PIL has scaled the pixels, and not their colour key
+            alpha = None
+        method = TURNS.get(_orientation(image))
+        picture = _flat(image, alpha)
+    picture = picture if method is None else picture.transpose(method)
+    picture.info = {}
+    return picture
+
+
+def _raw(image: Image.Image) -> str:
+    """How the pixels lie in a file that is not decoded yet, in PIL's words: "RGB;16B"."""
+    tiles = getattr(image, "tile", None)
+    return tiles[0].args if tiles and isinstance(tiles[0].args, str) else ""
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where the data hold none, and, as viewers have it, where they are damaged."""
+    if image.format == "TIFF":  # which PIL turns while it decodes
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # on damaged bytes the parser may raise anything
+        return 1
+    return value if value in TURNS else 1
+
+
+def _plain(image: Image.Image) -> bool:
+    """Whether the file, which is not decoded yet, shows everywhere what `open_picture` gives."""
+    return (
+        image.format in ("JPEG", "PNG", "WEBP")
+        and image.mode in ("L", "P", "RGB")
+        and "16" not in _raw(image)
+        and getattr(image, "n_frames", 1) == 1
+        and not image.has_transparency_data
+        and _orientation(image) == 1
+    )
+
+
+def _flat(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """A decoded picture of any mode as RGB on the ground; closes it. alpha: its opacity where no channel is."""
+    white = _white(image)
+    if image.mode in ("I", "F") and white is None:
+        raise _Refused(f"its channels have {KINDS[image.mode]}, for which no white is defined; save it in 8 or 16 bits")
+    if white is not None:
+        return _of_deep_grey(image, white)
+    if alpha is None and image.has_transparency_data:
+        if image.mode != "RGBA":
+            decoded, image = image, image.convert("RGBA")
+            decoded.close()
+        alpha = image.getchannel("A")
+    picture = image.convert("RGB")
+    image.close()  # its pixels are not kept beside those of the result
+    return picture if alpha is None else _composed(picture, alpha)
+
+
+def _composed(picture: Image.Image, alpha: Image.Image) -> Image.Image:
+    ground = Image.new("RGB", picture.size, GROUND)
+    ground.paste(picture, mask=alpha)
+    return ground
+
+
+def _white(image: Image.Image) -> int | None:
+    """The value of white in a picture of one deep channel; None for other pictures, and where it is not known."""
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(BITS)  # TIFF has grey of 12 bits too
+        return (1 << (bits[0] if isinstance(bits, tuple) else bits or 16)) - 1
+    return 0xFFFF if image.mode == "I" and image.format == "PPM" else None  # PIL scales these to 16 bits
+
+
+def _of_deep_grey(image: Image.Image, white: int) -> Image.Image:
+    key, inverted = image.info.get("transparency"), getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+
+    def shades(box: Box) -> np.ndarray:
+        values = np.asarray(image.crop(box)).astype(np.uint32)
+        scaled = (values * 255 + white // 2) // white
+        if key is not None:
+            scaled[values == key] = 255  # the ground
+        return np.minimum(255 - scaled if inverted else scaled, 255).astype(np.uint8)
+
+    return _by_bands(image.size, shades).convert("RGB")
+
+
+def _of_deep_colour(image: Image.Image, handle: BinaryIO) -> Image.Image:
+    """The opacity of a 16-bit RGB picture with a colour key. PIL keeps the high bytes; the low ones are read again."""
+    handle.seek(0)
+    with Image.open(handle, formats=_formats()) as low:
+        low.tile = [tile._replace(args="RGB;16L") for tile in getattr(low, "tile", [])]
+        low.load()
+        key = np.array(image.info["transparency"])
+
+        def opacity(box: Box) -> np.ndarray:
+            values = np.asarray(image.crop(box)).astype(np.uint32) << 8 | np.asarray(low.crop(box))
+            return np.where((values == key).all(-1), 0, 255).astype(np.uint8)
+
+        return _by_bands(image.size, opacity)
+
+
+def _by_bands(size: Size, values: Callable[[Box], np.ndarray]) -> Image.Image:
+    """A picture of one channel, computed some rows at a time so that wide numbers take little memory."""
+    (width, height), picture = size, Image.new("L", size)
+    rows = max(1, BAND // width)
+    for top in range(0, height, rows):
+        box = (0, top, width, min(top + rows, height))
+        picture.paste(Image.fromarray(values(box)), box)
+    return picture
