@@ -7,6 +7,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from mirage_dist import signals
@@ -41,18 +43,21 @@ def work(
     of n begins at that fraction of the work list, so that workers rarely compete for a chunk.
 
     Raises StopRequested after the batch in which a signal came, and RunError when the disk is full or the same Slurm
-    job has started MAX_RESTARTS times in a row without one new answer.
+    job has started MAX_RESTARTS times in a row without one new answer and without a request to stop.
     """
     name = f"eval {suite.name}" if place[1] == 1 else f"eval {suite.name}, worker {place[0]} of {place[1]}"
     answers = Answers(suite).refresh()
     done = sum(key in answers for key in questions)
     if answers.broken:
         log.info(f"{name}: {answers.broken} half-written lines ignored", extra=EVERY_RANK)
-    _bound_restarts(suite, len(questions) - done)
     log.info(f"{name}: {done} of {len(questions)} questions are answered", extra=EVERY_RANK)
     generate: Generate | None = None
     turn, wait = _Turn(chunks, place), FIRST_WAIT
-    with Writer(suite) as writer, Progress(len(questions), name, "answer", initial=done) as progress:
+    with (
+        _bounded_starts(suite, len(questions) - done),
+        Writer(suite) as writer,
+        Progress(len(questions), name, "answer", initial=done) as progress,
+    ):
         while chunk := turn.next(answers):
             _check_signal(name)
             missing = (questions[key] for key in chunk.keys if key not in answers)
@@ -76,7 +81,7 @@ def work(
                 claims.release(claim)
             turn.put_back(chunk)
             progress.show(len(answers.refresh()))
-    _check_signal(name)
+        _check_signal(name)
     return answers
 
 
@@ -125,18 +130,35 @@ class _Turn:
         return True
 
 
-def _bound_restarts(suite: Path, missing: int) -> None:
-    """Raise RunError when the same task of a Slurm job keeps starting without any new answer in between."""
+@contextmanager
+def _bounded_starts(suite: Path, missing: int) -> Iterator[None]:
+    """Raise RunError when the same task of a Slurm job keeps starting without any new answer in between.
+
+    A start that is stopped on request does not count: the next one may get further.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
+        yield
         return
     file = suite / "starts" / f"{job}-{os.environ.get('SLURM_PROCID', '0')}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    before = [json.loads(line)["missing"] for line in file.read_text().splitlines()] if file.exists() else []
-    if missing and before[-MAX_RESTARTS:] == [missing] * MAX_RESTARTS:
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    starts = [
+        start["missing"] for start, after in pairwise([*records, {}]) if "missing" in start and "stopped" not in after
+    ]
+    if missing and starts[-MAX_RESTARTS:] == [missing] * MAX_RESTARTS:
         raise RunError(
             f"{suite}: Slurm job {job} has started {MAX_RESTARTS} times with {missing} answers missing; see its log "
             "for the cause, then submit it again"
         )
+    _record(file, {"missing": missing})
+    try:
+        yield
+    except StopRequested:
+        _record(file, {"stopped": True})
+        raise
+
+
+def _record(file: Path, line: Mapping[str, int]) -> None:
     with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps({"missing": missing}) + "\n")
+        handle.write(json.dumps(line) + "\n")

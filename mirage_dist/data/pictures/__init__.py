@@ -13,7 +13,12 @@ from mirage_dist.data.pictures.opening import (
     size_of,
 )
 
+# Of what `open_picture` makes of a file, in the keys of what was computed from pictures. 1 neither turned them nor put
+# transparent ones on white.
+REVISION = "2"
+
 __all__ = [
+    "REVISION",
     "Inspection",
     "Picture",
     "PictureError",

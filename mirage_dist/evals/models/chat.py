@@ -66,8 +66,8 @@ class Local(Backend):
             return
         from mirage_dist.evals.models.hf import HuggingFace
 
-        # Pictures as the model's own processor wants them, and room for a long answer.
-        template = TemplateConfig(system_prompt=system, image_aspect="processor", max_length=32_768)
+        # Room for a long answer.
+        template = TemplateConfig(system_prompt=system, max_length=32_768)
         generator = HuggingFace(self.model, template, self.generation)
         if generator.encoder.text_only and any(prompt.image is not None for prompt in prompts):
             raise ConfigError("the chat model takes no pictures; choose a vision-language model")

@@ -517,15 +517,20 @@ def test_template_options_are_part_of_every_rows_key(finished):
     assert other["template"]["template_options"] == {"enable_thinking": False}
 
 
-def test_a_slurm_job_that_answers_nothing_is_stopped_after_three_starts(finished, tmp_path, monkeypatch):
+def test_a_slurm_job_is_stopped_after_three_starts_that_neither_answered_nor_were_to_stop(finished, tmp_path, monkeypatch):
     again = recipe(finished, f"run.dir={tmp_path}/run")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(signals, "_received", ["SIGTERM"])
-    for _ in range(3):
-        with pytest.raises(signals.StopRequested):
-            runner.evaluate(again)
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    for stopped in (False, True, False, True, True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(signals, "_received", ["SIGTERM"] if stopped else [])
+            patch.setattr(HuggingFace, "__init__", broken)
+            with pytest.raises(signals.StopRequested if stopped else RuntimeError, match=r"SIGTERM|out of memory"):
+                runner.evaluate(again)
     with pytest.raises(RunError, match=f"job 7 has started 3 times with {ROWS} answers missing"):
         runner.evaluate(again)
-    monkeypatch.setattr(signals, "_received", [])
     monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again
     assert runner.evaluate(again) is not None

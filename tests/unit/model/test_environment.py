@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
+from mirage_dist.data.pictures import REVISION
 from mirage_dist.model import environment
 
 
@@ -17,6 +18,7 @@ def test_the_version_of_torchvision_counts_where_it_resizes_pictures(monkeypatch
     assert own.image_processor == "Images"
     assert ("torchvision" in own.libraries) == torchvision
     assert own.libraries["pillow"] == "pillow 1"
+    assert own.libraries["pictures"] == REVISION
 
 
 def test_a_tokenizer_alone_takes_no_pictures():
