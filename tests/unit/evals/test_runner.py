@@ -517,7 +517,7 @@ def test_template_options_are_part_of_every_rows_key(finished):
     assert other["template"]["template_options"] == {"enable_thinking": False}
 
 
-def test_a_slurm_job_is_stopped_after_three_starts_that_neither_answered_nor_were_to_stop(finished, tmp_path, monkeypatch):
+def test_three_starts_of_a_slurm_job_that_neither_answer_nor_are_to_stop_are_enough(finished, tmp_path, monkeypatch):
     again = recipe(finished, f"run.dir={tmp_path}/run")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
 
