@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 from mirage_dist.data.pictures import PictureError, as_png, open_picture
@@ -77,16 +78,20 @@ class _Pictures:
         self.uris: list[str] = []
         self._index: dict[str, int | None] = {}
 
-    def index(self, path: str | None) -> int | None:
-        """The picture's index in `uris`; None without a path, and, with a warning, where no picture can be read."""
-        if path is None:
+    def index(self, path: str | None, world: Path | None) -> int | None:
+        """The picture's index in `uris`; None without a path or a world, and, with a warning, for a file that lies
+        outside the world's folder or cannot be read as a picture.
+        """
+        if path is None or world is None:
             return None
         if path not in self._index:
+            self._index[path] = None
             try:
+                if not Path(path).resolve().is_relative_to(world):
+                    raise PictureError(path, f"lies outside the world's folder {world}")
                 content = as_png(open_picture(path))
             except PictureError as error:
                 log.warning(f"examples: left out of the page: {error}")
-                self._index[path] = None
             else:
                 self._index[path] = len(self.uris)
                 self.uris.append(f"data:image/png;base64,{base64.b64encode(content).decode()}")
@@ -144,7 +149,7 @@ def _question(run: Run, row: Mapping[str, Any], pictures: _Pictures, models: int
         "question": row["question"],
         "original": row["original_question"],
         "expected": row["expected"] if run.metrics["world"] else None,
-        "picture": pictures.index(row["image"]) if run.metrics["world"] else None,
+        "picture": pictures.index(row["image"], run.world) if run.metrics["world"] else None,
         "answers": [None] * models,
     }
 

@@ -65,6 +65,14 @@ class Run:
         template = settings.get("template", {})
         return (template["defence"], template["system_prompt"]) if template.get("defence") else None
 
+    @cached_property
+    def world(self) -> Path | None:
+        """The folder of the embedded world that the suite's questions came from, resolved; None without one."""
+        file = self.folder / "config.yaml"
+        tree: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+        folder = (tree.get("world") or {}).get("dir")
+        return Path(folder).resolve() if folder else None
+
     @property
     def judge(self) -> str:
         """The headline judge's name."""

@@ -1,12 +1,15 @@
 """The report says what the files say, one colour a model, nothing interpreted, nothing from the network."""
 
+import base64
 import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
 from made_runs import KEYWORD, NASTY, write_run
+from PIL import Image
 
 from mirage_dist import report
 from mirage_dist.evals import metrics
@@ -276,3 +279,29 @@ def test_questions_without_a_measurable_first_word_are_no_evidence_of_evenness(r
     _, caption = captions.words(read({"sft": runs["sft"]})[0])
     assert f"18 of {36 if measured else 18} questions are in scripts without spaces between words" in caption
     assert ("equally often" in caption) is measured
+
+
+def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_path):
+    """Not any file that a row names, nor a text file or a link inside the world's folder."""
+    run = write_run(tmp_path / "run", {"unsafe": ["refused"], "safe": ["correct"]})
+    (tmp_path / "world").mkdir()
+    for file in ("world/own.png", "private.png"):
+        Image.new("RGB", (3, 2), "red").save(tmp_path / file)
+    (tmp_path / "world/notes.png").write_text("root:x:0:0")
+    (tmp_path / "world/link.png").symlink_to(tmp_path / "private.png")
+    names = ["own.png", "../private.png", "notes.png", "link.png", "missing.png"]
+    rows = run / "evals/demo/rows/worker-1.jsonl"
+    lines = rows.read_text().splitlines()
+    own = json.loads(lines[0])
+    for number, line in enumerate(lines[:-1]):
+        lines[number] = json.dumps({**json.loads(line), "image": f"{tmp_path}/world/{names[number % len(names)]}"})
+    rows.write_text("\n".join(lines))
+    (run / "evals/demo/config.yaml").write_text(f"world: {{dir: {tmp_path}/world}}\n")
+    (loaded,) = read({"run": run})
+    data = examples.gather([loaded], 6, outputs=False)
+    (picture,) = data["pictures"]
+    with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as embedded:
+        assert (embedded.size, embedded.convert("RGB").getpixel((0, 0))) == ((3, 2), (255, 0, 0))
+    shown = {q["id"] + q["attack"] + str(q["shot"]) for q in data["questions"] if q["picture"] == 0}
+    assert 0 < len(shown) < len(data["questions"])
+    assert own["id"] + own["attack"] + str(own["shot"]) in shown
