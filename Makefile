@@ -26,6 +26,7 @@ test-gpu: setup
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/shellcheck --external-sources .ci/run launch/*.sh slurm/*.sh tests/browser/*.sh tests/slurm/*.sh
 
 types: setup
 	$(BIN)/pyright
