@@ -159,3 +159,21 @@ def plain_environment():
             patch.delenv(name)
         patch.setenv("MIRAGE_KILL_SECONDS", "2")
         yield
+
+
+@pytest.fixture
+def serve():
+    """Starts chat servers (see `unit/evals/chat_server.py`) that end with the test."""
+    from chat_server import Server
+
+    servers = []
+
+    def start(script, **options):
+        servers.append(Server(script, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()

@@ -42,6 +42,12 @@ class Server(ThreadingHTTPServer):
         return VisionLanguage(name="vlm", url=self.url, model="m", **{**QUICK, **more})
 
 
+def rows(count):
+    """Answers to judge, numbered."""
+    where = {"set": "unsafe", "kind": "unsafe", "attack": "clean", "shot": 0, "category": "", "image": None}
+    return [{"key": str(i), "id": str(i), **where, "question": "Q?", "response": f"answer {i}"} for i in range(count)]
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True

@@ -10,7 +10,7 @@ from email.utils import formatdate
 from itertools import pairwise
 
 import pytest
-from chat_server import Server, completion, error
+from chat_server import completion, error, rows
 from PIL import Image
 
 from mirage_dist import signals
@@ -23,26 +23,6 @@ from mirage_dist.schema import ChatConfig, ConfigError
 
 KEY = "sk-s3cret"
 GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script, **options):
-        servers.append(Server(script, **options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
-
-
-def rows(count):
-    where = {"set": "unsafe", "kind": "unsafe", "attack": "clean", "shot": 0, "category": "", "image": None}
-    return [{"key": str(i), "id": str(i), **where, "question": "Q?", "response": f"answer {i}"} for i in range(count)]
 
 
 def ask(config, texts=("q",), image=None):

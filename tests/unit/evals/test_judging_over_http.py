@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from chat_server import QUICK, Server, completion, error
+from chat_server import QUICK, completion, error, rows
 
 from mirage_dist import cli
 from mirage_dist.embedded import model as embedded_model
@@ -16,26 +16,6 @@ from mirage_dist.schema import RunError
 KEY = "sk-s3cret"
 GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
 BLOCK = error(400, "The prompt triggered the content management policy.", code="content_filter")
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(script, **options):
-        servers.append(Server(script, **options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
-
-
-def rows(count):
-    where = {"set": "unsafe", "kind": "unsafe", "attack": "clean", "shot": 0, "category": "", "image": None}
-    return [{"key": str(i), "id": str(i), **where, "question": "Q?", "response": f"answer {i}"} for i in range(count)]
 
 
 def number(text):
