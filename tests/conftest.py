@@ -119,6 +119,22 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def tensorboard_scalars(folder: Path) -> dict[tuple[int, str], list[float]]:
+    """(step, name) -> the values in the event files of a folder."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    values: dict[tuple[int, str], list[float]] = {}
+    for file in folder.glob("events.out.tfevents.*"):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its CRC, the record, its CRC
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            for value in event.summary.value:
+                values.setdefault((event.step, value.tag), []).append(value.simple_value)
+    return values
+
+
 def losses(run: Path, *also: str) -> torch.Tensor:
     """(steps, 1 + terms + also): the loss, its terms, and other metrics by name."""
     return torch.tensor([[m["loss"], *m["terms"].values(), *(m[name] for name in also)] for m in metrics(run)])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import forkserver
 import pytest
-from conftest import launch, metrics, until
+from conftest import launch, metrics, tensorboard_scalars, until
 from faults.processes import send, worker
 from wandb.proto import wandb_internal_pb2
 
@@ -168,10 +168,13 @@ def below(number: int) -> list[int]:
     return [number, *(process for child in children for process in below(child))]
 
 
-def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(toy, tmp_path):
+LONG = ("train.save_every=5", "train.max_steps=120")
+
+
+def test_term_to_every_process_of_a_run_saves_it_and_wandb_and_tensorboard_have_each_step_once(toy, tmp_path):
     """As Slurm preempts: the signal reaches W&B's service too, which ends with what it has not written."""
     folder = tmp_path / "run"
-    arguments = command(toy, folder, "monitor.wandb=offline", "train.save_every=5", "train.max_steps=120")
+    arguments = command(toy, folder, "monitor.wandb=offline", "monitor.tensorboard=true", *LONG)
     process = launch(2, *arguments, start=True)
     deadline = time.monotonic() + 120
     while not list(folder.glob("wandb/offline-run-*/*.wandb")):
@@ -185,6 +188,7 @@ def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(to
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 75, output
     assert output.count("W&B failed") <= 1
+    assert output.count("TensorBoard failed") <= 1
     assert "Traceback" not in output
     before = offline(folder)
     # The newest checkpoint is lost: steps that W&B has are made again and must not be sent again.
@@ -208,6 +212,8 @@ def test_term_to_every_process_of_a_run_saves_it_and_wandb_has_each_step_once(to
     steps = [r.history.step.num for r in [*first, *second] if r.WhichOneof("record_type") == "history"]
     assert steps == list(range(1, 121))
     assert [m["step"] for m in metrics(folder)] == list(range(1, 121))
+    shown = {step: v for (step, name), v in tensorboard_scalars(folder / "tensorboard").items() if name == "loss"}
+    assert shown == {m["step"]: [pytest.approx(m["loss"])] for m in metrics(folder)}
 
 
 def offline(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import tensorboard_scalars
 from wandb.util import get_core_path
 
 from mirage_dist.monitoring import sinks, wandb_files
@@ -149,26 +150,12 @@ def test_records_become_scalars_and_what_is_not_finite_is_left_out():
 
 
 def test_tensorboard_has_each_step_once_with_the_values_of_the_run_as_it_went_on(metrics):
-    pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
-    def scalars() -> dict[tuple[int, str], list[float]]:
-        values: dict[tuple[int, str], list[float]] = {}
-        for file in (metrics.folder / "tensorboard").glob("events.out.tfevents.*"):
-            data, at = file.read_bytes(), 0
-            while at < len(data):  # TFRecord: length, its CRC, the record, its CRC
-                size = int.from_bytes(data[at : at + 8], "little")
-                event = Event.FromString(data[at + 12 : at + 12 + size])
-                at += 16 + size
-                for value in event.summary.value:
-                    values.setdefault((event.step, value.tag), []).append(value.simple_value)
-        return values
-
-    metrics.options = {"dir": str(metrics.folder / "tensorboard")}
+    folder = metrics.folder / "tensorboard"
+    metrics.options = {"dir": str(folder)}
     metrics.add(1, 2, 3, 4)
     first = metrics.sender("tensorboard")
     close(first)
-    assert sorted(step for step, name in scalars() if name == "loss") == [1, 2, 3, 4]
+    assert sorted(step for step, name in tensorboard_scalars(folder) if name == "loss") == [1, 2, 3, 4]
     # A start from the checkpoint of step 2: steps 3 and 4 are repeated, with other values.
     other = Metrics(metrics.folder)
     os.truncate(metrics.folder / "metrics.jsonl", 0)
@@ -177,4 +164,8 @@ def test_tensorboard_has_each_step_once_with_the_values_of_the_run_as_it_went_on
     other.file.write('{"step": 3, "loss": 7.0, "terms": {}}\n')
     other.file.flush()
     close(other.sender("tensorboard"))
-    assert {step: value for (step, name), value in scalars().items() if name == "loss"} == {1: [1], 2: [0.5], 3: [7]}
+    assert {step: value for (step, name), value in tensorboard_scalars(folder).items() if name == "loss"} == {
+        1: [1],
+        2: [0.5],
+        3: [7],
+    }
