@@ -20,7 +20,7 @@ from faults.processes import ranks_of, send
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from mirage_dist import config
+from mirage_dist import config, disk
 from mirage_dist.config import REPOSITORY
 from mirage_dist.evals import follow, runner, status, tracking
 from mirage_dist.evals.sharing import files
@@ -191,8 +191,8 @@ def test_damaged_checkpoints_are_logged_each_with_its_fault_and_the_newest_whole
     two = copy / "checkpoints/step-000002/manifest.json"
     two.write_text(two.read_text().replace('"step": 2', '"step": 3'))
     # What a dead start left, and a clock that was years ahead when it did.
-    stale = copy / "work-0123456789ab.tmp/step-000006.tmp"
-    stale.mkdir(parents=True)
+    stale = disk.own(copy / "work-0123456789ab.tmp") / "step-000006.tmp"
+    stale.mkdir()
     (stale / "manifest.json").write_text("{}")
     (copy / "checkpoints/latest").write_text("step-000006")
     future = time.time() + 10 * 365 * 86400

@@ -422,7 +422,9 @@ def test_a_local_path_that_does_not_exist_is_no_hub_name(path):
 
 def test_a_hub_name_that_is_not_in_the_cache_is_named_with_what_to_do():
     for name in ("some-lab/some-model", "some-model"):
-        with pytest.raises(ConfigError, match=f"nor a hub model in the cache; .*hf download {name}"):
+        with pytest.raises(
+            ConfigError, match=f"no such directory .*, and no hub model of this name in the cache .*hf download {name}"
+        ):
             directory.resolve(name)
     with pytest.raises(ConfigError, match="neither a directory nor a valid hub name"):
         directory.resolve("some lab/some..model")
