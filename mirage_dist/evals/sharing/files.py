@@ -94,8 +94,9 @@ def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
     with file.open("rb", buffering=BLOCK_BYTES) as handle:
         handle.seek(start)
         for line in handle:
-            if line.endswith(b"\n"):
-                yield start, line
+            if not line.endswith(b"\n"):
+                return  # the end of the file; reading on, after it has grown, would give the line's rest as a line
+            yield start, line
             start += len(line)
 
 

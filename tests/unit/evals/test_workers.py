@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +58,23 @@ def test_a_full_disk_ends_a_worker_in_words_and_the_next_start_does_the_rest(tmp
     assert 0 < len(there) < nursery.QUESTIONS
     assert nurse(tmp_path, 3, 0, 0).returncode == 0
     all_answered_once(tmp_path)
+
+
+def test_a_line_that_grows_while_it_is_read_is_read_whole(tmp_path):
+    """Its beginning is at the end of the file at one moment, and its rest there at the next."""
+    lines = b"".join(json.dumps({"key": f"{i:064x}", "text": "x" * 40}).encode() + b"\n" for i in range(3000))
+
+    def grow() -> None:
+        with (tmp_path / "rows/worker-1.jsonl").open("ab", buffering=0) as file:
+            for start in range(0, len(lines), 7):
+                file.write(lines[start : start + 7])
+
+    (tmp_path / "rows").mkdir()
+    writer, answers = threading.Thread(target=grow), Answers(tmp_path)
+    writer.start()
+    while writer.is_alive():
+        answers.refresh()
+    assert (len(answers.refresh()), answers.broken, answers.repeated) == (3000, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------- claims
