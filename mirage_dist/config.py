@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationTyp
 from mirage_dist import disk
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, secrets
 from mirage_dist.schema.names import Check, shown
-from mirage_dist.schema.texts import fault_within
+from mirage_dist.schema.texts import fault_within, texts
 
 T = TypeVar("T")
 # What a resolver reads would stand in config.yaml, in the manifest and in W&B: of OmegaConf's own, oc.env could read a
@@ -119,21 +119,12 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
-    if (key := _key_of_secret(plain)) is not None:
+    if (key := next((place for place, text in texts(plain, keys=False) if secrets.contains(text)), None)) is not None:
         raise ConfigError(
             f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
             "W&B. Put it into an environment variable and give the variable's name (key_env)"
         )
     return _build(schema, plain, source, "")
-
-
-def _key_of_secret(tree: Any, key: str = "") -> str | None:
-    """The dotted key of a text in the tree that looks like a key, if there is one."""
-    if isinstance(tree, Mapping):
-        return next((k for name, own in tree.items() if (k := _key_of_secret(own, _join(key, str(name))))), None)
-    if isinstance(tree, list):
-        return next((k for i, own in enumerate(tree) if (k := _key_of_secret(own, f"{key}[{i}]"))), None)
-    return key if isinstance(tree, str) and secrets.contains(tree) else None
 
 
 def _item(override: str) -> tuple[str, Any]:

@@ -282,11 +282,11 @@ def owned(folder: Path) -> bool:
     return not folder.is_symlink() and folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
 
 
-def remove_own(folder: Path, workspace: Path | None = None) -> bool:
+def remove_own(folder: Path) -> bool:
     """Remove a folder that has the mark, as `remove` does; False, and nothing is removed, where it has none."""
     if not owned(folder):
         return False
-    remove(folder, workspace)
+    remove(folder)
     return True
 
 

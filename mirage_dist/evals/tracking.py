@@ -7,14 +7,15 @@ run adds a row for each checkpoint (see `evals.follow`). A failure of W&B costs 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
 from mirage_dist.evals import runner
+from mirage_dist.evals.models import subject
 from mirage_dist.evals.results import Entry, SuiteResult
+from mirage_dist.monitoring import wandb_run
 from mirage_dist.monitoring.process import END_SECONDS, Sender
 from mirage_dist.schema import EvalRecipe, TrainRecipe
 
@@ -22,7 +23,7 @@ from mirage_dist.schema import EvalRecipe, TrainRecipe
 def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult | None:
     """`runner.evaluate`; the worker that judges passes the rates on. Raises what `runner.evaluate` raises."""
     result = runner.evaluate(recipe, place)
-    run = _trained_in(recipe)
+    run = subject.trained_in(recipe.model, Path(recipe.run.dir))
     if result is not None and run is not None and (tracker := start(run)) is not None:
         entry = result["judges"][result["headline"]]["entry"]
         tracker.send("summary", values=rates(entry, f"eval/{recipe.suite}"))
@@ -35,15 +36,8 @@ def start(run: Path) -> Sender | None:
     if not logs(run):
         return None
     recipe = train_recipe(run)
-    options = {
-        "mode": recipe.monitor.wandb,
-        "project": recipe.monitor.project,
-        "entity": recipe.monitor.entity,
-        "id": json.loads((run / "manifest.json").read_text(encoding="utf-8"))["wandb_id"],
-        "dir": str(run),
-        "watched": os.getpid(),
-        "evaluation": True,
-    }
+    identity = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["wandb_id"]
+    options = wandb_run.options(recipe.monitor, str(run), identity, evaluation=True)
     return Sender(recipe.run.name or run.name, "wandb", options, private=True)  # it keeps local copies of answers
 
 
@@ -78,11 +72,3 @@ def logs(run: Path) -> bool:
 
 def train_recipe(run: Path) -> TrainRecipe:
     return configs.load(run / "config.yaml", [], TrainRecipe)
-
-
-def _trained_in(recipe: EvalRecipe) -> Path | None:
-    """The run whose checkpoint or export is evaluated, if it is one's."""
-    if recipe.model.run is not None:
-        return Path(recipe.model.run)
-    run = Path(recipe.run.dir)
-    return run if run in Path(str(recipe.model.path)).parents else None

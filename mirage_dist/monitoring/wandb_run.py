@@ -13,9 +13,24 @@ from typing import Any
 
 from mirage_dist.monitoring import wandb_files
 from mirage_dist.monitoring.sinks import End, Scalars, reason
+from mirage_dist.schema import MonitorConfig
 from mirage_dist.signals import STOPPED
 
 FLUSH_SECONDS = 1.0  # W&B's service may be killed at any time, and loses what it has not written
+
+
+def options(monitor: MonitorConfig, folder: str, identity: str, evaluation: bool, **more: Any) -> dict[str, Any]:
+    """What `WandbRun` takes. folder: the training run's directory. identity: the W&B run's id. more: for wandb.init."""
+    return {
+        "mode": monitor.wandb,
+        "project": monitor.project,
+        "entity": monitor.entity,
+        "id": identity,
+        "dir": folder,
+        "watched": os.getpid(),
+        "evaluation": evaluation,
+        **more,
+    }
 
 
 class WandbRun:

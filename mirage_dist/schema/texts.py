@@ -22,23 +22,25 @@ def fault(text: str) -> str | None:
 
 def fault_within(value: object, place: str = "") -> str | None:
     """The first fault of a text in a value of JSON, keys included, with the field that has it; None without one."""
-    for where, text in _texts(value, place):
+    for where, text in texts(value, place):
         if (why := fault(text)) is not None:
             return f"field {where!a}: holds {why}" if where else f"holds {why}"
     return None
 
 
-def _texts(value: object, place: str) -> Iterator[tuple[str, str]]:
+def texts(value: object, place: str = "", keys: bool = True) -> Iterator[tuple[str, str]]:
+    """Each text in a value of JSON with its place, such as `a.b[0]`; keys: those of mappings too."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
         for name, part in value.items():
             inner = f"{place}.{name}" if place else str(name)
-            yield inner, str(name)
-            yield from _texts(part, inner)
+            if keys:
+                yield inner, str(name)
+            yield from texts(part, inner, keys)
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
         for number, part in enumerate(value):
-            yield from _texts(part, f"{place}[{number}]")
+            yield from texts(part, f"{place}[{number}]", keys)
 
 
 def check_template(template: str, names: Sequence[str], key: str) -> set[str]:

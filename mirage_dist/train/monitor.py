@@ -16,7 +16,7 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import disk, signals
-from mirage_dist.monitoring import tensorboard
+from mirage_dist.monitoring import tensorboard, wandb_run
 from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
 from mirage_dist.monitoring.sinks import GROUPS, End
 from mirage_dist.progress import Progress, log
@@ -141,21 +141,11 @@ def sinks_of(recipe: TrainRecipe, name: str, manifest: Mapping[str, Any]) -> dic
     if options.wandb != "off":
         job = {key: os.environ.get(f"SLURM_{key.upper()}") for key in ("job_id", "restart_count", "job_nodelist")}
         recorded = {key: manifest[key] for key in FROM_MANIFEST if key in manifest}
-        sinks["wandb"] = {
-            "mode": options.wandb,
-            "project": options.project,
-            "entity": options.entity,
-            "id": manifest["wandb_id"],
-            "dir": recipe.run.dir,
-            "name": name,
-            "group": options.group,
-            "tags": options.tags,
-            "job_type": options.job_type,
-            "notes": options.notes,
-            "config": {**configs.to_dict(recipe), "manifest": recorded, "slurm": job},
-            "watched": os.getpid(),
-            "evaluation": False,
-        }
+        shown = {key: getattr(options, key) for key in ("group", "tags", "job_type", "notes")}
+        config = {**configs.to_dict(recipe), "manifest": recorded, "slurm": job}
+        sinks["wandb"] = wandb_run.options(
+            options, recipe.run.dir, manifest["wandb_id"], evaluation=False, name=name, config=config, **shown
+        )
     if options.tensorboard:
         sinks["tensorboard"] = {"dir": str(Path(recipe.run.dir) / "tensorboard")}
     return sinks

@@ -85,6 +85,13 @@ class Subject:
         disk.remove_own(suite / EXPORTS)
 
 
+def trained_in(model: EvalModelConfig, run: Path) -> Path | None:
+    """The run whose checkpoint or export this model is, if it is one's. run: the evaluated run's directory."""
+    if model.run is not None:
+        return Path(model.run)
+    return run if run in Path(str(model.path)).parents else None
+
+
 def find(model: EvalModelConfig, run: Path) -> Subject:
     """Hash the model; loads no weights. run: the evaluated run's directory, which may have trained the model.
 
@@ -96,8 +103,8 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
     folder = directory.check(str(model.path))
     weights.check(folder, families.load(folder))
     state = directory.state(folder)
-    trained_in = run if run in Path(str(model.path)).parents else None
-    return Subject(model, trained_in, folder, directory.model_hash(folder), *_processing(folder), state, folder)
+    home, model_hash = trained_in(model, run), directory.model_hash(folder)
+    return Subject(model, home, folder, model_hash, *_processing(folder), state, folder)
 
 
 def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
