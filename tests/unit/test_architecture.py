@@ -24,6 +24,7 @@ MODULES = {
 # only what is named here.
 FLOORS = [
     ["schema", "progress", "stats"],
+    ["state"],
     ["signals", "liveness"],
     ["disk"],
     ["config"],

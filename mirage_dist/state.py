@@ -1,0 +1,107 @@
+"""State that a run writes and reads back: JSON objects, one a file or one a line, whose last member is a seal.
+
+    {"step": 3, "loss": 0.25, "seal": "metrics 1 4a3b0c6e17d2f985"}
+
+The seal names what the object is, the version of its format, and a checksum: the first 16 hexadecimal digits of the
+SHA-256 of the text before the seal, followed by kind and version. It shows an object that was torn by a crash, damaged
+by a disk, edited, or written by another version of this package. It is no signature: whoever wants to forge an object
+can compute it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mirage_dist.schema.errors import ConfigError, RunError
+
+# The version of each kind of object, raised when what it holds or means changes.
+VERSIONS = {
+    "checkpoint": 3,
+    "claim": 1,
+    "data": 1,
+    "erasure": 1,
+    "history": 1,
+    "metrics": 1,
+    "owner": 1,
+    "prepared": 1,
+    "rates": 1,
+    "row": 1,
+    "run": 1,
+    "start": 1,
+    "suite": 1,
+    "verdict": 1,
+    "world": 1,
+}
+SEAL = re.compile(rb',\s*"seal": "([a-z]+) ([0-9]{1,9}) ([0-9a-f]{16})"\s*\}\s*\Z')
+SURROGATE = re.compile("[\ud800-\udfff]")
+DIGITS = 16
+
+
+class Damaged(RunError):
+    """A state file does not hold what was written into it; the message names the file and what is wrong."""
+
+
+def sealed(kind: str, content: Mapping[str, Any], indent: int | None = None) -> str:
+    """The text of an object with its seal, and a line's end. content: anything but empty, without a member `seal`."""
+    body = json.dumps(content, ensure_ascii=False, indent=indent)
+    if SURROGATE.search(body):  # as in a path whose bytes are not UTF-8: only escaped can it be encoded
+        body = json.dumps(content, indent=indent)
+    body, version = body[:-1].rstrip(), VERSIONS[kind]
+    gap = " " if indent is None else "\n" + " " * indent
+    end = "" if indent is None else "\n"
+    return f'{body},{gap}"seal": "{kind} {version} {_checksum(body.encode(), kind, version)}"{end}}}\n'
+
+
+def parse(kind: str, raw: bytes, where: object) -> dict[str, Any]:
+    """The object that `sealed` wrote, without its seal.
+
+    where: names the text in messages. Raises Damaged when the text is torn, edited, of another kind or of another
+    version; ConfigError when a newer version of this package wrote it.
+    """
+    seal = SEAL.search(raw, max(0, len(raw) - 200))
+    if seal is None:
+        raise Damaged(f"{where}: holds no whole object with a seal; it is torn or edited, or an older version wrote it")
+    name, version, checksum = seal[1].decode(), int(seal[2]), seal[3].decode()
+    if name != kind:
+        raise Damaged(f"{where}: holds a {name!r} object where a {kind!r} object belongs")
+    if version > VERSIONS[kind]:
+        raise ConfigError(
+            f"{where}: format {kind} {version}; this version of mirage_dist reads {kind} {VERSIONS[kind]}. Use the "
+            "version that wrote it, or a newer one"
+        )
+    if version < VERSIONS[kind]:
+        raise Damaged(f"{where}: format {kind} {version}, of an older version; this one reads {VERSIONS[kind]}")
+    body = raw[: seal.start()]
+    if _checksum(body, kind, version) != checksum:
+        raise Damaged(f"{where}: its content does not have the checksum that it states; it is damaged or edited")
+    try:
+        content = json.loads(body + b"}")
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{where}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise Damaged(f"{where}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read(kind: str, file: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises FileNotFoundError when there is no file, Damaged and ConfigError as `parse` does, and Damaged for a file
+    that cannot be read.
+    """
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read: {error}") from error
+    return parse(kind, raw, file)
+
+
+def _checksum(body: bytes, kind: str, version: int) -> str:
+    return hashlib.sha256(body + f"{kind} {version}".encode()).hexdigest()[:DIGITS]
