@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import liveness, signals
 from mirage_dist.progress import show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     order: one paragraph each, without a traceback.
     """
     parsed = parse(arguments)
+    liveness.end_with_parents()
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
