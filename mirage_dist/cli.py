@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.progress import show
+from mirage_dist.progress import printable, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe, secrets
 from mirage_dist.schema.names import PLACE
 
 
@@ -49,8 +50,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages repeat words of the command line: without control characters, and without what looks like a key."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(secrets.masked(message)))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
+    parser = _Parser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
@@ -311,15 +319,20 @@ def _erasure(parsed: argparse.Namespace) -> None:
 def _config(parsed: argparse.Namespace) -> None:
     recipe = configs.load_any(parsed.config, parsed.overrides)
     if not (parsed.get or parsed.override):
-        print(configs.to_yaml(recipe), end="")
+        _print(configs.to_yaml(recipe).removesuffix("\n"))
     for key in parsed.get or []:
         value = configs.value(recipe, key)
         line = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         if "\n" in line or "\0" in line:
             raise ConfigError(f"{key}={value!r}: cannot be printed as one line; --override {key} quotes it")
-        print(line)
+        _print(line)
     for key in parsed.override or []:
-        print(configs.override(key, configs.value(recipe, key)))
+        _print(configs.override(key, configs.value(recipe, key)))
+
+
+def _print(text: str) -> None:
+    """Text for another program as it is, for a terminal without control characters."""
+    print(printable(text) if sys.stdout.isatty() else text)
 
 
 def _report(parsed: argparse.Namespace) -> None:

@@ -18,6 +18,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from mirage_dist.schema import secrets
+
 LINES = 10  # at most, of one task in a log
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank only, whichever it is
 ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standard output is its result
@@ -25,8 +27,12 @@ ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standa
 log = logging.getLogger("mirage_dist")
 
 
-# What data could move the cursor, recolour the terminal or reorder a line with, and what UTF-8 cannot hold.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What data could move the cursor, recolour the terminal, break or reorder a line with, what is invisible (such as tags,
+# which can hold a hidden text), and what UTF-8 cannot hold.
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: object) -> str:
@@ -67,7 +73,7 @@ class LogHandler(logging.Handler):
         return super().filter(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = printable(super().format(record))
+        text = printable(secrets.masked(super().format(record)))
         return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:
