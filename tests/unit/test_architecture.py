@@ -37,6 +37,7 @@ FLOORS = [
     ["embedded", "inputs", "demo", "cli"],
 ]
 BESIDE = {
+    "progress": {"schema"},
     "ranks": {"progress"},
     "launching": {"progress"},
     "inputs": {"embedded"},
