@@ -186,3 +186,15 @@ def test_a_wrong_command_line_is_shown_without_its_control_characters(verb, caps
     with pytest.raises(SystemExit):
         cli.main(verb)
     assert not set("\x1b\x07") & set(capsys.readouterr().err)
+
+
+def test_a_bugs_traceback_shows_neither_keys_nor_control_characters(capsys, monkeypatch):
+    def fail(*_):
+        raise AttributeError(f"{KEY} \x1b[2J")
+
+    monkeypatch.setattr(configs, "load", fail)
+    assert cli.main(["eval", "configs/eval/demo.yaml"]) == RunError.status
+    shown = capsys.readouterr().err
+    assert "AttributeError" in shown
+    assert RANDOM not in shown
+    assert "\x1b" not in shown
