@@ -36,12 +36,12 @@ class Finding:
 
 def tree(folder: Path) -> Tree:
     """Every path below a folder with its kind and content."""
-    found: dict[str, tuple[Any, ...]] = {}
+    entries: dict[str, tuple[Any, ...]] = {}
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(parent, name)
-            found[str(path.relative_to(folder))] = _entry(path)
-    return found
+            entries[str(path.relative_to(folder))] = _entry(path)
+    return entries
 
 
 def _entry(path: Path) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import re
 import resource
 import signal
 import sys
@@ -136,12 +137,12 @@ class Child:
         return outcome
 
     def _where(self) -> str:
-        """The innermost frames of its main thread."""
+        """The innermost frames of its main thread that are ours."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGUSR2)
         time.sleep(1.0)
-        lines = [line.strip() for line in self.stuck.read_text().splitlines() if line.startswith("  File")]
-        return " < ".join(lines[:8])
+        frames = re.findall(r'"[^"]*/(mirage_dist/[^"]+)", line \d+ in (\S+)', self.stuck.read_text())
+        return " < ".join(f"{file}:{function}" for file, function in frames[:3])
 
 
 def _place(folder: Path, environment: Mapping[str, str]) -> None:
