@@ -29,23 +29,23 @@ CLASSES = [
 WRONG = {int: [-(10**30), -(2**63), 10**30, 10**400], float: [-1e300, 1e300, math.inf, -math.inf, math.nan, 10**400]}
 
 
-def classes(found: dict[type, None], hint: Any) -> dict[type, None]:
+def classes(seen: dict[type, None], hint: Any) -> dict[type, None]:
     """The dataclasses within a type, with all that their fields lead to."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and hint not in found:
-        found[hint] = None
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and hint not in seen:
+        seen[hint] = None
         for part in typing.get_type_hints(hint, include_extras=True).values():
-            classes(found, part)
+            classes(seen, part)
     for part in typing.get_args(hint):
-        classes(found, part)
-    return found
+        classes(seen, part)
+    return seen
 
 
 def numbers() -> Iterator[tuple[str, Any, type]]:
     """Name, annotated type and plain type of every number in every recipe and every class that one may name."""
-    found: dict[type, None] = {}
+    seen: dict[type, None] = {}
     for cls in CLASSES:
-        classes(found, cls)
-    for cls in found:
+        classes(seen, cls)
+    for cls in seen:
         hints = typing.get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
             if field.init:
@@ -67,7 +67,7 @@ def within(hint: Any) -> Iterator[tuple[Any, type]]:
 NUMBERS = {f"{name} {number}": (name, number, plain) for name, number, plain in numbers()}
 
 
-def test_the_numbers_are_found():
+def test_the_numbers_of_every_kind_of_class_are_tested():
     assert len(NUMBERS) > 80
     names = {name for name, _, _ in NUMBERS.values()}
     assert names >= {"TrainConfig.lr", "ChatConfig.timeout", "Suffix.steps", "AdamW.betas", "Relearning.samples"}
