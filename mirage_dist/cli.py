@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import liveness, signals
 from mirage_dist.disk import faults
 from mirage_dist.progress import printable, put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what a path holds
+            with suppress(OSError):  # a descriptor that was exchanged meanwhile
+                stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what a path holds
+    liveness.end_with_parents()
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
