@@ -380,11 +380,14 @@ def sha256_text(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
-def sha256_files(files: Iterable[Path]) -> str:
-    """SHA-256 over files in the order of their names: name, a zero byte and the binary SHA-256 of the content, each."""
+def sha256_files(files: Iterable[Path], folder: Path) -> str:
+    """SHA-256 over files in the order of their names: name, a zero byte and the binary SHA-256 of the content, each.
+
+    A name is the path within `folder`. Raises OSError.
+    """
     total = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        total.update(file.name.encode() + b"\0" + bytes.fromhex(sha256(file)))
+    for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
+        total.update(os.fsencode(name) + b"\0" + bytes.fromhex(sha256(file)))
     return total.hexdigest()
 
 
