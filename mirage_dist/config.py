@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import itertools
 import json
 import re
 import types
@@ -119,12 +120,21 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
-    if (key := next((place for place, text in texts(plain, keys=False) if secrets.contains(text)), None)) is not None:
+    if (key := _secret(plain)) is not None:
         raise ConfigError(
             f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
             "W&B. Put it into an environment variable and give the variable's name (key_env)"
         )
     return _build(schema, plain, source, "")
+
+
+def _secret(plain: Any) -> str | None:
+    """The place of a text, keys of mappings included, that looks like a key or whose own key says that it is one."""
+    shaped = (place for place, text in texts(plain) if secrets.contains(text))
+    named = (
+        place for place, text in texts(plain, keys=False) if text and secrets.named(re.sub(r"(\[\d+\])+$", "", place))
+    )
+    return next(itertools.chain(shaped, named), None)
 
 
 def _item(override: str) -> tuple[str, Any]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from mirage_dist.schema import secrets
 from mirage_dist.schema.errors import ConfigError, require
 from mirage_dist.schema.names import Place
 
 # Fields of a request that have a key of their own, or that the client depends on.
 OWN_FIELDS = ("messages", "model", "temperature", "max_tokens", "max_completion_tokens", "stream", "n")
 DAY = 86_400.0  # seconds
-SECRET_FIELD = re.compile(r"(?i)(?:^|[_-])(?:api[_-]?key|secret|password|authorization|(?:access|auth)[_-]?token)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class ChatConfig:
             raise ConfigError("max_completion_tokens: takes the place of max_tokens; give one of them")
         if own := [name for name in OWN_FIELDS if name in self.extra]:
             raise ConfigError(f"extra.{own[0]}: the client sets this field; use its own key where there is one")
-        if secret := [name for name in self.extra if SECRET_FIELD.search(name)]:
+        if secret := [name for name in self.extra if secrets.named(name)]:
             raise ConfigError(f"extra.{secret[0]}: a key belongs in the environment (key_env)")
         try:
             json.dumps(self.extra, allow_nan=False)
