@@ -252,7 +252,7 @@ def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp
 
     with monkeypatch.context() as during:
         during.setattr(HuggingFace, "answer", meanwhile)
-        with pytest.raises(RunError, match="the model changed while it was evaluated"):
+        with pytest.raises(RunError, match="the model's files changed since they were hashed; the answers on disk"):
             runner.evaluate(again)
     assert not (suite(tmp_path) / "metrics.json").exists()
     with pytest.raises(ConfigError, match="model_hash"):
