@@ -11,6 +11,7 @@ import pytest
 from conftest import tensorboard_scalars
 from wandb.util import get_core_path
 
+from mirage_dist import state
 from mirage_dist.monitoring import sinks, wandb_files
 from mirage_dist.monitoring.process import Sender
 
@@ -39,7 +40,7 @@ class Metrics:
     def add(self, *steps: int) -> None:
         for step in steps:
             record = {"step": step, "loss": 1 / step, "terms": {"ce": 0.5, "kl": None}, "tokens_per_s": 9.0}
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(state.sealed("metrics", record))
         self.file.flush()
 
     def sent(self) -> list[int]:
