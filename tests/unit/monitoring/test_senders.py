@@ -162,7 +162,7 @@ def test_tensorboard_has_each_step_once_with_the_values_of_the_run_as_it_went_on
     os.truncate(metrics.folder / "metrics.jsonl", 0)
     other.options = metrics.options
     other.add(1, 2)
-    other.file.write('{"step": 3, "loss": 7.0, "terms": {}}\n')
+    other.file.write(state.sealed("metrics", {"step": 3, "loss": 7.0, "terms": {}}))
     other.file.flush()
     close(other.sender("tensorboard"))
     assert {step: value for (step, name), value in tensorboard_scalars(folder).items() if name == "loss"} == {
