@@ -84,7 +84,7 @@ def fill(run: Run) -> Features:
     folder = run.root / "vision" / key(run.recipe, run.engine.module.base.config, feed, run.manifest["base_hash"])
     paths = (s.image for samples in feed.samples.values() for s in samples)
     digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
-    index = ranks.from_main(group, _index(folder) if group.main else {})
+    index = ranks.from_main(group, indexed(folder) if group.main else {})
     missing = sorted({BLANK, *digests.values()} - set(index))
     if missing:
         if group.main:
@@ -93,7 +93,7 @@ def fill(run: Run) -> Features:
         path_of = {digest: path for path, digest in digests.items()}
         with signals.at_stop_points():
             _compute(run, [(digest, path_of.get(digest)) for digest in missing], folder)
-        index = ranks.from_main(group, _index(folder) if group.main else {})
+        index = ranks.from_main(group, indexed(folder) if group.main else {})
     features = Features(digests, folder, index)
     if missing:
         _compare(run, features)
@@ -204,7 +204,7 @@ def _write(stored: Mapping[str, Tensor], folder: Path, workspace: Path) -> None:
     disk.write(folder / name, serialize(dict(stored)), workspace=workspace)
 
 
-def _index(folder: Path) -> dict[str, str]:
+def indexed(folder: Path) -> dict[str, str]:
     """SHA-256 of each picture -> name of the part that holds its features. A damaged part is reported and left out."""
     index: dict[str, str] = {}
     for file in sorted(folder.glob("part-*.safetensors")):
