@@ -20,7 +20,7 @@ SPARSE = 8 << 30  # bytes
 
 
 def apply(folder: Path, change: Mapping[str, Any]) -> None:
-    """Break what the change names below `folder`. A change that no longer fits the file, after another, does nothing."""
+    """Break what the change names below `folder`. One that does not fit the file does nothing."""
     with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
         _apply(folder, change)
 
@@ -65,7 +65,7 @@ def raw(file: Path, change: Mapping[str, Any]) -> None:
         case "append":
             data += encoded(values.whole(change["put"]))
         case "double":
-            data += data
+            data += bytes(data)
     file.write_bytes(data)
 
 
