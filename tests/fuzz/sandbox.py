@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARIES = (
+    "mirage_dist.cli",
     "mirage_dist.train.run",
     "mirage_dist.train.planning.plan",
     "mirage_dist.evals.runner",
