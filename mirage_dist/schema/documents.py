@@ -22,6 +22,9 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CHUNK = 1 << 20  # bytes read at a time
 
 
+TOO_DEEP = f"nested too deep: over {NESTING}"
+
+
 class Malformed(ValueError):
     """A text that is not what it should be. The message says why, and where in it."""
 
@@ -84,21 +87,28 @@ def parse_json(text: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         raise Malformed(f"{error.msg}: line {line + error.lineno - 1} column {error.colno}") from error
     except RecursionError:
-        raise Malformed(f"{_too_deep()}: line {line}") from None
+        raise Malformed(f"{TOO_DEEP}: line {line}") from None
     except ValueError as error:
         raise Malformed(f"{error}: line {line}") from error
     if deep(text, value):
-        raise Malformed(f"{_too_deep()}: line {line}")
+        raise Malformed(f"{TOO_DEEP}: line {line}")
     return value
 
 
-def deep(text: str | bytes, value: Any) -> bool:
-    """Whether a value of JSON, whose text this is, is nested over the limit."""
-    marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(text.count(mark) for mark in marks) <= NESTING.value:  # type: ignore[arg-type]
+def read_json(path: Path | str, content: str | None = None) -> Any:
+    """A file that is one JSON value. content: its text, if that has been read. Raises ConfigError naming the file."""
+    try:
+        return parse_json(decoded(read_bytes(path), path) if content is None else content)
+    except Malformed as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
+def deep(text: str, value: Any, start: int = 0, end: int | None = None) -> bool:
+    """Whether a value of JSON is nested over the limit. text, start, end: its text is text[start:end]."""
+    if text.count("[", start, end) + text.count("{", start, end) <= NESTING.value:
         return False
     level = [value]
-    for _ in range(NESTING.value + 1):
+    for _ in range(NESTING.value):
         level = [part for node in level for part in _parts(node) if isinstance(part, dict | list)]
         if not level:
             return False
@@ -107,10 +117,6 @@ def deep(text: str | bytes, value: Any) -> bool:
 
 def _parts(node: Any) -> Any:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-
-
-def _too_deep(limit: Limit = NESTING) -> str:
-    return f"nested too deep: over {limit}"
 
 
 def _whole(digits: str) -> int:
@@ -138,7 +144,7 @@ def check_yaml(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             stack.append([event.anchor, 1, 1])
             if len(stack) - 1 > RECIPE_NESTING.value:
-                raise Malformed(f"{_too_deep(RECIPE_NESTING)}{_line(event)}")
+                raise Malformed(f"nested too deep: over {RECIPE_NESTING}{_line(event)}")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size, levels = stack.pop()
@@ -158,7 +164,7 @@ def check_yaml(text: str) -> None:
         if top[1] > RECIPE_VALUES.value:
             raise Malformed(f"holds more than {RECIPE_VALUES}, aliases expanded{_line(event)}")
         if len(stack) - 1 + levels > RECIPE_NESTING.value:
-            raise Malformed(f"{_too_deep(RECIPE_NESTING)}, aliases expanded{_line(event)}")
+            raise Malformed(f"nested too deep: over {RECIPE_NESTING}, aliases expanded{_line(event)}")
 
 
 def _line(event: Any) -> str:

@@ -6,6 +6,7 @@ their fields (see `numbers`), which take their largest values from here.
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 
 
@@ -48,6 +49,8 @@ PIXELS = Limit(
 )
 CEILING = Limit("picture ceiling", 178_956_970, "pixels", "PIL decodes nothing larger")
 NGRAMS = Limit("audit n-grams", 32, "words", "every question is counted once for each length")
+
+FIELD = Limit("table field", csv.field_size_limit(), "characters", "of CSV and TSV; Python's reader takes no more")
 
 # What a recipe asks for.
 COUNT = Limit("count", 1_000_000_000, "", "steps, samples and tokens; plans and progress are held as 64-bit numbers")
