@@ -145,7 +145,7 @@ def _update(tree: Any, key: str, value: Any) -> None:
         raise
     except Exception as error:  # OmegaConf checks few keys before it uses them
         raise ConfigError(
-            f"override {shown(key)}: the recipe has no such place ({error}); an entry of a list is named by its number, "
+            f"override {shown(key)}: no such place in the recipe ({error}); an entry of a list is named by its number, "
             "as in data.streams.forget[0].path"
         ) from error
 

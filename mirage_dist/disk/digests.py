@@ -13,7 +13,7 @@ from typing import Any
 
 
 def sha256(file: str | Path) -> str:
-    """SHA-256 of a regular file's content. Raises OSError, also for what might never end: a FIFO, a socket, a device."""
+    """SHA-256 of a regular file's content. Raises OSError, also for what may never end: a FIFO, a device."""
     # O_NONBLOCK: to open a FIFO would wait for its writer.
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as handle:
         if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
