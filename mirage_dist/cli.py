@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import liveness, signals
 from mirage_dist.disk import faults
 from mirage_dist.progress import printable, put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             with suppress(OSError):  # a descriptor that was exchanged meanwhile
                 stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what a path holds
+    liveness.end_with_parents()
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
