@@ -188,23 +188,23 @@ def other(file):
 
 
 def test_a_change_after_the_hash_is_noticed_and_a_copy_is_none(model):
-    found = find(model)
+    tested = find(model)
     again(model / directory.WHOLE)
-    found.check_unchanged()
+    tested.check_unchanged()
     state = (model / directory.WHOLE).stat()
     other(model / directory.WHOLE)
     os.utime(model / directory.WHOLE, ns=(state.st_atime_ns, state.st_mtime_ns))
     with pytest.raises(RunError, match="the model's files changed since they were hashed"):
-        found.check_unchanged()
+        tested.check_unchanged()
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "chat_template.json", "generation_config.json"])
 def test_a_file_that_appears_after_the_hash_is_noticed(model, name):
     (model / name).unlink(missing_ok=True)
-    found = find(model)
+    tested = find(model)
     (model / name).write_text("{}")
     with pytest.raises(RunError, match="changed since they were hashed"):
-        found.check_unchanged()
+        tested.check_unchanged()
 
 
 def test_a_change_between_the_checks_and_the_hash_is_noticed(model):
