@@ -53,7 +53,7 @@ class Owner:
         return cls(
             token=secrets.token_hex(6),
             job=os.environ.get("SLURM_JOB_ID"),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            restart=restart_count(),
             host=socket.gethostname(),
             boot=boot_id(),
             namespace=pid_namespace(),
@@ -85,7 +85,7 @@ class Owner:
 
         Slurm restarts a job only after it has given up the last start, so what is left of that is an orphan.
         """
-        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        job, restart = os.environ.get("SLURM_JOB_ID"), restart_count()
         return job is not None and self.job == job and self.restart < restart
 
     def __str__(self) -> str:
@@ -172,7 +172,7 @@ def end_with_parents() -> None:
     """
     here, parents = f"{boot_id()}/{pid_namespace()}", {}
     for place, _, number in (word.rpartition("/") for word in os.environ.get(PARENTS, "").split()):
-        if place == here and number.isdecimal():
+        if place == here and number.isdecimal() and len(number) <= 9:
             parents[int(number)] = process_start(int(number))
     if parents:
         threading.Thread(target=_watch_parents, args=(parents,), name="parents", daemon=True).start()
@@ -182,6 +182,11 @@ def _watch_parents(parents: Mapping[int, str | None]) -> None:
     while all(start is not None and process_start(pid) == start for pid, start in parents.items()):
         time.sleep(PARENTS_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def restart_count() -> int:
+    """How often Slurm has restarted this job. `ranks.check_environment` has seen that the variable holds a number."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def boot_id() -> str:
