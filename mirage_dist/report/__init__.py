@@ -53,7 +53,7 @@ def report(
     }
     benign = all(run.metrics["world"] for run in loaded)
     shown = examples.gather(loaded, EXAMPLES, outputs or benign)
-    with disk.files(out, private=True) as folder:
+    with disk.files(out, ("summary.json", '{\n "models": {'), private=True) as folder:
         for name, content in (
             ("summary.json", json.dumps(summary, indent=1) + "\n"),
             ("report.md", plain.markdown(loaded, summary)),
