@@ -101,11 +101,11 @@ def refused(arguments, capsys):
         status = cli.main(arguments)
     except SystemExit as end:
         status = end.code
-    said = capsys.readouterr().err
-    assert status == 2, said
-    assert "Traceback" not in said
-    assert len(said) < 3000
-    return said
+    output = capsys.readouterr().err
+    assert status == 2, output
+    assert "Traceback" not in output
+    assert len(output) < 3000
+    return output
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def refused(arguments, capsys):
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_an_override_that_cannot_be_is_a_sentence(override, words, capsys):
-    said = refused(["train", TRAIN, "--check-recipe", override], capsys)
-    assert all(word in said for word in words), said
+    output = refused(["train", TRAIN, "--check-recipe", override], capsys)
+    assert all(word in output for word in words), output
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_a_recipe_that_cannot_be_is_a_sentence(content, words, tmp_path, monkeyp
         (tmp_path / f"{one}.yaml").write_text(f"include: [{two}.yaml, {two}.yaml]")
     (tmp_path / "i.yaml").write_text("{}")
     (tmp_path / "recipe.yaml").write_bytes(content)
-    said = refused(["train", "recipe.yaml", "--check-recipe"], capsys)
-    assert all(word in said for word in words), said
+    output = refused(["train", "recipe.yaml", "--check-recipe"], capsys)
+    assert all(word in output for word in words), output
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_a_port_that_is_none_is_named(port, monkeypatch, capsys):
     ids=lambda arguments: arguments[0] + arguments[-1],
 )
 def test_a_number_on_the_command_line_has_a_range(arguments, value, capsys):
-    said = refused([*arguments[:-1], f"{arguments[-1]}={value}"], capsys)
-    assert arguments[-1] in said
-    assert "expected" in said
+    output = refused([*arguments[:-1], f"{arguments[-1]}={value}"], capsys)
+    assert arguments[-1] in output
+    assert "expected" in output
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,6 @@ def test_a_deepspeed_file_that_cannot_be_is_a_sentence(content, words, tmp_path,
         os.mkfifo(file)
     else:
         file.write_text(content)
-    said = refused(["train", TRAIN, "--check-recipe", f"deepspeed={file}"], capsys)
-    assert f"{file}: " in said
-    assert words in said
+    output = refused(["train", TRAIN, "--check-recipe", f"deepspeed={file}"], capsys)
+    assert f"{file}: " in output
+    assert words in output
