@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.schema.errors import ConfigError
+from mirage_dist.schema.names import shown
+
 BEAT_SECONDS = 5.0  # between two beats
 PARENTS = "MIRAGE_PARENTS"  # the processes with which one that they started ends: BOOT/NAMESPACE/PID, by spaces
 PARENTS_SECONDS = 0.5  # between two looks at them
@@ -55,7 +58,7 @@ class Owner:
             token=secrets.token_hex(6),
             job=os.environ.get("SLURM_JOB_ID"),
             cluster=os.environ.get("SLURM_CLUSTER_NAME"),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            restart=restart_count(),
             host=socket.gethostname(),
             boot=boot_id(),
             namespace=pid_namespace(),
@@ -66,9 +69,13 @@ class Owner:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Owner:
-        """An owner as `record` wrote it. Other keys are ignored; one that is missing matches no process."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{"token": "", **{key: value for key, value in record.items() if key in names}})
+        """An owner as `record` wrote it. Other keys are ignored; one that is missing, or whose value has another type,
+        matches no process.
+        """
+        whole = {"restart": int, "pid": int}  # what is no text
+        names = (field.name for field in dataclasses.fields(cls))
+        right = {name: record[name] for name in names if isinstance(record.get(name), whole.get(name, str))}
+        return cls(**{"token": "", **right})
 
     def record(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,6 +99,8 @@ class Owner:
         return job is not None and (self.job, self.cluster) == (job, cluster) and self.restart < restart
 
     def __str__(self) -> str:
+        if not self.host:
+            return f"a job of which only the token {self.token} is known"
         job = f"Slurm job {self.job} (restart {self.restart})" if self.job else "a job"
         return f"{job} on {self.host}, process {self.pid}, since {self.since}"
 
@@ -147,7 +156,7 @@ def read(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where no file exists or it does not hold a whole object."""
     try:
         record = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -185,6 +194,14 @@ def _watch_parents(parents: Mapping[int, str | None]) -> None:
     while all(start is not None and process_start(pid) == start for pid, start in parents.items()):
         time.sleep(PARENTS_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def restart_count() -> int:
+    """How often Slurm has restarted this job; 0 outside one. Raises ConfigError for a variable that is no number."""
+    value = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    if not (value.isdecimal() and len(value) <= 9):
+        raise ConfigError(f"SLURM_RESTART_COUNT={shown(value)}: expected a whole number, as Slurm sets it; unset it")
+    return int(value)
 
 
 def boot_id() -> str:

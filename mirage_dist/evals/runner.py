@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mirage_dist import config as configs
+from mirage_dist import runs
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
@@ -32,7 +33,7 @@ from mirage_dist.evals.worklist import WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 G = TypeVar("G", bound=Generator)
 
@@ -124,7 +125,7 @@ def _check_template(recipe: EvalRecipe, model: Subject) -> None:
     """Raise ConfigError when the template differs from that of training, as it did unnoticed in the paper's code."""
     if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
         return
-    data = configs.load(trained, [], TrainRecipe).data
+    data = runs.recipe(model.trained_in).data
     same = ("image_aspect", "template_options")
     for key in same if recipe.template.defence is not None else ("system_prompt", *same):
         here, there = getattr(recipe.template, key), getattr(data, key)
