@@ -21,7 +21,7 @@ from mirage_dist.progress import printable, put, show
 from mirage_dist.ranks import check_environment, check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe, secrets
 from mirage_dist.schema.limits import COUNT, LOCAL, NGRAMS, RANKS, Limit
-from mirage_dist.schema.names import PLACE, shown
+from mirage_dist.schema.names import NAME, PLACE, shown
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
     report.add_argument("--out", type=_path, help="default: report/ in the first run")
-    report.add_argument("--suite", help="required when the runs share several suites")
+    report.add_argument("--suite", type=_name, help="required when the runs share several suites")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
@@ -218,6 +218,14 @@ def _whole(low: int, limit: Limit) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _name(text: str) -> str:
+    try:
+        NAME(text, "SUITE")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _verb(
