@@ -21,7 +21,7 @@ from mirage_dist.progress import printable, put, show
 from mirage_dist.ranks import check_environment, check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe, secrets
 from mirage_dist.schema.limits import COUNT, LOCAL, NGRAMS, RANKS, Limit
-from mirage_dist.schema.names import NAME, PLACE, shown
+from mirage_dist.schema.names import NAME, PLACE, Check, shown
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        parsed = _parsed(arguments)
+        parsed = parse(arguments)
         check_environment()
         run: Callable[[argparse.Namespace], None] = parsed.run
         run(parsed)
@@ -62,15 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return parse(arguments)
-    except SystemExit as end:
-        if not end.code:
-            put("")  # argparse passes over a help that cannot be printed
-        raise
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
     parsed, rest = _parser().parse_known_args(arguments)
@@ -87,6 +78,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(secrets.masked(message)))
+
+    def print_help(self, file: object = None) -> None:
+        """As the result of any command: argparse itself passes over a help that cannot be printed."""
+        put(self.format_help())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -198,12 +193,16 @@ def _place(text: str) -> tuple[int, int]:
     return number, of
 
 
-def _path(text: str) -> Path:
+def _checked(check: Check, key: str, text: str) -> str:
     try:
-        PLACE(text, "PATH")
+        check(text, key)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_checked(PLACE, "PATH", text))
 
 
 def _whole(low: int, limit: Limit) -> Callable[[str], int]:
@@ -221,11 +220,7 @@ def _whole(low: int, limit: Limit) -> Callable[[str], int]:
 
 
 def _name(text: str) -> str:
-    try:
-        NAME(text, "SUITE")
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+    return _checked(NAME, "SUITE", text)
 
 
 def _verb(
