@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parse(arguments)
         check_environment()
-        run: Callable[[argparse.Namespace], None] = parsed.run
-        run(parsed)
+        parsed.run(parsed)
     except (ConfigError, RunError) as error:
         show(f"mirage: {error}", error=True)
         return error.status
