@@ -24,7 +24,7 @@ from mirage_dist.evals.sharing.files import Answers, Row, suite_dir, whole_objec
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.monitoring.process import Sender
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 5.0
@@ -34,8 +34,8 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
     """Evaluate the oldest checkpoint that is not evaluated, again and again; several workers may follow one run.
 
     place: see `runner.evaluate`. A checkpoint that the run's retention removes before its turn is logged and left out.
-    Raises what `evaluate` raises, ConfigError when `wandb_outputs` is set and the run does not log to W&B, and
-    StopRequested between two checkpoints after a signal.
+    Raises what `evaluate` raises, RunError when the run ends and no checkpoint was evaluated, ConfigError when
+    `wandb_outputs` is set and the run does not log to W&B, and StopRequested between two checkpoints after a signal.
     """
     run = Path(str(recipe.follow))
     if recipe.wandb_outputs and tracking.train_recipe(run).monitor.wandb == "off":
@@ -50,7 +50,7 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
 
 def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: list[Sender]) -> None:
     """`follow`. trackers: gets the process that sends results to W&B when there are some, if the run logs to W&B."""
-    done = set[int]()
+    done, judged_elsewhere = set[int](), False
     while True:
         if name := signals.received():
             raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
@@ -62,6 +62,7 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             tracker.tick()
         if not waiting:
             if over:
+                _require_evaluated(recipe, run, judged_elsewhere)
                 break
             time.sleep(POLL_SECONDS)
             continue
@@ -76,6 +77,7 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             continue
         if result is None:  # another worker judges it
             done.add(step)
+            judged_elsewhere = True
             continue
         write_history(recipe)
         if not trackers and (started := tracking.start(run)) is not None:
@@ -85,6 +87,15 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             tracker.send(
                 "log", values={"eval/step": step, **tracking.rates(_entry(result), "eval"), **counts}, table=table
             )
+
+
+def _require_evaluated(recipe: EvalRecipe, run: Path, elsewhere: bool) -> None:
+    """Raise RunError when the run is over and no checkpoint of it was evaluated. elsewhere: a worker judges one."""
+    if not elsewhere and not any(suite_dir(recipe).glob("step-*/metrics.json")):
+        raise RunError(
+            f"eval {recipe.suite}: {run} has ended, and no checkpoint of it was evaluated: it has none, or its "
+            "retention removed each before its turn (train.keep_last)"
+        )
 
 
 def write_history(recipe: EvalRecipe) -> None:

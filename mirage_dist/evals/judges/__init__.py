@@ -68,7 +68,7 @@ def read(recipe: EvalRecipe) -> list[Judge]:
     judges: dict[str, Judge] = {}
     for number, options in enumerate(recipe.judges):
         judge = make(options, "the recipe", f"judges[{number}]")
-        if judges.setdefault(judge.name, judge) != judge:
+        if judges.setdefault(judge.name.lower(), judge) is not judge:  # some file systems do not tell cases apart
             raise ConfigError(f"judges: two are named {judge.name!r}; give one of them another `name`")
     benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
     if benchmarks and all("scored" not in judge.verdicts for judge in judges.values()):
