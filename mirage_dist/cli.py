@@ -185,6 +185,7 @@ def _demo(parsed: argparse.Namespace) -> None:
 
     show(report.table(summary))
     show(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}")
+    report.require_whole(summary)
     exit_well()
 
 
@@ -329,6 +330,7 @@ def _report(parsed: argparse.Namespace) -> None:
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
     show(report.table(summary))
     show(out / "index.html")
+    report.require_whole(summary)
 
 
 def _export(parsed: argparse.Namespace) -> None:
