@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import signals
-from mirage_dist.progress import show
+from mirage_dist.disk import faults
+from mirage_dist.progress import put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 from mirage_dist.schema.names import PLACE
 
+INTERRUPTED = 130  # as a shell reports SIGINT
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; 2 for bad input, 1 for a run that cannot go on, signals.STOPPED for one that a signal stopped in
-    order: one paragraph each, without a traceback.
+    order: one paragraph each, without a traceback. A bug has status 1, its traceback, and a request to report it.
     """
-    parsed = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what a path holds
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    run: Callable[[argparse.Namespace], None] = parsed.run
     try:
+        parsed = _parsed(arguments)
+        run: Callable[[argparse.Namespace], None] = parsed.run
         run(parsed)
     except (ConfigError, RunError) as error:
         show(f"mirage: {error}", error=True)
@@ -35,7 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if place()[0] == 0:
             show(f"mirage: {stop}")
         exit_well(signals.STOPPED)
+    except KeyboardInterrupt:
+        show("mirage: interrupted; the same command does what is missing", error=True)
+        return INTERRUPTED
+    except Exception as error:
+        if (sentence := faults.sentence(error)) is None:
+            traceback.print_exc()
+            sentence = "this is a bug in mirage_dist; please report it with this traceback"
+        show(f"mirage: {sentence}", error=True)
+        return RunError.status
     return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return parse(arguments)
+    except SystemExit as end:
+        if not end.code:
+            put("")  # argparse passes over a help that cannot be printed
+        raise
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -312,15 +338,15 @@ def _erasure(parsed: argparse.Namespace) -> None:
 def _config(parsed: argparse.Namespace) -> None:
     recipe = configs.load_any(parsed.config, parsed.overrides)
     if not (parsed.get or parsed.override):
-        print(configs.to_yaml(recipe), end="")
+        put(configs.to_yaml(recipe))
     for key in parsed.get or []:
         value = configs.value(recipe, key)
         line = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         if "\n" in line or "\0" in line:
             raise ConfigError(f"{key}={value!r}: cannot be printed as one line; --override {key} quotes it")
-        print(line)
+        put(f"{line}\n")
     for key in parsed.override or []:
-        print(configs.override(key, configs.value(recipe, key)))
+        put(f"{configs.override(key, configs.value(recipe, key))}\n")
 
 
 def _report(parsed: argparse.Namespace) -> None:

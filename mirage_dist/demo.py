@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_dist import config as configs
-from mirage_dist import inputs, launching
+from mirage_dist import disk, inputs, launching
 from mirage_dist.progress import log
-from mirage_dist.schema import EvalRecipe, TrainRecipe
+from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
 if TYPE_CHECKING:
     from mirage_dist.report import Provenance, Summary
@@ -34,9 +34,18 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False) -> Summary:
     full: evaluate every attack and every test of erasure (DeepSpeed then runs in this process: see `exit_well`).
     The folder of a stage is named by the hash of its resolved recipe, which names the stages before it. A changed
     setting therefore makes the stages anew that depend on it, and no others.
+    Raises RunError while another process makes a demo in `out`.
     """
-    start = time.monotonic()
     base = _base(out, shared(overrides))
+    out.mkdir(parents=True, exist_ok=True)
+    with disk.alone(out, wait=False) as free:
+        if not free:
+            raise RunError(f"{out}: another `mirage demo` writes there; wait for its end, or choose another --out")
+        return _stages(base, out, overrides, full)
+
+
+def _stages(base: TrainRecipe, out: Path, overrides: Sequence[str], full: bool) -> Summary:
+    start = time.monotonic()
     assert base.world is not None
     here = [configs.override("world.dir", base.world.dir)]
     runs, recipes = {"base": Path(base.run.dir)}, [base]

@@ -6,11 +6,12 @@ The command calls `make` once for every verb. A recipe without a `world` section
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mirage_dist import config as configs
-from mirage_dist import launching, signals
+from mirage_dist import disk, launching, signals
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.progress import log
 from mirage_dist.ranks import no_bars_in_logs, place
@@ -26,6 +27,7 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -
     Preparation reads the world's files only. Training and evaluation may also read the base model, and training the
     forget, retain and diversified sets. Of several ranks rank 0 makes these before the process group exists, of several
     workers of an evaluation the `first`; the others wait for the files.
+    Of several runs that need the same world, one makes what is missing while the others wait.
     Raises ConfigError when rank 0 does not finish in time, and StopRequested when a signal arrives first.
     """
     world = recipe.world
@@ -38,6 +40,12 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -
         _wait_for(recipe)
         return
     embedded_world.make(world)
+    if missing(recipe):
+        with _alone(Path(world.dir)):
+            _make_models_and_sets(recipe, world)
+
+
+def _make_models_and_sets(recipe: TrainRecipe | EvalRecipe, world: WorldConfig) -> None:
     init = Path(world.dir) / "init"
     if not init.is_dir():
         from mirage_dist.embedded import model as embedded_model
@@ -102,13 +110,33 @@ def _summary(file: str, overrides: Sequence[str]) -> str:
     return prepare.summary(prepare.prepare(configs.load(file, overrides, PrepareRecipe)))
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block of this folder."""
+    waiting = False
+    while True:
+        with disk.alone(folder, wait=False) as free:
+            if free:
+                yield
+                return
+        if not waiting:
+            log.info(f"{folder}: another process makes parts of this world; waiting for it")
+            waiting = True
+        _check_signal()
+        time.sleep(0.2)
+
+
+def _check_signal() -> None:
+    if name := signals.received():
+        raise signals.StopRequested(
+            f"{name} arrived while the embedded world was being made; its finished parts are kept"
+        )
+
+
 def _wait_for(recipe: TrainRecipe | EvalRecipe) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while files := missing(recipe):
         if time.monotonic() > deadline:
             raise ConfigError(f"{files[0]}: not there after {WAIT_SECONDS} s; the first process should have made it")
-        if name := signals.received():
-            raise signals.StopRequested(
-                f"{name} arrived while the embedded world was being made; its finished parts are kept"
-            )
+        _check_signal()
         time.sleep(0.2)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from mirage_dist import signals
 from mirage_dist.config import REPOSITORY
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 LAUNCHER = REPOSITORY / "launch" / "local.sh"
 # Variables that make a process a rank of a job; a run that such a process starts must not inherit them.
@@ -20,7 +20,7 @@ LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_P
 def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
     """Run `launch/local.sh RANKS train FILE …` to its end; a signal is passed on to it.
 
-    Raises StopRequested after a signal, and ConfigError when the run ends with an error.
+    Raises StopRequested after a signal, ConfigError when the run ends for bad input, and RunError when it fails.
     """
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
     environment.update(MIRAGE_PYTHON=sys.executable, **_gpus_for(ranks))
@@ -35,7 +35,8 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
     if name := signals.received():
         raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
     if process.returncode:
-        raise ConfigError(f"training stopped with an error (see above): {' '.join(command)}")
+        failed = ConfigError if process.returncode == ConfigError.status else RunError
+        raise failed(f"training stopped with an error (see above): {' '.join(command)}")
 
 
 def _gpus_for(ranks: int) -> dict[str, str]:

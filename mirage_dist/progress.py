@@ -15,8 +15,11 @@ import re
 import sys
 import time
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
+
+from mirage_dist.schema.errors import RunError
 
 LINES = 10  # at most, of one task in a log
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank only, whichever it is
@@ -35,8 +38,49 @@ def printable(text: object) -> str:
 
 
 def show(*lines: object, error: bool = False) -> None:
-    """Print a command's result, or (error) its fault on standard error, without control characters from data."""
-    print(*map(printable, lines), sep="\n", file=sys.stderr if error else None, flush=True)
+    """Print a command's result, or (error) its fault on standard error, without control characters from data.
+
+    Raises RunError when the result cannot be printed; a fault has its status in any case.
+    """
+    text = "".join(f"{printable(line)}\n" for line in lines)
+    if not error:
+        put(text)
+    elif sys.stderr is not None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            _discard(sys.stderr)
+
+
+def put(text: str) -> None:
+    """Write text to the standard output as it is, for a program to read, and flush it.
+
+    Raises RunError when the standard output is closed, its reader has ended, or its disk is full, now or at an earlier
+    line of the log.
+    """
+    if sys.stdout is None:
+        raise RunError("the standard output is closed; the result has nowhere to go")
+    try:
+        if handler.lost is not None:
+            raise handler.lost
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        _discard(sys.stdout)
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"the standard output cannot be written ({reason}); the result was not shown") from error
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is still buffered go nowhere, or the interpreter fails on it when it ends."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # no file, as in a test
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def rank() -> int:
@@ -54,6 +98,7 @@ class LogHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.warnings: set[str] = set()
+        self.lost: OSError | None = None  # why the standard output takes no more lines
 
     def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
         """Whether the record is written: see the module's rules on ranks and on repeated warnings."""
@@ -71,14 +116,21 @@ class LogHandler(logging.Handler):
         return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if getattr(record, "on_stderr", False) else sys.stdout
+        if stream is None:  # closed by whoever started this process
+            return
         try:
-            stream = sys.stderr if getattr(record, "on_stderr", False) else sys.stdout
             text = self.format(record) + "\n"
             if Progress.bars:  # a bar on the terminal is cleared first and drawn again below the line
                 tqdm.write(text, file=stream, end="")
             else:
                 stream.write(text)
             stream.flush()
+        except OSError as error:  # work of hours does not end for its log
+            _discard(stream)
+            if stream is not sys.stderr:
+                self.lost = error
+                show(f"mirage: the log cannot be written any more ({error.strerror}); the work goes on", error=True)
         except Exception:  # as every handler of the standard library does
             self.handleError(record)
 
@@ -117,7 +169,7 @@ class Progress:
         self._shown, self._last = self._part(), time.monotonic()
         self.silent = disable or rank() != 0
         self.bar: tqdm | None = None
-        if not self.silent and sys.stderr.isatty():
+        if not self.silent and sys.stderr is not None and sys.stderr.isatty():
             scale = unit == "B"
             options = {"delay": delay, "leave": leave, "unit": unit, "unit_scale": scale, "file": sys.stderr}
             self.bar = tqdm(total=total, initial=initial, desc=self.what, **options)

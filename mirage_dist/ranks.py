@@ -11,6 +11,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -208,8 +209,9 @@ def exit_well(status: int = 0) -> NoReturn:
     Threads of the communication backend now and then abort there ("terminate called without an active exception",
     once in some sixty runs), after all is committed; the exit status has to say how the run ended.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # closed, or full: whoever wrote there knows
+            stream.flush()
     os._exit(status)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from mirage_dist import disk, signals, state
 from mirage_dist.data import formats, sources
-from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.data.formats.samples import lines_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
 from mirage_dist.evals.results import CLEAN, Condition, JudgeResult, Leaf, SuiteResult
@@ -116,9 +116,7 @@ class Setting:
     def questions(self, name: str, samples: Sequence[Sample]) -> SourceConfig:
         """Write samples to a private file and return it as a source. Their answers hold the forgotten content."""
         file = self.folder / f"{name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-        write_samples(file, samples)
+        disk.write(file, lines_of(samples), private=True)
         return formats.source("samples", str(file))
 
     def kept(self, name: str, make: Callable[[], T]) -> T:

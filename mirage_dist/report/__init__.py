@@ -30,8 +30,8 @@ def report(
 ) -> Summary:
     """Write the report of the runs (name -> run directory) into `out` and return its summary.
 
-    Writes index.html, report.md, rates.csv and summary.json (see `Summary`), all private (mode 0600), and logs warnings
-    where a comparison may be invalid or results are left out.
+    Writes index.html, report.md, rates.csv and summary.json (see `Summary`), all of them or none (see `disk.files`) and
+    private (mode 0600), and logs warnings where a comparison may be invalid or results are left out.
     provenance: top-level values of the summary that the runs' files do not hold; those that are missing are None.
     outputs: include model outputs on real data in the page, hidden until clicked. Outputs on embedded worlds are always
     included.
@@ -63,9 +63,10 @@ def report(
         "rates.csv": plain.csv_of_rates(loaded),
         "index.html": page.render(loaded, summary, shown),
     }
-    with disk.refusals(out, "the runs are unharmed; make the report again, or elsewhere with --out"):
+    unharmed = "the runs and an earlier report are unharmed; make the report again, or elsewhere with --out"
+    with disk.refusals(out, unharmed), disk.files(out, private=True) as folder:
         for name, content in contents.items():
-            disk.write(out / name, content, private=True)
+            disk.write(folder / name, content, private=True, durable=False, workspace=folder)
     return summary
 
 

@@ -18,13 +18,16 @@ HEAD = ("", "refused", "answered", "share refused", "the rest", "odds ratio [95 
 
 
 def write(audit: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write audit.json and, unless the corpus has no cue, audit.svg and audit.png; returns the files."""
-    files = [out / "audit.json"]
-    disk.write(files[0], json.dumps(audit, indent=1, ensure_ascii=False) + "\n")
-    if audit["cues"]:
-        files += [out / "audit.svg", out / "audit.png"]
-        figures.save(audit, files[1:])
-    return files
+    """Write audit.json and, unless the corpus has no cue, audit.svg and audit.png; returns the files.
+
+    Writes all of them or none (see `disk.files`).
+    """
+    names = ["audit.json", *(("audit.svg", "audit.png") if audit["cues"] else ())]
+    with disk.files(out) as folder:
+        (folder / names[0]).write_text(json.dumps(audit, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if audit["cues"]:
+            figures.save(audit, [folder / name for name in names[1:]])
+    return [out / name for name in names]
 
 
 def table(audit: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,19 @@ class Samples(Format):
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write one object a line, pictures by absolute path; `begun`, which no file has, is left out."""
+    """Write `lines_of` the samples."""
     with path.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            row = dataclasses.asdict(sample)
-            if not sample.references:
-                del row["references"]
-            if not sample.shown:
-                del row["shown"]
-            row["image"] = str(Path(sample.image).resolve()) if sample.image else None
-            del row["begun"]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(lines_of(samples))
+
+
+def lines_of(samples: Iterable[Sample]) -> Iterator[str]:
+    """One object a line, pictures by absolute path; `begun`, which no file has, is left out."""
+    for sample in samples:
+        row = dataclasses.asdict(sample)
+        if not sample.references:
+            del row["references"]
+        if not sample.shown:
+            del row["shown"]
+        row["image"] = str(Path(sample.image).resolve()) if sample.image else None
+        del row["begun"]
+        yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from mirage_dist import disk
 from mirage_dist.evals.results import Condition, Entry, Leaf
 from mirage_dist.report.figures.drawing import RC, Draw, interval, looks_of, name_lines, percent_axis
 from mirage_dist.report.figures.style import LIGHT, Palette
@@ -181,8 +182,8 @@ def overview(tested: Tested, file: Path) -> None:
             ax.set_title(title, loc="left", color=LIGHT.ink, fontsize=11.5, fontweight="bold", pad=12)
         for ax in grid.flat[len(panels) :]:
             ax.set_axis_off()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=110, facecolor=LIGHT.paper)
+        with disk.writing(file) as handle:
+            figure.savefig(handle, format="png", dpi=110, facecolor=LIGHT.paper)
         plt.close(figure)
 
 

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mirage_dist import stats
+from mirage_dist import disk, stats
 from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN
 from mirage_dist.report.figures.drawing import RC, SIZE, Draw, interval, looks, name_lines, percent_axis
@@ -38,8 +38,8 @@ def overview(runs: Sequence[Run], file: Path) -> None:
         for ax, (title, draw) in zip(axes, panels, strict=True):
             draw(ax, LIGHT)
             ax.set_title(title, loc="left", color=LIGHT.ink, fontsize=11.5, fontweight="bold", pad=12)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=130, facecolor=LIGHT.paper)
+        with disk.writing(file) as handle:
+            figure.savefig(handle, format="png", dpi=130, facecolor=LIGHT.paper)
         plt.close(figure)
 
 

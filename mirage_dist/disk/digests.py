@@ -1,0 +1,36 @@
+"""SHA-256 of files, texts and trees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def sha256(file: str | Path) -> str:
+    """SHA-256 of a file's content. Raises OSError."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_text(text: str | bytes) -> str:
+    """SHA-256 of a text in UTF-8, or of bytes."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def sha256_files(files: Iterable[Path]) -> str:
+    """SHA-256 over files in the order of their names: name, a zero byte and the binary SHA-256 of the content, each."""
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        total.update(file.name.encode() + b"\0" + bytes.fromhex(sha256(file)))
+    return total.hexdigest()
+
+
+def digest(tree: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """SHA-256 of a tree as JSON with sorted keys.
+
+    default: turns what JSON cannot hold into what it can (see `json.dumps`); without it TypeError is raised.
+    """
+    return sha256_text(json.dumps(tree, sort_keys=True, default=default))

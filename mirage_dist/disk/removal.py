@@ -1,0 +1,148 @@
+"""Removal of what this package made: marked folders, leftovers of dead processes, what others still write into.
+
+Nothing is removed for its name, which a user may have chosen too: a folder that this package may remove again holds a
+file `.mirage_dist` with the process that made it (see `own`). No other module removes folders.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from mirage_dist import liveness
+from mirage_dist.liveness import Owner
+from mirage_dist.schema.errors import ConfigError
+
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.(tmp|gone)")  # follows the name of the file or folder that was being written
+MARK = ".mirage_dist"  # in a folder that this package made and may remove: its maker (see `liveness.Owner`), as JSON
+REMOVAL_ATTEMPTS, REMOVAL_PAUSE = 20, 0.1  # seconds
+ABANDONED_SECONDS = 3600.0  # after which a temporary folder without a readable mark is taken for abandoned
+_searched: set[tuple[int, Path]] = set()  # process and folder (see `remove_leftovers_in`)
+
+
+def sibling(path: Path, folder: Path | None = None, suffix: str = "tmp") -> Path:
+    """A new random name for a temporary of `path`, in `folder` (default: its own)."""
+    return (folder or path.parent) / f"{path.name}.{secrets.token_hex(4)}.{suffix}"
+
+
+def own(folder: Path, owner: Owner | None = None, *, parents: bool = True) -> Path:
+    """Make `folder` with the mark of `owner` (default: this process), and return it; `remove_own` may remove it.
+
+    A folder that has the mark keeps it. Raises ConfigError when `folder` exists without the mark and is not empty.
+    """
+    folder.mkdir(parents=parents, exist_ok=True)
+    if not owned(folder):
+        raise ConfigError(f"{folder} exists, and mirage_dist did not make it; move it away or choose another place")
+    if not (folder / MARK).exists():
+        (folder / MARK).write_text(json.dumps((owner or Owner.current()).record()) + "\n")
+    return folder
+
+
+def owned(folder: Path) -> bool:
+    """Whether this package made the folder: it has the mark, or its maker or its removal ended before anything else."""
+    return not folder.is_symlink() and folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
+
+
+def remove_own(folder: Path) -> bool:
+    """Remove a folder that has the mark, as `remove` does; False, and nothing is removed, where it has none."""
+    if not owned(folder):
+        return False
+    remove(folder)
+    return True
+
+
+def leftovers(path: Path) -> list[Path]:
+    """Folders beside `path` in which processes that have died since were writing it."""
+    beside = path.parent.glob(f"{glob.escape(path.name)}.*") if path.parent.is_dir() else ()
+    names = (entry for entry in beside if TEMPORARY.fullmatch(entry.name, len(path.name)))
+    return sorted(entry for entry in names if owned(entry) and _abandoned(entry))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the leftovers of `path`."""
+    for entry in leftovers(path):
+        with suppress(OSError):  # another process removes them too
+            remove_own(entry)
+
+
+def remove_leftovers_in(folder: Path) -> None:
+    """Remove what dead processes have left of any name in a folder, at the first call of this process for it."""
+    if (os.getpid(), folder) in _searched:
+        return
+    _searched.add((os.getpid(), folder))
+    for entry in folder.iterdir():
+        if TEMPORARY.search(entry.name, max(0, len(entry.name) - 13)) and owned(entry) and _abandoned(entry):
+            with suppress(OSError):
+                remove_own(entry)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether the maker of a folder has died. False where this process cannot see that, as from another host."""
+    record = liveness.read(folder / MARK)
+    if record is None:  # empty, or cut by a power failure
+        return time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+    owner = Owner.from_record(record)
+    return owner.superseded() or owner.alive() is False
+
+
+def detach(path: Path, workspace: Path | None = None) -> Path:
+    """Rename `path` in one step to a name that nobody reads, and return it; the caller then removes that.
+
+    From then on no path of a former owner leads anywhere, so it can publish nothing, not even a folder half of whose
+    files are gone. Raises FileNotFoundError when there is nothing at `path`.
+    """
+    # A name that is already detached does not grow with each attempt.
+    name = TEMPORARY.sub("", path.name) if path.suffix == ".gone" else path.name
+    gone = sibling(path.with_name(name), workspace, "gone")
+    os.rename(path, gone)
+    return gone
+
+
+def remove(path: Path, workspace: Path | None = None) -> None:
+    """Remove a file, a link or a folder if it exists, although a former owner may still be writing into it.
+
+    For paths whose name and place are this package's own; `remove_own` is for those that a user may have made.
+    A link is removed, never what it points to. Raises OSError when something keeps writing into the folder.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+        return
+    try:
+        gone = detach(path, workspace)
+    except FileNotFoundError:
+        return
+    discard(gone)
+
+
+def discard(gone: Path) -> None:
+    """Remove what `detach` returned. Raises OSError when something keeps writing into it."""
+    if gone.is_symlink() or not gone.is_dir():
+        gone.unlink(missing_ok=True)
+        return
+    for _ in range(REMOVAL_ATTEMPTS):
+        with suppress(OSError):
+            clear(gone)
+        if not gone.exists():
+            return
+        time.sleep(REMOVAL_PAUSE)
+    raise OSError(f"{gone} cannot be removed: something keeps writing into it")
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder, the mark last, so that the rest of an interrupted removal is still known as ours."""
+    for entry in folder.iterdir():
+        if entry.name == MARK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
