@@ -18,7 +18,7 @@ import torch
 from conftest import DEADLINE
 from safetensors.torch import save_file
 
-from mirage_dist import cli, inputs, report, signals
+from mirage_dist import cli, inputs, report, signals, state
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
@@ -126,7 +126,7 @@ def test_a_second_start_asks_what_is_missing_and_counts_the_same(copied):
     assert len(lines(root)) - 21 == ROWS - 20
     answers = files.Answers(suite(root)).refresh()
     assert (answers.cut, answers.repeated, len(answers)) == (1, 0, ROWS)
-    assert list(answers.of([json.loads(line)["key"] for line in whole])) == [json.loads(line) for line in whole]
+    assert list(answers.of([json.loads(line)["key"] for line in whole])) == [state.parse("row", x, "") for x in whole]
     runner.evaluate(again())
     assert len(list((suite(root) / "rows").iterdir())) == 2  # the third start wrote nothing
 
