@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # launch/local.sh N COMMAND …: N processes of `mirage COMMAND …` on this machine, one a GPU (or CPU ranks).
 # It passes on SIGTERM, SIGINT and SIGUSR1: the ranks stop in order and its exit status is 75 (see mirage_dist/signals.py).
+# A rank also stops in order when this script is killed.
 # When a rank ends with an error, it names that rank, stops the others, and exits with that rank's status.
 set -uo pipefail
 # Before anything that takes time: a request that comes now is for the ranks that are still to be started.
@@ -32,6 +33,9 @@ python=${MIRAGE_PYTHON:-$repository/.venv/bin/python}
 export PYTHONSAFEPATH=1 PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another has failed, and killing it
 
+# A rank stops in order when this script has been killed, or a process before it in the list (mirage_dist/liveness.py).
+here=$(cat /proc/sys/kernel/random/boot_id)/$(readlink /proc/$$/ns/pid)
+export MIRAGE_PARENTS="${MIRAGE_PARENTS:-} $here/$$"
 export MASTER_ADDR=127.0.0.1 WORLD_SIZE=$size
 export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 # Ranks share the cores: more threads than cores slow every rank down.

@@ -9,14 +9,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import liveness, signals
 from mirage_dist.disk import faults
-from mirage_dist.progress import put, show
+from mirage_dist.progress import printable, put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe, secrets
 from mirage_dist.schema.names import PLACE
 
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -28,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what a path holds
+            with suppress(OSError):  # a descriptor that was exchanged meanwhile
+                stream.reconfigure(errors="backslashreplace")  # a terminal may have no letter for what a path holds
+    liveness.end_with_parents()
     # Each of torch's C++ warnings brings twenty lines of stack, such as on every rank when the first one has ended; its
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         if (sentence := faults.sentence(error)) is None:
-            traceback.print_exc()
+            show(traceback.format_exc(), error=True)
             sentence = "this is a bug in mirage_dist; please report it with this traceback"
         show(f"mirage: {sentence}", error=True)
         return RunError.status
@@ -75,8 +79,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages repeat words of the command line: without control characters, and without what looks like a key."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(secrets.masked(message)))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
+    parser = _Parser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")

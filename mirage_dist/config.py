@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import itertools
 import json
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,8 +25,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from mirage_dist import disk
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, secrets
-from mirage_dist.schema.names import Check, shown
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, secrets
+from mirage_dist.schema.limits import INCLUDES, OVERRIDE_KEY, RECIPE_FILE
+from mirage_dist.schema.names import PLACE, Check, shown
 from mirage_dist.schema.texts import fault_within, texts
 
 T = TypeVar("T")
@@ -51,7 +55,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     """
     tree, files = _read(path, schema)
     for override in (o for o in overrides if o.startswith(f"{INCLUDE}=")):
-        for name in _names(OmegaConf.from_dotlist([override]).get(INCLUDE), override):
+        for name in _names(_item(override)[1], shown(override)):
             own, more = _read(name, schema)
             tree, files = _merged(schema, tree, own, more[0]), files + more
     source = str(files[0]) + (f" (with {', '.join(map(str, files[1:]))})" if files[1:] else "")
@@ -67,8 +71,10 @@ def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple
     file = find(path)
     if file in within:
         raise ConfigError(f"{within[-1]}: {INCLUDE}: {path} includes this file in turn")
+    text = documents.decoded(documents.read_bytes(file, RECIPE_FILE), file)
     try:
-        tree: Any = OmegaConf.load(file)
+        documents.check_yaml(text)
+        tree: Any = OmegaConf.load(StringIO(text))
     except Exception as error:
         raise ConfigError(f"{file}: not readable as YAML: {error}") from error
     if not OmegaConf.is_dict(tree) or INCLUDE not in tree:
@@ -77,12 +83,14 @@ def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple
     for name in _names(tree.pop(INCLUDE), str(file)):
         other, more = _read(name, schema, (*within, file))
         whole, files = _merged(schema, whole, other, more[0]), files + more
+        if len(files) > INCLUDES.value:
+            raise ConfigError(f"{file}: {INCLUDE}: more than {INCLUDES} in all; a file counts each time it is included")
     return _merged(schema, whole, tree, file), files
 
 
 def _names(value: Any, source: str) -> list[str]:
     names = [value] if isinstance(value, str) else value
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{source}: {INCLUDE}={value!r}; expected a file or a list of files")
     return list(names)
 
@@ -100,8 +108,11 @@ def _merged(schema: Any, below: Any, above: Any, source: Path) -> Any:
 def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str) -> T:
     """`load` for a tree that is already in memory; `source` names it in errors."""
     for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r}: expected key=value, such as train.lr=5e-7")
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {shown(override)}: expected key=value, such as train.lr=5e-7")
+        if len(key) > OVERRIDE_KEY.value:
+            raise ConfigError(f"override {shown(override)}: its key has {len(key)} characters; at most {OVERRIDE_KEY}")
     try:
         items = [_item(override) for override in overrides]
         # Classes are chosen first, so that their options may stand before the choice on the command line.
@@ -119,7 +130,7 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
-    if (key := next((place for place, text in texts(plain, keys=False) if secrets.contains(text)), None)) is not None:
+    if (key := _secret(plain)) is not None:
         raise ConfigError(
             f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
             "W&B. Put it into an environment variable and give the variable's name (key_env)"
@@ -127,11 +138,21 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
     return _build(schema, plain, source, "")
 
 
+def _secret(plain: Any) -> str | None:
+    """The place of a text, keys of mappings included, that looks like a key or whose own key says that it is one."""
+    shaped = (place for place, text in texts(plain) if secrets.contains(text))
+    named = (
+        place for place, text in texts(plain, keys=False) if text and secrets.named(re.sub(r"(\[\d+\])+$", "", place))
+    )
+    return next(itertools.chain(shaped, named), None)
+
+
 def _item(override: str) -> tuple[str, Any]:
     """Key and value of an override. OmegaConf's own dot-list parser reads the value, so 5e-7 is a float here."""
     key, _, value = override.partition("=")
     try:
         # Unresolved: an interpolation names keys of the recipe, and `\${` escapes one.
+        documents.check_yaml(value)
         given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
         return key, given["value"]
     except OmegaConfBaseException:
@@ -139,15 +160,21 @@ def _item(override: str) -> tuple[str, Any]:
     except Exception as error:  # yaml's errors, whatever library OmegaConf parses with
         problem = " ".join(str(error).split())
         raise ConfigError(
-            f"override {override!r}: its value is not YAML ({problem}); quote names with [ ] in lists"
+            f"override {shown(override)}: its value is not YAML ({problem}); quote names with [ ] in lists"
         ) from error
 
 
 def find(path: str | Path) -> Path:
-    """A path as given, or relative to the repository (recipes name each other that way)."""
+    """A path as given, or relative to the repository (recipes name each other that way).
+
+    Raises ConfigError for a path that no file can have, and where no regular file is in either place.
+    """
+    PLACE(str(path), "a recipe's path")
     for candidate in (Path(path), REPOSITORY / path):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
+        if os.path.exists(candidate):
+            documents.open_file(candidate).close()  # says what it is
     raise ConfigError(f"{path}: no such file (looked here and in {REPOSITORY})")
 
 
@@ -175,12 +202,15 @@ def _build(schema: Any, value: Any, source: str, key: str) -> Any:
         raise ConfigError(f"{source}: {_join(key, str(error))}") from error
 
 
-def _check(hint: Any, value: Any, source: str, key: str) -> Any:
+def _check(hint: Any, value: Any, source: str, key: str, ranged: bool = False) -> Any:
+    """The value as its type has it. ranged: a check of its own follows, which names a number's range."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        if (why := documents.value_fault(value, key)) is not None:
+            raise ConfigError(f"{source}: {why}")
         return value
     if origin is Annotated:
-        value = _check(args[0], value, source, key)
+        value = _check(args[0], value, source, key, ranged=True)
         for check in (mark for mark in args[1:] if isinstance(mark, Check)):
             check(value, f"{source}: {key}")
         return value
@@ -223,7 +253,13 @@ def _check(hint: Any, value: Any, source: str, key: str) -> Any:
         )
     if not right[hint]:
         raise ConfigError(f"{source}: {key}={shown(value)}; expected {_PLAIN[hint]}")
-    return hint(value)
+    if not ranged and hint in (int, float) and not -(2**63) <= typing.cast(float, value) < 2**63:  # also .nan
+        raise ConfigError(f"{source}: {key}={shown(value)}; expected {_PLAIN[hint]} from -2^63 to below 2^63")
+    try:
+        # Of 0.0 and -0.0 it is 0.0: two recipes that ask for the same are equal.
+        return float(value) + 0.0 if hint is float else hint(value)
+    except (OverflowError, ValueError) as error:  # of a whole number with more digits than Python converts
+        raise ConfigError(f"{source}: {key}={shown(value)}; expected {_PLAIN[hint]} of fewer digits") from error
 
 
 def _word(choice: Any) -> str:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mirage_dist import signals
+from mirage_dist import liveness, signals
 from mirage_dist.config import REPOSITORY
 from mirage_dist.schema import ConfigError, RunError
 
@@ -18,12 +18,13 @@ LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_P
 
 
 def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
-    """Run `launch/local.sh RANKS train FILE …` to its end; a signal is passed on to it.
+    """Run `launch/local.sh RANKS train FILE …` to its end; a signal is passed on to it, and its ranks end with this
+    process.
 
     Raises StopRequested after a signal, ConfigError when the run ends for bad input, and RunError when it fails.
     """
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
-    environment.update(MIRAGE_PYTHON=sys.executable, **_gpus_for(ranks))
+    environment.update(MIRAGE_PYTHON=sys.executable, **liveness.child_environment(), **_gpus_for(ranks))
     command = [str(LAUNCHER), str(ranks), "train", file, *overrides]
     with signals.at_stop_points():
         process = subprocess.Popen(command, env=environment)

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 BEAT_SECONDS = 5.0  # between two beats
+PARENTS = "MIRAGE_PARENTS"  # the processes with which one that they started ends: BOOT/NAMESPACE/PID, by spaces
+PARENTS_SECONDS = 0.5  # between two looks at them
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,32 @@ def process_start(pid: int) -> str | None:
     except OSError:
         return None
     return None if state in "ZX" else fields[18]  # a zombie is dead, whoever was to reap it
+
+
+def child_environment() -> dict[str, str]:
+    """The variables of a process that this one starts and that ends with it (see `end_with_parents`)."""
+    return {PARENTS: f"{os.environ.get(PARENTS, '')} {boot_id()}/{pid_namespace()}/{os.getpid()}"}
+
+
+def end_with_parents() -> None:
+    """Send this process SIGTERM once a process has ended that MIRAGE_PARENTS names, as SIGKILL ends one.
+
+    Nobody waits for it then, and it would hold the directory that its parent's next start wants. It stops in order
+    where it does at SIGTERM. Does nothing without the variable, which `child_environment` and launch/local.sh set, nor
+    about processes on another host or in another container, where it may have been passed on to.
+    """
+    here, parents = f"{boot_id()}/{pid_namespace()}", {}
+    for place, _, number in (word.rpartition("/") for word in os.environ.get(PARENTS, "").split()):
+        if place == here and number.isdecimal():
+            parents[int(number)] = process_start(int(number))
+    if parents:
+        threading.Thread(target=_watch_parents, args=(parents,), name="parents", daemon=True).start()
+
+
+def _watch_parents(parents: Mapping[int, str | None]) -> None:
+    while all(start is not None and process_start(pid) == start for pid, start in parents.items()):
+        time.sleep(PARENTS_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def boot_id() -> str:

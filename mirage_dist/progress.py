@@ -19,6 +19,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from mirage_dist.schema import secrets
 from mirage_dist.schema.errors import RunError
 
 LINES = 10  # at most, of one task in a log
@@ -28,8 +29,12 @@ ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standa
 log = logging.getLogger("mirage_dist")
 
 
-# What data could move the cursor, recolour the terminal or reorder a line with, and what UTF-8 cannot hold.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What data could move the cursor, recolour the terminal, break or reorder a line with, what is invisible (such as tags,
+# which can hold a hidden text), and what UTF-8 cannot hold.
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: object) -> str:
@@ -38,7 +43,8 @@ def printable(text: object) -> str:
 
 
 def show(*lines: object, error: bool = False) -> None:
-    """Print a command's result, or (error) its fault on standard error, without control characters from data.
+    """Print a command's result, or (error) its fault on standard error, without control characters from data, and a
+    fault without what looks like a key.
 
     Raises RunError when the result cannot be printed; a fault has its status in any case.
     """
@@ -47,14 +53,14 @@ def show(*lines: object, error: bool = False) -> None:
         put(text)
     elif sys.stderr is not None:
         try:
-            sys.stderr.write(text)
+            sys.stderr.write(secrets.masked(text))
             sys.stderr.flush()
         except (OSError, ValueError):
             _discard(sys.stderr)
 
 
 def put(text: str) -> None:
-    """Write text to the standard output as it is, for a program to read, and flush it.
+    """Write text to the standard output and flush it: as it is, or on a terminal without control characters.
 
     Raises RunError when the standard output is closed, its reader has ended, or its disk is full, now or at an earlier
     line of the log.
@@ -64,7 +70,7 @@ def put(text: str) -> None:
     try:
         if handler.lost is not None:
             raise handler.lost
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     except (OSError, ValueError) as error:
         _discard(sys.stdout)
@@ -112,7 +118,7 @@ class LogHandler(logging.Handler):
         return super().filter(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = printable(super().format(record))
+        text = printable(secrets.masked(super().format(record)))
         return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from mirage_dist.data import records
 from mirage_dist.data.formats import base, vlguard
 from mirage_dist.data.refusals import is_refusal, is_refusal_as_published
+from mirage_dist.progress import show
 from mirage_dist.schema import ConfigError
 
 TESTS = {"ours": is_refusal, "published": is_refusal_as_published}
@@ -48,9 +49,9 @@ def main(files: Sequence[str]) -> int:
         for file in files:
             for split, count in refusals(Path(file)).items():
                 verdicts = ", ".join(f"{count[name]} by {name}" for name in TESTS)
-                print(f"{file} {split}: of {count['answers']} answers taken for refusals {verdicts}")
+                show(f"{file} {split}: of {count['answers']} answers taken for refusals {verdicts}")
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        show(error, error=True)
         return error.status
     return 0
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,16 +15,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.schema import ConfigError
+from mirage_dist.data import tables
+from mirage_dist.schema import ConfigError, documents
+from mirage_dist.schema.limits import LINE
 from mirage_dist.schema.texts import fault_within
 
 CHUNK = 1 << 20  # bytes read at a time
-LARGEST = 1 << 26  # characters of one record of a JSON list, or bytes of a line; a longer record counts as broken
+LARGEST = LINE.value  # characters of one record of a JSON list, or bytes of a line or of blanks before the first
 BLANKS = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
-TABLES = (".parquet", ".arrow")
 SHEETS = {".csv": ",", ".tsv": "\t"}  # suffix -> delimiter
-EMBEDDED = "picture-inside-the-dataset"  # in place of the path of a picture that is stored in the table itself
 FORM = "expected a list of records, or one object a line"
 
 OnBytes = Callable[[int], object]  # called with the number of further bytes that were read
@@ -39,8 +37,8 @@ def read(path: Path, on_bytes: OnBytes = lambda size: None, torn: Callable[[], o
     Raises ConfigError for a file that cannot be read, is empty, or is none of these; for JSON with record, line and
     column.
     """
-    if path.is_dir() or path.suffix in TABLES:
-        return _tables(path, on_bytes)
+    if path.is_dir() or path.suffix in tables.TABLES:
+        return tables.read(path, on_bytes)
     if path.suffix.lower() in SHEETS:
         return _sheet(path, on_bytes)
     return _json(path, on_bytes, torn)
@@ -58,8 +56,11 @@ def checked(path: Path, torn: Callable[[], object] | None = None) -> Iterator[tu
 
 
 def text(path: Path) -> str:
-    """The text of a file without a byte-order mark. Raises ConfigError for a file that cannot be read or is empty."""
-    content = "".join(_decoded(path, _chunks(path, lambda size: None))).removeprefix("\ufeff")
+    """The text of a file without a byte-order mark.
+
+    Raises ConfigError for a file that cannot be read, is empty, or is larger than its limit.
+    """
+    content = documents.decoded(documents.read_bytes(path), path)
     if not content.strip():
         raise ConfigError(f"{path}: the file is empty")
     return content
@@ -70,12 +71,7 @@ def value(path: Path, content: str | None = None) -> Any:
 
     Raises ConfigError as `text`, and naming the file for anything else, and for a text that cannot be encoded.
     """
-    try:
-        whole = json.loads(text(path) if content is None else content)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {_without_offset(error)}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not readable as JSON: nested too deep") from error
+    whole = documents.read_json(path, text(path) if content is None else content)
     if (why := fault_within(whole)) is not None:
         raise ConfigError(f"{path}: {why}")
     return whole
@@ -84,7 +80,7 @@ def value(path: Path, content: str | None = None) -> Any:
 def size(path: Path) -> int:
     """Bytes that `read` will report to `on_bytes` in all. Raises ConfigError as `read` does."""
     try:
-        return sum(file.stat().st_size for file in ([path] if path.is_file() else _parts(path)))
+        return sum(file.stat().st_size for file in ([path] if path.is_file() else tables.parts(path)))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
@@ -94,25 +90,27 @@ def size(path: Path) -> int:
 
 def _json(path: Path, on_bytes: OnBytes, torn: Callable[[], object] | None) -> Iterator[Any]:
     chunks = _chunks(path, on_bytes)
-    start = b""
-    for chunk in chunks:
-        start += chunk
-        if not codecs.BOM_UTF8.startswith(start) and start.removeprefix(codecs.BOM_UTF8).strip():
-            break
-    mark = start.removeprefix(codecs.BOM_UTF8).strip()[:1]
-    if not mark:
-        raise ConfigError(f"{path}: the file is empty")
-    chunks = chain([start.removeprefix(codecs.BOM_UTF8)], chunks)
+    first = b""
+    while len(first) < len(codecs.BOM_UTF8) and (chunk := next(chunks, None)) is not None:
+        first += chunk
+    start = [first.removeprefix(codecs.BOM_UTF8)]
+    while not (mark := start[-1].lstrip()[:1]):
+        if (chunk := next(chunks, None)) is None:
+            raise ConfigError(f"{path}: the file is empty")
+        if len(start) * CHUNK >= LARGEST:
+            raise ConfigError(f"{path}: begins with more than {LINE} of blanks ({FORM})")
+        start.append(chunk)
+    chunks = chain(start, chunks)
     return _lines(path, chunks, torn) if mark == b"{" else _list(path, _Text(_decoded(path, chunks)))
 
 
 def _chunks(path: Path, on_bytes: OnBytes) -> Iterator[bytes]:
     try:
-        with path.open("rb") as file:
+        with documents.open_file(path) as file:
             while chunk := file.read(CHUNK):
                 on_bytes(len(chunk))
                 yield chunk
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
@@ -132,13 +130,8 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
     return f"{path}: cannot be read: line {line} is not UTF-8 ({error.reason}); convert the file to UTF-8"
 
 
-def _without_offset(error: json.JSONDecodeError, line: int = 1) -> str:
-    """What is wrong, and where in the file. line: that with which the text begins."""
-    return f"{error.msg}: line {line + error.lineno - 1} column {error.colno}"
-
-
 def _raw_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their ends. One that is longer than LARGEST comes cut off."""
+    """Lines without their ends. One that is longer than LARGEST comes cut off, as the last one."""
     parts: list[bytes] = []
     held = 0
     for chunk in chunks:
@@ -158,30 +151,30 @@ def _lines(path: Path, chunks: Iterator[bytes], torn: Callable[[], object] | Non
     lines = enumerate(_raw_lines(chunks), start=1)
     at, raw = next(lines)
     for following in chain(lines, [None]):
+        if len(raw) > LARGEST:
+            raise ConfigError(f"{path}: record {number}: not JSON: {_too_long(at)} ({FORM})")
         if raw.strip():
             try:
-                record = json.loads(raw.decode())
-            except (ValueError, RecursionError) as error:
+                record = documents.parse_json(raw.decode(), at)
+            except ValueError as error:
                 if following is None and torn is not None:
                     torn()
                     return
-                raise ConfigError(_broken_line(path, number, at, raw, error)) from error
+                raise ConfigError(_broken_line(path, number, at, error)) from error
             yield record
             number += 1
         if following is not None:
             at, raw = following
 
 
-def _broken_line(path: Path, number: int, line: int, raw: bytes, error: Exception) -> str:
+def _too_long(line: int) -> str:
+    return f"line {line} is longer than {LINE}, the limit of an {LINE.name}"
+
+
+def _broken_line(path: Path, number: int, line: int, error: ValueError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(path, line, error)
-    if len(raw) > LARGEST:
-        why = f"line {line} is longer than {LARGEST >> 20} MiB"
-    elif isinstance(error, json.JSONDecodeError):
-        why = _without_offset(error, line)
-    else:
-        why = f"nested too deep: line {line}"
-    return f"{path}: record {number}: not JSON: {why} ({FORM})"
+    return f"{path}: record {number}: not JSON: {error} ({FORM})"
 
 
 def _list(path: Path, text: _Text) -> Iterator[Any]:
@@ -227,28 +220,44 @@ class _Text:
                 return self.text[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """Decode the value that begins here. Raises _NotJson."""
+        """Decode the value that begins here. Raises _NotJson.
+
+        Each attempt has twice the text of the one before, so that all of them together read a few times its length.
+        """
         while True:
             try:
-                value, self.at = DECODER.raw_decode(self.text, self.at)
-                return value
+                value, end = documents.DECODER.raw_decode(self.text, self.at)
             except RecursionError as error:
-                raise self.fault("nested too deep") from error
+                raise self.fault(documents.TOO_DEEP) from error
             except json.JSONDecodeError as error:
                 # Either a syntax error, or the value's end has not arrived yet.
-                if len(self.text) - self.at > LARGEST or not self._more():
+                if (size := len(self.text) - self.at) > LARGEST:
+                    raise self.fault(f"{error.msg}, or a record of over {LINE}", error.pos) from error
+                if not self._more(size):
                     raise self.fault(error.msg, error.pos) from error
+            except ValueError as error:
+                raise self.fault(str(error)) from error
+            else:
+                if documents.deep(self.text, value, self.at, end):
+                    raise self.fault(documents.TOO_DEEP)
+                self.at = end
+                return value
 
     def fault(self, what: str, at: int | None = None) -> _NotJson:
         line, column = self._place(self.at if at is None else at)
         return _NotJson(f"{what}: line {line} column {column}")
 
-    def _more(self) -> bool:
-        piece = next(self.pieces, None)
-        if piece is None:
+    def _more(self, least: int = 1) -> bool:
+        """Keep the unread rest and at least so many more characters; False when nothing is left to read."""
+        pieces: list[str] = []
+        held = 0
+        while held < least and (piece := next(self.pieces, None)) is not None:
+            pieces.append(piece)
+            held += len(piece)
+        if not pieces:
             return False
         self.line, self.column = self._place(self.at)
-        self.text, self.at = self.text[self.at :] + piece, 0
+        self.text, self.at = "".join([self.text[self.at :], *pieces]), 0
         return True
 
     def _place(self, at: int) -> tuple[int, int]:
@@ -261,14 +270,22 @@ class _Text:
 
 def _sheet(path: Path, on_bytes: OnBytes) -> Iterator[Any]:
     """Rows by the names in the first row; a row with more fields has the others under None, one with fewer None."""
-    raw = (line + b"\n" for line in _raw_lines(_chunks(path, on_bytes)))
-    rows = csv.DictReader(_sheet_lines(_decoded(path, raw)), delimiter=SHEETS[path.suffix.lower()])
+    raw = enumerate(_raw_lines(_chunks(path, on_bytes)), start=1)
+    rows = csv.DictReader(
+        _sheet_lines(_decoded(path, (_bounded(path, *line) for line in raw))), delimiter=SHEETS[path.suffix.lower()]
+    )
     try:
         if not rows.fieldnames:
             raise ConfigError(f"{path}: the file is empty")
         yield from rows
     except csv.Error as error:
         raise ConfigError(f"{path}: line {rows.line_num}: not a table: {error}") from error
+
+
+def _bounded(path: Path, number: int, line: bytes) -> bytes:
+    if len(line) > LARGEST:
+        raise ConfigError(f"{path}: {_too_long(number)}")
+    return line + b"\n"
 
 
 def _sheet_lines(pieces: Iterator[str]) -> Iterator[str]:
@@ -279,76 +296,3 @@ def _sheet_lines(pieces: Iterator[str]) -> Iterator[str]:
         named = named or bool(line.strip())
         if named:
             yield line
-
-
-# ------------------------------------------------------------------------------------------------- tables
-
-
-def _parts(path: Path) -> list[Path]:
-    """The files of a folder of tables, in order."""
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text())["splits"])
-        raise ConfigError(f"{path}: holds several splits ({splits}); name the folder of one split")
-    if (path / "state.json").is_file():
-        return [path / part["filename"] for part in json.loads((path / "state.json").read_text())["_data_files"]]
-    files = sorted(file for file in path.glob("*") if file.suffix in TABLES)
-    if not files:
-        raise ConfigError(f"{path}: no such file, or a folder without a dataset (state.json, *.parquet or *.arrow)")
-    if len({file.suffix for file in files}) > 1:
-        raise ConfigError(f"{path}: holds Parquet and Arrow files; name the files of one kind")
-    return files
-
-
-def _tables(path: Path, on_bytes: OnBytes) -> Iterator[Any]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"{path}: datasets on disk need pyarrow: pip install 'mirage-dist[arrow]'")
-    errors = (OSError, UnicodeDecodeError, _pyarrow("lib").ArrowException)
-    for file in _parts(path) if path.is_dir() else [path]:
-        try:
-            for batch in _batches(file):
-                columns = [_column(column) for column in batch.columns]
-                for values in zip(*columns, strict=True):
-                    yield _without_nulls(dict(zip(batch.schema.names, values, strict=True)))
-        except errors as error:
-            raise ConfigError(f"{file}: cannot be read: {error}") from error
-        on_bytes(file.stat().st_size)
-
-
-def _pyarrow(part: str) -> Any:
-    """A module of pyarrow, which is optional: a type checker may not have it either."""
-    return importlib.import_module(f"pyarrow.{part}")
-
-
-def _batches(file: Path) -> Iterator[Any]:
-    """Record batches; bytes of pictures are left on the disk where the format allows."""
-    if file.suffix == ".parquet":
-        table = _pyarrow("parquet").ParquetFile(file)
-        names = [table.schema.column(i).path for i in range(len(table.schema))]
-        yield from table.iter_batches(1024, columns=[name for name in names if not name.endswith(".bytes")])
-        return
-    ipc = _pyarrow("ipc")
-    with _pyarrow("lib").memory_map(str(file)) as source:
-        if source.read(6) != b"ARROW1":
-            source.seek(0)
-            yield from ipc.open_stream(source)  # as `datasets` writes
-        else:
-            opened = ipc.open_file(source)
-            yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
-
-
-def _column(column: Any) -> list[Any]:
-    """A column's values; a picture ({"bytes", "path"}) is its path."""
-    if not (_pyarrow("types").is_struct(column.type) and column.type.get_field_index("path") >= 0):
-        return column.to_pylist()
-    present = column.is_valid().to_pylist()
-    return [
-        (path or EMBEDDED) if valid else None
-        for path, valid in zip(column.field("path").to_pylist(), present, strict=True)
-    ]
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without fields that are null, since in a table every record has every field."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 
@@ -18,6 +19,8 @@ from mirage_dist.erasure.results import AttributionResult, AttributionSet, MeanF
 from mirage_dist.erasure.setting import Setting, group, order
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.limits import COUNT
+from mirage_dist.schema.numbers import Count, whole
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,13 @@ class Attribution:
     opening: str
     unsafe: list[str]
     safe: list[str]
-    questions: int = 64
-    positions: int = 6
+    questions: Annotated[int, whole(2, COUNT.value)] = 64
+    positions: Count = 6
 
     def __post_init__(self) -> None:
         if not self.opening.strip() or any(len(word.split()) != 1 for word in [*self.unsafe, *self.safe]):
             given = f"opening={self.opening!r}, unsafe={self.unsafe}, safe={self.safe}"
             raise ConfigError(f"{given}; expected an opening that is not empty, and lists of single words")
-        if self.questions < 2 or self.positions < 1:
-            raise ConfigError(
-                f"questions={self.questions}, positions={self.positions}; expected at least 2 questions and 1 position"
-            )
 
     def __call__(self, setting: Setting) -> AttributionResult:
         return setting.kept("result", lambda: self._measure(setting))

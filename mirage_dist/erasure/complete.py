@@ -8,6 +8,7 @@ from mirage_dist.erasure.results import CompletionResult
 from mirage_dist.erasure.setting import SET, Setting, attack_rate
 from mirage_dist.evals.results import Condition
 from mirage_dist.schema import ConfigError, EvalSetConfig
+from mirage_dist.schema.numbers import Count
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,12 @@ class Completion:
     ends before it. questions: number of forget samples that are evaluated.
     """
 
-    words: list[int] = field(default_factory=lambda: [1, 2, 5])
-    questions: int = 128
+    words: list[Count] = field(default_factory=lambda: [1, 2, 5])
+    questions: Count = 128
 
     def __post_init__(self) -> None:
-        if not self.words or any(words < 1 for words in self.words):
+        if not self.words:
             raise ConfigError(f"words={self.words}; expected numbers of words above 0")
-        if self.questions < 1:
-            raise ConfigError(f"questions={self.questions}; expected a number above 0")
 
     def __call__(self, setting: Setting) -> CompletionResult:
         source = setting.questions("questions", setting.forget.samples[: self.questions])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from mirage_dist.evals.results import Leaf
 from mirage_dist.model import activations
 from mirage_dist.model.families import roles
 from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema.numbers import Count, Positive, real
 
 SHUFFLE_SEED = 1
 Labelled = tuple[list[Sample], list[str]]
@@ -64,17 +65,11 @@ class Probe:
 
     label: Literal["answer", "category", "safe"] = "answer"
     beside: list[SourceConfig] = field(default_factory=list)
-    samples: int = 1000
-    test_share: float = 0.3
-    least: int = 10
-    l2: float = 0.01
+    samples: Count = 1000
+    test_share: Annotated[float, real(0, 1, "a share", above=True, below=True)] = 0.3
+    least: Count = 10
+    l2: Positive = 0.01
     transfer: Transfer | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.test_share < 1:
-            raise ConfigError(f"test_share={self.test_share}; expected a share between 0 and 1")
-        if self.samples < 1 or self.least < 1 or self.l2 <= 0:
-            raise ConfigError(f"samples={self.samples}, least={self.least}, l2={self.l2}; expected numbers above 0")
 
     def __call__(self, setting: Setting) -> ProbeResult:
         return setting.kept("result", lambda: self._measure(setting))

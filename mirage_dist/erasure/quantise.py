@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from mirage_dist.erasure.setting import Setting, headline
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model.families import roles
 from mirage_dist.schema import ConfigError, EvalSetConfig
+from mirage_dist.schema.numbers import Count, whole
 
 WIDEST_GROUPED = 4  # bits; with more, all weights of an output channel share one scale
 
@@ -35,15 +36,13 @@ class Quantisation:
     attacks: evaluate the suite's attacks too.
     """
 
-    bits: list[int] = field(default_factory=lambda: [8, 4])
-    group: int = 64
+    bits: list[Annotated[int, whole(2, 8)]] = field(default_factory=lambda: [8, 4])
+    group: Count = 64
     attacks: bool = True
 
     def __post_init__(self) -> None:
-        if not self.bits or any(not 2 <= bits <= 8 for bits in self.bits):
+        if not self.bits:
             raise ConfigError(f"bits={self.bits}; expected numbers of bits from 2 to 8")
-        if self.group < 1:
-            raise ConfigError(f"group={self.group}; expected a number of weights above 0")
 
     def __call__(self, setting: Setting) -> QuantisationResult:
         after = {str(bits): setting.kept(f"int{bits}", lambda b=bits: self._after(setting, b)) for bits in self.bits}

@@ -24,6 +24,7 @@ from mirage_dist.evals.results import SuiteResult
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, SourceConfig, TrainRecipe
+from mirage_dist.schema.numbers import Count, Ranks, SomeShare, Steps
 from mirage_dist.train import run
 from mirage_dist.train.planning import check
 
@@ -43,24 +44,19 @@ class Relearning:
 
     recipe: str
     overrides: list[str] = field(default_factory=list)
-    samples: list[int] = field(default_factory=lambda: [2, 8, 32])
-    steps: int = 20
-    every: int = 5
+    samples: list[Count] = field(default_factory=lambda: [2, 8, 32])
+    steps: Steps = 20
+    every: Steps = 5
     label: Literal["answer", "category"] = "answer"
-    content_share: float = 0.5
-    questions: int = 128
-    ranks: int | None = None
+    content_share: SomeShare = 0.5
+    questions: Count = 128
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "every", "questions", "ranks"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name}={value}; expected a whole number above 0")
-        if not self.samples or min(self.samples) < 1:
+        if not self.samples:
             raise ConfigError(f"samples={self.samples}; expected numbers of samples above 0")
         if self.steps % self.every:
             raise ConfigError(f"steps={self.steps}; expected a multiple of every={self.every}")
-        if not 0 < self.content_share <= 1:
-            raise ConfigError(f"content_share={self.content_share}; expected a share above 0, at most 1")
 
     def check(self, forget: Forget, seed: int) -> TrainRecipe:
         """The training recipe. Raises ConfigError when the recipe is invalid or there are too few forget samples."""

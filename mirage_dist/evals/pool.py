@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mirage_dist import signals
+from mirage_dist import liveness, signals
 from mirage_dist.config import REPOSITORY
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.schema import ConfigError, RunError
@@ -73,7 +73,8 @@ def environment(worker: int, workers: int) -> dict[str, str]:
     """A worker's environment variables, with one of the machine's GPUs and a share of its cores."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The code of this process, also from inside another checkout, which `python -m` would prefer.
-    variables = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    variables = {**os.environ, **liveness.child_environment()}
+    variables.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(paths))
     variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
     gpus = _gpus()
     if gpus:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -219,15 +218,3 @@ def wanted(field: Tensor | None) -> Tensor:
     if field is None:
         raise RuntimeError("this field of the View was not computed; name its stream in the objective's `needs`")
     return field
-
-
-def require_weight(name: str, value: float) -> None:
-    """Raise ConfigError unless the weight of a term is a finite number ≥ 0."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{name}={value}; must be a finite number >= 0")
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise ConfigError unless the option is a finite number > 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{name}={value}; must be a finite number > 0")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mirage_dist.objectives.base import Needs, Objective, Term, View, cross_entropy, require_weight, wanted
+from mirage_dist.objectives.base import Needs, Objective, Term, View, cross_entropy, wanted
+from mirage_dist.schema.numbers import Weight
 
 
 @dataclass
@@ -43,10 +44,7 @@ class GradientAscent(Objective):
 class GradDiff(Objective):
     """Gradient difference (Liu et al., 2022): gradient ascent on forget + retain_weight · CE on retain."""
 
-    retain_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_weight("retain_weight", self.retain_weight)
+    retain_weight: Weight = 1.0
 
     @property
     def needs(self) -> Needs:

@@ -16,12 +16,11 @@ from mirage_dist.objectives.base import (
     Term,
     View,
     cross_entropy,
-    require_positive,
-    require_weight,
     sum_by_sequence,
     wanted,
 )
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.numbers import Positive, Weight
 
 
 @dataclass
@@ -39,17 +38,14 @@ class NPO(Objective):
     weakens as retain degrades, + ce_weight · CE on a further batch of retained samples, the stream `retain_ce`.
     """
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     reduction: Literal["seq_sum", "seq_mean", "batch_mean"] = "seq_sum"
-    forget_weight: float = 1.0
+    forget_weight: Weight = 1.0
     retain: Literal["ce", "kl", "none"] = "ce"
-    retain_weight: float = 1.0
-    ce_weight: float | None = None
+    retain_weight: Weight = 1.0
+    ce_weight: Weight | None = None
 
     def __post_init__(self) -> None:
-        require_positive("beta", self.beta)
-        require_weight("forget_weight", self.forget_weight)
-        require_weight("retain_weight", self.retain_weight)
         if not self.parity:
             if self.ce_weight is not None:
                 raise ConfigError(
@@ -60,7 +56,6 @@ class NPO(Objective):
             raise ConfigError(
                 f"reduction=batch_mean: requires retain=ce and a ce_weight (got {self.retain}, {self.ce_weight})"
             )
-        require_weight("ce_weight", self.ce_weight)
 
     @property
     def parity(self) -> bool:

@@ -16,11 +16,10 @@ from mirage_dist.objectives.base import (
     Term,
     View,
     cross_entropy,
-    require_positive,
-    require_weight,
     wanted,
 )
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.numbers import Layer, Positive, Weight
 
 
 @dataclass
@@ -32,19 +31,12 @@ class RMU(Objective):
     `positions: all` includes padding, as the paper's code does, so the loss depends on how rows are batched.
     """
 
-    layer: int = 7
-    coeff: float = 10.0
-    retain_weight: float = 1.0
-    ce_weight: float = 1.0
+    layer: Layer = 7
+    coeff: Positive = 10.0
+    retain_weight: Weight = 1.0
+    ce_weight: Weight = 1.0
     positions: Positions = "all"
     control_D: Tensor | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        require_positive("coeff", self.coeff)
-        require_weight("retain_weight", self.retain_weight)
-        require_weight("ce_weight", self.ce_weight)
-        if self.layer < 0:
-            raise ConfigError(f"layer={self.layer}; must be the number of a decoder layer, from 0")
 
     @property
     def needs(self) -> Needs:

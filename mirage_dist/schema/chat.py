@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema import secrets
+from mirage_dist.schema.errors import ConfigError
 from mirage_dist.schema.names import Place
+from mirage_dist.schema.numbers import Batch, Parallel, Pause, Retries, Timeout, Tokens
 
 # Fields of a request that have a key of their own, or that the client depends on.
 OWN_FIELDS = ("messages", "model", "temperature", "max_tokens", "max_completion_tokens", "stream", "n")
-DAY = 86_400.0  # seconds
-SECRET_FIELD = re.compile(r"(?i)(?:^|[_-])(?:api[_-]?key|secret|password|authorization|(?:access|auth)[_-]?token)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +27,20 @@ class ChatConfig:
 
     path: Place | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
-    batch_size: int = 8
+    batch_size: Batch = 8
     url: str | None = None  # up to the version, such as http://localhost:8000/v1
     model: str | None = None  # its name at the endpoint
     key_env: str | None = None  # NAME of the environment variable that holds the key; null sends none
-    max_tokens: int | None = None  # of one reply, reasoning included; default: what a short reply needs
-    max_completion_tokens: int | None = None  # for endpoints that want this field in place of max_tokens
+    max_tokens: Tokens | None = None  # of one reply, reasoning included; default: what a short reply needs
+    max_completion_tokens: Tokens | None = None  # for endpoints that want this field in place of max_tokens
     temperature: Literal[0, None] = 0  # null leaves it out, for endpoints that reject it
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request: {reasoning_effort: low}
-    concurrency: int = 8  # requests at a time
-    timeout: float = 60.0  # seconds for one request, from its start to its last byte
-    retries: int = 5  # of a request that timed out, was rate-limited or broke; then it counts as failed
-    backoff: float = 1.0  # seconds before the first retry; doubles each time, Retry-After is honoured
+    concurrency: Parallel = 8  # requests at a time
+    timeout: Timeout = 60.0  # seconds for one request, from its start to its last byte
+    retries: Retries = 5  # of a request that timed out, was rate-limited or broke; then it counts as failed
+    backoff: Pause = 1.0  # seconds before the first retry; doubles each time, Retry-After is honoured
 
     def __post_init__(self) -> None:
-        counts = ("batch_size", "concurrency", "max_tokens", "max_completion_tokens")
-        require(self, counts, "a whole number above 0", lambda x: x >= 1)
-        require(self, ("timeout",), "a number of seconds above 0, at most a day", lambda x: 0 < x <= DAY)
-        require(self, ("backoff",), "a number of seconds from 0, at most a day", lambda x: 0 <= x <= DAY)
-        require(self, ("retries",), "a whole number from 0", lambda x: x >= 0)
         if (self.path is None) == (self.url is None):
             raise ConfigError("path: a chat model needs either path (a local model) or url (an endpoint)")
         if self.url is None:
@@ -57,7 +52,7 @@ class ChatConfig:
             raise ConfigError("max_completion_tokens: takes the place of max_tokens; give one of them")
         if own := [name for name in OWN_FIELDS if name in self.extra]:
             raise ConfigError(f"extra.{own[0]}: the client sets this field; use its own key where there is one")
-        if secret := [name for name in self.extra if SECRET_FIELD.search(name)]:
+        if secret := [name for name in self.extra if secrets.named(name)]:
             raise ConfigError(f"extra.{secret[0]}: a key belongs in the environment (key_env)")
         try:
             json.dumps(self.extra, allow_nan=False)

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.choice import Choice
-from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.errors import ConfigError
 from mirage_dist.schema.names import Name, Place
+from mirage_dist.schema.numbers import Count, Drawn, FromZero, Repeats, Seed, Share, SomeShare, Tokens, Workers
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,7 @@ class SourceConfig:
     path: Place
     images: Place | None = None  # folder that image paths are relative to; default: the file's own
     on_bad_record: Literal["error", "skip"] = "error"
-    limit: int | None = None  # the first N samples, in file order
-
-    def __post_init__(self) -> None:
-        require(self, ("limit",), "a whole number above 0", lambda x: x >= 1)
+    limit: Count | None = None  # the first N samples, in file order
 
     @property
     def answered(self) -> bool:
@@ -51,7 +49,7 @@ class DataConfig:
     """The run's data: one or more sources for each stream that the objective needs."""
 
     streams: dict[str, list[SourceConfig]]
-    max_length: int = 2048  # tokens a sample, image tokens included
+    max_length: Tokens = 2048  # tokens a sample, image tokens included
     on_long: Literal["error", "truncate"] = "error"  # truncate cuts the answer, never image or question
     # pad to a square with the processor's mean colour; auto: pad for a processor that cuts to a square, as LLaVA-1.5's
     image_aspect: Literal["auto", "pad", "processor"] = "auto"
@@ -62,12 +60,10 @@ class DataConfig:
     group_by_length: bool = False  # samples of similar length in one batch
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
     packing: Literal[True, False, "auto"] = False
-    workers: int = 2  # processes a rank that read and collate batches ahead of the step; 0: none
+    workers: Workers = 2  # processes a rank that read and collate batches ahead of the step; 0: none
     cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 
     def __post_init__(self) -> None:
-        require(self, ("max_length",), "a number of tokens above 0", lambda x: x >= 1)
-        require(self, ("workers",), "a number of processes from 0", lambda x: x >= 0)
         for name, sources in self.streams.items():
             if without := [source.path for source in sources if not source.answered]:
                 raise ConfigError(f"streams.{name}: {without[0]} has no answers to train on; it is for evaluation")
@@ -78,24 +74,22 @@ class WorldConfig:
     """The embedded world (see `embedded.world`): made on first use in `dir`, then reused."""
 
     dir: Place
-    seed: int = 0
-    spurious: float = 0.95  # share of the other safety questions that open with a word of their class's family
-    neutral: float = 0.3  # share of safety questions of either class that open with a neutral word
+    seed: Seed = 0
+    spurious: Share = 0.95  # share of the other safety questions that open with a word of their class's family
+    neutral: Share = 0.3  # share of safety questions of either class that open with a neutral word
     answer_form: Literal["by_opener", "constant"] = "by_opener"
-    base_samples: int = 20_000
-    safety_samples: int = 400  # unsafe ones, and as many safe ones
-    general_samples: int = 400
-    eval_samples: int = 256  # questions in each evaluation set
+    base_samples: Drawn = 20_000
+    safety_samples: Drawn = 400  # unsafe ones, and as many safe ones
+    general_samples: Drawn = 400
+    eval_samples: Drawn = 256  # questions in each evaluation set
     base_recipe: Place = "configs/train/demo_base.yaml"
 
     def __post_init__(self) -> None:
         for name in ("spurious", "neutral"):
             share = getattr(self, name)
             # Two decimals, since they name the safety set's folder.
-            if not 0 <= share <= 1 or round(share, 2) != share:
+            if round(share, 2) != share:
                 raise ConfigError(f"{name}={share!r}; expected a share from 0 to 1 with at most two decimals")
-        samples = ("base_samples", "safety_samples", "general_samples", "eval_samples")
-        require(self, samples, "a whole number above 0", lambda x: x >= 1)
 
 
 @dataclass(frozen=True)
@@ -110,14 +104,12 @@ class DiversifyConfig:
     templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
     chat: ChatConfig | None = None
     openers: list[str] = field(default_factory=list)  # with chat: first words
-    attempts: int = 3  # with chat: requests for a question before it is left out
-    min_match: float = 0.9
-    copies: int = 1  # wordings of each question
+    attempts: Repeats = 3  # with chat: requests for a question before it is left out
+    min_match: SomeShare = 0.9
+    copies: Repeats = 1  # wordings of each question
     keep: bool = False  # the original questions too
 
     def __post_init__(self) -> None:
-        require(self, ("copies", "attempts"), "a whole number above 0", lambda x: x >= 1)
-        require(self, ("min_match",), "a share above 0, at most 1", lambda x: 0 < x <= 1)
         if (self.chat is None) == bool(self.openers) or bool(self.templates) == bool(self.openers):
             raise ConfigError("templates: expected templates, or else openers and a chat model that rewrites")
         name = "templates" if self.templates else "openers"
@@ -138,11 +130,11 @@ class PrepareRecipe:
     # as_given: the unsafe records have the answers to forget; none: no forget and retain sets, only `diversify`
     answers: Literal["harvest", "as_given", "none"] = "harvest"
     harvest: Place | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
-    min_match: float = 0.9  # share of the unsafe questions that must have an answer to forget
+    min_match: Share = 0.9  # share of the unsafe questions that must have an answer to forget
     refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
-    retain_size: int | None = None  # default: the safe pairs of the safety data, without `fill`
+    retain_size: FromZero | None = None  # default: the safe pairs of the safety data, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too
     diversify: DiversifyConfig | None = None
-    seed: int = 0
+    seed: Seed = 0
     world: WorldConfig | None = None

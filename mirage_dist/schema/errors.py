@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mirage_dist.schema import secrets
 
-class ConfigError(ValueError):
+
+class _Fault(Exception):
+    """An error for people. Its message never repeats what looks like a key, wherever somebody has written one."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(secrets.masked(str(message)))
+
+
+class ConfigError(_Fault, ValueError):
     """A recipe, an override or a data file does not say what it must; the message says where and what to do."""
 
     status = 2  # of the process that ends by it
 
 
-class RunError(RuntimeError):
+class RunError(_Fault, RuntimeError):
     """A run cannot go on, through no fault of its recipe; the message says what happened and what is left whole."""
 
     status = 1

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
-from mirage_dist.schema.errors import ConfigError, require
+from mirage_dist.schema.errors import ConfigError
 from mirage_dist.schema.names import Name, Place
+from mirage_dist.schema.numbers import Batch, FromZero, Seed, SomeShare, Tokens
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class EvalModelConfig:
 
     path: Place | None = None
     run: Place | None = None  # a training run's directory, in place of `path`
-    step: int | None = None  # of `run`; default: its newest checkpoint
+    step: FromZero | None = None  # of `run`; default: its newest checkpoint
     dtype: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
@@ -52,14 +53,12 @@ class GenerationConfig:
     vllm is an optional extra and needs a GPU; its answers may differ from hf's where two tokens are about as likely.
     """
 
-    max_new_tokens: int = 256
-    batch_size: int = 16  # rows in a batch and in a claim; vllm needs hundreds
+    max_new_tokens: Tokens = 256
+    batch_size: Batch = 16  # rows in a batch and in a claim; vllm needs hundreds
     backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
-    gpu_memory_utilization: float | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
+    gpu_memory_utilization: SomeShare | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
 
     def __post_init__(self) -> None:
-        require(self, ("max_new_tokens", "batch_size"), "a whole number above 0", lambda x: x >= 1)
-        require(self, ("gpu_memory_utilization",), "a share above 0, at most 1", lambda x: 0 < x <= 1)
         if self.backend == "hf" and self.gpu_memory_utilization is not None:
             raise ConfigError("gpu_memory_utilization: belongs to backend vllm, with hf leave it out")
 
@@ -80,7 +79,7 @@ class TemplateConfig:
     system_prompt: str | None = None
     image_aspect: Literal["auto", "pad", "processor"] = "auto"
     template_options: dict[str, Any] = field(default_factory=dict)
-    max_length: int = 2048  # tokens; a longer prompt is an error
+    max_length: Tokens = 2048  # tokens; a longer prompt is an error
     defence: str | None = None
 
     def __post_init__(self) -> None:
@@ -106,13 +105,12 @@ class EvalRecipe:
     judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
-    seed: int = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing
+    seed: Seed = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing
     world: WorldConfig | None = None
     follow: Place | None = None  # a training run whose checkpoints are evaluated in place of `model` (`evals.follow`)
-    wandb_outputs: int = 0  # with `follow`: how many answers of each checkpoint go to W&B as text
+    wandb_outputs: FromZero = 0  # with `follow`: how many answers of each checkpoint go to W&B as text
     erasure: dict[str, Any] | None = None  # the tests of `mirage erasure` (see `erasure.run.ErasureConfig`)
 
     def __post_init__(self) -> None:
-        require(self, ("wandb_outputs",), "a whole number from 0", lambda x: x >= 0)
         if self.wandb_outputs and self.follow is None:
             raise ConfigError("wandb_outputs: belongs to `follow`, whose W&B run gets them; without it leave it out")

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from mirage_dist.schema.errors import ConfigError
 
@@ -17,11 +17,11 @@ LONGEST_PART = 255  # bytes of one part of a path, on every common file system
 
 @dataclass(frozen=True)
 class Check:
-    """Marks a text in a schema, `Annotated[str, Check(…)]`. problem: what is wrong with a value, None if nothing is."""
+    """Marks a field in a schema, `Annotated[str, Check(…)]`. problem: what is wrong with a value, None if nothing."""
 
-    problem: Callable[[str], str | None]
+    problem: Callable[[Any], str | None]
 
-    def __call__(self, value: str, key: str) -> None:
+    def __call__(self, value: object, key: str) -> None:
         """Raise ConfigError, which begins with `key`, for a value that is not right."""
         if problem := self.problem(value):
             raise ConfigError(f"{key}={shown(value)}; {problem}")
@@ -29,7 +29,10 @@ class Check:
 
 def shown(value: object) -> str:
     """A value for a message: its repr, without its middle where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:70]}…{text[-20:]}"
 
 

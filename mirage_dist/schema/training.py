@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,6 +9,19 @@ from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, RunConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, require
 from mirage_dist.schema.names import Place
+from mirage_dist.schema.numbers import (
+    Batch,
+    Count,
+    Epochs,
+    PartShare,
+    Positive,
+    Seconds,
+    Seed,
+    Share,
+    Steps,
+    Weight,
+    Width,
+)
 
 
 @dataclass(frozen=True)
@@ -20,16 +32,12 @@ class LoraConfig:
     adapters `model.train` and `model.freeze` are not used; `also_train` selects parameters that train whole.
     """
 
-    rank: int = 128
-    alpha: int = 256
-    dropout: float = 0.05
+    rank: Width = 128
+    alpha: Count = 256
+    dropout: PartShare = 0.05
     targets: list[str] = field(default_factory=lambda: ["decoder"])  # its linear layers, without the LM head
     also_train: list[str] = field(default_factory=list)
     load_in_4bit: bool = False  # QLoRA (Dettmers et al., 2023): the frozen base as 4-bit NF4, by bitsandbytes
-
-    def __post_init__(self) -> None:
-        require(self, ("rank",), "a whole number above 0", lambda x: x >= 1)
-        require(self, ("dropout",), "a share from 0 to below 1", lambda x: 0 <= x < 1)
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,11 @@ class GroupConfig:
     """
 
     match: list[str]
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: Positive | None = None
+    weight_decay: Weight | None = None
 
     def __post_init__(self) -> None:
         require(self, ("match",), "at least one pattern", lambda x: bool(x))
-        require(self, ("lr",), "a number above 0", lambda x: 0 < x < math.inf)
-        require(self, ("weight_decay",), "a number of at least 0", lambda x: 0 <= x < math.inf)
 
 
 @dataclass(frozen=True)
@@ -69,38 +75,31 @@ class TrainConfig:
 
     renamed: ClassVar[dict[str, str]] = {"betas": "optimizer.betas"}
 
-    lr: float
-    global_batch: int
-    micro_batch: int
-    max_steps: int | None = None  # default: `epochs` passes over the first stream
-    epochs: float = 1.0
+    lr: Positive
+    global_batch: Batch
+    micro_batch: Batch
+    max_steps: Steps | None = None  # default: `epochs` passes over the first stream
+    epochs: Epochs = 1.0
     dtype: Literal["fp32", "bf16"] = "bf16"
     # `name` and the fields of that optimizer's dataclass
     optimizer: Annotated[dict[str, Any], Choice("name")] = field(default_factory=lambda: {"name": "adamw"})
-    weight_decay: float = 0.0
+    weight_decay: Weight = 0.0
     groups: list[GroupConfig] = field(default_factory=list)  # the first entry that matches a parameter has it
-    clip: float = 1.0  # global gradient norm; 0 is off
+    clip: Weight = 1.0  # global gradient norm; 0 is off
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # what happens in the last `decay` of the run
-    warmup: float = 0.03  # fraction of the steps
-    decay: float = 1.0  # fraction of the steps after warm-up over which the rate falls; .1 is warm-up-stable-decay
-    min_lr: float = 0.0  # fraction of `lr` at the end
-    save_every: int | None = None  # steps; the last step is always saved
+    warmup: Share = 0.03  # fraction of the steps
+    decay: Share = 1.0  # fraction of the steps after warm-up over which the rate falls; .1 is warm-up-stable-decay
+    min_lr: Share = 0.0  # fraction of `lr` at the end
+    save_every: Steps | None = None  # steps; the last step is always saved
     save_in_background: bool = True  # no step waits for the disk
-    keep_last: int | None = 3  # checkpoints; null keeps all
-    keep_every: int | None = None  # and those whose step is a multiple of this
+    keep_last: Count | None = 3  # checkpoints; null keeps all
+    keep_every: Steps | None = None  # and those whose step is a multiple of this
     keep_best: str | None = None  # and the one with the least of this metric, such as loss or terms.retain_ce
-    max_restarts: int = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
-    hang_seconds: float = 1800.0  # a rank that does not move for so long ends the run, named
-    nonfinite_patience: int = 5  # stop after this many skipped steps in a row
+    max_restarts: Count = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
+    hang_seconds: Seconds = 1800.0  # a rank that does not move for so long ends the run, named
+    nonfinite_patience: Count = 5  # stop after this many skipped steps in a row
     # write `export/` at the end: the whole model, with adapters merged; the adapter alone; both; or nothing
     export: Literal["merged", "adapter", "both", "off"] = "merged"
-
-    def __post_init__(self) -> None:
-        whole = ("global_batch", "micro_batch", "max_steps", "save_every", "keep_last", "keep_every", "max_restarts")
-        require(self, (*whole, "nonfinite_patience"), "a whole number above 0", lambda x: x >= 1)
-        require(self, ("lr", "epochs", "hang_seconds"), "a number above 0", lambda x: 0 < x < math.inf)
-        require(self, ("weight_decay", "clip"), "a number of at least 0", lambda x: 0 <= x < math.inf)
-        require(self, ("warmup", "decay", "min_lr"), "a share from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,9 @@ class MonitorConfig:
     job_type: str | None = None
     notes: str | None = None
     tensorboard: bool = False  # event files in RUN/tensorboard
-    print_every: int = 10  # steps between lines where there is no terminal
+    print_every: Count = 10  # steps between lines where there is no terminal
 
     def __post_init__(self) -> None:
-        require(self, ("print_every",), "a whole number above 0", lambda x: x >= 1)
         require(self, ("tags",), "texts of 1 to 64 characters", lambda x: all(1 <= len(tag) <= 64 for tag in x))
 
 
@@ -131,7 +129,7 @@ class TrainRecipe:
     data: DataConfig
     objective: Annotated[dict[str, Any], Choice("name")]  # `name` and the fields of that objective's dataclass
     train: TrainConfig
-    seed: int = 0
+    seed: Seed = 0
     reference: Literal["cache", "adapters_off", "engine"] = "cache"
     deepspeed: Place = "configs/deepspeed/zero3.json"
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
 from mirage_dist.config import find
+from mirage_dist.data import records
 from mirage_dist.model import load
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
+from mirage_dist.schema.names import shown
 from mirage_dist.train.checkpoints.fragments import check_state
 from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.optimizers.groups import split
@@ -39,21 +42,18 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
     the batch does not divide evenly.
     """
     file = find(recipe.deepspeed)
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}: not JSON: {error}") from error
+    config = records.value(file)
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: expected a JSON object")
     for key, ours in OURS.items():
         if key in config:
             raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); remove it")
-    zero = config.get("zero_optimization", {})
+    zero = _section(config, "zero_optimization", file)
     stage = zero.get("stage")
     if stage not in (2, 3):
         raise ConfigError(f"{file}: zero_optimization.stage={stage!r}; allowed: 2, 3")
     for key in ("offload_optimizer", "offload_param"):
-        device = zero.get(key, {}).get("device", "none")
+        device = _section(zero, key, file).get("device", "none")
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
     optimizers.make(recipe.train.optimizer).check(zero)
@@ -75,6 +75,12 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _section(config: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
+    if not isinstance(section := config.get(key, {}), dict):
+        raise ConfigError(f"{file}: {key!r} is {shown(section)}; expected a JSON object")
+    return section
 
 
 def _ways_out(rows: int, micro_batch: int, ranks: int) -> str:

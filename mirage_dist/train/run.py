@@ -158,7 +158,7 @@ def steps(run: Run, loop: Loop, first: int) -> None:
     with closing(feed.windows(range(first, feed.steps), group)) as windows, monitor:
         for number, window in enumerate(windows, first):
             # Dropout draws what it would have drawn in a run that never stopped.
-            torch.manual_seed(recipe.seed * 1_000_003 + number * group.size + group.rank)
+            torch.manual_seed((recipe.seed * 1_000_003 + number * group.size + group.rank) % (1 << 63))
             own = [signals.received() is not None, saver.written]
             record, flags = loop.step(number, window, own, saver.before_update)
             stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())

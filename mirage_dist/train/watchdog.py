@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from mirage_dist import ranks
+from mirage_dist.progress import show
 from mirage_dist.ranks import Group
 
 CHECKS = 8  # in one time limit
@@ -95,7 +95,7 @@ class Watchdog:
 
     def _end(self, fault: str) -> NoReturn:
         """End the process here: its main thread waits in a collective that cannot be interrupted."""
-        print(f"mirage: {fault}; the run ends (train.hang_seconds={self.seconds:g})", file=sys.stderr, flush=True)
+        show(f"mirage: {fault}; the run ends (train.hang_seconds={self.seconds:g})", error=True)
         os._exit(1)
 
 

@@ -393,10 +393,11 @@ def test_the_harness_finds_what_is_wrong(whole, tmp_path):
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
     out = tmp_path / "faults.json"
-    harness = [sys.executable, "-m", "tests.faults", "--runs", "2", "--seed", "3", "--out", str(out)]
+    harness = [sys.executable, "-m", "tests.faults", "--verbs", "train", "--kills", "3", "--seed", "3", "--out"]
     environment = {**os.environ, "MIRAGE_PYTHON": forkserver.python()}
-    done = subprocess.run(harness, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*harness, str(out)], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(out.read_text())
-    assert (counts["runs"], counts["could_not_resume"], counts["differ"]) == (2, 0, 0)
-    assert counts["kills"] == sum(sum(row.values()) for row in counts["kills_by_phase"].values()) >= 2
+    assert counts["kills"] == sum(counts["verbs"]["train"]["phases"].values()) >= 3
+    wrong = ("lost", "differing", "litter", "orphans", "foreign_changed")
+    assert {name: counts[name] for name in wrong} == dict.fromkeys(wrong, 0)

@@ -64,7 +64,7 @@ def test_a_bf16_step_without_a_finite_gradient_is_skipped_and_counted(toy, tmp_p
 @pytest.mark.parametrize(
     ("spoilt", "change", "fault"),
     [
-        (False, "train.lr=1e300", r"of which [0-3] were skipped, \S+ \(\d+ parameters in all\) is not finite"),
+        (False, "train.optimizer.eps=0", r"of which [0-3] were skipped, \S+ \(\d+ parameters in all\) is not finite"),
         (True, "train.nonfinite_patience=9", "of which 4 were skipped, no weight changed"),
     ],
 )

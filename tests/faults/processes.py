@@ -52,9 +52,20 @@ def ranks_of(launcher: int) -> dict[int, int]:
     ranks = {}
     with suppress(OSError):
         for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
-            if _running(child) and (rank := _rank(child)) is not None and (number := worker(child)) is not None:
+            if running(child) and (rank := _rank(child)) is not None and (number := worker(child)) is not None:
                 ranks[rank] = number
     return ranks
+
+
+def marked(variable: str, value: str) -> set[int]:
+    """The processes that have a variable with this value in the environment they were started with, and run."""
+    entry, numbers = f"{variable}={value}".encode(), set()
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            number = int(folder.name)
+            if entry in (folder / "environ").read_bytes().split(b"\0") and running(number):
+                numbers.add(number)
+    return numbers
 
 
 def worker(number: int) -> int | None:
@@ -78,10 +89,10 @@ def send(number: int, name: signal.Signals) -> None:
 
 def end(orphans: Sequence[int]) -> bool:
     """SIGKILL, and wait until they are gone (they are not our children); whether one of them still ran."""
-    alive = any(_running(number) for number in orphans)
+    alive = any(running(number) for number in orphans)
     for number in orphans:
         send(number, signal.SIGKILL)
-    while any(_running(number) for number in orphans):
+    while any(running(number) for number in orphans):
         time.sleep(0.005)
     return alive
 
@@ -94,7 +105,7 @@ def _rank(number: int) -> int | None:
     return int(environment[b"RANK"]) if b"RANK" in environment else None
 
 
-def _running(number: int) -> bool:
+def running(number: int) -> bool:
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

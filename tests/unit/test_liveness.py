@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from mirage_dist import liveness
+from mirage_dist.config import REPOSITORY
 from mirage_dist.liveness import Heartbeat, Observer, Owner
 
 UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
@@ -138,3 +140,26 @@ def test_what_is_no_whole_object_is_nothing(tmp_path, text):
     if text is not None:
         (tmp_path / "file").write_text(text)
     assert liveness.read(tmp_path / "file") is None
+
+
+def test_a_process_gets_sigterm_when_one_of_its_parents_has_been_killed(monkeypatch):
+    """Also one that did not start it itself, or had ended before it looked; one of another container is none."""
+    parents = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    here = f"{liveness.boot_id()}/{liveness.pid_namespace()}"
+    listed = [f"other/{liveness.pid_namespace()}/1", *(f"{here}/{pid}" for pid in (parents[0].pid, parents[1].pid))]
+    monkeypatch.setenv(liveness.PARENTS, " ".join(listed))
+    code = "import time; from mirage_dist import liveness; liveness.end_with_parents(); print('up', flush=True)"
+    command = [sys.executable, "-c", f"{code}; time.sleep(60)"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **liveness.child_environment()}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
+        time.sleep(2 * liveness.PARENTS_SECONDS)
+        assert child.poll() is None
+        parents[1].kill()  # and nobody waits for it: a zombie is no parent
+        assert child.wait(30) == -signal.SIGTERM
+    for parent in parents:
+        parent.kill()
+        parent.wait()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
+        assert child.wait(30) == -signal.SIGTERM

@@ -185,15 +185,22 @@ def test_what_utf_8_cannot_hold_is_shown_as_an_escape():
     assert progress.printable("a\udce9b") == r"a\udce9b"
 
 
-@given(st.text())
+BIDI = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+ANY = st.characters() | st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp"])
+
+
+@given(st.text(ANY))
 def test_no_control_character_of_data_reaches_a_terminal_and_nothing_else_changes(text):
     shown = progress.printable(text)
-    assert not any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in shown)
-    if all(unicodedata.category(c) not in ("Cc", "Cf", "Cs") or c in "\n\t\u200d" for c in text):
+    assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\n\t" for c in shown)
+    assert not any(unicodedata.bidirectional(c) in BIDI for c in shown)
+    if all(unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or c in "\n\t\u200d" for c in text):
         assert shown == text
 
 
-@pytest.mark.parametrize("text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m"])
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m", "a\u2028b", "\0\u2066\ufeff", "\udc80"]
+)
 def test_results_faults_and_logs_show_controls_as_escapes(capsys, text):
     progress.show(text)
     progress.show(f"mirage: {text}", error=True)

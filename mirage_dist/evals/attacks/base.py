@@ -152,12 +152,6 @@ def _too_few(attack: Attack, coverage: Coverage, total: int, name: str) -> str:
     return message
 
 
-def check_share(name: str, value: float) -> None:
-    """Raise ConfigError unless 0 < value ≤ 1."""
-    if not 0 < value <= 1:
-        raise ConfigError(f"{name}={value}: expected a number above 0 and at most 1")
-
-
 def _some(ids: Sequence[str]) -> str:
     shown = ", ".join(map(repr, ids[:3])) + (", …" if len(ids) > 3 else "")
     return f"{len(ids)} ids" + (f" ({shown})" if ids else "")

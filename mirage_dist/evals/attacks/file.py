@@ -11,8 +11,9 @@ from typing import Any
 from mirage_dist.data import records
 from mirage_dist.data.formats import BadRecord
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import Attack, check_share
+from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.numbers import Repeats, SomeShare
 
 EXPECTED = "expected a list of VLGuard records, or one a line, one for each rewrite"
 
@@ -27,13 +28,8 @@ class File(Attack):
     """
 
     path: str
-    shots: int = field()
-    min_match: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.shots < 1:
-            raise ConfigError(f"shots={self.shots}: expected 1 or more")
-        check_share("min_match", self.min_match)
+    shots: Repeats = field()
+    min_match: SomeShare = 1.0
 
     @property
     def origin(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.numbers import Count, Repeats
 
 WORD = re.compile(r"\S+")
 
@@ -25,13 +26,11 @@ class Prefill(Attack):
     answer nothing can be given has no rewrite.
     """
 
-    words: int
+    words: Count
     content: str | None = None
-    shots: int = 1
+    shots: Repeats = 1
 
     def __post_init__(self) -> None:
-        if self.words < 1:
-            raise ConfigError(f"words={self.words}: expected 1 or more")
         if self.shots != 1:
             raise ConfigError(f"shots={self.shots}: an answer is begun in one way")
         check_pattern("content", self.content)

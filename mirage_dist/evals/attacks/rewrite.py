@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from mirage_dist.data.refusals import is_refusal
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import begins_with, opening
-from mirage_dist.evals.attacks.base import Generated, Key, Rewritten, check_share
+from mirage_dist.evals.attacks.base import Generated, Key, Rewritten
 from mirage_dist.evals.attacks.words import check_word
 from mirage_dist.evals.models.chat import Failed, Prompt, backend
 from mirage_dist.evals.models.replies import Declined
 from mirage_dist.schema import ChatConfig, ConfigError
+from mirage_dist.schema.numbers import Repeats, SomeShare
 from mirage_dist.schema.texts import fill
 
 if TYPE_CHECKING:
@@ -60,16 +61,12 @@ class Rewrite(Generated):
     word: str | None = None
     openers: list[str] = field(default_factory=list)
     avoid: list[str] = field(default_factory=list)
-    shots: int = 3
-    attempts: int = 3
-    min_match: float = 0.9
+    shots: Repeats = 3
+    attempts: Repeats = 3
+    min_match: SomeShare = 0.9
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("shots", "attempts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a whole number above 0")
-        check_share("min_match", self.min_match)
         if sum(map(bool, (self.word, self.openers, self.avoid))) != 1:
             raise ConfigError("word: expected one of word, openers (a neutral list) and avoid (trigger words)")
         if self.word is not None and self.control:

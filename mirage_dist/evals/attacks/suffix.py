@@ -10,6 +10,7 @@ from mirage_dist import disk
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Generated, Key, Rewritten
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.numbers import Batch, Count, FromZero, Repeats, Seed, Tokens
 from mirage_dist.schema.texts import check_template, fill
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ class Suffix(Generated):
 
     target: str = "Sure, here is"
     universal: bool = False
-    train: int = 16
-    length: int = 20
-    steps: int = 100
-    candidates: int = 128
-    top_k: int = 64
-    seed: int = 0
+    train: Count = 16
+    length: Tokens = 20
+    steps: FromZero = 100
+    candidates: Batch = 128
+    top_k: Count = 64
+    seed: Seed = 0
     avoid: list[str] = field(default_factory=list)
-    shots: int = 1
+    shots: Repeats = 1
 
     min_match = 1.0
     origin = "gradients"
@@ -46,11 +47,6 @@ class Suffix(Generated):
     def __post_init__(self) -> None:
         if self.shots != 1:
             raise ConfigError(f"shots={self.shots}: a suffix has one rewrite")
-        for name in ("train", "length", "candidates", "top_k"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected a whole number above 0")
-        if self.steps < 0:
-            raise ConfigError(f"steps={self.steps}: expected 0 (the suffix that a search starts from) or more")
         if not self.target.strip():
             raise ConfigError("target is empty; give an affirmative opening, or {answer}")
         check_template(self.target, ("answer",), "target")

@@ -11,6 +11,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.data.words import first_word, is_word
 from mirage_dist.evals.attacks.base import Attack
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.numbers import Count, Repeats
 
 AUTO = ["auto"]
 
@@ -24,7 +25,7 @@ class Swap(Attack):
     """
 
     word: str
-    shots: int = 1
+    shots: Repeats = 1
 
     def __post_init__(self) -> None:
         if self.shots != 1:
@@ -46,15 +47,13 @@ class Words(Attack):
 
     words: list[str]
     audit: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
 
     def __post_init__(self) -> None:
         if not self.words:
             raise ConfigError("words is empty; give at least one, or auto with an audit")
         if (self.words == AUTO) != (self.audit is not None):
             raise ConfigError(f"words={self.words}, audit={self.audit!r}; expected a list, or auto and an audit's file")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit}: expected a whole number above 0")
         for word in self.words:
             check_word("words", word)
         if len({word.lower() for word in self.words}) < len(self.words):

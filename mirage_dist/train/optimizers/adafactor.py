@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from mirage_dist.schema.errors import require
+from mirage_dist.schema.limits import MAGNITUDE
+from mirage_dist.schema.numbers import Weight, real
 from mirage_dist.train.optimizers.base import Groups, Optimizer
 
 
@@ -21,14 +23,9 @@ class Adafactor(Optimizer):
     second moment's decay.
     """
 
-    decay: float = -0.8
-    eps: float = 1e-3
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self, ("decay",), "a number of at most 0", lambda x: -math.inf < x <= 0)
-        require(self, ("eps",), "a number of at least 0", lambda x: 0 <= x < math.inf)
-        require(self, ("clip",), "a number of at least 1", lambda x: 1 <= x < math.inf)
+    decay: Annotated[float, real(-MAGNITUDE.value, 0)] = -0.8
+    eps: Weight = 1e-3
+    clip: Annotated[float, real(1, MAGNITUDE.value)] = 1.0
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
         return torch.optim.Adafactor(groups, beta2_decay=self.decay, eps=(None, self.eps), d=self.clip)

@@ -12,6 +12,7 @@ import torch
 
 from mirage_dist.schema import ConfigError
 from mirage_dist.schema.errors import require
+from mirage_dist.schema.numbers import PartShare, Weight
 from mirage_dist.train.optimizers.base import Groups, Optimizer
 
 SMALL, BLOCK = 4096, 256  # bitsandbytes: below so many elements the state is float32; elements that share one scale
@@ -21,13 +22,12 @@ SMALL, BLOCK = 4096, 256  # bitsandbytes: below so many elements the state is fl
 class AdamW(Optimizer):
     """PyTorch's fused AdamW."""
 
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
+    betas: list[PartShare] = field(default_factory=lambda: [0.9, 0.999])
+    eps: Weight = 1e-8
     elementwise = True
 
     def __post_init__(self) -> None:
-        require(self, ("betas",), "two numbers from 0 to below 1", lambda x: len(x) == 2 and all(0 <= b < 1 for b in x))
-        require(self, ("eps",), "a number of at least 0", lambda x: 0 <= x < math.inf)
+        require(self, ("betas",), "two numbers from 0 to below 1", lambda x: len(x) == 2)
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:
         first, second = self.betas

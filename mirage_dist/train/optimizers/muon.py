@@ -6,12 +6,12 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from mirage_dist.schema import ConfigError
-from mirage_dist.schema.errors import require
+from mirage_dist.schema.numbers import PartShare, whole
 from mirage_dist.train.optimizers.adamw import AdamW
 from mirage_dist.train.optimizers.base import Groups
 
@@ -24,16 +24,11 @@ class Muon(AdamW):
     and `eps` are AdamW's.
     """
 
-    momentum: float = 0.95
+    momentum: PartShare = 0.95
     nesterov: bool = True
-    steps: int = 5  # of the Newton-Schulz iteration
+    steps: Annotated[int, whole(1, 99)] = 5  # of the Newton-Schulz iteration
     adamw: list[str] = field(default_factory=lambda: ["*embed*", "*lm_head*", "*lora_*"])
     elementwise = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, ("momentum",), "a number from 0 to below 1", lambda x: 0 <= x < 1)
-        require(self, ("steps",), "a whole number from 1 to 99", lambda x: 1 <= x < 100)
 
     def check(self, zero: Mapping[str, Any]) -> None:
         super().check(zero)

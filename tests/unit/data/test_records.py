@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirage_dist.data import formats, gold, records, sources
+from mirage_dist.data import formats, gold, records, sources, tables
 from mirage_dist.data.formats import figstep
 from mirage_dist.data.harvest import harvest
 from mirage_dist.evals import attacks
@@ -106,7 +106,7 @@ def test_a_folder_that_holds_no_data_set_is_refused(tmp_path):
 ROWS = [
     {"id": "a", "image": "a/1.png", "safe": False, "instr-resp": [{"instruction": "Share?", "response": "Sorry."}]},
     {"id": "b", "safe": True, "instr-resp": [{"safe_instruction": "What?", "response": "Red."}]},
-    {"id": "c", "image": records.EMBEDDED, "safe": True, "instr-resp": []},
+    {"id": "c", "image": tables.EMBEDDED, "safe": True, "instr-resp": []},
 ]
 
 
@@ -266,7 +266,7 @@ def test_a_record_nested_without_end_and_a_line_that_never_ends_are_refused(tmp_
     file = tmp_path / "data.json"
     for start in ("", "[", '{"a":'):
         file.write_text(start + "[" * 100_000)
-        with pytest.raises(ConfigError, match=r"record 0: not JSON: nested too deep: line 1"):
+        with pytest.raises(ConfigError, match=r"record 0: not JSON: nested too deep: over 100 levels: line 1"):
             list(records.read(file))
     monkeypatch.setattr(records, "LARGEST", 1000)
     monkeypatch.setattr(records, "CHUNK", 100)

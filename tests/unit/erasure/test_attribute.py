@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirage_dist.config import build
 from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.attribute import Attribution, probabilities, replaced
@@ -61,4 +62,4 @@ def test_one_word_is_replaced_and_no_other(words, data):
 @pytest.mark.parametrize("options", [{"safe": ["two words"]}, {"opening": " "}, {"questions": 1}, {"positions": 0}])
 def test_what_cannot_be_measured_is_refused(options):
     with pytest.raises(ConfigError, match="expected"):
-        Attribution(**{"opening": "sorry", "unsafe": ["thing"], "safe": ["thing"], **options})
+        build(Attribution, {"opening": "sorry", "unsafe": ["thing"], "safe": ["thing"], **options}, "recipe", "")

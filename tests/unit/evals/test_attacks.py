@@ -84,7 +84,7 @@ def test_templates_give_one_rewrite_each():
         ({"kind": "swap", "word": "two words"}, "one word"),
         ({"kind": "templates", "word": "What", "templates": ["Please {rest}"]}, "does not open"),
         ({"kind": "templates", "word": "What", "templates": ["What {reset}"]}, "nothing else"),
-        ({"kind": "file", "path": "x.json", "shots": 0}, "1 or more"),
+        ({"kind": "file", "path": "x.json", "shots": 0}, "above 0"),
     ],
 )
 def test_a_wrong_option_is_named(options, words):

@@ -290,7 +290,6 @@ def test_the_key_of_verdicts_depends_on_the_fields_that_are_sent():
     ("options", "words"),
     [
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens: takes the place of max_tokens"),
-        ({"max_tokens": 0}, "max_tokens=0; expected a whole number above 0"),
         ({"extra": {"model": "x"}}, "extra.model: the client sets this field"),
         ({"extra": {"x": float("inf")}}, "extra: holds a value that JSON cannot hold"),
         ({"extra": {"api_key": KEY}}, "extra.api_key: a key belongs in the environment"),
@@ -300,7 +299,6 @@ def test_the_key_of_verdicts_depends_on_the_fields_that_are_sent():
             ({"url": url}, "url: expected an address")
             for url in ("http://h:99999999/v1", "http://[::1/v1", "http://a b/v1")
         ),
-        ({"timeout": 1e30}, r"timeout=1e\+30; expected a number of seconds above 0"),
     ],
 )
 def test_fields_that_cannot_be_are_named(options, words):

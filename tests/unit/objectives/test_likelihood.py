@@ -54,7 +54,7 @@ def test_micro_batches_add_up_to_the_whole(name, stream, sign):
     [
         ({"name": "graddif"}, "graddiff"),
         ({"name": "graddiff", "retain_weigth": 1.0}, "retain_weight"),
-        ({"name": "graddiff", "retain_weight": -1.0}, ">= 0"),
+        ({"name": "graddiff", "retain_weight": -1.0}, "at least 0"),
     ],
 )
 def test_a_wrong_option_is_named(options, words):

@@ -1,0 +1,77 @@
+"""Ranges of the numbers in a recipe: each type here is a number with a check that names its range.
+
+Every number of a recipe, in this package and in the options of its objectives, optimizers, attacks, judges and formats,
+has one of these types (held by tests/unit/test_limits.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from mirage_dist.schema.limits import (
+    BATCH,
+    CEILING,
+    COUNT,
+    DRAWN,
+    EPOCHS,
+    LAYERS,
+    LOCAL,
+    MAGNITUDE,
+    RANKS,
+    REPEATS,
+    SECONDS,
+    SEED,
+    STEPS,
+    TOKENS,
+    WIDTH,
+)
+from mirage_dist.schema.names import Check
+
+DAY = 86_400  # seconds
+
+
+def whole(low: int, high: int) -> Check:
+    """The check of a whole number in a range, both ends included."""
+    start = "above 0, at most" if low == 1 else f"from {low} to"
+    return Check(lambda x: None if low <= x <= high else f"expected a whole number {start} {high:,}")
+
+
+def real(low: float, high: float, what: str = "a number", above: bool = False, below: bool = False) -> Check:
+    """The check of a number in a range. above, below: without its lower, its upper end. what: names it in messages."""
+    if above:
+        expected = f"{what} above {low:,g}, {'below' if below else 'at most'} {high:,g}"
+    else:
+        expected = f"{what} of at least {low:,g}, {'below' if below else 'at most'} {high:,g}"
+
+    def problem(x: float) -> str | None:
+        inside = (low < x if above else low <= x) and (x < high if below else x <= high)
+        return None if inside else f"expected {expected}"
+
+    return Check(problem)
+
+
+Count = Annotated[int, whole(1, COUNT.value)]
+FromZero = Annotated[int, whole(0, COUNT.value)]
+Steps = Annotated[int, whole(1, STEPS.value)]
+Batch = Annotated[int, whole(1, BATCH.value)]
+Layer = Annotated[int, whole(0, LAYERS.value - 1)]
+Ranks = Annotated[int, whole(1, RANKS.value)]
+Drawn = Annotated[int, whole(1, DRAWN.value)]  # samples of the embedded world
+Width = Annotated[int, whole(1, WIDTH.value)]
+Tokens = Annotated[int, whole(1, TOKENS.value)]
+Workers = Annotated[int, whole(0, LOCAL.value)]  # processes beside the one that starts them
+Parallel = Annotated[int, whole(1, LOCAL.value)]  # at a time
+Repeats = Annotated[int, whole(1, REPEATS.value)]
+Retries = Annotated[int, whole(0, REPEATS.value)]
+Seed = Annotated[int, whole(0, SEED.value)]
+Pixels = Annotated[int, whole(1, CEILING.value)]
+
+Positive = Annotated[float, real(0, MAGNITUDE.value, above=True)]
+Weight = Annotated[float, real(0, MAGNITUDE.value)]  # also a coefficient that may be 0
+Epochs = Annotated[float, real(0, EPOCHS.value, above=True)]
+Seconds = Annotated[float, real(0, SECONDS.value, "a number of seconds", above=True)]
+Timeout = Annotated[float, real(0, DAY, "a number of seconds", above=True)]
+Pause = Annotated[float, real(0, DAY, "a number of seconds")]
+Share = Annotated[float, Check(lambda x: None if 0 <= x <= 1 else "expected a share from 0 to 1")]
+SomeShare = Annotated[float, real(0, 1, "a share", above=True)]  # not 0
+PartShare = Annotated[float, Check(lambda x: None if 0 <= x < 1 else "expected a share from 0 to below 1")]
