@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.schema.errors import ConfigError
+from mirage_dist.schema.names import shown
+
 BEAT_SECONDS = 5.0  # between two beats
 PARENTS = "MIRAGE_PARENTS"  # the processes with which one that they started ends: BOOT/NAMESPACE/PID, by spaces
 PARENTS_SECONDS = 0.5  # between two looks at them
@@ -53,7 +56,7 @@ class Owner:
         return cls(
             token=secrets.token_hex(6),
             job=os.environ.get("SLURM_JOB_ID"),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            restart=restart_count(),
             host=socket.gethostname(),
             boot=boot_id(),
             namespace=pid_namespace(),
@@ -182,6 +185,14 @@ def _watch_parents(parents: Mapping[int, str | None]) -> None:
     while all(start is not None and process_start(pid) == start for pid, start in parents.items()):
         time.sleep(PARENTS_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def restart_count() -> int:
+    """How often Slurm has restarted this job; 0 outside one. Raises ConfigError for a variable that is no number."""
+    value = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    if not (value.isdecimal() and len(value) <= 9):
+        raise ConfigError(f"SLURM_RESTART_COUNT={shown(value)}: expected a whole number, as Slurm sets it; unset it")
+    return int(value)
 
 
 def boot_id() -> str:

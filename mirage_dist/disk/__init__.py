@@ -300,11 +300,15 @@ def _occupied(out: Path) -> bool:
 
 
 @contextmanager
-def files(out: Path, *, private: bool = False) -> Iterator[Path]:
+def files(out: Path, sign: tuple[str, str], *, private: bool = False) -> Iterator[Path]:
     """A new temporary folder for files, which become those of `out` when the block succeeds: all of them, or none.
 
+    sign: one of the files and how it begins, which shows whether files of these names in `out` were written here, and
+    may be replaced, or are somebody else's.
+
     Other files in `out` stay. Of two processes the second waits for the first one's renames; each leaves its own files
-    whole. Raises OSError, and ConfigError where a folder lies in the way of a file; `out` is then unchanged.
+    whole. Raises OSError, and ConfigError where a folder or somebody else's file lies in the way of a file; `out` is
+    then unchanged.
     """
     new = not os.path.lexists(out)
     with _beside(out if new else out / "files", True) as outer, _naming(out, outer):
@@ -319,20 +323,30 @@ def files(out: Path, *, private: bool = False) -> Iterator[Path]:
             if not os.path.lexists(out):
                 raise
         if temporary.is_dir():  # `out` exists, or another process was first
-            _replace(temporary, out)
+            _replace(temporary, out, sign)
     sync_folder(out.parent)
 
 
-def _replace(source: Path, out: Path) -> None:
-    """Rename the files of a folder into `out`."""
-    names = sorted(entry.name for entry in source.iterdir())
+def _replace(source: Path, out: Path, sign: tuple[str, str]) -> None:
+    """Rename the files of a folder into `out`, the sign first: an interrupted call is still known as ours."""
+    names = sorted((entry.name for entry in source.iterdir()), key=lambda name: (name != sign[0], name))
     for name in names:
         if (out / name).is_dir() and not (out / name).is_symlink():
             raise ConfigError(f"{out / name} is a folder, where a file is to be written; choose another place")
     with alone(out):
+        if (theirs := next((name for name in names if (out / name).exists()), None)) and not _begins(out, sign):
+            raise ConfigError(f"{out / theirs} exists, and mirage_dist did not write it; choose another place")
         for name in names:
             os.replace(source / name, out / name)
     sync_folder(out)
+
+
+def _begins(folder: Path, sign: tuple[str, str]) -> bool:
+    try:
+        with (folder / sign[0]).open("rb") as handle:
+            return handle.read(len(sign[1].encode())) == sign[1].encode()
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 
 def sha256(file: str | Path) -> str:
-    """SHA-256 of a file's content. Raises OSError."""
-    with open(file, "rb") as handle:
+    """SHA-256 of a regular file's content. Raises OSError, also for what may never end: a FIFO, a device."""
+    # O_NONBLOCK: to open a FIFO would wait for its writer.
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as handle:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise OSError(errno.ENXIO, "is no regular file", str(file))
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

@@ -54,7 +54,14 @@ def remove_own(folder: Path) -> bool:
     """Remove a folder that has the mark, as `remove` does; False, and nothing is removed, where it has none."""
     if not owned(folder):
         return False
-    remove(folder)
+    try:
+        gone = detach(folder)
+    except FileNotFoundError:  # another process removes it too
+        return False
+    if not owned(gone):  # somebody has put another one there since the look
+        os.rename(gone, folder)
+        return False
+    discard(gone)
     return True
 
 

@@ -96,8 +96,15 @@ def claim(suite: Path, manifest: Manifest) -> Manifest:
 
 
 def check(suite: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError when `suite` is another evaluation's directory, and name each of the settings that differ."""
+    """Raise ConfigError when `suite` is another evaluation's directory, and name each of the settings that differ; and
+    when no evaluation has begun there, but a file lies where it would be written, such as the recipe itself.
+    """
     if not (suite / "manifest.json").exists():
+        if (suite / "config.yaml").exists() and not (suite / "rows").exists():
+            raise ConfigError(
+                f"{suite / 'config.yaml'} exists, and no evaluation wrote it; choose another run.dir or `suite`, or "
+                "move it away"
+            )
         return
     if changed := configs.differences(_plain(settings), read(suite)["settings"]):
         raise ConfigError(

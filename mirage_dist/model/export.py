@@ -45,6 +45,8 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     check_form(recipe.model, form, f"{run}: export as {form}")
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
+    if (run / "checkpoints").resolve() in out.resolve().parents:
+        raise ConfigError(f"{out} is among the run's checkpoints; export to another place")
     checkpoint = chosen(run / "checkpoints", step)
     manifest = read_manifest(checkpoint)
     # A damaged file is named before gigabytes are hashed.

@@ -1,7 +1,7 @@
-"""TensorBoard: RUN/tensorboard/events.out.tfevents.…, one file, which every start writes anew from metrics.jsonl.
+"""TensorBoard: RUN/tensorboard/events.out.tfevents.….mirage_dist, one file, which every start writes anew.
 
-A resumed run repeats steps, and a killed one leaves files that end anywhere. Written anew, the file holds each step
-once, with the values of the run as it went on.
+A resumed run repeats steps, and a killed one leaves files that end anywhere. Written anew from metrics.jsonl, the file
+holds each step once, with the values of the run as it went on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mirage_dist.monitoring.sinks import End, Scalars
 
 LIBRARY = "tensorboardX"
 FLUSH_SECONDS = 5
+OURS = ".mirage_dist"  # the end of the names of our files: nobody else's are replaced
 
 
 def installed() -> bool:
@@ -31,9 +32,9 @@ class TensorBoard:
     def open(self) -> int:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
-        for file in self.folder.glob("events.out.tfevents.*"):
+        for file in self.folder.glob(f"events.out.tfevents.*{OURS}"):
             file.unlink(missing_ok=True)
-        self.writer = SummaryWriter(str(self.folder), flush_secs=FLUSH_SECONDS)
+        self.writer = SummaryWriter(str(self.folder), filename_suffix=OURS, flush_secs=FLUSH_SECONDS)
         return 0
 
     def write(self, step: int, values: Scalars) -> None:

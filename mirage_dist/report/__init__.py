@@ -64,7 +64,8 @@ def report(
         "index.html": page.render(loaded, summary, shown),
     }
     unharmed = "the runs and an earlier report are unharmed; make the report again, or elsewhere with --out"
-    with disk.refusals(out, unharmed), disk.files(out, private=True) as folder:
+    mark = ("summary.json", '{\n "models": {')
+    with disk.refusals(out, unharmed), disk.files(out, mark, private=True) as folder:
         for name, content in contents.items():
             disk.write(folder / name, content, private=True, durable=False, workspace=folder)
     return summary

@@ -23,7 +23,7 @@ def write(audit: Mapping[str, Any], out: Path) -> list[Path]:
     Writes all of them or none (see `disk.files`).
     """
     names = ["audit.json", *(("audit.svg", "audit.png") if audit["cues"] else ())]
-    with disk.files(out) as folder:
+    with disk.files(out, ("audit.json", '{\n "files": [')) as folder:
         (folder / names[0]).write_text(json.dumps(audit, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if audit["cues"]:
             figures.save(audit, [folder / name for name in names[1:]])

@@ -25,6 +25,7 @@ from mirage_dist.liveness import Heartbeat, Observer, Owner
 from mirage_dist.schema import RunError
 
 WORKSPACE = re.compile(r"work-[0-9a-f]{12}\.tmp(\.[0-9a-f]{8}\.gone)?")
+LOCK = "owner.lock"  # made by the first start and never removed
 BEATS_MISSED = 3  # after so many missed beats an owner that is not in the process table is dead
 
 
@@ -91,7 +92,7 @@ def acquire(root: Path) -> Lease:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(root / "owner.lock"):
+        with _one_at_a_time(root / LOCK):
             owner = _read(root)
             if owner is not None and not owner.superseded() and _alive(root, owner):
                 raise RunError(

@@ -16,6 +16,7 @@ import torch
 
 from mirage_dist import config as configs
 from mirage_dist import disk, signals
+from mirage_dist.liveness import restart_count
 from mirage_dist.monitoring import tensorboard, wandb_run
 from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
 from mirage_dist.monitoring.sinks import GROUPS, End
@@ -67,7 +68,7 @@ class Monitor:
         self.end_seconds = min(END_SECONDS, recipe.train.hang_seconds / 4)
         for sink, options in sinks_of(recipe, self.name, manifest).items():
             self.senders.append(Sender(self.name, sink, options, self.records.fileno()))
-        if restart := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        if restart := restart_count():
             self.alert("Requeued", f"Slurm restarted the job ({_job()}, restart {restart}): on from step {first_step}")
 
     def __enter__(self) -> Monitor:

@@ -25,7 +25,7 @@ from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
-from mirage_dist.train.lease import Lease
+from mirage_dist.train.lease import LOCK, Lease
 from mirage_dist.train.monitor import new_wandb_id
 
 # Keys that may change between two starts of a run: where it reports, how a step is cut up, what it keeps.
@@ -45,6 +45,19 @@ NOT_THE_RUN = (
     "train.export",
     "train.nonfinite_patience",
     "world",
+)
+
+# What a run writes into its directory, beside files whose names nobody else would choose.
+OF_A_RUN = (
+    "config.yaml",
+    "data.json",
+    "metrics.jsonl",
+    "starts.jsonl",
+    "owner.json",
+    "checkpoints",
+    "export",
+    "reference",
+    "vision",
 )
 
 
@@ -108,8 +121,15 @@ def not_the_run(recipe: TrainRecipe, needs: Needs) -> tuple[str, ...]:
 
 
 def check_directory(recipe: TrainRecipe, needs: Needs) -> None:
-    """A run directory belongs to one recipe. Raises ConfigError naming the keys that differ."""
-    file = Path(recipe.run.dir) / "config.yaml"
+    """A run directory belongs to one recipe. Raises ConfigError naming the keys that differ, and for a directory in
+    which no run has begun, but where something has a name that a run's files have.
+    """
+    root = Path(recipe.run.dir)
+    if not ((root / LOCK).exists() or (root / "manifest.json").exists()):
+        if (theirs := next((name for name in OF_A_RUN if os.path.lexists(root / name)), None)) is not None:
+            raise ConfigError(f"{root / theirs} exists, and no run wrote it; choose another run.dir, or move it away")
+        return
+    file = root / "config.yaml"
     if not file.is_file():
         return
     there = configs.load(file, [], TrainRecipe)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import forkserver
 import pytest
 from conftest import DEADLINE, launch, metrics, steps_done, until
+from faults import memory
 from faults.check import differences
 from faults.processes import ranks_of, send
 from omegaconf import OmegaConf
@@ -401,3 +403,28 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path):
     assert counts["kills"] == sum(counts["verbs"]["train"]["phases"].values()) >= 3
     wrong = ("lost", "differing", "litter", "orphans", "foreign_changed")
     assert {name: counts[name] for name in wrong} == dict.fromkeys(wrong, 0)
+
+
+# ------------------------------------------------------------------------------------------- memory, descriptors
+
+
+def test_memory_and_descriptors_do_not_grow_with_checkpoints(toy, tmp_path):
+    """A checkpoint of this model has 2.8 MB: one that is kept, or half of it, would be seen at once."""
+    samples = memory.training(toy, tmp_path / "run", forkserver.python(), steps=60, every=5)
+    late = samples[len(samples) // 3 :]
+    assert len(late) > 20
+    assert 5 * memory.growth(samples, lambda sample: sample.bytes) < 500_000
+    before = max(sample.descriptors for sample in samples[: len(samples) // 2])
+    assert max(sample.descriptors for sample in samples[len(samples) // 2 :]) <= before
+
+
+def test_memory_and_descriptors_do_not_grow_with_answers(tmp_path):
+    """A row's key stays in memory, not its 4000 characters; allocations are counted, not pages."""
+    tracemalloc.start()
+    try:
+        samples = memory.rows(tmp_path, 2000, lambda: tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert memory.growth(samples[:-1], lambda sample: sample.bytes) < 1000
+    assert samples[-1].bytes - samples[0].bytes < 1000 * 2000
+    assert max(sample.descriptors for sample in samples) <= samples[0].descriptors
