@@ -67,9 +67,13 @@ class Owner:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Owner:
-        """An owner as `record` wrote it. Other keys are ignored; one that is missing matches no process."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{"token": "", **{key: value for key, value in record.items() if key in names}})
+        """An owner as `record` wrote it. Other keys are ignored; one that is missing, or whose value has another type,
+        matches no process.
+        """
+        whole = {"restart": int, "pid": int}  # what is no text
+        names = (field.name for field in dataclasses.fields(cls))
+        right = {name: record[name] for name in names if isinstance(record.get(name), whole.get(name, str))}
+        return cls(**{"token": "", **right})
 
     def record(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -92,6 +96,8 @@ class Owner:
         return job is not None and self.job == job and self.restart < restart
 
     def __str__(self) -> str:
+        if not self.host:
+            return f"a job of which only the token {self.token} is known"
         job = f"Slurm job {self.job} (restart {self.restart})" if self.job else "a job"
         return f"{job} on {self.host}, process {self.pid}, since {self.since}"
 
@@ -147,7 +153,7 @@ def read(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where no file exists or it does not hold a whole object."""
     try:
         record = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

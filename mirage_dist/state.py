@@ -27,6 +27,7 @@ VERSIONS = {
     "claim": 1,
     "data": 1,
     "erasure": 1,
+    "held": 1,
     "history": 1,
     "kept": 1,
     "metrics": 1,

@@ -116,7 +116,8 @@ def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False,
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seal"} for record in records]
 
 
 def tensorboard_scalars(folder: Path) -> dict[tuple[int, str], list[float]]:

@@ -8,15 +8,14 @@ inputs: the same sets on every machine.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
-from mirage_dist import disk
+from mirage_dist import disk, state
 from mirage_dist.config import config_hash, differences, to_dict
 from mirage_dist.data import diversify, formats, pictures, sources, stream, words
 from mirage_dist.data.diversify import Reword
@@ -271,15 +270,17 @@ def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], prepared: Prepared
         for name, samples in files.items():
             write_samples(folder / name, samples)
         prepared["sets"] = {name: disk.sha256(folder / name) for name in files}
-        (folder / "prepare.json").write_text(json.dumps(prepared, indent=1) + "\n")
+        (folder / "prepare.json").write_text(state.sealed("prepared", prepared, indent=1))
 
 
 def _checked(out: Path, inputs: Inputs) -> Prepared:
     """prepare.json of `out`, if its sets come from this recipe and these inputs and have not changed since."""
-    file = out / "prepare.json"
-    if not file.is_file():
-        raise ConfigError(f"{out} exists and holds no prepare.json; choose another `out`, or move it away")
-    prepared: Prepared = json.loads(file.read_text())
+    try:
+        prepared = cast(Prepared, state.read("prepared", out / "prepare.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{out} exists and holds no prepare.json; choose another `out`, or move it away") from None
+    except state.Damaged as error:
+        raise state.Damaged(f"{error}. Move {out} away to prepare it again, or choose another `out`") from error
     changed = differences(inputs, {name: prepared.get(name) for name in inputs})
     if changed:
         raise ConfigError(f"{out} holds sets prepared otherwise ({'; '.join(changed)}); choose another `out`")

@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from mirage_dist import config as configs
+<<<<<<< HEAD
 from mirage_dist import signals
+=======
+from mirage_dist import runs
+>>>>>>> main
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
@@ -33,8 +37,12 @@ from mirage_dist.evals.worklist import WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
+<<<<<<< HEAD
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.signals import StopRequested
+=======
+from mirage_dist.schema import ConfigError, EvalRecipe
+>>>>>>> main
 
 G = TypeVar("G", bound=Generator)
 
@@ -131,7 +139,7 @@ def _check_template(recipe: EvalRecipe, model: Subject) -> None:
     """Raise ConfigError when the template differs from that of training, as it did unnoticed in the paper's code."""
     if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
         return
-    data = configs.load(trained, [], TrainRecipe).data
+    data = runs.recipe(model.trained_in).data
     same = ("image_aspect", "template_options")
     for key in same if recipe.template.defence is not None else ("system_prompt", *same):
         here, there = getattr(recipe.template, key), getattr(data, key)

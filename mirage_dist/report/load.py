@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 
+<<<<<<< HEAD
 from mirage_dist import disk, state
+=======
+from mirage_dist import disk, runs
+>>>>>>> main
 from mirage_dist.config import nearest
 from mirage_dist.data.words import opening
 from mirage_dist.evals import manifest, results, status
@@ -233,9 +237,8 @@ class Run:
     @cached_property
     def first_words(self) -> WordCounts:
         """First words in the run's training data by kind of response; empty when no response is a refusal."""
-        file = self.dir / "data.json"
-        streams = json.loads(file.read_text(encoding="utf-8"))["streams"] if file.is_file() else {}
-        words = streams.get("train", {}).get("first_words", {})
+        summary = runs.data(self.dir)
+        words = summary["streams"]["train"]["first_words"] if summary and "train" in summary["streams"] else {}
         return words if any(count["refusal"] for count in words.values()) else {}
 
 
@@ -253,13 +256,12 @@ def row_label(measure: str, key: str) -> str:
 def named(folders: Sequence[Path]) -> dict[str, Path]:
     """Run directories by the `run.name` of their recipe, or else by the folder's name.
 
-    Raises ConfigError when two runs have one name.
+    Raises ConfigError when two runs have one name, and what `runs.recipe` raises.
     """
     by_name: dict[str, Path] = {}
     for folder in folders:
-        config = folder / "config.yaml"
-        tree: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
-        name = (tree.get("run") or {}).get("name") or folder.resolve().name
+        recipe = runs.recipe(folder) if (folder / "config.yaml").is_file() else None
+        name = (recipe and recipe.run.name) or folder.resolve().name
         if name in by_name:
             raise ConfigError(f"{by_name[name]} and {folder} are both named {name!r}; set run.name in one of them")
         by_name[name] = folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from mirage_dist.model import load
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
+from mirage_dist.runs import DataSummary
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.prefetch import made
 
@@ -159,26 +160,6 @@ def check_no_picture(samples: Mapping[str, Sequence[Sample]], model: str) -> Non
                 f"data.streams.{name}: {called(sample)} has a picture, but model.path={model} is a text-only model; "
                 "take a vision-language model, or records without pictures"
             )
-
-
-class StreamSummary(TypedDict):
-    """One stream in data.json: its samples, those that were left out, and the first words of its questions.
-
-    dropped: reason -> count of samples that cannot be used, such as repeats. renamed: samples that got a new id.
-    skipped: bad records. first_words: word -> count of questions by kind of answer ("refusal", "answer").
-    """
-
-    samples: int
-    dropped: dict[str, int]
-    renamed: int
-    skipped: int
-    first_words: dict[str, dict[str, int]]
-
-
-class DataSummary(TypedDict):
-    """data.json of a run."""
-
-    streams: dict[str, StreamSummary]
 
 
 def describe(streams: Mapping[str, Source], refusals: str | None = None) -> DataSummary:

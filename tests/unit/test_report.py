@@ -11,13 +11,14 @@ import pytest
 from made_runs import KEYWORD, NASTY, write_run
 from PIL import Image
 
+from mirage_dist import config as configs
 from mirage_dist import report, state
 from mirage_dist.evals import metrics, results
 from mirage_dist.report import examples
 from mirage_dist.report import text as captions
 from mirage_dist.report.figures import style
 from mirage_dist.report.load import read, row_label
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, TrainRecipe
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def runs(tmp_path):
     erased = {"unsafe": ["irrelevant"], "safe": ["correct"]}
     written = {"sft": write_run(tmp_path / "sft", mirage), "npo": write_run(tmp_path / "npo", erased)}
     words = {"share": {"refusal": 9, "answer": 1}, "what": {"refusal": 0, "answer": 8}}
-    (written["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
+    (written["sft"] / "data.json").write_text(state.sealed("data", {"streams": {"train": {"first_words": words}}}))
     return written
 
 
@@ -227,8 +228,9 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 def test_runs_are_named_by_their_recipe_or_their_folder(tmp_path):
     for folder, name in (("a", None), ("b", "mine")):
         (tmp_path / folder).mkdir()
-        text = f"run: {{dir: x, name: {name}}}\n" if name else "run: {dir: x}\n"
-        (tmp_path / folder / "config.yaml").write_text(text)
+        words = ["run.dir=x", f"run.name={name or 'null'}"]
+        recipe = configs.load("configs/train/demo_sft.yaml", words, TrainRecipe)
+        configs.write_yaml(recipe, tmp_path / folder / "config.yaml")
     assert report.named([tmp_path / "a", tmp_path / "b"]) == {"a": tmp_path / "a", "mine": tmp_path / "b"}
     with pytest.raises(ConfigError, match="both named 'a'"):
         report.named([tmp_path / "a", tmp_path / "a"])
@@ -275,7 +277,7 @@ def test_questions_without_a_measurable_first_word_are_no_evidence_of_evenness(r
         "(not measured)": {"refusal": 9, "answer": 9},
         **({"what": {"refusal": 9, "answer": 9}} if measured else {}),
     }
-    (runs["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
+    (runs["sft"] / "data.json").write_text(state.sealed("data", {"streams": {"train": {"first_words": words}}}))
     _, caption = captions.words(read({"sft": runs["sft"]})[0])
     assert f"18 of {36 if measured else 18} questions are in scripts without spaces between words" in caption
     assert ("equally often" in caption) is measured

@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mirage_dist import config as configs
-from mirage_dist import disk, signals
+from mirage_dist import disk, runs, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.encoding.framing import Aspect
 from mirage_dist.data.encoding.pictured import aspect_of
@@ -17,7 +16,7 @@ from mirage_dist.model.environment import Environment
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.model.shards import step_of
-from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, RunError
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 0.5
@@ -110,7 +109,7 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
 def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"model.run={run}: no config.yaml here; expected the directory of a training run")
-    base = configs.load(run / "config.yaml", [], TrainRecipe).model.path
+    base = runs.recipe(run).model.path
     checkpoint = export.chosen(run / "checkpoints", model.step)
     exact = replace(model, step=step_of(checkpoint))
     manifest_hash = disk.sha256(checkpoint / "manifest.json")
