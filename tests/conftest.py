@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Slurm's tests mostly wait, so the others can run beside them; but there is one Slurm at a time (see `cluster.py`).
     Short files come last: they end at about the same time in both processes.
     """
-    order = ("test_runs.py", "families", "distributed", "browser", "test_templates.py", "unit")
+    order = ("test_runs.py", "families", "distributed", "outputs", "browser", "test_templates.py", "unit")
     items.sort(key=lambda item: min((order.index(p) for p in item.path.parts if p in order), default=0))
 
 

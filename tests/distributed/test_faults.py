@@ -16,7 +16,7 @@ from pathlib import Path
 import forkserver
 import pytest
 from conftest import DEADLINE, launch, metrics, steps_done, until
-from faults import memory
+from faults import events, memory, trees
 from faults.check import differences
 from faults.processes import ranks_of, send
 from omegaconf import OmegaConf
@@ -391,6 +391,32 @@ def test_the_harness_finds_what_is_wrong(whole, tmp_path):
         "work-1.tmp was left behind",
     ):
         assert words in listed
+
+
+def test_the_harness_sees_every_event_and_every_difference(tmp_path):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    for folder in (whole, other):
+        (folder / "rows").mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"seed": 1, "date": folder.name}))
+    (whole / "rows/worker-1764142000000000000-0123abcd.jsonl").write_text("a\nb\n")
+    (other / "rows/worker-1764142000000000001-0123abce.jsonl").write_text("b\n")
+    with events.Watch(other) as watch:
+        (other / "rows/worker-1764142000000000002-0123abcf.jsonl").write_text("a\n")  # two starts, the same answers
+        (other / "out.0123abcd.tmp/files").mkdir(parents=True)
+        watch.look(1.0)
+        (other / "out.0123abcd.tmp/files").rename(other / "out")
+        while watch.look(0.1):
+            pass
+    assert {"create rows/worker-#-#.jsonl", "create out.#.tmp", "create out.#.tmp/files", "rename to out"} <= set(
+        watch.counts
+    )
+    mine, wanted = trees.read(other), trees.read(whole)
+    assert trees.unequal(mine, wanted) == trees.missing(mine, wanted) == []
+    assert trees.more(mine, wanted) == {"out.#.tmp": 1, "out": 1}
+    (other / "manifest.json").write_text('{"seed": 2}')
+    (whole / "report").mkdir()
+    assert trees.unequal(trees.read(other), wanted) == ["manifest.json"]
+    assert trees.missing(mine, trees.read(whole)) == ["report"]
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):

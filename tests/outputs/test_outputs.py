@@ -1,0 +1,157 @@
+"""Every verb that writes, at places where it cannot: a sentence, and nothing else has changed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import FILLED, IN_THE_WAY, KIBIBYTES, folder_with_files, linked_folder_with_files, litter, mounted, tree
+from toy import Toy
+from verbs import ENVIRONMENT, Done, Verb, verbs
+
+from mirage_dist import cli, disk
+
+VERBS = ("prepare", "audit", "train", "eval", "eval --workers", "erasure", "report", "export")
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[dict[str, Verb], dict[str, object]]:
+    """Every verb, and its result in a folder whose parents do not exist."""
+    root = tmp_path_factory.mktemp("outputs")
+    (root / "toy").mkdir()
+    run = root / "new/parent/train"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith("SLURM_")]:
+            patch.delenv(name)
+        every = verbs(Toy(root / "toy"), run)
+        results = {}
+        for name in ("train", "eval", "prepare", "audit", "report", "export", "erasure"):
+            out = run if name == "eval" else root / "new/parent" / name
+            end = every[name].run(out)
+            assert end.status == 0, (name, end)
+            results[name] = every[name].result(out)
+            assert not litter(out), name
+    results["eval --workers"] = results["eval"]
+    return every, results
+
+
+@pytest.fixture
+def verb(request, made) -> Verb:
+    return made[0][request.param]
+
+
+def check_refused(end: Done, path: Path) -> None:
+    """One sentence that names the path."""
+    assert end.status in (1, 2), end
+    assert "Traceback" not in end.errors + end.output, end
+    faults = [line for line in end.errors.splitlines() if line.startswith("mirage: ")]
+    assert len(faults) == 1 or "see above" in faults[-1], end
+    assert any(str(path) in fault for fault in faults), end
+
+
+@pytest.mark.parametrize("obstacle", IN_THE_WAY)
+@pytest.mark.parametrize("verb", [name for name in VERBS if name != "eval --workers"], indirect=True)
+def test_what_lies_at_the_output_is_named_or_left_alone(verb, obstacle, tmp_path):
+    out = tmp_path / "parent" / "out"
+    out.parent.mkdir()
+    obstacle(out)
+    before = tree(tmp_path)
+    end = verb.run(out)
+    after = tree(tmp_path)
+    assert {name: after.get(name) for name in before} == before, end
+    if end.status:
+        check_refused(end, out.parent)
+        assert after == before
+    else:  # beside the files of a user
+        assert obstacle in (folder_with_files, linked_folder_with_files)
+    assert not [name for name in litter(tmp_path) if name not in before]
+
+
+@pytest.mark.parametrize("obstacle", IN_THE_WAY[:4])
+def test_a_demo_names_what_lies_at_its_output(obstacle, tmp_path, capsys):
+    out = tmp_path / "parent" / "out"
+    out.parent.mkdir()
+    obstacle(out)
+    before = tree(tmp_path)
+    status = cli.main(["demo", "--out", str(out)])
+    check_refused(Done(status, *capsys.readouterr()), out.parent)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("verb", VERBS, indirect=True)
+def test_a_read_only_place_is_named(verb, tmp_path):
+    with mounted(tmp_path / "disk", "-o", "ro") as possible:
+        out = (tmp_path / "disk" if possible else Path("/sys/mirage")) / "out"
+        check_refused(verb.run(out), out.parent)
+
+
+@pytest.mark.parametrize("verb", VERBS, indirect=True)
+def test_a_full_disk_is_named_and_the_same_command_succeeds_once_there_is_room(verb, made, tmp_path):
+    """Where nothing can be mounted, every file is cut at the length that there is room for."""
+    folder = tmp_path / "disk"
+    with mounted(folder, "-o", "size=64m") as possible:
+        (folder / "theirs").write_text("theirs")
+        if possible:
+            room = shutil.disk_usage(folder).free - KIBIBYTES * 1024
+            (folder / FILLED).write_bytes(bytes(room))
+        before = tree(folder)
+        end = verb.run(folder / "out", None if possible else 500)
+        check_refused(end, folder)
+        after = tree(folder)
+        assert {name: after.get(name) for name in before} == before
+        assert not litter(folder), end
+        assert verb.resumed or after == before
+        (folder / FILLED).unlink(missing_ok=True)
+        end = verb.run(folder / "out")
+        assert end.status == 0, end
+        assert verb.result(folder / "out") == made[1][verb.name]
+        assert not litter(folder)
+
+
+@pytest.mark.parametrize("verb", ["audit", "report"], indirect=True)
+def test_on_a_full_disk_an_earlier_output_stays_as_it_was(verb, tmp_path):
+    out = tmp_path / "out"
+    assert verb.run(out).status == 0
+    for file in out.iterdir():
+        file.write_bytes(b"earlier " + file.read_bytes())
+    before = tree(tmp_path)
+    check_refused(verb.run(out, 5000), out)
+    assert tree(tmp_path) == before
+
+
+def test_a_second_demo_in_one_place_is_refused(tmp_path, capsys):
+    with disk.alone(tmp_path):
+        status = cli.main(["demo", "--out", str(tmp_path)])
+    check_refused(Done(status, *capsys.readouterr()), tmp_path)
+    assert not tree(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["full", "closed", "unread"])
+def test_a_result_that_cannot_be_printed_is_no_success(how):
+    command = f"'{sys.executable}' -m mirage_dist.cli config configs/eval/demo.yaml"
+    command += {"full": " >/dev/full", "closed": " >&-", "unread": ""}[how]
+    reading, writing = os.pipe()
+    os.close(reading)
+    pipes = {"stdout": writing, "stderr": subprocess.PIPE}
+    end = subprocess.run(["bash", "-c", command], env={**os.environ, **ENVIRONMENT}, text=True, **pipes)
+    os.close(writing)
+    assert end.returncode == 1
+    assert "Traceback" not in end.stderr
+    assert "Exception ignored" not in end.stderr
+    assert end.stderr.splitlines()[-1].startswith("mirage: the standard output ")
+    assert end.stderr.count("mirage: ") == 1
+
+
+def test_a_bug_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys):
+    def fail(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli.configs, "load_any", fail)
+    assert cli.main(["config", "configs/eval/demo.yaml"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert "KeyError: 'a bug'" in errors
+    assert errors.endswith("mirage: this is a bug in mirage_dist; please report it with this traceback\n")
