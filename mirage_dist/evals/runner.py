@@ -16,11 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mirage_dist import config as configs
-<<<<<<< HEAD
-from mirage_dist import signals
-=======
-from mirage_dist import runs
->>>>>>> main
+from mirage_dist import runs, signals
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
@@ -37,12 +33,8 @@ from mirage_dist.evals.worklist import WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-<<<<<<< HEAD
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
-from mirage_dist.signals import StopRequested
-=======
 from mirage_dist.schema import ConfigError, EvalRecipe
->>>>>>> main
+from mirage_dist.signals import StopRequested
 
 G = TypeVar("G", bound=Generator)
 

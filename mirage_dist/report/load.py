@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 
-<<<<<<< HEAD
-from mirage_dist import disk, state
-=======
-from mirage_dist import disk, runs
->>>>>>> main
+from mirage_dist import disk, runs, state
 from mirage_dist.config import nearest
 from mirage_dist.data.words import opening
 from mirage_dist.evals import manifest, results, status
