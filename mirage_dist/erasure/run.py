@@ -64,10 +64,14 @@ class ErasureConfig:
 
 
 def options(recipe: EvalRecipe) -> ErasureConfig:
-    """The recipe's section, checked. Raises ConfigError when it is missing or invalid."""
+    """The recipe's section, checked. Raises ConfigError when it is missing, invalid, or names no test."""
     if recipe.erasure is None:
         raise ConfigError("erasure is missing: add a section with the tests to make (see configs/eval/demo.yaml)")
-    return configs.build(ErasureConfig, recipe.erasure, "the recipe", "erasure")
+    chosen = configs.build(ErasureConfig, recipe.erasure, "the recipe", "erasure")
+    if not any(chosen.tests()):
+        names = ", ".join(field.name for field in fields(chosen) if field.name not in ("forget", "content"))
+        raise ConfigError(f"erasure: names no test to make; expected some of {names}")
+    return chosen
 
 
 def run(recipe: EvalRecipe) -> ErasureResult:

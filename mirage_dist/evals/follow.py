@@ -22,7 +22,7 @@ from mirage_dist.evals.judges import cache
 from mirage_dist.evals.results import Entry, HistoryLine, SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.files import Answers, Row, suite_dir
-from mirage_dist.model.shards import committed, step_of
+from mirage_dist.model.shards import committed, places, step_of
 from mirage_dist.monitoring.process import Sender
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError
@@ -35,8 +35,8 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
     """Evaluate the oldest checkpoint that is not evaluated, again and again; several workers may follow one run.
 
     place: see `runner.evaluate`. A checkpoint that the run's retention removes before its turn is logged and left out.
-    Raises what `evaluate` raises, ConfigError when `wandb_outputs` is set and the run does not log to W&B, and
-    StopRequested between two checkpoints after a signal.
+    Raises what `evaluate` raises, RunError when the run ends and no checkpoint was evaluated, ConfigError when
+    `wandb_outputs` is set and the run does not log to W&B, and StopRequested between two checkpoints after a signal.
     """
     run = Path(str(recipe.follow))
     if recipe.wandb_outputs and tracking.train_recipe(run).monitor.wandb == "off":
@@ -51,7 +51,7 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
 
 def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: list[Sender]) -> None:
     """`follow`. trackers: gets the process that sends results to W&B when there are some, if the run logs to W&B."""
-    done, measured = set[int](), set[int]()
+    done, measured, judged_elsewhere = set[int](), set[int](), False
     while True:
         if name := signals.received():
             raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
@@ -64,6 +64,7 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             tracker.tick()
         if not waiting:
             if over:
+                _require_evaluated(recipe, run, judged_elsewhere)
                 break
             time.sleep(POLL_SECONDS)
             continue
@@ -78,6 +79,7 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             continue
         if result is None:  # another worker judges it
             done.add(step)
+            judged_elsewhere = True
             continue
         write_history(recipe)
         if not trackers and (started := tracking.start(run)) is not None:
@@ -89,16 +91,27 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             )
 
 
+def _require_evaluated(recipe: EvalRecipe, run: Path, elsewhere: bool) -> None:
+    """Raise RunError when the run is over and no checkpoint of it was evaluated. elsewhere: a worker judges one."""
+    if not elsewhere and not any(suite_dir(recipe).glob("step-*/metrics.json")):
+        raise RunError(
+            f"eval {recipe.suite}: {run} has ended, and no checkpoint of it was evaluated: it has none, or its "
+            "retention removed each before its turn (train.keep_last)"
+        )
+
+
 def write_history(recipe: EvalRecipe) -> None:
     """Write `history.jsonl` from every step that is measured; any worker writes the same content."""
     history = []
-    for file in sorted(suite_dir(recipe).glob("step-*/metrics.json"), key=lambda file: step_of(file.parent)):
+    for folder in places(suite_dir(recipe)):
         try:
-            result = results.read(file.parent)
+            result = results.read(folder)
+        except FileNotFoundError:
+            continue
         except RunError as error:  # of a checkpoint that may no longer exist
             log.warning(f"eval {recipe.suite}: left out of history.jsonl: {error}", extra=EVERY_RANK)
             continue
-        line: HistoryLine = {"step": step_of(file.parent), "judge": result["headline"], "entry": _entry(result)}
+        line: HistoryLine = {"step": step_of(folder), "judge": result["headline"], "entry": _entry(result)}
         history.append(state.sealed("history", cast(dict[str, Any], line)))
     files.write(suite_dir(recipe) / "history.jsonl", history)
 

@@ -73,6 +73,8 @@ def report(recipe: EvalRecipe) -> str:
     if recipe.follow is None:
         return status(suite).text()
     steps = sorted(suite.glob("step-*"))
+    if not any((step / "manifest.json").is_file() for step in steps):
+        raise ConfigError(f"{suite}: no evaluated checkpoint of {recipe.follow}; this evaluation has not started yet")
     texts = [f"{step.name}\n{status(step).text()}" for step in steps if (step / "manifest.json").is_file()]
     return "\n\n".join([f"{len(steps)} checkpoints of {recipe.follow}", *texts])
 

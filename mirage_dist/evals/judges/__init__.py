@@ -69,12 +69,13 @@ def read(recipe: EvalRecipe) -> list[Judge]:
     places: dict[str, int] = {}
     for number, options in enumerate(recipe.judges):
         judge = make(options, "the recipe", f"judges[{number}]")
-        if judge.name in judges:
+        name = judge.name.lower()  # some file systems do not tell cases apart
+        if name in judges:
             raise ConfigError(
-                f"judges[{places[judge.name]}] and judges[{number}] are both named {judge.name!r}; remove one, or give "
-                "it another `name`"
+                f"judges[{places[name]}] and judges[{number}] are both named {judge.name!r}; remove one, or give it "
+                "another `name`"
             )
-        judges[judge.name], places[judge.name] = judge, number
+        judges[name], places[name] = judge, number
     benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
     if benchmarks and all("scored" not in judge.verdicts for judge in judges.values()):
         raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")
