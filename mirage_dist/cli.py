@@ -236,13 +236,12 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
 
 
 def _demo(parsed: argparse.Namespace) -> None:
-    from mirage_dist import demo
+    from mirage_dist import demo, report
 
     summary = demo.demo(parsed.out, parsed.overrides, parsed.full)
-    from mirage_dist import report
-
-    show(report.table(summary))
-    show(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}")
+    page = parsed.out / "report" / "index.html"
+    show(report.table(summary), f"{summary['wall_seconds']} s; report: {page}")
+    report.require_whole(summary)
     exit_well()
 
 
@@ -385,8 +384,8 @@ def _report(parsed: argparse.Namespace) -> None:
 
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
-    show(report.table(summary))
-    show(out / "index.html")
+    show(report.table(summary), out / "index.html")
+    report.require_whole(summary)
 
 
 def _export(parsed: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def test_tests_of_erasure_that_name_no_test_are_refused(recipe):
 
 @pytest.mark.parametrize("panel", [["keyword", "keyword"], ["keyword", {"kind": "keyword", "name": "Keyword"}]])
 def test_of_two_judges_none_is_left_out_silently(recipe, panel):
-    with pytest.raises(ConfigError, match=r"judges: two are named '[Kk]eyword'"):
+    with pytest.raises(ConfigError, match=r"judges\[0\] and judges\[1\] are both named '[Kk]eyword'"):
         judges.read(replace(recipe, judges=panel))
 
 
