@@ -4,8 +4,8 @@ transformers renders them in jinja's sandbox: no files, no imports, no attribute
 than 100 000 numbers. The sandbox has no bound on time and memory, so that nested loops run for ever and `'x' * 10**10`
 takes all memory. Two bounds are added:
 
-1. `check` renders example conversations in a forked child process with limits on its time and memory, once for each
-   template of a process, when the processor is loaded. Nothing else stops a single long operation.
+1. `check` renders example conversations in a process with limits on its time and memory (`rendering`), once for each
+   template, when the processor is loaded. Nothing else stops a single long operation.
 2. `bounded` stops any later rendering after `SECONDS`, between two bytecodes of the template's compiled code: what a
    template does may depend on the conversation. It costs about a microsecond.
 """
@@ -15,26 +15,25 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
-import select
-import signal
+import subprocess
+import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import TemplateError
 
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 SECONDS = 2  # of processor time, for a rendering, and for all examples together
 MEMORY = 1 << 29  # bytes, for the examples
 LARGEST = 1 << 20  # characters of a template
 LONGEST = 1 << 24  # characters of a rendered conversation
-WAIT_SECONDS = 120.0  # for the child, on a machine that is busy
+WAIT_SECONDS = 120.0  # for `rendering`, on a machine that is busy
 LOOK_SECONDS = 0.5  # between two looks at the renderings in progress
 FILES = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
 TEXT = "Which of these is right, and why? "
@@ -121,12 +120,11 @@ def check(folder: Path, tokenizer: Any, template: str | None, text_only: bool) -
             f"{file}: the chat template has {len(template):,} characters, above the limit of {LARGEST:,}; give the "
             "template of the original model"
         )
-    faults = _in_child(lambda: _faults(tokenizer, template, text_only))
-    if isinstance(faults, str):
+    if (bound := _exceeded(tokenizer, template, text_only)) is not None:
         raise ConfigError(
-            f"{file}: the chat template exceeds a bound: {faults}; give the template of the original model"
+            f"{file}: the chat template exceeds a bound: {bound}; give the template of the original model"
         )
-    if all(faults):
+    if all(faults := _faults(tokenizer, template, text_only)):
         raise ConfigError(f"{file}: the chat template renders no conversation: {faults[0]}")
     _passed.add((template, text_only))
 
@@ -153,64 +151,45 @@ def _examples(text_only: bool) -> list[list[dict[str, Any]]]:
     return [question, turns(1, 1), [message("system", TEXT), *question], turns(2, 1), turns(31, 20)]
 
 
-def _faults(tokenizer: Any, template: str, text_only: bool) -> list[str] | str:
-    """For each example why it cannot be rendered, empty where it can; or the bound that the template exceeds."""
+def _exceeded(tokenizer: Any, template: str, text_only: bool) -> str | None:
+    """The bound that a template exceeds, by `rendering`; None if there is none."""
+    task = {
+        "template": template,
+        "variables": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+        "examples": _examples(text_only),
+        "seconds": SECONDS,
+        "memory": MEMORY,
+        "longest": LONGEST,
+    }
+    command = [sys.executable, "-I", str(Path(__file__).with_name("rendering.py"))]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
+            start_new_session=True,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no rendering after {WAIT_SECONDS:g} s"
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    if done.returncode > 0:
+        raise RunError(f"{command[-1]}: cannot render a chat template: {done.stderr.strip()[-300:]}")
+    # Killed by its limit on time, within a single operation, or by the system for want of memory.
+    return f"it takes more than {SECONDS} s, or all memory, for a conversation"
+
+
+def _faults(tokenizer: Any, template: str, text_only: bool) -> list[str]:
+    """For each example why it cannot be rendered, empty where it can."""
     faults = []
     for messages in _examples(text_only):
         options = {"add_generation_prompt": messages[-1]["role"] == "user", "tokenize": False}
         try:
-            text = tokenizer.apply_chat_template(messages, chat_template=template, **options)
+            bounded(partial(tokenizer.apply_chat_template, messages, chat_template=template, **options))
             faults.append("")
-        except MemoryError:
-            return _too_large()
-        except Exception as error:  # of any kind, as the template's are
-            faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            continue
-        if len(text) > LONGEST:
-            return f"it writes more than {LONGEST:,} characters for a conversation"
+        except TemplateError as error:
+            cause = error.__cause__ or error
+            faults.append(f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
     return faults
-
-
-def _too_large() -> str:
-    return f"it takes more than {MEMORY >> 20} MiB for a conversation"
-
-
-def _in_child(work: Callable[[], Sequence[str] | str]) -> Sequence[str] | str:
-    """What `work` returns in a forked process with bounds on time and memory; the bound, where it exceeds one."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():  # of a fork beside other threads, none of whose locks the child takes
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        _run(work, writing)
-    os.close(writing)
-    content, end = b"", time.monotonic() + WAIT_SECONDS
-    with os.fdopen(reading, "rb", buffering=0) as pipe:
-        while select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
-            if not (piece := pipe.read(1 << 16)):
-                break
-            content += piece
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    # Killed by its limit on time, within a single operation, or by the system for want of memory.
-    return json.loads(content) if content else f"it takes more than {SECONDS} s, or all memory, for a conversation"
-
-
-def _run(work: Callable[[], Sequence[str] | str], writing: int) -> NoReturn:
-    """The child: never returns, and runs nothing of the parent's at its end."""
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        with suppress(OSError, ValueError):  # without /proc only time is bounded
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        try:
-            result = work()
-        except MemoryError:
-            result = _too_large()
-        os.write(writing, json.dumps(result).encode())
-    finally:
-        os._exit(0)

@@ -62,5 +62,5 @@ def test_a_rendering_that_only_some_conversation_makes_endless_is_stopped(model,
 
 def test_a_template_is_checked_once_in_a_process(model, monkeypatch):
     processors.load(model)
-    monkeypatch.setattr(templates.os, "fork", lambda: pytest.fail("a second child"))
+    monkeypatch.setattr(templates.subprocess, "run", lambda *_, **__: pytest.fail("a second process"))
     processors.load(model)
