@@ -66,7 +66,7 @@ def within(hint: Any) -> Iterator[tuple[Any, type]]:
             yield from within(part)
 
 
-NUMBERS = {f"{name} {number}": (name, number, plain) for name, number, plain in numbers()}
+NUMBERS = {f"{name} {place}": (name, number, plain) for place, (name, number, plain) in enumerate(numbers())}
 
 
 def test_the_numbers_of_every_kind_of_class_are_tested():
