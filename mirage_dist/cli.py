@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        parsed = _parsed(arguments)
+        parsed = parse(arguments)
         run: Callable[[argparse.Namespace], None] = parsed.run
         run(parsed)
     except (ConfigError, RunError) as error:
@@ -59,15 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return parse(arguments)
-    except SystemExit as end:
-        if not end.code:
-            put("")  # argparse passes over a help that cannot be printed
-        raise
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
     parsed, rest = _parser().parse_known_args(arguments)
@@ -81,6 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     """Its messages repeat words of the command line: without control characters, and without what looks like a key."""
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help on the standard output. Raises RunError where argparse would pass over a write that fails."""
+        put(self.format_help())
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(secrets.masked(message)))
@@ -236,6 +231,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
     if parsed.check:
         show(f"{parsed.config}: the recipe is in order; no data were read")
         return
+    prepare.check_place(recipe)
     if recipe.harvest is not None:
         status.require_complete(Path(recipe.harvest))
     inputs.make(recipe)
