@@ -36,12 +36,13 @@ PARENTS_SECONDS = 0.5  # between two looks at them
 class Owner:
     """A process, unmistakable among all hosts, containers, boots and reused process numbers; a JSON object on disk.
 
-    token: drawn at random, also part of file names. job, restart: Slurm's. boot, namespace: see `boot_id` and
+    token: drawn at random, also part of file names. job, cluster, restart: Slurm's. boot, namespace: see `boot_id` and
     `pid_namespace`. process: see `process_start`. since: local time, for people.
     """
 
     token: str
     job: str | None = None
+    cluster: str | None = None
     restart: int = 0
     host: str = ""
     boot: str = ""
@@ -56,6 +57,7 @@ class Owner:
         return cls(
             token=secrets.token_hex(6),
             job=os.environ.get("SLURM_JOB_ID"),
+            cluster=os.environ.get("SLURM_CLUSTER_NAME"),
             restart=restart_count(),
             host=socket.gethostname(),
             boot=boot_id(),
@@ -92,8 +94,9 @@ class Owner:
 
         Slurm restarts a job only after it has given up the last start, so what is left of that is an orphan.
         """
-        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return job is not None and self.job == job and self.restart < restart
+        job, restart = os.environ.get("SLURM_JOB_ID"), restart_count()
+        cluster = os.environ.get("SLURM_CLUSTER_NAME")  # clusters that share a file system count their jobs alike
+        return job is not None and (self.job, self.cluster) == (job, cluster) and self.restart < restart
 
     def __str__(self) -> str:
         if not self.host:
@@ -181,7 +184,7 @@ def end_with_parents() -> None:
     """
     here, parents = f"{boot_id()}/{pid_namespace()}", {}
     for place, _, number in (word.rpartition("/") for word in os.environ.get(PARENTS, "").split()):
-        if place == here and number.isdecimal():
+        if place == here and number.isdecimal() and len(number) <= 9:
             parents[int(number)] = process_start(int(number))
     if parents:
         threading.Thread(target=_watch_parents, args=(parents,), name="parents", daemon=True).start()
@@ -207,9 +210,15 @@ def boot_id() -> str:
 
 
 def pid_namespace() -> str:
-    """The namespace in which this process's numbers are valid, one a container; empty where none can be read."""
+    """The namespaces in which this process's number and start time are valid, those of a container.
+
+    Empty where none can be read, and where /proc shows another container's processes: its numbers would name others.
+    """
     try:
-        return os.readlink("/proc/self/ns/pid")
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""
+        kinds = [kind for kind in ("pid", "time") if kind in os.listdir("/proc/self/ns")]
+        return ",".join(os.readlink(f"/proc/self/ns/{kind}") for kind in kinds)
     except OSError:
         return ""
 

@@ -121,6 +121,20 @@ def _number(name: str, value: str) -> int:
     return int(value)
 
 
+def check_environment() -> None:
+    """Raise ConfigError for a variable of Slurm's that this package reads and that Slurm does not write so.
+
+    Somebody has set it by hand, or copied it from another job. An empty one counts as absent.
+    """
+    for name in ("SLURM_RESTART_COUNT", "SLURM_PROCID"):
+        if value := os.environ.get(name):
+            _number(name, value)
+    if (job := os.environ.get("SLURM_JOB_ID")) and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}", job):
+        raise ConfigError(
+            f"SLURM_JOB_ID={shown(job)}: expected a job's number, or an environment without this variable"
+        )
+
+
 def start(hang_seconds: float = 1800.0) -> Group:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and choose the device.
 

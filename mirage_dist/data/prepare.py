@@ -231,14 +231,19 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
     Only the pictures of drawn samples are decoded: a general source may have hundreds of thousands.
     """
     strict = {s.path for s in recipe.fill if s.on_bad_record == "error"}
-    pool = [sample for s in recipe.fill for sample in sources.read(s, check_images=False).samples]
+    pool: list[Sample] = []
+    most: dict[str, int] = {}
+    for config in recipe.fill:
+        pool += (samples := sources.read(config, check_images=False).samples)
+        most |= {s.image: max(config.max_pixels, most.get(s.image, 0)) for s in samples if s.image}
     order = np.random.default_rng(stream.derived_seed(recipe.seed, "fill")).permutation(len(pool)).tolist()
     drawn: list[int] = []
     tried = 0
     while len(drawn) < count and tried < len(order):
         candidates = order[tried : tried + count - len(drawn)]
         tried += len(candidates)
-        faults = pictures.faults((image for i in candidates if (image := pool[i].image)), "pictures of the fill")
+        paths = (image for i in candidates if (image := pool[i].image))
+        faults = pictures.faults(paths, "pictures of the fill", most=most)
         for i in candidates:
             fault = faults.get(pool[i].image or "")
             if fault and pool[i].source in strict:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,14 @@ def committed(folder: Path) -> list[Path]:
     checkpoints = [entry for entry in places(folder) if entry.is_dir()]
     others = {entry.name for entry in entries if not entry.name.startswith(".")} - {c.name for c in checkpoints}
     if foreign := sorted(others - {"latest"}):
-        log.warning(f"{folder}: no checkpoints, and passed over: {', '.join(foreign)}")
+        _name_foreign(folder, tuple(foreign))
     return checkpoints
+
+
+@cache
+def _name_foreign(folder: Path, names: tuple[str, ...]) -> None:
+    """Log what is passed over, once a process: a run looks at its checkpoints at every save."""
+    log.warning(f"{folder}: no checkpoints, and passed over: {', '.join(names)}")
 
 
 def places(folder: Path) -> list[Path]:

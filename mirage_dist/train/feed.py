@@ -23,6 +23,7 @@ from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.runs import DataSummary
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema.limits import STEPS
 from mirage_dist.train.prefetch import made
 
 SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
@@ -241,7 +242,13 @@ class Feed:
         """Optimizer steps of the whole run: `max_steps`, or `epochs` passes over the first stream."""
         train = self.recipe.train
         size = len(self.samples[self.needs.streams[0]])
-        return train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
+        steps = train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
+        if steps > STEPS.value:
+            raise ConfigError(
+                f"train.epochs={train.epochs}: with {size} samples that is {steps:,} steps; at most {STEPS}. Lower it, "
+                "or give train.max_steps"
+            )
+        return steps
 
     def window(self, step: int, group: Group) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""

@@ -152,7 +152,7 @@ def test_model_outputs_go_to_wandb_only_by_option_and_no_more_than_its_number(wh
         table = json.loads(file.read_text())
         assert table["columns"] == ["set", "attack", "shot", "id", "category", "question", "response", "verdict"]
         answers = files.Answers(copy / f"evals/s/step-{step:06d}").refresh()
-        judged = files.whole_objects(answers.folder.parent / "verdicts/keyword.jsonl")
+        judged = files.whole_objects("verdict", answers.folder.parent / "verdicts/keyword.jsonl")
         verdicts = {line["key"]: line["verdict"] for line in judged}
         outputs = {row["id"]: (row["response"], verdicts[row["key"]]) for row in answers.of(verdicts)}
         assert {row[3]: (row[6], row[7]) for row in table["data"]}.items() <= outputs.items()
