@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import forkserver
 import pytest
 from conftest import DEADLINE, until
-from faults.events import Moment, Watch
+from faults.events import Watch, draw
 from faults.kills import FOREIGN, Start
 from faults.processes import send, worker
 from faults.verbs import ALL
@@ -26,27 +28,34 @@ VERBS = ("prepare", "audit", "train", "eval", "eval --workers", "erasure", "repo
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
 
+class Whole(NamedTuple):
+    """A verb that nobody disturbed. out: its output path. counts: the events below `out`'s root, by kind."""
+
+    out: str
+    result: object
+    seconds: float
+    counts: Mapping[str, int]
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[dict[str, Verb], dict[str, object], dict[str, float]]:
-    """Every verb, its result in a folder whose parents do not exist, and how many seconds that took."""
-    root = tmp_path_factory.mktemp("outputs")
-    (root / "toy").mkdir()
-    run = root / "new/parent/train"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in os.environ if n.startswith("SLURM_")]:
-            patch.delenv(name)
-        every = verbs(Toy(root / "toy"), run)
-        results, lives = {}, {}
-        for name in ("train", "eval", "prepare", "audit", "report", "export", "erasure"):
-            out = run if name == "eval" else root / "new/parent" / name
-            begin = time.monotonic()
-            end = every[name].run(out)
-            lives[name] = time.monotonic() - begin
-            assert end.status == 0, (name, end)
-            results[name] = every[name].result(out)
-            assert not litter(out), name
-    results["eval --workers"], lives["eval --workers"] = results["eval"], lives["eval"]
-    return every, results, lives
+def made(tmp_path_factory, plain_environment) -> tuple[dict[str, Verb], dict[str, Whole]]:
+    """Every verb, and what it makes in a folder whose parents do not exist."""
+    folder, root = tmp_path_factory.mktemp("outputs"), tmp_path_factory.mktemp("root")
+    (folder / "toy").mkdir()
+    every, wholes = verbs(Toy(folder / "toy"), root / "new/parent/train"), {}
+    for name in ("train", "eval", "prepare", "audit", "report", "export", "erasure"):
+        out = "new/parent/train" if name == "eval" else f"new/parent/{name}"
+        begin = time.monotonic()
+        with Watch(root) as watch:
+            start = Start(every[name].words(root / out), forkserver.python(), folder, folder / f"{name}.log")
+            while start.alive():
+                watch.look(0.01)
+            watch.look(0)
+        assert start.wait(0) == 0, (name, start.last())
+        wholes[name] = Whole(out, every[name].result(root / out), time.monotonic() - begin, watch.counts)
+        assert not litter(root / out), name
+    wholes["eval --workers"] = wholes["eval"]
+    return every, wholes
 
 
 @pytest.fixture
@@ -118,7 +127,7 @@ def test_a_full_disk_is_named_and_the_same_command_succeeds_once_there_is_room(v
         (folder / FILLED).unlink(missing_ok=True)
         end = verb.run(folder / "out")
         assert end.status == 0, end
-        assert verb.result(folder / "out") == made[1][verb.name]
+        assert verb.result(folder / "out") == made[1][verb.name].result
         assert not litter(folder)
 
 
@@ -164,7 +173,7 @@ def test_of_two_at_once_one_makes_the_output_and_the_other_waits_shares_or_is_re
     assert len(refused) <= (verb.name == "export"), ends
     for end in refused:
         check_refused(end, out)
-    assert verb.result(out) == made[1][verb.name]
+    assert verb.result(out) == made[1][verb.name].result
     assert not litter(out.parent)
 
 
@@ -182,24 +191,25 @@ def test_a_second_start_in_the_run_directory_of_a_living_one_is_refused(verb, ma
         send(number, signal.SIGCONT)
     end = end_of(first)
     assert end.status == 0, end
-    assert verb.result(out) == made[1]["train"]
+    assert verb.result(out) == made[1]["train"].result
     assert not litter(out.parent)
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [2])
 @pytest.mark.parametrize("verb", [name for name in VERBS if name != "train"], indirect=True)
 def test_killed_at_a_random_moment_and_started_again_the_output_is_that_of_one_never_killed(
     verb, seed, made, tmp_path, start
 ):
     """Training: tests/distributed/test_faults.py; many kills in a row: `python -m tests.faults`."""
-    rng, out = random.Random(f"{seed}/{verb.name}"), tmp_path / "parent" / "out"
-    foreign = [out.parent / f"out{end}" / "note.txt" for end in (".0123abcd.tmp", ".0123abcd.gone", "-notes")]
+    rng, whole, root = random.Random(f"{seed}/{verb.name}"), made[1][verb.name], tmp_path / "root"
+    out = root / whole.out
+    foreign = [out.with_name(f"{out.name}{end}") / "note.txt" for end in (".0123abcd.tmp", ".0123abcd.gone", "-notes")]
     for file in foreign:
         file.parent.mkdir(parents=True)
         file.write_text(FOREIGN)
-    first = start(verb, out)
-    with Watch(out.parent) as watch:
-        killed = Moment(rng.random() * made[2][verb.name]).wait(watch, first.alive, DEADLINE)
+    with Watch(root) as watch:
+        first = start(verb, out)
+        killed = draw(rng, whole.seconds, whole.counts).wait(watch, first.alive, DEADLINE)
     if killed:
         first.kill(ALL, rng)
         assert first.quiet() is not None
@@ -207,7 +217,7 @@ def test_killed_at_a_random_moment_and_started_again_the_output_is_that_of_one_n
     if end.status:
         assert verb.name == "export", end
         check_refused(end, out)
-    assert verb.result(out) == made[1][verb.name]
+    assert verb.result(out) == made[1][verb.name].result
     assert [file.read_text() for file in foreign] == [FOREIGN] * len(foreign)
     for file in foreign:
         shutil.rmtree(file.parent)
