@@ -256,6 +256,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
     if parsed.check:
         show(f"{parsed.config}: the recipe is in order; no data were read")
         return
+    prepare.check_place(recipe)
     if recipe.harvest is not None:
         status.require_complete(Path(recipe.harvest))
     inputs.make(recipe)

@@ -8,6 +8,7 @@ inputs: the same sets on every machine.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from mirage_dist.data.sources import LeftOut, Source
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
+PREPARED = "prepare.json"
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
 
 
@@ -95,6 +97,7 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     small, or an `out` that holds something else: sets of another recipe or other inputs, or changed ones.
     """
     check(recipe)
+    check_place(recipe)
     out = Path(recipe.out)
     refuses = PhraseList.read(recipe.refusals)
     harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest), refuses)
@@ -152,6 +155,15 @@ def check(recipe: PrepareRecipe) -> None:
         raise ConfigError("retain_size is missing: how many samples to retain, `fill` included")
     if not 0 <= recipe.min_match <= 1:
         raise ConfigError(f"min_match={recipe.min_match}; expected a share from 0 to 1")
+
+
+def check_place(recipe: PrepareRecipe) -> None:
+    """Raise ConfigError when something else lies at `out`, OSError when `out` cannot be made. Makes nothing."""
+    out = Path(recipe.out)
+    if not os.path.lexists(out):
+        disk.check_place(out)
+    elif not os.path.lexists(out / PREPARED):
+        raise ConfigError(f"{out} exists and holds no {PREPARED}; choose another `out`, or move it away")
 
 
 # -------------------------------------------------------------------------------------------------- sets
@@ -275,15 +287,13 @@ def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], prepared: Prepared
         for name, samples in files.items():
             write_samples(folder / name, samples)
         prepared["sets"] = {name: disk.sha256(folder / name) for name in files}
-        (folder / "prepare.json").write_text(state.sealed("prepared", prepared, indent=1))
+        (folder / PREPARED).write_text(state.sealed("prepared", prepared, indent=1))
 
 
 def _checked(out: Path, inputs: Inputs) -> Prepared:
     """prepare.json of `out`, if its sets come from this recipe and these inputs and have not changed since."""
     try:
-        prepared = cast(Prepared, state.read("prepared", out / "prepare.json"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{out} exists and holds no prepare.json; choose another `out`, or move it away") from None
+        prepared = cast(Prepared, state.read("prepared", out / PREPARED))
     except state.Damaged as error:
         raise state.Damaged(f"{error}. Move {out} away to prepare it again, or choose another `out`") from error
     changed = differences(inputs, {name: prepared.get(name) for name in inputs})

@@ -58,16 +58,21 @@ class Verb:
         """To its end, in this process where that is possible. bytes_a_file: none may become longer."""
         if self.apart:
             return done(self.start(out, bytes_a_file))
-        output, errors = io.StringIO(), io.StringIO()
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with redirect_stdout(output), redirect_stderr(errors):
-            if bytes_a_file is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, before[1]))
-            try:
-                status = cli.main(self.words(out))
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        return Done(status, output.getvalue(), errors.getvalue())
+        return run_here(self.words(out), bytes_a_file)
+
+
+def run_here(words: list[str], bytes_a_file: int | None = None) -> Done:
+    """A command, to its end, in this process."""
+    output, errors = io.StringIO(), io.StringIO()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with redirect_stdout(output), redirect_stderr(errors):
+        if bytes_a_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, before[1]))
+        try:
+            status = cli.main(words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return Done(status, output.getvalue(), errors.getvalue())
 
 
 def done(process: subprocess.Popen) -> Done:
