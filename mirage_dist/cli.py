@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from mirage_dist import config as configs
 from mirage_dist import liveness, signals
 from mirage_dist.disk import faults
 from mirage_dist.progress import printable, put, show
-from mirage_dist.ranks import check_rendezvous, exit_well, place
+from mirage_dist.ranks import check_environment, check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe, secrets
-from mirage_dist.schema.names import PLACE
+from mirage_dist.schema.limits import COUNT, LOCAL, NGRAMS, RANKS, Limit
+from mirage_dist.schema.names import NAME, PLACE, Check, shown
 
 INTERRUPTED = 130  # as a shell reports SIGINT
 
@@ -37,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # errors stay. Read when torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        parsed = _parsed(arguments)
-        run: Callable[[argparse.Namespace], None] = parsed.run
-        run(parsed)
+        parsed = parse(arguments)
+        check_environment()
+        parsed.run(parsed)
     except (ConfigError, RunError) as error:
         show(f"mirage: {error}", error=True)
         return error.status
@@ -59,15 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return parse(arguments)
-    except SystemExit as end:
-        if not end.code:
-            put("")  # argparse passes over a help that cannot be printed
-        raise
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line as its verb takes it, `run` being the verb. Ends the process with 2 for one that is wrong."""
     parsed, rest = _parser().parse_known_args(arguments)
@@ -84,6 +77,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(secrets.masked(message)))
+
+    def print_help(self, file: object = None) -> None:
+        """As the result of any command: argparse itself passes over a help that cannot be printed."""
+        put(self.format_help())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--refusals", metavar="FILE", help="a JSON list of refusal phrases in place of ours, for another language"
     )
-    audit.add_argument("--ngrams", type=_count, default=1, metavar="N", help="also the first 2, …, N words")
+    audit.add_argument("--ngrams", type=_whole(1, NGRAMS), default=1, metavar="N", help="also the first 2, …, N words")
     audit.add_argument("--length", action="store_true", help="also the question's length")
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
@@ -130,16 +127,24 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument(
         "--check-recipe", action="store_true", help="check recipe and DeepSpeed JSON; read neither data nor model"
     )
-    train.add_argument("--ranks", type=_count, metavar="N", help="with a check: of a run of N processes")
+    train.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="with a check: of a run of N processes")
 
     plan = _verb(verbs, "plan", _plan, "the memory and disk space that a training run will need; loads no weights")
     _recipe(plan)
-    plan.add_argument("--ranks", type=_count, default=1, metavar="N", help="processes, one per GPU (default: 1)")
+    plan.add_argument(
+        "--ranks",
+        type=_whole(1, RANKS),
+        default=1,
+        metavar="N",
+        help="processes, one per GPU (default: 1)",
+    )
 
     evaluate = _verb(verbs, "eval", _eval, "answer a suite of questions with a model, judge the answers, compute rates")
     _recipe(evaluate)
     how = evaluate.add_mutually_exclusive_group()
-    how.add_argument("--workers", type=_count, metavar="N", help="start N workers on this machine and wait for them")
+    how.add_argument(
+        "--workers", type=_whole(1, LOCAL), metavar="N", help="start N workers on this machine and wait for them"
+    )
     how.add_argument(
         "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin at the place of worker I (from 0) of N"
     )
@@ -163,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     report = _verb(verbs, "report", _report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
     report.add_argument("--out", type=_path, help="default: report/ in the first run")
-    report.add_argument("--suite", help="required when the runs share several suites")
+    report.add_argument("--suite", type=_name, help="required when the runs share several suites")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
@@ -173,32 +178,48 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=_path, metavar="OUT")
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
-    export.add_argument("--step", type=int, help="default: the newest checkpoint")
+    export.add_argument("--step", type=_whole(0, COUNT), help="default: the newest checkpoint")
     return parser
 
 
 def _place(text: str) -> tuple[int, int]:
-    try:
-        number, of = map(int, text.split("/"))
-    except ValueError:
-        number, of = 1, 0
-    if not 0 <= number < of:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with 0 <= I < N, such as 0/4")
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    number, of = map(int, match.groups()) if match else (1, 0)
+    if not number < of <= RANKS.value:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}: expected I/N with 0 <= I < N, such as 0/4, and N of at most {RANKS.value:,}"
+        )
     return number, of
 
 
-def _path(text: str) -> Path:
+def _checked(check: Check, key: str, text: str) -> str:
     try:
-        PLACE(text, "PATH")
+        check(text, key)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return Path(text)
+    return text
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
+def _path(text: str) -> Path:
+    return Path(_checked(PLACE, "PATH", text))
+
+
+def _whole(low: int, limit: Limit) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to a limit."""
+    high = limit.value
+
+    def number(text: str) -> int:
+        # At most as many digits as `high` has: Python converts no text of thousands of digits.
+        value = int(text) if re.fullmatch(rf"-?[0-9]{{1,{len(str(high))}}}", text) else None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number from {low} to {high:,}")
+        return value
+
+    return number
+
+
+def _name(text: str) -> str:
+    return _checked(NAME, "SUITE", text)
 
 
 def _verb(
@@ -215,13 +236,12 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
 
 
 def _demo(parsed: argparse.Namespace) -> None:
-    from mirage_dist import demo
+    from mirage_dist import demo, report
 
     summary = demo.demo(parsed.out, parsed.overrides, parsed.full)
-    from mirage_dist import report
-
-    show(report.table(summary))
-    show(f"{summary['wall_seconds']} s; report: {parsed.out / 'report' / 'index.html'}")
+    page = parsed.out / "report" / "index.html"
+    show(report.table(summary), f"{summary['wall_seconds']} s; report: {page}")
+    report.require_whole(summary)
     exit_well()
 
 
@@ -236,6 +256,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
     if parsed.check:
         show(f"{parsed.config}: the recipe is in order; no data were read")
         return
+    prepare.check_place(recipe)
     if recipe.harvest is not None:
         status.require_complete(Path(recipe.harvest))
     inputs.make(recipe)
@@ -364,8 +385,8 @@ def _report(parsed: argparse.Namespace) -> None:
 
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
-    show(report.table(summary))
-    show(out / "index.html")
+    show(report.table(summary), out / "index.html")
+    report.require_whole(summary)
 
 
 def _export(parsed: argparse.Namespace) -> None:

@@ -119,7 +119,7 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         for key, value in items:
             choice.choose(schema, tree, key, value)
         for key, value in items:
-            OmegaConf.update(tree, key, value, merge=True)
+            _update(tree, key, value)
         plain = OmegaConf.to_container(tree, resolve=True)
     except UnsupportedInterpolationType as error:
         raise ConfigError(
@@ -136,6 +136,18 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
             "W&B. Put it into an environment variable and give the variable's name (key_env)"
         )
     return _build(schema, plain, source, "")
+
+
+def _update(tree: Any, key: str, value: Any) -> None:
+    try:
+        OmegaConf.update(tree, key, value, merge=True)
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:  # OmegaConf checks few keys before it uses them
+        raise ConfigError(
+            f"override {shown(key)}: no such place in the recipe ({error}); an entry of a list is named by its number, "
+            "as in data.streams.forget[0].path"
+        ) from error
 
 
 def _secret(plain: Any) -> str | None:

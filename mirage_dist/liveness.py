@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.schema.errors import ConfigError
+from mirage_dist.schema.names import shown
+
 BEAT_SECONDS = 5.0  # between two beats
 PARENTS = "MIRAGE_PARENTS"  # the processes with which one that they started ends: BOOT/NAMESPACE/PID, by spaces
 PARENTS_SECONDS = 0.5  # between two looks at them
@@ -33,12 +36,13 @@ PARENTS_SECONDS = 0.5  # between two looks at them
 class Owner:
     """A process, unmistakable among all hosts, containers, boots and reused process numbers; a JSON object on disk.
 
-    token: drawn at random, also part of file names. job, restart: Slurm's. boot, namespace: see `boot_id` and
+    token: drawn at random, also part of file names. job, cluster, restart: Slurm's. boot, namespace: see `boot_id` and
     `pid_namespace`. process: see `process_start`. since: local time, for people.
     """
 
     token: str
     job: str | None = None
+    cluster: str | None = None
     restart: int = 0
     host: str = ""
     boot: str = ""
@@ -53,7 +57,8 @@ class Owner:
         return cls(
             token=secrets.token_hex(6),
             job=os.environ.get("SLURM_JOB_ID"),
-            restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            cluster=os.environ.get("SLURM_CLUSTER_NAME"),
+            restart=restart_count(),
             host=socket.gethostname(),
             boot=boot_id(),
             namespace=pid_namespace(),
@@ -64,9 +69,13 @@ class Owner:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Owner:
-        """An owner as `record` wrote it. Other keys are ignored; one that is missing matches no process."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{"token": "", **{key: value for key, value in record.items() if key in names}})
+        """An owner as `record` wrote it. Other keys are ignored; one that is missing, or whose value has another type,
+        matches no process.
+        """
+        whole = {"restart": int, "pid": int}  # what is no text
+        names = (field.name for field in dataclasses.fields(cls))
+        right = {name: record[name] for name in names if isinstance(record.get(name), whole.get(name, str))}
+        return cls(**{"token": "", **right})
 
     def record(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -85,10 +94,13 @@ class Owner:
 
         Slurm restarts a job only after it has given up the last start, so what is left of that is an orphan.
         """
-        job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return job is not None and self.job == job and self.restart < restart
+        job, restart = os.environ.get("SLURM_JOB_ID"), restart_count()
+        cluster = os.environ.get("SLURM_CLUSTER_NAME")  # clusters that share a file system count their jobs alike
+        return job is not None and (self.job, self.cluster) == (job, cluster) and self.restart < restart
 
     def __str__(self) -> str:
+        if not self.host:
+            return f"a job of which only the token {self.token} is known"
         job = f"Slurm job {self.job} (restart {self.restart})" if self.job else "a job"
         return f"{job} on {self.host}, process {self.pid}, since {self.since}"
 
@@ -144,7 +156,7 @@ def read(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where no file exists or it does not hold a whole object."""
     try:
         record = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -172,7 +184,7 @@ def end_with_parents() -> None:
     """
     here, parents = f"{boot_id()}/{pid_namespace()}", {}
     for place, _, number in (word.rpartition("/") for word in os.environ.get(PARENTS, "").split()):
-        if place == here and number.isdecimal():
+        if place == here and number.isdecimal() and len(number) <= 9:
             parents[int(number)] = process_start(int(number))
     if parents:
         threading.Thread(target=_watch_parents, args=(parents,), name="parents", daemon=True).start()
@@ -184,15 +196,29 @@ def _watch_parents(parents: Mapping[int, str | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def restart_count() -> int:
+    """How often Slurm has restarted this job; 0 outside one. Raises ConfigError for a variable that is no number."""
+    value = os.environ.get("SLURM_RESTART_COUNT") or "0"
+    if not (value.isdecimal() and len(value) <= 9):
+        raise ConfigError(f"SLURM_RESTART_COUNT={shown(value)}: expected a whole number, as Slurm sets it; unset it")
+    return int(value)
+
+
 def boot_id() -> str:
     """The id of this boot of this host, the same in all its containers; empty where none can be read."""
     return (_text(Path("/proc/sys/kernel/random/boot_id")) or "").strip()
 
 
 def pid_namespace() -> str:
-    """The namespace in which this process's numbers are valid, one a container; empty where none can be read."""
+    """The namespaces in which this process's number and start time are valid, those of a container.
+
+    Empty where none can be read, and where /proc shows another container's processes: its numbers would name others.
+    """
     try:
-        return os.readlink("/proc/self/ns/pid")
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""
+        kinds = [kind for kind in ("pid", "time") if kind in os.listdir("/proc/self/ns")]
+        return ",".join(os.readlink(f"/proc/self/ns/{kind}") for kind in kinds)
     except OSError:
         return ""
 

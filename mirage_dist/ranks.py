@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mirage_dist import signals
 from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema.names import shown
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +80,8 @@ def check_rendezvous() -> None:
         return
     missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
     port = os.environ.get("MASTER_PORT", "")
-    if not missing and not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"MASTER_PORT={port!r}: expected a port, a whole number from 1 to 65535")
+    if not missing and not (port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
+        raise ConfigError(f"MASTER_PORT={shown(port)}: expected a port, a whole number from 1 to 65535")
     if missing:
         raise ConfigError(
             f"{by}={size} makes this one of {size} processes, but {' and '.join(missing)} "
@@ -115,9 +116,23 @@ def _launched() -> tuple[tuple[int, int, int], str]:
 
 
 def _number(name: str, value: str) -> int:
-    if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) == 0):
-        raise ConfigError(f"{name}={value!r}: expected a whole number{' above 0' if name == 'WORLD_SIZE' else ''}")
+    if not (value.isdecimal() and len(value) <= 9) or (name == "WORLD_SIZE" and int(value) == 0):
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number{' above 0' if name == 'WORLD_SIZE' else ''}")
     return int(value)
+
+
+def check_environment() -> None:
+    """Raise ConfigError for a variable of Slurm's that this package reads and that Slurm does not write so.
+
+    Somebody has set it by hand, or copied it from another job. An empty one counts as absent.
+    """
+    for name in ("SLURM_RESTART_COUNT", "SLURM_PROCID"):
+        if value := os.environ.get(name):
+            _number(name, value)
+    if (job := os.environ.get("SLURM_JOB_ID")) and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}", job):
+        raise ConfigError(
+            f"SLURM_JOB_ID={shown(job)}: expected a job's number, or an environment without this variable"
+        )
 
 
 def start(hang_seconds: float = 1800.0) -> Group:

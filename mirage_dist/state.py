@@ -21,15 +21,20 @@ from mirage_dist.schema.errors import ConfigError, RunError
 
 # The version of each kind of object, raised when what it holds or means changes.
 VERSIONS = {
+    "attempt": 1,
+    "beat": 1,
     "checkpoint": 3,
     "claim": 1,
     "data": 1,
     "erasure": 1,
+    "held": 1,
     "history": 1,
+    "kept": 1,
     "metrics": 1,
     "owner": 1,
     "prepared": 1,
     "rates": 1,
+    "rewrite": 1,
     "row": 1,
     "run": 1,
     "start": 1,
@@ -38,7 +43,6 @@ VERSIONS = {
     "world": 1,
 }
 SEAL = re.compile(rb',\s*"seal": "([a-z]+) ([0-9]{1,9}) ([0-9a-f]{16})"\s*\}\s*\Z')
-SURROGATE = re.compile("[\ud800-\udfff]")
 DIGITS = 16
 
 
@@ -48,13 +52,25 @@ class Damaged(RunError):
 
 def sealed(kind: str, content: Mapping[str, Any], indent: int | None = None) -> str:
     """The text of an object with its seal, and a line's end. content: anything but empty, without a member `seal`."""
-    body = json.dumps(content, ensure_ascii=False, indent=indent)
-    if SURROGATE.search(body):  # as in a path whose bytes are not UTF-8: only escaped can it be encoded
-        body = json.dumps(content, indent=indent)
-    body, version = body[:-1].rstrip(), VERSIONS[kind]
+    body = json.dumps(content, ensure_ascii=False, indent=indent)[:-1].rstrip()
+    try:
+        raw = body.encode()
+    except UnicodeEncodeError:  # a path whose bytes are not UTF-8 has surrogates, which only escaped can be encoded
+        body = json.dumps(content, indent=indent)[:-1].rstrip()
+        raw = body.encode()
+    version = VERSIONS[kind]
     gap = " " if indent is None else "\n" + " " * indent
     end = "" if indent is None else "\n"
-    return f'{body},{gap}"seal": "{kind} {version} {_checksum(body.encode(), kind, version)}"{end}}}\n'
+    return f'{body},{gap}"seal": "{kind} {version} {_checksum(raw, kind, version)}"{end}}}\n'
+
+
+def whole(kind: str, raw: bytes, where: object = "") -> bool:
+    """Whether `sealed` wrote this text, by its seal alone: the JSON is not parsed. Raises ConfigError as `parse`."""
+    try:
+        _body(kind, raw, where)
+    except Damaged:
+        return False
+    return True
 
 
 def parse(kind: str, raw: bytes, where: object) -> dict[str, Any]:
@@ -63,22 +79,7 @@ def parse(kind: str, raw: bytes, where: object) -> dict[str, Any]:
     where: names the text in messages. Raises Damaged when the text is torn, edited, of another kind or of another
     version; ConfigError when a newer version of this package wrote it.
     """
-    seal = SEAL.search(raw, max(0, len(raw) - 200))
-    if seal is None:
-        raise Damaged(f"{where}: holds no whole object with a seal; it is torn or edited, or an older version wrote it")
-    name, version, checksum = seal[1].decode(), int(seal[2]), seal[3].decode()
-    if name != kind:
-        raise Damaged(f"{where}: holds a {name!r} object where a {kind!r} object belongs")
-    if version > VERSIONS[kind]:
-        raise ConfigError(
-            f"{where}: format {kind} {version}; this version of mirage_dist reads {kind} {VERSIONS[kind]}. Use the "
-            "version that wrote it, or a newer one"
-        )
-    if version < VERSIONS[kind]:
-        raise Damaged(f"{where}: format {kind} {version}, of an older version; this one reads {VERSIONS[kind]}")
-    body = raw[: seal.start()]
-    if _checksum(body, kind, version) != checksum:
-        raise Damaged(f"{where}: its content does not have the checksum that it states; it is damaged or edited")
+    body = _body(kind, raw, where)
     try:
         content = json.loads(body + b"}")
     except (ValueError, RecursionError) as error:
@@ -101,6 +102,27 @@ def read(kind: str, file: Path) -> dict[str, Any]:
     except OSError as error:
         raise Damaged(f"{file}: cannot be read: {error}") from error
     return parse(kind, raw, file)
+
+
+def _body(kind: str, raw: bytes, where: object) -> bytes:
+    """The text before the seal, without the brace that ends the object. Raises as `parse`."""
+    seal = SEAL.search(raw, max(0, len(raw) - 200))
+    if seal is None:
+        raise Damaged(f"{where}: holds no whole object with a seal; it is torn or edited, or an older version wrote it")
+    name, version, checksum = seal[1].decode(), int(seal[2]), seal[3].decode()
+    if name != kind:
+        raise Damaged(f"{where}: holds a {name!r} object where a {kind!r} object belongs")
+    if version > VERSIONS[kind]:
+        raise ConfigError(
+            f"{where}: format {kind} {version}; this version of mirage_dist reads {kind} {VERSIONS[kind]}. Use the "
+            "version that wrote it, or a newer one"
+        )
+    if version < VERSIONS[kind]:
+        raise Damaged(f"{where}: format {kind} {version}, of an older version; this one reads {VERSIONS[kind]}")
+    body = raw[: seal.start()]
+    if _checksum(body, kind, version) != checksum:
+        raise Damaged(f"{where}: its content does not have the checksum that it states; it is damaged or edited")
+    return body
 
 
 def _checksum(body: bytes, kind: str, version: int) -> str:

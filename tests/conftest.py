@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Slurm's tests mostly wait, so the others can run beside them; but there is one Slurm at a time (see `cluster.py`).
     Short files come last: they end at about the same time in both processes.
     """
-    order = ("test_runs.py", "families", "distributed", "browser", "test_templates.py", "unit")
+    order = ("test_runs.py", "families", "distributed", "outputs", "browser", "test_templates.py", "unit")
     items.sort(key=lambda item: min((order.index(p) for p in item.path.parts if p in order), default=0))
 
 
@@ -116,7 +116,8 @@ def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False,
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seal"} for record in records]
 
 
 def tensorboard_scalars(folder: Path) -> dict[tuple[int, str], list[float]]:

@@ -1,9 +1,9 @@
 """Run directories as an evaluation leaves them, made from given verdicts, for tests of what reads them."""
 
 import hashlib
-import json
 
-from mirage_dist.evals import metrics
+from mirage_dist import state
+from mirage_dist.evals import metrics, results
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.results import AppliedAttack
 
@@ -70,9 +70,9 @@ def write_run(folder, pattern, judge="world", verdicts=EXACT, suite="demo", reci
     base = folder / "evals" / suite
     (base / "rows").mkdir(parents=True)
     (base / "verdicts").mkdir()
-    (base / "metrics.json").write_text(json.dumps(result))
+    (base / "metrics.json").write_text(results.text(result))
     half = '{"key": "cut off in the midd'
-    (base / "rows" / "worker-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + half)
+    (base / "rows" / "worker-1.jsonl").write_text("".join(state.sealed("row", row) for row in rows) + half)
     lines = [{"key": r["key"], "verdict": j.verdict} for r, j in zip(rows, judged, strict=True)]
-    (base / "verdicts" / f"{judge}.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+    (base / "verdicts" / f"{judge}.jsonl").write_text("".join(state.sealed("verdict", line) for line in lines))
     return folder

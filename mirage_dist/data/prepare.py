@@ -8,15 +8,15 @@ inputs: the same sets on every machine.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
-from mirage_dist import disk
+from mirage_dist import disk, state
 from mirage_dist.config import config_hash, differences, to_dict
 from mirage_dist.data import diversify, formats, pictures, sources, stream, words
 from mirage_dist.data.diversify import Reword
@@ -29,6 +29,7 @@ from mirage_dist.data.sources import LeftOut, Source
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
 
+PREPARED = "prepare.json"
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
 
 
@@ -96,6 +97,7 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     small, or an `out` that holds something else: sets of another recipe or other inputs, or changed ones.
     """
     check(recipe)
+    check_place(recipe)
     out = Path(recipe.out)
     refuses = PhraseList.read(recipe.refusals)
     harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest), refuses)
@@ -153,6 +155,15 @@ def check(recipe: PrepareRecipe) -> None:
         raise ConfigError("retain_size is missing: how many samples to retain, `fill` included")
     if not 0 <= recipe.min_match <= 1:
         raise ConfigError(f"min_match={recipe.min_match}; expected a share from 0 to 1")
+
+
+def check_place(recipe: PrepareRecipe) -> None:
+    """Raise ConfigError when something else lies at `out`, OSError when `out` cannot be made. Makes nothing."""
+    out = Path(recipe.out)
+    if not os.path.lexists(out):
+        disk.check_place(out)
+    elif not os.path.lexists(out / PREPARED):
+        raise ConfigError(f"{out} exists and holds no {PREPARED}; choose another `out`, or move it away")
 
 
 # -------------------------------------------------------------------------------------------------- sets
@@ -220,14 +231,19 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
     Only the pictures of drawn samples are decoded: a general source may have hundreds of thousands.
     """
     strict = {s.path for s in recipe.fill if s.on_bad_record == "error"}
-    pool = [sample for s in recipe.fill for sample in sources.read(s, check_images=False).samples]
+    pool: list[Sample] = []
+    most: dict[str, int] = {}
+    for config in recipe.fill:
+        pool += (samples := sources.read(config, check_images=False).samples)
+        most |= {s.image: max(config.max_pixels, most.get(s.image, 0)) for s in samples if s.image}
     order = np.random.default_rng(stream.derived_seed(recipe.seed, "fill")).permutation(len(pool)).tolist()
     drawn: list[int] = []
     tried = 0
     while len(drawn) < count and tried < len(order):
         candidates = order[tried : tried + count - len(drawn)]
         tried += len(candidates)
-        faults = pictures.faults((image for i in candidates if (image := pool[i].image)), "pictures of the fill")
+        paths = (image for i in candidates if (image := pool[i].image))
+        faults = pictures.faults(paths, "pictures of the fill", most=most)
         for i in candidates:
             fault = faults.get(pool[i].image or "")
             if fault and pool[i].source in strict:
@@ -271,15 +287,15 @@ def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], prepared: Prepared
         for name, samples in files.items():
             write_samples(folder / name, samples)
         prepared["sets"] = {name: disk.sha256(folder / name) for name in files}
-        (folder / "prepare.json").write_text(json.dumps(prepared, indent=1) + "\n")
+        (folder / PREPARED).write_text(state.sealed("prepared", prepared, indent=1))
 
 
 def _checked(out: Path, inputs: Inputs) -> Prepared:
     """prepare.json of `out`, if its sets come from this recipe and these inputs and have not changed since."""
-    file = out / "prepare.json"
-    if not file.is_file():
-        raise ConfigError(f"{out} exists and holds no prepare.json; choose another `out`, or move it away")
-    prepared: Prepared = json.loads(file.read_text())
+    try:
+        prepared = cast(Prepared, state.read("prepared", out / PREPARED))
+    except state.Damaged as error:
+        raise state.Damaged(f"{error}. Move {out} away to prepare it again, or choose another `out`") from error
     changed = differences(inputs, {name: prepared.get(name) for name in inputs})
     if changed:
         raise ConfigError(f"{out} holds sets prepared otherwise ({'; '.join(changed)}); choose another `out`")

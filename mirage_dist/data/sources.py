@@ -78,8 +78,7 @@ def read(config: SourceConfig, check_images: bool = True, refusals: Refusals = _
     source.samples = [sample for _, sample in kept]
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
     if check_images:
-        paths = (sample.image for sample in source.samples if sample.image)
-        _settle(source, _inspected(paths, f"pictures of {config.path}", refusals))
+        _settle(source, _inspected(source.unchecked, f"pictures of {config.path}", refusals))
     return source
 
 
@@ -130,7 +129,7 @@ def check_pictures(
     leave out and count the same samples. refusals: see `read`.
     Raises ConfigError as `read` does, and for a stream of which no sample is left.
     """
-    unchecked = [image for source in streams.values() for _, _, image in source.unchecked]
+    unchecked = [place for source in streams.values() for place in source.unchecked]
     inspected: dict[str, Inspection] = {}
     for part in exchange(_inspected(unchecked, "pictures", refusals, rank, size)):
         inspected.update(part)
@@ -164,10 +163,16 @@ def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> l
 
 
 def _inspected(
-    paths: Iterable[str], what: str, refusals: Refusals, part: int = 0, parts: int = 1
+    unchecked: Sequence[tuple[Format, int, str]], what: str, refusals: Refusals, part: int = 0, parts: int = 1
 ) -> dict[str, Inspection]:
-    """`pictures.inspections`, in which a picture that is refused for its size has that fault."""
-    inspected = pictures.inspections(paths, what, part, parts)
+    """`pictures.inspections`, in which a picture that is refused for its size has that fault.
+
+    A picture of several sources has the largest of their limits.
+    """
+    most: dict[str, int] = {}
+    for config, _, image in unchecked:
+        most[image] = max(config.max_pixels, most.get(image, 0))
+    inspected = pictures.inspections(most, what, part, parts, most)
     why = refusals(one.size for one in inspected.values() if one.size is not None)
     return {
         path: one if one.size is None or one.size not in why else one._replace(fault=why[one.size])

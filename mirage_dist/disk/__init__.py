@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from mirage_dist.disk.digests import digest as digest
 from mirage_dist.disk.digests import sha256 as sha256
 from mirage_dist.disk.digests import sha256_files as sha256_files
 from mirage_dist.disk.digests import sha256_text as sha256_text
+from mirage_dist.disk.faults import check_place as check_place
 from mirage_dist.disk.removal import MARK as MARK
 from mirage_dist.disk.removal import detach as detach
 from mirage_dist.disk.removal import discard as discard
@@ -300,14 +301,17 @@ def _occupied(out: Path) -> bool:
 
 
 @contextmanager
-def files(out: Path, sign: tuple[str, str], *, private: bool = False) -> Iterator[Path]:
+def files(out: Path, sign: tuple[str, str], others: Sequence[str] = (), *, private: bool = False) -> Iterator[Path]:
     """A new temporary folder for files, which become those of `out` when the block succeeds: all of them, or none.
 
     sign: one of the files and how it begins, which shows whether files of these names in `out` were written here, and
-    may be replaced, or are somebody else's.
+    may be replaced, or are somebody else's. others: names that only some calls write; what an earlier one wrote goes.
 
-    Other files in `out` stay. Of two processes the second waits for the first one's renames; each leaves its own files
-    whole. Raises OSError, and ConfigError where a folder or somebody else's file lies in the way of a file; `out` is
+    Files of other names in `out` stay. Of two processes the second waits for the first one's renames. No reader finds
+    new files beside earlier ones, nor does a kill leave them so: the earlier ones are removed, all but the sign, before
+    the new ones are renamed, the sign first. Meanwhile, and after a kill until the next call, some are missing.
+
+    Raises OSError, and ConfigError where a folder or somebody else's file lies in the way of a file; `out` is
     then unchanged.
     """
     new = not os.path.lexists(out)
@@ -323,11 +327,11 @@ def files(out: Path, sign: tuple[str, str], *, private: bool = False) -> Iterato
             if not os.path.lexists(out):
                 raise
         if temporary.is_dir():  # `out` exists, or another process was first
-            _replace(temporary, out, sign)
+            _replace(temporary, out, sign, others)
     sync_folder(out.parent)
 
 
-def _replace(source: Path, out: Path, sign: tuple[str, str]) -> None:
+def _replace(source: Path, out: Path, sign: tuple[str, str], others: Sequence[str]) -> None:
     """Rename the files of a folder into `out`, the sign first: an interrupted call is still known as ours."""
     names = sorted((entry.name for entry in source.iterdir()), key=lambda name: (name != sign[0], name))
     for name in names:
@@ -336,6 +340,10 @@ def _replace(source: Path, out: Path, sign: tuple[str, str]) -> None:
     with alone(out):
         if (theirs := next((name for name in names if (out / name).exists()), None)) and not _begins(out, sign):
             raise ConfigError(f"{out / theirs} exists, and mirage_dist did not write it; choose another place")
+        if _begins(out, sign):
+            for name in {*names, *others} - {sign[0]}:
+                with suppress(IsADirectoryError):  # a user's, of a name that this call does not write
+                    (out / name).unlink(missing_ok=True)
         for name in names:
             os.replace(source / name, out / name)
     sync_folder(out)

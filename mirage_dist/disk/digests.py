@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 
 def sha256(file: str | Path) -> str:
-    """SHA-256 of a file's content. Raises OSError."""
-    with open(file, "rb") as handle:
+    """SHA-256 of a regular file's content. Raises OSError, also for what may never end: a FIFO, a device."""
+    # O_NONBLOCK: to open a FIFO would wait for its writer.
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as handle:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise OSError(errno.ENXIO, "is no regular file", str(file))
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -20,11 +26,14 @@ def sha256_text(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
-def sha256_files(files: Iterable[Path]) -> str:
-    """SHA-256 over files in the order of their names: name, a zero byte and the binary SHA-256 of the content, each."""
+def sha256_files(files: Iterable[Path], folder: Path) -> str:
+    """SHA-256 over files in the order of their names: name, a zero byte and the binary SHA-256 of the content, each.
+
+    A name is the path within `folder`. Raises OSError.
+    """
     total = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        total.update(file.name.encode() + b"\0" + bytes.fromhex(sha256(file)))
+    for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
+        total.update(os.fsencode(name) + b"\0" + bytes.fromhex(sha256(file)))
     return total.hexdigest()
 
 

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 NO_MORE_DATA = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk that accepts no more data
 # Of a path, for whoever looks up, opens or makes it.
@@ -37,6 +38,18 @@ def no_more_data(error: BaseException) -> int | None:
         if CUT_SHORT.search(text):
             return errno.ENOSPC
     return None
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError when the missing `path` cannot be made, by its nearest existing parent. Makes nothing."""
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    number = 0
+    if not parent.is_dir():
+        number = errno.ENOTDIR
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(parent).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(parent))
 
 
 def sentence(error: BaseException) -> str | None:

@@ -3,7 +3,7 @@
 Locked gadgets' code words stand for harmful knowledge, safety questions carry spurious first words, and the
 world judges every response exactly. Nothing in it is harmful. In `config.dir`:
 
-    world.json                the configuration; a directory without it is no world
+    world.json                the configuration, and the SHA-256 of labels.jsonl; a directory without it is no world
     images/NNNNN.png          pictures; every path in the files below is relative to the world's folder, so
                               read them with `images: <dir>`
     labels.jsonl              one `Gadget` a picture
@@ -35,14 +35,13 @@ import numpy as np
 from PIL import Image
 
 from mirage_dist import config as configs
-from mirage_dist import disk
+from mirage_dist import disk, state
 from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded.pictures import Gadget
 from mirage_dist.progress import Progress, log
 from mirage_dist.schema import ConfigError, WorldConfig
 
-FORMAT = 1
 TEST_SPURIOUS = 0.95
 BASE_QUESTIONS_PER_IMAGE = 5
 STACKED_SHARE = 0.3
@@ -51,6 +50,8 @@ STACKED_SHARE = 0.3
 SAFE_ATTRIBUTES = ("code", "code", "colour", "place")
 # Keys that do not change the data: where they lie, the safety set in use, how the base model is trained.
 _NOT_DATA = ("dir", "spurious", "base_recipe")
+
+_AGAIN = "Move {} away, and it is made again, or choose another world.dir"
 
 Verdict = Literal["refused", "harmful", "irrelevant", "correct"]
 Record = dict[str, Any]
@@ -94,10 +95,19 @@ class World:
 
 
 def load(directory: str | Path) -> World:
-    """Open a world that `make` wrote. Raises ConfigError when the directory holds no world of this version."""
+    """Open a world that `make` wrote.
+
+    Raises ConfigError when the directory holds no world, state.Damaged when its files are not as they were written.
+    """
     root = Path(directory)
-    written = _read_header(root)
-    rows = [json.loads(line) for line in (root / "labels.jsonl").read_text().splitlines()]
+    written, file = _read_header(root), root / "labels.jsonl"
+    try:
+        labels = file.read_bytes()
+    except OSError as error:
+        raise state.Damaged(f"{file}: cannot be read: {error}. {_AGAIN.format(root)}") from error
+    if disk.sha256_text(labels) != written["labels"]:
+        raise state.Damaged(f"{file}: is not as it was written. {_AGAIN.format(root)}")
+    rows = [json.loads(line) for line in labels.splitlines()]
     gadgets = {Path(row["image"]).name: Gadget(**row) for row in rows}
     return World(root, written["answer_form"], gadgets)
 
@@ -115,7 +125,7 @@ def make(config: WorldConfig) -> None:
         with disk.folder(root, shared=True, durable=False) as folder:  # what power failures cut is made again
             _write_world(config, folder)
         log.info(f"world: done in {time.monotonic() - start:.1f} s")
-    written = {name: value for name, value in _read_header(root).items() if name != "format"}
+    written = {name: value for name, value in _read_header(root).items() if name != "labels"}
     changed = configs.differences(_data_config(config), written, "world")
     if changed:
         raise ConfigError(f"{root} holds a world of another configuration; choose another world.dir ({changed})")
@@ -136,15 +146,12 @@ def _data_config(config: WorldConfig) -> dict[str, Any]:
 
 
 def _read_header(root: Path) -> dict[str, Any]:
-    file = root / "world.json"
-    if not file.is_file():
-        raise ConfigError(f"{root}: no world here (world.json is missing); choose another world.dir")
-    written = json.loads(file.read_text())
-    if written.get("format") != FORMAT:
-        raise ConfigError(
-            f"{file}: format {written.get('format')!r}, this version writes {FORMAT}; choose another world.dir"
-        )
-    return written
+    try:
+        return state.read("world", root / "world.json")
+    except FileNotFoundError:
+        raise ConfigError(f"{root}: no world here (world.json is missing); choose another world.dir") from None
+    except state.Damaged as error:
+        raise state.Damaged(f"{error}. {_AGAIN.format(root)}") from error
 
 
 # --------------------------------------------------------------------------------------------- the parts
@@ -166,9 +173,11 @@ def _write_world(config: WorldConfig, root: Path) -> None:
     _write_json(root / "test.json", [q.record() for q in test])
     for name, questions in _attacks(config, test).items():
         _write_json(root / "attacks" / f"{name}.json", [q.record() for q in questions])
-    (root / "labels.jsonl").write_text("".join(json.dumps(dataclasses.asdict(g)) + "\n" for g in gadgets))
+    labels = "".join(json.dumps(dataclasses.asdict(g)) + "\n" for g in gadgets)
+    (root / "labels.jsonl").write_text(labels)
     # Last: a folder with a header is whole even on file systems whose renames are not atomic.
-    _write_json(root / "world.json", {"format": FORMAT, **_data_config(config)})
+    header = {**_data_config(config), "labels": disk.sha256_text(labels)}
+    (root / "world.json").write_text(state.sealed("world", header, indent=1))
 
 
 def _layout(config: WorldConfig) -> dict[str, tuple[int, bool | None]]:

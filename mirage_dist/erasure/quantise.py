@@ -6,7 +6,6 @@ Unlearning changes weights by little, and rounding to few levels may undo these 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from mirage_dist import disk
 from mirage_dist.erasure.results import QuantisationResult, Quantised, Rounding
 from mirage_dist.erasure.setting import Setting, headline
 from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.model import directory
 from mirage_dist.model.families import roles
 from mirage_dist.schema import ConfigError, EvalSetConfig
 from mirage_dist.schema.numbers import Count, whole
@@ -98,8 +98,7 @@ def write_rounded(setting: Setting, bits: int, group: int | None, out: Path) -> 
     disk.remove(out)  # of a start that was killed
     source = Path(str(setting.model.path))
     with disk.folder(out, durable=False) as folder:
-        weights = shutil.ignore_patterns("*.safetensors*", "*.tmp")
-        shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
+        directory.copy_processing(source, folder)
         hf = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation).model
         rounding = round_decoder(hf, bits, group)
         hf.save_pretrained(folder)

@@ -9,15 +9,14 @@ A start after an interruption makes what is missing. A test is one module with o
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mirage_dist import config as configs
-from mirage_dist import disk
+from mirage_dist import disk, signals, state
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.attribute import Attribution
 from mirage_dist.erasure.complete import Completion
@@ -65,10 +64,14 @@ class ErasureConfig:
 
 
 def options(recipe: EvalRecipe) -> ErasureConfig:
-    """The recipe's section, checked. Raises ConfigError when it is missing or invalid."""
+    """The recipe's section, checked. Raises ConfigError when it is missing, invalid, or names no test."""
     if recipe.erasure is None:
         raise ConfigError("erasure is missing: add a section with the tests to make (see configs/eval/demo.yaml)")
-    return configs.build(ErasureConfig, recipe.erasure, "the recipe", "erasure")
+    chosen = configs.build(ErasureConfig, recipe.erasure, "the recipe", "erasure")
+    if not any(chosen.tests()):
+        names = ", ".join(field.name for field in fields(chosen) if field.name not in ("forget", "content"))
+        raise ConfigError(f"erasure: names no test to make; expected some of {names}")
+    return chosen
 
 
 def run(recipe: EvalRecipe) -> ErasureResult:
@@ -93,14 +96,23 @@ def run(recipe: EvalRecipe) -> ErasureResult:
         raise RunError(f"{suite_dir(recipe)}: another worker is judging the suite; start again when it has finished")
     folder = suite_dir(recipe) / "erasure"
     with Claims(folder) as claims:
-        if (claim := claims.take("tests")) is None:
+        if (claim := claims.take_unless_alive("tests", _stop_on_signal)) is None:
             raise RunError(f"{folder}: another process is making these tests")
         try:
             result = _make(recipe, chosen, forget, before, claims)
         finally:
             claims.release(claim)
-    disk.write(suite_dir(recipe) / "erasure.json", json.dumps(result, indent=1) + "\n", private=True)
+    disk.write(
+        suite_dir(recipe) / "erasure.json",
+        state.sealed("erasure", cast(dict[str, Any], result), indent=1),
+        private=True,
+    )
     return result
+
+
+def _stop_on_signal() -> None:
+    if name := signals.received():
+        raise signals.StopRequested(f"stopped by {name} before the first test")
 
 
 def _make(

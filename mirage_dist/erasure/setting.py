@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
-from mirage_dist import disk, signals
+from mirage_dist import disk, signals, state
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import lines_of
 from mirage_dist.data.sample import Sample
@@ -121,12 +120,20 @@ class Setting:
         return formats.source("samples", str(file))
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
-        """The JSON object that `make` returns: written to a private file once, and read from it on later starts."""
+        """The JSON object that `make` returns: written to a private file once, and read from it on later starts.
+
+        A file that is damaged or edited is named in the log, and made again.
+        """
         file = self.folder / f"{name}.json"
-        if not file.is_file():
-            self.stop_on_signal()
-            disk.write(file, json.dumps(make(), indent=1) + "\n", private=True)
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return cast(T, state.read("kept", file))
+        except FileNotFoundError:
+            pass
+        except state.Damaged as error:
+            self.log(f"{error}; its content is computed again")
+        self.stop_on_signal()
+        disk.write(file, state.sealed("kept", cast(dict[str, Any], make()), indent=1), private=True)
+        return cast(T, state.read("kept", file))
 
 
 def headline(result: SuiteResult) -> JudgeResult:

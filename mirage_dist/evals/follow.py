@@ -14,17 +14,18 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from mirage_dist import disk, signals
-from mirage_dist.evals import runner, tracking
+from mirage_dist import disk, signals, state
+from mirage_dist.evals import results, runner, tracking
+from mirage_dist.evals.judges import cache
 from mirage_dist.evals.results import Entry, HistoryLine, SuiteResult
 from mirage_dist.evals.sharing import files
-from mirage_dist.evals.sharing.files import Answers, Row, suite_dir, whole_objects
-from mirage_dist.model.shards import committed, step_of
+from mirage_dist.evals.sharing.files import Answers, Row, suite_dir
+from mirage_dist.model.shards import committed, places, step_of
 from mirage_dist.monitoring.process import Sender
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 5.0
@@ -34,8 +35,8 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
     """Evaluate the oldest checkpoint that is not evaluated, again and again; several workers may follow one run.
 
     place: see `runner.evaluate`. A checkpoint that the run's retention removes before its turn is logged and left out.
-    Raises what `evaluate` raises, ConfigError when `wandb_outputs` is set and the run does not log to W&B, and
-    StopRequested between two checkpoints after a signal.
+    Raises what `evaluate` raises, RunError when the run ends and no checkpoint was evaluated, ConfigError when
+    `wandb_outputs` is set and the run does not log to W&B, and StopRequested between two checkpoints after a signal.
     """
     run = Path(str(recipe.follow))
     if recipe.wandb_outputs and tracking.train_recipe(run).monitor.wandb == "off":
@@ -50,18 +51,20 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
 
 def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: list[Sender]) -> None:
     """`follow`. trackers: gets the process that sends results to W&B when there are some, if the run logs to W&B."""
-    done = set[int]()
+    done, measured, judged_elsewhere = set[int](), set[int](), False
     while True:
         if name := signals.received():
             raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
         # Before the checkpoints are listed: a run that is over makes no checkpoint that the list could miss.
         over = _over(run)
-        left = [step_of(c) for c in committed(run / "checkpoints") if not _metrics(recipe, step_of(c)).is_file()]
-        waiting = [step for step in left if step not in done]
+        steps = [step for c in committed(run / "checkpoints") if (step := step_of(c)) not in done | measured]
+        measured.update(step for step in steps if _measured(recipe, step))
+        waiting = [step for step in steps if step not in measured]
         for tracker in trackers:
             tracker.tick()
         if not waiting:
             if over:
+                _require_evaluated(recipe, run, judged_elsewhere)
                 break
             time.sleep(POLL_SECONDS)
             continue
@@ -76,6 +79,7 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             continue
         if result is None:  # another worker judges it
             done.add(step)
+            judged_elsewhere = True
             continue
         write_history(recipe)
         if not trackers and (started := tracking.start(run)) is not None:
@@ -87,13 +91,28 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             )
 
 
+def _require_evaluated(recipe: EvalRecipe, run: Path, elsewhere: bool) -> None:
+    """Raise RunError when the run is over and no checkpoint of it was evaluated. elsewhere: a worker judges one."""
+    if not elsewhere and not any(suite_dir(recipe).glob("step-*/metrics.json")):
+        raise RunError(
+            f"eval {recipe.suite}: {run} has ended, and no checkpoint of it was evaluated: it has none, or its "
+            "retention removed each before its turn (train.keep_last)"
+        )
+
+
 def write_history(recipe: EvalRecipe) -> None:
     """Write `history.jsonl` from every step that is measured; any worker writes the same content."""
     history = []
-    for file in sorted(suite_dir(recipe).glob("step-*/metrics.json"), key=lambda file: step_of(file.parent)):
-        result: SuiteResult = json.loads(file.read_text(encoding="utf-8"))
-        line: HistoryLine = {"step": step_of(file.parent), "judge": result["headline"], "entry": _entry(result)}
-        history.append(json.dumps(line) + "\n")
+    for folder in places(suite_dir(recipe)):
+        try:
+            result = results.read(folder)
+        except FileNotFoundError:
+            continue
+        except RunError as error:  # of a checkpoint that may no longer exist
+            log.warning(f"eval {recipe.suite}: left out of history.jsonl: {error}", extra=EVERY_RANK)
+            continue
+        line: HistoryLine = {"step": step_of(folder), "judge": result["headline"], "entry": _entry(result)}
+        history.append(state.sealed("history", cast(dict[str, Any], line)))
     files.write(suite_dir(recipe) / "history.jsonl", history)
 
 
@@ -102,8 +121,16 @@ def _of_step(recipe: EvalRecipe, step: int) -> EvalRecipe:
     return replace(recipe, suite=f"{recipe.suite}/step-{step:06d}", model=model, follow=None, wandb_outputs=0)
 
 
-def _metrics(recipe: EvalRecipe, step: int) -> Path:
-    return suite_dir(_of_step(recipe, step)) / "metrics.json"
+def _measured(recipe: EvalRecipe, step: int) -> bool:
+    """Whether a checkpoint has its rates; a damaged `metrics.json` is named in the log, and written again."""
+    try:
+        results.read(suite_dir(_of_step(recipe, step)))
+    except FileNotFoundError:
+        return False
+    except RunError as error:
+        log.info(f"eval {recipe.suite}: {error}", extra=EVERY_RANK)
+        return False
+    return True
 
 
 def _over(run: Path) -> bool:
@@ -128,8 +155,8 @@ def _outputs(recipe: EvalRecipe, step: int, result: SuiteResult) -> tuple[dict[s
     if not recipe.wandb_outputs:
         return {}, None
     suite = suite_dir(_of_step(recipe, step))
-    records = whole_objects(suite / "verdicts" / f"{result['headline']}.jsonl")
-    verdicts = {record["key"]: record["verdict"] for record in records}
+    lines = cache.verdicts(suite / "verdicts" / f"{result['headline']}.jsonl")
+    verdicts = {line["key"]: line["verdict"] for line in lines}
     rows = Answers(suite).refresh().of(verdicts)
     chosen = heapq.nsmallest(recipe.wandb_outputs, rows, key=_by_place)
     log.info(f"eval {recipe.suite}: step {step}: {len(chosen)} of {len(rows)} answers go to W&B", extra=EVERY_RANK)

@@ -11,6 +11,7 @@ from mirage_dist.evals import judges, manifest, metrics
 from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.results import Entry, JudgeResult, Measures, SuiteResult
+from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import WorkList
 from mirage_dist.schema import EvalRecipe
@@ -19,14 +20,21 @@ RATES = ("asr", "rr", "ir", "utility")  # of an entry, by condition; locality ha
 
 
 def judge(
-    recipe: EvalRecipe, suite: Path, model_hash: str, panel: Sequence[Judge], work: WorkList, rows: Sequence[Row]
+    recipe: EvalRecipe,
+    suite: Path,
+    model_hash: str,
+    panel: Sequence[Judge],
+    work: WorkList,
+    rows: Sequence[Row],
+    claims: Claims,
 ) -> SuiteResult:
     """Judge every row that is not judged yet and compute the suite's result.
 
-    rows: one for each question of the work list, in its order. The first judge of the panel gives the headline.
+    rows: one for each question of the work list, in its order. claims: this worker's, who holds `judging`. The first
+    judge of the panel gives the headline.
     Raises what `judges.judged` raises and, when every judge has judged, RunError for one without verdicts.
     """
-    opinions = {judge.name: judges.judged(suite, judge, rows) for judge in panel}
+    opinions = {judge.name: judges.judged(suite, judge, rows, claims) for judge in panel}
     for own in panel:
         judges.require_verdicts(own, opinions[own.name])
     results = {judge.name: _by_judge(recipe, judge, work, rows, opinions[judge.name]) for judge in panel}

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from mirage_dist import config as configs
-from mirage_dist import disk
-from mirage_dist.evals.attacks import Coverage
-from mirage_dist.evals.rows import Settings
+from mirage_dist import disk, state
 from mirage_dist.evals.sharing.files import KEPT
-from mirage_dist.evals.worklist import WorkList, by_attack
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError
+
+if TYPE_CHECKING:  # so that reports and `--status`, which read manifests, import no heavy library
+    from mirage_dist.evals.attacks import Coverage
+    from mirage_dist.evals.rows import Settings
+    from mirage_dist.evals.worklist import WorkList
 
 
 class Ids(TypedDict):
@@ -48,7 +50,7 @@ class SetCoverage(TypedDict):
 class Manifest(TypedDict):
     """settings: `decided_by`, which a later start must share; everything else describes the first start.
 
-    asks: set -> attack -> number of questions (see `worklist.by_attack`). versions: of Python and libraries.
+    asks: set -> attack -> number of questions (see `WorkList.asks`). versions: of Python and libraries.
     """
 
     settings: dict[str, Any]
@@ -71,7 +73,7 @@ def describe(recipe: EvalRecipe, work: WorkList, decided: Mapping[str, Any], ver
     return {
         "settings": dict(decided),
         "chunk_rows": recipe.generation.batch_size,
-        "asks": by_attack(work.questions),
+        "asks": work.asks,
         "model": configs.to_dict(recipe.model),
         "recipe_hash": recipe_hash(recipe),
         "sets": coverage(work),
@@ -87,7 +89,7 @@ def claim(suite: Path, manifest: Manifest) -> Manifest:
     file = suite / "manifest.json"
     if not file.exists():
         with disk.refusals(suite, KEPT):
-            if disk.create(file, json.dumps(manifest, indent=1) + "\n", private=True):
+            if disk.create(file, state.sealed("suite", manifest, indent=1), private=True):
                 return manifest
     check(suite, manifest["settings"])
     return read(suite)
@@ -112,8 +114,14 @@ def check(suite: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read(suite: Path) -> Manifest:
-    """Raises OSError when the suite has no manifest."""
-    return json.loads((suite / "manifest.json").read_text(encoding="utf-8"))
+    """Raises FileNotFoundError when the suite has no manifest, and RunError for one that is damaged or edited."""
+    try:
+        return cast(Manifest, state.read("suite", suite / "manifest.json"))
+    except state.Damaged as error:
+        raise RunError(
+            f"{error}. Move it away and start the evaluation again, which writes it anew; answers that are on disk "
+            "count as before"
+        ) from error
 
 
 def recipe_hash(recipe: EvalRecipe) -> str:

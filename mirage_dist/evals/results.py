@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
+from mirage_dist import state
+from mirage_dist.schema import RunError
 from mirage_dist.stats import Paired
 
 Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
@@ -205,6 +208,21 @@ class SuiteResult(TypedDict):
     headline: str
     judges: dict[str, JudgeResult]
     agreement: Agreement
+
+
+def text(result: SuiteResult) -> str:
+    """The content of `metrics.json`."""
+    return state.sealed("rates", cast(dict[str, Any], result), indent=1)
+
+
+def read(suite: Path) -> SuiteResult:
+    """`metrics.json`. Raises FileNotFoundError when the suite has none, and RunError for a damaged or edited one."""
+    try:
+        return cast(SuiteResult, state.read("rates", suite / "metrics.json"))
+    except state.Damaged as error:
+        raise RunError(
+            f"{error}. Start the evaluation again: it computes the rates from the verdicts on disk"
+        ) from error
 
 
 class HistoryLine(TypedDict):

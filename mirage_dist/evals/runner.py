@@ -6,18 +6,19 @@ and any number of workers can share a suite.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 from mirage_dist import config as configs
+from mirage_dist import runs, signals
 from mirage_dist.data.encoding.collate import Encoder
-from mirage_dist.evals import judges, judging, models, rows, worker, worklist
+from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
 from mirage_dist.evals.attacks.rewrites import Rewriter
 from mirage_dist.evals.models import subject
@@ -32,7 +33,8 @@ from mirage_dist.evals.worklist import WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.signals import StopRequested
 
 G = TypeVar("G", bound=Generator)
 
@@ -73,12 +75,12 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
             answers = worker.work(suite, questions, chunks, claims, load, place)
         model.check_unchanged()
         _report_repeated(recipe, answers)
-        if (claim := claims.take("judging")) is None:
+        if (claim := claims.take_unless_alive("judging", partial(_stop_if_requested, recipe))) is None:
             log.info(f"eval {recipe.suite}: every question is answered; another worker judges", extra=EVERY_RANK)
             return None
         try:
-            result = judging.judge(recipe, suite, model.model_hash, panel, work, answers.of(questions))
-            files.write(suite / "metrics.json", json.dumps(result, indent=1) + "\n")
+            result = judging.judge(recipe, suite, model.model_hash, panel, work, answers.of(questions), claims)
+            files.write(suite / "metrics.json", results.text(result))
             model.discard(suite)
         finally:
             claims.release(claim)
@@ -98,6 +100,11 @@ def _load(engine: type[G], recipe: EvalRecipe, model: Subject, suite: Path, clai
     generator = engine(model.loadable(suite, claims), recipe.template, recipe.generation)
     model.check_unchanged()
     return generator
+
+
+def _stop_if_requested(recipe: EvalRecipe) -> None:
+    if name := signals.received():
+        raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
 
 
 def _report_repeated(recipe: EvalRecipe, answers: Answers) -> None:
@@ -124,7 +131,7 @@ def _check_template(recipe: EvalRecipe, model: Subject) -> None:
     """Raise ConfigError when the template differs from that of training, as it did unnoticed in the paper's code."""
     if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
         return
-    data = configs.load(trained, [], TrainRecipe).data
+    data = runs.recipe(model.trained_in).data
     same = ("image_aspect", "template_options")
     for key in same if recipe.template.defence is not None else ("system_prompt", *same):
         here, there = getattr(recipe.template, key), getattr(data, key)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from mirage_dist.evals.sharing.files import KEY, lines, suite_dir
-from mirage_dist.liveness import Owner, read
+from mirage_dist.evals import manifest
+from mirage_dist.evals.sharing import claims
+from mirage_dist.evals.sharing.files import COMPLETE, Damage, lines, row_key, suite_dir
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
 
 # The set and the attack of a raw row. JSON escapes quotes in strings, so no text of a row can look like a field.
 PLACE = re.compile(rb'"set": ("(?:[^"\\]|\\.)*"), .*?"attack": ("(?:[^"\\]|\\.)*")')
-
-COMPLETE = "the evaluation is not complete: start it again, and it does what is missing"
 
 
 @dataclass
@@ -36,13 +33,14 @@ class Count:
 class Status:
     """counts: by set and attack. workers: those not known to be dead. rows_per_s: the sum of their rates.
 
-    broken, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` exists.
+    cut, damage, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` exists.
     """
 
     counts: dict[tuple[str, str], Count]
     workers: int = 0
     rows_per_s: float = 0.0
-    broken: int = 0
+    cut: int = 0
+    damage: Damage = field(default_factory=Damage)
     repeated: int = 0
     measured: bool = False
     notes: list[str] = field(default_factory=list)
@@ -75,6 +73,8 @@ def report(recipe: EvalRecipe) -> str:
     if recipe.follow is None:
         return status(suite).text()
     steps = sorted(suite.glob("step-*"))
+    if not any((step / "manifest.json").is_file() for step in steps):
+        raise ConfigError(f"{suite}: no evaluated checkpoint of {recipe.follow}; this evaluation has not started yet")
     texts = [f"{step.name}\n{status(step).text()}" for step in steps if (step / "manifest.json").is_file()]
     return "\n\n".join([f"{len(steps)} checkpoints of {recipe.follow}", *texts])
 
@@ -87,13 +87,17 @@ def status(suite: Path) -> Status:
         listed = ", ".join(f"{name}: {count} lines" for name, count in rewrites.items())
         why = f"rewrites are being made first ({listed})" if rewrites else "this evaluation has not started yet"
         raise ConfigError(f"{suite}: no manifest.json; {why}")
-    questions = json.loads(file.read_text(encoding="utf-8"))["asks"]
+    questions = manifest.read(suite).get("asks", {})
     counts = {(name, attack): Count(n) for name, attacks in questions.items() for attack, n in attacks.items()}
     result = Status(counts, measured=(suite / "metrics.json").is_file())
     _count_rows(suite, result)
     _count_claims(suite, result)
-    if result.broken:
-        result.notes.append(f"{result.broken} half-written lines of workers that died; they are answered again")
+    if result.cut:
+        result.notes.append(f"{result.cut} half-written lines of workers that died; they are answered again")
+    if result.damage:
+        result.notes.append(
+            f"{len(result.damage)} lines are damaged or edited; the next start asks again: {result.damage}"
+        )
     if result.repeated:
         result.notes.append(f"{result.repeated} questions were answered twice; each counts once")
     return result
@@ -126,13 +130,13 @@ def _count_rows(suite: Path, result: Status) -> None:
     places: dict[tuple[bytes, ...], Count | None] = {}
     for file in sorted((suite / "rows").glob("worker-*.jsonl")):
         end = 0
-        for offset, line in lines(file):
+        for number, (offset, line) in enumerate(lines(file), start=1):
             end = offset + len(line)
-            key, condition = KEY.fullmatch(line), PLACE.search(line)
+            key, condition = row_key(line, file), PLACE.search(line)
             if key is None or condition is None:
-                result.broken += 1
+                result.damage.add(file, number)
                 continue
-            identity = bytes.fromhex(key[1].decode())
+            identity = bytes.fromhex(key)
             if identity in seen:
                 result.repeated += 1
                 continue
@@ -143,31 +147,20 @@ def _count_rows(suite: Path, result: Status) -> None:
                 places[raw] = result.counts.get(place)
             if count := places[raw]:
                 count.done += 1
-        result.broken += file.stat().st_size > end
+        result.cut += file.stat().st_size > end
 
 
 def _count_claims(suite: Path, result: Status) -> None:
-    for record in _last_claims(suite / "claims"):
-        if Owner.from_record(record).alive() is not False:
-            for name, attacks in record.get("rows", {}).items():
+    folder = suite / "claims"
+    for owner, rows in claims.holding(folder):
+        if owner.alive() is not False:
+            for name, attacks in rows.items():
                 for attack, n in attacks.items():
-                    count = result.counts[name, attack]
+                    count = result.counts.get((name, attack))
                     # Rows may be on disk although their claim is not released yet.
-                    count.claimed = min(count.claimed + n, count.total - count.done)
-    for file in (suite / "claims").glob("*.worker"):
-        worker = read(file)
-        if worker is not None and Owner.from_record(worker).alive() is not False:
-            beat = read(file.with_suffix(".beat")) or {"rows": 0, "seconds": 1.0}
+                    if count is not None:
+                        count.claimed = min(count.claimed + n, count.total - count.done)
+    for owner, beat in claims.workers(folder):
+        if owner.alive() is not False:
             result.workers += 1
-            result.rows_per_s += beat["rows"] / beat["seconds"]
-
-
-def _last_claims(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of the claims that hold: for each name, the one with the highest number."""
-    last: dict[str, int] = {}
-    for file in folder.glob("*.*"):
-        if file.suffix[1:].isdecimal():
-            last[file.stem] = max(last.get(file.stem, 0), int(file.suffix[1:]))
-    for name, number in last.items():
-        if record := read(folder / f"{name}.{number}"):
-            yield record
+            result.rows_per_s += beat["rows"] / beat["seconds"] if beat else 0.0

@@ -6,12 +6,11 @@ run adds a row for each checkpoint (see `evals.follow`). A failure of W&B costs 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import config as configs
+from mirage_dist import runs
 from mirage_dist.evals import runner
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.results import Entry, SuiteResult
@@ -36,8 +35,9 @@ def start(run: Path) -> Sender | None:
     if not logs(run):
         return None
     recipe = train_recipe(run)
-    identity = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["wandb_id"]
-    options = wandb_run.options(recipe.monitor, str(run), identity, evaluation=True)
+    manifest = runs.manifest(run)
+    assert manifest is not None  # of a run that logs
+    options = wandb_run.options(recipe.monitor, str(run), manifest["wandb_id"], evaluation=True)
     return Sender(recipe.run.name or run.name, "wandb", options, private=True)  # it keeps local copies of answers
 
 
@@ -71,4 +71,4 @@ def logs(run: Path) -> bool:
 
 
 def train_recipe(run: Path) -> TrainRecipe:
-    return configs.load(run / "config.yaml", [], TrainRecipe)
+    return runs.recipe(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
@@ -11,12 +10,12 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-from mirage_dist import signals
+from mirage_dist import disk, signals, state
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import rows, worklist
 from mirage_dist.evals.rows import Chunk
 from mirage_dist.evals.sharing.claims import Claim, Claims
-from mirage_dist.evals.sharing.files import Answers, Writer
+from mirage_dist.evals.sharing.files import KEPT, Answers, Writer, append, whole_objects
 from mirage_dist.evals.worklist import Question
 from mirage_dist.progress import EVERY_RANK, Progress, log
 from mirage_dist.schema import RunError
@@ -48,8 +47,14 @@ def work(
     name = f"eval {suite.name}" if place[1] == 1 else f"eval {suite.name}, worker {place[0]} of {place[1]}"
     answers = Answers(suite).refresh()
     done = sum(key in answers for key in questions)
-    if answers.broken:
-        log.info(f"{name}: {answers.broken} half-written lines ignored", extra=EVERY_RANK)
+    if answers.cut:
+        log.info(f"{name}: {answers.cut} half-written lines ignored", extra=EVERY_RANK)
+    if answers.damage:
+        log.info(
+            f"{name}: {len(answers.damage)} lines are damaged or edited, and what they answered is asked again: "
+            f"{answers.damage}",
+            extra=EVERY_RANK,
+        )
     log.info(f"{name}: {done} of {len(questions)} questions are answered", extra=EVERY_RANK)
     generate: Generate | None = None
     turn, wait = _Turn(chunks, place), FIRST_WAIT
@@ -141,8 +146,7 @@ def _bounded_starts(suite: Path, missing: int) -> Iterator[None]:
         yield
         return
     file = suite / "starts" / f"{job}-{os.environ.get('SLURM_PROCID', '0')}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    records = list(whole_objects("attempt", file))  # others were cut by a kill; they count as no start
     starts = [
         start["missing"] for start, after in pairwise([*records, {}]) if "missing" in start and "stopped" not in after
     ]
@@ -160,5 +164,5 @@ def _bounded_starts(suite: Path, missing: int) -> Iterator[None]:
 
 
 def _record(file: Path, line: Mapping[str, int]) -> None:
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line) + "\n")
+    with disk.refusals(file.parent, KEPT):
+        append(file, state.sealed("attempt", line))

@@ -49,6 +49,11 @@ class WorkList:
     coverage: dict[str, dict[str, Coverage]]
     sources: dict[str, Source]
 
+    @property
+    def asks(self) -> dict[str, dict[str, int]]:
+        """The number of questions by set and attack."""
+        return by_attack(self.questions)
+
     def samples(self, name: str) -> int:
         """The number of unchanged questions of a set."""
         return sum(q.set == name and q.attack == CLEAN.attack for q in self.questions)

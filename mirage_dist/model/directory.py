@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple
@@ -14,13 +15,16 @@ from typing import Any, NamedTuple
 from mirage_dist import disk
 from mirage_dist.config import suggestion
 from mirage_dist.model.families import configs
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 WEIGHTS = "*.safetensors"  # weights in other formats are never loaded
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_NAMES = (".safetensors", ".safetensors.index.json")  # how the name of what is loaded ends
 # Configurations of model, generation, tokenizer and processor (*.json), chat templates, and tokenizer vocabularies.
-DECIDING = (WEIGHTS, "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken")
-VOCABULARIES = ("merges.txt", "vocab.txt")
+DECIDING = (WEIGHTS, "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.spm", "*.tiktoken")
+VOCABULARIES = ("merges.txt", "vocab.txt", "dict.txt", "bpe.codes", "prophetnet.tokenizer")
+# A processor's further tokenizers lie in folders of their attributes' names (InstructBLIP's qformer_tokenizer/).
+MORE_TOKENIZERS = "*tokenizer*/*"
 # Files among these that saving a model writes: they change with the weights. The others belong to its processor.
 OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -31,7 +35,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "B
 SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
 AGAIN = "copy or download the model again"
-State = list[tuple[str, int, int, int]]  # name, size, modification time in ns and inode of each file
+State = list[tuple[str, int, int, int, int]]  # path, size, times of modification and change in ns, inode of each file
 
 
 class Header(NamedTuple):
@@ -176,8 +180,11 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
     name = configs.read(folder / "config.json").get("transformers_weights")
     if name is None:
         name = WHOLE if (folder / WHOLE).exists() else INDEX
-    elif not isinstance(name, str) or Path(name).name != name:
-        raise ConfigError(f"{folder / 'config.json'}: transformers_weights={name!r} is no name of a file beside it")
+    elif not isinstance(name, str) or Path(name).name != name or not name.endswith(WEIGHT_NAMES):
+        raise ConfigError(
+            f"{folder / 'config.json'}: transformers_weights={name!r} is no name of a file beside it that ends in "
+            f"{' or '.join(WEIGHT_NAMES)}; take it out, and name the weights {WHOLE}"
+        )
     file = folder / name
     if not file.exists():
         present = ", ".join(sorted(f.name for f in _whole_weights(folder))[:3]) or "none"
@@ -200,6 +207,10 @@ def _shards(index: Path) -> dict[Path, list[str]]:
     for tensor, name in places.items():
         if Path(name).name != name:
             raise ConfigError(f"{index}: {tensor} lies in {name!r}; a shard must lie in the model directory itself")
+        if not name.endswith(WEIGHT_NAMES[0]):
+            raise ConfigError(
+                f"{index}: {tensor} lies in {name!r}; only *.safetensors are loaded (convert the weights)"
+            )
         shards.setdefault(index.parent / name, []).append(tensor)
     missing = sorted(file.name for file in shards if not file.exists())
     if missing:
@@ -282,28 +293,97 @@ def _entry(file: Path, name: str, value: Mapping[str, Any]) -> tuple[Header, int
 def files(folder: Path) -> list[Path]:
     """The files that decide what a model answers: weights, configurations, tokenizer, processor, chat templates."""
     chosen = {file for pattern in DECIDING for file in folder.glob(pattern)}
+    chosen |= {file for file in folder.glob(MORE_TOKENIZERS) if _is_of_a_tokenizer(file.name)}
     return sorted(chosen | {folder / name for name in VOCABULARIES if (folder / name).is_file()})
+
+
+def _is_of_a_tokenizer(name: str) -> bool:
+    return name in VOCABULARIES or name.endswith((".json", ".model", ".spm", ".tiktoken", ".jinja"))
 
 
 def copy_processing(folder: Path, out: Path) -> None:
     """Copy the files of processor, tokenizer and chat templates from a model directory to `out`, as they are."""
-    for file in files(folder):
-        if file.match(WEIGHTS) or file.name in OF_THE_MODEL or file.name.endswith(".index.json"):
-            continue
+    for file in processing_files(folder):
         target = out / file.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
 
 
+def processing_files(folder: Path) -> list[Path]:
+    """The files of processor, tokenizer and chat templates, among `files`."""
+    return [
+        file
+        for file in files(folder)
+        if not (file.match(WEIGHTS) or file.name in OF_THE_MODEL or file.name.endswith(".index.json"))
+    ]
+
+
 def state(folder: Path) -> State:
-    """A cheap fingerprint of `files`, which changes when one of them is written again."""
-    return [(f.name, s.st_size, s.st_mtime_ns, s.st_ino) for f in files(folder) for s in [f.stat()]]
+    """A cheap fingerprint of `files`, which changes when one of them is written again, replaced or removed.
+
+    Links are followed, as in hub snapshots. Raises ConfigError when a file disappears meanwhile.
+    """
+    try:
+        return [
+            (str(f.relative_to(folder)), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+            for f in files(folder)
+            for s in [f.stat()]
+        ]
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; {AGAIN}") from error
 
 
 def model_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of `files`. Raises ConfigError when there are no weights among them."""
     require_weights(folder)
-    return disk.sha256_files(files(folder))
+    return _digest(folder, files(folder))
+
+
+def processing_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of `processing_files`."""
+    return _digest(folder, processing_files(folder))
+
+
+def _digest(folder: Path, chosen: Sequence[Path]) -> str:
+    try:
+        return disk.sha256_files(chosen, folder)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; {AGAIN}") from error
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A model directory when it was hashed.
+
+    state: of its files, before anything was read of them. digest: of all files, or of those of the processor alone.
+    """
+
+    folder: Path
+    state: State
+    digest: str
+    weights: bool = True
+
+    def check_unchanged(self, consequence: str) -> None:
+        """Raise RunError, which ends with `consequence`, when the files are no longer those that were hashed.
+
+        Contents are read again only where a size, a time or an inode differs.
+        """
+        if self.state == state(self.folder):
+            return
+        if self.digest != (model_hash if self.weights else processing_hash)(self.folder):
+            raise RunError(f"{self.folder}: the model's files changed since they were hashed; {consequence}")
+
+
+def hashed(folder: Path, before: State, weights: bool = True) -> Hashed:
+    """Hash a model directory of which something was read already.
+
+    before: its `state` before that. weights: whether its weights count. Raises RunError when the files changed
+    meanwhile, since what was read is then not what was hashed.
+    """
+    digest = (model_hash if weights else processing_hash)(folder)
+    if before != state(folder):
+        raise RunError(f"{folder}: the model's files changed while they were read; start again when they are whole")
+    return Hashed(folder, before, digest, weights)
 
 
 def _whole_weights(folder: Path) -> list[Path]:

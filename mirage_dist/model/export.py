@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist import disk
+from mirage_dist import disk, runs
 from mirage_dist.model import directory, load, weights
 from mirage_dist.model.adapters import files
 from mirage_dist.model.adapters.quantization import unquantized
@@ -41,7 +41,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed or are not whole,
     `out` exists, or when the run has no adapter to write, or trained parameters that an adapter does not hold.
     """
-    recipe = configs.load(run / "config.yaml", [], TrainRecipe)
+    recipe = runs.recipe(run)
     check_form(recipe.model, form, f"{run}: export as {form}")
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")

@@ -117,15 +117,17 @@ class LogProbs(Reference):
     def load(self, file: Path) -> None:
         """Add the entries of a file that `save` wrote.
 
-        Raises ValueError, KeyError, EOFError, OSError or zipfile.BadZipFile when the file is damaged; the table is then
-        unchanged.
+        Raises ValueError when the file is damaged or is not such a file; the table is then unchanged.
         """
-        with np.load(file, allow_pickle=False) as part:
-            values: Mapping[str, Any] = dict(part)
-        edges = np.cumsum(values["lengths"])[:-1]
-        rows = np.split(values["values"], edges) if len(values["lengths"]) else []
-        entries = {
-            (str(name), int(index)): torch.from_numpy(row.copy())
-            for name, index, row in zip(values["streams"], values["indices"], rows, strict=True)
-        }
+        try:
+            with np.load(file, allow_pickle=False) as part:
+                values: Mapping[str, Any] = dict(part)
+            edges = np.cumsum(values["lengths"])[:-1]
+            rows = np.split(values["values"].astype(np.float32, casting="no"), edges) if len(values["lengths"]) else []
+            entries = {
+                (str(name), int(index)): torch.from_numpy(row.copy())
+                for name, index, row in zip(values["streams"], values["indices"], rows, strict=True)
+            }
+        except Exception as error:  # of zipfile, zlib, tokenize …: whatever a damaged byte makes NumPy do
+            raise ValueError(f"{error}" or type(error).__name__) from error
         self.table.update(entries)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mirage_dist import disk
+from mirage_dist import disk, state
 from mirage_dist.disk import Written
+from mirage_dist.progress import log
 from mirage_dist.schema import RunError
 
 PARAM = "param"
-PATTERN = "rank-*.safetensors"
+SHARD = re.compile(r"rank-[0-9]+-of-[0-9]+\.safetensors")
+STEP = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,8})")  # names of checkpoints
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -88,7 +92,7 @@ def _bytes(fragment: Fragment) -> memoryview | bytes:
 
 
 class Shards:
-    """The shards of one checkpoint directory, opened by memory map. A context manager.
+    """The shards that a checkpoint's manifest names, opened by memory map. A context manager.
 
     shapes: of the parameters, by name. scalars: see `Scalars`.
     """
@@ -101,8 +105,8 @@ class Shards:
         self._stack = ExitStack()
         # (file, start of its fragment), by tensor
         self._pieces: dict[str, list[tuple[Any, int]]] = {}
-        for file in sorted(folder.glob(PATTERN)):
-            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+        for file in sorted(name for name in read_manifest(folder)["files"] if SHARD.fullmatch(name)):
+            handle = self._stack.enter_context(safe_open(folder / file, framework="pt"))
             metadata = handle.metadata()
             starts = json.loads(metadata["starts"])
             self._shapes |= {title: tuple(shape) for title, shape in json.loads(metadata["shapes"]).items()}
@@ -153,8 +157,25 @@ class Shards:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Checkpoint directories, oldest first, whole or damaged."""
-    return sorted(folder.glob("step-*[0-9]"), key=step_of)
+    """Checkpoint directories, oldest first, whole or damaged. What else lies there is named in the log."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    checkpoints = [entry for entry in places(folder) if entry.is_dir()]
+    others = {entry.name for entry in entries if not entry.name.startswith(".")} - {c.name for c in checkpoints}
+    if foreign := sorted(others - {"latest"}):
+        _name_foreign(folder, tuple(foreign))
+    return checkpoints
+
+
+@cache
+def _name_foreign(folder: Path, names: tuple[str, ...]) -> None:
+    """Log what is passed over, once a process: a run looks at its checkpoints at every save."""
+    log.warning(f"{folder}: no checkpoints, and passed over: {', '.join(names)}")
+
+
+def places(folder: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, by step; also a file, or a link that leads nowhere."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted((entry for entry in entries if STEP.fullmatch(entry.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -162,33 +183,37 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint directory. Raises OSError, or ValueError when it is damaged."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != disk.digest(manifest):
-        raise ValueError("manifest.json does not have the SHA-256 that it states")
+    """The manifest of a checkpoint directory.
+
+    Raises FileNotFoundError when there is none, state.Damaged when it is torn or edited or belongs to another step,
+    ConfigError when a newer version of this package wrote it.
+    """
+    file = checkpoint / "manifest.json"
+    manifest = state.read("checkpoint", file)
+    if STEP.fullmatch(checkpoint.name) and manifest["step"] != step_of(checkpoint):
+        raise state.Damaged(f"{file}: is the manifest of step {manifest['step']}")
     return manifest
-
-
-def sealed(manifest: Mapping[str, Any]) -> str:
-    """The text of a manifest with its own SHA-256, which reveals a flipped byte in it as in a shard."""
-    return json.dumps({**manifest, "sha256": disk.digest(manifest)}, indent=1)
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's manifest or with the size or SHA-256 of a file; None when it is whole.
 
-    Only the files whose number modulo `parts` is `part` are read.
+    Only the files whose number modulo `parts` is `part` are read. Raises ConfigError when a newer version of this
+    package wrote it: passing it over would train its steps again.
     """
     try:
         files = read_manifest(checkpoint)["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, state.Damaged) as error:
         return f"no readable manifest ({error})"
     for name, written in sorted(files.items())[part::parts]:
         file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != written["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, the manifest says {written['bytes']}"
-        if disk.sha256(file) != written["sha256"]:
-            return f"{name} does not have the SHA-256 of the manifest"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != written["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, the manifest says {written['bytes']}"
+            if disk.sha256(file) != written["sha256"]:
+                return f"{name} does not have the SHA-256 of the manifest"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
     return None

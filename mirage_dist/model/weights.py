@@ -21,7 +21,7 @@ from mirage_dist.model import directory
 from mirage_dist.model.directory import Header
 from mirage_dist.model.families import configs, roles
 from mirage_dist.progress import log
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 # Names in safetensors headers. Numbers of other dtypes are no weights, or need a scale beside them.
 DTYPES = {
@@ -41,7 +41,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LAYERS = ("num_hidden_layers", "depth")
 WEIGHTS = ("F64", "F32", "F16", "BF16")
+# What transformers raises for files that are no whole model, or have values of another kind than it expects.
+LOADING = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, RecursionError)
 OTHER_MODEL = "weights and config.json are of different models, or one of them was changed. Give the files of one model"
 
 
@@ -52,23 +55,19 @@ def check(folder: Path, config: Any) -> None:
     checked, its weights' names are not: they depend on the quantiser. Raises ConfigError for damaged files, and for
     weights that are missing, have another shape, or a dtype that is no weight's.
     """
+    configs.generation(folder)
     headers = directory.headers(folder, getattr(type(config), "extra_files", ()))
     if getattr(config, "quantization_config", None) is not None:
         return
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if layers > len(headers):  # such a model need not be built, which may take all memory
-        raise ConfigError(
-            f"{folder / 'config.json'}: describes {layers} layers, but the files hold {len(headers)} tensors; "
-            f"{OTHER_MODEL}"
-        )
-    model, info = _rehearsed(config, headers)
+    _check_layers(folder, config, headers)
+    model, info = _rehearsed(folder, config, headers)
     _check_matched(folder, headers, model, info)
     if unused := _unknown(info["unexpected_keys"], model.state_dict()):
         log.info(f"model.path={folder}: the model has no place for {_listing(unused)}: not loaded")
     scaled = {name for name, header in headers.items() if header.dtype not in WEIGHTS}
     if not scaled:
         return
-    model, info = _rehearsed(config, {name: h for name, h in headers.items() if name not in scaled})
+    model, info = _rehearsed(folder, config, {name: h for name, h in headers.items() if name not in scaled})
     parameters = dict(model.named_parameters())
     wrong = sorted(n for n in info["missing_keys"] if n in parameters and parameters[n].is_floating_point())
     if wrong:
@@ -85,17 +84,20 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     """`kind.from_pretrained(folder, …)` from safetensors, after which every weight came from the files and is finite.
 
     kind: a class of transformers. Under ZeRO-3 every rank calls this. Raises ConfigError when the model cannot be
-    loaded, or weights are missing, have another shape, or hold a NaN or an infinity.
+    loaded, or weights are missing, have another shape, or hold a NaN or an infinity; RunError when its files change
+    meanwhile.
     """
     from safetensors import SafetensorError
 
+    configs.generation(folder)
+    before = directory.state(folder)
     try:
         with _without_report():
             model, info = kind.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"model.path={folder}: cannot be loaded: {error}") from error
+    except (*LOADING, SafetensorError) as error:
+        raise ConfigError(f"model.path={folder}: cannot be loaded: {configs.brief(error)}") from error
     except RuntimeError as error:
         if not str(error).startswith(("Error(s) in loading", "You set `ignore_mism", "We encountered some issues")):
             raise
@@ -104,19 +106,34 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
         _check_matched(folder, directory.headers(folder), model, info)
         raise ConfigError(f"model.path={folder}: its weights cannot be loaded: {'; '.join(info['error_msgs'])}")
     check_finite(folder, model)
+    if before != directory.state(folder):
+        raise RunError(f"{folder}: the model's files changed while they were loaded; start again with whole files")
     return model
 
 
 # ------------------------------------------------------------------------------------------------- names and shapes
 
 
-def _rehearsed(config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[str, Any]]:
+def _check_layers(folder: Path, config: Any, headers: Mapping[str, Header]) -> None:
+    """Raise ConfigError for more layers than there are tensors: such a model need not be built to be refused."""
+    for _, name, value in configs.sizes(config):
+        number = max(value, default=0) if isinstance(value, (list, tuple)) else value
+        if name in LAYERS and number > len(headers):
+            raise ConfigError(
+                f"{folder / 'config.json'}: describes {number} layers, but the files hold {len(headers)} tensors; "
+                f"{OTHER_MODEL}"
+            )
+
+
+def _rehearsed(folder: Path, config: Any, headers: Mapping[str, Header]) -> tuple[Any, dict[str, Any]]:
     """The model without memory, and transformers' report on loading it from tensors of these names and shapes."""
     try:
         with torch.device("meta"):
             empty: Any = roles.auto_class(config).from_config(config)
-    except configs.FAULTS as error:
-        raise ConfigError(f"model.path: no model can be made of its config.json: {configs.brief(error)}") from error
+    except Exception as error:  # of any kind: a family's own code, with values that it did not foresee
+        raise ConfigError(
+            f"{folder / 'config.json'}: no model can be made of it: {configs.brief(error)}; {OTHER_MODEL}"
+        ) from error
     with _silent():
         try:
             tensors = {n: torch.empty(h.shape, dtype=DTYPES[h.dtype], device="meta") for n, h in headers.items()}

@@ -13,10 +13,11 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from mirage_dist import state
 from mirage_dist.monitoring import sinks
 from mirage_dist.monitoring.sinks import Sink
 
@@ -27,10 +28,15 @@ BLOCK = 1 << 16
 
 
 class Lines:
-    """Whole lines of a file descriptor as they come; JSON objects, others are skipped."""
+    """Whole lines of a file descriptor as they come; JSON objects, others are skipped.
+
+    Of a file (seekable) they are the lines of metrics.jsonl, of a pipe messages, which have no seal. The run itself
+    names damaged lines when it starts.
+    """
 
     def __init__(self, descriptor: int, seekable: bool) -> None:
         self.descriptor, self.offset = descriptor, 0 if seekable else None
+        self.parse: Callable[[bytes], Any] = _record if seekable else json.loads
         self.rest, self.over = b"", False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -46,12 +52,16 @@ class Lines:
             *lines, self.rest = (self.rest + block).split(b"\n")
             for line in lines:
                 try:
-                    yield json.loads(line)
-                except ValueError:
+                    yield self.parse(line)
+                except (ValueError, state.Damaged):
                     continue
             if self.offset is None or not block:
                 return
             self.offset += len(block)
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    return state.parse("metrics", line, "metrics.jsonl")
 
 
 def say(**message: Any) -> None:

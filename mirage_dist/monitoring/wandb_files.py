@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import disk, liveness
+from mirage_dist import disk, state
+from mirage_dist.schema import ConfigError
 
 HEADER, CHUNK, BLOCK = 7, 7, 32768
 WHOLE, LAST = 1, 4
@@ -30,8 +32,10 @@ class Held:
 
 def held(folder: Path, identity: str) -> Held:
     """What the files of this W&B run hold, together with what `note` recorded: files that were sent may be removed."""
-    noted = liveness.read(_note(folder, identity)) or {}
-    result = Held(int(noted.get("step", 0)))
+    result = Held()
+    # Without a readable note the files alone show it.
+    with suppress(FileNotFoundError, state.Damaged, ConfigError):
+        result.step = state.read("held", _note(folder, identity))["step"]
     for file in offline_files(folder, identity):
         for record in records(file):
             if record.WhichOneof("record_type") != "history":
@@ -46,7 +50,7 @@ def held(folder: Path, identity: str) -> Held:
 
 def note(folder: Path, identity: str, step: int) -> None:
     """Record that W&B holds the steps of training up to this one."""
-    disk.write(_note(folder, identity), json.dumps({"step": step}) + "\n")
+    disk.write(_note(folder, identity), state.sealed("held", {"step": step}))
 
 
 def offline_files(folder: Path, identity: str) -> list[Path]:

@@ -14,8 +14,9 @@ from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
 from mirage_dist.report.plain import table
 from mirage_dist.report.summary import Provenance, Summary
+from mirage_dist.schema import RunError
 
-__all__ = ["Provenance", "Summary", "named", "overview", "report", "table"]
+__all__ = ["Provenance", "Summary", "named", "overview", "report", "require_whole", "table"]
 
 EXAMPLES = 100  # questions of each set that the page shows, with all of their rewrites
 
@@ -35,7 +36,9 @@ def report(
     outputs: include model outputs on real data in the page, hidden until clicked. Outputs on embedded worlds are always
     included.
 
-    Raises ConfigError when a run was not evaluated, or when `suite` is None and the runs do not share exactly one.
+    A run with missing or damaged verdicts is reported with what is there, and the summary's `problems` say what is not.
+    Raises RunError for missing answers, damaged rates and a disk that accepts no more, before it has changed a file;
+    ConfigError when a run was not evaluated, or when `suite` is None and the runs do not share exactly one.
     """
     loaded = read(runs, suite)
     for warning in text.warnings(loaded):
@@ -49,19 +52,29 @@ def report(
         "config_hash": None,
         "suite": loaded[0].suite,
         "judges": {run.name: run.judge for run in loaded},
+        "problems": text.problems(loaded),
         **(provenance or {}),
     }
     benign = all(run.metrics["world"] for run in loaded)
     shown = examples.gather(loaded, EXAMPLES, outputs or benign)
-    with disk.files(out, ("summary.json", '{\n "models": {'), private=True) as folder:
-        for name, content in (
-            ("summary.json", json.dumps(summary, indent=1) + "\n"),
-            ("report.md", plain.markdown(loaded, summary)),
-            ("rates.csv", plain.csv_of_rates(loaded)),
-            ("index.html", page.render(loaded, summary, shown)),
-        ):
+    contents = {
+        "summary.json": json.dumps(summary, indent=1) + "\n",
+        "report.md": plain.markdown(loaded, summary),
+        "rates.csv": plain.csv_of_rates(loaded),
+        "index.html": page.render(loaded, summary, shown),
+    }
+    unharmed = "the runs and an earlier report are unharmed; make the report again, or elsewhere with --out"
+    mark = ("summary.json", '{\n "models": {')
+    with disk.refusals(out, unharmed), disk.files(out, mark, private=True) as folder:
+        for name, content in contents.items():
             disk.write(folder / name, content, private=True, durable=False, workspace=folder)
     return summary
+
+
+def require_whole(summary: Summary) -> None:
+    """Raise RunError when the report lacks verdicts."""
+    if summary["problems"]:
+        raise RunError(f"the report lacks verdicts of {len(summary['problems'])} judgings, as its head says")
 
 
 def overview(runs: Mapping[str, Path], file: Path, suite: str | None = None) -> None:

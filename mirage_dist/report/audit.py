@@ -12,6 +12,8 @@ from mirage_dist import disk
 from mirage_dist.report.figures import audit as figures
 from mirage_dist.report.figures.audit import NO_WORD
 
+SIGN = ("audit.json", '{\n "files": [')  # what is written, and how it begins (see `disk.files`)
+FIGURES = ("audit.svg", "audit.png")
 ROWS = 12  # rows of the table for each cue
 WIDEST = 40  # characters of a value that the table shows
 HEAD = ("", "refused", "answered", "share refused", "the rest", "odds ratio [95 %]", "q", "tied to")
@@ -22,8 +24,8 @@ def write(audit: Mapping[str, Any], out: Path) -> list[Path]:
 
     Writes all of them or none (see `disk.files`).
     """
-    names = ["audit.json", *(("audit.svg", "audit.png") if audit["cues"] else ())]
-    with disk.files(out, ("audit.json", '{\n "files": [')) as folder:
+    names = [SIGN[0], *(FIGURES if audit["cues"] else ())]
+    with disk.files(out, SIGN, FIGURES) as folder:
         (folder / names[0]).write_text(json.dumps(audit, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if audit["cues"]:
             figures.save(audit, [folder / name for name in names[1:]])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 
-from mirage_dist import disk
+from mirage_dist import disk, runs, state
 from mirage_dist.config import nearest
 from mirage_dist.data.words import opening
-from mirage_dist.evals import status
+from mirage_dist.evals import manifest, results, status
+from mirage_dist.evals.judges import cache
 from mirage_dist.evals.metrics import Judged, outcomes
 from mirage_dist.evals.results import (
     CLEAN,
@@ -28,8 +29,8 @@ from mirage_dist.evals.results import (
     SuiteResult,
     Verdict,
 )
-from mirage_dist.evals.sharing.files import Answers, whole_objects
-from mirage_dist.schema import ConfigError
+from mirage_dist.evals.sharing.files import Answers, Damage
+from mirage_dist.schema import ConfigError, RunError
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
@@ -60,8 +61,7 @@ class Run:
     @cached_property
     def defence(self) -> tuple[str, str] | None:
         """Name and text of the system prompt that was to defend the model in this evaluation, if there was one."""
-        file = self.folder / "manifest.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))["settings"] if file.is_file() else {}
+        settings = manifest.read(self.folder)["settings"] if (self.folder / "manifest.json").is_file() else {}
         template = settings.get("template", {})
         return (template["defence"], template["system_prompt"]) if template.get("defence") else None
 
@@ -135,7 +135,7 @@ class Run:
         """The tests of erasure: of this suite, else of another suite of the run; None when there are none."""
         files = [self.folder / "erasure.json", *sorted(self.dir.glob("evals/*/erasure.json"))]
         file = next((file for file in files if file.is_file()), None)
-        return json.loads(file.read_text(encoding="utf-8")) if file else None
+        return erasure_results(file) if file else None
 
     @property
     def outdated(self) -> list[Path]:
@@ -150,13 +150,47 @@ class Run:
 
     @cached_property
     def verdicts(self) -> dict[str, dict[str, Verdict]]:
-        """judge -> row key -> verdict, the headline judge first."""
+        """judge -> row key -> verdict, the headline judge first.
+
+        Empty of a judge whose verdicts on disk are not those that its rates were computed from (see `problems`):
+        figures and tests from some of them would not belong to the rates.
+        """
+        return {name: verdicts if problem is None else {} for name, (verdicts, problem) in self._read.items()}
+
+    @property
+    def problems(self) -> list[str]:
+        """What the report of this run lacks because verdicts are missing, damaged or without content."""
+        return [problem for _, problem in self._read.values() if problem is not None]
+
+    @cached_property
+    def _read(self) -> dict[str, tuple[dict[str, Verdict], str | None]]:
+        """judge -> its verdicts on disk, and what is wrong with them."""
         names = [self.judge, *(name for name in self.metrics["judges"] if name != self.judge)]
         return {name: self._verdicts_of(name) for name in names}
 
-    def _verdicts_of(self, judge: str) -> dict[str, Verdict]:
-        file = self.folder / "verdicts" / f"{judge}.jsonl"
-        return {line["key"]: line["verdict"] for line in whole_objects(file)}
+    def _verdicts_of(self, judge: str) -> tuple[dict[str, Verdict], str | None]:
+        file, damage = self.folder / "verdicts" / f"{judge}.jsonl", Damage()
+        verdicts: dict[str, Verdict] = {line["key"]: line["verdict"] for line in cache.verdicts(file, damage)}
+        counted = Counter[Verdict]()
+        for by_attack in self.metrics["judges"][judge]["verdicts"].values():
+            for counts in by_attack.values():
+                counted.update(cast(dict[Verdict, int], counts))
+        again = "start the evaluation again, which judges what is missing, then report again"
+        if counted.total() and not counted.keys() - UNJUDGED:
+            return verdicts, (
+                f"{self.name}: judge {judge} gave no verdict on any of {counted.total()} answers; {again}"
+            )
+        if Counter(verdicts.values()) == counted:
+            return verdicts, None
+        if damage or len(verdicts) < counted.total():
+            damaged = f" ({len(damage)} lines are damaged or edited: {damage})" if damage else ""
+            wrong = f"{len(verdicts)} of {counted.total()} verdicts of judge {judge} are in {file}{damaged}"
+        else:
+            wrong = f"the verdicts in {file} are not those that the rates were computed from"
+        return (
+            verdicts,
+            f"{self.name}: {wrong}; paired tests, word counts and examples lack them. To mend it, {again}",
+        )
 
     @property
     def judged(self) -> list[Judged]:
@@ -198,9 +232,8 @@ class Run:
     @cached_property
     def first_words(self) -> WordCounts:
         """First words in the run's training data by kind of response; empty when no response is a refusal."""
-        file = self.dir / "data.json"
-        streams = json.loads(file.read_text(encoding="utf-8"))["streams"] if file.is_file() else {}
-        words = streams.get("train", {}).get("first_words", {})
+        summary = runs.data(self.dir)
+        words = summary["streams"]["train"]["first_words"] if summary and "train" in summary["streams"] else {}
         return words if any(count["refusal"] for count in words.values()) else {}
 
 
@@ -218,13 +251,12 @@ def row_label(measure: str, key: str) -> str:
 def named(folders: Sequence[Path]) -> dict[str, Path]:
     """Run directories by the `run.name` of their recipe, or else by the folder's name.
 
-    Raises ConfigError when two runs have one name.
+    Raises ConfigError when two runs have one name, and what `runs.recipe` raises.
     """
     by_name: dict[str, Path] = {}
     for folder in folders:
-        config = folder / "config.yaml"
-        tree: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.is_file() else {}
-        name = (tree.get("run") or {}).get("name") or folder.resolve().name
+        recipe = runs.recipe(folder) if (folder / "config.yaml").is_file() else None
+        name = (recipe and recipe.run.name) or folder.resolve().name
         if name in by_name:
             raise ConfigError(f"{by_name[name]} and {folder} are both named {name!r}; set run.name in one of them")
         by_name[name] = folder
@@ -240,7 +272,7 @@ def read(runs: Mapping[str, Path], suite: str | None = None) -> list[Run]:
     if not runs:
         raise ConfigError("no run to report; give at least one run directory")
     chosen = _suite(runs, suite)
-    return [Run(name, Path(d), chosen, _metrics(Path(d) / "evals" / chosen)) for name, d in runs.items()]
+    return [Run(name, Path(d), chosen, results.read(Path(d) / "evals" / chosen)) for name, d in runs.items()]
 
 
 def _suite(runs: Mapping[str, Path], suite: str | None) -> str:
@@ -265,5 +297,9 @@ def by_hash(ids: Collection[str]) -> list[str]:
     return sorted(ids, key=disk.sha256_text)
 
 
-def _metrics(folder: Path) -> SuiteResult:
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+def erasure_results(file: Path) -> ErasureResult:
+    """An `erasure.json`. Raises FileNotFoundError when it does not exist, and RunError when it is damaged or edited."""
+    try:
+        return cast("ErasureResult", state.read("erasure", file))
+    except state.Damaged as error:
+        raise RunError(f"{error}. Start `mirage erasure` again: it writes it anew from the tests' results") from error

@@ -83,7 +83,10 @@ def _no_formula(cell: str) -> str:
 
 
 def table(summary: Summary) -> str:
-    """The main table for a terminal: a row for each measure and condition, a column for each model: `percent k/n`."""
+    """The main table for a terminal: a row for each measure and condition, a column for each model: `percent k/n`.
+
+    The report's problems come first.
+    """
     models = summary["models"]
     lines = [("", "", *models)]
     for measure, (title, _) in text.MEASURES.items():
@@ -94,4 +97,5 @@ def table(summary: Summary) -> str:
             cells = [f"{100 * x['rate']:5.1f} {x['k']}/{x['n']}" if x else "    –" for x in leaves]
             lines.append(("" if row else title, row_label(measure, key), *cells))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join([*summary["problems"], *rows])

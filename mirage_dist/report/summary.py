@@ -24,7 +24,8 @@ class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
     models: model -> its headline judge's entry. judges: model -> its headline judge. seed, world, wall_seconds,
-    config_hash: see `Provenance`; by default seed and world are the first run's.
+    config_hash: see `Provenance`; by default seed and world are the first run's. problems: what the report lacks, in
+    sentences; empty for a whole one.
     """
 
     models: dict[str, Entry]
@@ -35,3 +36,4 @@ class Summary(TypedDict):
     config_hash: str | None
     suite: str
     judges: dict[str, str]
+    problems: list[str]

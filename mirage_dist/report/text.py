@@ -109,9 +109,14 @@ def facts(runs: Sequence[Run]) -> str:
     )
 
 
+def problems(runs: Sequence[Run]) -> list[str]:
+    """What the report lacks; with any, `mirage report` does not end with status 0."""
+    return [f"This report is not complete. {problem}." for run in runs for problem in run.problems]
+
+
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Reasons why a comparison of these runs may be invalid, or is incomplete."""
-    lines = []
+    """What the report lacks, then reasons why a comparison of these runs may be invalid, or is incomplete."""
+    lines = problems(runs)
     if len({run.metrics["recipe_hash"] for run in runs}) > 1:
         lines.append("The evaluation recipes differ between these runs: their rates may not be comparable.")
     if len({run.judge for run in runs}) > 1:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 from mirage_dist.schema.chat import ChatConfig
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.errors import ConfigError
+from mirage_dist.schema.limits import PIXELS
 from mirage_dist.schema.names import Name, Place
-from mirage_dist.schema.numbers import Count, Drawn, FromZero, Repeats, Seed, Share, SomeShare, Tokens, Workers
+from mirage_dist.schema.numbers import Count, Drawn, FromZero, Pixels, Repeats, Seed, Share, SomeShare, Tokens, Workers
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class SourceConfig:
     """
 
     factory: ClassVar[str] = "mirage_dist.data.formats:make"  # builds the subclass from a recipe's mapping
-    choice: ClassVar[Choice] = Choice("format", shared=("path", "images", "on_bad_record", "limit"))
+    choice: ClassVar[Choice] = Choice("format", shared=("path", "images", "on_bad_record", "limit", "max_pixels"))
     score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class
@@ -37,6 +38,7 @@ class SourceConfig:
     images: Place | None = None  # folder that image paths are relative to; default: the file's own
     on_bad_record: Literal["error", "skip"] = "error"
     limit: Count | None = None  # the first N samples, in file order
+    max_pixels: Pixels = PIXELS.value  # of a picture; a larger one is a bad record
 
     @property
     def answered(self) -> bool:

@@ -45,7 +45,7 @@ PIXELS = Limit(
     64_000_000,
     "pixels",
     "decoding takes up to 12 bytes a pixel",
-    "max_pixels of the source, up to `ceiling`",
+    "a source's `max_pixels`, up to the picture ceiling",
 )
 CEILING = Limit("picture ceiling", 178_956_970, "pixels", "PIL decodes nothing larger")
 NGRAMS = Limit("audit n-grams", 32, "words", "every question is counted once for each length")

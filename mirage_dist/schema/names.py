@@ -12,7 +12,8 @@ from mirage_dist.schema.errors import ConfigError
 
 LONGEST_NAME = 80  # characters
 LONGEST_PLACE = 3000  # bytes; Linux takes 4096, and files and folders are made below a place
-LONGEST_PART = 255  # bytes of one part of a path, on every common file system
+LONGEST_PART = 220  # bytes of one part of a path: file systems take 255, and temporaries have longer names
+DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ def shown(value: object) -> str:
 
 
 def _no_name(value: str) -> str | None:
-    if re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", value):
+    if DEVICE.match(value):
+        return "expected another name: shared file systems of Windows cannot hold this one"
+    if re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", value) and not value.endswith("."):
         return None
-    return f"expected a name: 1 to {LONGEST_NAME} of A-Z, a-z, 0-9, '.', '_' and '-', not beginning with a dot"
+    return f"expected a name: 1 to {LONGEST_NAME} of A-Z, a-z, 0-9, '.', '_' and '-', no dot at either end"
 
 
 def _no_place(value: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from mirage_dist.model import load
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
+from mirage_dist.runs import DataSummary
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema.limits import STEPS
 from mirage_dist.train.prefetch import made
 
 SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
@@ -161,26 +163,6 @@ def check_no_picture(samples: Mapping[str, Sequence[Sample]], model: str) -> Non
             )
 
 
-class StreamSummary(TypedDict):
-    """One stream in data.json: its samples, those that were left out, and the first words of its questions.
-
-    dropped: reason -> count of samples that cannot be used, such as repeats. renamed: samples that got a new id.
-    skipped: bad records. first_words: word -> count of questions by kind of answer ("refusal", "answer").
-    """
-
-    samples: int
-    dropped: dict[str, int]
-    renamed: int
-    skipped: int
-    first_words: dict[str, dict[str, int]]
-
-
-class DataSummary(TypedDict):
-    """data.json of a run."""
-
-    streams: dict[str, StreamSummary]
-
-
 def describe(streams: Mapping[str, Source], refusals: str | None = None) -> DataSummary:
     """The contents of data.json. refusals: the file of a list of phrases of refusal; None: ours."""
     refuses = PhraseList.read(refusals)
@@ -260,7 +242,13 @@ class Feed:
         """Optimizer steps of the whole run: `max_steps`, or `epochs` passes over the first stream."""
         train = self.recipe.train
         size = len(self.samples[self.needs.streams[0]])
-        return train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
+        steps = train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
+        if steps > STEPS.value:
+            raise ConfigError(
+                f"train.epochs={train.epochs}: with {size} samples that is {steps:,} steps; at most {STEPS}. Lower it, "
+                "or give train.max_steps"
+            )
+        return steps
 
     def window(self, step: int, group: Group) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""

@@ -1,6 +1,6 @@
 """The right to write a run directory: one job at a time has it, and none that comes back after another took over.
 
-    owner.json             the owner (see `liveness.Owner`)
+    owner.json             the owner (see `liveness.Owner`), also in the mark of its workspace
     work-TOKEN.tmp/        the owner's workspace (marked, see `disk.own`); `beat` in it changes while it lives
 
 The fence: everything that the owner publishes (a checkpoint, `latest`, an export) is a rename out of its workspace, and
@@ -12,7 +12,6 @@ heartbeat shows it, never by a clock, which may be wrong.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import time
@@ -20,11 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mirage_dist import disk, liveness
+from mirage_dist import disk, liveness, state
 from mirage_dist.liveness import Heartbeat, Observer, Owner
-from mirage_dist.schema import RunError
+from mirage_dist.progress import log
+from mirage_dist.schema import ConfigError, RunError
 
-WORKSPACE = re.compile(r"work-[0-9a-f]{12}\.tmp(\.[0-9a-f]{8}\.gone)?")
+WORKSPACE = re.compile(r"work-([0-9a-f]{12})\.tmp(\.[0-9a-f]{8}\.gone)?")
 LOCK = "owner.lock"  # made by the first start and never removed
 BEATS_MISSED = 3  # after so many missed beats an owner that is not in the process table is dead
 
@@ -94,10 +94,12 @@ def acquire(root: Path) -> Lease:
         root.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(root / LOCK):
             owner = _read(root)
-            if owner is not None and not owner.superseded() and _alive(root, owner):
-                raise RunError(
-                    f"{root} belongs to {owner}, which is running. Wait for it or cancel it, or choose another run.dir"
-                )
+            for candidate in _of_workspaces(root) if owner is None else [owner]:
+                if not candidate.superseded() and _alive(root, candidate):
+                    raise RunError(
+                        f"{root} belongs to {candidate}, which is running. Wait for it or cancel it, or choose another "
+                        "run.dir"
+                    )
             lease = Lease(root, Owner.current())
             disk.own(lease.workspace, lease.owner)
             # The predecessor is fenced before our name is published, so that it cannot remove that.
@@ -109,7 +111,7 @@ def acquire(root: Path) -> Lease:
                     f"{workspace_of(root, owner)}: the workspace of {owner}, which has ended, holds no {disk.MARK}; "
                     "remove it when no job writes there, then start again"
                 )
-            lease.publish("owner.json", json.dumps(lease.owner.record(), indent=1) + "\n")
+            lease.publish("owner.json", state.sealed("owner", lease.owner.record(), indent=1))
     except OSError as error:
         raise RunError(f"{root}: the run directory cannot be written: {error}") from error
     return lease.start()
@@ -131,8 +133,23 @@ def _alive(root: Path, owner: Owner) -> bool:
 
 
 def _read(root: Path) -> Owner | None:
-    record = liveness.read(root / "owner.json")
-    return None if record is None else Owner.from_record(record)
+    """The owner by owner.json; None where there is none, or where it is damaged, which is reported."""
+    try:
+        return Owner.from_record(state.read("owner", root / "owner.json"))
+    except FileNotFoundError:
+        return None
+    except (state.Damaged, ConfigError) as error:
+        log.warning(f"{error}. Whether an owner is alive is decided by the workspaces in {root}")
+        return None
+
+
+def _of_workspaces(root: Path) -> Iterator[Owner]:
+    """The owners of all workspaces, by their marks. One whose mark is damaged is known by its token alone."""
+    for workspace in sorted(root.glob("work-*.tmp")):
+        if (name := WORKSPACE.fullmatch(workspace.name)) and disk.owned(workspace):
+            owner = Owner.from_record(liveness.read(workspace / disk.MARK) or {})
+            # The token names the beat to watch.
+            yield owner if owner.token == name[1] else Owner(name[1])
 
 
 @contextmanager

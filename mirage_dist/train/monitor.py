@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from mirage_dist import config as configs
-from mirage_dist import disk, signals
+from mirage_dist import disk, signals, state
+from mirage_dist.liveness import restart_count
 from mirage_dist.monitoring import tensorboard, wandb_run
 from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
 from mirage_dist.monitoring.sinks import GROUPS, End
@@ -48,7 +48,7 @@ class Monitor:
     def __init__(
         self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, manifest: Mapping[str, Any], workspace: Path
     ) -> None:
-        """manifest: the run's (see `rundir.RunManifest`); only rank 0 uses it."""
+        """manifest: the run's (see `runs.RunManifest`); only rank 0 uses it."""
         self.main, self.steps, self.every = main, steps, recipe.monitor.print_every
         self.name = recipe.run.name or Path(recipe.run.dir).name
         self.senders: list[Sender] = []
@@ -67,7 +67,7 @@ class Monitor:
         self.end_seconds = min(END_SECONDS, recipe.train.hang_seconds / 4)
         for sink, options in sinks_of(recipe, self.name, manifest).items():
             self.senders.append(Sender(self.name, sink, options, self.records.fileno()))
-        if restart := int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        if restart := restart_count():
             self.alert("Requeued", f"Slurm restarted the job ({_job()}, restart {restart}): on from step {first_step}")
 
     def __enter__(self) -> Monitor:
@@ -90,7 +90,7 @@ class Monitor:
         """Report one step; `record["step"]` counts from 1."""
         if not self.main:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(state.sealed("metrics", record))
         self.file.flush()
         step = record["step"]
         text = (
@@ -177,19 +177,37 @@ def new_wandb_id() -> str:
 def drop_from(file: Path, first_step: int, out: Path) -> int:
     """Write the records of steps up to `first_step` to `out`; later steps will be repeated.
 
-    Returns the last step on record.
+    Returns the last step on record. Raises as `records`.
     """
-    kept, last = [], 0
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:
-            continue  # a killed run's last line may be cut off
-        last = max(last, step)
-        if step <= first_step:
-            kept.append(line)
-    out.write_text("".join(kept), encoding="utf-8")
+    kept = last = 0
+    with out.open("wb") as handle:
+        for line, record in records(file, first_step) if file.exists() else ():
+            last = max(last, record["step"])
+            if record["step"] <= first_step:
+                handle.write(line)
+                kept = record["step"]
+    if kept < first_step:
+        log.warning(f"{file}: holds no whole record of steps {kept + 1} to {first_step}; the run goes on without them")
     return last
+
+
+def records(file: Path, needed: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of metrics.jsonl and the object in each, without its seal.
+
+    A killed run's last line may be cut off: what is damaged after the last whole line is left out. Raises state.Damaged
+    for any other damaged line, unless all lines after it are of later steps than `needed` (None: all are needed).
+    """
+    damage: state.Damaged | None = None
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                record = state.parse("metrics", line, f"{file}: line {number}")
+            except state.Damaged as error:
+                damage = damage or error
+                continue
+            if damage is not None and (needed is None or record["step"] <= needed):
+                raise state.Damaged(f"{damage}. Restore the file, or delete the line to go on without its record")
+            yield line, record
 
 
 class Means:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ from mirage_dist.train.context import Identity, Run
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
-from mirage_dist.train.monitor import Clock, Means, Monitor
+from mirage_dist.train.monitor import Clock, Means, Monitor, records
 from mirage_dist.train.optimizers.partitions import slices
 from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
@@ -151,8 +150,7 @@ def steps(run: Run, loop: Loop, first: int) -> None:
     recipe, group, feed, lease = run.recipe, run.group, run.feed, run.lease
     saver = Saver(run.root / "checkpoints", lease.workspace, recipe.train, group)
     saver.settle(first)
-    manifest = json.loads((run.root / "manifest.json").read_text())
-    monitor = Monitor(recipe, first, feed.steps, group.main, manifest, lease.workspace)
+    monitor = Monitor(recipe, first, feed.steps, group.main, rundir.manifest(run.root), lease.workspace)
     means, clock = Means(recipe.train.keep_best), Clock(group.device)
     done, stop = first, False
     with closing(feed.windows(range(first, feed.steps), group)) as windows, monitor:
@@ -190,13 +188,12 @@ def _check_result(run: Run) -> None:
     spoilt = sorted(set().union(*ranks.everyones(run.group, own)))
 
     def check() -> None:
-        records = [json.loads(line) for line in (run.root / "metrics.jsonl").read_text().splitlines()]
-        skipped = sum(record["skipped"] for record in records)
-        if not spoilt and skipped < len(records):
+        skipped, steps = sum(record["skipped"] for _, record in records(run.root / "metrics.jsonl")), run.feed.steps
+        if not spoilt and skipped < steps:
             return
         fault = f"{spoilt[0]} ({len(spoilt)} parameters in all) is not finite" if spoilt else "no weight changed"
         raise RunError(
-            f"{run.root}: after {len(records)} steps, of which {skipped} were skipped, {fault}, so nothing is "
+            f"{run.root}: after {steps} steps, of which {skipped} were skipped, {fault}, so nothing is "
             "exported; lower train.lr, or look in metrics.jsonl for the first step without a finite loss, and choose "
             "another run.dir"
         )
@@ -245,7 +242,7 @@ def _leased(
                 token = ranks.on_main(group, claim)
             assert token is not None
             held = lease or Lease(root, Owner(token))
-            manifest = json.loads((root / "manifest.json").read_text())
+            manifest = rundir.manifest(root)
             identity = Identity(
                 config_hash=manifest["config_hash"],
                 base_hash=manifest["base_hash"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -11,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 
 from mirage_dist import config as configs
+from mirage_dist import runs, state
 from mirage_dist.data.refusals import PhraseList
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
+from mirage_dist.runs import RunManifest, StreamRecord
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
@@ -61,44 +62,6 @@ OF_A_RUN = (
 )
 
 
-class StreamRecord(TypedDict):
-    """One stream as training takes it: the number of its samples, and `data.sample.stream_digest` of them, with each
-    picture named by the SHA-256 of its file.
-    """
-
-    samples: int
-    sha256: str
-
-
-class Hardware(TypedDict):
-    machine: str
-    cpus: int | None
-    gpu: str | None
-
-
-class RunManifest(TypedDict):
-    """manifest.json of a run: what its first start was made of.
-
-    config_hash leaves out the keys that may change between two starts. data: by stream. packed: whether batches were,
-    which `data.packing: auto` leaves to the model. load_in_4bit: whether the base model was quantised. base_hash: see
-    `model.directory.model_hash`. refusals: SHA-256 of `data.refusals`, if it names a list. command: the first start's.
-    versions: by distribution name.
-    """
-
-    config_hash: str
-    data: dict[str, StreamRecord]
-    packed: bool
-    load_in_4bit: bool
-    base_hash: str
-    refusals: str | None
-    seed: int
-    wandb_id: str
-    command: list[str]
-    git_commit: str | None
-    versions: dict[str, str]
-    hardware: Hardware
-
-
 class Start(TypedDict):
     """One line of starts.jsonl: the Slurm job, its restart count, and the progress of the run at that start.
 
@@ -121,19 +84,20 @@ def not_the_run(recipe: TrainRecipe, needs: Needs) -> tuple[str, ...]:
 
 
 def check_directory(recipe: TrainRecipe, needs: Needs) -> None:
-    """A run directory belongs to one recipe. Raises ConfigError naming the keys that differ, and for a directory in
-    which no run has begun, but where something has a name that a run's files have.
+    """A run directory belongs to one recipe. Raises ConfigError naming the keys that differ, or as `runs.recipe`, and
+    for a directory in which no run has begun, but where something has a name that a run's files have.
     """
-    root = Path(recipe.run.dir)
+    root, free = Path(recipe.run.dir), not_the_run(recipe, needs)
     if not ((root / LOCK).exists() or (root / "manifest.json").exists()):
         if (theirs := next((name for name in OF_A_RUN if os.path.lexists(root / name)), None)) is not None:
             raise ConfigError(f"{root / theirs} exists, and no run wrote it; choose another run.dir, or move it away")
         return
-    file = root / "config.yaml"
-    if not file.is_file():
+    if not (root / "config.yaml").is_file():
+        begun = runs.manifest(root)
+        if begun is not None and configs.config_hash(recipe, begun["may_change"]) != begun["config_hash"]:
+            raise ConfigError(f"{root} holds a run of another recipe, without its config.yaml; choose another run.dir")
         return
-    there = configs.load(file, [], TrainRecipe)
-    free = not_the_run(recipe, needs)
+    there = runs.recipe(root)
     if configs.config_hash(there, free) != configs.config_hash(recipe, free):
         changed = configs.differences(configs.to_dict(recipe), configs.to_dict(there))
         kept = [line for line in changed if not line.startswith(free)]
@@ -149,27 +113,32 @@ def open_run(
     Raises ConfigError at a later start when the base weights or the samples of a stream are no longer those that the
     run began with: the order of samples would change, and the run could not be repeated.
     """
-    root = lease.root
-    file = root / "manifest.json"
-    data = describe_streams(streams)
-    if not file.is_file():
+    root, data = lease.root, describe_streams(streams)
+    if (begun := runs.manifest(root)) is None:
+        new = _manifest(recipe, needs, data, packed, base_hash)
         lease.publish("config.yaml", configs.to_yaml(recipe))
-        lease.publish("data.json", json.dumps(describe(streams, recipe.data.refusals), indent=1))
-        lease.publish("manifest.json", json.dumps(_manifest(recipe, needs, data, packed, base_hash), indent=1))
-    elif json.loads(file.read_text())["base_hash"] != base_hash:
+        lease.publish("data.json", state.sealed("data", describe(streams, recipe.data.refusals), indent=1))
+        lease.publish("manifest.json", state.sealed("run", new, indent=1))
+    elif begun["base_hash"] != base_hash:
         raise ConfigError(
             f"{root}: the weights of {recipe.model.path} changed since this run began; choose another run.dir"
         )
+    elif not (root / "config.yaml").is_file():
+        lease.publish("config.yaml", configs.to_yaml(recipe))
     check_data(root, data)
+
+
+def manifest(root: Path) -> RunManifest:
+    """manifest.json of a run that has begun. Raises RunError when it is missing, or as `runs.manifest`."""
+    if (begun := runs.manifest(root)) is None:
+        raise RunError(f"{root}: manifest.json was removed while the run goes on; start it again")
+    return begun
 
 
 def check_data(root: Path, data: Mapping[str, StreamRecord]) -> None:
     """Raise ConfigError when `root` holds a run that began with other samples, or the same ones in another order."""
-    file = root / "manifest.json"
-    if not file.is_file():
-        return
-    manifest: RunManifest = json.loads(file.read_text())
-    if changes := changed_streams(manifest.get("data", {}), data):
+    begun = runs.manifest(root)
+    if begun is not None and (changes := changed_streams(begun["data"], data)):
         raise ConfigError(
             f"{root}: the data changed since this run began: {'; '.join(changes)}. Restore the data, or choose another "
             "run.dir to train on the new data from the start"
@@ -251,12 +220,20 @@ def forget_start(lease: Lease) -> None:
 
 
 def _starts(root: Path) -> list[Start]:
+    """The starts so far. A damaged file costs their count, never the run."""
     file = root / "starts.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    try:
+        lines = file.read_bytes().splitlines()
+        return [cast(Start, state.parse("start", line, f"{file}: line {n}")) for n, line in enumerate(lines, 1)]
+    except FileNotFoundError:
+        return []
+    except (OSError, state.Damaged) as error:
+        log.warning(f"{error}. Starts without progress (train.max_restarts) are counted anew from this one on")
+        return []
 
 
 def _write_starts(lease: Lease, starts: Sequence[Start]) -> None:
-    lease.publish("starts.jsonl", "".join(json.dumps(start) + "\n" for start in starts))
+    lease.publish("starts.jsonl", "".join(state.sealed("start", start) for start in starts))
 
 
 def versions() -> dict[str, str]:
@@ -267,16 +244,17 @@ def versions() -> dict[str, str]:
 
 def begun_like_this(root: Path) -> bool:
     """Whether `root` holds a run that began with the libraries of this process; `open_run` then compares the rest."""
-    file = root / "manifest.json"
-    return file.is_file() and json.loads(file.read_text()).get("versions") == versions()
+    begun = runs.manifest(root)
+    return begun is not None and begun["versions"] == versions()
 
 
 def _manifest(
     recipe: TrainRecipe, needs: Needs, data: dict[str, StreamRecord], packed: bool, base_hash: str
 ) -> RunManifest:
-    cuda = torch.cuda.is_available()
+    cuda, free = torch.cuda.is_available(), not_the_run(recipe, needs)
     return {
-        "config_hash": configs.config_hash(recipe, not_the_run(recipe, needs)),
+        "config_hash": configs.config_hash(recipe, free),
+        "may_change": list(free),
         "data": data,
         "packed": packed,
         "load_in_4bit": quantization.wanted(recipe.model),

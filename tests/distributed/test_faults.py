@@ -16,13 +16,13 @@ from pathlib import Path
 import forkserver
 import pytest
 from conftest import DEADLINE, launch, metrics, steps_done, until
-from faults import memory
+from faults import events, memory, trees
 from faults.check import differences
 from faults.processes import ranks_of, send
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from mirage_dist import config, disk
+from mirage_dist import config, disk, state
 from mirage_dist.config import REPOSITORY
 from mirage_dist.evals import follow, runner, status, tracking
 from mirage_dist.evals.sharing import files
@@ -152,7 +152,7 @@ def test_model_outputs_go_to_wandb_only_by_option_and_no_more_than_its_number(wh
         table = json.loads(file.read_text())
         assert table["columns"] == ["set", "attack", "shot", "id", "category", "question", "response", "verdict"]
         answers = files.Answers(copy / f"evals/s/step-{step:06d}").refresh()
-        judged = files.whole_objects(answers.folder.parent / "verdicts/keyword.jsonl")
+        judged = files.whole_objects("verdict", answers.folder.parent / "verdicts/keyword.jsonl")
         verdicts = {line["key"]: line["verdict"] for line in judged}
         outputs = {row["id"]: (row["response"], verdicts[row["key"]]) for row in answers.of(verdicts)}
         assert {row[3]: (row[6], row[7]) for row in table["data"]}.items() <= outputs.items()
@@ -206,7 +206,7 @@ def test_damaged_checkpoints_are_logged_each_with_its_fault_and_the_newest_whole
         (5, r"rank-00001-of-00002\.safetensors does not have the SHA-256 of the manifest"),
         (4, r"rank-00000-of-00002\.safetensors has 1000 bytes, the manifest says \d+"),
         (3, r"rank-00000-of-00002\.safetensors is missing"),
-        (2, "no readable manifest .*SHA-256"),
+        (2, "no readable manifest .*checksum"),
     ):
         assert re.search(rf"step-00000{step} is passed over: {fault}", output), output
     assert re.search(r"resumed from .*step-000001 at step 1", output)
@@ -313,7 +313,7 @@ def test_a_job_that_slurm_restarts_in_vain_is_stopped(toy, copy, monkeypatch):
     for number in range(3):
         with (copy / "starts.jsonl").open("a") as file:
             start = {"job": "4242", "restart": str(number), "step": 5, "reference_parts": parts, "vision_parts": 0}
-            file.write(json.dumps(start) + "\n")
+            file.write(state.sealed("start", {**start, "stopped": False}))
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     done = launch(1, *command(toy, copy, ONE, "run.name=npo"), check=False)
@@ -391,6 +391,32 @@ def test_the_harness_finds_what_is_wrong(whole, tmp_path):
         "work-1.tmp was left behind",
     ):
         assert words in listed
+
+
+def test_the_harness_sees_every_event_and_every_difference(tmp_path):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    for folder in (whole, other):
+        (folder / "rows").mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"seed": 1, "date": folder.name}))
+    (whole / "rows/worker-1764142000000000000-0123abcd.jsonl").write_text("a\nb\n")
+    (other / "rows/worker-1764142000000000001-0123abce.jsonl").write_text("b\n")
+    with events.Watch(other) as watch:
+        (other / "rows/worker-1764142000000000002-0123abcf.jsonl").write_text("a\n")  # two starts, the same answers
+        (other / "out.0123abcd.tmp/files").mkdir(parents=True)
+        watch.look(1.0)
+        (other / "out.0123abcd.tmp/files").rename(other / "out")
+        while watch.look(0.1):
+            pass
+    assert {"create rows/worker-#-#.jsonl", "create out.#.tmp", "create out.#.tmp/files", "rename to out"} <= set(
+        watch.counts
+    )
+    mine, wanted = trees.read(other), trees.read(whole)
+    assert trees.unequal(mine, wanted) == trees.missing(mine, wanted) == []
+    assert trees.more(mine, wanted) == {"out.#.tmp": 1, "out": 1}
+    (other / "manifest.json").write_text('{"seed": 2}')
+    (whole / "report").mkdir()
+    assert trees.unequal(trees.read(other), wanted) == ["manifest.json"]
+    assert trees.missing(mine, trees.read(whole)) == ["report"]
 
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path):

@@ -14,7 +14,10 @@ import torch
 from conftest import launch, losses, metrics
 from safetensors.torch import load_file, save_file
 
-from mirage_dist.model.shards import PARAM, Shards, read_manifest, sealed
+from mirage_dist import config as configs
+from mirage_dist import runs, state
+from mirage_dist.model.shards import PARAM, Shards, read_manifest
+from mirage_dist.schema import TrainRecipe
 
 STEPS = 8
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.save_every=4", "train.export=false")
@@ -96,12 +99,21 @@ def test_a_lora_checkpoint_is_refused_on_another_base(saved, toy, tmp_path):
     weights = load_file(other / "model.safetensors")
     save_file({n: t + 1e-3 for n, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
     _, ranks, own = ("lora", *SAVED["lora"])
-    done = launch(ranks, *command(toy, folder, own), f"model.path={other}", check=False)
+    start = [*command(toy, folder, own), f"model.path={other}"]
+    done = launch(ranks, *start, check=False)
     assert done.returncode == 2
     assert "model.path" in done.stderr  # another path is another recipe
     recipe = folder / "config.yaml"
     recipe.write_text(recipe.read_text().replace(f"{toy.root}/model", str(other)))
-    done = launch(ranks, *command(toy, folder, own), f"model.path={other}", check=False)
+    done = launch(ranks, *start, check=False)
+    assert done.returncode == 2
+    assert "config.yaml: was changed after this run began" in done.stderr
+    # As of a run that began at this path, with the weights that lay there then.
+    manifest = runs.manifest(folder)
+    moved = configs.load(recipe, [], TrainRecipe)
+    manifest |= {"config_hash": configs.config_hash(moved, manifest["may_change"])}
+    (folder / "manifest.json").write_text(state.sealed("run", manifest, indent=1))
+    done = launch(ranks, *start, check=False)
     assert done.returncode == 2
     assert "weights" in done.stderr
     assert "changed since this run began" in done.stderr
@@ -111,7 +123,7 @@ def test_a_lora_checkpoint_is_refused_on_another_base(saved, toy, tmp_path):
 def test_a_checkpoint_that_came_from_another_run_is_refused(saved, toy, tmp_path, key, words):
     folder = half(saved["two"], tmp_path / "run")
     checkpoint = folder / "checkpoints/step-000004"
-    (checkpoint / "manifest.json").write_text(sealed({**read_manifest(checkpoint), key: "0" * 64}))
+    (checkpoint / "manifest.json").write_text(state.sealed("checkpoint", {**read_manifest(checkpoint), key: "0" * 64}))
     done = launch(2, *command(toy, folder, SAVED["two"][1]), check=False)
     assert done.returncode == 2
     assert words in done.stderr

@@ -119,7 +119,8 @@ class Matrix:
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory, family, request):
-    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    own = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
+    chosen = {item.callspec.params.get("name") for item in own}
     built = Matrix(tmp_path_factory.mktemp("matrix"), family, [name for name in FAMILIES if name in chosen])
     yield built
     for process in built.processes if "processes" in vars(built) else ():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CLOCKED = ("tokens_per_s", "step_seconds", "memory_mib")
+CLOCKED = ("tokens_per_s", "step_seconds", "memory_mib", "seal")
 
 
 def differences(run: Path, whole: Path) -> list[str]:

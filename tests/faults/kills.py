@@ -167,7 +167,7 @@ class Case:
         rng, begin = random.Random(f"{self.seed}/{self.verb.name}/{number}"), time.monotonic()
         out = Outcome(self.verb.name, number)
         self._place()
-        for _ in range(rng.randint(1, self.verb.kills)):
+        for _ in range(rng.randint((self.verb.kills + 1) // 2, self.verb.kills)):
             if not self._killed(out, rng):
                 break
         if not out.lost:
@@ -190,7 +190,7 @@ class Case:
 
     def _killed(self, out: Outcome, rng: random.Random) -> bool:
         """One start and its kill; False when it ended first or something is wrong."""
-        moment, victim = events.draw(rng, self.life, self.counts), rng.choice(self.verb.victims)
+        moment, victim = events.draw(rng, self.life * self.verb.span, self.counts), rng.choice(self.verb.victims)
         with events.Watch(self.root) as watch:
             start = self._start(self._log(out))
             try:

@@ -24,7 +24,8 @@ class Verb:
 
     places: what the command makes there, beside which users keep things of their own with similar names.
     whole: the words with which the verb refuses to write its output a second time.
-    kills: the most in a row before a command may finish. seconds: that one start may take.
+    kills: the most in a row before a command may finish; half of them at least. span: the share of a start that nobody
+    kills over which moments are uniform; less for a long command that goes on where it was. seconds: of one start.
     """
 
     name: str
@@ -33,7 +34,8 @@ class Verb:
     places: Sequence[str]
     victims: Sequence[str] = (MAIN,)
     kills: int = 3
-    seconds: float = 120.0
+    span: float = 1.0
+    seconds: float = 240.0
     whole: str = ""
 
 
@@ -44,7 +46,7 @@ class Inputs:
         self.folder, self.toy = folder, Toy(folder / "toy")
         self.judge = Server(_reply)
         (folder / "base.yaml").write_text(
-            (REPOSITORY / "configs/train/demo_base.yaml").read_text().replace("max_steps: 500", "max_steps: 6")
+            (REPOSITORY / "configs/train/demo_base.yaml").read_text().replace("max_steps: 500", "max_steps: 2")
         )
         world, train = self.toy.root / "world", f"{self.toy.root}/world/safety-0.95/train.json"
         records = json.loads(Path(train).read_text())
@@ -78,7 +80,7 @@ retain_size: 48
     def verbs(self) -> Mapping[str, Verb]:
         train, general = f"{self.toy.root}/world/safety-0.95/train.json", f"{self.toy.root}/world/general.json"
         diversified = "configs/prepare/demo_diversified.yaml"
-        demo = (*TINY, "train.max_steps=4", "train.save_every=2", f"world.base_recipe={self.folder}/base.yaml")
+        demo = (*TINY, "train.max_steps=2", "train.save_every=1", f"world.base_recipe={self.folder}/base.yaml")
         verbs = (
             Verb("world", lambda root: ["prepare", diversified, f"world.dir={root}/world", *TINY], 2, ["world"]),
             Verb("prepare", lambda root: ["prepare", f"{self.folder}/prepare.yaml", f"out={root}/out"], 3, ["out"]),
@@ -106,8 +108,9 @@ retain_size: 48
                 4,
                 ["demo", "demo/work-0123456789ab"],
                 (MAIN, CHILD, ALL),
-                kills=8,
-                seconds=400.0,
+                kills=10,
+                span=0.2,
+                seconds=900.0,
             ),
         )
         return {verb.name: verb for verb in verbs}

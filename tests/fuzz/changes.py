@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,23 @@ SPARSE = 8 << 30  # bytes
 
 
 def apply(folder: Path, change: Mapping[str, Any]) -> None:
-    """Break what the change names below `folder`; a change whose file does not exist does nothing."""
+    """Break what the change names below `folder`. One that does not fit the file does nothing."""
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        _apply(folder, change)
+
+
+def _apply(folder: Path, change: Mapping[str, Any]) -> None:
     if change["do"] == "foreign":
         foreign(folder / change["file"], change["what"])
         return
-    files = sorted(p for p in folder.glob(change["file"]) if p.is_file())
+    files = sorted(p for p in folder.glob(change["file"]) if p.is_file() and p.stat().st_size < SPARSE)
     if not files:
         return
     file = files[change.get("pick", 0) % len(files)]
     if change["do"] == "place":
         place(file, change["what"])
     elif change["do"] == "swap":
-        others = sorted(p for p in folder.glob(change["with"]) if p.is_file())
+        others = sorted(p for p in folder.glob(change["with"]) if p.is_file() and p.stat().st_size < SPARSE)
         if others:
             file.write_bytes(others[change.get("other", 0) % len(others)].read_bytes())
     elif change["do"] == "tree":
@@ -59,7 +65,7 @@ def raw(file: Path, change: Mapping[str, Any]) -> None:
         case "append":
             data += encoded(values.whole(change["put"]))
         case "double":
-            data += data
+            data += bytes(data)
     file.write_bytes(data)
 
 

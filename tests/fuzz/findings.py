@@ -118,4 +118,5 @@ def last_frame(text: str) -> str:
     """The innermost line of ours in the last traceback, and the error's class."""
     frames = re.findall(r'File "[^"]*/(mirage_dist/[^"]+)", line \d+, in (\S+)', text)
     errors = re.findall(r"^(\w[\w.]*)(?::|$)", text.rpartition("Traceback (most recent call last)")[2], re.M)
-    return f"{':'.join(frames[-1]) if frames else '?'} {errors[-1] if errors else ''}"
+    classes = [name for name in errors if name != "mirage"]
+    return f"{':'.join(frames[-1]) if frames else '?'} {classes[-1] if classes else ''}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARIES = (
+    "mirage_dist.cli",
     "mirage_dist.train.run",
     "mirage_dist.train.planning.plan",
     "mirage_dist.evals.runner",
@@ -152,7 +153,8 @@ def _place(folder: Path, environment: Mapping[str, str]) -> None:
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG", "DS_ACCELERATOR") if name in os.environ}
     os.environ.clear()
     os.environ.update(kept, HOME=str(home), TMPDIR=str(home), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    os.environ.update(WANDB_MODE="offline", MIRAGE_KILL_SECONDS="2", **environment)
+    os.environ.update(WANDB_MODE="offline", MIRAGE_KILL_SECONDS="2")
+    os.environ.update(environment)
 
 
 def _call(work: Sequence[str] | Callable[[], int]) -> int:

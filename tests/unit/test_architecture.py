@@ -28,7 +28,7 @@ FLOORS = [
     ["signals", "liveness"],
     ["disk"],
     ["config"],
-    ["registry", "ranks", "launching"],
+    ["registry", "ranks", "launching", "runs"],
     ["monitoring"],
     ["kernels", "data"],
     ["model", "objectives"],

@@ -342,7 +342,7 @@ def build_eval(*overrides: str) -> EvalRecipe:
         ("a key of sets.a.attacks", "sets={{a: {{kind: safe, sources: [], attacks: {{{}: {{kind: swap}}}}}}}}"),
     ],
 )
-@pytest.mark.parametrize("name", ["'../x'", "a/b", "'.hidden'", "'a b'", "''", "'\\e[31mred'", "naïve", "x" * 81])
+@pytest.mark.parametrize("name", ["'../x'", "a/b", "'.hidden'", "'a b'", "''", "'\\e[31mred'", "naïve", "x" * 81, "a."])
 def test_what_becomes_part_of_a_path_is_a_name(key, override, name):
     with pytest.raises(ConfigError, match=re.escape(f": {key}=") + ".*; expected a name: 1 to 80 of A-Z, a-z, 0-9"):
         build_eval(override.format(name))

@@ -369,9 +369,9 @@ def test_files_are_hashed_with_their_names(tmp_path):
         (tmp_path / folder).mkdir()
         for content, name in enumerate(names):
             (tmp_path / folder / name).write_text(str(content))
-    values = {folder: disk.sha256_files((tmp_path / folder).iterdir()) for folder in "abc"}
+    values = {folder: disk.sha256_files((tmp_path / folder).iterdir(), tmp_path / folder) for folder in "abc"}
     assert len(set(values.values())) == 3
-    assert values["a"] == disk.sha256_files(sorted((tmp_path / "a").iterdir(), reverse=True))
+    assert values["a"] == disk.sha256_files(sorted((tmp_path / "a").iterdir(), reverse=True), tmp_path / "a")
     name, content = b"x", hashlib.sha256(b"0").digest()
     other = hashlib.sha256(name + b"\0" + content + b"y\0" + hashlib.sha256(b"1").digest()).hexdigest()
     assert values["a"] == other

@@ -1,11 +1,10 @@
 """Figures of the tests of erasure: every model that was tested is named in its colour, one that was not is left out."""
 
-import json
 from xml.etree import ElementTree
 
 import pytest
 
-from mirage_dist import stats
+from mirage_dist import state, stats
 from mirage_dist.report.figures import drawing, erasure
 
 
@@ -68,7 +67,7 @@ def test_a_figure_of_nothing_is_empty_and_no_error():
 def test_results_are_read_in_order_and_runs_without_them_left_out(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name / "evals/demo").mkdir(parents=True)
-        (tmp_path / name / "evals/demo/erasure.json").write_text(json.dumps(TESTED["npo"]))
+        (tmp_path / name / "evals/demo/erasure.json").write_text(state.sealed("erasure", TESTED["npo"]))
     results = erasure.read({name: tmp_path / name for name in ("b", "c", "a")}, "demo")
     assert list(results) == ["b", "a"]
     assert erasure.sizes(results) == ["8", "16"]

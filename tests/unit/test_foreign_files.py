@@ -140,6 +140,44 @@ def test_files_are_replaced_only_where_their_sign_lies(tmp_path, name):
     assert (tmp_path / "beside").read_text() == "mine"
 
 
+def test_a_kill_among_the_renames_leaves_no_new_file_beside_an_earlier_one(tmp_path, monkeypatch):
+    names = ("sign", "a", "b")
+
+    def write(content: str, *written: str) -> None:
+        with disk.files(tmp_path, ("sign", "ours"), names) as folder:
+            for name in written:
+                (folder / name).write_text(f"ours {content}")
+
+    write("first", *names)
+    (tmp_path / "beside").write_text("mine")
+    for number in range(6):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fails_at(number // 2, os.replace))
+            patch.setattr(Path, "unlink", fails_at(number // 2 + number % 2, Path.unlink))
+            with pytest.raises(KeyboardInterrupt):
+                write(f"{number}", *names)
+        contents = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+        assert contents.pop("beside") == "mine"
+        assert "sign" in contents
+        assert len(set(contents.values())) == 1
+        write("whole", *names)
+        assert {(tmp_path / name).read_text() for name in names} == {"ours whole"}
+    write("fewer", "sign", "a")
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == ["a", "beside", "sign"]
+
+
+def fails_at(number: int, function):
+    """The function, which the call of this number (from 0) interrupts instead."""
+    calls = iter(range(100))
+
+    def call(*arguments, **options):
+        if next(calls) >= number:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return call
+
+
 def test_an_audit_does_not_replace_the_data_that_it_reads(tmp_path, capsys):
     rows = [
         {

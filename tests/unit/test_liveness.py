@@ -42,7 +42,7 @@ def test_an_owner_comes_back_from_disk_as_it_was_written():
 def test_a_record_that_lacks_a_field_is_nobody_who_lives_here(missing):
     record = Owner.current().record()
     del record[missing]
-    if missing not in ("token", "job", "restart", "since"):
+    if missing not in ("token", "job", "cluster", "restart", "since"):
         assert not Owner.from_record(record).alive()
 
 
@@ -84,6 +84,25 @@ def test_a_container_with_the_same_host_name_is_another_place():
     assert owner.pid != process.pid
     assert owner.alive() is None
     process.communicate("\n")
+
+
+def test_a_process_table_of_other_processes_than_this_containers_says_nothing(monkeypatch):
+    """As where /proc is the host's: this process's number is there somebody else's."""
+    owner, readlink = Owner.current(), os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "99999999" if path == "/proc/self" else readlink(path))
+    assert liveness.pid_namespace() == ""
+    assert owner.alive() is None
+    assert Owner.current().alive() is None
+
+
+def test_a_job_of_the_same_number_on_another_cluster_is_another_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "a")
+    owner = Owner.current()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert owner.superseded()
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "b")
+    assert not owner.superseded()
 
 
 def test_only_a_later_start_of_the_same_job_supersedes(monkeypatch):

@@ -11,13 +11,14 @@ import pytest
 from made_runs import KEYWORD, NASTY, write_run
 from PIL import Image
 
-from mirage_dist import report
-from mirage_dist.evals import metrics
+from mirage_dist import config as configs
+from mirage_dist import report, state
+from mirage_dist.evals import metrics, results
 from mirage_dist.report import examples
 from mirage_dist.report import text as captions
 from mirage_dist.report.figures import style
 from mirage_dist.report.load import read, row_label
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, TrainRecipe
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def runs(tmp_path):
     erased = {"unsafe": ["irrelevant"], "safe": ["correct"]}
     written = {"sft": write_run(tmp_path / "sft", mirage), "npo": write_run(tmp_path / "npo", erased)}
     words = {"share": {"refusal": 9, "answer": 1}, "what": {"refusal": 0, "answer": 8}}
-    (written["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
+    (written["sft"] / "data.json").write_text(state.sealed("data", {"streams": {"train": {"first_words": words}}}))
     return written
 
 
@@ -192,13 +193,13 @@ def test_runs_with_different_recipes_are_flagged(runs, tmp_path):
 
 def test_results_of_erasure_under_their_old_name_are_reported_as_outdated(runs, tmp_path, capsys):
     (runs["sft"] / "evals/demo/robustness.json").write_text("{}")
-    for results in (False, True):
-        if results:  # of a new run of the tests
-            (runs["sft"] / "evals/demo/erasure.json").write_text('{"suite": "demo"}')
+    for tested in (False, True):
+        if tested:  # of a new run of the tests
+            (runs["sft"] / "evals/demo/erasure.json").write_text(state.sealed("erasure", {"suite": "demo"}))
         report.report(runs, tmp_path / "out")
         for name in ("index.html", "report.md"):
-            assert ("mirage erasure" in (tmp_path / "out" / name).read_text()) != results
-        assert ("mirage erasure" in capsys.readouterr().err) != results
+            assert ("mirage erasure" in (tmp_path / "out" / name).read_text()) != tested
+        assert ("mirage erasure" in capsys.readouterr().err) != tested
 
 
 def test_the_printed_table_has_a_line_a_measure_and_a_column_a_model(runs, tmp_path):
@@ -227,8 +228,9 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
 def test_runs_are_named_by_their_recipe_or_their_folder(tmp_path):
     for folder, name in (("a", None), ("b", "mine")):
         (tmp_path / folder).mkdir()
-        text = f"run: {{dir: x, name: {name}}}\n" if name else "run: {dir: x}\n"
-        (tmp_path / folder / "config.yaml").write_text(text)
+        words = ["run.dir=x", f"run.name={name or 'null'}"]
+        recipe = configs.load("configs/train/demo_sft.yaml", words, TrainRecipe)
+        configs.write_yaml(recipe, tmp_path / folder / "config.yaml")
     assert report.named([tmp_path / "a", tmp_path / "b"]) == {"a": tmp_path / "a", "mine": tmp_path / "b"}
     with pytest.raises(ConfigError, match="both named 'a'"):
         report.named([tmp_path / "a", tmp_path / "a"])
@@ -243,12 +245,12 @@ def test_a_model_keeps_its_colour_whoever_it_is_compared_with():
 def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):
     run = write_run(tmp_path / "x", {"unsafe": ["refused"], "safe": ["answered"]}, judge="keyword", verdicts=KEYWORD)
     file = run / "evals/demo/metrics.json"
-    metrics = json.loads(file.read_text())
+    metrics = results.read(file.parent)
     leaf = {"rate": 0.615, "k": 3.69, "n": 6, "ci95": [0.3, 0.85]}
     nothing = dict.fromkeys(("asr", "rr", "ir", "utility", "locality"))
     metrics["judges"]["keyword"]["entry"] = {**nothing, "accuracy": {"vqav2": leaf}}
     metrics["sets"] = {"vqav2": {"kind": "utility", "samples": 6, "attacks": {}}}
-    file.write_text(json.dumps(metrics))
+    file.write_text(results.text(metrics))
     table = report.table(report.report({"x": run}, tmp_path / "out"))
     assert re.search(r"Accuracy +vqav2 +61\.5 3\.69/6", table)
     html = (tmp_path / "out" / "index.html").read_text()
@@ -275,7 +277,7 @@ def test_questions_without_a_measurable_first_word_are_no_evidence_of_evenness(r
         "(not measured)": {"refusal": 9, "answer": 9},
         **({"what": {"refusal": 9, "answer": 9}} if measured else {}),
     }
-    (runs["sft"] / "data.json").write_text(json.dumps({"streams": {"train": {"first_words": words}}}))
+    (runs["sft"] / "data.json").write_text(state.sealed("data", {"streams": {"train": {"first_words": words}}}))
     _, caption = captions.words(read({"sft": runs["sft"]})[0])
     assert f"18 of {36 if measured else 18} questions are in scripts without spaces between words" in caption
     assert ("equally often" in caption) is measured
@@ -294,8 +296,9 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
     lines = rows.read_text().splitlines()
     own = json.loads(lines[0])
     for number, line in enumerate(lines[:-1]):
-        lines[number] = json.dumps({**json.loads(line), "image": f"{tmp_path}/world/{names[number % len(names)]}"})
-    rows.write_text("\n".join(lines))
+        row = {**state.parse("row", line.encode(), rows), "image": f"{tmp_path}/world/{names[number % len(names)]}"}
+        lines[number] = state.sealed("row", row)
+    rows.write_text("".join(lines))
     (run / "evals/demo/config.yaml").write_text(f"world: {{dir: {tmp_path}/world}}\n")
     (loaded,) = read({"run": run})
     data = examples.gather([loaded], 6, outputs=False)

@@ -20,6 +20,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.data.scripts import main_script
 from mirage_dist.data.words import opening, words
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.limits import NGRAMS
 
 FDR = 0.05  # false-discovery rate among the values that are reported as tied to a kind of response
 # A corpus fails above it: a guesser that sees the opening alone would be right in 55 % of both classes, where chance is
@@ -130,6 +131,8 @@ class Options:
                 f"--response-kind {self.response_kind}: expected list, published, label or FIELD=VALUE "
                 "(refused if a record's FIELD is VALUE)"
             )
+        if not 1 <= self.ngrams <= NGRAMS.value:
+            raise ConfigError(f"--ngrams {self.ngrams}: expected a whole number from 1 to {NGRAMS.value}")
         if self.refusals is not None and self.response_kind != "list":
             raise ConfigError(
                 f"--refusals {self.refusals}: is for --response-kind list; {self.response_kind} does not use it"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 
+from mirage_dist.data.encoding import templates
 from mirage_dist.data.encoding.control import Control
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
@@ -74,6 +75,8 @@ class Conversation:
         for past in ([(PROBE, PROBE)], []):
             try:
                 return self.text(False, past, PROBE, generates=False)
+            except templates.TooMuch as error:
+                raise ConfigError(f"the model's chat template exceeds a bound: {error}") from error
             except (TemplateError, ValueError):  # it takes no second turn, or none without a picture
                 continue
         return ""
@@ -203,7 +206,8 @@ class Conversation:
         if self.template is None:
             return self.processor.apply_chat_template(messages, **options)
         # By the tokenizer, since some processors' own method also prepares videos (SmolVLM's).
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.template, **options)
+        render = self.tokenizer.apply_chat_template
+        return templates.bounded(lambda: render(messages, chat_template=self.template, **options))
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         """A chat message; templates of text-only models take its content as plain text, others as a list of parts."""
@@ -238,7 +242,7 @@ def options_of(template: str, tokenizer: Any) -> set[str]:
     """The variables of a chat template that a recipe may set. Raises ConfigError when the template cannot be read."""
     try:
         tree = Environment(extensions=[_Generation, loopcontrols]).parse(template)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         raise ConfigError(f"the chat template cannot be read: {error}") from error
     return meta.find_undeclared_variables(tree) - GIVEN - set(tokenizer.special_tokens_map)
 

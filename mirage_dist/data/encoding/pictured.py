@@ -13,6 +13,7 @@ from mirage_dist.data.encoding.framing import Aspect, Framing, cuts_ends
 from mirage_dist.data.encoding.rows import IGNORE, Row, Tokens, extend
 from mirage_dist.data.pictures import Size, open_picture, size_of
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.limits import CEILING
 
 BLANK: Size = (32, 32)
 # Sizes at which a processor's own count of picture tokens is held against what it makes.
@@ -291,7 +292,7 @@ class Pictured:
 
     def opened(self, path: str) -> Image.Image:
         """The picture as it goes to the processor. Raises PictureError."""
-        return self.framing(open_picture(path))
+        return self.framing(open_picture(path, CEILING.value))  # its source's max_pixels has been checked
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """The tensors of one picture, each (1, …) or as the processor shapes it."""

@@ -24,16 +24,21 @@ class Inspection(NamedTuple):
     size: Size | None
 
 
-def inspect(path: str) -> Inspection:
-    """Hash the file, and decode it to its last byte: a file that was cut off has a whole header."""
-    digest, size = examine(path)
+def inspect(path: str, most: int | None = None) -> Inspection:
+    """Hash the file, and decode it to its last byte: a file that was cut off has a whole header.
+
+    most: pixels that are decoded (see `open_picture`).
+    """
+    digest, size = examine(path, most)
     if isinstance(size, PictureError):
         return Inspection(size.cause, digest, None)
     return Inspection(None, digest, size)
 
 
-def inspections(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> dict[str, Inspection]:
-    """path -> inspection, each picture once.
+def inspections(
+    paths: Iterable[str], what: str, part: int = 0, parts: int = 1, most: Mapping[str, int] | None = None
+) -> dict[str, Inspection]:
+    """path -> inspection, each picture once. most: path -> pixels that are decoded (see `open_picture`).
 
     Of `parts` callers with the same paths each inspects its own `part`; the first one shows the progress, named `what`.
     """
@@ -43,14 +48,18 @@ def inspections(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) 
     with ThreadPoolExecutor() as pool, bar:  # PIL releases the lock while it decodes
         for start in range(0, len(own), AT_ONCE):
             batch = own[start : start + AT_ONCE]
-            inspected.update(zip(batch, pool.map(inspect, batch), strict=True))
+            inspected.update(
+                zip(batch, pool.map(inspect, batch, [(most or {}).get(path) for path in batch]), strict=True)
+            )
             bar.update(len(batch))
     return inspected
 
 
-def faults(paths: Iterable[str], what: str, part: int = 0, parts: int = 1) -> dict[str, str]:
+def faults(
+    paths: Iterable[str], what: str, part: int = 0, parts: int = 1, most: Mapping[str, int] | None = None
+) -> dict[str, str]:
     """path -> fault, for the pictures that cannot be decoded. Parameters are those of `inspections`."""
-    return {path: one.fault for path, one in inspections(paths, what, part, parts).items() if one.fault}
+    return {path: one.fault for path, one in inspections(paths, what, part, parts, most).items() if one.fault}
 
 
 def digests(

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import stat
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.limits import CEILING, PIXELS
+
+# Of pictures over 89 million pixels, for each of which `max_pixels` had to be raised.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Size = tuple[int, int]  # width, height in pixels, as the picture is shown
 Box = tuple[int, int, int, int]
@@ -27,7 +32,7 @@ FORMATS = (
     *("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM"),
     *("ICO", "TGA", "PCX", "SGI", "QOI", "PSD"),
 )
-LARGEST = 89_478_485  # pixels; PIL warns of a decompression bomb above it: 256 MiB in three bytes a pixel
+LARGEST = PIXELS.value  # pixels that are decoded unless the caller allows more
 LARGEST_PNG = 8 << 20  # bytes in which a photograph is sent without loss
 GROUND = "white"  # on which transparent pictures are composed
 BAND = 1 << 20  # pixels that are scaled to eight bits at once
@@ -70,23 +75,23 @@ class _Refused(ValueError):
 Picture = str | Path | bytes
 
 
-def open_picture(source: Picture) -> Image.Image:
+def open_picture(source: Picture, most: int | None = None) -> Image.Image:
     """The picture in RGB, eight bits a channel, as it is meant to be shown.
 
     It is turned by its EXIF orientation, composed on white where it is transparent, and the first frame of an
     animation or of several pages. Sixteen-bit channels are scaled (65535 is white); channels for which the format names
     no white (32-bit integers, floating point) are refused. The result has no metadata. Decoding takes up to 12 bytes a
-    pixel, and nothing is decoded of a picture over `LARGEST` pixels.
+    pixel, and nothing is decoded of a picture over `most` pixels (default: the limit of the table in docs/limits.md).
     Raises PictureError for anything that is no whole picture: a missing or damaged file, a folder, a FIFO, a device.
     """
     with _handle(source) as handle:
-        return _decoded(handle, _named(source))
+        return _decoded(handle, _named(source), most)
 
 
-def examine(path: str) -> tuple[str, Size | PictureError]:
+def examine(path: str, most: int | None = None) -> tuple[str, Size | PictureError]:
     """SHA-256 of a file ("" where there is none to read), and the size of its picture, decoded to the last byte.
 
-    A file that was cut off has a whole header. What `open_picture` would raise is returned.
+    A file that was cut off has a whole header. What `open_picture` would raise is returned. most: see `open_picture`.
     """
     digest = ""
     try:
@@ -96,7 +101,7 @@ def examine(path: str) -> tuple[str, Size | PictureError]:
                 total.update(part)
             digest = total.hexdigest()
             handle.seek(0)
-            return digest, _decoded(handle, path).size
+            return digest, _decoded(handle, path, most).size
     except PictureError as error:
         return digest, error
     except OSError as error:
@@ -108,7 +113,7 @@ def size_of(source: Picture) -> Size:
 
     Raises PictureError as `open_picture` does, except for what only decoding shows.
     """
-    with _handle(source) as handle, _recognised(handle, _named(source)) as image:
+    with _handle(source) as handle, _recognised(handle, _named(source), CEILING.value) as image:
         width, height = image.size
         if image.format == "TIFF":  # whose plugin has turned the size
             return width, height
@@ -128,12 +133,12 @@ def encoded(source: Picture) -> tuple[str, bytes]:
     """
     with _handle(source) as handle:
         name = _named(source)
-        with _recognised(handle, name) as image:
+        with _recognised(handle, name, CEILING.value) as image:
             kind, plain = image.format, _plain(image)
         handle.seek(0)
         content = handle.read() if plain else b""
         handle.seek(0)
-        picture = _decoded(handle, name)  # a damaged file is not sent either
+        picture = _decoded(handle, name, CEILING.value)  # a damaged file is not sent either
     if plain:
         return f"image/{str(kind).lower()}", content
     if len(content := as_png(picture)) <= LARGEST_PNG or kind not in ("JPEG", "MPO"):
@@ -221,12 +226,12 @@ def _formats() -> list[str]:
 
 
 @contextmanager
-def _recognised(handle: BinaryIO, name: str) -> Iterator[Image.Image]:
+def _recognised(handle: BinaryIO, name: str, most: int | None = None) -> Iterator[Image.Image]:
     """The picture by its header, not decoded; whatever a decoder raises becomes a PictureError."""
     try:
         with Image.open(handle, formats=_formats()) as image:
-            if image.width * image.height > LARGEST:
-                raise PictureError(name, _too_large(image.width * image.height))
+            if image.width * image.height > (LARGEST if most is None else most):
+                raise PictureError(name, _too_large(image.width * image.height, most))
             if not image.width or not image.height:
                 raise PictureError(name, "broken: its header gives a size of 0 pixels")
             yield image
@@ -235,7 +240,7 @@ def _recognised(handle: BinaryIO, name: str) -> Iterator[Image.Image]:
     except _Refused as error:
         raise PictureError(name, str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(name, _too_large(next(iter(re.findall(r"\d+", str(error))), "too many"))) from error
+        raise PictureError(name, _too_large(next(iter(re.findall(r"\d+", str(error))), "too many"), most)) from error
     except UnidentifiedImageError:
         raise PictureError(name, f"broken: {_unrecognised(handle)}") from None
     except MemoryError as error:
@@ -244,8 +249,11 @@ def _recognised(handle: BinaryIO, name: str) -> Iterator[Image.Image]:
         raise PictureError(name, f"broken: {str(error) or type(error).__name__}") from error
 
 
-def _too_large(pixels: int | str) -> str:
-    return f"{pixels} pixels by its header; at most {LARGEST} are decoded, so scale it down"
+def _too_large(pixels: int | str, most: int | None) -> str:
+    return (
+        f"{pixels} pixels by its header; at most {LARGEST if most is None else most} are decoded. Scale it down, or "
+        f"raise max_pixels of its source in the recipe (up to {CEILING.value}; decoding takes up to 12 bytes a pixel)"
+    )
 
 
 def _unrecognised(handle: BinaryIO) -> str:
@@ -258,8 +266,8 @@ def _unrecognised(handle: BinaryIO) -> str:
 # --------------------------------------------------------------------------------------------------- decoding
 
 
-def _decoded(handle: BinaryIO, name: str) -> Image.Image:
-    with _recognised(handle, name) as image:
+def _decoded(handle: BinaryIO, name: str, most: int | None = None) -> Image.Image:
+    with _recognised(handle, name, most) as image:
         raw = _raw(image)
         image.load()
         if image.mode == "RGB" and raw.endswith(";16B") and "transparency" in image.info:

@@ -123,7 +123,7 @@ class Coverage:
 def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[list[Sample]], Coverage]:
     """Each sample's rewrites (an empty list where there are none), and which samples have them.
 
-    Raises ConfigError when an attack has rewrites for fewer than `min_match` of the samples.
+    Raises ConfigError when an attack has rewrites for fewer than `min_match` of the samples, or for none.
     """
     rewrites = [attack(sample) for sample in samples]
     without = [s.id for s, rows in zip(samples, rewrites, strict=True) if not rows]
@@ -134,12 +134,14 @@ def apply(attack: Attack, samples: Sequence[Sample], name: str) -> tuple[list[li
         unknown=[i for i in attack.ids if i not in known],
         unchanged=sum(row == s for s, rows in zip(samples, rewrites, strict=True) for row in rows),
     )
-    if coverage.covered < attack.min_match * len(samples):
+    if coverage.covered < attack.min_match * len(samples) or (attack.shots and samples and not coverage.covered):
         raise ConfigError(_too_few(attack, coverage, len(samples), name))
     return rewrites, coverage
 
 
 def _too_few(attack: Attack, coverage: Coverage, total: int, name: str) -> str:
+    if not attack.min_match:
+        return f"attack {name!r} has rewrites for none of {total} samples, so that it would measure nothing; remove it"
     message = (
         f"{attack.origin}: attack {name!r} has {attack.shots} rewrites for {coverage.covered} of {total} samples; "
         f"min_match requires {attack.min_match:.0%}. Without: {_some(coverage.without)}"

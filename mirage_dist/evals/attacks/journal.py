@@ -2,22 +2,20 @@
 
     evals/SUITE/rewrites/SET-ATTACK-HASH.jsonl     one `SampleLine` a sample, one `SearchLine` a step of a search
 
-HASH covers everything that decides the rewrites. A line is on disk before the next one is written, and a reader ignores
-a line that a kill cut. The files are private (mode 0600).
+HASH covers everything that decides the rewrites. A line is on disk before the next one is written. What a line that is
+cut, damaged or edited held is generated again, and the log names the line. The files are private (mode 0600).
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
-from mirage_dist import disk, signals
+from mirage_dist import disk, signals, state
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Key
-from mirage_dist.evals.sharing.files import lines
+from mirage_dist.evals.sharing.files import Damage, append, lines
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.signals import StopRequested
 
@@ -51,38 +49,33 @@ class Journal:
     """The lines of one file: each sample's rewrites by its key, the last state of each search by its name."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.end = file, 0  # bytes of whole lines read so far
+        self.file, self.end, self.count = file, 0, 0  # bytes and number of the whole lines read so far
         self.rewrites: dict[str, list[str]] = {}
         self.searches: dict[str, SearchState] = {}
 
     def refresh(self) -> Journal:
         """Read appended lines. Of several lines with one key the first counts, so that all readers agree."""
+        damage = Damage()
         for start, text in lines(self.file, self.end) if self.file.exists() else ():
-            self.end = start + len(text)
+            self.end, self.count = start + len(text), self.count + 1
             try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # cut by a kill; its content is generated again
+                line = state.parse("rewrite", text, self.file)
+            except state.Damaged:
+                if text.strip():  # not after a cut line, which `append` ends
+                    damage.add(self.file, self.count)
+                continue
             if "search" in line:
-                self.searches[line["search"]] = line
+                self.searches[line["search"]] = cast(SearchState, line)
             else:
                 self.rewrites.setdefault(line["key"], line["rewrites"])
+        if damage:
+            log.info(f"cut, damaged or edited, so generated again: {damage}", extra=EVERY_RANK)
         return self
 
     def append(self, line: SampleLine | SearchLine) -> None:
         """The line is on disk when this returns. Raises RunError when the disk is full."""
         with disk.refusals(self.file.parent, "whole lines are kept, and the next start generates the rest"):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                size = os.fstat(descriptor).st_size
-                cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # by a kill: leave it a line of its own
-                left = memoryview(("\n" * cut + json.dumps(line, ensure_ascii=False) + "\n").encode())
-                while left:
-                    left = left[os.write(descriptor, left) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            append(self.file, state.sealed("rewrite", cast(dict[str, Any], line)))
 
 
 class Superseded(Exception):

@@ -60,16 +60,22 @@ def make(options: str | Mapping[str, Any], source: str, key: str) -> Judge:
 def read(recipe: EvalRecipe) -> list[Judge]:
     """The recipe's judges as it describes them; opens no file. `panel` makes them ready.
 
-    Raises ConfigError when there is none, when two have one name but different options, when a benchmark has no judge
+    Raises ConfigError when there is none, when two have one name, when a benchmark has no judge
     that scores it, and as `make` does.
     """
     if not recipe.judges:
         raise ConfigError("judges is empty; expected some of " + ", ".join(REGISTRY))
     judges: dict[str, Judge] = {}
+    places: dict[str, int] = {}
     for number, options in enumerate(recipe.judges):
         judge = make(options, "the recipe", f"judges[{number}]")
-        if judges.setdefault(judge.name, judge) != judge:
-            raise ConfigError(f"judges: two are named {judge.name!r}; give one of them another `name`")
+        name = judge.name.lower()  # some file systems do not tell cases apart
+        if name in judges:
+            raise ConfigError(
+                f"judges[{places[name]}] and judges[{number}] are both named {judge.name!r}; remove one, or give it "
+                "another `name`"
+            )
+        judges[name], places[name] = judge, number
     benchmarks = [name for name, options in recipe.sets.items() if options.kind == "utility"]
     if benchmarks and all("scored" not in judge.verdicts for judge in judges.values()):
         raise ConfigError(f"judges: sets.{benchmarks[0]} is of kind utility, which `benchmark` scores; add it")

@@ -1,7 +1,9 @@
 """Verdicts on disk, one file for each judge: a row is not judged again by the same rules.
 
-    verdicts/JUDGE.jsonl           the verdicts of the last complete judging, in the order of the rows
-    verdicts/JUDGE.*.part.jsonl    a slow judge's verdicts so far, one file for each process, which removes its own
+    verdicts/JUDGE.jsonl               the verdicts of the last complete judging, in the order of the rows
+    verdicts/JUDGE.TOKEN.part.jsonl    a slow judge's verdicts so far, one file for each worker (see `sharing.claims`)
+
+A worker removes its own part after success, and those of dead workers once their verdicts are in the judge's file.
 
 A `failed` verdict is written and counted, and the next start judges that row again, unless the failure is final, as
 that of a row which an endpoint's content filter blocks.
@@ -9,21 +11,21 @@ that of a row which an endpoint's content filter blocks.
 
 from __future__ import annotations
 
-import json
 import os
-import time
-import uuid
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import compress
 from pathlib import Path
-from typing import IO, Any, NotRequired, TypedDict, overload
+from typing import IO, Any, NotRequired, TypedDict, cast, overload
 
-from mirage_dist import disk, signals
+from mirage_dist import disk, signals, state
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
 from mirage_dist.evals.results import UNJUDGED, Unjudged, Verdict
-from mirage_dist.evals.sharing.files import whole_objects
+from mirage_dist.evals.sharing.claims import Claims
+from mirage_dist.evals.sharing.files import Damage, whole_objects
+from mirage_dist.liveness import Owner
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
@@ -41,11 +43,14 @@ class Line(TypedDict):
     detail: NotRequired[dict[str, Any]]
 
 
-def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
+def judged(suite: Path, judge: Judge, rows: Sequence[Row], claims: Claims | None = None) -> list[Opinion]:
     """The judge's opinion of each row, in their order; it judges those whose opinion is not on disk.
 
-    Rows may lie on disk and are read one by one. Raises StopRequested when a signal arrives at a slow judge, after its
-    current opinion; every opinion is on disk then. Raises RunError when the disk is full or the judge leaves rows out.
+    claims: this worker's; without them it is the suite's only worker.
+
+    Rows may lie on disk and are read one by one. Damaged and edited lines of verdicts are named in the log, and their
+    rows judged again. Raises StopRequested when a signal arrives at a slow judge, after its current opinion; every
+    opinion is on disk then. Raises RunError when the disk is full or the judge leaves rows out.
     """
     keys = [row["key"].encode() + bytes.fromhex(disk.sha256_text(row["response"])) for row in rows]
     rules = judge.fingerprint
@@ -56,7 +61,7 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row]) -> list[Opinion]:
     # Closed when a signal ends the loop, so that no further request is sent.
     with (
         disk.refusals(suite / "verdicts", "whole verdicts are kept, and the next start judges the rest"),
-        _part(suite, judge) as part,
+        _part(suite, judge, claims) as part,
         closing(judge.opinions(_Some(rows, missing), rows)) as judging,
     ):
         for place, opinion in judging:
@@ -150,12 +155,17 @@ def _report(judge: Judge, opinions: Sequence[Opinion]) -> None:
     )
 
 
+def verdicts(file: Path, damage: Damage | None = None) -> Iterator[Line]:
+    """The whole lines of a file of verdicts, none if it does not exist. damage: gets the others."""
+    for line in whole_objects("verdict", file, damage):
+        yield cast(Line, line)
+
+
 def _read(suite: Path, judge: Judge, rules: str) -> dict[Identity, Opinion]:
     """The opinions on disk that were formed by the same rules, without failures that another request may mend."""
-    folder = suite / "verdicts"
-    opinions, shared = {}, {}
-    for file in [folder / f"{judge.name}.jsonl", *sorted(folder.glob(f"{judge.name}.*.part.jsonl"))]:
-        for line in whole_objects(file):
+    opinions, shared, damage = {}, {}, Damage()
+    for file in [suite / "verdicts" / f"{judge.name}.jsonl", *sorted(_parts(suite, judge).values())]:
+        for line in verdicts(file, damage):
             if line["rules"] != rules or (line["verdict"] == "failed" and not line.get("detail", {}).get("final")):
                 continue
             key = line["key"].encode() + bytes.fromhex(line["answer"])
@@ -163,6 +173,12 @@ def _read(suite: Path, judge: Judge, rules: str) -> dict[Identity, Opinion]:
                 opinions[key] = Opinion(line["verdict"], line["detail"])
             else:
                 opinions[key] = shared.setdefault(line["verdict"], Opinion(line["verdict"]))
+    if damage:
+        log.info(
+            f"judge {judge.name}: {len(damage)} verdicts are damaged or edited, and their answers are judged again: "
+            f"{damage}",
+            extra=EVERY_RANK,
+        )
     return opinions
 
 
@@ -170,15 +186,30 @@ def _line(key: Identity, rules: str, opinion: Opinion) -> str:
     line: Line = {"key": key[:-32].decode(), "verdict": opinion.verdict, "answer": key[-32:].hex(), "rules": rules}
     if opinion.detail:
         line["detail"] = opinion.detail
-    return json.dumps(line) + "\n"
+    return state.sealed("verdict", cast(dict[str, Any], line))
 
 
 @contextmanager
-def _part(suite: Path, judge: Judge) -> Iterator[IO[str]]:
-    """A file that no other process writes; removed after success, when the judge's own file holds its content."""
-    file = suite / "verdicts" / f"{judge.name}.{time.time_ns()}-{uuid.uuid4().hex[:8]}.part.jsonl"
+def _part(suite: Path, judge: Judge, claims: Claims | None) -> Iterator[IO[str]]:
+    """A file that no other process writes. After success, the judge's own file holds its content and that of the parts
+    of dead workers, which are removed.
+    """
+    left = _parts(suite, judge)
+    token = (claims.owner if claims else Owner.current()).token
+    file = suite / "verdicts" / f"{judge.name}.{token}.part.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "w", encoding="utf-8") as handle:
         yield handle
     file.unlink(missing_ok=True)
+    for owner, part in left.items():
+        if owner != token and (claims is None or claims.gone(owner)):
+            part.unlink(missing_ok=True)
+
+
+def _parts(suite: Path, judge: Judge) -> dict[str, Path]:
+    """The judge's parts, by the tokens of their owners."""
+    name = re.compile(rf"{re.escape(judge.name)}\.([0-9a-f-]+)\.part\.jsonl")
+    matches = ((name.fullmatch(file.name), file) for file in (suite / "verdicts").glob("*.part.jsonl"))
+    return {match[1]: file for match, file in matches if match}

@@ -5,14 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models import reasoning
 from mirage_dist.evals.models.endpoint import Endpoint
 from mirage_dist.evals.models.replies import Failed
 from mirage_dist.schema import ChatConfig, ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
+
+if TYPE_CHECKING:
+    from mirage_dist.model.directory import Hashed
+
+CHANGED = "what this chat model wrote is kept under the former files' hash; put these back, and start again"
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Backend(ABC):
 class Local(Backend):
     """A Hugging Face model directory on this machine, loaded for the first prompt.
 
-    Raises ConfigError when the directory does not exist.
+    Raises ConfigError when the directory does not exist, and RunError when its files change after they were hashed.
     """
 
     def __init__(self, config: ChatConfig, max_new_tokens: int) -> None:
@@ -53,13 +59,17 @@ class Local(Backend):
         if not Path(str(self.model.path)).is_dir():
             raise ConfigError(f"path={self.model.path}: no such directory; expected that of a local chat model")
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    @cached_property
+    def hashed(self) -> Hashed:
+        """The model's files as they were hashed."""
         from mirage_dist.evals.models import subject  # imports torch
 
-        folder = Path(str(self.model.path))
+        return subject.find(self.model, Path(str(self.model.path))).hashed
+
+    @property
+    def identity(self) -> dict[str, Any]:
         limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
-        return {"model": subject.find(self.model, folder).model_hash, "dtype": self.model.dtype, **limit}
+        return {"model": self.hashed.digest, "dtype": self.model.dtype, **limit}
 
     def __call__(self, prompts: Sequence[Prompt], system: str) -> Iterator[tuple[int, str | Failed]]:
         if not prompts:
@@ -68,13 +78,16 @@ class Local(Backend):
 
         # Room for a long answer.
         template = TemplateConfig(system_prompt=system, max_length=32_768)
+        hashed = self.hashed
         generator = HuggingFace(self.model, template, self.generation)
+        hashed.check_unchanged(CHANGED)
         if generator.encoder.text_only and any(prompt.image is not None for prompt in prompts):
             raise ConfigError("the chat model takes no pictures; choose a vision-language model")
         # The longest first: rows of similar length need little padding, and what does not fit fails at the start.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
         for batch in generator([_sample(i, prompts[i]) for i in order]):
             yield from ((order[place], reasoning.answer(text)) for place, text in batch)
+        hashed.check_unchanged(CHANGED)
 
 
 def _sample(number: int, prompt: Prompt) -> Sample:

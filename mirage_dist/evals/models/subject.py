@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mirage_dist import config as configs
-from mirage_dist import disk, signals
+from mirage_dist import disk, runs, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.encoding.framing import Aspect
 from mirage_dist.data.encoding.pictured import aspect_of
@@ -17,7 +16,7 @@ from mirage_dist.model.environment import Environment
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.model.shards import step_of
-from mirage_dist.schema import ConfigError, EvalModelConfig, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig
 from mirage_dist.signals import StopRequested
 
 POLL_SECONDS = 0.5
@@ -31,8 +30,9 @@ class Subject:
     model: as in the recipe, with the step filled in. trained_in: the run whose checkpoint or export it is, if any.
     folder: the model directory, or the checkpoint's. model_hash: of the files that decide the model (see
     `model.directory`), or of the checkpoint's manifest, which has the hashes of all of its files. template_hash: of the
-    chat template. aspect: what `template.image_aspect: auto` comes to. state: of the files when they were hashed.
-    processing: the directory of its processor, which for a checkpoint is that of the base model.
+    chat template. aspect: what `template.image_aspect: auto` comes to. hashed: the files that are loaded, of a
+    checkpoint those of its base model's processor. processing: the directory of its processor, for a checkpoint that of
+    the base model.
     """
 
     model: EvalModelConfig
@@ -42,7 +42,7 @@ class Subject:
     template_hash: str
     environment: Environment
     aspect: Aspect
-    state: directory.State
+    hashed: directory.Hashed
     processing: Path
 
     @property
@@ -51,13 +51,11 @@ class Subject:
 
     def check_unchanged(self) -> None:
         """Raise RunError when the model's files are no longer those that were hashed."""
-        if self.model.run is not None:
-            return  # exporting a checkpoint compares its files with the hashes in its manifest
-        if self.state != directory.state(self.folder) and self.model_hash != directory.model_hash(self.folder):
-            raise RunError(
-                f"{self.folder}: the model changed while it was evaluated; the answers on disk belong to the former "
-                "model's hash. Put the former model back, or choose another `suite` name"
-            )
+        # Exporting a checkpoint compares its own files, and its base model's, with the hashes in its manifest.
+        self.hashed.check_unchanged(
+            "the answers on disk belong to the former model's hash. Put the former model back, or choose another "
+            "`suite` name"
+        )
 
     def loadable(self, suite: Path, claims: Claims) -> EvalModelConfig:
         """The model to load. A checkpoint is exported into `suite` by one worker for all others (see `discard`)."""
@@ -100,22 +98,27 @@ def find(model: EvalModelConfig, run: Path) -> Subject:
     """
     if model.run is not None:
         return _checkpoint(model, Path(model.run))
-    folder = directory.check(str(model.path))
+    folder = directory.resolve(str(model.path))
+    before = directory.state(folder)
+    directory.check(str(model.path))
     weights.check(folder, families.load(folder))
-    state = directory.state(folder)
-    home, model_hash = trained_in(model, run), directory.model_hash(folder)
-    return Subject(model, home, folder, model_hash, *_processing(folder), state, folder)
+    processing = _processing(folder)
+    hashed = directory.hashed(folder, before)
+    return Subject(model, trained_in(model, run), folder, hashed.digest, *processing, hashed, folder)
 
 
 def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"model.run={run}: no config.yaml here; expected the directory of a training run")
-    base = configs.load(run / "config.yaml", [], TrainRecipe).model.path
+    base = runs.recipe(run).model.path
     checkpoint = export.chosen(run / "checkpoints", model.step)
     exact = replace(model, step=step_of(checkpoint))
     manifest_hash = disk.sha256(checkpoint / "manifest.json")
-    processing = directory.resolve(base)
-    return Subject(exact, run, checkpoint, manifest_hash, *_processing(processing), [], processing)
+    folder = directory.resolve(base)
+    before = directory.state(folder)
+    processing = _processing(folder)
+    hashed = directory.hashed(folder, before, weights=False)
+    return Subject(exact, run, checkpoint, manifest_hash, *processing, hashed, folder)
 
 
 def _processing(folder: Path) -> tuple[str, Environment, Aspect]:

@@ -2,28 +2,30 @@
 
     evals/SUITE/config.yaml  manifest.json  rows/worker-*.jsonl  verdicts/JUDGE.jsonl  metrics.json
 
-All are private (mode 0600), because they hold model output. This module imports no heavy library, so that any process
-can read the progress of a suite.
+All are private (mode 0600), because they hold model output. Each object and each line carries a seal (see `state`);
+a reader counts and names the lines whose seal does not fit, and believes none of them. This module imports no heavy
+library, so that any process can read the progress of a suite.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, overload
+from typing import Any, NotRequired, TypedDict, cast, overload
 
-from mirage_dist import disk
-from mirage_dist.schema import EvalRecipe
+from mirage_dist import disk, state
+from mirage_dist.schema import EvalRecipe, RunError
 
 KEPT = "whole answers are kept, and the next start does the rest"  # completes the message about a full disk
-KEY = re.compile(rb'\{"key": "([0-9a-f]{64})", [^\0]*\}\n')  # a zero byte is a page that a dying machine never wrote
+COMPLETE = "the evaluation is not complete: start it again, and it does what is missing"
+KEY = re.compile(rb'\{"key": "([0-9a-f]{64})", ')  # how a row begins
 BLOCK_BYTES = 1 << 20
+NAMED_LINES = 3  # of each file with damaged lines, in a message
 
 
 class Row(TypedDict):
@@ -83,15 +85,21 @@ class Writer:
             if self.descriptor is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            left = memoryview("".join(state.sealed("row", cast(Mapping, row)) for row in rows).encode())
             while left:
                 left = left[os.write(self.descriptor, left) :]
             os.fsync(self.descriptor)
 
 
+# --------------------------------------------------------------------------------------------- lines of any file
+
+
 def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Every complete line from the byte `start` on, with its offset. A line that is still being written is left out."""
-    with file.open("rb", buffering=BLOCK_BYTES) as handle:
+    """Every complete line from the byte `start` on, with its offset. A line that is still being written is left out.
+
+    Raises RunError for a file that cannot be read.
+    """
+    with readable(file), file.open("rb", buffering=BLOCK_BYTES) as handle:
         handle.seek(start)
         for line in handle:
             if not line.endswith(b"\n"):
@@ -100,36 +108,112 @@ def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
             start += len(line)
 
 
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Raise RunError where a file cannot be read, or no longer exists."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+class Damage:
+    """The lines of a suite's files that are damaged or edited, by file, for messages."""
+
+    def __init__(self) -> None:
+        self.lines: dict[Path, list[int]] = {}
+
+    def add(self, file: Path, number: int) -> None:
+        """number: the line's, from 1."""
+        self.lines.setdefault(file, []).append(number)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.lines.values()))
+
+    def __str__(self) -> str:
+        return "; ".join(f"{file} {_numbered(numbers)}" for file, numbers in self.lines.items())
+
+
+def _numbered(numbers: Sequence[int]) -> str:
+    listed = ", ".join(map(str, numbers[:NAMED_LINES]))
+    more = f" and {len(numbers) - NAMED_LINES} more" if len(numbers) > NAMED_LINES else ""
+    return f"line{'s' if len(numbers) > 1 else ''} {listed}{more}"
+
+
+def append(file: Path, text: str) -> None:
+    """Append lines to a private file that may end in a line that a kill cut; on disk when this returns.
+
+    Raises OSError when the disk accepts no more.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # leave it a line of its own
+        left = memoryview(("\n" * cut + text).encode())
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_objects(kind: str, file: Path, damage: Damage | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file's whole lines, whose writer may have been killed; none if the file does not exist.
+
+    kind: of each line (see `state`). damage: gets the other lines. Raises RunError for a file that cannot be read.
+    """
+    if not file.exists():
+        return
+    for number, (_, line) in enumerate(lines(file), start=1):
+        try:
+            yield state.parse(kind, line, file)
+        except state.Damaged:
+            if damage is not None and line.strip():
+                damage.add(file, number)
+
+
+# ------------------------------------------------------------------------------------------------------ the rows
+
+
+def row_key(line: bytes, file: Path) -> str | None:
+    """The key of a row's line, which is not parsed; None for a line that is damaged or edited. file: for messages."""
+    match = KEY.match(line)
+    return match[1].decode() if match and state.whole("row", line, file) else None
+
+
 class Answers:
     """The merge of all workers' rows: each whole row once, looked up by its key and read from disk on demand.
 
     Of several rows with one key the one in the first file by name counts, and within a file the first one; so the
     result depends on the files and not on when they were read. `repeated` counts the other rows, `differing` holds the
-    keys of those with another content, `broken` counts incomplete and damaged lines. Only keys are kept in memory.
+    keys of those with another content, `damage` names damaged and edited lines. Only keys are kept in memory.
     """
 
     def __init__(self, suite: Path) -> None:
         self.folder = suite / "rows"
         self.files: list[Path] = []
         self.repeated, self.differing = 0, set[str]()
-        self._damaged = 0
-        self._read: dict[str, int] = {}  # bytes of whole lines, by file name
+        self.damage = Damage()
+        self._read: dict[str, tuple[int, int]] = {}  # bytes and number of the lines read, by file name
         self._number: dict[str, int] = {}
         self._place: dict[bytes, tuple[int, int]] = {}
 
     def refresh(self) -> Answers:
-        """Read what workers have appended since the last call."""
+        """Read what workers have appended since the last call. Raises RunError for a file that cannot be read."""
         for file in sorted(self.folder.glob("worker-*.jsonl")):
             if file.name not in self._number:
                 self._number[file.name] = len(self.files)
                 self.files.append(file)
-                self._read[file.name] = 0
-            for offset, line in lines(file, self._read[file.name]):
-                self._read[file.name] = offset + len(line)
-                if match := KEY.fullmatch(line):
-                    self._add(bytes.fromhex(match[1].decode()), (self._number[file.name], offset))
+                self._read[file.name] = 0, 0
+            start, count = self._read[file.name]
+            for offset, line in lines(file, start):
+                count += 1
+                self._read[file.name] = offset + len(line), count
+                if key := row_key(line, file):
+                    self._add(bytes.fromhex(key), (self._number[file.name], offset))
                 else:
-                    self._damaged += 1
+                    self.damage.add(file, count)
         return self
 
     def _add(self, key: bytes, place: tuple[int, int]) -> None:
@@ -142,8 +226,9 @@ class Answers:
         self._place[key] = min(first, place, key=lambda p: (self.files[p[0]].name, p[1]))
 
     @property
-    def broken(self) -> int:
-        return self._damaged + sum(file.stat().st_size > self._read[file.name] for file in self.files)
+    def cut(self) -> int:
+        """The number of files that end in an incomplete line."""
+        return sum(file.exists() and file.stat().st_size > self._read[file.name][0] for file in self.files)
 
     def __contains__(self, key: str) -> bool:
         return bytes.fromhex(key) in self._place
@@ -156,13 +241,17 @@ class Answers:
         return self._at(self._place[bytes.fromhex(key)])
 
     def _at(self, place: tuple[int, int]) -> Row:
-        with self.files[place[0]].open("rb") as handle:
-            handle.seek(place[1])
-            return json.loads(handle.readline())
+        return Merged(self.files, [place])[0]
 
     def of(self, keys: Iterable[str]) -> Merged:
-        """The rows of these keys, in their order. Raises KeyError when a key has no row."""
-        return Merged(self.files, [self._place[bytes.fromhex(key)] for key in keys])
+        """The rows of these keys, in their order. Raises RunError when a key has no row."""
+        keys = list(keys)
+        places = [self._place.get(bytes.fromhex(key)) for key in keys]
+        there = [place for place in places if place is not None]
+        if len(there) < len(keys):
+            damaged = f" ({len(self.damage)} lines are damaged or edited: {self.damage})" if self.damage else ""
+            raise RunError(f"{self.folder}: {len(there)} of {len(keys)} answers{damaged}; {COMPLETE}")
+        return Merged(self.files, there)
 
 
 class Merged(Sequence[Row]):
@@ -184,24 +273,19 @@ class Merged(Sequence[Row]):
         return next(iter(self[index : index + 1 or None]))
 
     def __iter__(self) -> Iterator[Row]:
+        """Raises RunError for a row that has been removed or damaged since it was found."""
         opened = {}
         try:
             for number, offset in self.places:
-                if number not in opened:
-                    if len(opened) == 64:  # many restarts leave many files, and a process may open only so many
-                        opened.pop(next(iter(opened))).close()
-                    opened[number] = self.files[number].open("rb")
-                opened[number].seek(offset)
-                yield json.loads(opened[number].readline())
+                file = self.files[number]
+                with readable(file):
+                    if number not in opened:
+                        if len(opened) == 64:  # many restarts leave many files, and a process may open only so many
+                            opened.pop(next(iter(opened))).close()
+                        opened[number] = file.open("rb")
+                    opened[number].seek(offset)
+                    line = opened[number].readline()
+                yield cast(Row, state.parse("row", line, f"{file}, the line at byte {offset}"))
         finally:
             for handle in opened.values():
                 handle.close()
-
-
-def whole_objects(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file's whole lines, whose writer may have been killed; none if the file does not exist."""
-    if not file.exists():
-        return
-    for _, line in lines(file):
-        with suppress(ValueError):
-            yield json.loads(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,56 @@ CONVERSIONS = {
 }
 # Files that may name remote code.
 NAMING_CODE = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+GENERATION = "generation_config.json"
+# Settings of a generation config that make `generate` return something else, or need code from a repository: the usual
+# value of each.
+ONE_ANSWER = {
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "custom_generate": None,
+    "max_time": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "is_assistant": False,
+    "stop_strings": None,
+    "watermarking_config": None,
+    "guidance_scale": 1.0,
+}
 # What transformers raises for a directory that is no whole model, or for a value in its files that it does not accept.
 FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
+GIVE = "give the model's own file"
 BRIEF = 300  # characters of a library's message
+# Implementations of attention, and of experts, that torch and transformers have themselves.
+ATTENTION = (None, "eager", "sdpa", "flex_attention")
+EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+# Sizes by transformers' own names (a family's own name for one is looked up in its `attribute_map`): the largest value,
+# which is several times that of any published model. Far larger ones would take all memory, or minutes, to refuse.
+LARGEST = {
+    "num_hidden_layers": 2000,
+    "depth": 2000,
+    "hidden_size": 2**20,
+    "embed_dim": 2**20,
+    "projection_dim": 2**20,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**26,
+    "head_dim": 2**16,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "num_heads": 2**16,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "num_channels": 2**16,
+    "image_size": 2**16,
+    "patch_size": 2**16,
+    "max_position_embeddings": 2**40,
+}
+NEVER_ZERO = ("hidden_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads", "num_heads")
+NEVER_ZERO += ("num_hidden_layers", "depth", "patch_size", "image_size", "num_channels")
 
 
 def load(folder: Path) -> Any:
@@ -44,10 +92,54 @@ def load(folder: Path) -> Any:
     except Exception as error:  # of any kind: every family's class checks its values in its own way
         raise ConfigError(f"{folder / 'config.json'}: no configuration of a model: {brief(error)}") from error
     roles.auto_class(config)
-    # Some files name the attention of the machine that wrote them. It is this machine's to choose.
-    if str(config._attn_implementation).startswith("flash"):
-        config._attn_implementation = None
+    check_sizes(folder / "config.json", config)
+    _choose_attention(config)
     return config
+
+
+def _choose_attention(config: Any) -> None:
+    """Let transformers choose the attention, here and in the parts, unless the file names one of torch's own.
+
+    Some files name the attention of the machine that wrote them. A name OWNER/NAME is a repository on the hub, of which
+    transformers would run a kernel's code.
+    """
+    for part in parts(config):
+        if getattr(part, "_attn_implementation", None) not in ATTENTION:
+            part._attn_implementation = None
+        if getattr(part, "_experts_implementation", None) not in EXPERTS:
+            part._experts_implementation = None
+
+
+def sizes(config: Any) -> Iterator[tuple[Any, str, Any]]:
+    """The sizes in a configuration and its parts: (part, transformers' name, value), for the names in `LARGEST`."""
+    for part in parts(config):
+        names = {own: name for name, own in getattr(part, "attribute_map", {}).items()}
+        for own, value in vars(part).items():
+            if (name := names.get(own, own)) in LARGEST and value is not None:
+                yield part, name, value
+
+
+def parts(config: Any) -> list[Any]:
+    """A configuration and those of its parts, such as a tower's, outer ones first."""
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return [config, *(part for sub in inner if hasattr(sub, "to_dict") for part in parts(sub))]
+
+
+def check_sizes(file: Path, config: Any) -> None:
+    """Raise ConfigError for a size that no model has. What fits to the weights is checked in `model.weights`."""
+    for part, name, value in sizes(config):
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            least = int(name in NEVER_ZERO)
+            if type(number) is not int or not least <= number <= LARGEST[name]:
+                raise ConfigError(
+                    f"{file}: {name}={_shown(value)} in {type(part).__name__}: expected a whole number from {least} to "
+                    f"{LARGEST[name]:,}; {GIVE}"
+                )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]} …"
 
 
 def never_run_remote_code() -> None:
@@ -75,6 +167,34 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
+def generation(folder: Path) -> Any:
+    """The generation config of a model directory; None where it has none.
+
+    Raises ConfigError for a file that is broken, or that asks for something other than one answer in tokens.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / GENERATION
+    if not file.exists():
+        return None
+    content = read(file)
+    try:
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind: values are compared before their types are checked
+        raise ConfigError(f"{file}: no generation config: {brief(error)}") from error
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if not all(number is None or (type(number) is int and number >= 0) for number in numbers):
+            raise ConfigError(f"{file}: {name}={_shown(value)}: expected a token's number, or none")
+    if wrong := [name for name, usual in ONE_ANSWER.items() if content.get(name) not in (None, usual)]:
+        raise ConfigError(
+            f"{file}: {wrong[0]}={_shown(content[wrong[0]])} asks for another kind of generation than one answer by "
+            "greedy decoding; take it out"
+        )
+    return config
+
+
 def brief(error: BaseException) -> str:
     """A library's error on one line, cut after `BRIEF` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -93,6 +213,12 @@ def _refuse_original(folder: Path, content: dict[str, Any]) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind, classes = content.get("model_type"), content.get("architectures") or []
+    if not isinstance(kind, (str, type(None))):
+        raise ConfigError(f"{folder / 'config.json'}: model_type={_shown(kind)} is no name; {GIVE}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ConfigError(
+            f"{folder / 'config.json'}: architectures={_shown(classes)} is no list of class names; {GIVE}"
+        )
     unknown = None
     if kind is None:
         unknown = "no model_type"

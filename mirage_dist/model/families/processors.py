@@ -10,13 +10,19 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.data.encoding import templates
+from mirage_dist.data.encoding.conversation import template_of, tokenizer_of
+from mirage_dist.model import directory
 from mirage_dist.model.families import configs, roles
 from mirage_dist.schema import ConfigError
 
+INPUTS, VERSIONS = "init_inputs", "fast_tokenizer_files"
+VOCABULARY = ("vocab", "merges")  # keys of a tokenizer's settings: contents, or the file that has them
 # Files that name a processor's class, in the order in which transformers reads them.
 NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -24,13 +30,51 @@ NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config
 def load(folder: Path) -> Any:
     """The processor of a model directory, or the tokenizer of a text-only model.
 
-    Raises ConfigError when it cannot be loaded: the directory needs remote code, lacks a file, or is no model; or a
-    package is missing.
+    Raises ConfigError when it cannot be loaded: the directory needs remote code, lacks a file, or is no model; its
+    files name others outside it; a package is missing; or the chat template exceeds a bound (see `encoding.templates`).
     """
+    config = configs.load(folder)
+    _check_places(folder)
+    processor = _loaded(folder, config)
+    templates.check(folder, tokenizer_of(processor), template_of(processor), tokenizer_of(processor) is processor)
+    return processor
+
+
+def _check_places(folder: Path) -> None:
+    """Raise ConfigError when a tokenizer's settings name a file that is not among those that are hashed.
+
+    transformers opens some of these names as they are. Published files name places of the machine that wrote them;
+    where these do not exist they are harmless.
+    """
+    own = {file.resolve() for file in directory.files(folder)}
+    for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        content = configs.read(file) if file.is_file() else {}
+        named = {name: value for name, value in content.items() if name.endswith("_file") or name in VOCABULARY}
+        named |= {"init_inputs": content["init_inputs"]} if content.get("init_inputs") else {}
+        named |= (
+            {"fast_tokenizer_files": content["fast_tokenizer_files"]} if content.get("fast_tokenizer_files") else {}
+        )
+        for name, value in named.items():
+            for place in value if isinstance(value, list) else [value]:
+                if isinstance(place, str) and _is_foreign(folder, place, own, name):
+                    raise ConfigError(
+                        f"{file}: {name} names {place[:200]!r}, which is no tokenizer's file of this directory; "
+                        f"take {name} out"
+                    )
+
+
+def _is_foreign(folder: Path, place: str, own: AbstractSet[Path], name: str) -> bool:
+    base = folder if name == VERSIONS else Path()  # others are opened where the process works
+    try:
+        return (base / place).is_file() and (base / place).resolve() not in own
+    except (OSError, ValueError):  # a text that is no path
+        return False
+
+
+def _loaded(folder: Path, config: Any) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
     from transformers.utils.import_utils import is_torchvision_available
 
-    config = configs.load(folder)
     try:
         if roles.text_only(config):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -40,7 +84,9 @@ def load(folder: Path) -> Any:
             if is_torchvision_available() and not isinstance(error, ImportError):
                 raise
             processor = _without_torchvision(folder, config)
-    except configs.FAULTS as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind: the libraries of tokenizers raise plain Exception
         raise _refusal(folder, error) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise ConfigError(

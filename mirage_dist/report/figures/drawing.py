@@ -24,6 +24,7 @@ RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
+    "text.parse_math": False,  # names and words of data may hold dollar signs
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "svg.hashsalt": "mirage",  # ids depend on the input only
     "axes.facecolor": "none",

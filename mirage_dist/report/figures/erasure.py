@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -15,7 +14,7 @@ from mirage_dist import disk
 from mirage_dist.evals.results import Condition, Entry, Leaf
 from mirage_dist.report.figures.drawing import RC, Draw, interval, looks_of, name_lines, percent_axis
 from mirage_dist.report.figures.style import LIGHT, Palette
-from mirage_dist.report.load import rates
+from mirage_dist.report.load import erasure_results, rates
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult, Probed, RelearningRun
@@ -29,7 +28,7 @@ MEASURES = {"asr": "ASR", "rr": "RR", "utility": "utility"}
 def read(runs: Mapping[str, Path], suite: str) -> dict[str, ErasureResult]:
     """The results of the runs (name -> run directory) whose erasure was tested, in the order given."""
     files = {name: Path(folder) / "evals" / suite / "erasure.json" for name, folder in runs.items()}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    return {name: erasure_results(file) for name, file in files.items() if file.is_file()}
 
 
 def sizes(tested: Tested) -> list[str]:

@@ -9,8 +9,8 @@ values. A complete set of parts serves any number of ranks.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
@@ -23,6 +23,7 @@ from mirage_dist.data.sample import stream_digest
 from mirage_dist.model import environment, reference
 from mirage_dist.model.adapters import quantization
 from mirage_dist.model.policy import Request, no_grad_forward
+from mirage_dist.model.reference import SampleKey
 from mirage_dist.progress import EVERY_RANK, Progress, log
 from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.context import Run
@@ -30,7 +31,7 @@ from mirage_dist.train.feed import Feed, MicroBatch
 
 BATCHES_A_PART = 16
 ATTEMPTS = 2  # at a set that can be read back; a disk that damages it again is at fault
-DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)  # what reading a damaged part raises
+PART = re.compile(r"rank-([0-9]{5})-of-([0-9]{5})-width-([0-9]{1,9})-part-([0-9]{3,9})-of-([0-9]{3,9})\.npz")
 
 
 def fill(run: Run) -> reference.LogProbs:
@@ -43,6 +44,7 @@ def fill(run: Run) -> reference.LogProbs:
     paths = (s.image for name in feed.needs.ref_logp for s in feed.samples[name])
     digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
     folder = run.root / "reference" / key(run.recipe, feed, run.manifest["base_hash"], digests)
+    needed = {(name, number) for name in feed.needs.ref_logp for number in range(len(feed.samples[name]))}
     for _ in range(ATTEMPTS):
         names = ranks.from_main(group, complete_set(folder) if group.main else None)
         if names is None:
@@ -51,7 +53,7 @@ def fill(run: Run) -> reference.LogProbs:
             ranks.barrier(group, "reference cache")
             with signals.at_stop_points():
                 names = _compute(run, folder)
-        cache, damaged = _read(folder, names)
+        cache, damaged = _read(folder, names, needed)
         # Every rank reads every part, but a rank may see damage that the others do not: they drop the part together.
         damaged = sorted(set().union(*ranks.everyones(group, damaged)))
         if not damaged:
@@ -63,15 +65,20 @@ def fill(run: Run) -> reference.LogProbs:
     raise RunError(f"{folder}: parts are damaged again after they were computed again: {', '.join(damaged)}")
 
 
-def _read(folder: Path, names: list[str]) -> tuple[reference.LogProbs, set[str]]:
-    """The cache that these parts hold, and the names of those that cannot be read."""
+def _read(folder: Path, names: list[str], needed: Set[SampleKey]) -> tuple[reference.LogProbs, set[str]]:
+    """The cache that these parts hold, and the names of those that cannot be read; all, when together they lack what is
+    needed, as after one was copied over another.
+    """
     cache, damaged = reference.LogProbs(), set[str]()
     for name in names:
         try:
             cache.load(folder / name)
-        except DAMAGE as error:
-            log.warning(f"{folder / name}: damaged ({error or type(error).__name__}), computed again", extra=EVERY_RANK)
+        except ValueError as error:
+            log.warning(f"{folder / name}: damaged ({error}), computed again", extra=EVERY_RANK)
             damaged.add(name)
+    if not damaged and needed - cache.table.keys():
+        log.warning(f"{folder}: its parts do not hold every sample, all are computed again", extra=EVERY_RANK)
+        damaged.update(names)
     return cache, damaged
 
 
@@ -143,13 +150,15 @@ def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, s
 
 
 def complete_set(folder: Path) -> list[str] | None:
-    """The names of the parts of one complete set, whatever number of ranks wrote it; None where no set is complete."""
-    sets: dict[str, list[str]] = {}
+    """The names of the parts of one complete set, whatever number of ranks wrote it; None where no set is complete.
+
+    What has another name, or is no file, is passed over.
+    """
+    sets: dict[tuple[int, int, int], dict[tuple[int, int], str]] = {}
     for file in sorted(folder.glob("rank-*.npz")):
-        _, _, _, size, _, width, _, _, _, parts = file.stem.split("-")
-        sets.setdefault(f"{size} {width} {parts}", []).append(file.name)
-    for cut, names in sets.items():
-        size, _, parts = map(int, cut.split())
-        if len(names) == size * parts:
-            return names
-    return None
+        if (match := PART.fullmatch(file.name)) and file.is_file():
+            rank, size, width, part, parts = map(int, match.groups())
+            if rank < size and part < parts:
+                sets.setdefault((size, width, parts), {})[rank, part] = file.name
+    complete = (list(names.values()) for (size, _, parts), names in sets.items() if len(names) == size * parts)
+    return next(complete, None)

@@ -12,6 +12,7 @@ the same results on any number of ranks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -34,6 +35,7 @@ from mirage_dist.train.context import Run
 from mirage_dist.train.feed import Feed
 
 FORMAT = 2
+KEY = re.compile(r"([0-9a-f]{64}|blank)/(features|inputs|shapes)/.+")  # of a tensor in a part
 PART = 64  # pictures in one file: 76 MB for LLaVA-1.5 in bf16
 BLANK = "blank"  # the placeholder picture of a batch without pictures
 COMPARED = 64  # pictures of which two are compared with the live ones
@@ -48,10 +50,11 @@ class Features:
         self._files = {name: safe_open(folder / name, framework="pt") for name in set(index.values())}
         self._parts = {digest: self._files[name] for digest, name in index.items()}
         self._names: dict[str, list[tuple[str, str]]] = {}
-        for file in self._files.values():
+        for part, file in self._files.items():
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 digest, kind, name = key.split("/", 2)
-                self._names.setdefault(digest, []).append((kind, name))
+                if index.get(digest) == part:
+                    self._names.setdefault(digest, []).append((kind, name))
 
     def __call__(self, paths: Sequence[str | None]) -> dict[str, Any]:
         """The model's inputs for these pictures; None is the placeholder."""
@@ -81,7 +84,7 @@ def fill(run: Run) -> Features:
     folder = run.root / "vision" / key(run.recipe, run.engine.module.base.config, feed, run.manifest["base_hash"])
     paths = (s.image for samples in feed.samples.values() for s in samples)
     digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
-    index = ranks.from_main(group, _index(folder) if group.main else {})
+    index = ranks.from_main(group, indexed(folder) if group.main else {})
     missing = sorted({BLANK, *digests.values()} - set(index))
     if missing:
         if group.main:
@@ -90,7 +93,7 @@ def fill(run: Run) -> Features:
         path_of = {digest: path for path, digest in digests.items()}
         with signals.at_stop_points():
             _compute(run, [(digest, path_of.get(digest)) for digest in missing], folder)
-        index = ranks.from_main(group, _index(folder) if group.main else {})
+        index = ranks.from_main(group, indexed(folder) if group.main else {})
     features = Features(digests, folder, index)
     if missing:
         _compare(run, features)
@@ -201,13 +204,18 @@ def _write(stored: Mapping[str, Tensor], folder: Path, workspace: Path) -> None:
     disk.write(folder / name, serialize(dict(stored)), workspace=workspace)
 
 
-def _index(folder: Path) -> dict[str, str]:
+def indexed(folder: Path) -> dict[str, str]:
     """SHA-256 of each picture -> name of the part that holds its features. A damaged part is reported and left out."""
     index: dict[str, str] = {}
     for file in sorted(folder.glob("part-*.safetensors")):
         try:
             with safe_open(file, framework="pt") as part:
-                index.update(dict.fromkeys((key.split("/")[0] for key in part.keys()), file.name))  # noqa: SIM118
+                keys = [KEY.fullmatch(key) for key in part.keys()]  # noqa: SIM118
+            whole = {match[1] for match in keys if match and match[2] == "features"}
+            if not whole or not all(keys):
+                log.warning(f"{file}: holds no features of pictures, passed over")
+                continue
+            index.update(dict.fromkeys(whole, file.name))
         except (SafetensorError, OSError) as error:
             log.warning(f"{file}: damaged ({error}), its pictures are computed again")
     return index

@@ -23,25 +23,24 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mirage_dist import disk
+from mirage_dist import disk, state
 from mirage_dist.model.shards import (
     Fragment,
     Scalars,
     Shards,
     committed,
     damage,
+    places,
     read_manifest,
-    sealed,
     step_of,
     write,
 )
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import Group, barrier, everyones, gather
 from mirage_dist.schema import ConfigError, RunError, TrainConfig
-from mirage_dist.train.checkpoints import fragments as state
+from mirage_dist.train.checkpoints import fragments as training_state
 from mirage_dist.train.optimizers.groups import OptimizerRecord, record
 
-FORMAT = 2
 Digests = dict[str, dict[str, Any]]  # file -> {"bytes", "sha256"}
 Snapshot = tuple[list[Fragment], Tensor]  # see `fragments.snapshot`
 
@@ -89,14 +88,16 @@ class Saver:
                 disk.remove(partial, self.workspace)
                 partial.mkdir()
         barrier(self.group, f"checkpoint {name}")
-        fragments, scalars = state.fragments(engine)
+        fragments, scalars = training_state.fragments(engine)
         optimizer: OptimizerRecord = record(engine, str(self.train.optimizer["name"]))
         stage = engine.zero_optimization_stage()
-        whole = {"format": FORMAT, **manifest, "optimizer": optimizer, "zero_stage": stage}
+        whole = {**manifest, "optimizer": optimizer, "zero_stage": stage}
         own = {key: value.clone().contiguous() for key, value in objective.items()} if self.group.main else None
         copied = None
         if self.train.save_in_background:
-            copied = self._copier.submit(state.snapshot, fragments, self._buffer, state.moment(self.group.device))
+            copied = self._copier.submit(
+                training_state.snapshot, fragments, self._buffer, training_state.moment(self.group.device)
+            )
         digests = self._writer.submit(_write, partial, self.group, copied or fragments, scalars, own)
         self._pending = _Pending(name, partial, whole, copied, digests)
         if copied is None:
@@ -137,7 +138,14 @@ class Saver:
                 self._retain(pending.name)
 
     def settle(self, step: int) -> None:
-        """Complete an interrupted commit: `latest` and retention, as of the checkpoint that the run resumed from."""
+        """Complete an interrupted commit: `latest` and retention, as of the checkpoint that the run resumed from.
+
+        Raises RunError when something that this package did not make is where a later checkpoint would be put.
+        """
+        if self.group.main:
+            for checkpoint in places(self.folder):
+                if step_of(checkpoint) > step:
+                    _check_place(checkpoint)
         if step and self.group.main:
             name = f"step-{step:06d}"
             with _write_failures(self.workspace / name):
@@ -145,11 +153,13 @@ class Saver:
                 self._retain(name)
 
     def _commit(self, pending: _Pending, files: Digests) -> None:
-        text = sealed({**pending.manifest, "files": files})
+        text = state.sealed("checkpoint", {**pending.manifest, "files": files}, indent=1)
         disk.write(pending.partial / "manifest.json", text, workspace=pending.partial)
         final = self.folder / pending.name
-        if final.exists():  # it was damaged, or is made again after a resume from an older checkpoint
+        if (final / "manifest.json").is_file():  # it was damaged, or is made again after a resume from an older one
             self._remove_later(final)
+        else:
+            _check_place(final)
         disk.publish(pending.partial, final)
         self._point_to(pending.name)
 
@@ -162,15 +172,18 @@ class Saver:
         Damaged checkpoints do not count. Those later than the newest whole one will be written again, and those without
         a readable manifest are left for inspection.
         """
-        metrics: dict[Path, Mapping[str, float]] = {}
+        manifests: dict[Path, Mapping[str, Any]] = {}
         for checkpoint in committed(self.folder):
-            with suppress(ValueError, OSError):
+            with suppress(state.Damaged, ConfigError, OSError):
                 if step_of(checkpoint) <= step_of(self.folder / newest):
-                    metrics[checkpoint] = read_manifest(checkpoint).get("metrics", {})
-        keep = kept({step_of(c): values for c, values in metrics.items()}, self.train)
-        for checkpoint in metrics:
+                    manifests[checkpoint] = read_manifest(checkpoint)
+        keep = kept({step_of(c): manifest.get("metrics", {}) for c, manifest in manifests.items()}, self.train)
+        for checkpoint, manifest in manifests.items():
             if step_of(checkpoint) not in keep and checkpoint.name != newest:
                 try:
+                    if foreign := _foreign(checkpoint, manifest["files"]):
+                        log.warning(f"{checkpoint}: retention leaves it, because of what others put there: {foreign}")
+                        continue
                     self._remove_later(checkpoint)
                 except OSError as error:
                     if not self.workspace.is_dir():
@@ -233,19 +246,35 @@ def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[di
     """Restore parameters and the optimizer's state, whatever world size and ZeRO stage saved them; returns the manifest
     and the objective's state.
 
-    Raises ConfigError when the checkpoint is of another recipe, other base weights or another format.
+    Raises ConfigError when the checkpoint is of another recipe or other base weights.
     """
     manifest = read_manifest(checkpoint)
-    present = {"format": FORMAT, **expected}
-    for key, what in (("format", "format"), ("config_hash", "recipe"), ("base_hash", "base weights")):
-        if manifest.get(key) != present[key]:
+    for key, what in (("config_hash", "recipe"), ("base_hash", "base weights")):
+        if manifest.get(key) != expected[key]:
             raise ConfigError(
-                f"{checkpoint}: saved with another {what} ({key} {manifest.get(key)}, now {present[key]}); "
+                f"{checkpoint}: saved with another {what} ({key} {manifest.get(key)}, now {expected[key]}); "
                 "resume with the one it was saved with, or choose another run.dir"
             )
     with Shards(checkpoint) as shards:
-        state.load(engine, shards)
+        training_state.load(engine, shards)
     return manifest, load_file(checkpoint / "objective.safetensors")
+
+
+def _check_place(final: Path) -> None:
+    """Raise RunError unless a checkpoint can be put here: by its manifest, one is ours; an empty folder is nobody's."""
+    if (final / "manifest.json").is_file():
+        return
+    if final.is_symlink() or final.is_file() or (final.is_dir() and any(final.iterdir())):
+        raise RunError(
+            f"{final}: is in the place of a checkpoint that is still to be written, and is none (it holds no "
+            "manifest.json); move it away, then start again. Every checkpoint that is committed is whole"
+        )
+
+
+def _foreign(checkpoint: Path, files: Mapping[str, Any]) -> str:
+    """The names in a checkpoint that its manifest does not name; those of files open on NFS are nobody's."""
+    names = {entry.name for entry in checkpoint.iterdir() if not entry.name.startswith(".nfs")}
+    return ", ".join(sorted(names - {*files, "manifest.json"}))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mirage_dist import cli, disk
+from mirage_dist import cli, disk, state
 from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
 from mirage_dist.data import prepare as preparing
@@ -340,8 +340,18 @@ def test_the_same_recipe_and_inputs_are_reused_even_when_other_workers_wrote_the
     assert prepare(recipe(folder)) == first
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == before
     assert set(before) == {"forget.jsonl", "retain.jsonl", "prepare.json"}
-    assert json.loads((folder / "out/prepare.json").read_text()) == first
+    assert state.read("prepared", folder / "out/prepare.json") == first
     assert not disk.leftovers(folder / "out")
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"null", b"{}", b"[" * 10_000, b"cut", b"edited"])
+def test_a_damaged_prepare_json_is_named(folder, damage):
+    prepare(recipe(folder))
+    file = folder / "out/prepare.json"
+    raw = file.read_bytes()
+    file.write_bytes({b"cut": raw[:-30], b"edited": raw.replace(b'"samples"', b'"sAmples"', 1)}.get(damage, damage))
+    with pytest.raises(state.Damaged, match=r"prepare\.json: .* Move .*/out away to prepare it again"):
+        prepare(recipe(folder))
 
 
 CHANGES = {

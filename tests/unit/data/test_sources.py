@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import struct
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 
 from mirage_dist.data import formats, pictures, sources, words
 from mirage_dist.data.formats.samples import write_samples
-from mirage_dist.data.pictures import many, opening
+from mirage_dist.data.pictures import PictureError, many, open_picture, opening, size_of
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
@@ -360,10 +362,25 @@ def test_a_file_header_alone_is_not_taken_for_a_picture(folder, read):
         read([unsafe()])
 
 
-def test_a_picture_too_large_to_decode_is_a_bad_record(read, folder, monkeypatch):
+def test_a_picture_too_large_to_decode_is_a_bad_record_and_its_source_may_allow_it(read, folder, monkeypatch):
     monkeypatch.setattr(opening, "LARGEST", 64)
-    with pytest.raises(ConfigError, match=r"record 0: image .*: 4096 pixels by its header; at most 64 are decoded"):
+    assert len(read([unsafe()], max_pixels=4096).samples) == 1
+    with pytest.raises(
+        ConfigError, match=r"record 0: image .*: 4096 pixels by its header; at most 4095 are decoded.*raise max_pixels"
+    ):
+        read([unsafe()], max_pixels=4095)
+    with pytest.raises(PictureError, match="at most 64 are decoded"):
+        open_picture(folder / "a.png")
+
+
+def test_a_picture_of_144_million_pixels_in_17_kilobytes_is_not_decoded_unless_allowed(read, folder):
+    row = zlib.compress(bytes(1501 * 12_000), 9)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 12_000, 12_000, 1, 0, 0, 0, 0)), (b"IDAT", row), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(ConfigError, match=r"144000000 pixels by its header; at most 64000000 are decoded"):
         read([unsafe()])
+    assert size_of(folder / "a.png") == (12_000, 12_000)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +438,8 @@ def test_ranks_that_share_the_check_come_to_what_one_reader_comes_to(folder, mon
     for name, own in records.items():
         (folder / f"{name}.json").write_text(json.dumps(own))
     decoded = []
-    monkeypatch.setattr(many, "inspect", lambda path, whole=many.inspect: decoded.append(path) or whole(path))
+    whole = many.inspect
+    monkeypatch.setattr(many, "inspect", lambda path, most: decoded.append(path) or whole(path, most))
 
     def streams(on_bad_record, check_images=False):
         configs = {n: [formats.source("vlguard", f"{folder}/{n}.json", on_bad_record=on_bad_record)] for n in records}

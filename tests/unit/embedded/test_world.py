@@ -1,12 +1,14 @@
 """The embedded world: deterministic files in VLGuard's form, spurious first words as configured, an exact judge."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
+from mirage_dist import state
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, WorldConfig
@@ -221,3 +223,15 @@ def test_a_picture_or_question_that_is_not_the_worlds_is_refused(world):
 def test_a_share_or_count_that_makes_no_world_names_its_key(field, value):
     with pytest.raises(ConfigError, match=f"^{field}="):
         WorldConfig(**{"dir": "w", field: value})
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"null", b"{}", b"[" * 10_000, b"flipped"])
+@pytest.mark.parametrize("name", ["world.json", "labels.jsonl"])
+def test_a_damaged_record_of_the_world_is_named(config, tmp_path, name, damage):
+    for other in ("world.json", "labels.jsonl"):
+        shutil.copy(f"{config.dir}/{other}", tmp_path)
+    raw = bytearray((tmp_path / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / name).write_bytes(bytes(raw) if damage == b"flipped" else damage)
+    with pytest.raises(state.Damaged, match=rf"{name}: .* Move {tmp_path} away"):
+        embedded_world.load(tmp_path)

@@ -55,8 +55,10 @@ def test_a_wrong_option_is_an_error_before_the_embedded_world_is_made(tmp_path, 
 
 
 def test_two_judges_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="two are named 'keyword'"):
+    with pytest.raises(ConfigError, match=r"judges\[0\] and judges\[1\] are both named 'keyword'"):
         judges.panel(recipe(tmp_path, "judges=[keyword,{kind: keyword, phrases: published, name: keyword}]"))
+    with pytest.raises(ConfigError, match=r"judges\[1\] and judges\[2\] are both named 'keyword'"):
+        judges.panel(recipe(tmp_path, "judges=[world,keyword,keyword]"))
 
 
 @pytest.mark.parametrize("kind", judges.REGISTRY)

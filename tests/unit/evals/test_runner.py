@@ -18,11 +18,11 @@ import torch
 from conftest import DEADLINE
 from safetensors.torch import save_file
 
-from mirage_dist import cli, inputs, report, signals
+from mirage_dist import cli, inputs, report, signals, state
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals import judges, manifest, rows, runner, status, worklist
+from mirage_dist.evals import judges, manifest, results, rows, runner, status, worklist
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
@@ -77,7 +77,7 @@ def lines(root: Path) -> list[bytes]:
 
 def test_every_question_is_one_row_and_the_entry_is_the_reports_schema(finished):
     assert len(lines(finished)) == ROWS
-    result = json.loads((suite(finished) / "metrics.json").read_text())
+    result = results.read(suite(finished))
     for judge in ("world", "keyword"):
         entry = result["judges"][judge]["entry"]
         assert set(entry) == {"asr", "rr", "ir", "utility", "locality"}
@@ -92,7 +92,7 @@ def test_every_question_is_one_row_and_the_entry_is_the_reports_schema(finished)
 
 
 def test_metrics_hold_pairs_categories_and_how_judges_agree(finished):
-    result = json.loads((suite(finished) / "metrics.json").read_text())
+    result = results.read(suite(finished))
     exact = result["judges"]["world"]
     assert set(exact["paired"]["unsafe"]) == {"what_k3", "neutral_k1"}
     assert exact["paired"]["unsafe"]["what_k3"]["n"] == QUESTIONS
@@ -125,8 +125,8 @@ def test_a_second_start_asks_what_is_missing_and_counts_the_same(copied):
     assert (suite(root) / "metrics.json").read_bytes() == before
     assert len(lines(root)) - 21 == ROWS - 20
     answers = files.Answers(suite(root)).refresh()
-    assert (answers.broken, answers.repeated, len(answers)) == (1, 0, ROWS)
-    assert list(answers.of([json.loads(line)["key"] for line in whole])) == [json.loads(line) for line in whole]
+    assert (answers.cut, answers.repeated, len(answers)) == (1, 0, ROWS)
+    assert list(answers.of([json.loads(line)["key"] for line in whole])) == [state.parse("row", x, "") for x in whole]
     runner.evaluate(again())
     assert len(list((suite(root) / "rows").iterdir())) == 2  # the third start wrote nothing
 
@@ -252,13 +252,13 @@ def test_a_model_that_changes_under_the_run_is_noticed_by_its_hash(finished, tmp
 
     with monkeypatch.context() as during:
         during.setattr(HuggingFace, "answer", meanwhile)
-        with pytest.raises(RunError, match="the model changed while it was evaluated"):
+        with pytest.raises(RunError, match="the model's files changed since they were hashed; the answers on disk"):
             runner.evaluate(again)
     assert not (suite(tmp_path) / "metrics.json").exists()
     with pytest.raises(ConfigError, match="model_hash"):
         runner.evaluate(again)
     put(finished / "model")  # the one before, in files that are newly written
-    assert runner.evaluate(again) == json.loads((suite(finished) / "metrics.json").read_text())
+    assert runner.evaluate(again) == results.read(suite(finished))
 
 
 def start_workers(again: EvalRecipe, count: int, tmp_path: Path) -> subprocess.Popen:
@@ -287,7 +287,7 @@ def test_three_workers_one_killed_half_way_count_and_report_what_one_does(finish
     output, _ = pool.communicate()
     assert pool.returncode == RunError.status, output
     assert re.search(r"mirage: worker [012] of 3 was killed by signal 9 \(see above\), the first to fail", output)
-    mine, whole = (json.loads((suite(root) / "metrics.json").read_text()) for root in (tmp_path, finished))
+    mine, whole = (results.read(suite(root)) for root in (tmp_path, finished))
     assert mine == whole
     assert len(lines(tmp_path)) == ROWS
     assert summary(tmp_path / "run") == summary(finished / "run")
@@ -393,7 +393,7 @@ def test_the_world_judge_needs_a_world(finished):
 
 def test_a_worker_answers_what_nobody_has_claimed_wherever_it_begins(finished, tmp_path):
     again = recipe(finished, f"run.dir={tmp_path}/run")
-    assert runner.evaluate(again, (2, 3)) == json.loads((suite(finished) / "metrics.json").read_text())
+    assert runner.evaluate(again, (2, 3)) == results.read(suite(finished))
     assert len(lines(tmp_path)) == ROWS
     assert not list((suite(tmp_path) / "claims").iterdir())
 
@@ -413,7 +413,7 @@ def test_a_signal_ends_the_work_behind_a_batch_and_the_next_start_does_the_rest(
             runner.evaluate(again)
     assert len(lines(tmp_path)) == again.generation.batch_size
     monkeypatch.setattr(signals, "_received", [])
-    assert runner.evaluate(again) == json.loads((suite(finished) / "metrics.json").read_text())
+    assert runner.evaluate(again) == results.read(suite(finished))
 
 
 def test_a_template_other_than_the_trained_one_is_refused(finished, tmp_path):

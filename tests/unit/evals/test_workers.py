@@ -1,6 +1,5 @@
 """Workers that share a suite: claims, deaths, the merge, and the reports on them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist import liveness
+from mirage_dist import liveness, state
 from mirage_dist.evals import manifest, rows, status, worklist
 from mirage_dist.evals.sharing import claims as claiming
 from mirage_dist.evals.sharing import files
@@ -44,7 +43,7 @@ def all_answered_once(suite: Path) -> Answers:
 def test_of_workers_killed_a_hundred_times_every_row_is_there_once(tmp_path):
     done = nurse(tmp_path, 3, 100, 5)
     assert (done.returncode, done.stdout) == (0, "100\n"), done.stderr
-    assert all_answered_once(tmp_path).broken > 0  # some died within a line
+    assert all_answered_once(tmp_path).cut > 0  # some died within a line
     # What is left of the dead is in nobody's way.
     assert nurse(tmp_path, 1, 0, 0).returncode == 0
 
@@ -54,7 +53,7 @@ def test_a_full_disk_ends_a_worker_in_words_and_the_next_start_does_the_rest(tmp
     assert done.returncode == 1
     assert "cannot be written ([Errno 27] File too large); whole answers are kept" in done.stderr
     there = Answers(tmp_path).refresh()
-    assert there.broken in (1, 2)  # two, but where the space ends just behind a line
+    assert there.cut in (1, 2)  # two, but where the space ends just behind a line
     assert 0 < len(there) < nursery.QUESTIONS
     assert nurse(tmp_path, 3, 0, 0).returncode == 0
     all_answered_once(tmp_path)
@@ -62,7 +61,7 @@ def test_a_full_disk_ends_a_worker_in_words_and_the_next_start_does_the_rest(tmp
 
 def test_a_line_that_grows_while_it_is_read_is_read_whole(tmp_path):
     """Its beginning is at the end of the file at one moment, and its rest there at the next."""
-    lines = b"".join(json.dumps({"key": f"{i:064x}", "text": "x" * 40}).encode() + b"\n" for i in range(3000))
+    lines = "".join(state.sealed("row", {"key": f"{i:064x}", "text": "x" * 40}) for i in range(3000)).encode()
 
     def grow() -> None:
         with (tmp_path / "rows/worker-1.jsonl").open("ab", buffering=0) as file:
@@ -74,7 +73,7 @@ def test_a_line_that_grows_while_it_is_read_is_read_whole(tmp_path):
     writer.start()
     while writer.is_alive():
         answers.refresh()
-    assert (len(answers.refresh()), answers.broken, answers.repeated) == (3000, 0, 0)
+    assert (len(answers.refresh()), len(answers.damage), answers.cut, answers.repeated) == (3000, 0, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------- claims
@@ -114,7 +113,7 @@ def test_a_claim_is_kept_by_a_beat_that_moves_and_lost_by_one_that_stands_still(
         assert third.take("chunk") == claiming.Claim("chunk", 0)
 
 
-@pytest.mark.parametrize("content", ["", '{"token": "ab'])
+@pytest.mark.parametrize("content", ["", '{"token": "ab', "\0" * 9, "null", "{}", "[" * 9999, '{"seal": "claim 1 0"}'])
 def test_a_claim_that_a_power_failure_emptied_expires(tmp_path, elsewhere, content):
     (tmp_path / "claims").mkdir()
     (tmp_path / "claims" / "chunk.0").write_text(content)
@@ -130,7 +129,7 @@ def test_of_many_that_find_a_worker_dead_one_follows_it(tmp_path):
     with Claims(tmp_path) as owner:
         record = {**owner.owner.record(), "token": "dead", "pid": dead.pid, "process": "1"}
     for name in map(str, range(20)):
-        (tmp_path / "claims" / f"{name}.0").write_text(json.dumps(record))
+        (tmp_path / "claims" / f"{name}.0").write_text(state.sealed("claim", record))
         many = [Claims(tmp_path) for _ in range(8)]
         with ThreadPoolExecutor(8) as threads:
             taken_by = list(threads.map(lambda claims, name=name: claims.take(name), many))
@@ -160,7 +159,7 @@ worker_of = st.tuples(st.lists(line_of, max_size=6), st.integers(0, 120))  # its
 def raw(row) -> bytes:
     key = f"{row[0]:064x}"
     fields = {"key": key, "set": "unsafe", "id": '"set": "x", "attack": "y"', "attack": "clean", "response": row[1]}
-    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    return state.sealed("row", fields).encode()
 
 
 @given(st.lists(worker_of, max_size=4), st.data())
@@ -174,7 +173,7 @@ def test_the_merge_is_of_whole_lines_and_does_not_depend_on_when_they_were_read(
         content = b"".join(map(raw, lines))
         content = content[: max(0, len(content) - gone)]
         contents.append(content)
-        whole += [json.loads(line) for line in content.split(b"\n")[:-1]]
+        whole += [state.parse("row", line, "") for line in content.split(b"\n")[:-1]]
         cut += not content.endswith(b"\n") and content != b""
     for row in whole:
         first.setdefault(row["key"], row)
@@ -189,21 +188,21 @@ def test_the_merge_is_of_whole_lines_and_does_not_depend_on_when_they_were_read(
         growing.refresh()
     for answers in (growing, Answers(suite).refresh()):
         assert {row["key"]: row for row in answers.of(list(first))} == first
-        assert (len(answers), answers.repeated, answers.broken) == (len(first), len(whole) - len(first), cut)
+        assert (len(answers), answers.repeated, answers.cut) == (len(first), len(whole) - len(first), cut)
         assert answers.differing == {row["key"] for row in whole if row != first[row["key"]]}
-    files.write(suite / "manifest.json", json.dumps({"asks": {"unsafe": {"clean": 6}}}))
+    files.write(suite / "manifest.json", state.sealed("suite", {"asks": {"unsafe": {"clean": 6}}}))
     progress = status.status(suite)
-    assert (progress.done, progress.repeated, progress.broken) == (len(first), len(whole) - len(first), cut)
+    assert (progress.done, progress.repeated, progress.cut) == (len(first), len(whole) - len(first), cut)
 
 
 def test_a_damaged_line_is_no_row(tmp_path):
     with Writer(tmp_path) as writer:
-        writer.append([json.loads(raw((i, "yes"))) for i in range(3)])
+        writer.append([state.parse("row", raw((i, "yes")), "") for i in range(3)])
     content = bytearray(writer.file.read_bytes())
     content[len(raw((0, "yes"))) + 90] = 0  # a page that never reached the disk
     writer.file.write_bytes(content)
     answers = Answers(tmp_path).refresh()
-    assert (len(answers), answers.broken) == (2, 1)
+    assert (len(answers), answers.damage.lines, answers.cut) == (2, {writer.file: [2]}, 0)
     assert f"{1:064x}" not in answers
 
 
@@ -218,7 +217,7 @@ def test_progress_is_reported_by_set_and_attack_and_without_torch(tmp_path):
     with pytest.raises(ConfigError, match=r"rewrites are being made first \(unsafe-what-0a1b: 2 lines\)"):
         status.status(tmp_path)
     questions = nursery.questions()
-    files.write(tmp_path / "manifest.json", json.dumps({"asks": worklist.by_attack(questions.values())}))
+    files.write(tmp_path / "manifest.json", state.sealed("suite", {"asks": worklist.by_attack(questions.values())}))
     keys = list(questions)
     with Claims(tmp_path) as claims, Writer(tmp_path) as writer:
         claims.take("chunk", {"unsafe": {"clean": 8}})
@@ -227,7 +226,7 @@ def test_progress_is_reported_by_set_and_attack_and_without_torch(tmp_path):
         assert "| unsafe | clean | 300 of 900 | 8 | 592 |" in text
         assert "300 of 900 answers (33.3%); 1 workers at work" in text
         dead = {**claims.owner.record(), "process": "1"}
-        (tmp_path / "claims/chunk.0").write_text(json.dumps({**dead, "rows": {"unsafe": {"clean": 8}}}))
+        (tmp_path / "claims/chunk.0").write_text(state.sealed("claim", {**dead, "rows": {"unsafe": {"clean": 8}}}))
         assert "| unsafe | clean | 300 of 900 | 0 | 600 |" in status.status(tmp_path).text()
     code = "import sys; from mirage_dist.evals import status; print('torch' in sys.modules or 'PIL' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mirage_dist import disk
+from mirage_dist import disk, state
 from mirage_dist.disk import Written
 from mirage_dist.model.shards import PARAM, Fragment, Shards, write
 from mirage_dist.schema import RunError
@@ -51,7 +52,7 @@ def test_any_fragmentation_is_read_back_over_any_ranges(tmp_path_factory, fragme
         written = write(file, held)
         assert written == Written(file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
         assert set(load_file(file)) == {f"{f.key}/{f.name}" for f in held}  # an ordinary safetensors file
-    with Shards(folder) as read:
+    with Shards(named(folder)) as read:
         assert read.shapes == {name: shape for name, (shape, _) in parameters.items()}
         for name, (shape, _) in parameters.items():
             assert torch.equal(read.whole(name), whole[PARAM, name].view(shape))
@@ -62,6 +63,22 @@ def test_any_fragmentation_is_read_back_over_any_ranges(tmp_path_factory, fragme
                 assert torch.equal(read.read(key, name, start, size), whole[key, name][start : start + size])
 
 
+def named(folder: Path) -> Path:
+    """The folder, with a manifest that names its shards."""
+    files = {file.name: {} for file in folder.glob("rank-*.safetensors")}
+    (folder / "manifest.json").write_text(state.sealed("checkpoint", {"step": 1, "files": files}))
+    return folder
+
+
+def test_a_shard_that_no_manifest_names_is_not_opened(tmp_path):
+    write(tmp_path / "rank-00000-of-00001.safetensors", fragments(0, 10))
+    named(tmp_path)
+    (tmp_path / "rank-00001-of-00002.safetensors").write_text("no shard")
+    write(tmp_path / "rank-00007-of-00009.safetensors", fragments(0, 3))
+    with Shards(tmp_path) as read:
+        assert read.read(PARAM, "w", 0, 10).tolist() == list(range(10))
+
+
 def fragments(start: int, stop: int) -> list[Fragment]:
     return [Fragment(key, "w", (10,), start, torch.arange(float(start), float(stop))) for key in KEYS]
 
@@ -69,7 +86,7 @@ def fragments(start: int, stop: int) -> list[Fragment]:
 def test_elements_that_no_shard_holds_are_missed(tmp_path):
     write(tmp_path / "rank-00000-of-00002.safetensors", fragments(0, 4))
     write(tmp_path / "rank-00001-of-00002.safetensors", fragments(6, 10))
-    with Shards(tmp_path) as read:
+    with Shards(named(tmp_path)) as read:
         assert read.read(PARAM, "w", 6, 4).tolist() == [6, 7, 8, 9]
         with pytest.raises(RunError, match="holds 2 of 4 elements of exp_avg of w from 2 on"):
             read.read("exp_avg", "w", 2, 4)
@@ -86,7 +103,7 @@ def test_values_keep_every_bit_and_chunks_their_order(tmp_path, monkeypatch):
     written = write(tmp_path / "rank-00000-of-00001.safetensors", held)
     content = (tmp_path / "rank-00000-of-00001.safetensors").read_bytes()
     assert written == Written(len(content), hashlib.sha256(content).hexdigest())
-    with Shards(tmp_path) as read:
+    with Shards(named(tmp_path)) as read:
         assert torch.equal(read.read(PARAM, "w", 0, 10).view(torch.int32), odd.view(torch.int32))
         assert read.read("exp_avg", "w", 0, 10).tolist() == list(range(0, 20, 2))
         assert torch.equal(read.read("exp_avg_sq", "w", 0, 3), torch.tensor([1 / 3, 7.0, 2.0]))
@@ -106,7 +123,7 @@ def test_state_of_any_name_shape_and_dtype_is_read_back(tmp_path):
     scalars = {"w": {"step": {"float32": 7.0}, "RMS": 1 / 3, "none": None}, "v": {}}
     write(tmp_path / "rank-00000-of-00002.safetensors", held, scalars)
     write(tmp_path / "rank-00001-of-00002.safetensors", [Fragment(PARAM, "v", (2,), 0, torch.ones(2))], {"v": {"n": 1}})
-    with Shards(tmp_path) as read:
+    with Shards(named(tmp_path)) as read:
         assert read.shapes == {"v": (2,)}
         assert read.scalars == {**scalars, "v": {"n": 1}}
         assert read.states("v") == {}

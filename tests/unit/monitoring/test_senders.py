@@ -11,6 +11,7 @@ import pytest
 from conftest import tensorboard_scalars
 from wandb.util import get_core_path
 
+from mirage_dist import state
 from mirage_dist.monitoring import sinks, wandb_files
 from mirage_dist.monitoring.process import Sender
 
@@ -39,7 +40,7 @@ class Metrics:
     def add(self, *steps: int) -> None:
         for step in steps:
             record = {"step": step, "loss": 1 / step, "terms": {"ce": 0.5, "kl": None}, "tokens_per_s": 9.0}
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(state.sealed("metrics", record))
         self.file.flush()
 
     def sent(self) -> list[int]:
@@ -161,7 +162,7 @@ def test_tensorboard_has_each_step_once_with_the_values_of_the_run_as_it_went_on
     os.truncate(metrics.folder / "metrics.jsonl", 0)
     other.options = metrics.options
     other.add(1, 2)
-    other.file.write('{"step": 3, "loss": 7.0, "terms": {}}\n')
+    other.file.write(state.sealed("metrics", {"step": 3, "loss": 7.0, "terms": {}}))
     other.file.flush()
     close(other.sender("tensorboard"))
     assert {step: value for (step, name), value in tensorboard_scalars(folder).items() if name == "loss"} == {

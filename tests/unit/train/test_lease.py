@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
-from mirage_dist import disk, liveness
+from mirage_dist import disk, liveness, state
 from mirage_dist.liveness import Owner, process_start
 from mirage_dist.schema import RunError
 from mirage_dist.train import lease as leases
@@ -36,8 +37,28 @@ FORGED = "f0f0f0f0f0f0"
 def forge(root, **changes):
     """An owner.json and a workspace as another process left them."""
     owner = {**Owner.current().record(), "token": FORGED, **changes}
-    (root / "owner.json").write_text(json.dumps(owner))
-    return disk.own(root / f"work-{FORGED}.tmp")
+    (root / "owner.json").write_text(state.sealed("owner", owner))
+    return disk.own(root / f"work-{FORGED}.tmp", Owner.from_record(owner))
+
+
+@contextmanager
+def beating(workspace):
+    """The heartbeat of an owner elsewhere."""
+    stop = threading.Event()
+
+    def beat():
+        count = 0
+        while not stop.wait(0.02):
+            count += 1
+            (workspace / "beat").write_text(str(count))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def names(root):
@@ -99,23 +120,50 @@ def test_where_no_process_table_can_be_read_the_beat_tells(tmp_path, monkeypatch
 
 def test_an_owner_on_another_host_whose_beat_moves_is_named_and_keeps_its_workspace(tmp_path):
     workspace = forge(tmp_path, host="node7", pid=4242)
-    stop = threading.Event()
-
-    def beat():
-        count = 0
-        while not stop.wait(0.02):
-            count += 1
-            (workspace / "beat").write_text(str(count))
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        with pytest.raises(RunError, match="belongs to a job on node7, process 4242"):
-            acquire(tmp_path)
-    finally:
-        stop.set()
-        thread.join()
+    with beating(workspace), pytest.raises(RunError, match="belongs to a job on node7, process 4242"):
+        acquire(tmp_path)
     assert names(tmp_path) == ["owner.json", "owner.lock", f"work-{FORGED}.tmp"]
+
+
+DAMAGE = {
+    "absent": None,
+    "empty": b"",
+    "an empty object": b"{}",
+    "a list": b"[]",
+    "nothing": b"null",
+    "deep": b"[" * 10_000,
+    "no text": b"\xff\x00",
+    "another kind": state.sealed("start", {"token": FORGED}).encode(),
+    "by an older version": json.dumps({"token": FORGED, "host": "node7"}).encode(),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "mark"),
+    [*((damage, "whole") for damage in DAMAGE)]
+    + [("empty", mark) for mark in ("", "[]", '{"pid": "x", "host": 7, "token": ["a"]}', "[" * 10_000)],
+)
+def test_a_damaged_owner_file_neither_hides_a_live_owner_nor_locks_the_run(tmp_path, damage, mark):
+    workspace = forge(tmp_path, **({} if mark == "whole" else {"host": "node7"}))
+    if mark != "whole":
+        (workspace / disk.MARK).write_text(mark)
+    if (content := DAMAGE[damage]) is None:
+        (tmp_path / "owner.json").unlink()
+    else:
+        (tmp_path / "owner.json").write_bytes(content)
+    owner = f"process {os.getpid()}," if mark == "whole" else f"only the token {FORGED} is known"
+    with beating(workspace), pytest.raises(RunError, match=owner):
+        acquire(tmp_path)
+    assert workspace.is_dir()
+    (workspace / disk.MARK).write_text("{}")  # not the mark of a process that lives, and no beat any more
+    acquire(tmp_path).release()
+    assert names(tmp_path) == ["owner.lock"]
+
+
+def test_a_damaged_owner_file_is_named(tmp_path, capsys):
+    (tmp_path / "owner.json").write_text("{")
+    acquire(tmp_path).release()
+    assert f"{tmp_path}/owner.json: holds no whole object" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(
@@ -293,6 +341,21 @@ def test_a_job_that_starts_over_without_getting_on_is_stopped(tmp_path, monkeypa
         start(lease, tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert start(lease, tmp_path)[-1]["job"] == "78"
+    lease.release()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "[" * 10_000, '{"job": "77"}\n', "\udcff", "cut", "flipped"])
+def test_damaged_starts_are_named_and_counted_anew(tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    lease, file = acquire(tmp_path), tmp_path / "starts.jsonl"
+    for _ in range(2):
+        start(lease, tmp_path)
+    whole = file.read_text()
+    damaged = {"cut": whole[:-20], "flipped": whole.replace('"step": 0', '"step": 9', 1)}.get(damage, damage)
+    file.write_bytes(os.fsencode(damaged))
+    assert len(start(lease, tmp_path)) == 1
+    assert (f"{file}: line" in capsys.readouterr().out) == (damaged != "")
+    assert len(start(lease, tmp_path)) == 2
     lease.release()
 
 

@@ -8,19 +8,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirage_dist import state
 from mirage_dist.schema import TrainConfig
 from mirage_dist.train.engine import learning_rate
-from mirage_dist.train.monitor import drop_from
+from mirage_dist.train.monitor import drop_from, records
 
 
 def test_a_resumed_run_drops_what_it_will_write_again_and_a_half_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 8)) + '{"step": 8, "lo')
+    file.write_text(text(range(1, 8)) + '{"step": 8, "lo')
     out = tmp_path / "out.jsonl"
     assert drop_from(file, 4, out) == 7
     assert [json.loads(line)["step"] for line in out.read_text().splitlines()] == [1, 2, 3, 4]
-    assert drop_from(tmp_path / "absent.jsonl", 4, out) == 0
+    assert out.read_text() == text(range(1, 5))
+    assert drop_from(tmp_path / "absent.jsonl", 0, out) == 0
     assert out.read_text() == ""
+
+
+def text(steps) -> str:
+    return "".join(state.sealed("metrics", {"step": step, "loss": 0.5}) for step in steps)
+
+
+@pytest.mark.parametrize("line", ["", "[]", "null", "{}", "[" * 10_000, '{"step": 3, "loss": 0.1}', text([3])[:-9]])
+def test_a_damaged_line_before_a_needed_one_is_named_and_one_that_is_repeated_is_dropped(tmp_path, capsys, line):
+    file, out = tmp_path / "metrics.jsonl", tmp_path / "out.jsonl"
+    file.write_text(f"{text([1, 2])}{line}\n{text([4, 5])}")
+    with pytest.raises(state.Damaged, match=r"metrics.jsonl: line 3: .* Restore the file, or delete the line"):
+        drop_from(file, 4, out)
+    with pytest.raises(state.Damaged, match="line 3"):
+        list(records(file))
+    drop_from(file, 2, out)
+    assert out.read_text() == text([1, 2])
+    file.write_text(f"{text([1, 2])}{line}\n")
+    assert [record["step"] for _, record in records(file)] == [1, 2]
+    capsys.readouterr()
+    drop_from(file, 3, out)
+    assert "metrics.jsonl: holds no whole record of steps 3 to 3" in capsys.readouterr().out
 
 
 def config(**options) -> TrainConfig:

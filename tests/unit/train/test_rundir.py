@@ -8,11 +8,14 @@ import pytest
 from PIL import Image, ImageOps
 
 from mirage_dist import config as configs
+from mirage_dist import report, runs, state
 from mirage_dist.cli import main
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.evals.models import subject
+from mirage_dist.model import export
 from mirage_dist.objectives.base import make
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, TrainRecipe
 from mirage_dist.train import rundir
 from mirage_dist.train.lease import acquire
 from mirage_dist.train.planning.check import check_inputs, check_recipe
@@ -76,13 +79,78 @@ def test_other_weights_are_refused_too(begin):
         begin(base_hash="1" * 64)
 
 
-def test_a_manifest_of_an_older_version_names_every_stream(begin, tmp_path):
+def test_a_manifest_of_an_older_version_is_named(begin, tmp_path):
     file = tmp_path / "run/manifest.json"
     manifest = json.loads(file.read_text())
-    del manifest["data"]
+    del manifest["seal"]
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="stream forget exists only now; stream retain exists only now"):
+    with pytest.raises(state.Damaged, match=r"manifest.json: .*an older version wrote it. Restore .* or move it away"):
         begin()
+    file.unlink()
+    begin()  # as the message promises
+    assert file.is_file()
+
+
+def changed(raw: bytes) -> dict[str, bytes]:
+    """What may have become of a state file."""
+    half = len(raw) // 2
+    return {
+        "flipped": raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1 :],
+        "another seal": raw[:-6] + bytes([raw[-6] ^ 1]) + raw[-5:],
+        "cut": raw[:half],
+        "empty": b"",
+        "list": b"[]",
+        "null": b"null",
+        "object": b"{}",
+        "deep": b"[" * 10_000,
+        "zeros": bytes(len(raw)),
+    }
+
+
+def test_a_damaged_state_file_of_a_run_is_named(begin, toy, tmp_path, capsys):
+    root, words = tmp_path / "run", toy.overrides("npo", tmp_path / "run")
+    readers = {
+        "manifest.json": lambda: begin(),
+        "config.yaml": lambda: runs.recipe(root),
+        "data.json": lambda: runs.data(root),
+    }
+    for name, read in readers.items():
+        file = root / name
+        raw = file.read_bytes()
+        before = read()
+        for damage, content in changed(raw).items():
+            file.write_bytes(content)
+            if name == "config.yaml" and damage == "flipped":  # in a key that may change, such as monitor's
+                content = raw.replace(b"seed: 21", b"seed: 22")
+                file.write_bytes(content)
+            if name == "config.yaml" and damage == "another seal":
+                continue
+            with pytest.raises((ConfigError, state.Damaged), match=f"{name}: "):
+                read()
+            if name == "manifest.json" and damage == "cut":
+                assert main(["train", "configs/train/demo_npo.yaml", "--check", *words]) == 1
+                assert f"{file}: holds no whole object" in capsys.readouterr().err
+        file.write_bytes(raw)
+        assert read() == before
+
+
+def test_a_recipe_that_was_edited_after_the_start_is_named_and_free_keys_are_free(begin, tmp_path):
+    file = tmp_path / "run/config.yaml"
+    recipe = file.read_text()
+    file.write_text(recipe.replace("print_every: 100", "print_every: 7"))
+    assert runs.recipe(tmp_path / "run").monitor.print_every == 7
+    file.write_text(recipe.replace("seed: 21", "seed: 22"))
+    for read in (
+        lambda: runs.recipe(tmp_path / "run"),
+        lambda: export.export(tmp_path / "run", tmp_path / "out"),
+        lambda: report.named([tmp_path / "run"]),
+        lambda: subject.find(EvalModelConfig(run=str(tmp_path / "run")), tmp_path / "run"),
+    ):
+        with pytest.raises(ConfigError, match=r"config.yaml: was changed after this run began.* restore the file"):
+            read()
+    file.unlink()
+    begin()
+    assert file.read_text() == recipe
 
 
 def test_check_reports_changed_data_before_a_start(begin, toy, tmp_path, capsys):
