@@ -10,13 +10,16 @@ can compute it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.schema import documents
 from mirage_dist.schema.errors import ConfigError, RunError
 
 # The version of each kind of object, raised when what it holds or means changes.
@@ -44,6 +47,7 @@ VERSIONS = {
 }
 SEAL = re.compile(rb',\s*"seal": "([a-z]+) ([0-9]{1,9}) ([0-9a-f]{16})"\s*\}\s*\Z')
 DIGITS = 16
+LARGEST = 1 << 28  # bytes of a file
 
 
 class Damaged(RunError):
@@ -93,14 +97,19 @@ def read(kind: str, file: Path) -> dict[str, Any]:
     """The object in a file.
 
     Raises FileNotFoundError when there is no file, Damaged and ConfigError as `parse` does, and Damaged for a file
-    that cannot be read.
+    that cannot be read: one that is no regular file, or larger than `LARGEST`.
     """
+    if not file.is_symlink() and not file.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     try:
-        raw = file.read_bytes()
-    except FileNotFoundError:
-        raise
+        with documents.open_file(file) as handle:
+            raw = handle.read(LARGEST + 1)
+    except ConfigError as error:
+        raise Damaged(str(error)) from error
     except OSError as error:
         raise Damaged(f"{file}: cannot be read: {error}") from error
+    if len(raw) > LARGEST:
+        raise Damaged(f"{file}: larger than {LARGEST >> 20} MiB, which no state file is")
     return parse(kind, raw, file)
 
 

@@ -11,6 +11,7 @@ heartbeat shows it, never by a clock, which may be wrong.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -26,6 +27,7 @@ from mirage_dist.schema import ConfigError, RunError
 
 WORKSPACE = re.compile(r"work-([0-9a-f]{12})\.tmp(\.[0-9a-f]{8}\.gone)?")
 LOCK = "owner.lock"  # made by the first start and never removed
+LOCK_SECONDS, LOCK_PAUSE = 60.0, 0.05
 BEATS_MISSED = 3  # after so many missed beats an owner that is not in the process table is dead
 
 
@@ -154,8 +156,24 @@ def _of_workspaces(root: Path) -> Iterator[Owner]:
 
 @contextmanager
 def _one_at_a_time(file: Path) -> Iterator[None]:
-    """Two jobs that start at once decide one after the other, where the file system has locks."""
+    """Two jobs that start at once decide one after the other, where the file system has locks.
+
+    Raises RunError when another process has held the lock for `LOCK_SECONDS`: it takes milliseconds unless that process
+    is stopped.
+    """
+    end = time.monotonic() + LOCK_SECONDS
     with file.open("w") as handle:
-        with suppress(OSError):
-            fcntl.lockf(handle, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # no locks here
+                if time.monotonic() > end:
+                    raise RunError(
+                        f"{file}: another process has held it for {LOCK_SECONDS:g} s while it takes this directory; it "
+                        "is stopped or hangs. End it, then start again"
+                    ) from error
+                time.sleep(LOCK_PAUSE)
         yield

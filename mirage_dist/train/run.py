@@ -13,7 +13,8 @@ from mirage_dist import ranks, signals
 from mirage_dist.data import stream
 from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
-from mirage_dist.model import export, load
+from mirage_dist.model import directory, export
+from mirage_dist.model.directory import Hashed
 from mirage_dist.model.reference import AdaptersOff, Frozen, Reference
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group
@@ -75,7 +76,7 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         feed, cut = check_batches(checked, streams, group)
         _check_family(feed, group)
     recipe = feed.recipe
-    with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest):
+    with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest, base):
         with signals.start_up():
             log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
             for title, source in streams.items():
@@ -96,6 +97,7 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
                 feed.encoder.recall(vision_cache.fill(run))
             loop = Loop(run, reference_of(run))
             first = resume(run)
+            ranks.on_main(group, lambda: base and base.check_unchanged("start again when they are whole"))
             ranks.stop_here(group, "training begins")
         steps(run, loop, first)
         watchdog.stop()
@@ -212,13 +214,14 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
 @contextmanager
 def _leased(
     checked: Checked, streams: Mapping[str, Source], packed: bool, group: Group
-) -> Iterator[tuple[Lease, Identity]]:
-    """The run directory, owned while the block runs, and its manifest; equal on every rank.
+) -> Iterator[tuple[Lease, Identity, Hashed | None]]:
+    """The run directory, owned while the block runs, and its manifest, equal on every rank; on rank 0 the base model.
 
     packed: whether batches are.
     """
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease: Lease | None = None
+    base: Hashed | None = None
 
     def give_back(stopped: bool = True) -> None:
         if lease is not None:
@@ -228,11 +231,13 @@ def _leased(
             lease.release()
 
     def claim() -> str:
-        nonlocal lease
+        nonlocal lease, base
         lease = acquire(root)
         with lease.write_failures():
             rundir.count_start(lease, recipe.train.max_restarts)
-            rundir.open_run(recipe, checked.needs, streams, packed, load.base_hash(recipe.model.path), lease)
+            folder = directory.resolve(recipe.model.path)
+            base = directory.hashed(folder, directory.state(folder))
+            rundir.open_run(recipe, checked.needs, streams, packed, base.digest, lease)
         return lease.owner.token
 
     stopped = False
@@ -250,7 +255,7 @@ def _leased(
                 world_size=group.size,
             )
             with held.write_failures():
-                yield held, identity
+                yield held, identity, base
     except StopRequested:
         stopped = True
         raise

@@ -61,5 +61,7 @@ def test_a_newer_format_is_refused_as_such():
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError):
         state.read("run", tmp_path / "manifest.json")
-    with pytest.raises(state.Damaged, match="cannot be read"):
-        state.read("run", tmp_path)
+    for name, make in (("link", lambda f: f.symlink_to("/dev/full")), ("fifo", os.mkfifo), ("folder", os.mkdir)):
+        make(tmp_path / name)
+        with pytest.raises(state.Damaged, match=f"{name}: cannot be read"):
+            state.read("run", tmp_path / name)
