@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mirage_dist.evals import manifest
+from mirage_dist.evals import manifest, results
 from mirage_dist.evals.sharing import claims
 from mirage_dist.evals.sharing.files import COMPLETE, Damage, lines, row_key, suite_dir
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
@@ -33,7 +33,7 @@ class Count:
 class Status:
     """counts: by set and attack. workers: those not known to be dead. rows_per_s: the sum of their rates.
 
-    cut, damage, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` exists.
+    cut, damage, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` is whole.
     """
 
     counts: dict[tuple[str, str], Count]
@@ -63,7 +63,8 @@ class Status:
         if left and self.rows_per_s:
             rate += f", {left / self.rows_per_s / 60:.0f} minutes left"
         end = "metrics.json is written" if self.measured else "not judged yet"
-        line = f"{self.done} of {self.total} answers ({self.done / self.total:.1%}); {rate}; {end}"
+        share = self.done / self.total if self.total else 1.0
+        line = f"{self.done} of {self.total} answers ({share:.1%}); {rate}; {end}"
         return "\n".join([*table, "", line, *self.notes])
 
 
@@ -89,7 +90,14 @@ def status(suite: Path) -> Status:
         raise ConfigError(f"{suite}: no manifest.json; {why}")
     questions = manifest.read(suite).get("asks", {})
     counts = {(name, attack): Count(n) for name, attacks in questions.items() for attack, n in attacks.items()}
-    result = Status(counts, measured=(suite / "metrics.json").is_file())
+    result = Status(counts)
+    try:
+        results.read(suite)
+        result.measured = True
+    except FileNotFoundError:
+        pass
+    except RunError as error:
+        result.notes.append(str(error))
     _count_rows(suite, result)
     _count_claims(suite, result)
     if result.cut:
