@@ -199,7 +199,9 @@ def test_no_control_character_of_data_reaches_a_terminal_and_nothing_else_change
 
 
 @pytest.mark.parametrize(
-    "text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m", "a\u2028b", "\0\u2066\ufeff", "\udc80"]
+    "text",
+    ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m", "a\u2028b", "\0\u2066\ufeff", "\udc80"],
+    ids=range(7),  # a test's name that holds a surrogate ends the whole session
 )
 def test_results_faults_and_logs_show_controls_as_escapes(capsys, text):
     progress.show(text)
