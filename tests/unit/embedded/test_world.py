@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from mirage_dist import config as configs
 from mirage_dist import state
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
@@ -221,8 +222,8 @@ def test_a_picture_or_question_that_is_not_the_worlds_is_refused(world):
     ("field", "value"), [("spurious", 1.2), ("spurious", 0.951), ("neutral", -0.1), ("eval_samples", 0)]
 )
 def test_a_share_or_count_that_makes_no_world_names_its_key(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}="):
-        WorldConfig(**{"dir": "w", field: value})
+    with pytest.raises(ConfigError, match=f"^recipe: {field}="):
+        configs.build(WorldConfig, {"dir": "w", field: value}, "recipe", "")
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"null", b"{}", b"[" * 10_000, b"flipped"])

@@ -213,7 +213,10 @@ def test_a_local_model_judges_and_what_it_babbles_is_unparsed(tmp_path, toy):
     assert judge.fingerprint == before
     shutil.rmtree(tmp_path / "judge")
     embedded_model.make(tmp_path / "judge", seed=4)
-    assert judge.fingerprint != before  # other weights are another judge
+    other = ScriptedVlm(name="vlm", backend=chat.Local(ChatConfig(**options), max_new_tokens=4), **options)
+    assert other.fingerprint != before  # other weights are another judge
+    with pytest.raises(RunError, match="changed"):
+        dict(judge.opinions(rows, rows))
 
 
 def test_a_local_model_says_each_rows_answer_at_its_place(tmp_path, toy):
