@@ -93,12 +93,19 @@ def parse(kind: str, raw: bytes, where: object) -> dict[str, Any]:
     return content
 
 
-def read(kind: str, file: Path) -> dict[str, Any]:
-    """The object in a file.
+def read(kind: str, file: Path, remedy: str = "") -> dict[str, Any]:
+    """The object in a file. remedy: what to do about one that is damaged, a sentence that ends the message.
 
     Raises FileNotFoundError when there is no file, Damaged and ConfigError as `parse` does, and Damaged for a file
     that cannot be read: one that is no regular file, or larger than `LARGEST`.
     """
+    try:
+        return _read(kind, file)
+    except Damaged as error:
+        raise Damaged(f"{error}. {remedy}" if remedy else str(error)) from error
+
+
+def _read(kind: str, file: Path) -> dict[str, Any]:
     if not file.is_symlink() and not file.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
     try:

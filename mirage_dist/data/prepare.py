@@ -292,10 +292,8 @@ def _publish(out: Path, sets: Mapping[str, Sequence[Sample]], prepared: Prepared
 
 def _checked(out: Path, inputs: Inputs) -> Prepared:
     """prepare.json of `out`, if its sets come from this recipe and these inputs and have not changed since."""
-    try:
-        prepared = cast(Prepared, state.read("prepared", out / PREPARED))
-    except state.Damaged as error:
-        raise state.Damaged(f"{error}. Move {out} away to prepare it again, or choose another `out`") from error
+    remedy = f"Move {out} away to prepare it again, or choose another `out`"
+    prepared = cast(Prepared, state.read("prepared", out / PREPARED, remedy))
     changed = differences(inputs, {name: prepared.get(name) for name in inputs})
     if changed:
         raise ConfigError(f"{out} holds sets prepared otherwise ({'; '.join(changed)}); choose another `out`")

@@ -147,11 +147,9 @@ def _data_config(config: WorldConfig) -> dict[str, Any]:
 
 def _read_header(root: Path) -> dict[str, Any]:
     try:
-        return state.read("world", root / "world.json")
+        return state.read("world", root / "world.json", _AGAIN.format(root))
     except FileNotFoundError:
         raise ConfigError(f"{root}: no world here (world.json is missing); choose another world.dir") from None
-    except state.Damaged as error:
-        raise state.Damaged(f"{error}. {_AGAIN.format(root)}") from error
 
 
 # --------------------------------------------------------------------------------------------- the parts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 from mirage_dist import config as configs
 from mirage_dist import disk, state
 from mirage_dist.evals.sharing.files import KEPT
-from mirage_dist.schema import ConfigError, EvalRecipe, RunError
+from mirage_dist.schema import ConfigError, EvalRecipe
 
 if TYPE_CHECKING:  # so that reports and `--status`, which read manifests, import no heavy library
     from mirage_dist.evals.attacks import Coverage
@@ -115,13 +115,10 @@ def check(suite: Path, settings: Mapping[str, Any]) -> None:
 
 def read(suite: Path) -> Manifest:
     """Raises FileNotFoundError when the suite has no manifest, and RunError for one that is damaged or edited."""
-    try:
-        return cast(Manifest, state.read("suite", suite / "manifest.json"))
-    except state.Damaged as error:
-        raise RunError(
-            f"{error}. Move it away and start the evaluation again, which writes it anew; answers that are on disk "
-            "count as before"
-        ) from error
+    remedy = (
+        "Move it away and start the evaluation again, which writes it anew; answers that are on disk count as before"
+    )
+    return cast(Manifest, state.read("suite", suite / "manifest.json", remedy))
 
 
 def recipe_hash(recipe: EvalRecipe) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mirage_dist import state
-from mirage_dist.schema import RunError
 from mirage_dist.stats import Paired
 
 Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
@@ -217,12 +216,8 @@ def text(result: SuiteResult) -> str:
 
 def read(suite: Path) -> SuiteResult:
     """`metrics.json`. Raises FileNotFoundError when the suite has none, and RunError for a damaged or edited one."""
-    try:
-        return cast(SuiteResult, state.read("rates", suite / "metrics.json"))
-    except state.Damaged as error:
-        raise RunError(
-            f"{error}. Start the evaluation again: it computes the rates from the verdicts on disk"
-        ) from error
+    remedy = "Start the evaluation again: it computes the rates from the verdicts on disk"
+    return cast(SuiteResult, state.read("rates", suite / "metrics.json", remedy))
 
 
 class HistoryLine(TypedDict):

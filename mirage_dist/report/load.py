@@ -30,7 +30,7 @@ from mirage_dist.evals.results import (
     Verdict,
 )
 from mirage_dist.evals.sharing.files import Answers, Damage
-from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema import ConfigError
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
@@ -299,7 +299,5 @@ def by_hash(ids: Collection[str]) -> list[str]:
 
 def erasure_results(file: Path) -> ErasureResult:
     """An `erasure.json`. Raises FileNotFoundError when it does not exist, and RunError when it is damaged or edited."""
-    try:
-        return cast("ErasureResult", state.read("erasure", file))
-    except state.Damaged as error:
-        raise RunError(f"{error}. Start `mirage erasure` again: it writes it anew from the tests' results") from error
+    remedy = "Start `mirage erasure` again: it writes it anew from the tests' results"
+    return cast("ErasureResult", state.read("erasure", file, remedy))

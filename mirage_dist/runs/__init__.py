@@ -77,15 +77,14 @@ def manifest(run: Path) -> RunManifest | None:
 
     Raises state.Damaged when it is torn or edited, ConfigError when a newer version of this package wrote it.
     """
+    remedy = (
+        "Restore the file from a copy, or move it away: the next start of the same recipe writes it anew and resumes, "
+        "under another W&B id"
+    )
     try:
-        return cast(RunManifest, state.read("run", run / "manifest.json"))
+        return cast(RunManifest, state.read("run", run / "manifest.json", remedy))
     except FileNotFoundError:
         return None
-    except state.Damaged as error:
-        raise state.Damaged(
-            f"{error}. Restore the file from a copy, or move it away: the next start of the same recipe writes it anew "
-            "and resumes, under another W&B id"
-        ) from error
 
 
 def recipe(run: Path) -> TrainRecipe:
@@ -109,12 +108,8 @@ def recipe(run: Path) -> TrainRecipe:
 
 def data(run: Path) -> DataSummary | None:
     """data.json; None where there is none. Raises as `manifest`."""
+    remedy = "Restore the file from a copy, or move it away: a report then lacks the first words of the training data"
     try:
-        return cast(DataSummary, state.read("data", run / "data.json"))
+        return cast(DataSummary, state.read("data", run / "data.json", remedy))
     except FileNotFoundError:
         return None
-    except state.Damaged as error:
-        raise state.Damaged(
-            f"{error}. Restore the file from a copy, or move it away: a report then lacks the first words of the "
-            "training data"
-        ) from error
