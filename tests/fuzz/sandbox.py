@@ -18,24 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forkserver.server import IMPORTED
+
 LIBRARIES = (
     "mirage_dist.cli",
-    "mirage_dist.train.run",
+    *IMPORTED,
     "mirage_dist.train.planning.plan",
-    "mirage_dist.evals.runner",
     "mirage_dist.erasure.run",
     "mirage_dist.report",
     "mirage_dist.report.audit",
     "mirage_dist.demo",
-    "deepspeed.ops",
-    "deepspeed.module_inject.auto_ep_layer",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.llava.modeling_llava",
-    "transformers.models.llava.processing_llava",
-    "transformers.models.clip.image_processing_pil_clip",
-    "torch._inductor.compile_fx",
-    "peft",
     "pyarrow.parquet",
     "matplotlib.pyplot",
 )
