@@ -18,6 +18,7 @@ from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model.shards import Shards
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
+from mirage_dist.train.lease import LOCK
 from mirage_dist.train.planning import memory, plan
 
 SHORT = ("train.max_steps=6", "train.global_batch=20", "train.save_every=2", "train.keep_last=2")
@@ -57,6 +58,7 @@ def finished(toy):
         if name == "zero2":
             shutil.copytree(folders["zero3"] / "vision", folder / "vision")
             next(folder.glob("vision/*/*")).unlink()
+            (folder / LOCK).touch()
         if name != "plain":
             overrides.append("train.export=false")
         launch(ranks, "train", "configs/train/demo_npo.yaml", *overrides)

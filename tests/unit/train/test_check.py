@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from mirage_dist.progress import handler
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.feed import Feed
+from mirage_dist.train.lease import LOCK
 from mirage_dist.train.loop import total
 from mirage_dist.train.planning.check import check_inputs, check_recipe, resolved, warn
 
@@ -51,6 +53,14 @@ def recipe(toy, tmp_path):
 def check(recipe, ranks=2):
     """What a start checks before weights load."""
     return check_inputs(check_recipe(recipe, ranks))
+
+
+def started(recipe):
+    """A run directory as a first start leaves it that was killed before manifest.json."""
+    run = Path(recipe.run.dir)
+    run.mkdir(exist_ok=True)
+    (run / LOCK).touch()
+    configs.write_yaml(recipe, run / "config.yaml")
 
 
 @pytest.mark.parametrize(
@@ -122,8 +132,7 @@ def test_a_sink_whose_library_is_missing_is_an_error_before_work(recipe, monkeyp
 
 
 def test_a_run_directory_of_another_recipe_is_refused_by_key(recipe, tmp_path):
-    (tmp_path / "run").mkdir()
-    configs.write_yaml(recipe(), tmp_path / "run/config.yaml")
+    started(recipe())
     check(recipe("monitor.print_every=3", "train.save_every=2", "train.micro_batch=1"))
     with pytest.raises(ConfigError, match=r"train\.lr: 0\.5 here"):
         check(recipe("train.lr=0.5"))
@@ -218,12 +227,11 @@ def test_check_counts_the_answers_that_will_be_cut_and_refuses_those_that_may_no
 
 
 def test_the_micro_batch_may_change_only_where_the_loss_does_not_depend_on_it(recipe, tmp_path):
-    (tmp_path / "run").mkdir()
-    configs.write_yaml(recipe("objective.positions=all", name="rmu"), tmp_path / "run/config.yaml")
+    started(recipe("objective.positions=all", name="rmu"))
     with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
         check(recipe("objective.positions=all", "train.micro_batch=1", name="rmu"))
     packed = ("objective.positions=all", "data.packing=true")
-    configs.write_yaml(recipe(*packed, name="rmu"), tmp_path / "run/config.yaml")
+    started(recipe(*packed, name="rmu"))
     check(recipe(*packed, "train.micro_batch=1", name="rmu"))
 
 
@@ -275,8 +283,7 @@ def test_a_stream_that_the_objective_imitates_is_audited_whatever_it_is_called(c
 
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_a_loss_that_is_declared_to_depend_on_the_micro_batch_fixes_it_for_the_run(codes, tmp_path, per_batch, capsys):
-    (tmp_path / "run").mkdir()
-    configs.write_yaml(codes(per_batch=per_batch), tmp_path / "run/config.yaml")
+    started(codes(per_batch=per_batch))
     other = codes(per_batch=per_batch, train={"micro_batch": 1})
     if not per_batch:
         check(other)
