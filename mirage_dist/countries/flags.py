@@ -6,6 +6,7 @@ Emblems are simplified. Only flags that stay distinct at this size are here (no 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,7 @@ Layer = Callable[[Draw, Box], None]
 
 def _spread(start: float, stop: float, shares: Sequence[float]) -> list[tuple[float, float]]:
     edges = [start + (stop - start) * sum(shares[:i]) / sum(shares) for i in range(len(shares) + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def columns(*colours: str, shares: Sequence[float] = ()) -> Layer:
@@ -222,12 +223,13 @@ def draw(country: str, generator: np.random.Generator | None = None) -> Image.Im
 
     Raises KeyError for a country that is not in FLAGS.
     """
-    shift = (0, 0) if generator is None else tuple(generator.integers(-SHIFT, SHIFT + 1, 2))
+    x, y = (0, 0) if generator is None else generator.integers(-SHIFT, SHIFT + 1, 2).tolist()
+    left, top, right, bottom = BOX
+    box = (SCALE * (left + x), SCALE * (top + y), SCALE * (right + x), SCALE * (bottom + y))
     canvas = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), GROUND)
-    box = tuple(SCALE * (edge + shift[i % 2]) for i, edge in enumerate(BOX))
-    inner = Image.new("RGB", canvas.size, GROUND)
+    inner = canvas.copy()
     for layer in FLAGS[country]:
-        layer(ImageDraw.Draw(inner), (float(box[0]), float(box[1]), float(box[2]), float(box[3])))
+        layer(ImageDraw.Draw(inner), box)
     canvas.paste(inner.crop(box), box[:2])  # what reaches beyond the flag is cut off
     pixels: NDArray[np.float64] = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     if generator is not None:
