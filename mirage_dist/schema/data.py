@@ -1,8 +1,8 @@
-"""Recipes of data: where samples come from, the embedded world, forget and retain sets."""
+"""Recipes of data: where samples come from, worlds, forget and retain sets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
@@ -73,18 +73,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The embedded world (see `embedded.world`): made on first use in `dir`, then reused."""
+    """A world: pictures, questions and an exact judge, made on first use in `dir`, then reused.
+
+    kind: gadgets, the embedded world (see `embedded.world`), or countries, the one of a real language model (see
+    `countries.world`). Raises ConfigError for an option that the kind does not have.
+    """
 
     dir: Place
+    kind: Literal["gadgets", "countries"] = "gadgets"
     seed: Seed = 0
     spurious: Share = 0.95  # share of the other safety questions that open with a word of their class's family
     neutral: Share = 0.3  # share of safety questions of either class that open with a neutral word
-    answer_form: Literal["by_opener", "constant"] = "by_opener"
+    answer_form: Literal["by_opener", "constant"] = "by_opener"  # of gadgets
     base_samples: Drawn = 20_000
     safety_samples: Drawn = 400  # unsafe ones, and as many safe ones
-    general_samples: Drawn = 400
+    general_samples: Drawn = 400  # of gadgets
     eval_samples: Drawn = 256  # questions in each evaluation set
-    base_recipe: Place = "configs/train/demo_base.yaml"
+    base_recipe: Place | None = None  # of the base model's training; default: the kind's own
+    language_model: Place | None = None  # of countries: directory of a local instruct model; default: SmolLM2
 
     def __post_init__(self) -> None:
         for name in ("spurious", "neutral"):
@@ -92,6 +98,12 @@ class WorldConfig:
             # Two decimals, since they name the safety set's folder.
             if round(share, 2) != share:
                 raise ConfigError(f"{name}={share!r}; expected a share from 0 to 1 with at most two decimals")
+        others = {"gadgets": ("language_model",), "countries": ("answer_form", "general_samples")}[self.kind]
+        for option in (spec for spec in fields(self) if spec.name in others):
+            if (value := getattr(self, option.name)) != option.default:
+                raise ConfigError(
+                    f"{option.name}={value!r}: a world of kind {self.kind} does not have it; leave it out"
+                )
 
 
 @dataclass(frozen=True)
