@@ -93,7 +93,7 @@ def header(file: Path) -> Header:
     try:
         if not (size := file.stat().st_size):
             raise ConfigError(f"{file}: an empty file; {AGAIN}")
-        data = memoryview(np.memmap(file, dtype=np.uint8, mode="r"))
+        data = np.memmap(file, dtype=np.uint8, mode="r").data
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     if bytes(data[:4]) != MAGIC:
@@ -167,7 +167,9 @@ def convert(file: Path, out: Path, layers: int | None = None) -> None:
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ConfigError(f"{file}: its weights do not fit its settings: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"{file}: its weights do not fit its settings: {' '.join(str(error).split())[:300]}"
+        ) from error
     model.tie_weights()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -195,7 +195,6 @@ def check(folder: Path) -> Any:
     when LLaVA computes something else with its decoder; and when it is too large for the memory at hand.
     """
     from mirage_dist.countries import vision
-    from mirage_dist.data.encoding.conversation import template_of
     from mirage_dist.model import directory, weights
     from mirage_dist.model.families import configs, processors, roles
 
@@ -209,11 +208,7 @@ def check(folder: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"model.path={folder}: a quantised checkpoint; give the unquantised model")
     weights.check(folder, config)
-    if template_of(processors.load(folder)) is None:
-        raise ConfigError(
-            f"model.path={folder}: no chat template, so this is no instruct model; give one that was trained to answer "
-            "(its directory has chat_template.jinja, or chat_template in tokenizer_config.json)"
-        )
+    vision.picture_template(folder, processors.load(folder))
     vision.check_carried(folder, config)
     _check_memory(folder)
     return config
@@ -228,6 +223,6 @@ def _check_memory(folder: Path) -> None:
     if free is not None and need > free:
         raise ConfigError(
             f"model.path={folder}: too large for the memory at hand: {numbers / 1e9:.1f} billion parameters need about "
-            f"{need / 1e9:.1f} GB as float32 with a copy while they are saved, and {free / 1e9:.1f} GB are free; give a "
-            "smaller model, or a machine with more memory"
+            f"{need / 1e9:.1f} GB as float32 with a copy while they are saved, and {free / 1e9:.1f} GB are free; give "
+            "a smaller model, or a machine with more memory"
         )
