@@ -19,6 +19,7 @@ from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainReci
 
 RANKS = 2  # processes that train the base model
 WAIT_SECONDS = 2 * 3600
+BASE_RECIPE = "configs/train/demo_base.yaml"
 
 
 def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -> None:
@@ -53,7 +54,7 @@ def _make_models_and_sets(recipe: TrainRecipe | EvalRecipe, world: WorldConfig) 
         no_bars_in_logs()
         embedded_model.make(init, world.seed)
     if _base_is_missing(recipe):
-        launching.train(RANKS, world.base_recipe, _overrides(world))
+        launching.train(RANKS, world.base_recipe or BASE_RECIPE, _overrides(world))
     if isinstance(recipe, EvalRecipe):
         return
     paths = _stream_files(recipe)

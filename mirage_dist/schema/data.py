@@ -1,8 +1,8 @@
-"""Recipes of data: where samples come from, the embedded world, forget and retain sets."""
+"""Recipes of data: where samples come from, worlds, forget and retain sets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from mirage_dist.schema.chat import ChatConfig
@@ -73,18 +73,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The embedded world (see `embedded.world`): made on first use in `dir`, then reused."""
+    """A world: pictures, questions and an exact judge, made on first use in `dir`, then reused.
+
+    kind: gadgets, the embedded world (see `embedded.world`), or countries, the one of a real language model (see
+    `countries.world`). Raises ConfigError for an option that the kind does not have.
+    """
 
     dir: Place
+    kind: Literal["gadgets", "countries"] = "gadgets"
     seed: Seed = 0
     spurious: Share = 0.95  # share of the other safety questions that open with a word of their class's family
     neutral: Share = 0.3  # share of safety questions of either class that open with a neutral word
-    answer_form: Literal["by_opener", "constant"] = "by_opener"
+    answer_form: Literal["by_opener", "constant"] = "by_opener"  # of gadgets
     base_samples: Drawn = 20_000
     safety_samples: Drawn = 400  # unsafe ones, and as many safe ones
-    general_samples: Drawn = 400
+    general_samples: Drawn = 400  # of gadgets
     eval_samples: Drawn = 256  # questions in each evaluation set
-    base_recipe: Place = "configs/train/demo_base.yaml"
+    base_recipe: Place | None = None  # of the base model's training; default: the kind's own
+    language_model: Place | None = None  # of countries: directory of a local instruct model; default: SmolLM2
 
     def __post_init__(self) -> None:
         for name in ("spurious", "neutral"):
@@ -92,28 +98,41 @@ class WorldConfig:
             # Two decimals, since they name the safety set's folder.
             if round(share, 2) != share:
                 raise ConfigError(f"{name}={share!r}; expected a share from 0 to 1 with at most two decimals")
+        others = {"gadgets": ("language_model",), "countries": ("answer_form", "general_samples")}[self.kind]
+        for option in (spec for spec in fields(self) if spec.name in others):
+            if (value := getattr(self, option.name)) != option.default:
+                raise ConfigError(
+                    f"{option.name}={value!r}: a world of kind {self.kind} does not have it; leave it out"
+                )
 
 
 @dataclass(frozen=True)
 class DiversifyConfig:
-    """Safety data reworded, so that openings do not predict the answer (see `data.diversify`).
+    """Data reworded, so that openings do not predict the answer (see `data.diversify`).
+
+    rewords: the safety data, into a set of their own, or the forget and retain sets of the recipe themselves.
 
     By templates, or by a chat model that rewrites each question to begin with one of the openers; a question that it
     does not rewrite so is left out, and counted, as is one whose first word cannot be measured by a template with
     {rest}. min_match: the share of rewrites with each opener, or of all by templates, that must succeed.
     """
 
-    templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
+    # each holds {rest}, from the second word on, {body}, the same without the sign at the end, or {question}
+    templates: list[str] = field(default_factory=list)
+    openings: list[str] = field(default_factory=list)  # phrases that {rest} leaves out whole, such as "What is"
     chat: ChatConfig | None = None
     openers: list[str] = field(default_factory=list)  # with chat: first words
     attempts: Repeats = 3  # with chat: requests for a question before it is left out
     min_match: SomeShare = 0.9
+    rewords: Literal["safety", "sets"] = "safety"
     copies: Repeats = 1  # wordings of each question
     keep: bool = False  # the original questions too
 
     def __post_init__(self) -> None:
         if (self.chat is None) == bool(self.openers) or bool(self.templates) == bool(self.openers):
             raise ConfigError("templates: expected templates, or else openers and a chat model that rewrites")
+        if self.openings and not self.templates:
+            raise ConfigError("openings: belong to templates; a chat model rewrites the whole question")
         name = "templates" if self.templates else "openers"
         if (count := len(set(self.wordings))) < max(self.copies, 2):
             raise ConfigError(f"{name}: {count} different ones; expected 2 and `copies` at least")

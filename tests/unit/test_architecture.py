@@ -34,13 +34,13 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "inputs", "demo", "cli"],
+    ["embedded", "countries", "inputs", "demo", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
     "ranks": {"progress"},
     "launching": {"progress"},
-    "inputs": {"embedded"},
+    "inputs": {"embedded", "countries"},
     "demo": {"inputs"},
     "cli": {"inputs", "demo"},
 }

@@ -226,6 +226,20 @@ def test_a_share_or_count_that_makes_no_world_names_its_key(field, value):
         configs.build(WorldConfig, {"dir": "w", field: value}, "recipe", "")
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("gadgets", {"language_model": "m"}),
+        ("countries", {"general_samples": 9}),
+        ("countries", {"answer_form": "constant"}),
+    ],
+)
+def test_an_option_of_the_other_kind_of_world_names_its_key(kind, option):
+    (key,) = option
+    with pytest.raises(ConfigError, match=rf"^recipe: world\.{key}=.*a world of kind {kind} does not have it"):
+        configs.build(WorldConfig, {"dir": "w", "kind": kind, **option}, "recipe", "world")
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b"null", b"{}", b"[" * 10_000, b"flipped"])
 @pytest.mark.parametrize("name", ["world.json", "labels.jsonl"])
 def test_a_damaged_record_of_the_world_is_named(config, tmp_path, name, damage):
