@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -147,15 +147,21 @@ class Job:
             process.wait()
 
 
-def answers(answer: Any) -> None:
-    """The rank's side of a `Job`: call `answer(word)` for every command and send its return value.
+def requests() -> Iterator[tuple[str, Callable[[Any], None]]]:
+    """The rank's side of a `Job`: every command, and the function that sends its answer.
 
     Standard output is reserved for answers; everything else that is printed goes to standard error.
     """
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        print(json.dumps(answer(line.strip())), file=output, flush=True)
+        yield line.strip(), lambda answer: print(json.dumps(answer), file=output, flush=True)
+
+
+def answers(answer: Callable[[str], Any]) -> None:
+    """Call `answer(word)` for every command and send its return value (see `requests`)."""
+    for word, send in requests():
+        send(answer(word))
 
 
 # ------------------------------------------------------------------------------------------- model and data

@@ -114,32 +114,44 @@ Step = Callable[[int], tuple[float, int]]  # number -> loss, tokens of this rank
 
 def ours(recipe: Any, group: Any) -> Step:
     """The step of `mirage train`."""
+    from mirage_dist.train.run import reference_of
+
+    run = our_run(recipe, group)
+    return our_step(run, reference_of(run))
+
+
+def our_run(recipe: Any, group: Any) -> Any:
+    """What `mirage train` makes before its first step (`train.context.Run`), apart from the reference."""
     import torch
 
     from mirage_dist.liveness import Owner
     from mirage_dist.model import load
     from mirage_dist.train import engine as engines
     from mirage_dist.train.context import Run
-    from mirage_dist.train.feed import Feed
     from mirage_dist.train.lease import Lease
-    from mirage_dist.train.loop import Loop
-    from mirage_dist.train.planning.check import check_inputs, check_recipe
-    from mirage_dist.train.run import reference_of
+    from mirage_dist.train.planning.check import check_batches, check_inputs, check_recipe
 
     checked = check_recipe(recipe, group.size)
     objective, needs = checked.objective, checked.needs
-    feed = Feed(recipe, needs, check_inputs(checked), load.processor(recipe.model))
+    feed, _ = check_batches(checked, check_inputs(checked), group)
+    recipe = feed.recipe  # with what `auto` comes to
     torch.manual_seed(recipe.seed)
     engine = engines.build(recipe, checked.deepspeed, group, needs.depth)
     objective.start(engine.module.hidden_size, recipe.seed)
     lease = Lease(Path(recipe.run.dir), Owner("benchmark"))
     lease.workspace.mkdir(parents=True, exist_ok=True)
     manifest = {"base_hash": load.base_hash(recipe.model.path)}
-    run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
-    loop = Loop(run, reference_of(run))
+    return Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
+
+
+def our_step(run: Any, reference: Any) -> Step:
+    """The step of a run, with the reference that its recipe names."""
+    from mirage_dist.train.loop import Loop
+
+    loop, group = Loop(run, reference), run.group
 
     def step(number: int) -> tuple[float, int]:
-        record = loop.step(number, feed.window(number, group))[0]
+        record = loop.step(number, run.feed.window(number, group))[0]
         return record["loss"], record["tokens"] // group.size
 
     return step

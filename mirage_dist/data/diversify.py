@@ -22,15 +22,31 @@ Reword = Callable[[Sequence[Sample], str], list[str | None]]
 def diversify(
     samples: Sequence[Sample], config: DiversifyConfig, seed: int, reword: Reword | None = None
 ) -> tuple[list[Sample], int]:
-    """`config.copies` wordings of every sample, in the order of the samples, and the number that could not be made.
+    """The wordings of every sample, its class being whether it is safe, and the number that could not be made.
 
-    Answers do not change. In each class (`safe` or not) every template, or opener, is used equally often, up to one if
-    the numbers do not divide. The seed decides which sample gets which. With `config.keep` the original question comes
-    first. reword: rewords by the chat model if `config.chat` is given (see `evals.attacks.paraphrase`).
+    In the order of the samples. See `wordings_of`.
+    """
+    wordings, failed = wordings_of(samples, [sample.safe for sample in samples], config, seed, reword)
+    return [wording for own in wordings for wording in own], failed
+
+
+def wordings_of(
+    samples: Sequence[Sample],
+    classes: Sequence[bool],
+    config: DiversifyConfig,
+    seed: int,
+    reword: Reword | None = None,
+) -> tuple[list[list[Sample]], int]:
+    """`config.copies` wordings of each sample, and the number that could not be made.
+
+    classes: of each sample, whether its answer is kept, and not refused or forgotten. Answers do not change. In each
+    class every template, or opener, is used equally often, up to one if the numbers do not divide. The seed decides
+    which sample gets which. With `config.keep` the original question comes first. reword: rewords by the chat model if
+    `config.chat` is given (see `evals.attacks.paraphrase`).
     Raises ConfigError when one class is missing, since there is then nothing to balance, and when templates fit fewer
     than `config.min_match` of the questions.
     """
-    chosen = _chosen(samples, config, seed)
+    chosen = _chosen(classes, config, seed)
     by_wording: dict[str, list[int]] = {}
     for i, wordings in enumerate(chosen):
         for wording in wordings:
@@ -38,7 +54,11 @@ def diversify(
     questions: dict[tuple[int, str], str | None] = {}
     for wording, members in by_wording.items():
         own = [samples[i] for i in members]
-        reworded = reword(own, wording) if reword else [words.fill_template(wording, sample) for sample in own]
+        reworded = (
+            reword(own, wording)
+            if reword
+            else [words.fill_template(wording, sample, config.openings) for sample in own]
+        )
         questions.update(zip(((i, wording) for i in members), reworded, strict=True))
     without = [i for (i, _), question in questions.items() if question is None]
     if reword is None and len(questions) - len(without) < config.min_match * len(questions):
@@ -49,23 +69,22 @@ def diversify(
             f"between words do not have, such as sample {first.id!r} of {first.source}. Use templates with "
             "{question}, or openers and a chat model"
         )
-    diversified: list[Sample] = []
+    diversified: list[list[Sample]] = []
     for i, sample in enumerate(samples):
-        diversified += [sample] if config.keep else []
-        for number, wording in enumerate(chosen[i], start=1):
-            if (question := questions[i, wording]) is not None:
-                diversified.append(replace(sample, id=f"{sample.id}~{number}", question=question))
+        made = [(number, questions[i, wording]) for number, wording in enumerate(chosen[i], start=1)]
+        new = [replace(sample, id=f"{sample.id}~{number}", question=q) for number, q in made if q is not None]
+        diversified.append([sample, *new] if config.keep else new)
     return diversified, sum(question is None for question in questions.values())
 
 
-def _chosen(samples: Sequence[Sample], config: DiversifyConfig, seed: int) -> list[list[str]]:
+def _chosen(classes: Sequence[bool], config: DiversifyConfig, seed: int) -> list[list[str]]:
     """Each sample's templates or openers."""
-    chosen: list[list[str]] = [[] for _ in samples]
+    chosen: list[list[str]] = [[] for _ in classes]
     for safe in (True, False):
-        members = [i for i, sample in enumerate(samples) if sample.safe == safe]
+        members = [i for i, own in enumerate(classes) if own == safe]
         if not members:
             kind = "answer" if safe else "refusal"
-            raise ConfigError(f"diversify: the safety data have no {kind} among {len(samples)} samples")
+            raise ConfigError(f"diversify: the safety data have no {kind} among {len(classes)} samples")
         rng = np.random.default_rng(stream.derived_seed(seed, f"diversify {safe}"))
         # Round after round of all wordings, in one order: a sample's copies differ, and uses are even.
         order = [config.wordings[i] for i in rng.permutation(len(config.wordings))]

@@ -1,7 +1,8 @@
 """Forget and retain sets by the paper's steps, and safety data whose openings do not predict the answer.
 
 forget: the unsafe questions with *harvested* answers, what a model really answers, in place of the refusals.
-retain: the safe pairs, filled up from general sources. diversified: all safety data, reworded (`data.diversify`).
+retain: the safe pairs, filled up from general sources. diversified: all safety data, reworded (`data.diversify`), or
+else the forget and retain sets are reworded themselves.
 Each in the `samples` format, beside `prepare.json` with the counts of every step. A pure function of the recipe and its
 inputs: the same sets on every machine.
 """
@@ -27,7 +28,7 @@ from mirage_dist.data.refusals import FEW, PhraseList
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import LeftOut, Source
 from mirage_dist.progress import log
-from mirage_dist.schema import ConfigError, PrepareRecipe, SourceConfig
+from mirage_dist.schema import ConfigError, DiversifyConfig, PrepareRecipe, SourceConfig
 
 PREPARED = "prepare.json"
 NOT_THE_DATA = ("out", "world")  # where the result lies, and what makes the inputs: those are hashed themselves
@@ -56,14 +57,16 @@ class RetainCounts(TypedDict):
 
 
 class DiversifiedCounts(TypedDict):
+    """samples: what came of the questions. read: of safety data that were read for this; absent of reworded sets."""
+
     samples: int
     questions: int
     not_reworded: int
-    read: LeftOut
+    read: NotRequired[LeftOut]
 
 
 class Counts(TypedDict, total=False):
-    """pictures_in_both: pictures, by their bytes, that are both forgotten and retained."""
+    """forget, retain: before they are reworded. pictures_in_both: pictures, by their bytes, that are in both sets."""
 
     forget: ForgetCounts
     retain: RetainCounts
@@ -90,7 +93,8 @@ class Prepared(Inputs):
 def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     """Write the recipe's sets and prepare.json into `out`, or reuse those that exist; returns prepare.json.
 
-    forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl if the recipe diversifies.
+    forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl if the recipe diversifies the
+    safety data.
     reword: see `data.diversify`, for a recipe that names a chat model.
 
     Raises ConfigError for bad data, a join that matches less than `min_match`, an empty set, a fill that is too
@@ -111,8 +115,10 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
             sets["retain"], counts["retain"] = _retain(recipe)
             shown = ([sample.image for sample in sets[name]] for name in ("forget", "retain"))
             counts["pictures_in_both"] = len(pictures.shared(*shown))
-        if recipe.diversify is not None:
-            sets["diversified"], counts["diversified"] = _diversified(recipe, reword)
+        if recipe.diversify is not None and recipe.diversify.rewords == "sets":
+            sets, counts["diversified"] = _reworded(recipe, recipe.diversify, sets, reword)
+        elif recipe.diversify is not None:
+            sets["diversified"], counts["diversified"] = _diversified(recipe, recipe.diversify, reword)
         _publish(out, sets, {**inputs, "config_hash": config_hash(config), "seed": recipe.seed, "counts": counts})
     return _checked(out, inputs)
 
@@ -149,6 +155,8 @@ def check(recipe: PrepareRecipe) -> None:
             raise ConfigError(f"refusals={recipe.refusals} is not read with answers=none; leave it out")
         if recipe.fill or recipe.retain_size is not None or recipe.unsafe_questions_on_safe_images:
             raise ConfigError("answers=none makes no retain set; leave out its options (fill, retain_size, …)")
+    if recipe.diversify is not None and recipe.diversify.rewords == "sets" and recipe.answers == "none":
+        raise ConfigError("diversify.rewords=sets: answers=none makes no forget and retain sets to reword")
     if recipe.diversify is not None and recipe.diversify.templates:
         words.check_templates(recipe.diversify.templates, "diversify.templates")
     if recipe.fill and recipe.retain_size is None:
@@ -264,17 +272,30 @@ def _safety(recipe: PrepareRecipe, split: Split) -> Source:
     return replace(source, samples=[s for s in source.samples if s.safe == (split == "safe_safes")])
 
 
-def _diversified(recipe: PrepareRecipe, reword: Reword | None) -> tuple[list[Sample], DiversifiedCounts]:
-    assert recipe.diversify is not None
+def _diversified(
+    recipe: PrepareRecipe, config: DiversifyConfig, reword: Reword | None
+) -> tuple[list[Sample], DiversifiedCounts]:
     safety = sources.read_all(recipe.safety)
-    reworded, failed = diversify.diversify(safety.samples, recipe.diversify, recipe.seed, reword)
-    counts: DiversifiedCounts = {
-        "samples": len(reworded),
+    samples, failed = diversify.diversify(safety.samples, config, recipe.seed, reword)
+    return samples, {
+        "samples": len(samples),
         "questions": len(safety.samples),
         "not_reworded": failed,
         "read": safety.left_out(),
     }
-    return reworded, counts
+
+
+def _reworded(
+    recipe: PrepareRecipe, config: DiversifyConfig, sets: Mapping[str, list[Sample]], reword: Reword | None
+) -> tuple[dict[str, list[Sample]], DiversifiedCounts]:
+    """The forget and retain sets with every wording equally often in each."""
+    forget, retain = sets["forget"], sets["retain"]
+    kept = [False] * len(forget) + [True] * len(retain)
+    reworded, failed = diversify.wordings_of([*forget, *retain], kept, config, recipe.seed, reword)
+    parts = {"forget": reworded[: len(forget)], "retain": reworded[len(forget) :]}
+    new = {name: [sample for wordings in part for sample in wordings] for name, part in parts.items()}
+    samples = sum(map(len, new.values()))
+    return new, {"samples": samples, "questions": len(kept), "not_reworded": failed}
 
 
 # -------------------------------------------------------------------------------------------------- files

@@ -22,6 +22,8 @@ from mirage_dist.schema import ConfigError
 from mirage_dist.schema.texts import check_template, fill
 
 LOOK_BACK = 64  # characters before a word among which the start of its cluster is looked for
+END = " .?!"  # what may end a question
+PLACEHOLDERS = ("rest", "body", "question")  # of templates of questions
 NOT_MEASURED = "(not measured)"  # in place of the first word of a question whose script has no spaces between words
 
 # `(?w)\b` is a boundary of UAX #29, without its rule for colons, which join words in Swedish only.
@@ -97,6 +99,15 @@ class Opening:
         """The text with `word` in place of its first word, in the case of that; everything around it stays."""
         return self.text[: self.start] + cased(word, self.word) + self.text[self.end :]
 
+    def after(self, openings: Sequence[str] = ()) -> str:
+        """The text after its first word, or after the longest of `openings` that begins there, in any case."""
+        begun, end = self.text[self.start :], self.end
+        for phrase in (unicodedata.normalize("NFC", opening) for opening in openings):
+            goes_on = _TEXT.match(begun, len(phrase)) is not None
+            if not goes_on and _lower(begun[: len(phrase)]) == _lower(phrase):
+                end = max(end, self.start + len(phrase))
+        return self.text[end:].lstrip(" ,:;")
+
     def characters(self, count: int) -> str:
         """The first letters and digits (grapheme clusters) from the first word on, in lower case."""
         clusters = (match[0] for match in _CLUSTER.finditer(self.text, self.start))
@@ -162,7 +173,7 @@ def first_words(samples: Sequence[Sample], refuses: Callable[[str], bool] = is_r
 
 
 def check_templates(templates: Sequence[str], key: str) -> None:
-    """Check templates, in which {question} stands for the whole question and {rest} for what follows its first word.
+    """Check templates of questions (see `fill_template`).
 
     key: the option that holds them, for errors. Raises ConfigError when there is no template, and for a template
     without a placeholder or with another one.
@@ -170,23 +181,28 @@ def check_templates(templates: Sequence[str], key: str) -> None:
     if not templates:
         raise ConfigError(f"{key} is empty; give at least one template, such as 'What {{rest}}'")
     for template in templates:
-        if not check_template(template, ("rest", "question"), key):
-            raise ConfigError(f"{key}: {template!r}; use {{rest}} or {{question}}, and nothing else in braces")
+        if not check_template(template, PLACEHOLDERS, key):
+            raise ConfigError(
+                f"{key}: {template!r}; use {{rest}}, {{body}} or {{question}}, and nothing else in braces"
+            )
 
 
-def fill_template(template: str, sample: Sample) -> str | None:
+def fill_template(template: str, sample: Sample, openings: Sequence[str] = ()) -> str | None:
     """The sample's question reworded by a template; its first letter keeps its case.
 
+    {question}: the whole question. {rest}: what follows its first word, or the longest of `openings` that it begins
+    with. {body}: the same without the sign that ends the question.
     What stands before the first word stays before the template, unless this has the whole {question}. None for a
-    template with {rest} when the first word cannot be measured. Raises as `first_word`.
+    template with {rest} or {body} when the first word cannot be measured. Raises as `first_word`.
     """
     first = first_word(sample)
-    names = check_template(template, ("rest", "question"), "template")
-    if "rest" in names and not first.measured:
+    names = check_template(template, PLACEHOLDERS, "template")
+    if not names <= {"question"} and not first.measured:
         return None
     before = "" if "question" in names else first.text[: first.start]
-    rest = first.text[first.end :].lstrip(" ,:;") if first.measured else ""
-    return before + cased(fill(template, rest=rest, question=first.text), first.word)
+    rest = first.after(openings) if first.measured else ""
+    filled = fill(template, rest=rest, body=rest.rstrip(END), question=first.text)
+    return before + cased(filled, first.word)
 
 
 def cased(text: str, like: str) -> str:

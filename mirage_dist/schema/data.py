@@ -108,24 +108,31 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class DiversifyConfig:
-    """Safety data reworded, so that openings do not predict the answer (see `data.diversify`).
+    """Data reworded, so that openings do not predict the answer (see `data.diversify`).
+
+    rewords: the safety data, into a set of their own, or the forget and retain sets of the recipe themselves.
 
     By templates, or by a chat model that rewrites each question to begin with one of the openers; a question that it
     does not rewrite so is left out, and counted, as is one whose first word cannot be measured by a template with
     {rest}. min_match: the share of rewrites with each opener, or of all by templates, that must succeed.
     """
 
-    templates: list[str] = field(default_factory=list)  # each holds {rest}, from the second word on, or {question}
+    # each holds {rest}, from the second word on, {body}, the same without the sign at the end, or {question}
+    templates: list[str] = field(default_factory=list)
+    openings: list[str] = field(default_factory=list)  # phrases that {rest} leaves out whole, such as "What is"
     chat: ChatConfig | None = None
     openers: list[str] = field(default_factory=list)  # with chat: first words
     attempts: Repeats = 3  # with chat: requests for a question before it is left out
     min_match: SomeShare = 0.9
+    rewords: Literal["safety", "sets"] = "safety"
     copies: Repeats = 1  # wordings of each question
     keep: bool = False  # the original questions too
 
     def __post_init__(self) -> None:
         if (self.chat is None) == bool(self.openers) or bool(self.templates) == bool(self.openers):
             raise ConfigError("templates: expected templates, or else openers and a chat model that rewrites")
+        if self.openings and not self.templates:
+            raise ConfigError("openings: belong to templates; a chat model rewrites the whole question")
         name = "templates" if self.templates else "openers"
         if (count := len(set(self.wordings))) < max(self.copies, 2):
             raise ConfigError(f"{name}: {count} different ones; expected 2 and `copies` at least")

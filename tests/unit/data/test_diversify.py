@@ -1,6 +1,8 @@
 """Diversified safety data: no opening stands for a class, nothing but the question's wording changes."""
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -61,6 +63,44 @@ def test_the_whole_question_may_stand_in_a_template():
     }
 
 
+@pytest.mark.parametrize(
+    ("question", "body"),
+    [
+        ("What is the capital of Mali?", "the capital of Mali"),
+        ("what  is it?", " is it"),  # no opening: two spaces
+        ("Which isle is it ?", "isle is it"),  # no opening either: a longer word
+        ("Tell me  this.", "this"),
+        ("Share it!", "it"),
+        ("(Which is it)", "it)"),
+    ],
+)
+def test_an_opening_of_several_words_leaves_nothing_of_itself(question, body):
+    sample = replace(samples(1, 0)[0], question=question)
+    filled = words.fill_template("x {body}", sample, ["what is", "Which is", "Which", "tell me"])
+    assert filled is not None
+    assert filled.lower().partition("x ")[2].strip() == body.strip().lower()
+
+
+def test_the_sets_themselves_are_reworded_evenly(tmp_path):
+    """Unlike the safety data's, their classes are to forget and to retain, whatever `safe` says."""
+    rows = [
+        {"id": f"{i}", "image": None, "question": q, "answer": f"it is {i}", "history": [], "safe": i % 2 == 0}
+        for i, q in enumerate(["Share number 1.", "What is number 2?"] * 8)
+    ]
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    templates = {"templates": ["What is {body}?", "Share {body}."], "openings": ["what is"], "rewords": "sets"}
+    out, safety = tmp_path / "out", [{"format": "samples", "path": str(file)}]
+    counts = recipe(file, out, safety=safety, answers="as_given", diversify=templates)["counts"]
+    assert counts["diversified"] == {"samples": 16, "questions": 16, "not_reworded": 0}
+    for name, safe in (("forget", False), ("retain", True)):
+        made = sources.read(formats.source("samples", f"{out}/{name}.jsonl")).samples
+        assert {sample.safe for sample in made} == {safe}
+        assert Counter(sample.question[:10] for sample in made) == {"What is nu": 4, "Share numb": 4}
+        assert all(sample.answer.startswith("it is") for sample in made)
+    assert not (out / "diversified.jsonl").exists()
+
+
 def test_the_worlds_first_words_say_nothing_after_it(tmp_path):
     world = WorldConfig(str(tmp_path / "world"), seed=11, base_samples=40, safety_samples=120, eval_samples=8)
     embedded_world.make(world)
@@ -95,8 +135,8 @@ def surprising(words):
     ("change", "message"),
     [
         ({"templates": ["what {rest}"]}, "expected 2 and `copies`"),
-        ({"templates": ["what {rest}", "share it"]}, "use {rest} or {question}"),
-        ({"templates": ["what {rest}", "share {all}"]}, "use {rest} or {question}"),
+        ({"templates": ["what {rest}", "share it"]}, "use {rest}, {body} or {question}"),
+        ({"templates": ["what {rest}", "share {all}"]}, "use {rest} or {body} or {question}"),
         ({"templates": ["what {rest}", "share {rest}"], "copies": 3}, "expected 2 and `copies`"),
         ({"openers": ["what", "share"]}, "templates, or else openers and a chat model"),
         ({"templates": ["what {rest}", "a {rest}"], "openers": ["what", "a"]}, "templates, or else openers"),
