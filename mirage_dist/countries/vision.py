@@ -8,7 +8,6 @@ country is its own knowledge.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -63,7 +62,7 @@ def make(out: Path, language_model: Path, seed: int) -> None:
     """Write the LLaVA to `out`: configuration, fp32 safetensors weights, tokenizer, processor, chat template.
 
     language_model: its directory (see `countries.language_model`). The weights of tower and connector are a function of
-    `seed`, on one machine; the global random state does not change. `out` is whole or absent.
+    `seed`; the global random state does not change. `out` is whole or absent.
 
     Raises ConfigError when the language model cannot be loaded, or has more tokens in a sentence than a picture has
     places; RunError when too many flags are not read.
@@ -322,7 +321,7 @@ def align(
         torch.manual_seed(seed)
         narrow = Narrow(connector.linear_2, torch.unique(target_FPW.flatten(0, 1), dim=0))
     for number in range(1, rounds + 1):
-        with every_core():
+        with one_thread():
             connector.linear_2 = narrow
             _round(model, drawings, narrow, target_FPW, generator, steps)
             connector.linear_2 = narrow.write()
@@ -383,10 +382,12 @@ def accuracy(
 
 
 @contextmanager
-def every_core() -> Iterator[None]:
-    """All of this process's cores for torch: nothing else of ours computes meanwhile."""
+def one_thread() -> Iterator[None]:
+    """One thread for torch: the result does not depend on the number of cores, and matrices this small gain nothing
+    from more. On a busy machine they would mostly wait for each other.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
