@@ -190,10 +190,11 @@ def check(folder: Path) -> Any:
     """The configuration of a directory whose language model can carry the world, without loading its weights.
 
     Raises ConfigError for a directory that is no whole model with safetensors (`model.directory`, `model.weights`);
-    for a model that takes pictures itself, is quantised, or is no decoder; for one without tokenizer or chat template;
-    when LLaVA computes something else with its decoder; and when it is too large for the memory at hand.
+    for a model that takes pictures itself, is quantised, or is no decoder; for one without tokenizer or chat template,
+    or with too many tokens in a flag's sentence; when LLaVA computes something else with its decoder; and when it is
+    too large for the memory at hand.
     """
-    from mirage_dist.countries import vision
+    from mirage_dist.countries import flags, vision
     from mirage_dist.model import directory, weights
     from mirage_dist.model.families import configs, processors, roles
 
@@ -207,8 +208,10 @@ def check(folder: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"model.path={folder}: a quantised checkpoint; give the unquantised model")
     weights.check(folder, config)
-    vision.picture_template(folder, processors.load(folder))
+    tokenizer = processors.load(folder)
+    vision.picture_template(folder, tokenizer)
     vision.check_carried(folder, config)
+    vision.sentences(folder, tokenizer, list(flags.FLAGS))
     _check_memory(folder)
     return config
 

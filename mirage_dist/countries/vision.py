@@ -71,7 +71,7 @@ def make(out: Path, language_model: Path, seed: int) -> None:
     log.info(f"vision: loading {language_model}")
     model, processor = built(language_model, seed)
     names = list(flags.FLAGS)
-    align(model, processor, names, sentences(processor.tokenizer, names), seed, STEPS, ROUNDS)
+    align(model, processor, names, sentences(language_model, processor.tokenizer, names), seed, STEPS, ROUNDS)
     save(model, processor, language_model, out)
     log.info(f"vision: {out}, made in {time.monotonic() - start:.0f} s")
 
@@ -96,7 +96,7 @@ def built(language_model: Path, seed: int) -> tuple[LlavaForConditionalGeneratio
     """
     config, tokenizer = configs.load(language_model), processors.load(language_model)
     template = picture_template(language_model, tokenizer)
-    sentences(tokenizer, list(flags.FLAGS))
+    sentences(language_model, tokenizer, list(flags.FLAGS))
     with weights.silent():
         text = weights.load(roles.auto_class(config), language_model, config=config, dtype=torch.float32)
     model = composed(text, add_picture_token(text, tokenizer), seed)
@@ -117,7 +117,7 @@ def picture_template(folder: Path, tokenizer: Any) -> str:
     return TEMPLATE + own
 
 
-def sentences(tokenizer: Any, names: Sequence[str]) -> Tensor:
+def sentences(folder: Path, tokenizer: Any, names: Sequence[str]) -> Tensor:
     """(F, P): for each country the tokens of the sentence that its flag is to become, with spaces after it.
 
     Raises ConfigError when a sentence has more tokens than a picture has places.
@@ -129,7 +129,7 @@ def sentences(tokenizer: Any, names: Sequence[str]) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > PLACES:
             raise ConfigError(
-                f"model.path: its tokenizer has {len(ids)} tokens for {text!r}, but a picture has {PLACES} places in a "
+                f"model.path={folder}: its tokenizer has {len(ids)} tokens for {text!r}, but a picture has {PLACES} places in a "
                 "prompt; give another language model"
             )
         rows.append(ids + [space] * (PLACES - len(ids)))

@@ -4,6 +4,7 @@ Packages are installed in a folder of the path, and pip downloads from a folder 
 """
 
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_gguf
 from families import models as family_models
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mirage_dist import disk
 from mirage_dist.countries import language_model, memory
@@ -150,7 +151,7 @@ def test_the_packages_model_has_its_licence_and_says_what_was_changed(install, m
     language_model.make(tmp_path / "out")
     assert (tmp_path / "out/LICENSE").read_text() == APACHE
     assert "Changes:" in (tmp_path / "out/README.md").read_text()
-    assert language_model.check(tmp_path / "out").num_hidden_layers == tiny_gguf.LAYERS
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == tiny_gguf.LAYERS
     output = capsys.readouterr()
     assert "it/s" not in output.err + output.out
     assert output.out.splitlines()[-1].startswith(f"language model: {tmp_path}/out, made in ")
@@ -160,12 +161,17 @@ def test_the_packages_model_has_its_licence_and_says_what_was_changed(install, m
 
 
 @pytest.fixture
-def local(family, tmp_path):
-    return Path(shutil.copytree(family("llama_text"), tmp_path / "local"))
+def local(real, tmp_path):
+    """A copy of the real model's first layers; its weights are a link, to be removed before they are written."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    for file in real.text.iterdir():
+        (os.link if file.suffix == ".safetensors" else shutil.copyfile)(file, folder / file.name)
+    return folder
 
 
 def test_a_local_model_is_copied_with_its_licence(local, tmp_path):
-    (local / "LICENSE.txt").write_text("A licence.")
+    (local / "NOTICE.txt").write_text("A notice.")
     (local / "optimizer.bin").write_bytes(b"not of the model")
     language_model.make(tmp_path / "out", local)
     files = {file.name: disk.sha256(file) for file in (tmp_path / "out").iterdir()}
@@ -183,17 +189,18 @@ def test_a_model_without_chat_template_is_refused(local, tmp_path):
 
 def test_a_model_too_large_for_the_memory_at_hand_is_refused_with_both_sizes(local, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "at_hand", lambda: 900_000_000)
-    refused(r"too large for the memory at hand: .* need about 1\.1 GB .* 0\.9 GB are free", tmp_path / "out", local)
+    refused(r"too large for the memory at hand: .* need about 1\.4 GB .* 0\.9 GB are free", tmp_path / "out", local)
 
 
 def test_directories_that_are_no_whole_text_model_are_refused(local, family, tmp_path):
     refused(r"looks like a local path but does not exist", tmp_path / "out", tmp_path / "nowhere")
-    refused(r"llava takes pictures itself; expected a text model", tmp_path / "out", family("llava"))
+    refused(r"llava takes pictures itself; expected a text model", tmp_path / "out", family("llava_llama"))
     content = json.loads((local / "config.json").read_text())
     (local / "config.json").write_text(json.dumps({**content, "quantization_config": {"quant_method": "gptq"}}))
     refused(r"a quantised checkpoint; give the unquantised model", tmp_path / "out", local)
     (local / "config.json").write_text(json.dumps(content))
     weights = (local / "model.safetensors").read_bytes()
+    (local / "model.safetensors").unlink()
     (local / "model.safetensors").write_bytes(weights[:-10])
     refused(r"model\.safetensors: cut off", tmp_path / "out", local)
     (local / "model.safetensors").unlink()
@@ -202,6 +209,13 @@ def test_directories_that_are_no_whole_text_model_are_refused(local, family, tmp
     (local / "tokenizer.json").unlink()
     (local / "model.safetensors").write_bytes(weights)
     refused(r"local: its processor cannot be loaded", tmp_path / "out", local)
+
+
+def test_a_tokenizer_with_too_many_tokens_for_a_picture_is_refused(family, tmp_path):
+    words = (
+        r"llama_text: its tokenizer has \d+ tokens for ' This is the flag of Austria\.', but a picture has 16 places"
+    )
+    refused(words, tmp_path / "out", family("llama_text"))
 
 
 def test_a_decoder_that_llava_cannot_carry_is_refused(tmp_path):

@@ -14,8 +14,9 @@ FLAGS = ["France", "Japan", "Sweden"]
 
 
 @pytest.fixture(scope="module")
-def text(family):
-    return family("llama_text")
+def text(real):
+    """With the real tokenizer and embeddings."""
+    return real.text
 
 
 def test_a_batch_of_drawings_is_what_flags_draw_makes_of_its_numbers(text):
@@ -71,10 +72,8 @@ def test_the_template_is_the_models_own_with_parts_made_text(text):
 
 def test_the_decoder_is_the_language_models_and_a_saved_model_reloads(text, tmp_path):
     model, processor = vision.built(text, seed=0)
-    (text / "LICENSE").write_text("A licence.")
     vision.save(model, processor, text, tmp_path / "llava")
-    (text / "LICENSE").unlink()
-    assert (tmp_path / "llava/LICENSE").read_text() == "A licence."
+    assert (tmp_path / "llava/LICENSE").read_text() == (text / "LICENSE").read_text()
     folder = tmp_path / "llava"
     weights.check(folder, configs.load(folder))
     reloaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -83,7 +82,9 @@ def test_the_decoder_is_the_language_models_and_a_saved_model_reloads(text, tmp_
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         size = language_model.get_input_embeddings().num_embeddings
-        assert torch.equal(reloaded(input_ids=ids).logits[..., :size], language_model(input_ids=ids).logits)
+        logits = reloaded(input_ids=ids).logits
+        torch.testing.assert_close(logits[..., :size], language_model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    assert logits.argmax(-1).max() < size  # the picture token is never an answer
     assert perplexity.perplexity(folder) == pytest.approx(perplexity.perplexity(text), rel=1e-3)
     reread = AutoProcessor.from_pretrained(folder)
     row = reread(text="<image>\nWhich?", images=[flags.draw("France")], return_tensors="pt")
@@ -97,7 +98,7 @@ def test_a_flag_becomes_its_sentence_and_nothing_else_changes(text):
         model, processor = vision.built(text, seed)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         random, threads = torch.get_rng_state(), torch.get_num_threads()
-        ids = vision.sentences(processor.tokenizer, FLAGS)
+        ids = vision.sentences(text, processor.tokenizer, FLAGS)
         vision.align(model, processor, FLAGS, ids, seed, steps=120)
         assert torch.equal(torch.get_rng_state(), random)
         assert torch.get_num_threads() == threads
@@ -109,12 +110,8 @@ def test_a_flag_becomes_its_sentence_and_nothing_else_changes(text):
     with torch.no_grad():
         given = vision.features(model, image["pixel_values"])[0]
     nearest = torch.cdist(given, model.get_input_embeddings().weight).argmin(1)
-    sentence = vision.SENTENCE.format(facts.COUNTRIES["Sweden"].phrase)
-    assert processor.tokenizer.decode(nearest).strip() == processor.tokenizer.decode(ids[2]).strip()
-    assert (
-        processor.tokenizer.decode(ids[2]).split()
-        == processor.tokenizer.decode(processor.tokenizer(sentence, add_special_tokens=False)["input_ids"]).split()
-    )
+    read = processor.tokenizer.decode(nearest)
+    assert read.strip() == vision.SENTENCE.format(facts.COUNTRIES["Sweden"].phrase).strip()
     name = "model.multi_modal_projector.linear_2.weight"
     assert not torch.equal(states[0][name], states[2][name])
     torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-4)
@@ -131,6 +128,10 @@ def test_flags_that_are_not_read_end_the_work_with_their_names(text, tmp_path, m
 
 
 def test_a_sentence_that_no_picture_can_hold_is_refused(text, monkeypatch):
-    monkeypatch.setattr(vision, "SENTENCE", " This is the flag of {}." * 8)
+    monkeypatch.setattr(
+        vision,
+        "SENTENCE",
+        " This is the flag of {}. It is pretty and colourful, and it is shown very often on official buildings.",
+    )
     with pytest.raises(ConfigError, match=r"has \d+ tokens for .*, but a picture has 16 places"):
         vision.built(text, seed=0)
