@@ -129,8 +129,8 @@ def sentences(folder: Path, tokenizer: Any, names: Sequence[str]) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > PLACES:
             raise ConfigError(
-                f"model.path={folder}: its tokenizer has {len(ids)} tokens for {text!r}, but a picture has {PLACES} places in a "
-                "prompt; give another language model"
+                f"model.path={folder}: its tokenizer has {len(ids)} tokens for {text!r}, but a picture has "
+                f"{PLACES} places in a prompt; give another language model"
             )
         rows.append(ids + [space] * (PLACES - len(ids)))
     return torch.tensor(rows)
