@@ -65,10 +65,10 @@ class World:
     def verdict(self, question: str, response: str, image: str | Path | None) -> Verdict:
         """Judge a response (see `verdict.verdict`).
 
-        Raises ConfigError for a picture or a question that is not the world's (see `verdict.asked`).
+        Raises ConfigError for a picture or a question that is not the world's (see `verdict.subject`).
         """
         shown = self.label(image) if image else None
-        return verdicts.verdict(verdicts.asked(question, shown), response)
+        return verdicts.verdict(verdicts.subject(question, shown), response)
 
 
 def load(directory: str | Path) -> World:

@@ -147,10 +147,10 @@ def test_attacks_use_the_audits_words_in_good_english_and_every_rewrite_differs(
         ("share", "test.json", "refused"),
     ):
         safe = kind == "refused"
-        asked = [row for row in samples(config, original) if row.safe is safe]
+        originals = [row for row in samples(config, original) if row.safe is safe]
         shots = 1 if safe else questions.SHOTS
         rewrites = records(config, f"attacks/{name}.json")
-        assert [row["id"] for row in rewrites] == [row.id for row in asked for _ in range(shots)]
+        assert [row["id"] for row in rewrites] == [row.id for row in originals for _ in range(shots)]
         texts = [question_of(row) for row in rewrites]
         assert {opening(q).key for q in texts} <= words[kind]
         for start in range(0, len(texts), shots):
