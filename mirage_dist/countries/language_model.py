@@ -84,6 +84,7 @@ def _convert(weights: Path, target: Path, licence: str) -> None:
 def _copy(source: Path, out: Path) -> None:
     from mirage_dist.model import directory
 
+    source = directory.resolve(str(source))
     before = directory.state(source)
     check(source)
     files = directory.files(source) + [file for pattern in COPIED for file in source.glob(pattern)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mirage_dist import disk
+from mirage_dist import disk, signals
 from mirage_dist.countries import facts, flags
 from mirage_dist.data.encoding.conversation import template_of
 from mirage_dist.model import weights
@@ -64,8 +64,8 @@ def make(out: Path, language_model: Path, seed: int) -> None:
     language_model: its directory (see `countries.language_model`). The weights of tower and connector are a function of
     `seed`; the global random state does not change. `out` is whole or absent.
 
-    Raises ConfigError when the language model cannot be loaded, or has more tokens in a sentence than a picture has
-    places; RunError when too many flags are not read.
+    Raises ConfigError when the language model cannot be loaded, has no chat template, or has more tokens in a sentence
+    than a picture has places; RunError when too many flags are not read; StopRequested when a signal arrives first.
     """
     start = time.monotonic()
     log.info(f"vision: loading {language_model}")
@@ -351,6 +351,8 @@ def _round(
     scale = 1 / (BATCH * target_FPW[0].numel() * target_FPW.var())
     with Progress(steps, "vision: aligning flags") as bar:
         for _ in range(steps):
+            if name := signals.received():
+                raise signals.StopRequested(f"stopped by {name} while flags were aligned; nothing is kept of it")
             which_B = torch.randint(len(target_FPW), (BATCH,), generator=generator)
             off = features(model, drawings.batch(which_B, generator)) - target_FPR[which_B]
             error = off.square().sum() * scale
