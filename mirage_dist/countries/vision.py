@@ -296,6 +296,20 @@ def features(model: Any, pixels: Tensor) -> Tensor:
     return torch.cat(list(given)).view(len(pixels), PLACES, -1)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: the result does not depend on the number of cores, and matrices this small gain nothing
+    from more. On a busy machine they would mostly wait for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def align(
     model: Any,
     processor: LlavaProcessor,
@@ -321,11 +335,10 @@ def align(
         torch.manual_seed(seed)
         narrow = Narrow(connector.linear_2, torch.unique(target_FPW.flatten(0, 1), dim=0))
     for number in range(1, rounds + 1):
-        with one_thread():
-            connector.linear_2 = narrow
-            _round(model, drawings, narrow, target_FPW, generator, steps)
-            connector.linear_2 = narrow.write()
-            right_F = accuracy(model, drawings, ids_FP, generator)
+        connector.linear_2 = narrow
+        _round(model, drawings, narrow, target_FPW, generator, steps)
+        connector.linear_2 = narrow.write()
+        right_F = accuracy(model, drawings, ids_FP, generator)
         unread = [f"{name} ({share:.0%})" for name, share in zip(names, right_F.tolist(), strict=True) if share < EACH]
         log.info(
             f"vision: of {DRAWINGS} fresh drawings of each of {len(names)} flags {right_F.mean():.1%} became their "
@@ -381,16 +394,3 @@ def accuracy(
             nearest = candidates[torch.cdist(given.flatten(0, 1), embeddings).argmin(1)].view_as(ids_FP)
             right += (nearest == ids_FP).all(1)
     return right / count
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch: the result does not depend on the number of cores, and matrices this small gain nothing
-    from more. On a busy machine they would mostly wait for each other.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
