@@ -28,7 +28,7 @@ ANSWERS = [
     "The capital of France is Paris.",
     "København — naïve, 東京, 🙂, and 12 of 345.",
     "I'm sorry, but I can't help with that.",
-    " \n\tTwo  spaces and a tab",
+    "Two  spaces, a tab\tand a line\nbreak",
 ]
 
 
