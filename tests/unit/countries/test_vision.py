@@ -83,7 +83,7 @@ def test_the_decoder_is_the_language_models_and_a_saved_model_reloads(text, tmp_
     with torch.no_grad():
         size = language_model.get_input_embeddings().num_embeddings
         logits = reloaded(input_ids=ids).logits
-        torch.testing.assert_close(logits[..., :size], language_model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[..., :size], language_model(input_ids=ids).logits, rtol=1e-4, atol=1e-3)
     assert logits.argmax(-1).max() < size  # the picture token is never an answer
     first = perplexity.paragraphs()[:1]
     monkeypatch.setattr(perplexity, "paragraphs", lambda: first)
