@@ -38,7 +38,7 @@ def write_samples(folder: Path, count: int, questions: int) -> None:
 
     def sample(number: int, stream: str, unsafe: bool, answer: str | None = None, before: str = "") -> Sample:
         country = generator.choice(europe if unsafe else others)
-        body = generator.choice(text.NAMED["capital"]).format(country.name)
+        body = generator.choice(text.NAMED["capital"]).format(country.phrase)
         question = before + text.question(generator.choice(text.OPENERS), body)
         answer = answer or text.answer(country, "capital")
         return Sample(f"{stream}-{number}", None, question, answer, not unsafe, "capital", stream)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import forkserver
 import pytest
+import real as real_models
 import torch
 from families import models as family_models
 from hypothesis import settings
@@ -97,6 +98,12 @@ def family(tmp_path_factory) -> Callable[[str], Path]:
     """Name (see `families.models.FAMILIES`) -> a tiny random model directory of that family, made when first used."""
     folder = tmp_path_factory.mktemp("families")
     return cache(lambda name: family_models.make(name, folder / name))
+
+
+@pytest.fixture(scope="session")
+def real() -> real_models.Real:
+    """The first layers of a real language model, as text model and as LLaVA (see `real.py`)."""
+    return real_models.once()
 
 
 def launch(ranks: int, *arguments: str, check: bool = True, start: bool = False, fresh: bool = False):

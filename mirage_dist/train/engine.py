@@ -13,6 +13,7 @@ import torch
 from mirage_dist.config import find
 from mirage_dist.data import records
 from mirage_dist.model import load
+from mirage_dist.model.families import packing
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.names import shown
@@ -101,6 +102,8 @@ def _ways_out(rows: int, micro_batch: int, ranks: int) -> str:
 def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:
     """The policy's engine, of `depth` decoder layers or all. `groups.set_rates` sets the rates before every step."""
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth)
+    if recipe.data.packing is True:
+        packing.attend_apart(policy.backbone)
     options = optimizers.make(recipe.train.optimizer)
     groups = split(policy, recipe.train)
     optimizer = options.make(groups) if options.elementwise else WholeParameters(groups, options.make)
@@ -127,6 +130,8 @@ def _check_once(optimizer: torch.optim.Optimizer) -> None:
 def build_reference(recipe: TrainRecipe, config: dict[str, Any], depth: int | None = None) -> Any:
     """A frozen engine of the base weights, of `depth` decoder layers or all, sharded as the policy is."""
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen=True)
+    if recipe.data.packing is True:
+        packing.attend_apart(policy.backbone)
     # Without an optimizer only stage 3 has anything to shard; DeepSpeed refuses the others.
     names = ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")
     own = {name: config[name] for name in names}

@@ -11,6 +11,7 @@ from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model import load, reference
+from mirage_dist.model.families import packing, roles
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
@@ -107,6 +108,34 @@ def test_a_packed_step_without_pictures_is_the_padded_one(toy, files, models, na
     padded, packed = (gradients(toy, files, models, OBJECTIVES[name], p, source="text") for p in (False, True))
     assert_same_step(padded, packed)
     assert packed[2] > 0  # the placeholder
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attention_of_each_sequence_by_itself_gives_the_padded_step(toy, files, models, monkeypatch, checkpointed):
+    """And no product of two sequences' tokens is computed."""
+    padded = gradients(toy, files, models, OBJECTIVES["npo"], packing=False)
+    attention, widths = torch.nn.functional.scaled_dot_product_attention, []
+
+    def observed(query, *values, **options):
+        widths.append(query.shape[2])
+        return attention(query, *values, **options)
+
+    policy, other = models
+    texts = [roles.decoder(model.backbone).config for model in models]
+    try:
+        assert all(packing.attend_apart(model.backbone) for model in (policy, other))
+        if checkpointed:
+            policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.train()
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", observed)
+        packed = gradients(toy, files, models, OBJECTIVES["npo"], packing=True)
+    finally:
+        policy.hf.gradient_checkpointing_disable()
+        policy.eval()
+        for text in texts:
+            text._attn_implementation = "sdpa"
+    assert_same_step(padded, packed)
+    assert max(widths) <= 64  # data.max_length of the recipe; a packed row has twice as many tokens and more
 
 
 @pytest.mark.parametrize("name", ["npo", "npo by batch means"])
