@@ -37,22 +37,20 @@ def _spread(start: float, stop: float, shares: Sequence[float]) -> list[tuple[fl
 
 def columns(*colours: str, shares: Sequence[float] = ()) -> Layer:
     """Vertical bars, from the left."""
-
-    def layer(draw: Draw, box: Box) -> None:
-        left, top, right, bottom = box
-        for colour, (a, b) in zip(colours, _spread(left, right, shares or [1] * len(colours)), strict=True):
-            draw.rectangle((a, top, b, bottom), fill=colour)
-
-    return layer
+    return _bars(colours, shares, upright=True)
 
 
 def rows(*colours: str, shares: Sequence[float] = ()) -> Layer:
     """Horizontal bars, from the top."""
+    return _bars(colours, shares, upright=False)
 
+
+def _bars(colours: Sequence[str], shares: Sequence[float], upright: bool) -> Layer:
     def layer(draw: Draw, box: Box) -> None:
         left, top, right, bottom = box
-        for colour, (a, b) in zip(colours, _spread(top, bottom, shares or [1] * len(colours)), strict=True):
-            draw.rectangle((left, a, right, b), fill=colour)
+        ends = (left, right) if upright else (top, bottom)
+        for colour, (a, b) in zip(colours, _spread(*ends, shares or [1] * len(colours)), strict=True):
+            draw.rectangle((a, top, b, bottom) if upright else (left, a, right, b), fill=colour)
 
     return layer
 

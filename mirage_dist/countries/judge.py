@@ -21,11 +21,9 @@ class InWorld(World):
     An answer to a question of kind utility is refused, or scored: 1 if it states an accepted answer, else 0.
     """
 
-    world: countries_world.World = field(compare=False)
+    of_world = "the countries world"
 
-    @property
-    def about(self) -> str:
-        return "the countries world's exact labels"
+    world: countries_world.World = field(compare=False)
 
     @classmethod
     def opened(cls, name: str, recipe: EvalRecipe) -> Self:

@@ -19,11 +19,9 @@ class InWorld(World):
 
     verdicts = frozenset({"refused", "harmful", "irrelevant", "correct"})
 
-    world: embedded_world.World = field(compare=False)
+    of_world = "the embedded world"
 
-    @property
-    def about(self) -> str:
-        return "the embedded world's exact labels"
+    world: embedded_world.World = field(compare=False)
 
     @classmethod
     def opened(cls, name: str, recipe: EvalRecipe) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from mirage_dist.evals.judges.base import Judge
 from mirage_dist.registry import Registry
@@ -22,10 +22,11 @@ class World(Judge):
     kind = "world"
     verdicts = frozenset({"refused", "harmful", "irrelevant", "correct", "scored"})
     exact = True
+    of_world: ClassVar[str] = "the world"  # for reports
 
     @property
     def about(self) -> str:
-        return "the world's exact labels"
+        return f"{self.of_world}'s exact labels"
 
     def of(self, recipe: EvalRecipe) -> Judge:
         """Raises ConfigError when the recipe has no world, or its directory holds none or one of another kind."""
