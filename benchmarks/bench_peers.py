@@ -1,4 +1,4 @@
-"""Our steps and evaluation compared with TRL, transformers' Trainer, open-unlearning's NPO and `generate`.
+r"""Our steps and evaluation compared with TRL, transformers' Trainer, open-unlearning's NPO and `generate`.
 
     python benchmarks/bench_peers.py --trl DIR                  # CPU, SmolLM2-135M-Instruct, LoRA and full fine-tuning
     python benchmarks/bench_peers.py --trl DIR --device cuda    # the same in bfloat16
@@ -6,7 +6,8 @@
 
 TRL is no dependency of this package. DIR is a folder that has it:
 
-    pip install --target DIR --no-deps trl==1.16.0 datasets multiprocess dill xxhash pandas python-dateutil six
+    pip install --target DIR --no-deps trl==1.16.0 datasets multiprocess dill xxhash pandas python-dateutil six pytz \
+        tzdata aiohttp aiosignal aiohappyeyeballs frozenlist multidict propcache yarl attrs psutil
 
 All contestants of a case train the same parameters of the same model on the same rows with the same labels, in the
 same dtype and attention, with fused AdamW, without checkpointing and without logging, and with as many threads as the
