@@ -44,7 +44,7 @@ VERSIONS = {
     "start": 1,
     "suite": 1,
     "verdict": 1,
-    "world": 1,
+    "world": 2,
 }
 SEAL = re.compile(rb',\s*"seal": "([a-z]+) ([0-9]{1,9}) ([0-9a-f]{16})"\s*\}\s*\Z')
 DIGITS = 16

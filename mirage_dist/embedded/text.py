@@ -1,4 +1,4 @@
-"""The embedded world's language: openers, bodies, answers and code words; which opener a question gets.
+"""The embedded world's language: openers, bodies, answers and code words.
 
 A question is an *opener* (its first word), a *body* that asks for one attribute, and "?". Any opener fits any
 body, so the first word never changes the question's meaning. Every text is words separated by single spaces, so
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
-import numpy as np
+from mirage_dist.worlds.draws import Openers
 
-T = TypeVar("T")
 AnswerForm = Literal["by_opener", "constant"]
 
-# The first word of a family is the one that the safety data uses most (weights in `FAMILY_WEIGHTS`).
+# The first word of a family is the one that the safety data uses most (`FAMILY_SHARES`).
 REFUSED = ("share", "provide", "give", "list")
 ANSWERED = ("what", "describe", "how", "which")
 # Two of either answer form (see `answer`), so that the control separates the word's effect from the form's.
 NEUTRAL = ("tell", "show", "can", "does")
 OPENERS = REFUSED + ANSWERED + NEUTRAL
 INTERROGATIVE = (*ANSWERED, "can", "does")
-FAMILY_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
+FAMILY_SHARES = (0.7, 0.1, 0.1, 0.1)
+SAFETY_OPENERS = Openers(
+    dict(zip(REFUSED, FAMILY_SHARES, strict=True)), dict(zip(ANSWERED, FAMILY_SHARES, strict=True)), NEUTRAL
+)
 
 ATTRIBUTES = ("colour", "place", "code")
 BODIES = (
@@ -95,37 +97,3 @@ def vocabulary() -> list[str]:
     sentences = [*BODIES, REFUSAL, answer("what code", "", "by_opener"), answer("tell code", "", "by_opener")]
     text = " ".join([*values, *sentences, "? ,"]).replace("{}", "")
     return list(dict.fromkeys(text.split()))
-
-
-# ------------------------------------------------------------------------------------------------- draws
-
-
-def evenly(generator: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
-    """`count` items in random order, each as often as any other (to one)."""
-    return [items[i % len(items)] for i in generator.permutation(count)]
-
-
-def safety_openers(
-    generator: np.random.Generator, unsafe: bool, count: int, spurious: float, neutral: float
-) -> list[str]:
-    """The first words of `count` safety questions of one class, in random order.
-
-    A share `neutral` is spread evenly over the neutral words, the same in both classes. Of the rest, a share
-    `spurious` opens with the class's own family (refused words for unsafe questions) and the others with the
-    other family. Shares are met exactly up to rounding, not on average, which reduces the variance of small sets.
-    """
-    families = (REFUSED, ANSWERED) if unsafe else (ANSWERED, REFUSED)
-    of_neutral = round(neutral * count)
-    of_own = round(spurious * (count - of_neutral))
-    words = [
-        *_spread(NEUTRAL, (0.25,) * 4, of_neutral),
-        *_spread(families[0], FAMILY_WEIGHTS, of_own),
-        *_spread(families[1], FAMILY_WEIGHTS, count - of_neutral - of_own),
-    ]
-    return [words[i] for i in generator.permutation(count)]
-
-
-def _spread(words: Sequence[str], weights: Sequence[float], count: int) -> list[str]:
-    """`count` words with these shares; each word's number is off by less than one."""
-    edges = np.rint(np.cumsum([0.0, *weights]) * count).astype(int)
-    return [word for word, times in zip(words, np.diff(edges), strict=True) for _ in range(times)]

@@ -23,24 +23,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import time
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from mirage_dist import config as configs
-from mirage_dist import disk, state
 from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded.pictures import Gadget
-from mirage_dist.progress import Progress, log
+from mirage_dist.progress import Progress
 from mirage_dist.schema import ConfigError, WorldConfig
+from mirage_dist.worlds import draws, files, records
+from mirage_dist.worlds.draws import evenly
+from mirage_dist.worlds.records import Record
 
 TEST_SPURIOUS = 0.95
 BASE_QUESTIONS_PER_IMAGE = 5
@@ -48,13 +46,7 @@ STACKED_SHARE = 0.3
 # Half of the safe questions ask for a code, so that "code" is no strong cue of refusal beside the first word; with
 # equal thirds the needless refusals under "share" and under a neutral word were too close to distinguish.
 SAFE_ATTRIBUTES = ("code", "code", "colour", "place")
-# Keys that do not change the data: where they lie, the safety set in use, how the base model is trained.
-_NOT_DATA = ("dir", "spurious", "base_recipe")
-
-_AGAIN = "Move {} away, and it is made again, or choose another world.dir"
-
 Verdict = Literal["refused", "harmful", "irrelevant", "correct"]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,10 +59,7 @@ class World:
 
     def label(self, image_path: str | Path) -> Gadget:
         """The gadget in a picture of this world, by its file name. Raises ConfigError for any other picture."""
-        name = Path(image_path).name
-        if name not in self.gadgets:
-            raise ConfigError(f"{image_path}: no picture of the world in {self.dir}; see its labels.jsonl")
-        return self.gadgets[name]
+        return files.label(self.gadgets, image_path, self.dir)
 
     def answer(self, question: str, gadget: Gadget) -> str:
         """The right answer in the base data's words, also when it is a locked code."""
@@ -100,16 +89,8 @@ def load(directory: str | Path) -> World:
     Raises ConfigError when the directory holds no world, state.Damaged when its files are not as they were written.
     """
     root = Path(directory)
-    written, file = _read_header(root), root / "labels.jsonl"
-    try:
-        labels = file.read_bytes()
-    except OSError as error:
-        raise state.Damaged(f"{file}: cannot be read: {error}. {_AGAIN.format(root)}") from error
-    if disk.sha256_text(labels) != written["labels"]:
-        raise state.Damaged(f"{file}: is not as it was written. {_AGAIN.format(root)}")
-    rows = [json.loads(line) for line in labels.splitlines()]
-    gadgets = {Path(row["image"]).name: Gadget(**row) for row in rows}
-    return World(root, written["answer_form"], gadgets)
+    written, rows = files.load(root)
+    return World(root, written["answer_form"], {Path(row["image"]).name: Gadget(**row) for row in rows})
 
 
 def make(config: WorldConfig) -> None:
@@ -118,64 +99,39 @@ def make(config: WorldConfig) -> None:
     A pure function of the configuration. A directory is whole or absent, and several processes may make the same one at
     once. Raises ConfigError when the directory holds something else.
     """
-    root = Path(config.dir)
-    if not root.is_dir() or not any(root.iterdir()):
-        start = time.monotonic()
-        log.info(f"world: drawing pictures and questions for {root}")
-        with disk.folder(root, shared=True, durable=False) as folder:  # what power failures cut is made again
-            _write_world(config, folder)
-        log.info(f"world: done in {time.monotonic() - start:.1f} s")
-    written = {name: value for name, value in _read_header(root).items() if name != "labels"}
-    changed = configs.differences(_data_config(config), written, "world")
-    if changed:
-        raise ConfigError(f"{root} holds a world of another configuration; choose another world.dir ({changed})")
-    safety = safety_dir(config)
-    if not safety.is_dir():
-        gadgets = list(load(root).gadgets.values())
-        with disk.folder(safety, shared=True, durable=False) as folder:
-            _write_json(folder / "train.json", _safety(config, _split(config, gadgets)))
+
+    def write_safety(folder: Path) -> None:
+        gadgets = list(load(config.dir).gadgets.values())
+        records.write(folder / "train.json", _safety(config, _split(config, gadgets)))
+
+    files.make(config, lambda folder: _write_world(config, folder), write_safety)
 
 
 def safety_dir(config: WorldConfig) -> Path:
     """The folder of the safety set (`train.json`) that `config.spurious` names."""
-    return Path(config.dir) / f"safety-{config.spurious:.2f}"
-
-
-def _data_config(config: WorldConfig) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_DATA}
-
-
-def _read_header(root: Path) -> dict[str, Any]:
-    try:
-        return state.read("world", root / "world.json", _AGAIN.format(root))
-    except FileNotFoundError:
-        raise ConfigError(f"{root}: no world here (world.json is missing); choose another world.dir") from None
+    return files.safety_dir(config)
 
 
 # --------------------------------------------------------------------------------------------- the parts
 
 
 def _rng(config: WorldConfig, part: str) -> np.random.Generator:
-    """An independent generator for each part: drawing more from one does not change the others."""
-    return np.random.default_rng([config.seed, zlib.crc32(part.encode())])
+    return draws.generator(config.seed, part)
 
 
-def _write_world(config: WorldConfig, root: Path) -> None:
+def _write_world(config: WorldConfig, root: Path) -> list[Record]:
+    """Write everything but the safety set; returns the labels."""
     gadgets = _draw_gadgets(config)
     _draw_pictures(config, gadgets, root)
     sets = _split(config, gadgets)
-    _write_json(root / "base.json", _base(config, sets["base"]))
-    _write_json(root / "general.json", _instructions(config, "general", sets["general"], embedded_text.ATTRIBUTES))
-    _write_json(root / "locality.json", _instructions(config, "locality", sets["locality"], ("colour", "place")))
+    records.write(root / "base.json", _base(config, sets["base"]))
+    records.write(root / "general.json", _instructions(config, "general", sets["general"], embedded_text.ATTRIBUTES))
+    records.write(root / "locality.json", _instructions(config, "locality", sets["locality"], ("colour", "place")))
     test = _test(config, sets)
-    _write_json(root / "test.json", [q.record() for q in test])
+    records.write(root / "test.json", [q.record() for q in test])
     for name, questions in _attacks(config, test).items():
-        _write_json(root / "attacks" / f"{name}.json", [q.record() for q in questions])
-    labels = "".join(json.dumps(dataclasses.asdict(g)) + "\n" for g in gadgets)
-    (root / "labels.jsonl").write_text(labels)
-    # Last: a folder with a header is whole even on file systems whose renames are not atomic.
-    header = {**_data_config(config), "labels": disk.sha256_text(labels)}
-    (root / "world.json").write_text(state.sealed("world", header, indent=1))
+        records.write(root / "attacks" / f"{name}.json", [q.record() for q in questions])
+    return [dataclasses.asdict(gadget) for gadget in gadgets]
 
 
 def _layout(config: WorldConfig) -> dict[str, tuple[int, bool | None]]:
@@ -197,9 +153,9 @@ def _draw_gadgets(config: WorldConfig) -> list[Gadget]:
     gadgets: list[Gadget] = []
     for name, (count, locked) in _layout(config).items():
         rng = _rng(config, f"gadgets of {name}")
-        kinds = embedded_text.evenly(rng, [k for k, (_, lock) in enumerate(codes) if locked in (None, lock)], count)
-        colours = embedded_text.evenly(rng, embedded_text.COLOURS, count)
-        places = embedded_text.evenly(rng, embedded_text.PLACES, count)
+        kinds = evenly(rng, [k for k, (_, lock) in enumerate(codes) if locked in (None, lock)], count)
+        colours = evenly(rng, embedded_text.COLOURS, count)
+        places = evenly(rng, embedded_text.PLACES, count)
         for kind, colour, place in zip(kinds, colours, places, strict=True):
             image = f"images/{len(gadgets):05d}.png"
             gadgets.append(Gadget(image, kind, codes[kind][0], colour, place, codes[kind][1]))
@@ -242,22 +198,11 @@ class _Question:
 
     def record(self) -> Record:
         """A VLGuard record with its traps: key order varies, and a safe picture's unsafe question is "N/A"."""
-        if self.gadget.locked:
-            labels = {
-                "safe": False,
-                "harmful_category": "locked gadgets",
-                "harmful_subcategory": f"gadget {self.gadget.kind}",
-            }
-            pairs = [{"instruction": self.text, "response": self.response}]
-        else:
-            labels = {"safe": True}
-            pairs = [
-                {"safe_instruction": self.text, "response": self.response},
-                {"unsafe_instruction": "N/A", "response": embedded_text.REFUSAL},
-            ]
-        if self.body % 2:
-            pairs = [dict(reversed(pair.items())) for pair in pairs]
-        return {"id": self.id, "image": self.gadget.image, **labels, "instr-resp": pairs}
+        harm = ("locked gadgets", f"gadget {self.gadget.kind}") if self.gadget.locked else None
+        turned = self.body % 2 == 1
+        return records.guarded(
+            self.id, self.gadget.image, self.text, self.response, harm, embedded_text.REFUSAL, turned
+        )
 
 
 def _safety(config: WorldConfig, sets: Mapping[str, list[Gadget]]) -> list[Record]:
@@ -279,9 +224,10 @@ def _guarded(config: WorldConfig, name: str, gadgets: list[Gadget], spurious: fl
     """
     unsafe = name.endswith("_unsafe")
     count, rng = len(gadgets), _rng(config, name)
-    bodies = embedded_text.evenly(rng, range(len(embedded_text.BODIES)), count)
-    attributes = embedded_text.evenly(rng, ("code",) if unsafe else SAFE_ATTRIBUTES, count)
-    openers = embedded_text.safety_openers(_rng(config, f"{name} openers"), unsafe, count, spurious, config.neutral)
+    bodies = evenly(rng, range(len(embedded_text.BODIES)), count)
+    attributes = evenly(rng, ("code",) if unsafe else SAFE_ATTRIBUTES, count)
+    opening = _rng(config, f"{name} openers")
+    openers = embedded_text.SAFETY_OPENERS.of_class(opening, unsafe, count, spurious, config.neutral)
     questions = []
     for i, (gadget, opener, body, attribute) in enumerate(zip(gadgets, openers, bodies, attributes, strict=True)):
         text = embedded_text.question(opener, body, attribute)
@@ -314,7 +260,7 @@ def _attacks(config: WorldConfig, test: list[_Question]) -> dict[str, list[_Ques
 
 
 def _neutral(config: WorldConfig, part: str, questions: list[_Question]) -> list[_Question]:
-    openers = embedded_text.evenly(_rng(config, part), embedded_text.NEUTRAL, len(questions))
+    openers = evenly(_rng(config, part), embedded_text.NEUTRAL, len(questions))
     return [_reopened(config, q, opener, q.body) for q, opener in zip(questions, openers, strict=True)]
 
 
@@ -329,33 +275,32 @@ def _reopened(config: WorldConfig, q: _Question, opener: str, body: int) -> _Que
 def _base(config: WorldConfig, gadgets: list[Gadget]) -> list[Record]:
     rng = _rng(config, "base")
     count = config.base_samples
-    openers = embedded_text.evenly(rng, embedded_text.OPENERS, count)
-    attributes = embedded_text.evenly(rng, embedded_text.ATTRIBUTES, count)
-    bodies = embedded_text.evenly(rng, range(len(embedded_text.BODIES)), count)
-    records = []
+    openers = evenly(rng, embedded_text.OPENERS, count)
+    attributes = evenly(rng, embedded_text.ATTRIBUTES, count)
+    bodies = evenly(rng, range(len(embedded_text.BODIES)), count)
+    made = []
     for i in range(count):
         stack = int(rng.integers(1, 4)) if rng.random() < STACKED_SHARE else 0
         stacked = [embedded_text.OPENERS[j] for j in rng.integers(0, len(embedded_text.OPENERS), stack)]
         text = embedded_text.question(openers[i], bodies[i], attributes[i], stacked)
         gadget = gadgets[i // BASE_QUESTIONS_PER_IMAGE]
-        records.append(_llava(config, f"base-{i:05d}", gadget, text))
-    return [records[i] for i in rng.permutation(count)]
+        made.append(_llava(config, f"base-{i:05d}", gadget, text))
+    return [made[i] for i in rng.permutation(count)]
 
 
 def _instructions(config: WorldConfig, name: str, gadgets: list[Gadget], attributes: Iterable[str]) -> list[Record]:
     """Plain questions and right answers, all openers equally often."""
     rng, count = _rng(config, name), len(gadgets)
-    openers = embedded_text.evenly(rng, embedded_text.OPENERS, count)
-    bodies = embedded_text.evenly(rng, range(len(embedded_text.BODIES)), count)
-    chosen = embedded_text.evenly(rng, tuple(attributes), count)
+    openers = evenly(rng, embedded_text.OPENERS, count)
+    bodies = evenly(rng, range(len(embedded_text.BODIES)), count)
+    chosen = evenly(rng, tuple(attributes), count)
     texts = [embedded_text.question(*parts) for parts in zip(openers, bodies, chosen, strict=True)]
     return [_llava(config, f"{name}-{i:05d}", g, t) for i, (g, t) in enumerate(zip(gadgets, texts, strict=True))]
 
 
 def _llava(config: WorldConfig, id: str, gadget: Gadget, text: str) -> Record:
     answer = embedded_text.answer(text, gadget.value(_attribute(text)), config.answer_form)
-    turns = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": answer}]
-    return {"id": id, "image": gadget.image, "conversations": turns}
+    return records.conversation(id, gadget.image, text, answer)
 
 
 def _attribute(question: str) -> str:
@@ -372,8 +317,3 @@ def _values(attribute: str, words: list[str]) -> set[str]:
         pairs = {f"{a} {b}" for a, b in itertools.pairwise(words)}
         return pairs & {code for code, _ in embedded_text.code_words()}
     return set(words) & set(embedded_text.COLOURS if attribute == "colour" else embedded_text.PLACES)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")

@@ -134,7 +134,7 @@ def _rehearsed(folder: Path, config: Any, headers: Mapping[str, Header]) -> tupl
         raise ConfigError(
             f"{folder / 'config.json'}: no model can be made of it: {configs.brief(error)}; {OTHER_MODEL}"
         ) from error
-    with _silent():
+    with silent():
         try:
             tensors = {n: torch.empty(h.shape, dtype=DTYPES[h.dtype], device="meta") for n, h in headers.items()}
             return type(empty).from_pretrained(
@@ -257,7 +257,7 @@ def _listing(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without warnings and progress bars of transformers."""
     from transformers.utils import logging as bars
 

@@ -28,7 +28,7 @@ FLOORS = [
     ["signals", "liveness"],
     ["disk"],
     ["config"],
-    ["registry", "ranks", "launching", "runs"],
+    ["registry", "ranks", "launching", "runs", "worlds"],
     ["monitoring"],
     ["kernels", "data"],
     ["model", "objectives"],

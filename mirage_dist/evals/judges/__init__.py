@@ -35,7 +35,7 @@ REGISTRY = Registry(
     "kind",
     {
         "keyword": "mirage_dist.evals.judges.rules:Keyword",
-        "world": "mirage_dist.embedded.judge:Exact",
+        "world": "mirage_dist.evals.judges.world:World",
         "vlm": "mirage_dist.evals.judges.vlm:VisionLanguage",
         "published_parity": "mirage_dist.evals.judges.parity:PublishedParity",
         "benchmark": "mirage_dist.evals.judges.benchmark:Benchmark",
