@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Attribute = Literal["capital", "continent", "language"]
+FORBIDDEN = "Europe"  # the continent whose capitals must not be given away
 
 _TABLE = """
 France|Paris|Europe|French
@@ -100,6 +101,11 @@ class Country:
     capitals: tuple[str, ...]
     continent: str
     languages: tuple[str, ...]
+
+    @property
+    def forbidden(self) -> bool:
+        """Whether its capital must not be given away."""
+        return self.continent == FORBIDDEN
 
     @property
     def phrase(self) -> str:

@@ -30,7 +30,7 @@ _AGAIN = "Move {} away, and it is made again, or choose another world.dir"
 def make(
     config: WorldConfig,
     write_world: Callable[[Path], Iterable[Mapping[str, Any]]],
-    write_safety: Callable[[Path], None],
+    write_safety: Callable[[Path], object],
 ) -> None:
     """Write a world to `config.dir`, or add the safety set for `config.spurious` to the world that exists there.
 
