@@ -15,7 +15,6 @@ from mirage_dist.progress import log
 from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
 if TYPE_CHECKING:
-    from mirage_dist.evals.results import Entry
     from mirage_dist.report import Provenance, Summary
 
 Stages = Mapping[str, tuple[str, tuple[str, ...]]]  # model -> its recipe, and the overrides of its stage
@@ -28,7 +27,8 @@ class Story:
     kind: of the world, whose base model `inputs.make` trains. stages: in the order of training. more: with --full,
     after these. suite, every_attack: the latter with --full; both have their files' names. ranks: processes of a
     training. raw: the suite that the world's initial model is asked before anything is trained, if it knows anything.
-    source: the key that says where that model comes from, and its name on the command line, if it can be chosen.
+    source: for a model that can be chosen, the key on the command line, and that of the world. layers: of the decoder
+    that the recipes are for, where that model may have others (see `fitted`).
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Story:
     ranks: int
     raw: str | None = None
     source: tuple[str, str] | None = None
+    layers: int | None = None
 
     def models(self, full: bool) -> Stages:
         return {**self.stages, **self.more} if full else self.stages
@@ -77,12 +78,25 @@ REAL = Story(
     ranks=1,
     raw="configs/eval/real_raw.yaml",
     source=("model.path", "world.language_model"),
+    layers=30,
 )
+
+
+def fitted(name: str, layers: int) -> list[str]:
+    """Overrides that bring a stage's recipe to a decoder of another depth: SFT trains its upper half, RMU steers the
+    layer at two fifths and trains those up to it. The other stages train all layers.
+    """
+    steered = 2 * layers // 5
+    trained = {"sft": range(layers // 2, layers), "rmu": range(steered + 1)}.get(name.partition("_")[0])
+    if trained is None:
+        return []
+    targets = configs.override("model.lora.targets", [f"decoder.layers.{i}.*" for i in trained])
+    return [targets, f"objective.layer={steered}"] if name.startswith("rmu") else [targets]
 
 
 @dataclass
 class _Driver:
-    """One demo under way. runs: model -> run directory. recipes: those of the trainings so far."""
+    """A demo under way. runs: model -> run directory. recipes: those of the trainings so far."""
 
     story: Story
     out: Path
@@ -117,24 +131,32 @@ class _Driver:
         self.log("base: world, base model and its answers")
         self.runs["base"] = Path(self.base.run.dir)
         self.recipes.append(self.base)
-        file, own = self.story.stages["npo"]  # reads the base model and its answers
-        inputs.make(self.stage("npo", file, own))
-        for name, (file, own) in self.story.models(self.full).items():
-            recipe = self.stage(name, file, own)
+        inputs.make(self.stage("npo")[0])  # reads the base model and its answers
+        for name in self.story.models(self.full):
+            recipe, overrides = self.stage(name)
             inputs.make(recipe)
             self.log(f"{name}: {recipe.run.dir}")
             self.runs[name] = Path(recipe.run.dir)
             self.recipes.append(recipe)
             if not (self.runs[name] / "export").is_dir():
-                place = configs.override("run.dir", recipe.run.dir)
-                launching.train(self.story.ranks, file, [*self.overrides, *own, *self.here, place])
+                launching.train(self.story.ranks, self.story.models(self.full)[name][0], overrides)
 
-    def stage(self, name: str, file: str, own: Sequence[str]) -> TrainRecipe:
-        """The recipe of a stage, with its run directory named by the recipe's hash."""
-        overrides = [*self.overrides, *own, *self.here]
+    def stage(self, name: str) -> tuple[TrainRecipe, list[str]]:
+        """The recipe of a stage, with its run directory named by the recipe's hash, and the overrides that make it."""
+        file, own = self.story.models(self.full)[name]
+        overrides = [*self.fitted(name), *self.overrides, *own, *self.here]
         digest = configs.config_hash(configs.load(file, overrides, TrainRecipe), ("run", "monitor"))
-        place = configs.override("run.dir", f"{self.out}/{name}-{digest[:8]}")
-        return configs.load(file, [*overrides, place], TrainRecipe)
+        overrides.append(configs.override("run.dir", f"{self.out}/{name}-{digest[:8]}"))
+        return configs.load(file, overrides, TrainRecipe), overrides
+
+    def fitted(self, name: str) -> list[str]:
+        """See `fitted`; nothing before the initial model exists, nor for one as deep as that of the recipes."""
+        if self.story.layers is None or not (init := self.world / "init").is_dir():
+            return []
+        from mirage_dist.model.families import configs as families
+
+        layers = families.load(init).get_text_config().num_hidden_layers
+        return [] if layers == self.story.layers else fitted(name, layers)
 
     def evaluate(self) -> None:
         self.log(f"evaluation of every model, clean and attacked{', and tests of erasure' if self.full else ''}")
@@ -146,24 +168,20 @@ class _Driver:
             else:
                 evaluate(self.story.suite, own)
 
-    def raw(self) -> Entry | None:
-        """What the world's initial model answers before anything is trained; None where it knows nothing."""
-        if self.story.raw is None:
-            return None
+    def language_model(self, raw: str) -> Provenance:
+        """What the initial model answers before anything is trained, and every model's perplexity on plain English.
+
+        raw: the suite. The initial model's perplexity is that of `init`.
+        """
         from mirage_dist.evals import results
 
-        recipe = evaluate(self.story.raw, self.shared)
+        recipe = evaluate(raw, self.shared)
         measured = results.read(Path(recipe.run.dir) / "evals" / recipe.suite)
-        return measured["judges"][measured["headline"]]["entry"]
-
-    def perplexities(self) -> dict[str, float] | None:
-        """Model -> its perplexity on plain English, the initial model's as `init`; None for a toy language."""
-        if self.story.raw is None:
-            return None
-        world = self.world
-        places = {name: (folder / "export", folder) for name, folder in self.runs.items()}
+        places = {"init": (self.world / "init", Path(recipe.run.dir))}
+        places |= {name: (folder / "export", folder) for name, folder in self.runs.items()}
         return {
-            name: _perplexity(*place) for name, place in {"init": (world / "init", world / "raw"), **places}.items()
+            "raw": measured["judges"][measured["headline"]]["entry"],
+            "perplexity": {name: _perplexity(model, run) for name, (model, run) in places.items()},
         }
 
     def report(self) -> Summary:
@@ -176,10 +194,8 @@ class _Driver:
             "world": {**configs.to_dict(base.world), "spurious": spurious},
             "config_hash": configs.config_hash([configs.config_hash(r, ("run", "monitor")) for r in self.recipes]),
         }
-        if (raw := self.raw()) is not None:
-            provenance["raw"] = raw
-        if (perplexity := self.perplexities()) is not None:
-            provenance["perplexity"] = perplexity
+        if self.story.raw is not None:
+            provenance |= self.language_model(self.story.raw)
         provenance["wall_seconds"] = round(time.monotonic() - self.start, 1)
         suite = self.story.every_attack if self.full else self.story.suite
         return report.report(self.runs, self.out / "report", provenance, suite=Path(suite).stem)
