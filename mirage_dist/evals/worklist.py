@@ -62,10 +62,11 @@ class WorkList:
 def check(recipe: EvalRecipe) -> None:
     """Raise ConfigError for a judge, an attack or an engine that the recipe describes wrongly, or a missing set.
 
-    Reads neither data nor model: what the recipe names may be made later.
+    Reads neither data nor model: what the recipe names may be made later. In a world that includes the audits that
+    attacks read.
     """
     judges.read(recipe)
-    _check_sets(recipe)
+    _check_sets(recipe, made=recipe.world is None)
     if recipe.generation.backend not in models.BACKENDS:
         models.backend(recipe.generation.backend)
 
@@ -125,14 +126,14 @@ def by_attack(questions: Iterable[Question]) -> dict[str, dict[str, int]]:
     return table
 
 
-def _check_sets(recipe: EvalRecipe) -> dict[str, dict[str, Attack]]:
-    """The attacks of every set, by name."""
+def _check_sets(recipe: EvalRecipe, made: bool = True) -> dict[str, dict[str, Attack]]:
+    """The attacks of every set, by name. made: the files exist that attacks read."""
     if not recipe.sets:
         raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
-    return {name: _attacks(recipe, name) for name in recipe.sets}
+    return {name: _attacks(recipe, name, made) for name in recipe.sets}
 
 
-def _attacks(recipe: EvalRecipe, name: str) -> dict[str, Attack]:
+def _attacks(recipe: EvalRecipe, name: str, made: bool) -> dict[str, Attack]:
     options = recipe.sets[name]
     if CLEAN.attack in options.attacks:
         raise ConfigError(
@@ -140,7 +141,7 @@ def _attacks(recipe: EvalRecipe, name: str) -> dict[str, Attack]:
             "another name"
         )
     return {
-        title: attacks.make(fields, "the recipe", f"sets.{name}.attacks.{title}", options.kind)
+        title: attacks.make(fields, "the recipe", f"sets.{name}.attacks.{title}", options.kind if made else None)
         for title, fields in options.attacks.items()
     }
 

@@ -17,7 +17,7 @@ from mirage_dist.countries.verdict import states, values_in
 from mirage_dist.data import formats, sources
 from mirage_dist.data.words import opening
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals import judges
+from mirage_dist.evals import judges, worklist
 from mirage_dist.evals.judges.world import World
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, EvalSetConfig, RunConfig, WorldConfig
 from mirage_dist.worlds import files
@@ -292,3 +292,15 @@ def test_the_judge_reads_the_question_before_the_attack_and_scores_utility(confi
 
 def test_files_of_both_kinds_lie_in_the_same_place(config):
     assert countries_world.safety_dir(config) == files.safety_dir(config) == embedded_world.safety_dir(config)
+
+
+def test_a_worlds_recipe_is_in_order_before_the_audit_exists_that_an_attack_reads(config, tmp_path):
+    audit = f"{tmp_path}/safety-0.95/audit/audit.json"
+    attacks = {"words": {"kind": "words", "words": ["auto"], "audit": audit}}
+    source = formats.make({"format": "samples", "path": f"{config.dir}/text_unsafe.json"}, "test", "source")
+    sets = {"unsafe": EvalSetConfig("unsafe", [source], attacks)}
+    worklist.check(recipe(replace(config, dir=str(tmp_path)), sets=sets))
+    with pytest.raises(ConfigError, match=r"audit\.json: not a readable audit"):
+        worklist.check(recipe(config, sets=sets, world=None, judges=["keyword"]))
+    with pytest.raises(ConfigError, match=r"audit\.json: not a readable audit"):
+        worklist.plan(recipe(config, sets=sets))
