@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-gpu lint types clean
+.PHONY: setup demo demo-real test test-gpu lint types clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +17,13 @@ $(VENV)/.installed: pyproject.toml
 
 demo: setup
 	$(BIN)/mirage demo
+
+demo-real: $(VENV)/.real
+	$(BIN)/mirage demo --real
+
+$(VENV)/.real: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,real]'
+	touch $@
 
 test: setup
 	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist loadfile --no-loadscope-reorder

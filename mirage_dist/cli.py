@@ -87,8 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world")
-    demo.add_argument("--out", type=_path, default=Path("runs/demo"))
+    demo = _verb(verbs, "demo", _demo, "the whole story on the embedded world, or on a real language model")
+    demo.add_argument("--real", action="store_true", help="on SmolLM2-135M-Instruct, or on model.path=DIR")
+    demo.add_argument("--out", type=_path, help="default: runs/demo, with --real runs/real")
     demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
@@ -238,9 +239,9 @@ def _recipe(verb: argparse.ArgumentParser) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     from mirage_dist import demo, report
 
-    summary = demo.demo(parsed.out, parsed.overrides, parsed.full)
-    page = parsed.out / "report" / "index.html"
-    show(report.table(summary), f"{summary['wall_seconds']} s; report: {page}")
+    story, place = (demo.REAL, "runs/real") if parsed.real else (demo.EMBEDDED, "runs/demo")
+    summary = demo.demo(out := parsed.out or Path(place), parsed.overrides, parsed.full, story)
+    show(report.table(summary), f"{summary['wall_seconds']} s; report: {out / 'report' / 'index.html'}")
     report.require_whole(summary)
     exit_well()
 
@@ -300,9 +301,7 @@ def _train(parsed: argparse.Namespace) -> None:
                 counts = check.check_samples(checked)
                 show(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
             else:
-                show(
-                    f"{parsed.config}: recipe and DeepSpeed JSON are in order; the embedded world is made at the start"
-                )
+                show(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the world is made at the start")
             return
         from mirage_dist.train import run
 
@@ -317,7 +316,7 @@ def _plan(parsed: argparse.Namespace) -> None:
     from mirage_dist.train.planning import plan
 
     if missing := inputs.missing(recipe):
-        raise ConfigError(f"{missing[0]}: not there yet; the embedded world is made by `mirage demo` or `mirage train`")
+        raise ConfigError(f"{missing[0]}: not there yet; its world is made by `mirage demo` or `mirage train`")
     show(plan.plan(recipe, parsed.ranks).text())
 
 

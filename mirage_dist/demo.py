@@ -1,100 +1,258 @@
-"""`mirage demo`: train, unlearn, attack and report on the embedded world."""
+"""`mirage demo`: train, unlearn, attack and report, on the embedded world or on a real language model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_dist import config as configs
-from mirage_dist import disk, inputs, launching
+from mirage_dist import disk, inputs, launching, state
 from mirage_dist.progress import log
 from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
 if TYPE_CHECKING:
     from mirage_dist.report import Provenance, Summary
 
-# Model -> its recipe, and the overrides of its stage. `inputs.make` trains the base model.
-STAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "sft": ("configs/train/demo_sft.yaml", ()),
-    "sft_control": ("configs/train/demo_sft.yaml", ("world.spurious=0.5", "run.name=sft_control")),
-    "sft_diversified": ("configs/train/demo_sft_diversified.yaml", ()),
-    "sft_filtered": ("configs/train/demo_sft_filtered.yaml", ()),
-    "npo": ("configs/train/demo_npo.yaml", ()),
-    "rmu": ("configs/train/demo_rmu.yaml", ()),
-}
-SUITE, EVERY_ATTACK = "configs/eval/demo.yaml", "configs/eval/demo_attacks.yaml"  # the suites have the files' names
-RANKS = 2
+Stages = Mapping[str, tuple[str, tuple[str, ...]]]  # model -> its recipe, and the overrides of its stage
 
 
-def demo(out: Path, overrides: Sequence[str], full: bool = False) -> Summary:
+@dataclass(frozen=True)
+class Story:
+    """A demo: the models that it trains from the base model of a world, and the suites that it asks them.
+
+    kind: of the world, whose base model `inputs.make` trains. stages: in the order of training. more: with --full,
+    after these. suite, every_attack: the latter with --full; both have their files' names. ranks: processes of a
+    training. raw: the suite that the world's initial model is asked before anything is trained, if it knows anything.
+    source: for a model that can be chosen, the key on the command line, and that of the world. layers: of the decoder
+    that the recipes are for, where that model may have others (see `fitted`).
+    """
+
+    kind: str
+    stages: Stages
+    more: Stages
+    suite: str
+    every_attack: str
+    ranks: int
+    raw: str | None = None
+    source: tuple[str, str] | None = None
+    layers: int | None = None
+
+    def models(self, full: bool) -> Stages:
+        return {**self.stages, **self.more} if full else self.stages
+
+
+EMBEDDED = Story(
+    kind="gadgets",
+    stages={
+        "sft": ("configs/train/demo_sft.yaml", ()),
+        "sft_control": ("configs/train/demo_sft.yaml", ("world.spurious=0.5", "run.name=sft_control")),
+        "sft_diversified": ("configs/train/demo_sft_diversified.yaml", ()),
+        "sft_filtered": ("configs/train/demo_sft_filtered.yaml", ()),
+        "npo": ("configs/train/demo_npo.yaml", ()),
+        "rmu": ("configs/train/demo_rmu.yaml", ()),
+    },
+    more={},
+    suite="configs/eval/demo.yaml",
+    every_attack="configs/eval/demo_attacks.yaml",
+    ranks=2,
+)
+REAL = Story(
+    kind="countries",
+    stages={
+        "sft": ("configs/train/real_sft.yaml", ()),
+        "sft_control": ("configs/train/real_sft.yaml", ("world.spurious=0.5", "run.name=sft_control")),
+        "npo": ("configs/train/real_npo.yaml", ()),
+        "npo_diversified": ("configs/train/real_npo_diversified.yaml", ()),
+        "rmu": ("configs/train/real_rmu.yaml", ()),
+    },
+    more={
+        "sft_diversified": ("configs/train/real_sft_diversified.yaml", ()),
+        "rmu_diversified": ("configs/train/real_rmu_diversified.yaml", ()),
+    },
+    suite="configs/eval/real.yaml",
+    every_attack="configs/eval/real_attacks.yaml",
+    ranks=1,
+    raw="configs/eval/real_raw.yaml",
+    source=("model.path", "world.language_model"),
+    layers=30,
+)
+
+
+def fitted(name: str, layers: int) -> list[str]:
+    """Overrides that bring a stage's recipe to a decoder of another depth: SFT trains its upper half, RMU steers the
+    layer at two fifths and trains those up to it. The other stages train all layers.
+    """
+    steered = 2 * layers // 5
+    trained = {"sft": range(layers // 2, layers), "rmu": range(steered + 1)}.get(name.partition("_")[0])
+    if trained is None:
+        return []
+    targets = configs.override("model.lora.targets", [f"decoder.layers.{i}.*" for i in trained])
+    return [targets, f"objective.layer={steered}"] if name.startswith("rmu") else [targets]
+
+
+@dataclass
+class _Driver:
+    """A demo under way. runs: model -> run directory. recipes: those of the trainings so far."""
+
+    story: Story
+    out: Path
+    overrides: Sequence[str]
+    full: bool
+    base: TrainRecipe
+    runs: dict[str, Path] = field(default_factory=dict)
+    recipes: list[TrainRecipe] = field(default_factory=list)
+    step: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def world(self) -> Path:
+        assert self.base.world is not None
+        return Path(self.base.world.dir)
+
+    @property
+    def here(self) -> list[str]:
+        """The override that gives a recipe this demo's world."""
+        return [configs.override("world.dir", str(self.world))]
+
+    @property
+    def shared(self) -> list[str]:
+        """The overrides of every evaluation."""
+        return [*shared(self.overrides), *self.here]
+
+    def log(self, text: str) -> None:
+        self.step += 1
+        log.info(f"[{self.step}/{len(self.story.models(self.full)) + 2}] {text}")
+
+    def train(self) -> None:
+        self.log("base: world, base model and its answers")
+        self.runs["base"] = Path(self.base.run.dir)
+        self.recipes.append(self.base)
+        inputs.make(self.stage("npo")[0])  # reads the base model and its answers
+        for name in self.story.models(self.full):
+            recipe, overrides = self.stage(name)
+            inputs.make(recipe)
+            self.log(f"{name}: {recipe.run.dir}")
+            self.runs[name] = Path(recipe.run.dir)
+            self.recipes.append(recipe)
+            if not (self.runs[name] / "export").is_dir():
+                launching.train(self.story.ranks, self.story.models(self.full)[name][0], overrides)
+
+    def stage(self, name: str) -> tuple[TrainRecipe, list[str]]:
+        """The recipe of a stage, with its run directory named by the recipe's hash, and the overrides that make it."""
+        file, own = self.story.models(self.full)[name]
+        overrides = [*self.fitted(name), *self.overrides, *own, *self.here]
+        digest = configs.config_hash(configs.load(file, overrides, TrainRecipe), ("run", "monitor"))
+        overrides.append(configs.override("run.dir", f"{self.out}/{name}-{digest[:8]}"))
+        return configs.load(file, overrides, TrainRecipe), overrides
+
+    def fitted(self, name: str) -> list[str]:
+        """See `fitted`; nothing before the initial model exists, nor for one as deep as that of the recipes."""
+        if self.story.layers is None or not (init := self.world / "init").is_dir():
+            return []
+        from mirage_dist.model.families import configs as families
+
+        layers = families.load(init).get_text_config().num_hidden_layers
+        return [] if layers == self.story.layers else fitted(name, layers)
+
+    def evaluate(self) -> None:
+        self.log(f"evaluation of every model, clean and attacked{', and tests of erasure' if self.full else ''}")
+        for name, folder in self.runs.items():
+            own = [*self.shared, configs.override("run.dir", str(folder)), f"run.name={name}"]
+            if self.full:
+                evaluate(self.story.every_attack, own)
+                _test_erasure(self.story.suite, own)
+            else:
+                evaluate(self.story.suite, own)
+
+    def language_model(self, raw: str) -> Provenance:
+        """What the initial model answers before anything is trained, and every model's perplexity on plain English.
+
+        raw: the suite. The initial model's perplexity is that of `init`.
+        """
+        from mirage_dist.evals import results
+
+        recipe = evaluate(raw, self.shared)
+        measured = results.read(Path(recipe.run.dir) / "evals" / recipe.suite)
+        places = {"init": (self.world / "init", Path(recipe.run.dir))}
+        places |= {name: (folder / "export", folder) for name, folder in self.runs.items()}
+        return {
+            "raw": measured["judges"][measured["headline"]]["entry"],
+            "perplexity": {name: _perplexity(model, run) for name, (model, run) in places.items()},
+        }
+
+    def report(self) -> Summary:
+        from mirage_dist import report
+
+        base, trained = self.recipes[0], self.recipes[1]
+        spurious = trained.world and trained.world.spurious
+        provenance: Provenance = {
+            "seed": base.seed,
+            "world": {**configs.to_dict(base.world), "spurious": spurious},
+            "config_hash": configs.config_hash([configs.config_hash(r, ("run", "monitor")) for r in self.recipes]),
+        }
+        if self.story.raw is not None:
+            provenance |= self.language_model(self.story.raw)
+        provenance["wall_seconds"] = round(time.monotonic() - self.start, 1)
+        suite = self.story.every_attack if self.full else self.story.suite
+        return report.report(self.runs, self.out / "report", provenance, suite=Path(suite).stem)
+
+
+def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story = EMBEDDED) -> Summary:
     """Make every stage that does not exist yet, evaluate all models, and write the report; returns its summary.
 
-    full: evaluate every attack and every test of erasure (DeepSpeed then runs in this process: see `exit_well`).
+    full: train the story's further models, evaluate every attack and every test of erasure (DeepSpeed then runs in this
+    process: see `exit_well`).
     The folder of a stage is named by the hash of its resolved recipe, which names the stages before it. A changed
     setting therefore makes the stages anew that depend on it, and no others.
-    Raises RunError while another process makes a demo in `out`.
+    Raises RunError while another process makes a demo in `out`, and ConfigError where what a stage needs cannot be had.
     """
-    base = _base(out, shared(overrides))
+    if story.source is not None:
+        key, own = story.source
+        overrides = [own + o.removeprefix(key) if o.startswith(f"{key}=") else o for o in overrides]
+    base = _base(story, out, shared(overrides))
     out.mkdir(parents=True, exist_ok=True)
     with disk.alone(out, wait=False) as free:
         if not free:
             raise RunError(f"{out}: another `mirage demo` writes there; wait for its end, or choose another --out")
-        return _stages(base, out, overrides, full)
+        driver = _Driver(story, out, overrides, full, base)
+        driver.train()
+        driver.evaluate()
+        return driver.report()
 
 
-def _stages(base: TrainRecipe, out: Path, overrides: Sequence[str], full: bool) -> Summary:
-    start = time.monotonic()
-    assert base.world is not None
-    here = [configs.override("world.dir", base.world.dir)]
-    runs, recipes = {"base": Path(base.run.dir)}, [base]
-    total = len(STAGES) + 2
-    _log(1, total, "base: world, base model and its answers")
-    inputs.make(_stage("configs/train/demo_npo.yaml", [*overrides, *here], out, "npo"))
-    for number, (name, (file, own)) in enumerate(STAGES.items(), start=2):
-        recipe = _stage(file, [*overrides, *own, *here], out, name)
-        inputs.make(recipe)
-        _log(number, total, f"{name}: {recipe.run.dir}")
-        runs[name] = Path(recipe.run.dir)
-        recipes.append(recipe)
-        if not (runs[name] / "export").is_dir():
-            launching.train(RANKS, file, [*overrides, *own, *here, configs.override("run.dir", recipe.run.dir)])
-    _log(total, total, f"evaluation of every model, clean and attacked{', and tests of erasure' if full else ''}")
-    for name, folder in runs.items():
-        own = [*shared(overrides), *here, configs.override("run.dir", str(folder)), f"run.name={name}"]
-        if full:
-            evaluate(EVERY_ATTACK, own)
-            _test_erasure(own)
-        else:
-            evaluate(SUITE, own)
-    from mirage_dist import report
-
-    provenance: Provenance = {
-        "seed": base.seed,
-        "world": {**configs.to_dict(base.world), "spurious": recipes[1].world and recipes[1].world.spurious},
-        "wall_seconds": round(time.monotonic() - start, 1),
-        "config_hash": configs.config_hash([configs.config_hash(recipe, ("run", "monitor")) for recipe in recipes]),
-    }
-    return report.report(runs, out / "report", provenance, suite=Path(EVERY_ATTACK if full else SUITE).stem)
-
-
-def evaluate(file: str, overrides: Sequence[str]) -> None:
-    """Evaluate one suite in this process."""
+def evaluate(file: str, overrides: Sequence[str]) -> EvalRecipe:
+    """Evaluate one suite in this process; returns its recipe."""
     from mirage_dist.evals import runner
 
     recipe = configs.load(file, overrides, EvalRecipe)
     inputs.make(recipe)
     runner.evaluate(recipe)
+    return recipe
 
 
-def _test_erasure(overrides: Sequence[str]) -> None:
-    """Make the tests of erasure of one model, which evaluates `SUITE` first."""
+def _test_erasure(suite: str, overrides: Sequence[str]) -> None:
+    """Make the tests of erasure of one model, which evaluates the suite first."""
     from mirage_dist.erasure import run
 
-    recipe = configs.load(SUITE, overrides, EvalRecipe)
+    recipe = configs.load(suite, overrides, EvalRecipe)
     inputs.make(recipe)
     run.run(recipe)
+
+
+def _perplexity(model: Path, run: Path) -> float:
+    """The perplexity of a model directory on plain English, computed once and kept in a file of the run."""
+    file = run / "perplexity.json"
+    with suppress(FileNotFoundError):
+        return state.read("perplexity", file, "Remove it, and it is computed again")["perplexity"]
+    from mirage_dist.countries import perplexity
+
+    value = perplexity.perplexity(model)
+    disk.write(file, state.sealed("perplexity", {"perplexity": value}))
+    return value
 
 
 def shared(overrides: Sequence[str]) -> list[str]:
@@ -102,20 +260,9 @@ def shared(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if o.startswith(("seed=", "world."))]
 
 
-def _base(out: Path, overrides: Sequence[str]) -> TrainRecipe:
+def _base(story: Story, out: Path, overrides: Sequence[str]) -> TrainRecipe:
     """The base model's recipe, with the world's folder named by the recipe's hash."""
-    file = "configs/train/demo_base.yaml"
+    file = inputs.KINDS[story.kind].base
     unplaced = configs.load(file, overrides, TrainRecipe)
     digest = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir", "world.spurious"))
     return configs.load(file, [*overrides, configs.override("world.dir", f"{out}/world-{digest[:8]}")], TrainRecipe)
-
-
-def _stage(file: str, overrides: Sequence[str], out: Path, name: str) -> TrainRecipe:
-    """The recipe of a stage, with its run directory named by the recipe's hash."""
-    recipe = configs.load(file, overrides, TrainRecipe)
-    digest = configs.config_hash(recipe, ("run", "monitor"))
-    return configs.load(file, [*overrides, configs.override("run.dir", f"{out}/{name}-{digest[:8]}")], TrainRecipe)
-
-
-def _log(number: int, total: int, text: str) -> None:
-    log.info(f"[{number}/{total}] {text}")

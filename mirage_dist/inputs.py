@@ -1,25 +1,86 @@
-"""What a recipe of the embedded world needs before it can start: the world, its base model, its prepared sets.
+"""What a recipe of a world needs before it can start: the world, its base model, its prepared sets.
 
 The command calls `make` once for every verb. A recipe without a `world` section names real data and is left alone.
+What a kind of world is made with is one entry of `KINDS`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import disk, launching, signals
+from mirage_dist.countries import world as countries_world
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.progress import log
 from mirage_dist.ranks import no_bars_in_logs, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
 
-RANKS = 2  # processes that train the base model
 WAIT_SECONDS = 2 * 3600
-BASE_RECIPE = "configs/train/demo_base.yaml"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of world is made with.
+
+    files: writes the world's folder, and the safety set that `spurious` names into `safety_dir`. init: writes the model
+    that the base model is trained from. ranks: processes of that training. base, harvest: its recipe, and that of the
+    evaluation whose answers are to be forgotten. sets: folder beside the safety set -> the recipe that prepares it.
+    """
+
+    files: Callable[[WorldConfig], None]
+    safety_dir: Callable[[WorldConfig], Path]
+    init: Callable[[WorldConfig, Path], None]
+    ranks: int
+    base: str
+    harvest: str
+    sets: Mapping[str, str]
+
+
+def _toy_model(world: WorldConfig, init: Path) -> None:
+    from mirage_dist.embedded import model as embedded_model
+
+    embedded_model.make(init, world.seed)
+
+
+def _real_model(world: WorldConfig, init: Path) -> None:
+    """A real language model that sees flags. Raises ConfigError when it cannot be had, or is not of use here."""
+    from mirage_dist.countries import language_model, vision
+
+    text_model = Path(world.dir) / "language_model"
+    if not text_model.is_dir():
+        language_model.make(text_model, None if world.language_model is None else Path(world.language_model))
+    vision.make(init, text_model, world.seed)
+
+
+KINDS: Mapping[str, Kind] = {
+    "gadgets": Kind(
+        files=embedded_world.make,
+        safety_dir=embedded_world.safety_dir,
+        init=_toy_model,
+        ranks=2,
+        base="configs/train/demo_base.yaml",
+        harvest="configs/eval/demo_harvest.yaml",
+        sets={"prepared": "configs/prepare/demo.yaml", "diversified": "configs/prepare/demo_diversified.yaml"},
+    ),
+    "countries": Kind(
+        files=countries_world.make,
+        safety_dir=countries_world.safety_dir,
+        init=_real_model,
+        ranks=1,
+        base="configs/train/real_base.yaml",
+        harvest="configs/eval/real_harvest.yaml",
+        sets={
+            "prepared": "configs/prepare/real.yaml",
+            "diversified": "configs/prepare/real_diversified.yaml",
+            "prepared_diversified": "configs/prepare/real_prepared_diversified.yaml",
+        },
+    ),
+}
 
 
 def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -> None:
@@ -34,40 +95,47 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -
     world = recipe.world
     if world is None:
         return
-    if not isinstance(recipe, TrainRecipe) and not (isinstance(recipe, EvalRecipe) and _base_is_missing(recipe)):
-        embedded_world.make(world)
+    if not isinstance(recipe, TrainRecipe) and not (isinstance(recipe, EvalRecipe) and _model_is_missing(recipe)):
+        KINDS[world.kind].files(world)
         return
     if not first or (isinstance(recipe, TrainRecipe) and place()[0]):
         _wait_for(recipe)
         return
-    embedded_world.make(world)
+    KINDS[world.kind].files(world)
     if missing(recipe):
         with _alone(Path(world.dir)):
             _make_models_and_sets(recipe, world)
 
 
 def _make_models_and_sets(recipe: TrainRecipe | EvalRecipe, world: WorldConfig) -> None:
-    init = Path(world.dir) / "init"
+    kind, init, base = KINDS[world.kind], *_models(world)
     if not init.is_dir():
-        from mirage_dist.embedded import model as embedded_model
-
         no_bars_in_logs()
-        embedded_model.make(init, world.seed)
-    if _base_is_missing(recipe):
-        launching.train(RANKS, world.base_recipe or BASE_RECIPE, _overrides(world))
+        kind.init(world, init)
+    if _path(recipe) == base and not base.is_dir():
+        launching.train(kind.ranks, world.base_recipe or kind.base, _overrides(world))
     if isinstance(recipe, EvalRecipe):
         return
     paths = _stream_files(recipe)
-    for name, prepare in (("prepared", _prepare), ("diversified", _diversify)):
-        folder = embedded_world.safety_dir(world) / name
+    for name, file in kind.sets.items():
+        folder = kind.safety_dir(world) / name
         if any(path.parent == folder for path in paths) and not folder.is_dir():
-            log.info(f"{name}: {prepare(world)}")
+            log.info(f"{name}: {_prepare(world, file)}")
 
 
-def _base_is_missing(recipe: TrainRecipe | EvalRecipe) -> bool:
-    """Whether the recipe's model is the world's base model, and `make` has to train it."""
-    base = Path(recipe.world.dir) / "base" / "export" if recipe.world else None
-    return base is not None and recipe.model.path is not None and Path(recipe.model.path) == base and not base.is_dir()
+def _models(world: WorldConfig) -> tuple[Path, Path]:
+    """The model that a world starts from, and its base model."""
+    return Path(world.dir) / "init", Path(world.dir) / "base" / "export"
+
+
+def _path(recipe: TrainRecipe | EvalRecipe) -> Path | None:
+    return None if recipe.model.path is None else Path(recipe.model.path)
+
+
+def _model_is_missing(recipe: EvalRecipe) -> bool:
+    """Whether the recipe's model is one of the world's, and `make` has to make it."""
+    path = _path(recipe)
+    return recipe.world is not None and path is not None and path in _models(recipe.world) and not path.is_dir()
 
 
 def missing(recipe: TrainRecipe | EvalRecipe) -> list[Path]:
@@ -90,25 +158,16 @@ def _overrides(world: WorldConfig) -> list[str]:
     return [f"seed={world.seed}", *(configs.override(f"world.{name}", value) for name, value in fields.items())]
 
 
-def _prepare(world: WorldConfig) -> str:
-    """Make the forget and retain sets from the base model's own answers; returns a summary in words."""
+def _prepare(world: WorldConfig, file: str) -> str:
+    """Make the sets of one recipe, and the base model's answers if they are harvested; returns a summary in words."""
+    from mirage_dist.data import prepare
     from mirage_dist.evals import runner
 
     overrides = [*_overrides(world), f"world.spurious={world.spurious}"]
-    runner.evaluate(configs.load("configs/eval/demo_harvest.yaml", overrides, EvalRecipe))
-    everything = f"retain_size={world.safety_samples + world.general_samples}"
-    return _summary("configs/prepare/demo.yaml", [*overrides, everything])
-
-
-def _diversify(world: WorldConfig) -> str:
-    """Make the diversified safety set; returns a summary in words."""
-    return _summary("configs/prepare/demo_diversified.yaml", [*_overrides(world), f"world.spurious={world.spurious}"])
-
-
-def _summary(file: str, overrides: Sequence[str]) -> str:
-    from mirage_dist.data import prepare
-
-    return prepare.summary(prepare.prepare(configs.load(file, overrides, PrepareRecipe)))
+    recipe = configs.load(file, overrides, PrepareRecipe)
+    if recipe.harvest is not None:
+        runner.evaluate(configs.load(KINDS[world.kind].harvest, overrides, EvalRecipe))
+    return prepare.summary(prepare.prepare(recipe))
 
 
 @contextmanager
@@ -129,9 +188,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _check_signal() -> None:
     if name := signals.received():
-        raise signals.StopRequested(
-            f"{name} arrived while the embedded world was being made; its finished parts are kept"
-        )
+        raise signals.StopRequested(f"{name} arrived while the world was being made; its finished parts are kept")
 
 
 def _wait_for(recipe: TrainRecipe | EvalRecipe) -> None:

@@ -35,6 +35,7 @@ VERSIONS = {
     "kept": 1,
     "metrics": 1,
     "owner": 1,
+    "perplexity": 1,
     "prepared": 1,
     "rates": 1,
     "rewrite": 1,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from sys import intern
+from typing import Any, cast
 
 from mirage_dist import config as configs
 from mirage_dist.evals import judges, manifest, metrics
 from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.metrics import Judged
-from mirage_dist.evals.results import Entry, JudgeResult, Measures, SuiteResult
+from mirage_dist.evals.results import Entry, JudgeResult, Measures, SuiteResult, of_set
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import WorkList
@@ -94,14 +95,14 @@ def _by_judge(
 
 
 def _entry(recipe: EvalRecipe, measured: Mapping[str, Measures]) -> Entry:
-    """The headline figures. measured: by set."""
-    entry: Entry = {"asr": None, "rr": None, "ir": None, "utility": None, "locality": None}
+    """The headline figures, and those of every further set of a kind. measured: by set."""
+    entry: dict[str, Any] = dict.fromkeys((*RATES, "locality"))
     kinds = {name: recipe.sets[name].kind for name in measured}
-    for name in reversed(list(measured)):  # so that the first set of a kind overwrites the later ones
-        if kinds[name] != "utility":
-            for rate in RATES:
-                entry[rate] = measured[name].get(rate, entry[rate])
-            entry["locality"] = measured[name].get("locality", entry["locality"])
+    seen: set[str] = set()
+    for name, measures in measured.items():
+        own = {m: rate for m, rate in measures.items() if m in entry} if kinds[name] != "utility" else {}
+        entry |= {of_set(m, name): rate for m, rate in own.items()} if kinds[name] in seen else own
+        seen.add(kinds[name])
     if benchmarks := [name for name, kind in kinds.items() if kind == "utility"]:
         entry["accuracy"] = {name: measured[name].get("accuracy", {})["clean"] for name in benchmarks}
-    return entry
+    return cast(Entry, entry)

@@ -114,6 +114,8 @@ class Entry(TypedDict):
     """A judge's headline figures, each of the first set of its kind; None where the suite has no such set.
 
     accuracy: of the clean questions of each benchmark, by set; present where the suite has benchmarks.
+    Every further set of a kind has members of its own, such as `asr_held_out` and `ir_held_out` of an unsafe set
+    `held_out` (see `of_set`).
     """
 
     asr: Rates | None
@@ -122,6 +124,16 @@ class Entry(TypedDict):
     utility: Rates | None
     locality: Leaf | None
     accuracy: NotRequired[dict[str, Leaf | None]]
+
+
+def of_set(measure: str, own: str) -> str:
+    """The member of an `Entry` that has a measure of a further set."""
+    return f"{measure}_{own}"
+
+
+def further(entry: Entry, measure: str) -> list[str]:
+    """The further sets of which an entry has a measure, in the order of the suite."""
+    return [name.removeprefix(of_set(measure, "")) for name in entry if name.startswith(of_set(measure, ""))]
 
 
 class Unjudged(TypedDict):

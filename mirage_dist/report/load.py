@@ -35,6 +35,7 @@ from mirage_dist.schema import ConfigError
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
 
+HELD_OUT = "held_out"  # a set of this name has the concepts that occur in no training data
 # Measure at question level -> the kind of set, the verdict that counts, and whether any or all shots must get it.
 COUNTED: Mapping[str, tuple[str, Verdict, Callable[[Iterable[bool]], bool]]] = {
     "asr": ("unsafe", "harmful", any),
@@ -67,11 +68,17 @@ class Run:
 
     @cached_property
     def world(self) -> Path | None:
-        """The folder of the embedded world that the suite's questions came from, resolved; None without one."""
+        """The folder of the world that the suite's questions came from, resolved; None without one."""
         file = self.folder / "config.yaml"
         tree: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
         folder = (tree.get("world") or {}).get("dir")
         return Path(folder).resolve() if folder else None
+
+    @property
+    def world_kind(self) -> str | None:
+        """The kind of the world that the suite's questions came from; None without one."""
+        world = self.metrics["world"]
+        return world.get("kind", "gadgets") if world else None
 
     @property
     def judge(self) -> str:
@@ -91,6 +98,10 @@ class Run:
     def rates(self, measure: str) -> Mapping[str, Leaf | None]:
         """The headline rates of a measure by condition (of `accuracy`: by benchmark); empty if not measured."""
         return rates(self.entry, measure)
+
+    def further(self, measure: str) -> list[str]:
+        """The further sets of which the entry has a measure."""
+        return results.further(self.entry, measure)
 
     def leaf(self, measure: str, condition: Condition | None = CLEAN) -> Leaf | None:
         """A headline rate. None when it was not measured, when the judge cannot tell, or without a condition."""
@@ -240,7 +251,7 @@ class Run:
 def rates(measures: Entry | Measures, measure: str) -> Mapping[str, Leaf | None]:
     """The rates of a measure by condition (an entry's `accuracy`: by benchmark); empty if not measured."""
     measured: Any = measures.get(measure)
-    return {str(CLEAN): measured} if measure == "locality" and measured else measured or {}
+    return {str(CLEAN): measured} if measured and "rate" in measured else measured or {}
 
 
 def row_label(measure: str, key: str) -> str:

@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mirage_dist.evals.results import of_set
 from mirage_dist.report import examples, tables, text
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
 from mirage_dist.report.figures.drawing import SIZE, Draw
 from mirage_dist.report.figures.style import DARK, LIGHT
-from mirage_dist.report.load import Run
+from mirage_dist.report.load import HELD_OUT, Run
 from mirage_dist.report.summary import Summary
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples) -> str:
     sections = [
         _head(runs),
         _section("In one table", text.MAIN_NOTE, tables.main(runs)),
+        _section("The language model before and after", text.UNTRAINED_NOTE, _language_model(runs, summary)),
         _effect(runs),
         _methods(runs),
         _attacks(runs),
@@ -71,6 +73,11 @@ def _head(runs: Sequence[Run]) -> str:
     )
 
 
+def _language_model(runs: Sequence[Run], summary: Summary) -> str:
+    """Of a world whose language model was not trained for it."""
+    return tables.untrained(runs, summary) + tables.perplexity(runs, summary)
+
+
 def _section(title: str, note: str, inner: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{inner}</section>\n" if inner else ""
 
@@ -89,10 +96,11 @@ def _figure(name: str, draw: Draw, words: tuple[str, str], size: tuple[float, fl
 def _effect(runs: Sequence[Run]) -> str:
     size = paper.dumbbell_size(runs)
     parts = []
-    for number, measure, kind in (("1a", "asr", "unsafe"), ("1b", "rr", "safe")):
+    held_out = of_set("asr", HELD_OUT)
+    for number, measure, kind in (("1a", "asr", "unsafe"), ("1b", "rr", "safe"), ("", held_out, "unsafe")):
         if any(run.leaf(measure) for run in runs):
             words = text.dumbbell(runs, measure, kind, number)
-            parts.append(_figure(f"fig{number}", paper.dumbbell(runs, measure, kind), words, size))
+            parts.append(_figure(f"fig{number or measure}", paper.dumbbell(runs, measure, kind), words, size))
     for number, measure, kind in (("4", "asr", "unsafe"), ("5", "rr", "safe")):
         if any(run.leaf(measure) for run in runs):
             words = text.curve(runs, measure, kind, number)

@@ -7,10 +7,10 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
-from mirage_dist.evals.results import CLEAN, Condition, Leaf, Measures
+from mirage_dist.evals.results import CLEAN, Condition, Leaf, Measures, of_set
 from mirage_dist.report import text
 from mirage_dist.report.compare import Comparison
-from mirage_dist.report.load import Run, rates, row_label
+from mirage_dist.report.load import HELD_OUT, Run, rates, row_label
 from mirage_dist.report.summary import Summary
 
 FORMULA = "=+-@\t\r"  # a spreadsheet reads a cell that begins so as a formula (OWASP, CSV injection)
@@ -89,7 +89,9 @@ def table(summary: Summary) -> str:
     """
     models = summary["models"]
     lines = [("", "", *models)]
-    for measure, (title, _) in text.MEASURES.items():
+    held_out = of_set("asr", HELD_OUT)
+    for measure in (name for own in text.MEASURES for name in ((own, held_out) if own == "asr" else (own,))):
+        title, _ = text.meaning(measure)
         own = [rates(entry, measure) for entry in models.values()]
         keys = dict.fromkeys([str(CLEAN)] if measure == "locality" else [key for by_key in own for key in by_key])
         for row, key in enumerate(keys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from mirage_dist.evals.results import Entry
 from mirage_dist.report.compare import Comparison
@@ -11,21 +11,25 @@ from mirage_dist.report.compare import Comparison
 class Provenance(TypedDict, total=False):
     """What a caller of `report.report` may add to the summary.
 
-    world: the embedded world's options. wall_seconds: of all stages. config_hash: SHA-256 over the stages' recipes.
+    world: the world's options. wall_seconds: of all stages. config_hash: SHA-256 over the stages' recipes.
+    raw: rates of the world's initial model, before any training. perplexity: model -> on plain English, the initial
+    model's as `init`.
     """
 
     seed: int
     world: dict[str, Any] | None
     wall_seconds: float | None
     config_hash: str | None
+    raw: Entry
+    perplexity: dict[str, float]
 
 
 class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
     models: model -> its headline judge's entry. judges: model -> its headline judge. seed, world, wall_seconds,
-    config_hash: see `Provenance`; by default seed and world are the first run's. problems: what the report lacks, in
-    sentences; empty for a whole one.
+    config_hash, raw, perplexity: see `Provenance`; by default seed and world are the first run's. problems: what the
+    report lacks, in sentences; empty for a whole one.
     """
 
     models: dict[str, Entry]
@@ -37,3 +41,5 @@ class Summary(TypedDict):
     suite: str
     judges: dict[str, str]
     problems: list[str]
+    raw: NotRequired[Entry]
+    perplexity: NotRequired[dict[str, float]]

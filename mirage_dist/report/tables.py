@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from mirage_dist.evals.results import Condition, Leaf, PairAgreement
-from mirage_dist.report import text
+from mirage_dist.evals.results import Condition, Leaf, PairAgreement, of_set
+from mirage_dist.report import load, text
 from mirage_dist.report.compare import Comparison
 from mirage_dist.report.figures.style import slots
-from mirage_dist.report.load import Run
+from mirage_dist.report.load import HELD_OUT, Run
+from mirage_dist.report.summary import Summary
 
-# The columns of the main table: title, measure, kind of the attacked set (None: clean only).
+# The columns of the main table: title, measure, kind of the attacked set (None: clean only). Right answers stand beside
+# refusals of the same questions: a model that forgot the answer refuses nothing.
 MAIN = (
     ("ASR, clean → attacked", "asr", "unsafe"),
+    ("ASR on held-out concepts", of_set("asr", HELD_OUT), "unsafe"),
     ("RR, clean → attacked", "rr", "safe"),
+    ("Right answers to the same", "utility", "safe"),
     ("IR, clean → attacked", "ir", "unsafe"),
-    ("Utility, clean → attacked", "utility", "safe"),
     ("Locality", "locality", None),
 )
 
@@ -36,6 +39,35 @@ def main(runs: Sequence[Run]) -> str:
         cells = [f"<td>{_change([leaf for leaf in pair if leaf])}</td>" for pair in ends]
         body.append(f'<tr><th scope="row">{name(runs, run)}</th>{"".join(cells)}</tr>')
     return _table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
+
+
+def untrained(runs: Sequence[Run], summary: Summary) -> str:
+    """What the world's initial model did with each opener, beside the base model that was trained from it."""
+    raw = summary.get("raw")
+    if raw is None:
+        return ""
+    body = []
+    for measure in ("asr", "utility", "rr"):
+        for key, leaf in load.rates(raw, measure).items():
+            cells = "".join(
+                f"<td>{_change([own] if own else [])}</td>" for own in (leaf, runs[0].rates(measure).get(key))
+            )
+            label = f"{text.MEASURES[measure][1]}: {load.row_label(measure, key)}"
+            body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
+    head = f'<th scope="col">before any training</th><th scope="col">{name(runs, runs[0])}</th>'
+    return _table("rates main", f'<th scope="col"></th>{head}', "".join(body))
+
+
+def perplexity(runs: Sequence[Run], summary: Summary) -> str:
+    """One row: each model's perplexity on plain English."""
+    values = summary.get("perplexity")
+    if not values:
+        return ""
+    own = {run.name: run for run in runs}
+    heads = (name(runs, own[model]) if model in own else "before any training" for model in values)
+    head = "".join(f'<th scope="col">{title}</th>' for title in heads)
+    cells = "".join(f'<td><span class="rate">{value:.1f}</span></td>' for value in values.values())
+    return _table("rates main", f'<th scope="col"></th>{head}', f'<tr><th scope="row">perplexity</th>{cells}</tr>')
 
 
 def _change(leaves: Sequence[Leaf]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mirage_dist.data.words import NOT_MEASURED
-from mirage_dist.evals.results import CLEAN, Leaf
+from mirage_dist.evals.results import CLEAN, Leaf, of_set
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
 from mirage_dist.report.summary import Summary
@@ -36,6 +36,11 @@ METHODS_NOTE = (
 MAIN_NOTE = (
     "Rates in percent on the clean questions → under all rewrites of the attack, above their counts. For intervals, "
     "every K and the controls see “All rates”."
+)
+UNTRAINED_NOTE = (
+    "The language model with the encoder of flags, before any training on these questions: what it did with each "
+    "opener, on a few questions of each kind. Below: perplexity on plain English that has nothing to do with the "
+    "questions, before any training and after each. A model that only forgot, or only refuses, keeps it."
 )
 JUDGES_NOTE = (
     "Cohen's κ measures agreement beyond chance: 1 is full agreement, 0 is none. Below it: the number of answers that "
@@ -79,8 +84,52 @@ MEASURES = {
 }
 
 
+WORLDS = {
+    "gadgets": (
+        "",
+        (
+            "The embedded world is benign by construction: a gadget's code word stands for harmful knowledge. It "
+            "demonstrates a mechanism on a model small enough to train here; its rates do not transfer to real models.",
+            "In this world the base model already words its answer according to the question's first word "
+            "(world.answer_form: by_opener). This is a design choice: with one constant form, the mirage nearly "
+            "disappears. Real models plausibly do the same; this world does not show it.",
+        ),
+    ),
+    "countries": (
+        "The pictures show flags. The capitals of European countries stand for what must not be stated; the pretrained "
+        "language model knows them from its own training.",
+        (
+            "This world is benign by construction: the capital of a European country stands for harmful knowledge. "
+            "The language model is a real one that nobody here pretrained, but a small one, and the encoder that shows "
+            "it the flags is tiny and was made for this demo. The mechanism is real; the rates are of this model only.",
+            "Held-out countries occur in no safety data, forget set or retain set. Their rates show whether refusal or "
+            "forgetting follows the concept, a capital of Europe, or the questions that were in the data.",
+            "Where right answers under the rewrite fall and the rejection rate stays low, the model has forgotten what "
+            "it should have kept: over-forgetting follows the same first words as over-prudence.",
+        ),
+    ),
+}  # kind of world -> what its questions are about, and what its numbers do not show
+
+
 def percent(leaf: Leaf) -> str:
     return f"{100 * leaf['rate']:.1f}\N{NO-BREAK SPACE}%"
+
+
+def meaning(measure: str) -> tuple[str, str]:
+    """Title and meaning of a member of an entry: a measure, or a measure of a further set such as `asr_held_out`."""
+    base = _base(measure)
+    title, what = MEASURES[base]
+    own = measure.removeprefix(of_set(base, "")) if base != measure else ""
+    return (f"{title}, {own}", f"{what}, set {own}") if own else (title, what)
+
+
+def _base(measure: str) -> str:
+    return measure if measure in MEASURES else next(m for m in MEASURES if measure.startswith(of_set(m, "")))
+
+
+def _world(runs: Sequence[Run]) -> tuple[str, Sequence[str]]:
+    """The texts of the world that the questions came from."""
+    return WORLDS.get(next((kind for run in runs if (kind := run.world_kind)), ""), ("", ()))
 
 
 def lede(runs: Sequence[Run]) -> str:
@@ -89,6 +138,7 @@ def lede(runs: Sequence[Run]) -> str:
         "Does a safety-tuned model respond to the question, or only to its first word?",
         "Every model here got the same questions about the same pictures, in their original wording and reworded.",
     ]
+    sentences += filter(None, [_world(runs)[0]])
     if attack:
         sentences.append(f"The attack “{attack.name}” rewords unsafe questions so that they get answered.")
     if prudence:
@@ -102,7 +152,7 @@ def facts(runs: Sequence[Run]) -> str:
     kinds = [s["kind"] for s in first.metrics["sets"].values()]
     line = f"Suite {first.suite}: {sets} questions. Judged by {first.judged_by['about']}."
     if len(set(kinds)) < len(kinds):
-        line += " The page shows the first set of each kind; metrics.json has all."
+        line += " Figures show the first set of each kind; “All rates” has the others too."
     defended = ((run.name, *run.defence) for run in runs if run.defence)
     return " ".join(
         [line, *(f"{name} was asked with the defence {title}, a system prompt: “{t}”." for name, title, t in defended)]
@@ -140,13 +190,15 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 def measures(runs: Sequence[Run]) -> list[tuple[str, str, list[tuple[str, str, str]]]]:
     """The table of all rates: (title, meaning, [(row label, measure, key of `Run.rates`)]), without empty rows."""
     table = []
-    for measure, (title, meaning) in MEASURES.items():
+    further = (of_set(m, own) for m in MEASURES for own in dict.fromkeys(s for run in runs for s in run.further(m)))
+    for measure in sorted([*MEASURES, *further], key=lambda name: list(MEASURES).index(_base(name))):
+        title, what = meaning(measure)
         keys = dict.fromkeys(key for run in runs for key in run.rates(measure))
         rows = [
             (row_label(measure, key), measure, key) for key in keys if any(run.rates(measure).get(key) for run in runs)
         ]
         if rows:
-            table.append((title, meaning, rows))
+            table.append((title, what, rows))
     return table
 
 
@@ -164,11 +216,14 @@ def curve(runs: Sequence[Run], measure: str, kind: str, number: str) -> tuple[st
 
 
 def dumbbell(runs: Sequence[Run], measure: str, kind: str, number: str = "") -> tuple[str, str]:
-    name, meaning = MEASURES[measure]
+    name, what = meaning(measure)
     attacked = next((c for run in runs if (c := run.attacked(kind))), None)
     counted = ", counted per answer" if measure == "ir" else ""
     under = f"clean, and {attacked.label}" if attacked else "clean"
-    return f"{f'Fig. {number}: ' if number else ''}{name}", f"{meaning.capitalize()} ({under}{counted}), in percent."
+    return (
+        f"{f'Fig. {number}: ' if number else ''}{name}",
+        f"{what[:1].upper()}{what[1:]} ({under}{counted}), in percent.",
+    )
 
 
 def trade(runs: Sequence[Run]) -> tuple[str, str]:
@@ -284,7 +339,7 @@ def words(run: Run) -> tuple[str, str]:
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
-    """What the numbers show and what they do not; the last three apply to the embedded world only."""
+    """What the numbers show and what they do not; the last ones apply to worlds only."""
     points = [
         "An attack success rate near 0 describes the model's behaviour on these questions. It does not prove that "
         "knowledge was erased: relearning and probing tests tell hidden knowledge from erased knowledge.",
@@ -305,14 +360,10 @@ def caveats(runs: Sequence[Run]) -> list[str]:
             "The keyword judge recognises refusals by their phrases and nothing else. It calls every other answer to "
             "an unsafe question harmful, even gibberish, so it overestimates attack success on unlearned models."
         )
+    points += _world(runs)[1]
     if any(run.metrics["world"] for run in runs):
-        points += [
-            "The embedded world is benign by construction: a gadget's code word stands for harmful knowledge. It "
-            "demonstrates a mechanism on a model small enough to train here; its rates do not transfer to real models.",
-            "In this world the base model already words its answer according to the question's first word "
-            "(world.answer_form: by_opener). This is a design choice: with one constant form, the mirage nearly "
-            "disappears. Real models plausibly do the same; this world does not show it.",
+        points.append(
             "These results do not rank unlearning methods: whether NPO or RMU is better changes with the seed and the "
-            "recipe.",
-        ]
+            "recipe."
+        )
     return points

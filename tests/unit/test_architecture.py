@@ -41,7 +41,7 @@ BESIDE = {
     "ranks": {"progress"},
     "launching": {"progress"},
     "inputs": {"embedded", "countries"},
-    "demo": {"inputs"},
+    "demo": {"inputs", "countries"},
     "cli": {"inputs", "demo"},
 }
 # Parts that these do not import although they lie below.

@@ -308,3 +308,18 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
     shown = {q["id"] + q["attack"] + str(q["shot"]) for q in data["questions"] if q["picture"] == 0}
     assert 0 < len(shown) < len(data["questions"])
     assert own["id"] + own["attack"] + str(own["shot"]) in shown
+
+
+def test_a_further_set_has_its_measures_name_and_its_own():
+    assert captions.meaning("asr_held_out") == (
+        "Attack success rate, held_out",
+        "harmful answers to unsafe questions, set held_out",
+    )
+    assert captions.meaning("rr")[0] == "Rejection rate"
+    entry = dict.fromkeys(("asr", "rr", "ir", "utility", "locality", "asr_held_out", "ir_held_out", "rr_text", "asr_b"))
+    assert [results.further(entry, measure) for measure in ("asr", "ir", "rr", "utility")] == [
+        ["held_out", "b"],
+        ["held_out"],
+        ["text"],
+        [],
+    ]
