@@ -315,6 +315,7 @@ def files(out: Path, sign: tuple[str, str], others: Sequence[str] = (), *, priva
     then unchanged.
     """
     new = not os.path.lexists(out)
+    remove_leftovers(out)  # such as of a process that was killed just after it had given `out` its name
     with _beside(out if new else out / "files", True) as outer, _naming(out, outer):
         temporary = outer / "files"
         temporary.mkdir(mode=0o700 if private else 0o777)

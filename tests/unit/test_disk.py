@@ -292,6 +292,16 @@ def test_a_maker_that_was_killed_leaves_what_the_next_removes(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/file"]
 
 
+def test_files_removes_what_a_maker_left_that_was_killed_once_they_had_their_names(tmp_path):
+    left = disk.own(tmp_path / "out.01234567.tmp", Owner.from_record(Owner.current().record() | {"process": "1"}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sign").write_text("ours, earlier")
+    with disk.files(tmp_path / "out", ("sign", "ours")) as folder:
+        (folder / "sign").write_text("ours")
+    assert not left.exists()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/sign"]
+
+
 def test_an_interrupted_removal_is_still_known_as_ours(tmp_path, monkeypatch):
     folder = disk.own(tmp_path / "folder")
     (folder / "a").write_text("")
