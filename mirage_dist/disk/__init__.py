@@ -35,6 +35,7 @@ from mirage_dist.disk.removal import own as own
 from mirage_dist.disk.removal import owned as owned
 from mirage_dist.disk.removal import remove as remove
 from mirage_dist.disk.removal import remove_leftovers as remove_leftovers
+from mirage_dist.disk.removal import remove_leftovers_in as remove_leftovers_in
 from mirage_dist.disk.removal import remove_own as remove_own
 from mirage_dist.schema.errors import ConfigError, RunError
 
@@ -257,11 +258,12 @@ def folder(
     Raises ConfigError when `out` exists (unless shared), before the block starts or after it; RunError when the
     temporary was removed while it was filled, as happens to a job whose workspace another job has taken over.
     """
+    if workspace is None:
+        remove_leftovers(out)  # also where `out` is whole: a process may be killed just after it has got its name
     if not shared and _occupied(out):
         raise ConfigError(f"{out} exists; choose a new directory")
     with _beside(out, workspace is None) as outer:
         if workspace is None:
-            remove_leftovers(out)
             yield from _filled(outer, out, durable, private, shared)
             return
         outer = own(removal.sibling(out, workspace), parents=False)
@@ -315,7 +317,7 @@ def files(out: Path, sign: tuple[str, str], others: Sequence[str] = (), *, priva
     then unchanged.
     """
     new = not os.path.lexists(out)
-    remove_leftovers(out)  # such as of a process that was killed just after it had given `out` its name
+    remove_leftovers(out)
     with _beside(out if new else out / "files", True) as outer, _naming(out, outer):
         temporary = outer / "files"
         temporary.mkdir(mode=0o700 if private else 0o777)

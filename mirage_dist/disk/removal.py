@@ -84,7 +84,7 @@ def remove_leftovers_in(folder: Path) -> None:
     if (os.getpid(), folder) in _searched:
         return
     _searched.add((os.getpid(), folder))
-    for entry in folder.iterdir():
+    for entry in folder.iterdir() if folder.is_dir() else ():
         if TEMPORARY.search(entry.name, max(0, len(entry.name) - 13)) and owned(entry) and _abandoned(entry):
             with suppress(OSError):
                 remove_own(entry)

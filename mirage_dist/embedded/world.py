@@ -118,7 +118,10 @@ def make(config: WorldConfig) -> None:
     A pure function of the configuration. A directory is whole or absent, and several processes may make the same one at
     once. Raises ConfigError when the directory holds something else.
     """
-    root = Path(config.dir)
+    root, safety = Path(config.dir), safety_dir(config)
+    disk.remove_leftovers(root)
+    for folder in (root, safety):  # also of what `inputs` makes in them
+        disk.remove_leftovers_in(folder)
     if not root.is_dir() or not any(root.iterdir()):
         start = time.monotonic()
         log.info(f"world: drawing pictures and questions for {root}")
@@ -129,7 +132,6 @@ def make(config: WorldConfig) -> None:
     changed = configs.differences(_data_config(config), written, "world")
     if changed:
         raise ConfigError(f"{root} holds a world of another configuration; choose another world.dir ({changed})")
-    safety = safety_dir(config)
     if not safety.is_dir():
         gadgets = list(load(root).gadgets.values())
         with disk.folder(safety, shared=True, durable=False) as folder:

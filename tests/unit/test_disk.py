@@ -292,12 +292,18 @@ def test_a_maker_that_was_killed_leaves_what_the_next_removes(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/file"]
 
 
-def test_files_removes_what_a_maker_left_that_was_killed_once_they_had_their_names(tmp_path):
+@pytest.mark.parametrize("write", ["files", "folder"])
+def test_what_a_maker_left_that_was_killed_once_the_output_had_its_name_is_removed(tmp_path, write):
+    """Also by a later writer that is refused."""
     left = disk.own(tmp_path / "out.01234567.tmp", Owner.from_record(Owner.current().record() | {"process": "1"}))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/sign").write_text("ours, earlier")
-    with disk.files(tmp_path / "out", ("sign", "ours")) as folder:
-        (folder / "sign").write_text("ours")
+    if write == "files":
+        with disk.files(tmp_path / "out", ("sign", "ours")) as folder:
+            (folder / "sign").write_text("ours")
+    else:
+        with pytest.raises(ConfigError, match="out exists"), disk.folder(tmp_path / "out"):
+            pass
     assert not left.exists()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/sign"]
 
