@@ -40,7 +40,8 @@ from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded.pictures import Gadget
 from mirage_dist.progress import Progress, log
-from mirage_dist.schema import ConfigError, WorldConfig
+from mirage_dist.schema import ConfigError, WorldConfig, documents
+from mirage_dist.schema.limits import LABELS
 
 TEST_SPURIOUS = 0.95
 BASE_QUESTIONS_PER_IMAGE = 5
@@ -102,9 +103,9 @@ def load(directory: str | Path) -> World:
     root = Path(directory)
     written, file = _read_header(root), root / "labels.jsonl"
     try:
-        labels = file.read_bytes()
-    except OSError as error:
-        raise state.Damaged(f"{file}: cannot be read: {error}. {_AGAIN.format(root)}") from error
+        labels = documents.read_bytes(file, LABELS)
+    except ConfigError as error:
+        raise state.Damaged(f"{error}. {_AGAIN.format(root)}") from error
     if disk.sha256_text(labels) != written["labels"]:
         raise state.Damaged(f"{file}: is not as it was written. {_AGAIN.format(root)}")
     rows = [json.loads(line) for line in labels.splitlines()]
