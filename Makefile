@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/mirage demo
 
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
