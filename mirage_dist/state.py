@@ -21,6 +21,7 @@ from typing import Any
 
 from mirage_dist.schema import documents
 from mirage_dist.schema.errors import ConfigError, RunError
+from mirage_dist.schema.limits import Limit
 
 # The version of each kind of object, raised when what it holds or means changes.
 VERSIONS = {
@@ -102,6 +103,17 @@ def read(kind: str, file: Path, remedy: str = "") -> dict[str, Any]:
     try:
         return _read(kind, file)
     except Damaged as error:
+        raise Damaged(f"{error}. {remedy}" if remedy else str(error)) from error
+
+
+def content(file: Path, limit: Limit, remedy: str = "") -> bytes:
+    """What a file of state holds that is no single object, such as lines. remedy: as in `read`.
+
+    Raises Damaged where it cannot be read: there is none, it is no regular file, or larger than `limit`.
+    """
+    try:
+        return documents.read_bytes(file, limit)
+    except ConfigError as error:
         raise Damaged(f"{error}. {remedy}" if remedy else str(error)) from error
 
 

@@ -40,7 +40,7 @@ from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded.pictures import Gadget
 from mirage_dist.progress import Progress, log
-from mirage_dist.schema import ConfigError, WorldConfig, documents
+from mirage_dist.schema import ConfigError, WorldConfig
 from mirage_dist.schema.limits import LABELS
 
 TEST_SPURIOUS = 0.95
@@ -102,10 +102,7 @@ def load(directory: str | Path) -> World:
     """
     root = Path(directory)
     written, file = _read_header(root), root / "labels.jsonl"
-    try:
-        labels = documents.read_bytes(file, LABELS)
-    except ConfigError as error:
-        raise state.Damaged(f"{error}. {_AGAIN.format(root)}") from error
+    labels = state.content(file, LABELS, _AGAIN.format(root))
     if disk.sha256_text(labels) != written["labels"]:
         raise state.Damaged(f"{file}: is not as it was written. {_AGAIN.format(root)}")
     rows = [json.loads(line) for line in labels.splitlines()]

@@ -23,7 +23,8 @@ from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
 from mirage_dist.runs import RunManifest, StreamRecord
-from mirage_dist.schema import ConfigError, RunError, TrainRecipe, documents, secrets
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
+from mirage_dist.schema.limits import VALUE_FILE
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import LOCK, Lease
@@ -225,10 +226,7 @@ def _starts(root: Path) -> list[Start]:
     if not os.path.lexists(file):
         return []
     try:
-        try:
-            lines = documents.read_bytes(file).splitlines()
-        except ConfigError as error:  # no regular file, or larger than any that a run writes
-            raise state.Damaged(str(error)) from error
+        lines = state.content(file, VALUE_FILE).splitlines()
         return [cast(Start, state.parse("start", line, f"{file}: line {n}")) for n, line in enumerate(lines, 1)]
     except state.Damaged as error:
         log.warning(f"{error}. Starts without progress (train.max_restarts) are counted anew from this one on")
