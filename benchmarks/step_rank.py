@@ -226,7 +226,7 @@ def rank(task: Mapping[str, Any]) -> None:
         kinds = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[kinds.CPU] if cpu(group) else [kinds.CPU, kinds.CUDA]) as profiler:
             step()
-        by = "self_cpu_time_total" if cpu(group) else "self_cuda_time_total"
+        by = "self_cpu_time_total" if cpu(group) else "self_device_time_total"
         return {"table": profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60)}
 
     def answer(word: str) -> dict[str, Any]:
