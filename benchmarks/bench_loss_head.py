@@ -12,7 +12,8 @@ it is reported as different and not timed. A version that cannot run on the devi
 The versions take turns: a round times each of them once (CPU) or `--calls` times (GPU), after a first round that does
 not count. Times are medians over rounds; "times as fast as eager" is the median over rounds of the ratio to the eager
 version of the same loss in the same round, with the smallest and largest, so that noise can be seen. On a CPU the ratio
-of processor times is given too, which other processes on the machine affect less. The floor is the version's matrix
+of processor times is given too, which other processes on the machine affect less; on a GPU the time that the host takes
+to queue a call, which is hidden where the device has other work. The floor is the version's matrix
 products on N rows and nothing else: three, four where logits are computed twice, two where the weight is frozen. Memory
 is the peak beyond what existed before and the gradients.
 
@@ -41,6 +42,7 @@ from torch import Tensor
 from mirage_dist.kernels.steer import steer_mse
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+IDLE_CYCLES = 10_000_000  # some 5 ms, longer than a host takes to queue one call
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative error of a loss or of a gradient
 
 
@@ -99,7 +101,9 @@ def errors(batch: Batch, value: Tensor, exact: tuple[Tensor, Tensor, Tensor]) ->
 
 
 def time_once(function: Callable[[], object], device: str, calls: int) -> dict[str, float]:
-    """Milliseconds of one call, on a CPU also the processor's; the median of so many calls on a GPU."""
+    """Milliseconds of one call. On a CPU also the processor's; on a GPU the median of so many calls, of the device and,
+    until all of a call's kernels are queued, of the host.
+    """
     if device == "cpu":
         start, processor = time.perf_counter(), time.process_time()
         function()
@@ -107,16 +111,21 @@ def time_once(function: Callable[[], object], device: str, calls: int) -> dict[s
             "ms": 1000 * (time.perf_counter() - start),
             "processor_ms": 1000 * (time.process_time() - processor),
         }
-    # The host only queues, so that the device is timed; between calls the cache is filled with other contents.
+    # The device idles until the host has queued the whole call, as it does behind the layers of a model; before each
+    # call the cache is filled with other contents. A version whose host waits for the device is timed with its gaps.
     flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    host = []
     for begin, end in events:
         flush.zero_()
+        torch.cuda._sleep(IDLE_CYCLES)
         begin.record()
+        start = time.perf_counter()
         function()
+        host.append(1000 * (time.perf_counter() - start))
         end.record()
-    torch.cuda.synchronize()
-    return {"ms": median(begin.elapsed_time(end) for begin, end in events)}
+        torch.cuda.synchronize()
+    return {"ms": median(begin.elapsed_time(end) for begin, end in events), "host_ms": median(host)}
 
 
 def take_turns(
@@ -243,25 +252,27 @@ def measure_steering(device: str, rounds: int, calls: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """One case in Markdown."""
-    floors_ms = ", ".join(f"{n} products {ms:.1f} ms" for n, ms in result["floor_ms"].items())
+    floors_ms = ", ".join(f"{n} products {ms:.2f} ms" for n, ms in result["floor_ms"].items())
     rows = []
     for name, entry in result["versions"].items():
         if "ms" not in entry:
             rows.append([name, f"missing: {entry['missing']}", "", "", "", "", ""])
             continue
         ratios, processor = entry.get("times_eager_ms"), entry.get("times_eager_processor_ms")
+        other = f"{entry['host_ms']:.2f}" if "host_ms" in entry else f"{median(processor):.2f}" if processor else ""
         rows.append(
             [
                 name,
-                f"{entry['ms']:.1f}",
+                f"{entry['ms']:.2f}",
                 f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "",
-                f"{median(processor):.2f}" if processor else "",
+                other,
                 f"{entry['ms'] / entry['floor_ms']:.2f}",
                 f"{entry['extra_mib']:.1f}",
                 f"{max(entry['loss_error'], entry['gradient_error']):.1e}",
             ]
         )
-    head = ["version", "ms", "times as fast as eager", "in processor time", "× floor", "MiB beyond gradients"]
+    second = "host ms" if any("host_ms" in entry for entry in result["versions"].values()) else "in processor time"
+    head = ["version", "ms", "times as fast as eager", second, "× floor", "MiB beyond gradients"]
     head.append("largest error")
     return f"**{result['case']}** (floors: {floors_ms})\n\n{common.markdown(head, rows)}"
 
@@ -334,6 +345,7 @@ def main() -> None:
         if parsed.case is None or case.name in parsed.case:
             result["cases"].append(measure(case, parsed.device, parsed.rounds, parsed.calls, parsed.profile))
             print(table(result["cases"][-1]), "\n", flush=True)
+            common.write(f"loss_head_{parsed.device}", result)  # what is measured is kept if the rest is cut off
     result["steering"] = measure_steering(parsed.device, parsed.rounds, parsed.calls)
     print(
         "{case}: {steer_mse_ms:.2f} ms, plain PyTorch {plain_ms:.2f} ms, copy {copy_ms:.2f} ms".format(

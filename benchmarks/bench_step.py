@@ -36,7 +36,6 @@ import common
 from common import SIZES, Job, Size
 from step_rank import Version, cases
 
-SAMPLES = 8  # of each stream; a step of two ranks takes each once
 UNTIMED = 2  # steps before the timed ones: the first makes the optimizer's moments, the second shows the peak memory
 PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 with float32 sums
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss, relative
@@ -268,7 +267,7 @@ def main() -> None:
         bench = Bench(size, device, parsed.lora, parsed.batch or 4, repeats, Path(folder))
         bench.say("making a model and data")
         parameters = common.make_model(size, Path(folder) / "model", device)
-        common.make_samples(size, Path(folder), ("train", "forget", "retain", "retain_ce"), SAMPLES)
+        common.make_samples(size, Path(folder), ("train", "forget", "retain", "retain_ce"), 2 * bench.batch)
         for ranks in parsed.ranks or ((1, 2) if device == "cpu" else (1,)):
             for case, versions in cases(size, parsed.lora).items():
                 chosen = [v for v in versions if ranks == 1 or not v.single]

@@ -178,7 +178,7 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
         options = {"layer": recipe.objective["layer"], "control_D": objective.state_dict()["control_D"]}
 
     def step(number: int) -> tuple[float, int]:
-        (micro,) = feed.window(number, group)
+        micro = feed.window(number, group)[0].to(group.device)
         parts = [published.rows(micro, stream) for stream in objective.needs.streams]
         loss = getattr(published, algorithm)(*models, *parts, **options)
         policy.backward(loss)
