@@ -183,7 +183,7 @@ def measure(case: Case, device: str, rounds: int, calls: int, profile: bool) -> 
     exact = {loss: reference(batch, loss) for loss in LOSSES}
     entries: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
-    for version in versions(case):
+    for version in versions(case, device):
         try:
             forward, entries[version.name] = checked(batch, version, exact[version.loss], device)
             steps[version.name] = functools.partial(step, batch, forward)
@@ -198,7 +198,7 @@ def measure(case: Case, device: str, rounds: int, calls: int, profile: bool) -> 
         if profile and name.startswith("linear_token_logps"):
             print(f"\n{case.name}, {name}\n{profile_of(run, device)}", flush=True)
     floor_ms = {n: median(spent[f"{n} products"]["ms"]) for n in products}
-    for version in versions(case):
+    for version in versions(case, device):
         if version.name not in steps:
             continue
         entry, own = entries[version.name], spent[version.name]

@@ -37,6 +37,7 @@ from mirage_dist.disk.removal import remove as remove
 from mirage_dist.disk.removal import remove_leftovers as remove_leftovers
 from mirage_dist.disk.removal import remove_leftovers_in as remove_leftovers_in
 from mirage_dist.disk.removal import remove_own as remove_own
+from mirage_dist.schema import documents
 from mirage_dist.schema.errors import ConfigError, RunError
 
 REFUSALS = faults.NO_MORE_DATA
@@ -354,9 +355,9 @@ def _replace(source: Path, out: Path, sign: tuple[str, str], others: Sequence[st
 
 def _begins(folder: Path, sign: tuple[str, str]) -> bool:
     try:
-        with (folder / sign[0]).open("rb") as handle:
+        with documents.open_file(folder / sign[0]) as handle:
             return handle.read(len(sign[1].encode())) == sign[1].encode()
-    except OSError:
+    except (ConfigError, OSError):
         return False
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mirage_dist import state
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.evals.judges.base import Judge, Row, Source
 from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema.limits import LABELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +41,4 @@ class _InWorld(Exact):
 
     @property
     def depends_on(self) -> tuple[Source, ...]:
-        return embedded_world, embedded_text, (self.world.dir / "labels.jsonl").read_bytes()
+        return embedded_world, embedded_text, state.content(self.world.dir / "labels.jsonl", LABELS)
