@@ -15,6 +15,7 @@ from mirage_dist.model.adapters import files
 from mirage_dist.model.adapters.quantization import unquantized
 from mirage_dist.model.shards import MANIFEST, Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
+from mirage_dist.ranks import no_bars_in_logs
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, check_form
 from mirage_dist.schema.texts import fill
 
@@ -43,6 +44,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     """
     recipe = runs.recipe(run)
     check_form(recipe.model, form, f"{run}: export as {form}")
+    disk.remove_leftovers(out)  # also where it is whole, and nothing is written
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
     if (run / "checkpoints").resolve() in out.resolve().parents:
@@ -53,6 +55,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     weights.check(directory.check(recipe.model.path), load.configuration(recipe.model))
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
+    no_bars_in_logs()
     facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
     card = fill(
         CARD,

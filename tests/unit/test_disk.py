@@ -416,3 +416,34 @@ def test_what_json_cannot_hold_has_a_digest_only_where_the_caller_says_how():
 def test_the_module_imports_no_torch():
     code = "import sys, mirage_dist.disk; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_maker_that_died_before_its_mark_leaves_nothing_for_an_hour(tmp_path):
+    (tmp_path / "out.01234567.tmp").mkdir()
+    (tmp_path / "out.89abcdef.tmp").mkdir()
+    (tmp_path / "out.89abcdef.tmp" / removal.UNFINISHED).write_text("{")
+    (tmp_path / "theirs.01234567.tmp").mkdir()
+    (tmp_path / "theirs.01234567.tmp/file").write_text("theirs")
+    disk.remove_leftovers_in(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.01234567.tmp"]
+
+
+def test_a_living_maker_gets_its_folder_although_others_remove_what_has_no_mark(tmp_path):
+    ended = threading.Event()
+
+    def remove():
+        while not ended.is_set():
+            removal._searched.clear()
+            disk.remove_leftovers_in(tmp_path)
+            ended.wait(0.0005)
+
+    with ThreadPoolExecutor(3) as pool:
+        removers = [pool.submit(remove) for _ in range(3)]
+        try:
+            for number in range(300):
+                folder = disk.own(tmp_path / f"out.{number:08x}.tmp")
+                (folder / "file").write_text("whole")
+                assert {entry.name for entry in folder.iterdir()} == {disk.MARK, "file"}
+        finally:
+            ended.set()
+        assert [future.result() for future in removers] == [None] * 3
