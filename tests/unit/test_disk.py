@@ -433,8 +433,7 @@ def test_a_living_maker_gets_its_folder_although_others_remove_what_has_no_mark(
 
     def remove():
         while not ended.is_set():
-            removal._searched.clear()
-            disk.remove_leftovers_in(tmp_path)
+            disk.remove_leftovers(tmp_path / "out")
             ended.wait(0.0005)
 
     with ThreadPoolExecutor(3) as pool:
