@@ -129,7 +129,10 @@ def _abandoned(folder: Path) -> bool:
         return True  # see `own`
     record = liveness.read(folder / MARK)
     if record is None:  # cut by a power failure
-        return time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+        try:
+            return time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+        except FileNotFoundError:  # its maker has removed it since the look
+            return False
     owner = Owner.from_record(record)
     return owner.superseded() or owner.alive() is False
 
