@@ -26,7 +26,7 @@ $(VENV)/.real: $(VENV)/.installed
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -9,10 +9,11 @@ compute the logits of all M rows as a Hugging Face model does; those named "sele
 version gets the same rows and labels and must give the reference's loss and gradients of hidden states and weight, or
 it is reported as different and not timed. A version that cannot run on the device is reported as missing.
 
-The versions take turns: a round times each of them once (CPU) or ten times (GPU), after a first round that does not
-count. Times are medians over rounds; "times as fast as eager" is the median over rounds of the ratio to the eager
+The versions take turns: a round times each of them once (CPU) or `--calls` times (GPU), after a first round that does
+not count. Times are medians over rounds; "times as fast as eager" is the median over rounds of the ratio to the eager
 version of the same loss in the same round, with the smallest and largest, so that noise can be seen. On a CPU the ratio
-of processor times is given too, which other processes on the machine affect less. The floor is the version's matrix
+of processor times is given too, which other processes on the machine affect less; on a GPU the time that the host takes
+to queue a call, which is hidden where the device has other work. The floor is the version's matrix
 products on N rows and nothing else: three, four where logits are computed twice, two where the weight is frozen. Memory
 is the peak beyond what existed before and the gradients.
 
@@ -41,8 +42,8 @@ from torch import Tensor
 from mirage_dist.kernels.steer import steer_mse
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+IDLE_CYCLES = 10_000_000  # some 5 ms, longer than a host takes to queue one call
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative error of a loss or of a gradient
-CALLS = {"cpu": 1, "cuda": 10}  # of a version in a round
 
 
 def floors(batch: Batch) -> dict[int, Callable[[], None]]:
@@ -99,8 +100,10 @@ def errors(batch: Batch, value: Tensor, exact: tuple[Tensor, Tensor, Tensor]) ->
     }
 
 
-def time_once(function: Callable[[], object], device: str) -> dict[str, float]:
-    """Milliseconds of one call, on a CPU also the processor's; the median of several calls on a GPU."""
+def time_once(function: Callable[[], object], device: str, calls: int) -> dict[str, float]:
+    """Milliseconds of one call. On a CPU also the processor's; on a GPU the median of so many calls, of the device and,
+    until all of a call's kernels are queued, of the host.
+    """
     if device == "cpu":
         start, processor = time.perf_counter(), time.process_time()
         function()
@@ -108,26 +111,31 @@ def time_once(function: Callable[[], object], device: str) -> dict[str, float]:
             "ms": 1000 * (time.perf_counter() - start),
             "processor_ms": 1000 * (time.process_time() - processor),
         }
-    # The host only queues, so that the device is timed; between calls the cache is filled with other contents.
+    # The device idles until the host has queued the whole call, as it does behind the layers of a model; before each
+    # call the cache is filled with other contents. A version whose host waits for the device is timed with its gaps.
     flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS[device])]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    host = []
     for begin, end in events:
         flush.zero_()
+        torch.cuda._sleep(IDLE_CYCLES)
         begin.record()
+        start = time.perf_counter()
         function()
+        host.append(1000 * (time.perf_counter() - start))
         end.record()
-    torch.cuda.synchronize()
-    return {"ms": median(begin.elapsed_time(end) for begin, end in events)}
+        torch.cuda.synchronize()
+    return {"ms": median(begin.elapsed_time(end) for begin, end in events), "host_ms": median(host)}
 
 
 def take_turns(
-    functions: Mapping[str, Callable[[], object]], device: str, rounds: int
+    functions: Mapping[str, Callable[[], object]], device: str, rounds: int, calls: int
 ) -> dict[str, dict[str, list[float]]]:
     """{function: {quantity: its value in each round}}, quantities as in `time_once`; a first round does not count."""
     spent: dict[str, dict[str, list[float]]] = {name: {} for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
-            for quantity, milliseconds in time_once(function, device).items():
+            for quantity, milliseconds in time_once(function, device, calls).items():
                 if number:
                     spent[name].setdefault(quantity, []).append(milliseconds)
     return spent
@@ -169,13 +177,13 @@ def checked(batch: Batch, version: Version, exact: tuple[Tensor, Tensor, Tensor]
     return forward, measured
 
 
-def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
-    """Floors and versions of one case: errors, memory, and times by turns."""
+def measure(case: Case, device: str, rounds: int, calls: int, profile: bool) -> dict[str, Any]:
+    """Floors and versions of one case: errors, memory, and times by turns. profile: print ours' profiles."""
     batch = Batch(case, device)
     exact = {loss: reference(batch, loss) for loss in LOSSES}
     entries: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
-    for version in versions(case):
+    for version in versions(case, device):
         try:
             forward, entries[version.name] = checked(batch, version, exact[version.loss], device)
             steps[version.name] = functools.partial(step, batch, forward)
@@ -185,9 +193,12 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
             batch.clear()
     del exact
     products = floors(batch)
-    spent = take_turns({**{f"{n} products": run for n, run in products.items()}, **steps}, device, rounds)
+    spent = take_turns({**{f"{n} products": run for n, run in products.items()}, **steps}, device, rounds, calls)
+    for name, run in steps.items():
+        if profile and name.startswith("linear_token_logps"):
+            print(f"\n{case.name}, {name}\n{profile_of(run, device)}", flush=True)
     floor_ms = {n: median(spent[f"{n} products"]["ms"]) for n in products}
-    for version in versions(case):
+    for version in versions(case, device):
         if version.name not in steps:
             continue
         entry, own = entries[version.name], spent[version.name]
@@ -199,7 +210,18 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
     return {"case": case.title, "name": case.name, "floor_ms": floor_ms, "versions": entries}
 
 
-def measure_steering(device: str, rounds: int) -> dict[str, Any]:
+def profile_of(run: Callable[[], object], device: str) -> str:
+    """Where the time of one call goes: operators on a CPU, kernels on a GPU."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CUDA if device == "cuda" else kinds.CPU]) as profiler:
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=8, max_name_column_width=60)
+
+
+def measure_steering(device: str, rounds: int, calls: int) -> dict[str, Any]:
     """steer_mse on every row of a layer's activations, against plain PyTorch and against a copy of as many bytes."""
     rows, hidden, dtype = (16_384, 4096, torch.bfloat16) if device == "cuda" else (10_240, 1024, torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +240,7 @@ def measure_steering(device: str, rounds: int) -> dict[str, Any]:
     def copy() -> None:
         other.copy_(act.detach())
 
-    spent = take_turns({"copy": copy, "plain": plain, "steer_mse": ours}, device, rounds)
+    spent = take_turns({"copy": copy, "plain": plain, "steer_mse": ours}, device, rounds, calls)
     ms = {name: median(quantities["ms"]) for name, quantities in spent.items()}
     return {
         "case": f"steer_mse: {rows} rows, D={hidden}, {str(dtype).removeprefix('torch.')}",
@@ -230,25 +252,27 @@ def measure_steering(device: str, rounds: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """One case in Markdown."""
-    floors_ms = ", ".join(f"{n} products {ms:.1f} ms" for n, ms in result["floor_ms"].items())
+    floors_ms = ", ".join(f"{n} products {ms:.2f} ms" for n, ms in result["floor_ms"].items())
     rows = []
     for name, entry in result["versions"].items():
         if "ms" not in entry:
             rows.append([name, f"missing: {entry['missing']}", "", "", "", "", ""])
             continue
         ratios, processor = entry.get("times_eager_ms"), entry.get("times_eager_processor_ms")
+        other = f"{entry['host_ms']:.2f}" if "host_ms" in entry else f"{median(processor):.2f}" if processor else ""
         rows.append(
             [
                 name,
-                f"{entry['ms']:.1f}",
+                f"{entry['ms']:.2f}",
                 f"{median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "",
-                f"{median(processor):.2f}" if processor else "",
+                other,
                 f"{entry['ms'] / entry['floor_ms']:.2f}",
                 f"{entry['extra_mib']:.1f}",
                 f"{max(entry['loss_error'], entry['gradient_error']):.1e}",
             ]
         )
-    head = ["version", "ms", "times as fast as eager", "in processor time", "× floor", "MiB beyond gradients"]
+    second = "host ms" if any("host_ms" in entry for entry in result["versions"].values()) else "in processor time"
+    head = ["version", "ms", "times as fast as eager", second, "× floor", "MiB beyond gradients"]
     head.append("largest error")
     return f"**{result['case']}** (floors: {floors_ms})\n\n{common.markdown(head, rows)}"
 
@@ -306,20 +330,23 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--case", nargs="+", help="only these; " + ", ".join(c.name for d in CASES.values() for c in d))
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
+    parser.add_argument("--calls", type=int, default=10, help="of a version in a round, on a GPU")
+    parser.add_argument("--profile", action="store_true", help="print where the time of our versions goes")
     parsed = parser.parse_args()
     if parsed.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     result: dict[str, Any] = {
         **common.record(parsed.device, PACKAGES, sys.argv[1:], torch.get_num_threads()),
         "rounds": parsed.rounds,
-        "calls_per_round": CALLS[parsed.device],
+        "calls_per_round": parsed.calls if parsed.device == "cuda" else 1,
         "cases": [],
     }
     for case in CASES[parsed.device]:
         if parsed.case is None or case.name in parsed.case:
-            result["cases"].append(measure(case, parsed.device, parsed.rounds))
+            result["cases"].append(measure(case, parsed.device, parsed.rounds, parsed.calls, parsed.profile))
             print(table(result["cases"][-1]), "\n", flush=True)
-    result["steering"] = measure_steering(parsed.device, parsed.rounds)
+            common.write(f"loss_head_{parsed.device}", result)  # what is measured is kept if the rest is cut off
+    result["steering"] = measure_steering(parsed.device, parsed.rounds, parsed.calls)
     print(
         "{case}: {steer_mse_ms:.2f} ms, plain PyTorch {plain_ms:.2f} ms, copy {copy_ms:.2f} ms".format(
             **result["steering"]

@@ -36,7 +36,6 @@ import common
 from common import SIZES, Job, Size
 from step_rank import Version, cases
 
-SAMPLES = 8  # of each stream; a step of two ranks takes each once
 UNTIMED = 2  # steps before the timed ones: the first makes the optimizer's moments, the second shows the peak memory
 PEAK_FLOPS = 989e12  # H100 and H200, dense bf16 with float32 sums
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss, relative
@@ -92,7 +91,6 @@ class Bench:
         self.size, self.device, self.lora, self.place = size, device, lora, place
         self.batch, self.repeats = batch, repeats
         self.begun, self.jobs_started = time.monotonic(), 0
-        self.profiles: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.begun:4.0f} s] {text}", flush=True)
@@ -128,7 +126,8 @@ class Bench:
     def look_at(self, alive: Sequence[tuple[Job, Measured]]) -> None:
         """Profile one more step of each on the first rank."""
         for job, m in alive:
-            self.profiles[f"{m.case}, {m.version.name}, {m.ranks} rank(s)"] = job.request("profile")[0]["table"]
+            profile = job.request("profile")[0]["table"]
+            print(f"\n{m.case}, {m.version.name}, {m.ranks} rank(s)\n{profile}", flush=True)
 
     def start(self, measured: Measured, deepspeed: str) -> Job:
         """Start the ranks of a version; they begin to load."""
@@ -263,27 +262,28 @@ def main() -> None:
     size = SIZES[parsed.size or ("58m" if device == "cpu" else "7b")]
     repeats = parsed.repeats or (3 if device == "cpu" else 10)
     result = common.record(device, ("torch", "transformers", "deepspeed", "peft", "trl"), sys.argv[1:], threads=1)
-    measured: list[Measured] = []
+    name, measured = f"step_{device}{'_lora' if parsed.lora else ''}", list[Measured]()
     with tempfile.TemporaryDirectory(dir=parsed.place) as folder:
         bench = Bench(size, device, parsed.lora, parsed.batch or 4, repeats, Path(folder))
+        batch = f"{bench.batch} samples of {size.tokens} tokens ({size.response} of the response) a stream"
+        result |= {"size": asdict(size), "lora": parsed.lora, "batch": batch, "repeats": repeats}
         bench.say("making a model and data")
-        parameters = common.make_model(size, Path(folder) / "model", device)
-        common.make_samples(size, Path(folder), ("train", "forget", "retain", "retain_ce"), SAMPLES)
+        result["parameters"] = parameters = common.make_model(size, Path(folder) / "model", device)
+        common.make_samples(size, Path(folder), ("train", "forget", "retain", "retain_ce"), 2 * bench.batch)
         for ranks in parsed.ranks or ((1, 2) if device == "cpu" else (1,)):
             for case, versions in cases(size, parsed.lora).items():
                 chosen = [v for v in versions if ranks == 1 or not v.single]
                 if chosen and (parsed.case is None or case in parsed.case):
                     measured += bench.measure(case, chosen, ranks, parsed.profile)
-    batch = f"{bench.batch} samples of {size.tokens} tokens ({size.response} of the response) a stream"
-    result |= {"size": asdict(size), "parameters": parameters, "lora": parsed.lora, "batch": batch, "repeats": repeats}
-    result["measured"] = [{**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in measured]
-    for name, profile in bench.profiles.items():
-        print(f"\n{name}\n{profile}")
+                    result["measured"] = [
+                        {**asdict(m), "step_seconds": None if m.missing else m.step_seconds} for m in measured
+                    ]
+                    common.write(name, result)  # what is measured is kept if the rest is cut off
     print(f"\n{parameters / 1e6:.0f} M parameters, {size.dtype}, {batch} and rank\n")
     print(table(measured, parameters, device))
     print("TRL's SFT trainer: " + ("not installed" if result["versions"]["trl"] is None else "not measured"), "\n")
     result["targets"] = common.say_targets(targets(measured, parameters, device))
-    common.write(f"step_{device}{'_lora' if parsed.lora else ''}", result)
+    common.write(name, result)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def cce(batch: Batch, **options: Any) -> Step:
     return lambda: module.linear_cross_entropy(batch.hidden, batch.weight, batch.labels, ignore_index=IGNORE, **options)
 
 
-def ours(batch: Batch, loss: str, workspace_mb: int = WORKSPACE_MB, frozen: bool = False) -> Step:
+def ours(batch: Batch, loss: str, workspace_mb: int | None = None, frozen: bool = False) -> Step:
     """What a training step calls: rows selected, `linear_token_logps`, and the loss on top."""
     weight = batch.weight.detach() if frozen else batch.weight
 
@@ -193,8 +193,9 @@ class Version:
         return f"eager {self.loss}"
 
 
-def versions(case: Case) -> list[Version]:
+def versions(case: Case, device: str) -> list[Version]:
     """Every version of a case, the baseline of each loss before its rivals."""
+    usual = WORKSPACE_MB[device]
 
     def our_version(loss: str, workspace_mb: int, note: str = "") -> Version:
         products = 3 if case.logits_mb <= workspace_mb else 4
@@ -211,10 +212,10 @@ def versions(case: Case) -> list[Version]:
         Version("Liger CE, selected", "CE", lambda b: liger(b, True)),
         Version("CCE", "CE", lambda b: cce(b), exact=False),  # its default filter drops small gradients
         Version("CCE, no filter", "CE", lambda b: cce(b, filter_eps=None)),
-        our_version("CE", WORKSPACE_MB),
+        our_version("CE", usual),
         our_version("CE", case.small_mb, small),
     ]
-    if WORKSPACE_MB < case.logits_mb <= 4096:  # a larger workspace than that would not be used in practice
+    if usual < case.logits_mb <= 4096:  # a larger workspace than that would not be used in practice
         listed.append(our_version("CE", case.logits_mb, f", {case.logits_mb} MiB"))
     frozen = Version(
         "linear_token_logps CE, frozen weight", "CE", lambda b: ours(b, "CE", frozen=True), products=2, frozen=True
@@ -223,7 +224,7 @@ def versions(case: Case) -> list[Version]:
         frozen,
         Version("eager NPO", "NPO", lambda b: plain_npo(b, False)),
         Version("eager NPO, selected", "NPO", lambda b: plain_npo(b, True)),
-        our_version("NPO", WORKSPACE_MB),
+        our_version("NPO", usual),
         our_version("NPO", case.small_mb, small),
     ]
     return [v for v in listed if case.labelled < case.rows or "selected" not in v.name]

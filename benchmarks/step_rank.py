@@ -190,7 +190,7 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
         options = {"layer": recipe.objective["layer"], "control_D": objective.state_dict()["control_D"]}
 
     def step(number: int) -> tuple[float, int]:
-        (micro,) = feed.window(number, group)
+        micro = feed.window(number, group)[0].to(group.device)
         parts = [published.rows(micro, stream) for stream in objective.needs.streams]
         loss = getattr(published, algorithm)(*models, *parts, **options)
         policy.backward(loss)
@@ -238,7 +238,7 @@ def rank(task: Mapping[str, Any]) -> None:
         kinds = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[kinds.CPU] if cpu(group) else [kinds.CPU, kinds.CUDA]) as profiler:
             step()
-        by = "self_cpu_time_total" if cpu(group) else "self_cuda_time_total"
+        by = "self_cpu_time_total" if cpu(group) else "self_device_time_total"
         return {"table": profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60)}
 
     def answer(word: str) -> dict[str, Any]:

@@ -4,7 +4,31 @@
 # A rank also stops in order when this script is killed.
 # When a rank ends with an error, it names that rank, stops the others, and exits with that rank's status.
 set -uo pipefail
-# Before anything that takes time: a request that comes now is for the ranks that are still to be started.
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2
+  exit 2
+fi
+size=$1
+shift
+here=$PWD
+[[ ${BASH_SOURCE[0]} != */* ]] || cd -- "${BASH_SOURCE[0]%/*}" || exit
+cd .. || exit
+repository=$PWD
+cd -- "$here" || exit
+python=${MIRAGE_PYTHON:-$repository/.venv/bin/python}
+[[ -x $python ]] || python=python3
+# This checkout runs, also from inside another one, whose code `python -m` would prefer without PYTHONSAFEPATH.
+export PYTHONSAFEPATH=1 PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another has failed, and killing it
+# What takes a program to find out. It is started here and read below: the request that comes meanwhile is for the ranks
+# that are still to be started. Where bash 5.2 meets a trap in a command substitution, it may fail to parse the trap
+# ("unexpected EOF while looking for matching `)'") and lose the request. So no substitution follows the traps, until a
+# rank has failed and all are stopped anyway.
+exec {facts}< <(exec "$python" -c '
+import os, socket
+s = socket.socket(); s.bind(("127.0.0.1", 0))
+print(s.getsockname()[1], os.readlink("/proc/self/ns/pid"), len(os.sched_getaffinity(0)))')
+
 asked=
 declare -A rank_of=()
 trap 'asked=TERM; signal_ranks TERM' TERM INT
@@ -20,26 +44,14 @@ signal_ranks() {
     kill -"$1" "$pid" 2>/dev/null
   done
 }
-if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
-  echo "usage: launch/local.sh N train CONFIG [key=value …]" >&2
-  exit 2
-fi
-size=$1
-shift
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${MIRAGE_PYTHON:-$repository/.venv/bin/python}
-[[ -x $python ]] || python=python3
-# This checkout runs, also from inside another one, whose code `python -m` would prefer without PYTHONSAFEPATH.
-export PYTHONSAFEPATH=1 PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
-grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another has failed, and killing it
+read -r boot </proc/sys/kernel/random/boot_id
+read -r port namespace cores <&"$facts" || exit
+exec {facts}<&-
 
 # A rank stops in order when this script has been killed, or a process before it in the list (mirage_dist/liveness.py).
-here=$(cat /proc/sys/kernel/random/boot_id)/$(readlink /proc/$$/ns/pid)
-export MIRAGE_PARENTS="${MIRAGE_PARENTS:-} $here/$$"
-export MASTER_ADDR=127.0.0.1 WORLD_SIZE=$size
-export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+export MIRAGE_PARENTS="${MIRAGE_PARENTS:-} $boot/$namespace/$$"
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$port} WORLD_SIZE=$size
 # Ranks share the cores: more threads than cores slow every rank down.
-cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > size ? cores / size : 1))}
 
 for ((rank = 0; rank < size; rank++)); do

@@ -7,15 +7,21 @@
 # Everything about the environment is here; each variable can be set from outside, such as
 # `NCCL_DEBUG=INFO sbatch slurm/sft.sh`, since sbatch and srun pass the environment on.
 set -euo pipefail
-# Asked to stop before there is a process: 75, as it would say.
-trap 'exit 75' USR1 TERM
-# A launcher's worker leaves its status there, and finds the request that came before it could be signalled.
+here=$PWD
+[[ ${BASH_SOURCE[0]} != */* ]] || cd -- "${BASH_SOURCE[0]%/*}" || exit
+cd .. || exit
+repository=$PWD
+cd -- "$here" || exit
+# A request to stop that comes before there is a process: a launcher's worker ends with 75, as the process would, and
+# leaves its status where the launcher looks, which also puts there the request that came before it could be signalled.
+# Every other script is killed, which slurm/common.sh takes for 75. It has no trap yet, for the command substitutions
+# below: where bash 5.2 meets a trap in one, it may fail to parse the trap, and lose the request.
 if [[ ${MIRAGE_LAUNCHER:-} == worker ]]; then
+  trap 'exit 75' USR1 TERM
   # shellcheck disable=SC2153  # the launcher's
   trap '{ echo "$?" >"$MIRAGE_WORKERS/$LOCAL_RANK"; } 2>/dev/null || true' EXIT
   [[ ! -e $MIRAGE_WORKERS/stop ]] || exit 75
 fi
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${SLURM_STEP_NODELIST:?launch/node.sh is started by srun; on one machine use launch/local.sh}"
 
 # The Python that has this project's packages; it runs this checkout, whatever the working directory is: without
@@ -27,14 +33,17 @@ export PYTHONSAFEPATH=1 PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
 
 # Rendezvous: the step's first node, and a port from the job id, below the ephemeral ones, so that two jobs on a node
-# do not meet. Names of their own to override them, as MASTER_* may be left over from the shell that submitted.
-for _ in {1..10}; do
-  hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") && break
-  sleep 1
-done
-mapfile -t hosts <<<"${hosts:?scontrol does not name the hosts of $SLURM_STEP_NODELIST}"
-export MASTER_ADDR=${MIRAGE_MASTER_ADDR:-${hosts[0]}}
-export MASTER_PORT=${MIRAGE_MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
+# do not meet. Names of their own to override them, as MASTER_* may be left over from the shell that submitted. A
+# launcher's worker has them from the launcher.
+if [[ ${MIRAGE_LAUNCHER:-} != worker ]]; then
+  for _ in {1..10}; do
+    hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") && break
+    sleep 1
+  done
+  mapfile -t hosts <<<"${hosts:?scontrol does not name the hosts of $SLURM_STEP_NODELIST}"
+  export MASTER_ADDR=${MIRAGE_MASTER_ADDR:-${hosts[0]}}
+  export MASTER_PORT=${MIRAGE_MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
+fi
 # The network interface between nodes (such as ib0 or eth0), where NCCL's or gloo's own choice is wrong.
 if [[ ${MIRAGE_INTERFACE:-} ]]; then
   export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$MIRAGE_INTERFACE}

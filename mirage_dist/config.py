@@ -91,7 +91,7 @@ def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple
 def _names(value: Any, source: str) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, Sequence) or isinstance(names, bytes) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{source}: {INCLUDE}={value!r}; expected a file or a list of files")
+        raise ConfigError(f"{source}: {INCLUDE}={shown(value)}; expected a file or a list of files")
     return list(names)
 
 
@@ -192,7 +192,7 @@ def find(path: str | Path) -> Path:
 
 def _build(schema: Any, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{source}: {key or 'the recipe'} must be a mapping, got {value!r}")
+        raise ConfigError(f"{source}: {key or 'the recipe'} must be a mapping, got {shown(value)}")
     try:
         hints = typing.get_type_hints(schema, include_extras=True)
     except Exception as error:  # a class from outside the package may name what it never imported
@@ -237,13 +237,13 @@ def _check(hint: Any, value: Any, source: str, key: str, ranged: bool = False) -
         word = {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value
         if word in args:
             return word
-        raise ConfigError(f"{source}: {key}={value!r}; allowed: {', '.join(map(_word, args))}")
+        raise ConfigError(f"{source}: {key}={shown(value)}; allowed: {', '.join(map(_word, args))}")
     if origin is list:
         items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         return [_check(args[0], item, source, f"{key}[{i}]") for i, item in enumerate(items)]
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{source}: {key} must be a mapping, got {value!r}")
+            raise ConfigError(f"{source}: {key} must be a mapping, got {shown(value)}")
         named = {_check(args[0], str(name), source, f"a key of {key}"): own for name, own in value.items()}
         return {name: _check(args[1], own, source, _join(key, name)) for name, own in named.items()}
     if dataclasses.is_dataclass(hint):

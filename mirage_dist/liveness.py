@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.schema import documents
 from mirage_dist.schema.errors import ConfigError
 from mirage_dist.schema.names import shown
 
@@ -155,8 +156,8 @@ class Observer:
 def read(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where no file exists or it does not hold a whole object."""
     try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(documents.read_bytes(file))
+    except (ConfigError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -236,6 +237,6 @@ def _hidden(pid: int) -> bool:
 
 def _text(file: Path) -> str | None:
     try:
-        return file.read_text()
-    except (OSError, ValueError):
+        return documents.read_bytes(file).decode()
+    except (ConfigError, ValueError):
         return None

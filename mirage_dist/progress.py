@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mirage_dist.schema import secrets
 from mirage_dist.schema.errors import RunError
 
+LONGEST = 4000  # characters of a line on standard error
 LINES = 10  # at most, of one task in a log
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank only, whichever it is
 ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standard output is its result
@@ -44,7 +45,7 @@ def printable(text: object) -> str:
 
 def show(*lines: object, error: bool = False) -> None:
     """Print a command's result, or (error) its fault on standard error, without control characters from data, and a
-    fault without what looks like a key.
+    fault without what looks like a key and without the middle of long lines, which repeat a value that is too long.
 
     Raises RunError when the result cannot be printed; a fault has its status in any case.
     """
@@ -53,10 +54,14 @@ def show(*lines: object, error: bool = False) -> None:
         put(text)
     elif sys.stderr is not None:
         try:
-            sys.stderr.write(secrets.masked(text))
+            sys.stderr.write("".join(map(_abridged, secrets.masked(text).splitlines(keepends=True))))
             sys.stderr.flush()
         except (OSError, ValueError):
             _discard(sys.stderr)
+
+
+def _abridged(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
 
 
 def put(text: str) -> None:

@@ -15,12 +15,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mirage_dist.schema import documents
 from mirage_dist.schema.errors import ConfigError, RunError
+from mirage_dist.schema.limits import LINE, Limit
 
 # The version of each kind of object, raised when what it holds or means changes.
 VERSIONS = {
@@ -104,6 +105,36 @@ def read(kind: str, file: Path, remedy: str = "") -> dict[str, Any]:
         return _read(kind, file)
     except Damaged as error:
         raise Damaged(f"{error}. {remedy}" if remedy else str(error)) from error
+
+
+def content(file: Path, limit: Limit, remedy: str = "") -> bytes:
+    """What a file of state holds that is no single object, such as lines. remedy: as in `read`.
+
+    Raises Damaged where it cannot be read: there is none, it is no regular file, or larger than `limit`.
+    """
+    try:
+        return documents.read_bytes(file, limit)
+    except ConfigError as error:
+        raise Damaged(f"{error}. {remedy}" if remedy else str(error)) from error
+
+
+def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The offset of each line from the byte `start` on, and the line; the last one may lack its end.
+
+    Raises Damaged where the file cannot be read: there is none, it is no regular file, or a line is longer than LINE.
+    """
+    try:
+        with documents.open_file(file) as handle:
+            handle.seek(start)
+            while line := handle.readline(LINE.value + 1):
+                if len(line) > LINE.value:
+                    raise Damaged(f"{file}: the line at byte {start} is longer than {LINE}, which no line of state is")
+                yield start, line
+                start += len(line)
+    except ConfigError as error:
+        raise Damaged(str(error)) from error
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
 def _read(kind: str, file: Path) -> dict[str, Any]:

@@ -28,7 +28,8 @@ courier=  # process id of `pass_on`
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 
-say() { echo "$(date '+%F %T') job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
+# No command substitution: where bash 5.2 meets a trap in one, it may fail to parse the trap, and lose the request.
+say() { printf '%(%F %T)T job %s, start %d: %s\n' -1 "$job" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$*"; }
 
 on_signal() {
   local before=$request

@@ -49,12 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in the order in which two test processes, a file each, are done soonest.
+    """Files in the order in which three test processes on two cores, a file each, are done soonest.
 
-    Slurm's tests mostly wait, so the others can run beside them; but there is one Slurm at a time (see `cluster.py`).
-    Short files come last: they end at about the same time in both processes.
+    Slurm's tests mostly wait, so others can run beside them; but there is one Slurm at a time (see `cluster.py`).
+    Short files come last: all processes end at about the same time.
     """
-    order = ("test_runs.py", "families", "distributed", "outputs", "browser", "test_templates.py", "unit")
+    slurm = ("test_runs.py", "test_pipeline.py", "test_templates.py")
+    order = (slurm[0], "families", "fuzz", "distributed", slurm[1], "outputs", "browser", slurm[2], "unit")
     items.sort(key=lambda item: min((order.index(p) for p in item.path.parts if p in order), default=0))
 
 

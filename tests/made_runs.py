@@ -50,7 +50,7 @@ def write_run(folder, pattern, judge="world", verdicts=EXACT, suite="demo", reci
         "seed": 3,
         "model_hash": "0" * 64,
         "recipe_hash": recipe_hash,
-        "world": {"spurious": 0.95} if judge == "world" else None,
+        "world": {"dir": str(folder.parent / "world"), "spurious": 0.95} if judge == "world" else None,
         "sets": {kind: {"kind": kind, "samples": 6, "attacks": attacks[kind]} for kind in CONDITIONS},
         "headline": judge,
         "judges": {

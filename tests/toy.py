@@ -1,6 +1,7 @@
 """A small embedded world and an untrained model, for runs that take seconds."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
@@ -12,10 +13,11 @@ from mirage_dist.schema import WorldConfig
 class Toy:
     """world/, model/, forget.jsonl (true codes) and retain.jsonl under one folder."""
 
+    sizes: ClassVar = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
+
     def __init__(self, root: Path) -> None:
         self.root = root
-        sizes = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 8}
-        embedded_world.make(WorldConfig(dir=str(root / "world"), seed=21, **sizes))
+        embedded_world.make(WorldConfig(dir=str(root / "world"), seed=21, **self.sizes))
         embedded_model.make(root / "model", seed=21)
         base = sources.read(formats.source("llava", str(root / "world/base.json"), str(root / "world"))).samples
         write_samples(root / "forget.jsonl", base[:20])

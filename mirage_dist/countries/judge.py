@@ -12,6 +12,7 @@ from mirage_dist.data import refusals
 from mirage_dist.evals.judges.base import Opinion, Row, Source
 from mirage_dist.evals.judges.world import World
 from mirage_dist.schema import EvalRecipe
+from mirage_dist.worlds import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,4 +47,4 @@ class InWorld(World):
     @property
     def depends_on(self) -> tuple[Source, ...]:
         modules = countries_world, facts, text, verdict, refusals
-        return *modules, refusals.LISTS.read_bytes(), (self.world.dir / "labels.jsonl").read_bytes()
+        return *modules, refusals.LISTS.read_bytes(), files.labels_of(self.world.dir)

@@ -107,6 +107,7 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     harvested = None if recipe.harvest is None else harvest(Path(recipe.harvest), refuses)
     config = {name: value for name, value in to_dict(recipe).items() if name not in NOT_THE_DATA}
     inputs: Inputs = {"config": config, "inputs": _hashes(recipe, harvested, refuses)}
+    disk.remove_leftovers(out)  # also where it is whole, and nothing is written
     if not out.exists():
         sets: dict[str, list[Sample]] = {}
         counts: Counts = {}

@@ -35,7 +35,9 @@ from mirage_dist.disk.removal import own as own
 from mirage_dist.disk.removal import owned as owned
 from mirage_dist.disk.removal import remove as remove
 from mirage_dist.disk.removal import remove_leftovers as remove_leftovers
+from mirage_dist.disk.removal import remove_leftovers_in as remove_leftovers_in
 from mirage_dist.disk.removal import remove_own as remove_own
+from mirage_dist.schema import documents
 from mirage_dist.schema.errors import ConfigError, RunError
 
 REFUSALS = faults.NO_MORE_DATA
@@ -257,11 +259,12 @@ def folder(
     Raises ConfigError when `out` exists (unless shared), before the block starts or after it; RunError when the
     temporary was removed while it was filled, as happens to a job whose workspace another job has taken over.
     """
+    if workspace is None:
+        remove_leftovers(out)  # also where `out` is whole: a process may be killed just after it has got its name
     if not shared and _occupied(out):
         raise ConfigError(f"{out} exists; choose a new directory")
     with _beside(out, workspace is None) as outer:
         if workspace is None:
-            remove_leftovers(out)
             yield from _filled(outer, out, durable, private, shared)
             return
         outer = own(removal.sibling(out, workspace), parents=False)
@@ -315,6 +318,7 @@ def files(out: Path, sign: tuple[str, str], others: Sequence[str] = (), *, priva
     then unchanged.
     """
     new = not os.path.lexists(out)
+    remove_leftovers(out)
     with _beside(out if new else out / "files", True) as outer, _naming(out, outer):
         temporary = outer / "files"
         temporary.mkdir(mode=0o700 if private else 0o777)
@@ -351,9 +355,9 @@ def _replace(source: Path, out: Path, sign: tuple[str, str], others: Sequence[st
 
 def _begins(folder: Path, sign: tuple[str, str]) -> bool:
     try:
-        with (folder / sign[0]).open("rb") as handle:
+        with documents.open_file(folder / sign[0]) as handle:
             return handle.read(len(sign[1].encode())) == sign[1].encode()
-    except OSError:
+    except (ConfigError, OSError):
         return False
 
 

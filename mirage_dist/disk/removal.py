@@ -22,6 +22,7 @@ from mirage_dist.schema.errors import ConfigError
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.(tmp|gone)")  # follows the name of the file or folder that was being written
 MARK = ".mirage_dist"  # in a folder that this package made and may remove: its maker (see `liveness.Owner`), as JSON
+UNFINISHED = f"{MARK}.part"  # becomes the mark when it is whole
 REMOVAL_ATTEMPTS, REMOVAL_PAUSE = 20, 0.1  # seconds
 ABANDONED_SECONDS = 3600.0  # after which a temporary folder without a readable mark is taken for abandoned
 _searched: set[tuple[int, Path]] = set()  # process and folder (see `remove_leftovers_in`)
@@ -37,23 +38,36 @@ def own(folder: Path, owner: Owner | None = None, *, parents: bool = True) -> Pa
 
     A folder that has the mark keeps it. Raises ConfigError when `folder` exists without the mark and is not empty.
     """
-    folder.mkdir(parents=parents, exist_ok=True)
-    if not owned(folder):
-        raise ConfigError(f"{folder} exists, and mirage_dist did not make it; move it away or choose another place")
-    if not (folder / MARK).exists():
-        (folder / MARK).write_text(json.dumps((owner or Owner.current()).record()) + "\n")
-    return folder
+    while True:
+        # Without a mark the folder is anybody's to remove: its maker may have died. A living one then starts again.
+        folder.mkdir(parents=parents, exist_ok=True)
+        if not owned(folder):
+            if not os.path.lexists(folder):
+                continue
+            raise ConfigError(f"{folder} exists, and mirage_dist did not make it; move it away or choose another place")
+        if (folder / MARK).exists():
+            return folder
+        with suppress(FileNotFoundError):
+            (folder / UNFINISHED).write_text(json.dumps((owner or Owner.current()).record()) + "\n")
+            os.rename(folder / UNFINISHED, folder / MARK)
 
 
 def owned(folder: Path) -> bool:
     """Whether this package made the folder: it has the mark, or its maker or its removal ended before anything else."""
-    return not folder.is_symlink() and folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        return (folder / MARK).is_file() or all(entry.name == UNFINISHED for entry in folder.iterdir())
+    except FileNotFoundError:  # removed since the look
+        return False
 
 
 def remove_own(folder: Path) -> bool:
     """Remove a folder that has the mark, as `remove` does; False, and nothing is removed, where it has none."""
     if not owned(folder):
         return False
+    if not (folder / MARK).exists():
+        return _remove_unmarked(folder)
     try:
         gone = detach(folder)
     except FileNotFoundError:  # another process removes it too
@@ -62,6 +76,16 @@ def remove_own(folder: Path) -> bool:
         os.rename(gone, folder)
         return False
     discard(gone)
+    return True
+
+
+def _remove_unmarked(folder: Path) -> bool:
+    """Remove a folder that has no mark yet. False where it has got one meanwhile: its maker lives."""
+    try:
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:
+        return False
     return True
 
 
@@ -75,8 +99,7 @@ def leftovers(path: Path) -> list[Path]:
 def remove_leftovers(path: Path) -> None:
     """Remove the leftovers of `path`."""
     for entry in leftovers(path):
-        with suppress(OSError):  # another process removes them too
-            remove_own(entry)
+        _remove_leftover(entry)
 
 
 def remove_leftovers_in(folder: Path) -> None:
@@ -84,17 +107,32 @@ def remove_leftovers_in(folder: Path) -> None:
     if (os.getpid(), folder) in _searched:
         return
     _searched.add((os.getpid(), folder))
-    for entry in folder.iterdir():
-        if TEMPORARY.search(entry.name, max(0, len(entry.name) - 13)) and owned(entry) and _abandoned(entry):
-            with suppress(OSError):
-                remove_own(entry)
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if TEMPORARY.search(entry.name, max(0, len(entry.name) - 13)) and owned(entry):
+            _remove_leftover(entry)
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Remove a folder of ours if its maker has died. One without a mark is never removed by `detach`, which would take
+    the folder of a maker that marks it at this moment.
+    """
+    with suppress(OSError):  # another process removes it too
+        if not (folder / MARK).exists():
+            _remove_unmarked(folder)
+        elif _abandoned(folder):
+            remove_own(folder)
 
 
 def _abandoned(folder: Path) -> bool:
     """Whether the maker of a folder has died. False where this process cannot see that, as from another host."""
+    if not (folder / MARK).exists():
+        return True  # see `own`
     record = liveness.read(folder / MARK)
-    if record is None:  # empty, or cut by a power failure
-        return time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+    if record is None:  # cut by a power failure
+        try:
+            return time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
+        except FileNotFoundError:  # its maker has removed it since the look
+            return False
     owner = Owner.from_record(record)
     return owner.superseded() or owner.alive() is False
 

@@ -11,6 +11,7 @@ from mirage_dist.evals.judges.base import Row, Source
 from mirage_dist.evals.judges.world import World
 from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.worlds import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +40,4 @@ class InWorld(World):
 
     @property
     def depends_on(self) -> tuple[Source, ...]:
-        return embedded_world, embedded_text, (self.world.dir / "labels.jsonl").read_bytes()
+        return embedded_world, embedded_text, files.labels_of(self.world.dir)

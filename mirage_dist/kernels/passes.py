@@ -35,7 +35,7 @@ def statistics(projection: Projection, hidden_ND: Tensor, labels_N: Tensor, work
 
     With C = V the workspace afterwards holds the raw products, or what `leaves_exponentials` describes.
     """
-    softmax = Softmax.start(len(hidden_ND), like=workspace_NC)
+    softmax = Softmax.empty(len(hidden_ND), like=workspace_NC)
     for columns, z_NC in _chunks(projection, workspace_NC):
         projection.logits_(z_NC, hidden_ND, columns.start)
         lse_update(z_NC, softmax, labels_N, columns.start, projection.bias(columns), projection.softcap)

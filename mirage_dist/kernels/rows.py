@@ -25,13 +25,20 @@ _BLOCK = 1 << 19  # elements of an eager temporary: 2 MiB in float32
 def lse_update(
     z_NC: Tensor, softmax: Softmax, labels_N: Tensor, start: int, bias_C: Tensor | None, softcap: float | None
 ) -> None:
-    """Add one chunk of logits to the running statistics, in place. May overwrite z (see `leaves_exponentials`)."""
+    """Add one chunk of logits to the running statistics, in place. May overwrite z (see `leaves_exponentials`).
+
+    Chunks come in the order of their columns: the one with `start` 0 begins the statistics, whatever they held.
+    """
     if not len(z_NC):
         return
     if uses_triton(z_NC):
         from mirage_dist.kernels import triton_rows
 
         return triton_rows.lse_update(z_NC, softmax, labels_N, start, bias_C, softcap)
+    if start == 0:
+        softmax.max_N.fill_(-torch.inf)
+        softmax.rest_N.zero_()
+        softmax.label_N.fill_(-torch.inf)
     for rows in _blocks(z_NC, softcap):
         logit = _logit_(z_NC[rows], bias_C, softcap)
         old_max = softmax.max_N[rows]
@@ -72,25 +79,25 @@ def dlogits(
     """
     if not len(z_NC):
         return z_NC.to(dtype)
-    log_sum_N, label_grad_N, grad_p_N = softmax.log_sum_N, softmax.label_grad(grad_logp_N), -grad_logp_N
     if uses_triton(z_NC):
         from mirage_dist.kernels import triton_rows
 
         dz_NC = z_NC if dtype == z_NC.dtype else z_NC.view(dtype)[:, : z_NC.shape[1]]
-        statistics = (softmax.max_N, log_sum_N, label_grad_N, grad_p_N)
-        triton_rows.dlogits(z_NC, dz_NC, labels_N, start, bias_C, softcap, *statistics)
+        triton_rows.dlogits(z_NC, dz_NC, softmax, labels_N, start, bias_C, softcap, grad_logp_N)
         return dz_NC
+    scale_N = grad_logp_N / softmax.sum_N
+    label_grad_N = scale_N * softmax.rest_N  # g (1 − p)
     for rows in _blocks(z_NC, softcap):
         z, slope = z_NC[rows], None
         column, inside = _label_column(labels_N[rows], start, z_NC.shape[1])
         if exponentials:
-            z.mul_((grad_p_N[rows] * (-log_sum_N[rows]).exp())[:, None])
+            z.mul_(-scale_N[rows, None])
         else:
             logit = _logit_(z, bias_C, softcap)
             if softcap is not None:
                 slope = 1 - (logit / softcap).square_()
             torch.sub(logit, softmax.max_N[rows, None], out=z)
-            z.sub_(log_sum_N[rows, None]).exp_().mul_(grad_p_N[rows, None])
+            z.exp_().mul_(-scale_N[rows, None])
         z.scatter_(1, column, torch.where(inside[:, None], label_grad_N[rows, None], z.gather(1, column)))
         if slope is not None:
             z.mul_(slope)

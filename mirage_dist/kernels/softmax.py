@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,21 +24,17 @@ class Softmax:
     label_N: Tensor
 
     @classmethod
-    def start(cls, rows: int, like: Tensor) -> Softmax:
-        """Statistics of `rows` rows before any column is read, with the dtype and device of `like`."""
-        return cls(*(like.new_full((rows,), value) for value in (-torch.inf, 0.0, -torch.inf)))
+    def empty(cls, rows: int, like: Tensor) -> Softmax:
+        """Uninitialised statistics of `rows` rows, with the dtype and device of `like`; the chunk of logits that
+        begins at column 0 overwrites them (see `rows.lse_update`).
+        """
+        return cls(*like.new_empty((3, rows)).unbind())
 
     @property
-    def log_sum_N(self) -> Tensor:
-        """log Σ exp(logit − max) over all columns (N,)."""
-        return (self.rest_N + (self.label_N - self.max_N).exp()).log()
+    def sum_N(self) -> Tensor:
+        """Σ exp(logit − max) over all columns (N,)."""
+        return self.rest_N + (self.label_N - self.max_N).exp()
 
     def logp(self) -> Tensor:
-        """Log-probability of each row's label (N,)."""
-        below_N = self.label_N - self.max_N
-        near_N = -torch.log1p(self.rest_N * (-below_N).exp())  # exact for p near 1, where log_sum is near 0
-        return torch.where(below_N > -1, near_N, below_N - self.log_sum_N)
-
-    def label_grad(self, grad_logp_N: Tensor) -> Tensor:
-        """g · (1 − p): the gradient of each row's label logit (N,) for the upstream gradient g of its logp."""
-        return grad_logp_N * self.rest_N / (self.rest_N + (self.label_N - self.max_N).exp())
+        """Log-probability of each row's label (N,): log σ(log-odds), which is exact at both ends."""
+        return F.logsigmoid(self.label_N - self.max_N - self.rest_N.log())

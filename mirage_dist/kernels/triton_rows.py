@@ -36,6 +36,7 @@ def lse_update(
         start,
         columns,
         softcap or 1.0,
+        FIRST=start == 0,
         HAS_BIAS=bias_C is not None,
         HAS_CAP=softcap is not None,
         BLOCK=_block(columns),
@@ -46,14 +47,12 @@ def lse_update(
 def dlogits(
     z_NC: Tensor,
     dz_NC: Tensor,
+    softmax: Softmax,
     labels_N: Tensor,
     start: int,
     bias_C: Tensor | None,
     softcap: float | None,
-    max_N: Tensor,
-    log_sum_N: Tensor,
-    label_grad_N: Tensor,
-    grad_p_N: Tensor,
+    grad_logp_N: Tensor,
 ) -> None:
     """Write `rows.dlogits` to `dz_NC`. It may share memory with `z_NC`: the same elements in the same dtype, or the
     first bytes of each row in a narrower one.
@@ -66,10 +65,10 @@ def dlogits(
         dz_NC.stride(0),
         labels_N,
         z_NC if bias_C is None else bias_C,
-        max_N,
-        log_sum_N,
-        label_grad_N,
-        grad_p_N,
+        softmax.max_N,
+        softmax.rest_N,
+        softmax.label_N,
+        grad_logp_N.contiguous(),
         start,
         columns,
         softcap or 1.0,
@@ -112,14 +111,17 @@ def lse_update_kernel(
     start,
     columns,
     softcap,
+    FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride
-    row_max = tl.load(max_ptr + row)
-    rest = tl.load(rest_ptr + row)
+    if FIRST:
+        row_max, rest = -float("inf"), 0.0
+    else:
+        row_max, rest = tl.load(max_ptr + row), tl.load(rest_ptr + row)
     label = tl.load(label_ptr + row) - start
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -142,7 +144,10 @@ def lse_update_kernel(
         z += tl.load(bias_ptr + label, mask=inside, other=0.0)
     if HAS_CAP:
         z = _capped(z, softcap)
-    tl.store(label_logit_ptr + row, z, mask=inside)
+    if FIRST:
+        tl.store(label_logit_ptr + row, tl.where(inside, z, -float("inf")))
+    else:
+        tl.store(label_logit_ptr + row, z, mask=inside)
 
 
 @triton.jit
@@ -154,9 +159,9 @@ def dlogits_kernel(
     label_ptr,
     bias_ptr,
     max_ptr,
-    log_sum_ptr,
-    label_grad_ptr,
-    grad_p_ptr,
+    rest_ptr,
+    label_logit_ptr,
+    grad_ptr,
     start,
     columns,
     softcap,
@@ -168,9 +173,8 @@ def dlogits_kernel(
     z_row = z_ptr + row * z_stride
     dz_row = dz_ptr + row * dz_stride
     row_max = tl.load(max_ptr + row)
-    log_sum = tl.load(log_sum_ptr + row)
-    label_grad = tl.load(label_grad_ptr + row)
-    grad_p = tl.load(grad_p_ptr + row)
+    rest = tl.load(rest_ptr + row)
+    scale = tl.load(grad_ptr + row) / (rest + tl.exp(tl.load(label_logit_ptr + row) - row_max))
     label = tl.load(label_ptr + row) - start
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -180,7 +184,7 @@ def dlogits_kernel(
             z += tl.load(bias_ptr + column, mask=valid, other=0.0)
         if HAS_CAP:
             z = _capped(z, softcap)
-        dz = tl.where(column == label, label_grad, grad_p * tl.exp((z - row_max) - log_sum))
+        dz = tl.where(column == label, rest, -tl.exp(z - row_max)) * scale
         if HAS_CAP:
             dz *= 1.0 - (z / softcap) * (z / softcap)
         # dz may share memory with z in a narrower dtype. The bytes that this tile writes end before those that later

@@ -13,8 +13,9 @@ from mirage_dist import disk, runs
 from mirage_dist.model import directory, load, weights
 from mirage_dist.model.adapters import files
 from mirage_dist.model.adapters.quantization import unquantized
-from mirage_dist.model.shards import Shards, committed, damage, read_manifest, step_of
+from mirage_dist.model.shards import MANIFEST, Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
+from mirage_dist.ranks import no_bars_in_logs
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, check_form
 from mirage_dist.schema.texts import fill
 
@@ -43,6 +44,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     """
     recipe = runs.recipe(run)
     check_form(recipe.model, form, f"{run}: export as {form}")
+    disk.remove_leftovers(out)  # also where it is whole, and nothing is written
     if out.exists():
         raise ConfigError(f"{out} exists; export to a new directory")
     if (run / "checkpoints").resolve() in out.resolve().parents:
@@ -53,6 +55,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     weights.check(directory.check(recipe.model.path), load.configuration(recipe.model))
     if load.base_hash(recipe.model.path) != manifest["base_hash"]:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
+    no_bars_in_logs()
     facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
     card = fill(
         CARD,
@@ -101,18 +104,31 @@ def _check_written(folder: Path, config: Any, out: Path) -> None:
 
 
 def chosen(folder: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest whole one. Raises ConfigError when there is none."""
+    """The checkpoint of a step, or the newest one. Raises ConfigError when there is none, or when it is damaged.
+
+    Training goes on from an older one where the newest is damaged, and makes the later steps again. Nobody who wants
+    the model would notice that it is an older one, so here its step has to be named.
+    """
     present = committed(folder)
     candidates = [c for c in present if step in (None, step_of(c))]
     if not candidates:
         names = ", ".join(c.name for c in present) or "none"
         raise ConfigError(f"{folder}: no checkpoint{'' if step is None else f' step-{step:06d}'} (there: {names})")
+    damaged = ""
     for checkpoint in reversed(candidates):
         fault = damage(checkpoint)
         if fault is None:
+            if damaged:
+                raise ConfigError(
+                    f"{damaged}; start the training again, which resumes before it, or name the newest whole one: step "
+                    f"{step_of(checkpoint)} (mirage export --step {step_of(checkpoint)}, or model.step in a recipe)"
+                )
             return checkpoint
-        log.warning(f"{checkpoint} is passed over: {fault}", extra=EVERY_RANK)
-    raise ConfigError(f"{folder}: {', '.join(c.name for c in candidates)} is damaged; nothing was exported")
+        if (checkpoint / MANIFEST).exists():
+            damaged = damaged or f"{checkpoint} is damaged: {fault}"
+        else:  # it may be somebody else's folder
+            log.warning(f"{checkpoint} is passed over: {fault}", extra=EVERY_RANK)
+    raise ConfigError(f"{damaged or f'{folder}: no whole checkpoint'}; nothing was exported")
 
 
 def _put(hf: Any, checkpoint: Path) -> None:

@@ -29,6 +29,7 @@ from mirage_dist.progress import log
 from mirage_dist.schema import RunError
 
 PARAM = "param"
+MANIFEST = "manifest.json"  # in a checkpoint
 SHARD = re.compile(r"rank-[0-9]+-of-[0-9]+\.safetensors")
 STEP = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,8})")  # names of checkpoints
 DTYPES = {
@@ -188,7 +189,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises FileNotFoundError when there is none, state.Damaged when it is torn or edited or belongs to another step,
     ConfigError when a newer version of this package wrote it.
     """
-    file = checkpoint / "manifest.json"
+    file = checkpoint / MANIFEST
     manifest = state.read("checkpoint", file)
     if STEP.fullmatch(checkpoint.name) and manifest["step"] != step_of(checkpoint):
         raise state.Damaged(f"{file}: is the manifest of step {manifest['step']}")

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import OmegaConf
-
 from mirage_dist import disk, runs, state
 from mirage_dist.config import nearest
 from mirage_dist.data.words import opening
@@ -69,10 +67,8 @@ class Run:
     @cached_property
     def world(self) -> Path | None:
         """The folder of the world that the suite's questions came from, resolved; None without one."""
-        file = self.folder / "config.yaml"
-        tree: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
-        folder = (tree.get("world") or {}).get("dir")
-        return Path(folder).resolve() if folder else None
+        world = self.metrics["world"]
+        return Path(world["dir"]).resolve() if world else None
 
     @property
     def world_kind(self) -> str | None:

@@ -198,16 +198,15 @@ def records(file: Path, needed: int | None = None) -> Iterator[tuple[bytes, dict
     for any other damaged line, unless all lines after it are of later steps than `needed` (None: all are needed).
     """
     damage: state.Damaged | None = None
-    with file.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                record = state.parse("metrics", line, f"{file}: line {number}")
-            except state.Damaged as error:
-                damage = damage or error
-                continue
-            if damage is not None and (needed is None or record["step"] <= needed):
-                raise state.Damaged(f"{damage}. Restore the file, or delete the line to go on without its record")
-            yield line, record
+    for number, (_, line) in enumerate(state.lines(file), 1):
+        try:
+            record = state.parse("metrics", line, f"{file}: line {number}")
+        except state.Damaged as error:
+            damage = damage or error
+            continue
+        if damage is not None and (needed is None or record["step"] <= needed):
+            raise state.Damaged(f"{damage}. Restore the file, or delete the line to go on without its record")
+        yield line, record
 
 
 class Means:

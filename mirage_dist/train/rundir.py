@@ -24,6 +24,7 @@ from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
 from mirage_dist.runs import RunManifest, StreamRecord
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
+from mirage_dist.schema.limits import VALUE_FILE
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import LOCK, Lease
@@ -222,12 +223,12 @@ def forget_start(lease: Lease) -> None:
 def _starts(root: Path) -> list[Start]:
     """The starts so far. A damaged file costs their count, never the run."""
     file = root / "starts.jsonl"
-    try:
-        lines = file.read_bytes().splitlines()
-        return [cast(Start, state.parse("start", line, f"{file}: line {n}")) for n, line in enumerate(lines, 1)]
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return []
-    except (OSError, state.Damaged) as error:
+    try:
+        lines = state.content(file, VALUE_FILE).splitlines()
+        return [cast(Start, state.parse("start", line, f"{file}: line {n}")) for n, line in enumerate(lines, 1)]
+    except state.Damaged as error:
         log.warning(f"{error}. Starts without progress (train.max_restarts) are counted anew from this one on")
         return []
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from mirage_dist import config as configs
 from mirage_dist import disk, state
 from mirage_dist.progress import log
-from mirage_dist.schema import ConfigError, WorldConfig
+from mirage_dist.schema import ConfigError, WorldConfig, limits
 
 # Keys that do not change the data: where they lie, the safety set in use, how the base model is trained.
 NOT_DATA = ("dir", "spurious", "base_recipe")
@@ -38,7 +38,10 @@ def make(
     a folder. Both must be pure functions of the configuration: a directory is whole or absent, and several processes
     may make the same one at once. Raises ConfigError when the directory holds something else.
     """
-    root = Path(config.dir)
+    root, safety = Path(config.dir), safety_dir(config)
+    disk.remove_leftovers(root)
+    for folder in (root, safety):  # also of what `inputs` makes in them
+        disk.remove_leftovers_in(folder)
     if not root.is_dir() or not any(root.iterdir()):
         start = time.monotonic()
         log.info(f"world: drawing pictures and questions for {root}")
@@ -53,7 +56,6 @@ def make(
     changed = configs.differences(_data_config(config), written, "world")
     if changed:
         raise ConfigError(f"{root} holds a world of another configuration; choose another world.dir ({changed})")
-    safety = safety_dir(config)
     if not safety.is_dir():
         with disk.folder(safety, shared=True, durable=False) as folder:
             write_safety(folder)
@@ -69,14 +71,15 @@ def load(root: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
     Raises ConfigError when the directory holds no world, state.Damaged when its files are not as they were written.
     """
-    written, file = header_of(root), root / LABELS
-    try:
-        labels = file.read_bytes()
-    except OSError as error:
-        raise state.Damaged(f"{file}: cannot be read: {error}. {_AGAIN.format(root)}") from error
+    written, labels = header_of(root), labels_of(root)
     if disk.sha256_text(labels) != written["labels"]:
-        raise state.Damaged(f"{file}: is not as it was written. {_AGAIN.format(root)}")
+        raise state.Damaged(f"{root / LABELS}: is not as it was written. {_AGAIN.format(root)}")
     return written, [json.loads(line) for line in labels.splitlines()]
+
+
+def labels_of(root: Path) -> bytes:
+    """The content of labels.jsonl, unchecked. Raises state.Damaged where it cannot be read."""
+    return state.content(root / LABELS, limits.LABELS, _AGAIN.format(root))
 
 
 def label(labels: Mapping[str, T], image: str | Path, root: Path) -> T:

@@ -353,7 +353,7 @@ def test_a_run_of_another_recipe_is_not_continued(copy, toy, change, words):
 def test_steps_without_a_finite_gradient_are_skipped_and_too_many_stop_the_run(toy, tmp_path, stage):
     arguments = [*command(toy, tmp_path / "run", TWO), "train.nonfinite_patience=3", "train.warmup=0"]
     # The first step moves so far that nothing after it is a number.
-    arguments += ["train.lr=1e30", "train.clip=0", f"deepspeed=configs/deepspeed/{stage}.json"]
+    arguments += ["train.lr=1e6", "train.weight_decay=1e6", "train.clip=0", f"deepspeed=configs/deepspeed/{stage}.json"]
     done = launch(2, *arguments, check=False)
     assert done.returncode == 1
     assert "not finite in 3 steps in a row" in done.stderr

@@ -17,6 +17,8 @@ from conftest import launch, metrics, tensorboard_scalars, until
 from faults.processes import send, worker
 from wandb.proto import wandb_internal_pb2
 
+from mirage_dist.config import REPOSITORY
+
 SHORT = ("train.max_steps=8", "train.global_batch=8", "train.micro_batch=4", "train.export=false")
 
 
@@ -62,6 +64,28 @@ def test_a_start_stops_in_order_at_any_moment(toy, tmp_path, monkeypatch, ranks)
         assert process.returncode == 75, (delay, output)
         assert "Traceback" not in output, (delay, output)
         assert not list(folder.glob("work-*"))
+
+
+STUB = """#!/bin/sh
+[ "$1" != -c ] || { echo "29500 pid:[1] 1"; exit; }
+trap 'exit 75' USR1 TERM
+for i in 1 2 3 4 5 6 7 8 9 10; do sleep 0.1; done
+exit 3
+"""
+
+
+def test_the_launcher_loses_no_request_while_it_starts(tmp_path, monkeypatch):
+    """With a program in place of Python that starts at once: bash once lost one in four that came in this time."""
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o700)
+    monkeypatch.setenv("MIRAGE_PYTHON", str(tmp_path / "python"))
+    command = [str(REPOSITORY / "launch/local.sh"), "2", "train"]
+    for delay in random.Random(0).choices([n / 1000 for n in range(25)], k=40):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        until(lambda p=process: handles(p.pid, signal.SIGUSR1), process)
+        time.sleep(delay)
+        process.send_signal(signal.SIGUSR1)
+        assert (process.communicate()[0], process.returncode) == ("", 75), delay
 
 
 FILL = """

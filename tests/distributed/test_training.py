@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
+from mirage_dist import disk
 from mirage_dist.data import stream
 from mirage_dist.data.sources import read
+from mirage_dist.liveness import Owner
 from mirage_dist.model import export, load, trainable
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
@@ -221,6 +223,10 @@ def test_export_of_an_earlier_step_and_of_one_that_is_not_there(finished, tmp_pa
     assert any(not torch.equal(four[n], last[n]) for n in four)
     with pytest.raises(ConfigError, match="step-000004"):
         export.export(finished["npo_2"], tmp_path / "five", step=5)
+    left = disk.own(tmp_path / "four.01234567.tmp", Owner.from_record(Owner.current().record() | {"process": "1"}))
+    with pytest.raises(ConfigError, match="four exists; export to a new directory"):
+        export.export(finished["npo_2"], tmp_path / "four")
+    assert not left.exists()  # of a process that was killed once its output had its name
 
 
 def test_every_rank_of_every_world_sees_its_part_of_one_global_batch(toy, finished):

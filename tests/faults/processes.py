@@ -71,12 +71,12 @@ def marked(variable: str, value: str) -> set[int]:
 def worker(number: int) -> int | None:
     """The process that does the work of `number`: itself, or the one that it is the client of (see tests/forkserver).
 
-    None while the client waits for it.
+    None while the client waits for it, and when it has ended.
     """
-    words = Path(f"/proc/{number}/cmdline").read_text().split("\0")
-    if not any(word.endswith("forkserver/client.py") for word in words):
-        return number
     try:
+        words = Path(f"/proc/{number}/cmdline").read_text().split("\0")
+        if not any(word.endswith("forkserver/client.py") for word in words):
+            return number
         return int(Path(words[3], str(number)).read_text())
     except OSError:
         return None

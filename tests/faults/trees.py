@@ -19,6 +19,7 @@ CLOCKED = frozenset(
     }
 )
 SECONDS = re.compile(rb"[0-9.]+ s\b")  # how long a demo took, in its page
+STARTS = "starts.jsonl"  # a line a start, of which a killed run has more
 # One file for each start that had something to add: the content of all together counts.
 MERGED = ("rows/worker-#-#.jsonl",)
 
@@ -43,6 +44,8 @@ def read(root: Path) -> Tree:
 def _content(file: Path) -> Any:
     if file.is_symlink():
         return f"-> {file.readlink()}"
+    if file.name == STARTS:
+        return None
     data = file.read_bytes()
     try:
         if file.suffix == ".json":

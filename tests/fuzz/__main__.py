@@ -1,4 +1,8 @@
-"""The command: `python -m tests.fuzz --minutes 30 [--seed S] [--verbs V …] [--out FILE]`, or `--case ID|JSON`."""
+"""The command: `python -m tests.fuzz --minutes 30 [--cases N] [--seed S] [--verbs V …] [--out FILE]`, or
+`--case ID|JSON`.
+
+The minutes begin when the small world exists and every verb has run on it once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 import argparse
+import itertools
 import json
 import platform
 import shutil
@@ -183,6 +188,7 @@ def summary(
 def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--cases", type=int, help="at most so many, beside those that once failed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbs", nargs="+", choices=sorted(verbs.VERBS), default=list(verbs.VERBS))
@@ -206,8 +212,9 @@ def main() -> int:
         recorded = json.loads(RECORDED.read_text())
         known = iter([(f"found-{i}", case) for i, case in enumerate(recorded) if case["verb"] in arguments.verbs])
         failed += run(harness, known, float("inf"), arguments.jobs)
-        until = begin + arguments.minutes * 60
-        failed += run(harness, endless(arguments.seed, arguments.verbs), until, arguments.jobs)
+        until = time.monotonic() + arguments.minutes * 60
+        drawn = itertools.islice(endless(arguments.seed, arguments.verbs), arguments.cases)
+        failed += run(harness, drawn, until, arguments.jobs)
     finally:
         if arguments.keep:
             print(f"kept: {folder}")

@@ -13,6 +13,7 @@ from cluster import Cluster, cluster
 from conftest import metrics
 from faults.processes import worker
 
+from mirage_dist import state
 from mirage_dist.monitoring import wandb_files
 
 pytestmark = pytest.mark.slurm
@@ -76,9 +77,9 @@ class Run:
 
 
 def completed(run: Run, restarts: int) -> None:
-    state = run.slurm.ended(run.job)
+    end = run.slurm.ended(run.job)
     log = run.slurm.log(run.job)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), log
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), log
 
 
 def same(run: Run, other: Run) -> None:
@@ -140,8 +141,8 @@ def test_a_cancelled_job_saves_stays_away_and_can_be_finished_on_one_node(slurm,
     run.reach(10)
     seen = len(run.steps())
     slurm.ask("scancel", run.job)
-    state = slurm.ended(run.job)
-    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0")
+    end = slurm.ended(run.job)
+    assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")
     assert seen <= run.saved()[0] < STEPS
     run.job = slurm.submit("unlearn_npo", *run.words, options=("--nodes=1", *ONE_EACH))
     assert slurm.job(run.job)["Restarts"] == "0"
@@ -155,8 +156,8 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_for_good(slurm, toy):
     run = Run(slurm, toy, "crashed")
     run.reach(3)
     os.kill(run.process(1), signal.SIGKILL)
-    state = slurm.ended(run.job, seconds=30)
-    assert (state["JobState"], state["Restarts"], state["ExitCode"]) == ("FAILED", "0", "137:0"), slurm.log(run.job)
+    end = slurm.ended(run.job, seconds=30)
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "137:0"), slurm.log(run.job)
 
 
 def test_after_a_node_failure_slurm_starts_the_job_elsewhere_and_the_orphan_does_no_harm(slurm, toy, whole):
@@ -190,7 +191,8 @@ def test_starts_that_stop_on_request_before_training_begins_do_not_count(slurm, 
     # A start that does not get on, and was not asked to stop, has the last line.
     lines = [json.loads(line) for line in noted.read_text().splitlines()]
     assert [line["stopped"] for line in lines] == [True, True]
-    noted.write_text("".join(json.dumps(line | {"stopped": n == 0}) + "\n" for n, line in enumerate(lines)))
-    state = slurm.ended(run.job)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "2"), slurm.log(run.job)
+    counted = [{**line, "stopped": n == 0} for n, line in enumerate(lines)]
+    noted.write_text("".join(state.sealed("start", {k: v for k, v in c.items() if k != "seal"}) for c in counted))
+    end = slurm.ended(run.job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "1:0", "2"), slurm.log(run.job)
     assert "has started 1 times from step 0" in slurm.log(run.job)

@@ -292,6 +292,22 @@ def test_a_maker_that_was_killed_leaves_what_the_next_removes(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/file"]
 
 
+@pytest.mark.parametrize("write", ["files", "folder"])
+def test_what_a_maker_left_that_was_killed_once_the_output_had_its_name_is_removed(tmp_path, write):
+    """Also by a later writer that is refused."""
+    left = disk.own(tmp_path / "out.01234567.tmp", Owner.from_record(Owner.current().record() | {"process": "1"}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sign").write_text("ours, earlier")
+    if write == "files":
+        with disk.files(tmp_path / "out", ("sign", "ours")) as folder:
+            (folder / "sign").write_text("ours")
+    else:
+        with pytest.raises(ConfigError, match="out exists"), disk.folder(tmp_path / "out"):
+            pass
+    assert not left.exists()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/sign"]
+
+
 def test_an_interrupted_removal_is_still_known_as_ours(tmp_path, monkeypatch):
     folder = disk.own(tmp_path / "folder")
     (folder / "a").write_text("")
@@ -400,3 +416,33 @@ def test_what_json_cannot_hold_has_a_digest_only_where_the_caller_says_how():
 def test_the_module_imports_no_torch():
     code = "import sys, mirage_dist.disk; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_maker_that_died_before_its_mark_leaves_nothing_for_an_hour(tmp_path):
+    (tmp_path / "out.01234567.tmp").mkdir()
+    (tmp_path / "out.89abcdef.tmp").mkdir()
+    (tmp_path / "out.89abcdef.tmp" / removal.UNFINISHED).write_text("{")
+    (tmp_path / "theirs.01234567.tmp").mkdir()
+    (tmp_path / "theirs.01234567.tmp/file").write_text("theirs")
+    disk.remove_leftovers_in(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.01234567.tmp"]
+
+
+def test_a_living_maker_gets_its_folder_although_others_remove_what_has_no_mark(tmp_path):
+    ended = threading.Event()
+
+    def remove():
+        while not ended.is_set():
+            disk.remove_leftovers(tmp_path / "out")
+            ended.wait(0.0005)
+
+    with ThreadPoolExecutor(3) as pool:
+        removers = [pool.submit(remove) for _ in range(3)]
+        try:
+            for number in range(300):
+                folder = disk.own(tmp_path / f"out.{number:08x}.tmp")
+                (folder / "file").write_text("whole")
+                assert {entry.name for entry in folder.iterdir()} == {disk.MARK, "file"}
+        finally:
+            ended.set()
+        assert [future.result() for future in removers] == [None] * 3

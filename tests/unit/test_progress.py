@@ -210,3 +210,14 @@ def test_results_faults_and_logs_show_controls_as_escapes(capsys, text):
     assert captured.err == f"mirage: {escaped}\n"
     assert captured.out == f"{escaped}\nrun: {escaped}\n"
     assert progress.printable("\udc80") == "\\udc80"  # not logged here: pytest-xdist cannot pass such a log on
+
+
+def test_a_fault_that_repeats_a_long_value_is_a_sentence_and_a_traceback_stays_whole(capsys):
+    progress.show(f"mirage: suite must be a name, got {'ä ' * 100_000} (expected letters)", error=True)
+    fault = capsys.readouterr().err
+    assert len(fault) < 6000
+    assert fault.startswith("mirage: suite must be a name, got ä ä")
+    assert fault.endswith("ä  (expected letters)\n")
+    lines = "".join(f"  File 'x', line {n}\n" for n in range(1000))
+    progress.show(lines, error=True)
+    assert capsys.readouterr().err == f"{lines}\n"

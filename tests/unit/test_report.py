@@ -299,7 +299,6 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
         row = {**state.parse("row", line.encode(), rows), "image": f"{tmp_path}/world/{names[number % len(names)]}"}
         lines[number] = state.sealed("row", row)
     rows.write_text("".join(lines))
-    (run / "evals/demo/config.yaml").write_text(f"world: {{dir: {tmp_path}/world}}\n")
     (loaded,) = read({"run": run})
     data = examples.gather([loaded], 6, outputs=False)
     (picture,) = data["pictures"]

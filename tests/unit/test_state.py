@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mirage_dist import state
 from mirage_dist.schema import ConfigError
+from mirage_dist.schema.limits import Limit
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 trees = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
@@ -56,6 +57,33 @@ def test_what_is_wrong_is_named(raw: bytes, message: str):
 def test_a_newer_format_is_refused_as_such():
     with pytest.raises(ConfigError, match="format row 7; this version of mirage_dist reads row 1"):
         state.parse("row", state.sealed("row", {"a": 1}).replace("row 1", "row 7").encode(), "x")
+
+
+def test_lines_are_read_from_an_offset_and_within_a_limit(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    texts = [state.sealed("row", {"a": number}).encode() for number in range(3)]
+    file.write_bytes(b"".join(texts) + b"cut")
+    second = len(texts[0])
+    assert [line for _, line in state.lines(file)] == [*texts, b"cut"]
+    assert next(state.lines(file, second)) == (second, texts[1])
+    monkeypatch.setattr(state, "LINE", Limit("line", len(texts[0]), "bytes", ""))
+    assert len(list(state.lines(file))) == 4
+    file.write_bytes(texts[0] + b"x" * 1000)
+    with pytest.raises(state.Damaged, match=f"the line at byte {second} is longer than {second} bytes"):
+        list(state.lines(file))
+
+
+@pytest.mark.parametrize("place", ["nowhere", "zero", "fifo", "folder"])
+def test_lines_of_what_is_no_regular_file(tmp_path, place):
+    file = tmp_path / "rows.jsonl"
+    if place == "zero":
+        file.symlink_to("/dev/zero")
+    elif place == "fifo":
+        os.mkfifo(file)
+    elif place == "folder":
+        file.mkdir()
+    with pytest.raises(state.Damaged, match="cannot be read"):
+        next(state.lines(file))
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

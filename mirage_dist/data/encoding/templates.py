@@ -27,7 +27,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema import ConfigError, RunError, documents
 
 SECONDS = 2  # of processor time, for a rendering, and for all examples together
 MEMORY = 1 << 29  # bytes, for the examples
@@ -131,8 +131,8 @@ def check(folder: Path, tokenizer: Any, template: str | None, text_only: bool) -
 
 def _holds_a_template(file: Path) -> bool:
     try:
-        return file.suffix == ".jinja" or "chat_template" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return file.suffix == ".jinja" or "chat_template" in json.loads(documents.read_bytes(file))
+    except (ConfigError, ValueError, TypeError, RecursionError):
         return False
 
 

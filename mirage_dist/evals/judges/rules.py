@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from mirage_dist.data import refusals as lists
@@ -13,7 +12,7 @@ from mirage_dist.data import scripts
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, Source
 from mirage_dist.evals.results import Verdict
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,5 +79,5 @@ class Keyword(Judge):
     @property
     def depends_on(self) -> tuple[Source, ...]:
         """The normaliser's source among them, so that verdicts by another rule are not used."""
-        own = b"" if self.refusals is None else Path(self.refusals).read_bytes()
+        own = b"" if self.refusals is None else documents.read_bytes(self.refusals)
         return lists, scripts, lists.LISTS.read_bytes(), own

@@ -20,11 +20,11 @@ from typing import Any, NotRequired, TypedDict, cast, overload
 
 from mirage_dist import disk, state
 from mirage_dist.schema import EvalRecipe, RunError
+from mirage_dist.schema.limits import LINE
 
 KEPT = "whole answers are kept, and the next start does the rest"  # completes the message about a full disk
 COMPLETE = "the evaluation is not complete: start it again, and it does what is missing"
 KEY = re.compile(rb'\{"key": "([0-9a-f]{64})", ')  # how a row begins
-BLOCK_BYTES = 1 << 20
 NAMED_LINES = 3  # of each file with damaged lines, in a message
 
 
@@ -97,15 +97,12 @@ class Writer:
 def lines(file: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
     """Every complete line from the byte `start` on, with its offset. A line that is still being written is left out.
 
-    Raises RunError for a file that cannot be read.
+    Raises RunError for a file that cannot be read (see `state.lines`).
     """
-    with readable(file), file.open("rb", buffering=BLOCK_BYTES) as handle:
-        handle.seek(start)
-        for line in handle:
-            if not line.endswith(b"\n"):
-                return  # the end of the file; reading on, after it has grown, would give the line's rest as a line
-            yield start, line
-            start += len(line)
+    for offset, line in state.lines(file, start):
+        if not line.endswith(b"\n"):
+            return  # the end of the file; reading on, after it has grown, would give the line's rest as a line
+        yield offset, line
 
 
 @contextmanager
@@ -284,7 +281,7 @@ class Merged(Sequence[Row]):
                             opened.pop(next(iter(opened))).close()
                         opened[number] = file.open("rb")
                     opened[number].seek(offset)
-                    line = opened[number].readline()
+                    line = opened[number].readline(LINE.value)
                 yield cast(Row, state.parse("row", line, f"{file}, the line at byte {offset}"))
         finally:
             for handle in opened.values():

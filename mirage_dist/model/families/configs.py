@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.model.families import roles
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, documents
 
 # Kinds of checkpoints in an original format, as their config.json names them -> a conversion for transformers.
 CONVERSIONS = {
@@ -157,9 +157,9 @@ def names_remote_code(folder: Path) -> bool:
 def read(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory. Raises ConfigError when it cannot be read, or is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give a Hugging Face model directory") from error
+        content = json.loads(documents.read_bytes(file))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give a Hugging Face model directory") from error
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise ConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(content, dict):

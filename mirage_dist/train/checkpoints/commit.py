@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mirage_dist import disk, state
 from mirage_dist.model.shards import (
+    MANIFEST,
     Fragment,
     Scalars,
     Shards,
@@ -154,9 +155,9 @@ class Saver:
 
     def _commit(self, pending: _Pending, files: Digests) -> None:
         text = state.sealed("checkpoint", {**pending.manifest, "files": files}, indent=1)
-        disk.write(pending.partial / "manifest.json", text, workspace=pending.partial)
+        disk.write(pending.partial / MANIFEST, text, workspace=pending.partial)
         final = self.folder / pending.name
-        if (final / "manifest.json").is_file():  # it was damaged, or is made again after a resume from an older one
+        if (final / MANIFEST).is_file():  # it was damaged, or is made again after a resume from an older one
             self._remove_later(final)
         else:
             _check_place(final)
@@ -262,7 +263,7 @@ def load(engine: Any, checkpoint: Path, expected: Mapping[str, Any]) -> tuple[di
 
 def _check_place(final: Path) -> None:
     """Raise RunError unless a checkpoint can be put here: by its manifest, one is ours; an empty folder is nobody's."""
-    if (final / "manifest.json").is_file():
+    if (final / MANIFEST).is_file():
         return
     if final.is_symlink() or final.is_file() or (final.is_dir() and any(final.iterdir())):
         raise RunError(
@@ -274,7 +275,7 @@ def _check_place(final: Path) -> None:
 def _foreign(checkpoint: Path, files: Mapping[str, Any]) -> str:
     """The names in a checkpoint that its manifest does not name; those of files open on NFS are nobody's."""
     names = {entry.name for entry in checkpoint.iterdir() if not entry.name.startswith(".nfs")}
-    return ", ".join(sorted(names - {*files, "manifest.json"}))
+    return ", ".join(sorted(names - {*files, MANIFEST}))
 
 
 @contextmanager

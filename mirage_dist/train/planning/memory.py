@@ -6,16 +6,15 @@ estimate, whose assumptions the docstring of `activations` states.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mirage_dist.kernels.logprob import linear_token_logps
+from mirage_dist.kernels.logprob import WORKSPACE_MB
 from mirage_dist.train.optimizers.whole import owners
 
 FP32 = 4  # bytes
-WORKSPACE = inspect.signature(linear_token_logps).parameters["workspace_mb"].default << 20
+WORKSPACE = WORKSPACE_MB["cuda"] << 20
 # DeepSpeed's defaults for what its JSON leaves out, in elements.
 BUCKETS = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5}
 

@@ -30,8 +30,9 @@ SIGNATURES = {
 }
 
 
+@pytest.mark.parametrize("flags", [True, False])
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_kernels_compile_for_a_gpu(name, tmp_path, monkeypatch):
+def test_kernels_compile_for_a_gpu(name, flags, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -40,7 +41,7 @@ def test_kernels_compile_for_a_gpu(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(triton_rows, name, None) or getattr(triton_steer, name)
     typed = dict(zip(kernel.arg_names, SIGNATURES[name], strict=False))
-    constants = {n: 4096 if n == "BLOCK" else True for n in kernel.arg_names if n.isupper()}
+    constants = {n: 4096 if n == "BLOCK" else flags for n in kernel.arg_names if n.isupper()}
     source = ASTSource(
         fn=kernel,
         signature={n: typed.get(n, "constexpr") for n in kernel.arg_names},

@@ -144,6 +144,19 @@ def test_what_is_no_checkpoint_is_named_once_and_stays(folder, capsys):
     assert [name for name in others if not (folder / name).is_symlink() and not (folder / name).exists()] == []
 
 
+def test_a_model_is_that_of_the_newest_checkpoint_or_of_a_step_that_is_named(folder):
+    """A training goes on from an older one; an older model in place of the newest would not be noticed."""
+    (folder / "step-000012").mkdir()  # a user's
+    assert export.chosen(folder, None) == folder / "step-000008"
+    (folder / "step-000008/manifest.json").write_text("")
+    assert newest(folder, ALONE) == folder / "step-000006"
+    with pytest.raises(ConfigError, match=r"step-000008 is damaged: .*name the newest whole one: step 6 \(.*--step 6"):
+        export.chosen(folder, None)
+    with pytest.raises(ConfigError, match=r"step-000008 is damaged: .*; nothing was exported"):
+        export.chosen(folder, 8)
+    assert export.chosen(folder, 6) == folder / "step-000006"
+
+
 def test_a_copy_under_another_steps_name_is_damaged(folder):
     (folder / "step-000004").rename(folder / "step-000009")
     assert "is the manifest of step 4" in str(damage(folder / "step-000009"))
