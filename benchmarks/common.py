@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -76,6 +76,19 @@ def say_targets(judged: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def profile(run: Callable[[], object], device: str, rows: int) -> str:
+    """Where the time of one call goes, as a table: operators on a CPU, kernels on a GPU, the costliest first."""
+    import torch
+
+    kinds, gpu = torch.profiler.ProfilerActivity, device == "cuda"
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if gpu else [kinds.CPU]) as profiler:
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+    by = "self_device_time_total" if gpu else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=60)
 
 
 # ---------------------------------------------------------------------------------------------------- ranks
