@@ -196,7 +196,7 @@ def measure(case: Case, device: str, rounds: int, calls: int, profile: bool) -> 
     spent = take_turns({**{f"{n} products": run for n, run in products.items()}, **steps}, device, rounds, calls)
     for name, run in steps.items():
         if profile and name.startswith("linear_token_logps"):
-            print(f"\n{case.name}, {name}\n{profile_of(run, device)}", flush=True)
+            print(f"\n{case.name}, {name}\n{common.profile(run, device, rows=8)}", flush=True)
     floor_ms = {n: median(spent[f"{n} products"]["ms"]) for n in products}
     for version in versions(case, device):
         if version.name not in steps:
@@ -208,17 +208,6 @@ def measure(case: Case, device: str, rounds: int, calls: int, profile: bool) -> 
         for quantity, slow in baseline.items():
             entry[f"times_eager_{quantity}"] = [a / b for a, b in zip(slow, own[quantity], strict=True)]
     return {"case": case.title, "name": case.name, "floor_ms": floor_ms, "versions": entries}
-
-
-def profile_of(run: Callable[[], object], device: str) -> str:
-    """Where the time of one call goes: operators on a CPU, kernels on a GPU."""
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CUDA if device == "cuda" else kinds.CPU]) as profiler:
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=by, row_limit=8, max_name_column_width=60)
 
 
 def measure_steering(device: str, rounds: int, calls: int) -> dict[str, Any]:

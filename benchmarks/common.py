@@ -78,6 +78,19 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def profile(run: Callable[[], object], device: str, rows: int) -> str:
+    """Where the time of one call goes, as a table: operators on a CPU, kernels on a GPU, the costliest first."""
+    import torch
+
+    kinds, gpu = torch.profiler.ProfilerActivity, device == "cuda"
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if gpu else [kinds.CPU]) as profiler:
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+    by = "self_device_time_total" if gpu else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=60)
+
+
 # ---------------------------------------------------------------------------------------------------- ranks
 
 

@@ -235,11 +235,7 @@ def rank(task: Mapping[str, Any]) -> None:
         return {}
 
     def profile() -> dict[str, Any]:
-        kinds = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[kinds.CPU] if cpu(group) else [kinds.CPU, kinds.CUDA]) as profiler:
-            step()
-        by = "self_cpu_time_total" if cpu(group) else "self_device_time_total"
-        return {"table": profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60)}
+        return {"table": common.profile(step, "cpu" if cpu(group) else "cuda", rows=20)}
 
     def answer(word: str) -> dict[str, Any]:
         try:

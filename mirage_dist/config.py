@@ -75,12 +75,15 @@ def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple
     try:
         documents.check_yaml(text)
         tree: Any = OmegaConf.load(StringIO(text))
+        # As written: an interpolation names keys of the whole recipe, which is not there yet.
+        plain: Any = OmegaConf.to_container(tree, resolve=False)
     except Exception as error:
-        raise ConfigError(f"{file}: not readable as YAML: {error}") from error
-    if not OmegaConf.is_dict(tree) or INCLUDE not in tree:
+        raise ConfigError(f"{file}: not readable as YAML: {_problem(error)}") from error
+    if not isinstance(plain, dict) or INCLUDE not in plain:
         return tree, [file]
+    del tree[INCLUDE]
     whole, files = OmegaConf.create({}), [file]
-    for name in _names(tree.pop(INCLUDE), str(file)):
+    for name in _names(plain[INCLUDE], str(file)):
         other, more = _read(name, schema, (*within, file))
         whole, files = _merged(schema, whole, other, more[0]), files + more
         if len(files) > INCLUDES.value:
@@ -102,7 +105,7 @@ def _merged(schema: Any, below: Any, above: Any, source: Path) -> Any:
         choice.replaced(schema, below, above)
         return OmegaConf.merge(below, above)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{source}: {_problem(error)}") from error
 
 
 def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str) -> T:
@@ -123,11 +126,11 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
         plain = OmegaConf.to_container(tree, resolve=True)
     except UnsupportedInterpolationType as error:
         raise ConfigError(
-            f"{source}: {error.full_key}: {str(error).splitlines()[0]}; a recipe can use ${{other.key}}, ${{fixed2:…}} "
+            f"{source}: {error.full_key}: {_problem(error)}; a recipe can use ${{other.key}}, ${{fixed2:…}} "
             "and ${add:…}. What is secret stays in the environment, and the recipe names its variable (key_env)"
         ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{source}: {_problem(error)}") from error
     if (why := fault_within(plain)) is not None:
         raise ConfigError(f"{source}: {why}")
     if (key := _secret(plain)) is not None:
@@ -167,13 +170,16 @@ def _item(override: str) -> tuple[str, Any]:
         documents.check_yaml(value)
         given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
         return key, given["value"]
-    except OmegaConfBaseException:
-        raise
-    except Exception as error:  # yaml's errors, whatever library OmegaConf parses with
-        problem = " ".join(str(error).split())
+    except Exception as error:  # yaml's errors, whatever library OmegaConf parses with, and OmegaConf's
         raise ConfigError(
-            f"override {shown(override)}: its value is not YAML ({problem}); quote names with [ ] in lists"
+            f"override {shown(override)}: its value is not YAML ({_problem(error)}); quote names with [ ] in lists"
         ) from error
+
+
+def _problem(error: Exception) -> str:
+    """In one line. OmegaConf's further lines name its own objects."""
+    lines = str(error).splitlines()
+    return " ".join(" ".join(lines[:1] if isinstance(error, OmegaConfBaseException) else lines).split())
 
 
 def find(path: str | Path) -> Path:

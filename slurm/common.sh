@@ -32,19 +32,18 @@ trap 'on_signal TERM' TERM
 say() { printf '%(%F %T)T job %s, start %d: %s\n' -1 "$job" "$((${SLURM_RESTART_COUNT:-0} + 1))" "$*"; }
 
 on_signal() {
-  local before=$request
   signals=$((signals + 1))
   # A TERM that follows a USR1 has the last word: Slurm decides about the job.
   [[ $request == TERM ]] || request=$1
   say "got $1"
-  if [[ $step ]]; then send "$before"; fi
+  if [[ $step ]]; then send; fi
 }
 
-# send [BEFORE]: start `pass_on`, in the place of one that is still trying to pass BEFORE on.
+# Start `pass_on`, in the place of the one for the request before.
 send() {
   if [[ $courier ]]; then
     kill "$courier" 2>/dev/null || true
-    wait "$courier" || [[ $1 == "$request" ]] || say "$1 could not be passed on to the processes"
+    wait "$courier" || true
   fi
   # In the background: the next signal, and the end of the step, are not waited for by a command that hangs.
   pass_on "$request" &
@@ -52,10 +51,11 @@ send() {
 }
 
 # pass_on SIGNAL: signal the step, unless Slurm ends this start of the job itself and signals the step. It tries for as
-# long as the step runs: the controller may be busy, and the step may still be set up. The signal goes through Slurm,
-# since on a TERM srun would kill the processes at once.
+# long as the step runs, since the controller may be busy; and signals again, less and less often, since a process that
+# is only starting (Slurm's, or a shell that is about to become Python) may take a signal and do nothing, whatever Slurm
+# answers. More than one do no harm. The signal goes through Slurm, since on a TERM srun would kill the processes at once.
 pass_on() {
-  local problem steps failed=
+  local problem steps pause=1 failed=
   while kill -0 "$step" 2>/dev/null; do
     look
     [[ $stands != slurm ]] || return 0
@@ -65,7 +65,10 @@ pass_on() {
       elif grep -q '\.[0-9]' <<<"$steps"; then
         if problem=$(scancel --signal="$1" "$job" 2>&1); then
           [[ ! $failed ]] || say "$1 is passed on"
-          return 0
+          failed=
+          sleep "$pause"
+          pause=$((pause < 32 ? 2 * pause : pause))
+          continue
         fi
         problem=${problem:-scancel failed}
       fi

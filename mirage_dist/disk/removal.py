@@ -91,15 +91,19 @@ def _remove_unmarked(folder: Path) -> bool:
 
 def leftovers(path: Path) -> list[Path]:
     """Folders beside `path` in which processes that have died since were writing it."""
-    beside = path.parent.glob(f"{glob.escape(path.name)}.*") if path.parent.is_dir() else ()
-    names = (entry for entry in beside if TEMPORARY.fullmatch(entry.name, len(path.name)))
-    return sorted(entry for entry in names if owned(entry) and _abandoned(entry))
+    return [entry for entry in _temporaries(path) if _abandoned(entry)]
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove the leftovers of `path`."""
-    for entry in leftovers(path):
+    for entry in _temporaries(path):
         _remove_leftover(entry)
+
+
+def _temporaries(path: Path) -> list[Path]:
+    """Folders of ours beside `path` in which processes, living or dead, write it."""
+    beside = path.parent.glob(f"{glob.escape(path.name)}.*") if path.parent.is_dir() else ()
+    return sorted(entry for entry in beside if TEMPORARY.fullmatch(entry.name, len(path.name)) and owned(entry))
 
 
 def remove_leftovers_in(folder: Path) -> None:

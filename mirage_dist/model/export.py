@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -45,9 +46,9 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
     recipe = runs.recipe(run)
     check_form(recipe.model, form, f"{run}: export as {form}")
     disk.remove_leftovers(out)  # also where it is whole, and nothing is written
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} exists; export to a new directory")
-    if (run / "checkpoints").resolve() in out.resolve().parents:
+    if Path(os.path.realpath(run / "checkpoints")) in Path(os.path.realpath(out)).parents:
         raise ConfigError(f"{out} is among the run's checkpoints; export to another place")
     checkpoint = chosen(run / "checkpoints", step)
     manifest = read_manifest(checkpoint)

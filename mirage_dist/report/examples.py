@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -87,7 +88,7 @@ class _Pictures:
         if path not in self._index:
             self._index[path] = None
             try:
-                if not Path(path).resolve().is_relative_to(world):
+                if not Path(os.path.realpath(path)).is_relative_to(world):
                     raise PictureError(path, f"lies outside the world's folder {world}")
                 content = as_png(open_picture(path))
             except PictureError as error:

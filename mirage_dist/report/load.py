@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Run:
     def world(self) -> Path | None:
         """The folder of the world that the suite's questions came from, resolved; None without one."""
         world = self.metrics["world"]
-        return Path(world["dir"]).resolve() if world else None
+        return Path(os.path.realpath(world["dir"])) if world else None
 
     @property
     def world_kind(self) -> str | None:
@@ -263,7 +264,7 @@ def named(folders: Sequence[Path]) -> dict[str, Path]:
     by_name: dict[str, Path] = {}
     for folder in folders:
         recipe = runs.recipe(folder) if (folder / "config.yaml").is_file() else None
-        name = (recipe and recipe.run.name) or folder.resolve().name
+        name = (recipe and recipe.run.name) or Path(os.path.realpath(folder)).name
         if name in by_name:
             raise ConfigError(f"{by_name[name]} and {folder} are both named {name!r}; set run.name in one of them")
         by_name[name] = folder

@@ -95,7 +95,7 @@ def tree(file: Path, change: Mapping[str, Any]) -> None:
         rows = [changed(row, change) if i == change["line"] % len(rows) else row for i, row in enumerate(rows)]
         try:
             pq.write_table(pa.Table.from_pylist(rows), file)
-        except (pa.ArrowException, AttributeError, OverflowError, ValueError):  # a table cannot hold this value
+        except (pa.ArrowException, AttributeError, OverflowError, TypeError, ValueError):  # no row of a table
             raw(file, {"do": "cut", "at": change["line"] % 1000})
     else:
         is_yaml = file.suffix == ".yaml"

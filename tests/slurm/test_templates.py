@@ -136,6 +136,17 @@ def test_a_stop_before_the_ranks_are_there_is_requeued(slurm):
     assert (slurm.ended(job)["JobState"], slurm.job(job)["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
 
 
+def test_a_request_that_a_step_takes_and_does_not_heed_is_made_again(slurm, tmp_path):
+    """As when Slurm has accepted the signal for a step that it is setting up: only the first call does nothing."""
+    deaf = tmp_path / "scancel"
+    deaf.write_text(f'#!/bin/sh\nmkdir "{tmp_path}/once" 2>/dev/null || exec {shutil.which("scancel")} "$@"\n')
+    deaf.chmod(0o755)
+    job = slurm.submit("unlearn_npo", "seconds=60", "again=0", options=SMALL, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    slurm.until(lambda: len(slurm.starts(job)) == 2, "two ranks", job)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    assert (slurm.ended(job)["JobState"], slurm.job(job)["Restarts"]) == ("COMPLETED", "1"), slurm.log(job)
+
+
 def test_preemption_with_a_grace_time_signals_only_the_ranks_and_is_requeued(slurm):
     job = slurm.submit("unlearn_npo", "seconds=4", options=(*SMALL, "--partition=grace"))
     slurm.until(lambda: len(slurm.starts(job)) == 2, "two ranks", job)

@@ -180,6 +180,12 @@ def test_only_one_module_removes_folders():
     assert [str(f) for f in FILES if f != PACKAGE / "disk" / "removal.py" and removing.search(f.read_text())] == []
 
 
+def test_no_path_of_a_user_is_resolved_by_what_raises_on_a_loop_of_links():
+    """Path.resolve raises RuntimeError there, which nobody expects of it; os.path.realpath does not."""
+    resolving = re.compile(r"(?<!Path\(__file__\))(?<!directory)\.resolve\(")
+    assert [str(f) for f in FILES if resolving.search(f.read_text())] == []
+
+
 def test_models_and_processors_are_loaded_in_one_place():
     """Elsewhere a missing package, remote code or a damaged file would not be caught."""
     loaders = re.compile(r"Auto(Processor|Tokenizer|ImageProcessor|Config|Model\w*)$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,6 @@ def lines_of(samples: Iterable[Sample]) -> Iterator[str]:
             del row["references"]
         if not sample.shown:
             del row["shown"]
-        row["image"] = str(Path(sample.image).resolve()) if sample.image else None
+        row["image"] = os.path.realpath(sample.image) if sample.image else None
         del row["begun"]
         yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def write(folder: Path, base: str, options: LoraConfig, weights: Mapping[str, to
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=layers,
-        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+        base_model_name_or_path=os.path.realpath(base) if Path(base).is_dir() else base,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))

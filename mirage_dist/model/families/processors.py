@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
@@ -46,7 +47,7 @@ def _check_places(folder: Path) -> None:
     transformers opens some of these names as they are. Published files name places of the machine that wrote them;
     where these do not exist they are harmless.
     """
-    own = {file.resolve() for file in directory.files(folder)}
+    own = {os.path.realpath(file) for file in directory.files(folder)}
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         content = configs.read(file) if file.is_file() else {}
         named = {name: value for name, value in content.items() if name.endswith("_file") or name in VOCABULARY}
@@ -63,10 +64,10 @@ def _check_places(folder: Path) -> None:
                     )
 
 
-def _is_foreign(folder: Path, place: str, own: AbstractSet[Path], name: str) -> bool:
+def _is_foreign(folder: Path, place: str, own: AbstractSet[str], name: str) -> bool:
     base = folder if name == VERSIONS else Path()  # others are opened where the process works
     try:
-        return (base / place).is_file() and (base / place).resolve() not in own
+        return (base / place).is_file() and os.path.realpath(base / place) not in own
     except (OSError, ValueError):  # a text that is no path
         return False
 

@@ -149,10 +149,10 @@ def test_the_packages_model_has_its_licence_and_says_what_was_changed(install, m
     file = install()
     monkeypatch.setattr(language_model, "SHA256", disk.sha256(file))
     language_model.make(tmp_path / "out")
+    output = capsys.readouterr()
     assert (tmp_path / "out/LICENSE").read_text() == APACHE
     assert "Changes:" in (tmp_path / "out/README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == tiny_gguf.LAYERS
-    output = capsys.readouterr()
     assert "it/s" not in output.err + output.out
     assert output.out.splitlines()[-1].startswith(f"language model: {tmp_path}/out, made in ")
 

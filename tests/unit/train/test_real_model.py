@@ -81,7 +81,7 @@ def test_labels_are_exactly_the_assistants_turns(real, samples):
     tokenizer = processor.tokenizer
     for sample in samples[1]:
         batch = Encoder(processor, picture_token=processor.image_token_id).encode([sample])
-        seen = batch.unpadded_BS[0]  # a row without picture has a placeholder, which nothing sees
+        seen = batch.unpadded_BS[0].bool()  # a row without picture has a placeholder, which nothing sees
         ids, labelled = batch.inputs["input_ids"][0, seen], batch.labels_BS[0, seen] != IGNORE
         turns = [answer for _, answer in sample.history] + [sample.answer]
         starts = [i for i in range(len(ids)) if labelled[i] and not labelled[i - 1]]
