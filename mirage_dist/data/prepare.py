@@ -330,6 +330,8 @@ def _hashes(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseLis
     roles: dict[str, str] = {}
     for key, configs in (("safety", recipe.safety), ("fill", recipe.fill)):
         for number, config in enumerate(configs):
+            # A file that is none of its format is named before gigabytes are hashed.
+            next(sources.parsed(config, Source([])), None)
             roles |= _files(config, f"{key}[{number}]")
     hashes = {role: _sha256(Path(file)) for role, file in roles.items()}
     if refuses.sha256 is not None:
