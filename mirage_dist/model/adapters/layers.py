@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,12 @@ def wrap(hf: Any, options: LoraConfig) -> Any:
     layers = chosen(hf, parts, options.targets)
     names = parts.selected(options.also_train, "model.lora.also_train")
     whole = [parameter for name, parameter in hf.named_parameters() if name in names]
-    wrapped = peft.get_peft_model(
-        hf,
-        peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=layers),
+    config = peft.LoraConfig(
+        r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=layers
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers has renamed
+        wrapped = peft.get_peft_model(hf, config)
     for parameter in whole:
         parameter.requires_grad_(True)
     return wrapped
