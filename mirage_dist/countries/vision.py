@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mirage_dist import disk, signals
 from mirage_dist.countries import facts, flags
@@ -28,6 +27,7 @@ from mirage_dist.model import weights
 from mirage_dist.model.families import configs, processors, roles, small
 from mirage_dist.progress import Progress, log
 from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.worlds import llava
 
 PATCH = 8
 PLACES = (flags.SIDE // PATCH) ** 2  # of a picture in a prompt
@@ -104,7 +104,8 @@ def built(language_model: Path, seed: int) -> tuple[LlavaForConditionalGeneratio
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, name) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))
-    return model, make_processor(tokenizer, template)
+    tokenizer.chat_template = template
+    return model, llava.make_processor(tokenizer, template, flags.SIDE, PATCH)
 
 
 def picture_template(folder: Path, tokenizer: Any) -> str:
@@ -214,22 +215,6 @@ def check_carried(folder: Path, config: Any) -> None:
             f"model.path={folder}: LLaVA cannot carry a {config.model_type}, which computes its logits in another way "
             "than by a decoder and a matrix; give another language model"
         )
-
-
-def make_processor(tokenizer: Any, template: str) -> LlavaProcessor:
-    """CLIP's own preprocessing at the flags' size, and the tokenizer."""
-    side = flags.SIDE
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    tokenizer.chat_template = template
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops again
-        chat_template=template,
-        image_token=PICTURE,
-    )
 
 
 # --------------------------------------------------------------------------------------------------- alignment

@@ -19,11 +19,11 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mirage_dist import disk
 from mirage_dist.embedded import pictures as embedded_pictures
 from mirage_dist.embedded import text as embedded_text
+from mirage_dist.worlds import llava
 
 SPECIAL = ("<pad>", "<end>", "<unk>", "<image>", "<system>", "<user>", "<assistant>")
 PATCH = embedded_pictures.CELL
@@ -85,16 +85,7 @@ def as_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """CLIP's own preprocessing at the world's picture size, and the tokenizer."""
-    side = embedded_pictures.SIDE
-    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops again
-        chat_template=CHAT_TEMPLATE,
-    )
+    return llava.make_processor(tokenizer, CHAT_TEMPLATE, embedded_pictures.SIDE, PATCH)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
