@@ -349,7 +349,7 @@ def value(recipe: Any, dotted: str) -> Any:
     way = ""
     for part in re.findall(r"[^.\[\]]+", dotted):
         entries = dict(enumerate(node)) if isinstance(node, list) else node
-        key = int(part) if isinstance(node, list) and part.isdecimal() else part
+        key: Any = documents.whole_number(part) if isinstance(node, list) else part
         if not isinstance(entries, Mapping) or key not in entries:
             known = list(map(str, entries)) if isinstance(entries, Mapping) else []
             raise ConfigError(f"{dotted}: unknown key {_join(way, part)!r}; {nearest(part, known)}")

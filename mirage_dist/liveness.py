@@ -185,8 +185,8 @@ def end_with_parents() -> None:
     """
     here, parents = f"{boot_id()}/{pid_namespace()}", {}
     for place, _, number in (word.rpartition("/") for word in os.environ.get(PARENTS, "").split()):
-        if place == here and number.isdecimal() and len(number) <= 9:
-            parents[int(number)] = process_start(int(number))
+        if place == here and (pid := documents.whole_number(number)) is not None:
+            parents[pid] = process_start(pid)
     if parents:
         threading.Thread(target=_watch_parents, args=(parents,), name="parents", daemon=True).start()
 
@@ -200,9 +200,9 @@ def _watch_parents(parents: Mapping[int, str | None]) -> None:
 def restart_count() -> int:
     """How often Slurm has restarted this job; 0 outside one. Raises ConfigError for a variable that is no number."""
     value = os.environ.get("SLURM_RESTART_COUNT") or "0"
-    if not (value.isdecimal() and len(value) <= 9):
+    if (count := documents.whole_number(value)) is None:
         raise ConfigError(f"SLURM_RESTART_COUNT={shown(value)}: expected a whole number, as Slurm sets it; unset it")
-    return int(value)
+    return count
 
 
 def boot_id() -> str:

@@ -20,6 +20,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from mirage_dist.schema import secrets
+from mirage_dist.schema.documents import whole_number
 from mirage_dist.schema.errors import RunError
 
 LONGEST = 4000  # characters of a line on standard error
@@ -98,8 +99,8 @@ def rank() -> int:
     """This process's rank according to its launcher, 0 without one; never an error, unlike the launch itself."""
     names = ("RANK", "SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else ("RANK",)
     for name in names:
-        if (value := os.environ.get(name, "")).isdecimal():
-            return int(value)
+        if (value := whole_number(os.environ.get(name, ""))) is not None:
+            return value
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from mirage_dist import signals
 from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema.documents import whole_number
 from mirage_dist.schema.names import shown
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def check_rendezvous() -> None:
         return
     missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
     port = os.environ.get("MASTER_PORT", "")
-    if not missing and not (port.isdecimal() and len(port) < 6 and 0 < int(port) < 65536):
+    if not missing and not 0 < (whole_number(port) or 0) < 65536:
         raise ConfigError(f"MASTER_PORT={shown(port)}: expected a port, a whole number from 1 to 65535")
     if missing:
         raise ConfigError(
@@ -116,9 +117,10 @@ def _launched() -> tuple[tuple[int, int, int], str]:
 
 
 def _number(name: str, value: str) -> int:
-    if not (value.isdecimal() and len(value) <= 9) or (name == "WORLD_SIZE" and int(value) == 0):
+    number = whole_number(value)
+    if number is None or (name == "WORLD_SIZE" and number == 0):
         raise ConfigError(f"{name}={shown(value)}: expected a whole number{' above 0' if name == 'WORLD_SIZE' else ''}")
-    return int(value)
+    return number
 
 
 def check_environment() -> None:

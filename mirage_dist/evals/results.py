@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mirage_dist import state
+from mirage_dist.schema.documents import whole_number
 from mirage_dist.stats import Paired
 
 Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
@@ -37,7 +38,8 @@ class Condition:
     def parse(cls, key: str) -> Condition:
         """The condition of a key. A key without a number of shots is the questions' own condition, shots 0."""
         attack, separator, shots = key.rpartition("_k")
-        return cls(attack, int(shots)) if separator and attack and shots.isdecimal() else cls(key, 0)
+        number = whole_number(shots)
+        return cls(attack, number) if separator and attack and number is not None else cls(key, 0)
 
     @property
     def label(self) -> str:

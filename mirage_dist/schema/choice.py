@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
+from mirage_dist.schema.documents import whole_number
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -67,7 +69,7 @@ def _parts(dotted: str) -> tuple[str, ...]:
 def _select(tree: Any, place: Sequence[str]) -> Any:
     """The node at a place; None where there is none, or an interpolation, whose value may not be known yet."""
     for part in place:
-        key: Any = int(part) if OmegaConf.is_list(tree) and part.isdecimal() else part
+        key: Any = whole_number(part) if OmegaConf.is_list(tree) else part
         if OmegaConf.is_list(tree) and not (isinstance(key, int) and key < len(tree)):
             return None
         if not OmegaConf.is_config(tree) or (OmegaConf.is_dict(tree) and key not in tree):

@@ -190,3 +190,11 @@ def value_fault(value: Any, place: str = "") -> str | None:
         elif node is not None and not isinstance(node, str | int | float):
             return f"{at}: {type(node).__name__}; expected text, a number, true, false, a list or a mapping"
     return None
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of one to nine decimal digits is, such as a process id; None for any other text.
+
+    Of thousands of digits `int` makes no number but an error.
+    """
+    return int(text) if text.isdecimal() and len(text) <= 9 else None

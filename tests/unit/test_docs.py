@@ -189,6 +189,7 @@ def test_mirage_config_prints_values_and_overrides_that_read_back(capsys):
     assert configs.load(words[1], [printed[3]], TrainRecipe).run.dir == printed[0]
     assert cli.main([*words, "--get", "run.dri"]) == 2
     assert "did you mean 'dir'?" in capsys.readouterr().err
+    assert cli.main([*words, "--get", f"data.streams.forget[{'9' * 5000}]"]) == 2
     assert cli.main(["config", "configs/eval/vlguard.yaml", 'suite="a\\nb"', "--get", "suite"]) == 2
 
 

@@ -63,6 +63,13 @@ def test_other_ranks_draw_no_bar():
     assert in_terminal("with Progress(9, 'check') as p:\n  p.update(9)", RANK="1") == ""
 
 
+@pytest.mark.parametrize(("value", "number"), [("3", 3), ("", 0), ("x", 0), ("-1", 0), ("²", 0), ("9" * 5000, 0)])
+def test_a_rank_that_is_no_number_is_no_error_of_a_line_in_the_log(monkeypatch, value, number):
+    monkeypatch.setenv("RANK", value)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert progress.rank() == number
+
+
 def test_a_disabled_progress_shows_nothing():
     assert in_terminal("with Progress(9, 'check', disable=True) as p:\n  p.update(9)") == ""
 
