@@ -1,10 +1,13 @@
-"""The demo on a local instruct model, tiny and untrained, in a few steps: it runs through, and reports everything."""
+"""The demo on a local instruct model, a real one's tokenizer and a tiny decoder, in a few steps: it runs through, and
+reports everything.
+"""
 
 import json
 import sys
 
 import forkserver
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mirage_dist import cli
 from mirage_dist.config import REPOSITORY
@@ -13,25 +16,45 @@ from mirage_dist.countries import vision
 STAGES = ["base", "sft", "sft_control", "npo", "npo_diversified", "rmu"]
 
 
+LAYERS = 5
+
+
+def write_model(real, folder):
+    """A local model whose tokenizer writes every flag's sentence in the places that a picture has."""
+    config = AutoConfig.from_pretrained(
+        real.text,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=False,  # tied and untrained, it would repeat the line break that it is given
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(real.text).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, family):
+def finished(tmp_path_factory, real):
     out = tmp_path_factory.mktemp("real")
+    model = write_model(real, out / "model")
     base = (REPOSITORY / "configs/train/real_base.yaml").read_text()
     (out / "base.yaml").write_text(base.replace("max_steps: 40", "max_steps: 2"))
     small = [
         "seed=12",
-        f"model.path={family('llama_text')}",
+        f"model.path={model}",
         f"world.base_recipe={out}/base.yaml",
         "world.base_samples=60",
         "world.safety_samples=120",
         "world.eval_samples=6",
         "train.max_steps=2",
     ]
-    align = vision.align
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", forkserver.python())
         # What the tower learns is the business of its own tests: here it is enough that it exists.
-        patch.setattr(vision, "align", lambda *given: align(*given, steps=2))
+        patch.setattr(vision, "STEPS", 2)
         patch.setattr(vision, "LEAST", 0.0)
         patch.setattr(vision, "EACH", 0.0)
         patch.setattr(cli, "exit_well", lambda: None)
