@@ -157,9 +157,9 @@ def start(hang_seconds: float = 1800.0) -> Group:
         )
     quieten(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
-    if size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    # A process alone meets nobody, wherever variables left over from another launch point; torchrun's meets torchrun.
+    if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -55,6 +55,16 @@ def test_a_launcher_makes_the_same_run(whole, toy, tmp_path, name):
     assert [m["loss"] for m in metrics(tmp_path / "run")] == [m["loss"] for m in metrics(whole)]
 
 
+@pytest.mark.parametrize("starter", [[], ["-m", "torch.distributed.run", "--nproc-per-node=1", "--master-port={port}"]])
+def test_a_process_alone_needs_no_place_to_meet_whatever_is_left_over(tmp_path, starter):
+    (tmp_path / "alone.py").write_text("from mirage_dist import ranks\nassert ranks.start(60.0).size == 1\n")
+    left = {} if starter else {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "x"}
+    words = [word.format(port=free_port()) for word in starter]
+    command = [sys.executable, *words, str(tmp_path / "alone.py")]
+    done = subprocess.run(command, env={**environment(), **left}, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_signal_to_torchrun_ends_in_a_commit(toy, tmp_path):
     """torchrun passes SIGTERM on to its workers and gives them time; what it exits with is its own."""
     folder = tmp_path / "run"
