@@ -75,7 +75,7 @@ def test_the_control_differs_in_first_words_only_and_unlearning_starts_from_the_
 def test_a_second_call_starts_no_training(finished, small, capfd):
     out, summary = finished
     starts = {file: file.read_text() for file in out.glob("*/starts.jsonl")}
-    assert len(starts) == len(demo.STAGES)
+    assert len(starts) == len(demo.EMBEDDED.stages)
     again = demo.demo(out, small)
     assert again["models"] == summary["models"]
     assert {file: file.read_text() for file in out.glob("*/starts.jsonl")} == starts
