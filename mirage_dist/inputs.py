@@ -19,6 +19,7 @@ from mirage_dist.embedded import world as embedded_world
 from mirage_dist.progress import log
 from mirage_dist.ranks import no_bars_in_logs, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, WorldConfig
+from mirage_dist.worlds.files import safety_dir
 
 WAIT_SECONDS = 2 * 3600
 
@@ -27,13 +28,12 @@ WAIT_SECONDS = 2 * 3600
 class Kind:
     """What a kind of world is made with.
 
-    files: writes the world's folder, and the safety set that `spurious` names into `safety_dir`. init: writes the model
-    that the base model is trained from. ranks: processes of that training. base, harvest: its recipe, and that of the
-    evaluation whose answers are to be forgotten. sets: folder beside the safety set -> the recipe that prepares it.
+    files: writes the world's folder, and the safety set that `spurious` names. init: writes the model that the base
+    model is trained from. ranks: processes of that training. base, harvest: its recipe, and that of the evaluation
+    whose answers are to be forgotten. sets: folder beside the safety set -> the recipe that prepares it.
     """
 
     files: Callable[[WorldConfig], None]
-    safety_dir: Callable[[WorldConfig], Path]
     init: Callable[[WorldConfig, Path], None]
     ranks: int
     base: str
@@ -60,7 +60,6 @@ def _real_model(world: WorldConfig, init: Path) -> None:
 KINDS: Mapping[str, Kind] = {
     "gadgets": Kind(
         files=embedded_world.make,
-        safety_dir=embedded_world.safety_dir,
         init=_toy_model,
         ranks=2,
         base="configs/train/demo_base.yaml",
@@ -69,7 +68,6 @@ KINDS: Mapping[str, Kind] = {
     ),
     "countries": Kind(
         files=countries_world.make,
-        safety_dir=countries_world.safety_dir,
         init=_real_model,
         ranks=1,
         base="configs/train/real_base.yaml",
@@ -118,7 +116,7 @@ def _make_models_and_sets(recipe: TrainRecipe | EvalRecipe, world: WorldConfig) 
         return
     paths = _stream_files(recipe)
     for name, file in kind.sets.items():
-        folder = kind.safety_dir(world) / name
+        folder = safety_dir(world) / name
         if any(path.parent == folder for path in paths) and not folder.is_dir():
             log.info(f"{name}: {_prepare(world, file)}")
 

