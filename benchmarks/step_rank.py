@@ -18,6 +18,7 @@ import common
 from common import MIB, SIZES, Size
 
 BETA = 0.1
+WORKERS = 4  # that make batches ahead for a rank with a GPU; a CPU makes them between the steps, as part of their time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -73,7 +74,7 @@ def cases(size: Size, lora: bool) -> dict[str, list[Version]]:
     return versions
 
 
-def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
+def recipe_of(version: Version, task: Mapping[str, Any], ranks: int, workers: int) -> Any:
     from omegaconf import OmegaConf
 
     from mirage_dist import config as configs
@@ -91,6 +92,7 @@ def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
         "model": model,
         "data": {
             "max_length": size.tokens,
+            "workers": workers,
             "streams": {name: [{"format": "samples", "path": str(place / f"{name}.jsonl")}] for name in streams},
         },
         "objective": dict(version.objective),
@@ -109,7 +111,7 @@ def recipe_of(version: Version, task: Mapping[str, Any], ranks: int) -> Any:
     return configs.from_tree(OmegaConf.create(tree), [], TrainRecipe, "benchmark")
 
 
-Step = Callable[[int], tuple[float, int]]  # number -> loss, tokens of this rank
+Step = Callable[[int], tuple[float, int]]  # number, in order from 0 -> loss, tokens of this rank
 
 
 def ours(recipe: Any, group: Any) -> Step:
@@ -145,13 +147,14 @@ def our_run(recipe: Any, group: Any) -> Any:
 
 
 def our_step(run: Any, reference: Any) -> Step:
-    """The step of a run, with the reference that its recipe names."""
+    """The step of a run, with the reference that its recipe names, in order from step 0."""
     from mirage_dist.train.loop import Loop
 
     loop, group = Loop(run, reference), run.group
+    windows = run.feed.windows(range(run.feed.steps), group)
 
     def step(number: int) -> tuple[float, int]:
-        record = loop.step(number, run.feed.window(number, group))[0]
+        record = loop.step(number, next(windows))[0]
         return record["loss"], record["tokens"] // group.size
 
     return step
@@ -189,8 +192,10 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
         objective.start(text.hidden_size, recipe.seed)
         options = {"layer": recipe.objective["layer"], "control_D": objective.state_dict()["control_D"]}
 
-    def step(number: int) -> tuple[float, int]:
-        micro = feed.window(number, group)[0].to(group.device)
+    windows = feed.windows(range(feed.steps), group)
+
+    def step(_number: int) -> tuple[float, int]:
+        micro = next(windows)[0].to(group.device)
         parts = [published.rows(micro, stream) for stream in objective.needs.streams]
         loss = getattr(published, algorithm)(*models, *parts, **options)
         policy.backward(loss)
@@ -213,7 +218,7 @@ def rank(task: Mapping[str, Any]) -> None:
 
     group = ranks.start()
     version = Version(**task["version"])
-    recipe = recipe_of(version, task, group.size)
+    recipe = recipe_of(version, task, group.size, 0 if cpu(group) else WORKERS)
     state: dict[str, Any] = {"number": 0, "before": resident("VmRSS") if cpu(group) else 0}
 
     def step() -> dict[str, Any]:

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+from mirage_dist import __version__, runs, signals
 from mirage_dist import config as configs
-from mirage_dist import runs, signals
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
@@ -159,5 +159,5 @@ def _check_pictures(work: WorkList, model: Subject) -> None:
 
 
 def _all_versions(engine: dict[str, str]) -> dict[str, str]:
-    own = {name: version(name) for name in ("mirage-dist", "torch", "transformers")}
-    return {"python": platform.python_version(), **own, **engine}
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"python": platform.python_version(), "mirage-dist": __version__, **libraries, **engine}

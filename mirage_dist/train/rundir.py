@@ -14,8 +14,8 @@ from typing import TypedDict, cast
 
 import torch
 
+from mirage_dist import __version__, runs, state
 from mirage_dist import config as configs
-from mirage_dist import runs, state
 from mirage_dist.data.refusals import PhraseList
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
@@ -239,8 +239,8 @@ def _write_starts(lease: Lease, starts: Sequence[Start]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that compute a run."""
-    libraries = ("mirage-dist", "torch", "transformers", "deepspeed", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+    libraries = {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}
+    return {"python": platform.python_version(), "mirage-dist": __version__, **libraries}
 
 
 def begun_like_this(root: Path) -> bool:
