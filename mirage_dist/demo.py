@@ -83,15 +83,14 @@ REAL = Story(
 
 
 def fitted(name: str, layers: int) -> list[str]:
-    """Overrides that bring a stage's recipe to a decoder of another depth: SFT trains its upper half, RMU steers the
-    layer at two fifths and trains those up to it. The other stages train all layers.
+    """Overrides that bring a stage's recipe to a decoder of another depth: RMU steers the layer at two fifths and trains
+    those up to it. The other stages train all layers.
     """
-    steered = 2 * layers // 5
-    trained = {"sft": range(layers // 2, layers), "rmu": range(steered + 1)}.get(name.partition("_")[0])
-    if trained is None:
+    if not name.startswith("rmu"):
         return []
-    targets = configs.override("model.lora.targets", [f"decoder.layers.{i}.*" for i in trained])
-    return [targets, f"objective.layer={steered}"] if name.startswith("rmu") else [targets]
+    steered = 2 * layers // 5
+    targets = [f"decoder.layers.{i}.*" for i in range(steered + 1)]
+    return [configs.override("model.lora.targets", targets), f"objective.layer={steered}"]
 
 
 @dataclass
