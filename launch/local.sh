@@ -26,7 +26,14 @@ grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another h
 # rank has failed and all are stopped anyway.
 exec {facts}< <(exec "$python" -c '
 import os, socket
-s = socket.socket(); s.bind(("127.0.0.1", 0))
+# As mirage_dist.ranks.free_port: what is free now may be taken before rank 0 listens there.
+s, port = socket.socket(), 16 * os.getpid()
+while True:
+    try:
+        s.bind(("127.0.0.1", 20000 + port % 12000))
+        break
+    except OSError:
+        port += 1
 print(s.getsockname()[1], os.readlink("/proc/self/ns/pid"), len(os.sched_getaffinity(0)))')
 
 asked=

@@ -83,12 +83,13 @@ REAL = Story(
 
 
 def fitted(name: str, layers: int) -> list[str]:
-    """Overrides that bring a stage's recipe to a decoder of another depth: RMU steers the layer at two fifths and trains
-    those up to it. The other stages train all layers.
+    """Overrides that bring a stage's recipe to a decoder of another depth.
+
+    RMU steers the layer at 13 fifteenths and trains those up to it; the other stages train all layers.
     """
     if not name.startswith("rmu"):
         return []
-    steered = 2 * layers // 5
+    steered = 13 * layers // 15
     targets = [f"decoder.layers.{i}.*" for i in range(steered + 1)]
     return [configs.override("model.lora.targets", targets), f"objective.layer={steered}"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+PORTS = range(20_000, 32_000)
 # A collective times out this much later than the watchdog, which knows the missing rank and should report first.
 COLLECTIVE_GRACE = 120.0  # seconds
 
@@ -35,6 +37,7 @@ _PEER_LOST = re.compile(
 )
 _SOURCE = re.compile(r"^\[[^\]]*\] ")  # the file and line of a C++ message
 
+_drawn = itertools.count()  # ports that this process drew
 _calls: list[Any] = [0, "the start"]  # number of `gather` and `barrier` calls so far, and the name of the last
 
 
@@ -157,9 +160,6 @@ def start(hang_seconds: float = 1800.0) -> Group:
         )
     quieten(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
-    # A process alone meets nobody, wherever variables left over from another launch point; torchrun's meets torchrun.
-    if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -168,8 +168,28 @@ def start(hang_seconds: float = 1800.0) -> Group:
     timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
     # At the exit, so that a rank that fails has printed why before the others notice that it has left.
     atexit.register(finish)
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    _join(size, "nccl" if device.type == "cuda" else "gloo", timeout)
     return Group(rank, local, size, device)
+
+
+def _join(size: int, backend: str, timeout: timedelta) -> None:
+    import deepspeed
+    import torch.distributed as dist
+
+    # A process alone meets nobody, wherever variables left over from another launch point, and needs no port that
+    # another could take; torchrun's meets torchrun.
+    if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise RunError(
+            f"MASTER_PORT={port}: another program of this machine listens there. Start again; launch/local.sh draws a "
+            "free port where MASTER_PORT is unset"
+        ) from error
 
 
 def quieten(rank: int) -> None:
@@ -330,7 +350,13 @@ def barrier(group: Group, call: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that is free now, and that no other process which starts now would take.
+
+    Linux gives none of PORTS to outgoing connections, and different processes try them from different ones on, as
+    launch/local.sh does.
+    """
+    for number in _drawn:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", PORTS[(16 * os.getpid() + number) % len(PORTS)]))
+            return probe.getsockname()[1]
+    raise AssertionError  # the count has no end

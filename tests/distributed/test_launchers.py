@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,18 @@ def test_a_process_alone_needs_no_place_to_meet_whatever_is_left_over(tmp_path, 
     command = [sys.executable, *words, str(tmp_path / "alone.py")]
     done = subprocess.run(command, env={**environment(), **left}, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_port_that_another_program_has_taken_is_named(toy, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = ["launch/local.sh", "2", "train", "configs/train/demo_npo.yaml", *toy.overrides("npo", tmp_path / "run")]
+        given = {**environment(), "MIRAGE_PYTHON": sys.executable, "MASTER_PORT": port}
+        done = subprocess.run(line, env=given, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"MASTER_PORT={port}: another program of this machine listens there" in done.stderr
+    assert "rank 0: Traceback" not in done.stderr
+    assert "this is a bug" not in done.stderr
 
 
 def test_a_signal_to_torchrun_ends_in_a_commit(toy, tmp_path):
