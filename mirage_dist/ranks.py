@@ -176,10 +176,11 @@ def _join(size: int, backend: str, timeout: timedelta) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    # A process alone meets nobody, wherever variables left over from another launch point, and needs no port that
-    # another could take; torchrun's meets torchrun.
+    # A process alone meets nobody, wherever variables left over from another launch point: the system gives its store a
+    # port that nobody else can have drawn. One under torchrun meets torchrun.
     if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     except dist.DistNetworkError as error:
