@@ -26,14 +26,7 @@ grace=${MIRAGE_KILL_SECONDS:-10} # between asking a rank to end, after another h
 # rank has failed and all are stopped anyway.
 exec {facts}< <(exec "$python" -c '
 import os, socket
-# As mirage_dist.ranks.free_port: what is free now may be taken before rank 0 listens there.
-s, port = socket.socket(), 16 * os.getpid()
-while True:
-    try:
-        s.bind(("127.0.0.1", 20000 + port % 12000))
-        break
-    except OSError:
-        port += 1
+s = socket.socket(); s.bind(("127.0.0.1", 0))
 print(s.getsockname()[1], os.readlink("/proc/self/ns/pid"), len(os.sched_getaffinity(0)))')
 
 asked=

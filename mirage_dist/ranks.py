@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import re
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-PORTS = range(20_000, 32_000)
 # A collective times out this much later than the watchdog, which knows the missing rank and should report first.
 COLLECTIVE_GRACE = 120.0  # seconds
 
@@ -37,7 +35,6 @@ _PEER_LOST = re.compile(
 )
 _SOURCE = re.compile(r"^\[[^\]]*\] ")  # the file and line of a C++ message
 
-_drawn = itertools.count()  # ports that this process drew
 _calls: list[Any] = [0, "the start"]  # number of `gather` and `barrier` calls so far, and the name of the last
 
 
@@ -178,7 +175,7 @@ def _join(size: int, backend: str, timeout: timedelta) -> None:
 
     # A process alone meets nobody, wherever variables left over from another launch point: the system gives its store a
     # port that nobody else can have drawn. One under torchrun meets torchrun.
-    if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
         store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
@@ -351,13 +348,7 @@ def barrier(group: Group, call: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that is free now, and that no other process which starts now would take.
-
-    Linux gives none of PORTS to outgoing connections, and different processes try them from different ones on, as
-    launch/local.sh does.
-    """
-    for number in _drawn:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", PORTS[(16 * os.getpid() + number) % len(PORTS)]))
-            return probe.getsockname()[1]
-    raise AssertionError  # the count has no end
+    """A TCP port of this machine that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -122,7 +122,7 @@ def private_names(file: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mirage_dist"):
             for alias in node.names:
-                if alias.name.startswith("_"):
+                if alias.name.startswith("_") and not alias.name.startswith("__"):  # `__version__` is public
                     yield f"{node.module}.{alias.name}"
                 if f"{node.module}.{alias.name}" in MODULES:
                     modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"

@@ -1,6 +1,5 @@
 """Which errors are another rank's, and who speaks about a signal."""
 
-import socket
 import subprocess
 import sys
 
@@ -141,19 +140,3 @@ def test_mirage_train_says_so_before_anything_heavy_is_imported(launched):
     assert done.stderr.startswith(
         "mirage: SLURM_NTASKS=2 makes this one of 2 processes, but MASTER_ADDR and MASTER_PORT"
     )
-
-
-def test_every_draw_gives_another_port_and_none_that_is_taken():
-    first = ranks.free_port()
-    next_one = ranks.PORTS[(ranks.PORTS.index(first) + 1) % len(ranks.PORTS)]
-    with socket.create_server(("127.0.0.1", next_one)):
-        drawn = [ranks.free_port() for _ in range(50)]
-    assert len({first, next_one, *drawn}) == 52
-    assert set(drawn) <= set(ranks.PORTS)
-
-
-def test_processes_that_start_together_draw_different_ports():
-    """As many launches do that a sweep starts at once: each draws before any of them listens."""
-    draw = [sys.executable, "-c", "from mirage_dist.ranks import free_port; print(free_port())"]
-    processes = [subprocess.Popen(draw, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    assert len({process.communicate()[0] for process in processes}) == 8
