@@ -176,7 +176,8 @@ def _join(size: int, backend: str, timeout: timedelta) -> None:
     # A process alone meets nobody, wherever variables left over from another launch point: the system gives its store a
     # port that nobody else can have drawn. One under torchrun meets torchrun.
     if size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
-        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
+        own: Any = dist  # whose stub does not name the store
+        store = own.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, timeout=timeout)
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
