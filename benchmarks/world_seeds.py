@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
+
+import common
+import torch
 
 from mirage_dist.evals.results import Entry
 from mirage_dist.report.load import rates
@@ -140,7 +140,6 @@ REAL = Story(
         "RR neutral": ("rr", "neutral_k1"),
         "right clean": ("utility", "clean"),
         "right share": ("utility", "share_k1"),
-        "right neutral": ("utility", "neutral_k1"),
         "locality": ("locality", "clean"),
         "text, ASR clean": ("asr_text_unsafe", "clean"),
         "text, ASR what": ("asr_text_unsafe", "what_k1"),
@@ -162,6 +161,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once")
     parsed = parser.parse_args()
     story = REAL if parsed.real else EMBEDDED
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = os.cpu_count() or 1
+    result = common.record(device, ("torch", "transformers", "deepspeed"), sys.argv[1:], threads)
     folders = {seed: parsed.out / f"seed-{seed}" for seed in parsed.seeds}
     with ThreadPoolExecutor(parsed.jobs) as pool:
         list(pool.map(lambda seed: demo(story, seed, folders[seed]), folders))
@@ -172,22 +174,15 @@ def main() -> None:
         by_model[model] = {row: [rate(entry, *place) for entry in entries] for row, place in story.rows.items()}
     means = {model: {row: mean(values) for row, values in rows.items()} for model, rows in by_model.items()}
     checks = story.expectations(means)
-    result = {
-        "command": f"python benchmarks/world_seeds.py {' '.join(sys.argv[1:])}",
-        "date": date.today().isoformat(),
-        "machine": machine(),
+    print(table(by_model))
+    result |= {
         "wall_seconds": {seed: s["wall_seconds"] for seed, s in summaries.items()},
         "config_hash": {seed: s["config_hash"] for seed, s in summaries.items()},
         "rates": by_model,
         **({"perplexity": {seed: s["perplexity"] for seed, s in summaries.items()}} if parsed.real else {}),
-        "expectations": [{"what": what, "met": met} for what, met in checks],
+        "expectations": common.say_targets(checks),
     }
-    file = Path(__file__).parent / f"results/{story.result}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(by_model))
-    for what, met in checks:
-        print(f"{'met   ' if met else 'MISSED'}  {what}")
+    common.write(story.result, result)
 
 
 def demo(story: Story, seed: int, folder: Path) -> None:
@@ -199,14 +194,6 @@ def demo(story: Story, seed: int, folder: Path) -> None:
             raise SystemExit(f"seed {seed}: the demo failed; see {log}")
 
 
-def machine() -> dict[str, str | int | None]:
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
-    return {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu, **versions}
-
-
 def rate(entry: Entry, measure: str, condition: str) -> float:
     leaf = rates(entry, measure)[condition]
     assert leaf is not None
@@ -215,11 +202,11 @@ def rate(entry: Entry, measure: str, condition: str) -> float:
 
 def table(rates: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Mean, minimum and maximum over the seeds, in Markdown."""
-    lines = ["| | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    rows = []
     for row in next(iter(rates.values())):
         cells = (f"{mean(r[row]):.2f} ({min(r[row]):.2f} to {max(r[row]):.2f})" for r in rates.values())
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([row, *cells])
+    return common.markdown(["", *rates], rows)
 
 
 if __name__ == "__main__":
