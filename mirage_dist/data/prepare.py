@@ -19,7 +19,7 @@ import numpy as np
 
 from mirage_dist import disk, state
 from mirage_dist.config import config_hash, differences, to_dict
-from mirage_dist.data import diversify, formats, pictures, sources, stream, words
+from mirage_dist.data import diversify, formats, pictures, sources, stream, tables, words
 from mirage_dist.data.diversify import Reword
 from mirage_dist.data.formats import Split
 from mirage_dist.data.formats.samples import write_samples
@@ -347,6 +347,6 @@ def _files(config: SourceConfig, role: str) -> dict[str, str]:
 
 def _sha256(file: Path) -> str:
     try:
-        return disk.sha256(file)
+        return disk.sha256_files(tables.parts(file), file) if file.is_dir() else disk.sha256(file)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error

@@ -66,12 +66,8 @@ def read(config: SourceConfig, check_images: bool = True, refusals: Refusals = _
     does not conform to the format, or a picture that is missing or broken.
     """
     config = as_format(config)
-    if Path(config.path).is_dir():
-        if config.folder is not None:
-            return read_all(_files(config, config.folder), check_images, refusals)
-        raise ConfigError(
-            f"{config.path}: a folder; a recipe names files, of a dataset on disk its *.arrow or *.parquet"
-        )
+    if config.folder is not None and Path(config.path).is_dir():
+        return read_all(_files(config, config.folder), check_images, refusals)
     source = Source([])
     numbered = [(number, sample) for number, _, samples in parsed(config, source) for sample in samples]
     kept = _without_duplicates(numbered, source)[: config.limit]

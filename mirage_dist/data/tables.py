@@ -1,17 +1,35 @@
-"""Records of Parquet and Arrow files, one at a time: of a file, a folder, or a dataset as `datasets` saves it."""
+"""Records of Parquet and Arrow files, one at a time: of a file, a folder, or a dataset as `datasets` saves it.
+
+A picture that is stored in the table is a reference in its record (see `data.pictures.stored`); its bytes stay where
+they are.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.data.pictures import Reference, read_anew
 from mirage_dist.schema import ConfigError, documents
 from mirage_dist.schema.limits import NESTING
 
 TABLES = (".parquet", ".arrow")
-EMBEDDED = "picture-inside-the-dataset"  # in place of the path of a picture that is stored in the table itself
+BYTES, PATH = "bytes", "path"  # the fields of a picture's column, as `datasets` writes it
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a record has of a column of bytes: where they are stored. Only a format knows whether they are a picture."""
+
+    reference: Reference
+
+
+Stored = Callable[[Reference], Any]  # what a record has of bytes that are not read
+Batch = tuple[int, dict[str, Any]]  # rows, and column -> array, or `Stored`
 
 
 def parts(path: Path) -> list[Path]:
@@ -46,19 +64,12 @@ def _strings(file: Path, field: str, name: Callable[[Any], Any]) -> list[str]:
 def read(path: Path, on_bytes: Callable[[int], object]) -> Iterator[Any]:
     """The records of a table, or of all tables of a folder. on_bytes: see `records.read`.
 
-    Raises ConfigError for what cannot be read, and where pyarrow is not installed.
+    Raises ConfigError for what cannot be read.
     """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError(f"{path}: datasets on disk need pyarrow: pip install 'mirage-dist[arrow]'")
     for file in parts(path) if path.is_dir() else [path]:
         documents.open_file(file).close()  # nothing that could wait for ever
         try:
-            for batch in _batches(file):
-                if any(_levels(column.type) > NESTING.value for column in batch.columns):
-                    raise ConfigError(f"{file}: {documents.TOO_DEEP}")
-                columns = [_column(column) for column in batch.columns]
-                for values in zip(*columns, strict=True):
-                    yield _without_nulls(dict(zip(batch.schema.names, values, strict=True)))
+            yield from _records(file)
         except ConfigError:
             raise
         except Exception as error:  # on damaged bytes and rare types a reader may raise anything
@@ -66,26 +77,57 @@ def read(path: Path, on_bytes: Callable[[int], object]) -> Iterator[Any]:
         on_bytes(file.stat().st_size)
 
 
+def _records(file: Path) -> Iterator[Any]:
+    read_anew(file)
+    first = 0
+    for rows, columns in _parquet(file) if file.suffix == ".parquet" else _arrow(file):
+        if any(_levels(column.type) > NESTING.value for column in columns.values() if not callable(column)):
+            raise ConfigError(f"{file}: {documents.TOO_DEEP}")
+        numbers = range(first, first + rows)
+        values = [_values(column, numbers, partial(Reference, file, name)) for name, column in columns.items()]
+        for row in zip(*values, strict=True):
+            yield _without_nulls(dict(zip(columns, row, strict=True)))
+        first += rows
+
+
 def _pyarrow(part: str) -> Any:
-    """A module of pyarrow, which is optional: a type checker may not have it either."""
+    """A module of pyarrow, for which there are no types."""
     return importlib.import_module(f"pyarrow.{part}")
 
 
-def _batches(file: Path) -> Iterator[Any]:
-    """Record batches; bytes of pictures are left on the disk where the format allows."""
-    if file.suffix == ".parquet":
-        table = _pyarrow("parquet").ParquetFile(file)
-        names = [table.schema.column(i).path for i in range(len(table.schema))]
-        yield from table.iter_batches(1024, columns=[name for name in names if not name.endswith(".bytes")])
-        return
+def _arrow(file: Path) -> Iterator[Batch]:
     ipc = _pyarrow("ipc")
     with _pyarrow("lib").memory_map(str(file)) as source:
         if source.read(6) != b"ARROW1":
             source.seek(0)
-            yield from ipc.open_stream(source)  # as `datasets` writes
+            batches = ipc.open_stream(source)  # as `datasets` writes
         else:
             opened = ipc.open_file(source)
-            yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
+            batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+        for batch in batches:
+            yield batch.num_rows, dict(zip(batch.schema.names, batch.columns, strict=True))
+
+
+def _parquet(file: Path) -> Iterator[Batch]:
+    """Batches without the columns of bytes in which no row lacks any: they are not read."""
+    table = _pyarrow("parquet").ParquetFile(file)
+    leaves = [table.schema.column(i).path for i in range(len(table.schema))]
+    names = table.schema_arrow.names
+    left: dict[str, Stored] = {}
+    for name, kind in [] if any("." in name for name in names) else zip(names, table.schema_arrow.types, strict=True):
+        leaf = name if _is_bytes(kind) else f"{name}.{BYTES}" if _is_picture(kind) else None
+        if leaf in leaves and _whole(table.metadata, leaves.index(leaf)):
+            left[name] = Binary if leaf == name else _picture
+    read = [leaf for leaf in leaves if leaf.partition(".")[0] not in left]
+    for batch in table.iter_batches(1024, columns=read):
+        arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
+        yield batch.num_rows, {name: left.get(name, arrays.get(name)) for name in names}
+
+
+def _whole(metadata: Any, leaf: int) -> bool:
+    """Whether the file says that no row lacks a value of this leaf."""
+    statistics = [metadata.row_group(i).column(leaf).statistics for i in range(metadata.num_row_groups)]
+    return all(one is not None and one.has_null_count and one.null_count == 0 for one in statistics)
 
 
 def _levels(kind: Any) -> int:
@@ -96,14 +138,38 @@ def _levels(kind: Any) -> int:
     return count
 
 
-def _column(column: Any) -> list[Any]:
-    """A column's values; a picture ({"bytes", "path"}) is its path."""
-    if not (_pyarrow("types").is_struct(column.type) and column.type.get_field_index("path") >= 0):
-        return column.to_pylist()
+def _is_bytes(kind: Any) -> bool:
+    types = _pyarrow("types")
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_picture(kind: Any) -> bool:
+    """Whether a column is a picture as `datasets` writes it: its bytes, or its path, or both."""
+    if not _pyarrow("types").is_struct(kind):
+        return False
+    own = kind.get_field_index(BYTES)
+    return kind.get_field_index(PATH) >= 0 or (own >= 0 and _is_bytes(kind.field(own).type))
+
+
+def _picture(place: Reference) -> Reference:
+    return place
+
+
+def _values(column: Any, numbers: range, place: Callable[[int], Reference]) -> list[Any]:
+    """A column's values; of a picture the place where it is stored, or else its path. numbers: of the rows."""
+    if callable(column):
+        return [column(place(number)) for number in numbers]
     present = column.is_valid().to_pylist()
+    if _is_bytes(column.type):
+        return [Binary(place(number)) if valid else None for number, valid in zip(numbers, present, strict=True)]
+    if not _is_picture(column.type):
+        return column.to_pylist()
+    fields = column.type
+    stored = column.field(BYTES).is_valid().to_pylist() if fields.get_field_index(BYTES) >= 0 else [False] * len(column)
+    paths = column.field(PATH).to_pylist() if fields.get_field_index(PATH) >= 0 else [None] * len(column)
     return [
-        (path or EMBEDDED) if valid else None
-        for path, valid in zip(column.field("path").to_pylist(), present, strict=True)
+        (place(number) if inside else path) if valid else None
+        for number, valid, inside, path in zip(numbers, present, stored, paths, strict=True)
     ]
 
 

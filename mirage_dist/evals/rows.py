@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, TypedDict, cast
 
 from mirage_dist import disk
+from mirage_dist.data import pictures
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import Question
@@ -68,7 +69,7 @@ def settings(
 
 def keyed(questions: Iterable[Question], decided_by: Mapping[str, Any]) -> dict[str, Question]:
     """Questions by their keys: the SHA-256 of settings, question as asked, picture's bytes, set, attack and shot."""
-    image_hash = cache(disk.sha256)  # for this call only: a picture may change before the next one
+    image_hash = cache(pictures.sha256)  # for this call only: a picture may change before the next one
     return {_key(question, decided_by, image_hash): question for question in questions}
 
 

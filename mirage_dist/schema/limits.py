@@ -49,6 +49,7 @@ PIXELS = Limit(
     "a source's `max_pixels`, up to the picture ceiling",
 )
 CEILING = Limit("picture ceiling", 178_956_970, "pixels", "PIL decodes nothing larger")
+ROW_GROUP = Limit("pictures of a Parquet row group", 1 << 30, "bytes", "read together, for one of them")
 NGRAMS = Limit("audit n-grams", 32, "words", "every question is counted once for each length")
 
 FIELD = Limit("table field", csv.field_size_limit(), "characters", "of CSV and TSV; Python's reader takes no more")

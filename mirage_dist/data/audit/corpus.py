@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from mirage_dist import stats
+from mirage_dist.data.pictures import Reference
 from mirage_dist.data.refusals import FEW, PhraseList
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.scripts import main_script
@@ -335,5 +336,7 @@ def _root(picture: str | None) -> str:
     """The first folder of a relative path, the last one of an absolute path."""
     if picture is None:
         return "(no picture)"
+    if isinstance(picture, Reference):
+        return "(in the table)"
     path = Path(picture)
     return path.parent.name if path.is_absolute() else path.parts[0] if len(path.parts) > 1 else "(no folder)"

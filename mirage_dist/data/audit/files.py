@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mirage_dist.data import formats, records, sources
+from mirage_dist.data import formats, records, sources, tables
 from mirage_dist.data.audit.corpus import Corpus, Measured, Options
 from mirage_dist.data.audit.verdict import Verdict, verdict
 from mirage_dist.data.formats import Format
@@ -90,7 +90,9 @@ def _read(corpus: Corpus, config: Format, on_bytes: records.OnBytes) -> FileCoun
                 source.dropped["exact duplicate"] += 1
                 continue
             hashes.add(sample_hash)
-            corpus.add_sample(sample, record.get("image"), _refuses(corpus, config.path, number, record, sample))
+            corpus.add_sample(
+                sample, _picture(record.get("image")), _refuses(corpus, config.path, number, record, sample)
+            )
     return {
         "path": config.path,
         "format": config.format,
@@ -99,6 +101,12 @@ def _read(corpus: Corpus, config: Format, on_bytes: records.OnBytes) -> FileCoun
         "dropped": dict(source.dropped),
         "skipped": source.skipped,
     }
+
+
+def _picture(value: object) -> str | None:
+    """A record's picture, as `Corpus.add` takes it."""
+    value = value.reference if isinstance(value, tables.Binary) else value
+    return value if isinstance(value, str) else None
 
 
 def _refuses(
@@ -116,4 +124,4 @@ def _refuses(
     if name not in record:
         raise ConfigError(f"{path}: record {number}: field {name!r} is missing (--response-kind {rule})")
     value = record[name]
-    return (value if isinstance(value, str) else json.dumps(value)) == refusing
+    return (value if isinstance(value, str) else json.dumps(value, default=str)) == refusing

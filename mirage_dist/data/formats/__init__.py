@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mirage_dist.config import build
-from mirage_dist.data.formats.base import BadRecord, Format, Opened, Split, get, identity, text
+from mirage_dist.data.formats.base import BadRecord, Format, Opened, Split, get, identity, image, text
 from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, SourceConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "as_format",
     "get",
     "identity",
+    "image",
     "load",
     "make",
     "scored",

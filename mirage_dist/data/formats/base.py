@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mirage_dist.data import pictures
+from mirage_dist.data import pictures, tables
 from mirage_dist.data import records as streamed
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -78,8 +78,10 @@ class Format(SourceConfig):
     def picture(self, name: str) -> str:
         """The path of a picture under `images`, by default the file's own folder. An absolute path stays.
 
-        Raises BadRecord for a URL or base64 in place of a path.
+        So does a picture that is stored in a table (see `image`). Raises BadRecord for a URL or base64.
         """
+        if isinstance(name, pictures.Reference):
+            return str(name)
         if (fault := pictures.no_path(name)) is not None:
             raise BadRecord(f"field 'image': {fault}")
         return str(_folder(self.images, self.path) / name)
@@ -121,6 +123,15 @@ def text(record: Mapping, name: str) -> str:
     if name in ("id", "question_id", "image_id") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return get(record, name, str)
+
+
+def image(record: Mapping, name: str = "image") -> str:
+    """What a record's field says about its picture, for `Format.picture`: a path, or where a table stores it.
+
+    Raises BadRecord as `get`.
+    """
+    value = record.get(name)
+    return value.reference if isinstance(value, tables.Binary) else text(record, name)
 
 
 def identity(record: Mapping, number: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mirage_dist.data.formats.base import BadRecord, Format, get, identity, text
+from mirage_dist.data.formats.base import BadRecord, Format, get, identity, image, text
 from mirage_dist.data.sample import Sample
 
 PICTURE = "<image>"  # marks the picture's place
@@ -19,11 +19,11 @@ class Llava(Format):
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         """The last turn is the sample; earlier ones are its history."""
-        turns, image, shown = conversation(record)
+        turns, picture, shown = conversation(record)
         question, answer = turns[-1]
         yield Sample(
             identity(record, number),
-            self.picture(image) if image else None,
+            self.picture(picture) if picture else None,
             question,
             answer,
             True,
@@ -48,16 +48,16 @@ def conversation(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str 
         if not isinstance(turn, Mapping) or turn.get("from") != speaker:
             raise BadRecord(f"field 'conversations[{place}].from': expected {speaker!r}")
         texts.append(text(turn, "value"))
-    image = record.get("image")
-    if image is not None and not isinstance(image, str):
+    if isinstance(record.get("image"), list):
         raise BadRecord("field 'image': expected one path; records of several pictures are not supported")
+    picture = image(record) if record.get("image") is not None else None
     markers = sum(value.count(PICTURE) for value in texts)
-    if markers > 1 or (markers and not image):
-        raise BadRecord(f"field 'conversations': {markers} {PICTURE} markers for {1 if image else 0} picture")
+    if markers > 1 or (markers and not picture):
+        raise BadRecord(f"field 'conversations': {markers} {PICTURE} markers for {1 if picture else 0} picture")
     marked = [place for place, value in enumerate(texts) if PICTURE in value]
     if marked and marked[0] % 2:
         raise BadRecord(
             f"field 'conversations[{marked[0]}].value': {PICTURE} in a gpt turn; a question shows a picture"
         )
     cleaned = [value.replace(PICTURE, "").strip() for value in texts]
-    return list(zip(cleaned[::2], cleaned[1::2], strict=True)), image, marked[0] // 2 if marked else 0
+    return list(zip(cleaned[::2], cleaned[1::2], strict=True)), picture, marked[0] // 2 if marked else 0

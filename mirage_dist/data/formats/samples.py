@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.data.formats.base import BadRecord, Format, get, text
+from mirage_dist.data.formats.base import BadRecord, Format, get, image, text
 from mirage_dist.data.sample import Sample
 
 
@@ -32,7 +32,7 @@ class Samples(Format):
             raise BadRecord(f"field 'shown': expected a turn from 0 to {len(history)}, got {shown!r:.80}")
         yield Sample(
             text(record, "id"),
-            self.picture(text(record, "image")) if record.get("image") is not None else None,
+            self.picture(image(record)) if record.get("image") is not None else None,
             text(record, "question"),
             text(record, "answer"),
             get(record, "safe", bool),

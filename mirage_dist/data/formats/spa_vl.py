@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from mirage_dist.data.formats.base import BadRecord, Format, identity, text
+from mirage_dist.data.formats.base import BadRecord, Format, identity, image, text
 from mirage_dist.data.refusals import PhraseList
 from mirage_dist.data.sample import Sample
 
@@ -42,7 +42,7 @@ class SpaVL(Format):
         """`safe` is whether the chosen answer answers: a preference record has no label of its own, a test one none."""
         classed = any(name in record for name in CLASSES)
         category = "/".join(text(record, name) for name in CLASSES) if classed else ""
-        image, question = self.picture(text(record, "image")), text(record, "question")
+        picture, question = self.picture(image(record)), text(record, "question")
         if self.response == "absent":
             if given := [name for name in ("chosen", "rejected") if name in record]:
                 raise BadRecord(f"field {given[0]!r}: response: absent is for test sets, whose records have no answers")
@@ -50,4 +50,4 @@ class SpaVL(Format):
         else:
             chosen, rejected = text(record, "chosen"), text(record, "rejected")
             answer, safe = (chosen if self.response == "chosen" else rejected), not self._refuses(chosen)
-        yield Sample(identity(record, number), image, question, answer, safe, category, self.path)
+        yield Sample(identity(record, number), picture, question, answer, safe, category, self.path)

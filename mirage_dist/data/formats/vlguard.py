@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mirage_dist.data.formats.base import BadRecord, Format, Split, get, text
+from mirage_dist.data.formats.base import BadRecord, Format, Split, get, image, text
 from mirage_dist.data.sample import Sample
 
 # Split -> the field of its questions.
@@ -28,7 +28,7 @@ class VLGuard(Format):
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         name, safe = text(record, "id"), get(record, "safe", bool)
-        image = self.picture(text(record, "image"))
+        picture = self.picture(image(record))
         category = "" if safe else f"{text(record, 'harmful_category')}/{text(record, 'harmful_subcategory')}"
         for split in splits(safe):
             if self.split not in ("all", split):
@@ -38,7 +38,7 @@ class VLGuard(Format):
                 if question.strip() == NO_QUESTION:
                     dropped[f"{FIELDS[split]} is {NO_QUESTION}"] += 1
                     continue
-                yield Sample(name, image, question, response, split == "safe_safes", category, self.path)
+                yield Sample(name, picture, question, response, split == "safe_safes", category, self.path)
 
     def of_split(self, split: Split) -> Format | None:
         return replace(self, split=split) if self.split in ("all", split) else None

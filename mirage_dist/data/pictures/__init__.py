@@ -9,9 +9,11 @@ from mirage_dist.data.pictures.opening import (
     encoded,
     no_path,
     open_picture,
+    sha256,
     shortened,
     size_of,
 )
+from mirage_dist.data.pictures.stored import Reference, read_anew
 
 # Of what `open_picture` makes of a file, in the keys of what was computed from pictures. 1 neither turned them nor put
 # transparent ones on white.
@@ -22,6 +24,7 @@ __all__ = [
     "Inspection",
     "Picture",
     "PictureError",
+    "Reference",
     "Size",
     "as_png",
     "digests",
@@ -30,6 +33,8 @@ __all__ = [
     "inspections",
     "no_path",
     "open_picture",
+    "read_anew",
+    "sha256",
     "shared",
     "shortened",
     "size_of",

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from mirage_dist import disk
-from mirage_dist.data.pictures.opening import PictureError, Size, examine
+from mirage_dist.data.pictures.opening import PictureError, Size, examine, sha256
 from mirage_dist.progress import Progress
 
 AT_ONCE = 512  # pictures that the threads get before the next progress update, so that Ctrl-C ends a long check
@@ -69,7 +68,7 @@ def digests(
     exchange: Callable[[dict[str, str]], Iterable[Mapping[str, str]]] = lambda own: [own],
     known: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Path -> SHA-256 of the picture's file; None is left out.
+    """Path -> SHA-256 of the picture's bytes; None is left out.
 
     Of `parts` callers with the same paths each reads its own. exchange: takes this caller's digests and returns every
     caller's. known: digests that need no reading, the same for every caller. Raises OSError.
@@ -78,7 +77,7 @@ def digests(
     every = list(dict.fromkeys(path for path in paths if path is not None))
     own = [path for path in every if path not in known][part::parts]
     with ThreadPoolExecutor() as pool:
-        hashed = dict(zip(own, pool.map(disk.sha256, own), strict=True))
+        hashed = dict(zip(own, pool.map(sha256, own), strict=True))
     hashed = {path: digest for others in exchange(hashed) for path, digest in others.items()}
     return {path: known[path] if path in known else hashed[path] for path in every}
 

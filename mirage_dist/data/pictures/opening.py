@@ -9,24 +9,24 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mirage_dist import disk
+from mirage_dist.data.pictures import stored
+from mirage_dist.data.pictures.colours import Refused, Size, flat, opacity_of_deep_colour
 from mirage_dist.schema import ConfigError
 from mirage_dist.schema.limits import CEILING, PIXELS
 
 # Of pictures over 89 million pixels, for each of which `max_pixels` had to be raised.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-Size = tuple[int, int]  # width, height in pixels, as the picture is shown
-Box = tuple[int, int, int, int]
 # Raster formats of still pictures. PIL knows more; some start a program (EPS) or hold no pixels (WMF, HDF5).
 FORMATS = (
     *("PNG", "JPEG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM"),
@@ -34,9 +34,7 @@ FORMATS = (
 )
 LARGEST = PIXELS.value  # pixels that are decoded unless the caller allows more
 LARGEST_PNG = 8 << 20  # bytes in which a photograph is sent without loss
-GROUND = "white"  # on which transparent pictures are composed
-BAND = 1 << 20  # pixels that are scaled to eight bits at once
-ORIENTATION, BITS, PHOTOMETRIC = 274, 258, 262  # tags of EXIF and TIFF
+ORIENTATION = 274  # a tag of EXIF
 TURNS = {  # the value of `ORIENTATION` -> what it asks for; 1 asks for nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,7 +45,6 @@ TURNS = {  # the value of `ORIENTATION` -> what it asks for; 1 asks for nothing
     8: Image.Transpose.ROTATE_90,
 }
 GREYS = {"L;2": 85, "L;4": 17}  # how PNG's grey of two and four bits lies in a file -> the step between its shades
-KINDS = {"I": "32-bit integers", "F": "floating-point numbers"}
 SHOWN = 100  # characters of a value in a message
 
 # What base64 of a picture begins with, as bytes: PNG, JPEG, GIF, WebP, BMP, TIFF.
@@ -67,11 +64,7 @@ class PictureError(ConfigError):
         return type(self), (self.file, self.cause)
 
 
-class _Refused(ValueError):
-    """A whole picture that has no one rendering in eight bits."""
-
-
-# A picture: the path of its file, or the file's bytes.
+# A picture: the path of its file, a reference to a table's row (see `stored`), or the file's bytes.
 Picture = str | Path | bytes
 
 
@@ -106,6 +99,15 @@ def examine(path: str, most: int | None = None) -> tuple[str, Size | PictureErro
         return digest, error
     except OSError as error:
         return digest, PictureError(path, f"broken: {error.strerror or error}")
+
+
+def sha256(name: str) -> str:
+    """SHA-256, in hexadecimal, of the bytes of a picture: of its file, or as it is stored in a table.
+
+    Raises OSError where there is no such file, and PictureError where a table does not give it.
+    """
+    where = _stored(name)
+    return disk.sha256(name) if where is None else disk.sha256_text(_content(where, name))
 
 
 def size_of(source: Picture) -> Size:
@@ -201,6 +203,9 @@ def _handle(source: Picture) -> Iterator[BinaryIO]:
         yield BytesIO(source)
         return
     name = str(source)
+    if (where := _stored(name)) is not None:
+        yield BytesIO(_content(where, name))
+        return
     try:
         regular = stat.S_ISREG(mode := os.stat(source).st_mode)
         # O_NONBLOCK: should a FIFO take the file's place meanwhile, to open it would wait for its writer.
@@ -216,6 +221,24 @@ def _handle(source: Picture) -> Iterator[BinaryIO]:
         raise PictureError(name, f"broken: {what}, not a picture file")
     with os.fdopen(descriptor, "rb") as handle:
         yield handle
+
+
+def _stored(name: str) -> stored.Place | None:
+    """Where in a table a picture is stored; None for the path of a file. Only a path below a file is looked into."""
+    try:
+        os.stat(name)
+    except NotADirectoryError:
+        return stored.place(name)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _content(where: stored.Place, name: str) -> bytes:
+    try:
+        return stored.content(where)
+    except stored.Unreadable as error:
+        raise PictureError(name, str(error)) from error
 
 
 @cache
@@ -237,7 +260,7 @@ def _recognised(handle: BinaryIO, name: str, most: int | None = None) -> Iterato
             yield image
     except PictureError:
         raise
-    except _Refused as error:
+    except Refused as error:
         raise PictureError(name, str(error)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(name, _too_large(next(iter(re.findall(r"\d+", str(error))), "too many"), most)) from error
@@ -271,13 +294,15 @@ def _decoded(handle: BinaryIO, name: str, most: int | None = None) -> Image.Imag
         raw = _raw(image)
         image.load()
         if image.mode == "RGB" and raw.endswith(";16B") and "transparency" in image.info:
-            alpha = _of_deep_colour(image, handle)
+            handle.seek(0)
+            with Image.open(handle, formats=_formats()) as low:
+                alpha = opacity_of_deep_colour(image, low)
         else:
             if image.mode == "L" and raw in GREYS and "transparency" in image.info:
                 image.info["transparency"] *= GREYS[raw]  # PIL has scaled the pixels, and not their colour key
             alpha = None
         method = TURNS.get(_orientation(image))
-        picture = _flat(image, alpha)
+        picture = flat(image, alpha)
     picture = picture if method is None else picture.transpose(method)
     picture.info = {}
     return picture
@@ -310,72 +335,3 @@ def _plain(image: Image.Image) -> bool:
         and not image.has_transparency_data
         and _orientation(image) == 1
     )
-
-
-def _flat(image: Image.Image, alpha: Image.Image | None) -> Image.Image:
-    """A decoded picture of any mode as RGB on the ground; closes it. alpha: its opacity where no channel is."""
-    white = _white(image)
-    if image.mode in ("I", "F") and white is None:
-        raise _Refused(f"its channels have {KINDS[image.mode]}, for which no white is defined; save it in 8 or 16 bits")
-    if white is not None:
-        return _of_deep_grey(image, white)
-    if alpha is None and image.has_transparency_data:
-        if image.mode != "RGBA":
-            decoded, image = image, image.convert("RGBA")
-            decoded.close()
-        alpha = image.getchannel("A")
-    picture = image.convert("RGB")
-    image.close()  # its pixels are not kept beside those of the result
-    return picture if alpha is None else _composed(picture, alpha)
-
-
-def _composed(picture: Image.Image, alpha: Image.Image) -> Image.Image:
-    ground = Image.new("RGB", picture.size, GROUND)
-    ground.paste(picture, mask=alpha)
-    return ground
-
-
-def _white(image: Image.Image) -> int | None:
-    """The value of white in a picture of one deep channel; None for other pictures, and where it is not known."""
-    if image.mode.startswith("I;16"):
-        bits = getattr(image, "tag_v2", {}).get(BITS)  # TIFF has grey of 12 bits too
-        return (1 << (bits[0] if isinstance(bits, tuple) else bits or 16)) - 1
-    return 0xFFFF if image.mode == "I" and image.format == "PPM" else None  # PIL scales these to 16 bits
-
-
-def _of_deep_grey(image: Image.Image, white: int) -> Image.Image:
-    key, inverted = image.info.get("transparency"), getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
-
-    def shades(box: Box) -> np.ndarray:
-        values = np.asarray(image.crop(box)).astype(np.uint32)
-        scaled = (values * 255 + white // 2) // white
-        if key is not None:
-            scaled[values == key] = 255  # the ground
-        return np.minimum(255 - scaled if inverted else scaled, 255).astype(np.uint8)
-
-    return _by_bands(image.size, shades).convert("RGB")
-
-
-def _of_deep_colour(image: Image.Image, handle: BinaryIO) -> Image.Image:
-    """The opacity of a 16-bit RGB picture with a colour key. PIL keeps the high bytes; the low ones are read again."""
-    handle.seek(0)
-    with Image.open(handle, formats=_formats()) as low:
-        low.tile = [tile._replace(args="RGB;16L") for tile in getattr(low, "tile", [])]
-        low.load()
-        key = np.array(image.info["transparency"])
-
-        def opacity(box: Box) -> np.ndarray:
-            values = np.asarray(image.crop(box)).astype(np.uint32) << 8 | np.asarray(low.crop(box))
-            return np.where((values == key).all(-1), 0, 255).astype(np.uint8)
-
-        return _by_bands(image.size, opacity)
-
-
-def _by_bands(size: Size, values: Callable[[Box], np.ndarray]) -> Image.Image:
-    """A picture of one channel, computed some rows at a time so that wide numbers take little memory."""
-    (width, height), picture = size, Image.new("L", size)
-    rows = max(1, BAND // width)
-    for top in range(0, height, rows):
-        box = (0, top, width, min(top + rows, height))
-        picture.paste(Image.fromarray(values(box)), box)
-    return picture

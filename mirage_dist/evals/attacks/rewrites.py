@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import disk
+from mirage_dist.data import pictures
 from mirage_dist.data.diversify import Reword
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack, Generated, Rewritten, Table
@@ -129,7 +130,7 @@ def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -
 
 
 def _key(sample: Sample) -> str:
-    picture = None if sample.image is None else disk.sha256(sample.image)
+    picture = None if sample.image is None else pictures.sha256(sample.image)
     shown = [sample.shown] if sample.shown else []
     return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture, *shown])
 

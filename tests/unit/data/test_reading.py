@@ -7,6 +7,8 @@ import re
 import socket
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mirage_dist.data import records, tables
@@ -135,8 +137,6 @@ def test_a_datasets_files_lie_in_its_folder(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_damaged_or_odd_table_is_named(tmp_path, monkeypatch, suffix):
-    pa = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(tables, "NESTING", replace(tables.NESTING, value=20))
     nested = pa.int64()
     for _ in range(21):
@@ -145,7 +145,7 @@ def test_a_damaged_or_odd_table_is_named(tmp_path, monkeypatch, suffix):
     file = tmp_path / f"data{suffix}"
     with pa.OSFile(str(file), "wb") as sink:
         if suffix == ".parquet":
-            pa.parquet.write_table(pa.table({"a": list(range(5000))}), sink)
+            pq.write_table(pa.table({"a": list(range(5000))}), sink)
         else:
             with pa.ipc.new_file(sink, whole.schema) as writer:
                 writer.write_table(whole)

@@ -3,11 +3,13 @@
 import json
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirage_dist.data import formats, gold, records, sources, tables
+from mirage_dist.data import formats, gold, records, sources
 from mirage_dist.data.formats import figstep
 from mirage_dist.data.harvest import harvest
 from mirage_dist.evals import attacks
@@ -106,20 +108,21 @@ def test_a_folder_that_holds_no_data_set_is_refused(tmp_path):
 ROWS = [
     {"id": "a", "image": "a/1.png", "safe": False, "instr-resp": [{"instruction": "Share?", "response": "Sorry."}]},
     {"id": "b", "safe": True, "instr-resp": [{"safe_instruction": "What?", "response": "Red."}]},
-    {"id": "c", "image": tables.EMBEDDED, "safe": True, "instr-resp": []},
+    {"id": "c", "image": "c/3.png", "safe": True, "instr-resp": []},
 ]
 
 
 @pytest.mark.parametrize("kind", ["data.parquet", "stream.arrow", "file.arrow", "saved", "folder"])
 def test_tables_give_records_without_their_empty_fields_and_a_picture_as_its_path(tmp_path, kind):
-    """As `datasets` writes them: pictures as {"bytes", "path"}, every field in every record, files in parts."""
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    pictures = [{"bytes": b"x", "path": "a/1.png"}, None, {"bytes": b"x", "path": None}]
-    table = arrow.Table.from_pylist([{**r, "image": picture} for r, picture in zip(ROWS, pictures, strict=True)])
+    """As `datasets` writes them: pictures as {"bytes", "path"}, every field in every record, files in parts.
 
-    def written(file, rows, open_file=arrow.ipc.new_stream):
-        with arrow.OSFile(str(file), "wb") as sink, open_file(sink, rows.schema) as writer:
+    Of pictures that are stored in the table, see test_stored.
+    """
+    pictures = [{"bytes": None, "path": "a/1.png"}, None, {"bytes": None, "path": "c/3.png"}]
+    table = pa.Table.from_pylist([{**r, "image": picture} for r, picture in zip(ROWS, pictures, strict=True)])
+
+    def written(file, rows, open_file=pa.ipc.new_stream):
+        with pa.OSFile(str(file), "wb") as sink, open_file(sink, rows.schema) as writer:
             writer.write_table(rows)
 
     path = tmp_path / kind
@@ -131,19 +134,18 @@ def test_tables_give_records_without_their_empty_fields_and_a_picture_as_its_pat
         written(path / "z.arrow", table.slice(0, 1))
         written(path / "a.arrow", table.slice(1))
     elif kind == "folder":
-        parquet.write_table(table.slice(0, 2), path / "train-0.parquet")
-        parquet.write_table(table.slice(2), path / "train-1.parquet")
+        pq.write_table(table.slice(0, 2), path / "train-0.parquet")
+        pq.write_table(table.slice(2), path / "train-1.parquet")
     elif kind == "data.parquet":
-        parquet.write_table(table, path)
+        pq.write_table(table, path)
     else:
-        written(path, table, arrow.ipc.new_file if kind == "file.arrow" else arrow.ipc.new_stream)
+        written(path, table, pa.ipc.new_file if kind == "file.arrow" else pa.ipc.new_stream)
     sizes = []
     assert list(records.read(path, sizes.append)) == ROWS
     assert sum(sizes) == records.size(path)
 
 
 def test_a_table_that_is_none_is_refused(tmp_path):
-    pytest.importorskip("pyarrow")
     for name in ("a.parquet", "a.arrow"):
         (tmp_path / name).write_text("no table")
         with pytest.raises(ConfigError, match=rf"{name}: cannot be read"):

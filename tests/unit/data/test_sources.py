@@ -180,8 +180,8 @@ def test_pictures_are_looked_for_under_images_and_beside_the_file_by_default(fol
         sources.read(formats.source("llava", str(elsewhere)))
 
 
-def test_a_folder_is_no_source(folder):
-    with pytest.raises(ConfigError, match="a folder; a recipe names files"):
+def test_a_folder_without_tables_is_no_source(folder):
+    with pytest.raises(ConfigError, match="a folder without a dataset"):
         sources.read(formats.source("llava", str(folder)))
 
 
