@@ -341,8 +341,10 @@ def _hashes(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseLis
 
 def _files(config: SourceConfig, role: str) -> dict[str, str]:
     """Role -> path of the files of a source."""
-    others = formats.as_format(config).other_files()
-    return {role: config.path, **{f"{role}.{option}": file for option, file in others.items()}}
+    source = formats.as_format(config)
+    parts = [part.path for part in source.parts()]
+    own = {role: parts[0]} if len(parts) == 1 else {f"{role}.{number}": part for number, part in enumerate(parts)}
+    return {**own, **{f"{role}.{option}": file for option, file in source.other_files().items()}}
 
 
 def _sha256(file: Path) -> str:

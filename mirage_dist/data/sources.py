@@ -86,9 +86,7 @@ def parsed(
     on_bytes: see `records.read`. Samples are as in the file: repeats are not dropped, and ids may occur twice.
     """
     config = as_format(config)
-    opened = config.open()
-    rows = records.read(Path(config.path), on_bytes) if opened.records is None else opened.records
-    for number, record in enumerate(rows):
+    for number, (opened, record) in enumerate(_opened(config, on_bytes)):
         try:
             samples = _parse(opened, record, number, source.dropped)
         except BadRecord as error:
@@ -96,6 +94,25 @@ def parsed(
             source.skipped += 1
         else:
             yield number, record, samples
+
+
+def _opened(config: Format, on_bytes: records.OnBytes) -> Iterator[tuple[Opened, Any]]:
+    """Each record of all files of a source, in order, with what parses it.
+
+    Raises ConfigError where a dataset of the hub has another number of rows than its card says.
+    """
+    count = 0
+    for part in config.parts():
+        opened = part.open()
+        for record in records.read(Path(part.path), on_bytes) if opened.records is None else opened.records:
+            yield opened, record
+            count += 1
+    published = config.published()
+    if published is not None and published.rows not in (None, count):
+        raise ConfigError(
+            f"{config.path}: {count} records in the cache, {published.rows} by the dataset's card; "
+            f"`mirage data get {config.path}` completes it"
+        )
 
 
 def read_all(configs: Sequence[SourceConfig], check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:

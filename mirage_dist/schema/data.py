@@ -30,15 +30,30 @@ class SourceConfig:
     """
 
     factory: ClassVar[str] = "mirage_dist.data.formats:make"  # builds the subclass from a recipe's mapping
-    choice: ClassVar[Choice] = Choice("format", shared=("path", "images", "on_bad_record", "limit", "max_pixels"))
+    choice: ClassVar[Choice] = Choice(
+        "format", shared=("path", "images", "config", "on_bad_record", "limit", "max_pixels")
+    )
+    split_key: ClassVar[str] = "split"  # the option that names a split of the hub
     score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class
-    path: Place
+    path: Place  # of a file or a folder of tables, or hf://OWNER/NAME[@REVISION] (see `data.hub`)
     images: Place | None = None  # folder that image paths are relative to; default: the file's own
+    config: str | None = None  # of a dataset of the hub that has several
+    split: str | None = None  # of a dataset of the hub
     on_bad_record: Literal["error", "skip"] = "error"
     limit: Count | None = None  # the first N samples, in file order
     max_pixels: Pixels = PIXELS.value  # of a picture; a larger one is a bad record
+
+    def __post_init__(self) -> None:
+        for name, value in (("config", self.config), (self.split_key, self.hub_split)):
+            if value is not None and not self.path.startswith("hf://"):
+                raise ConfigError(f"{name}={value!r}: belongs to a dataset of the hub (path: hf://OWNER/NAME)")
+
+    @property
+    def hub_split(self) -> str | None:
+        """The split of a dataset of the hub, if one is named."""
+        return getattr(self, self.split_key)
 
     @property
     def answered(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mirage_dist.data import formats, records, sources, tables
+from mirage_dist.data import formats, hub, records, sources, tables
 from mirage_dist.data.audit.corpus import Corpus, Measured, Options
 from mirage_dist.data.audit.verdict import Verdict, verdict
 from mirage_dist.data.formats import Format
@@ -37,25 +37,41 @@ class Audit(Measured):
     verdict: Verdict
 
 
-def audit(paths: Sequence[Path], options: Options, format: str | None = None, on_bad_record: str = "error") -> Audit:
+def audit(
+    paths: Sequence[Path | str],
+    options: Options,
+    format: str | None = None,
+    on_bad_record: str = "error",
+    config: str | None = None,
+    split: str | None = None,
+) -> Audit:
     """Read the files once and return the content of audit.json.
 
-    format: of all files, a name or module:Class; without it each file's first record decides. Samples that
-    `sources.read` leaves out are left out here, exact repeats too. Raises ConfigError as `sources.read` does, for an
-    unknown format, and for a file whose format cannot be recognised or has no answers.
+    config, split: of every path that is a dataset of the hub (see `data.hub`). format: of all files, a name or
+    module:Class; without it each file's first record decides. Samples that `sources.read` leaves out are left out here,
+    exact repeats too. Raises ConfigError as `sources.read` does, for an unknown format, and for a file whose format
+    cannot be recognised or has no answers.
     """
     if format is not None:
         formats.load(format, "mirage audit", "--format")  # before any file is read
     corpus = Corpus(options)
     files: list[FileCounts] = []
-    total = sum(records.size(path) for path in paths)
+    places = [(str(path), _files(str(path), config, split)) for path in paths]
+    total = sum(records.size(file) for _, files in places for file in files)
     bar = Progress(total, "audit", "B", delay=2.0, pause=PAUSE_SECONDS, leave=False, on_stderr=True)
     with bar:
-        for path in paths:
-            chosen = {"format": format or recognise(path), "path": str(path), "on_bad_record": on_bad_record}
+        for path, local in places:
+            name = format or recognise(local[0])
+            chosen = {"format": name, "path": path, "on_bad_record": on_bad_record}
+            if hub.address(path) is not None:
+                chosen |= {"config": config, formats.load(name, "mirage audit", "--format").split_key: split}
             files.append(_read(corpus, formats.make(chosen, f"mirage audit: {path}", "--format"), bar.update))
     measured = corpus.measured()
     return {"files": files, **measured, "verdict": verdict(measured)}
+
+
+def _files(path: str, config: str | None, split: str | None) -> Sequence[Path]:
+    return [Path(path)] if (where := hub.address(path)) is None else hub.split(where, config, split).files
 
 
 def recognise(path: Path) -> str:

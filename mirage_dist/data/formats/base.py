@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mirage_dist.data import pictures, tables
+from mirage_dist.data import hub, pictures, tables
 from mirage_dist.data import records as streamed
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -58,6 +58,18 @@ class Format(SourceConfig):
         Raises ConfigError naming a file that cannot be read.
         """
         return Opened(None, self.parse)
+
+    def published(self) -> hub.Split | None:
+        """What the cache has of the hub's split; None for a path of this machine. Raises ConfigError as `hub.split`."""
+        where = hub.address(self.path)
+        return None if where is None else hub.split(where, self.config, self.hub_split)
+
+    def parts(self) -> list[Format]:
+        """This source as sources of files on this machine: itself, or one for each file of the hub's split."""
+        if (published := self.published()) is None:
+            return [self]
+        own = {"config": None, self.split_key: None}
+        return [replace(self, path=str(file), **own) for file in published.files]
 
     @classmethod
     def recognises(cls, record: Mapping[str, Any]) -> bool:

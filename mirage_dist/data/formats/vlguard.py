@@ -21,10 +21,14 @@ NO_QUESTION = "N/A"  # in place of an instruction that is missing
 
 @dataclass(frozen=True)
 class VLGuard(Format):
+    """split: which pairs. table: the split of a dataset of the hub, whose key in other formats is `split`."""
+
     split: Literal["all", "unsafes", "safe_safes", "safe_unsafes"] = "all"
+    table: str | None = None
 
     signature = frozenset({"instr-resp"})
     labelled = True
+    split_key = "table"
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         name, safe = text(record, "id"), get(record, "safe", bool)

@@ -36,6 +36,7 @@ class OfficialAnswers(Format):
     required: ClassVar[bool] = False  # whether `annotations` must be given
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.required and self.annotations is None:
             raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
 

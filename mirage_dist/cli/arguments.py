@@ -1,0 +1,188 @@
+"""The arguments of each verb."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from mirage_dist.cli import verbs as run
+from mirage_dist.progress import printable, put
+from mirage_dist.schema import ConfigError, secrets
+from mirage_dist.schema.limits import COUNT, LOCAL, NGRAMS, RANKS, Limit
+from mirage_dist.schema.names import NAME, PLACE, Check, shown
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its messages repeat words of the command line: without control characters, and without what looks like a key."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(secrets.masked(message)))
+
+    def print_help(self, file: object = None) -> None:
+        """As the result of any command: argparse itself passes over a help that cannot be printed."""
+        put(self.format_help())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line; `run` of what it parses is the verb's function in `cli.verbs`."""
+    parser = _Parser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    demo = _verb(verbs, "demo", run.demo, "the whole story on the embedded world, or on a real language model")
+    demo.add_argument("--real", action="store_true", help="on SmolLM2-135M-Instruct, or on model.path=DIR")
+    demo.add_argument("--out", type=_path, help="default: runs/demo, with --real runs/real")
+    demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
+
+    prepare = _verb(verbs, "prepare", run.prepare, "forget and retain sets from raw data")
+    _recipe(prepare)
+    prepare.add_argument("--check", action="store_true", help="check the recipe alone; read no data")
+
+    audit = _verb(verbs, "audit", run.audit, "which first words separate refusals from answers in training data")
+    audit.add_argument(
+        "data", nargs="+", type=_data, metavar="DATA", help="JSON, JSONL, Parquet, a dataset's folder, hf://OWNER/NAME"
+    )
+    audit.add_argument("--config", metavar="C", help="of a dataset of the hub that has several")
+    audit.add_argument("--split", metavar="S", help="of a dataset of the hub")
+    audit.add_argument(
+        "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
+    )
+    audit.add_argument(
+        "--response-kind",
+        default="list",
+        metavar="KIND",
+        help="what counts as a refusal: list (our phrases, the default), published (VLGuard's), label (`safe`), or "
+        "FIELD=VALUE of a record",
+    )
+    audit.add_argument(
+        "--refusals", metavar="FILE", help="a JSON list of refusal phrases in place of ours, for another language"
+    )
+    audit.add_argument("--ngrams", type=_whole(1, NGRAMS), default=1, metavar="N", help="also the first 2, …, N words")
+    audit.add_argument("--length", action="store_true", help="also the question's length")
+    audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
+    audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
+    audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
+    audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
+
+    train = _verb(verbs, "train", run.train, "one process of a training run; launch/local.sh starts N of them")
+    _recipe(train)
+    checks = train.add_mutually_exclusive_group()
+    checks.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
+    checks.add_argument(
+        "--check-recipe", action="store_true", help="check recipe and DeepSpeed JSON; read neither data nor model"
+    )
+    train.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="with a check: of a run of N processes")
+
+    plan = _verb(verbs, "plan", run.plan, "the memory and disk space that a training run will need; loads no weights")
+    _recipe(plan)
+    plan.add_argument(
+        "--ranks",
+        type=_whole(1, RANKS),
+        default=1,
+        metavar="N",
+        help="processes, one per GPU (default: 1)",
+    )
+
+    evaluate = _verb(
+        verbs, "eval", run.evaluate, "answer a suite of questions with a model, judge the answers, compute rates"
+    )
+    _recipe(evaluate)
+    how = evaluate.add_mutually_exclusive_group()
+    how.add_argument(
+        "--workers", type=_whole(1, LOCAL), metavar="N", help="start N workers on this machine and wait for them"
+    )
+    how.add_argument(
+        "--worker", type=_place, default=(0, 1), metavar="I/N", help="begin at the place of worker I (from 0) of N"
+    )
+    how.add_argument("--status", action="store_true", help="report the progress of the evaluation and exit")
+    how.add_argument("--check", action="store_true", help="check the recipe alone; read neither data nor model")
+
+    _recipe(_verb(verbs, "erasure", run.erasure, "tests that distinguish erased knowledge from hidden knowledge"))
+
+    values = _verb(verbs, "config", run.config, "print a recipe with its overrides, includes and defaults resolved")
+    _recipe(values)
+    values.add_argument(
+        "--get",
+        action="append",
+        metavar="KEY",
+        help="only this value, on a line: text as it is, else JSON; repeatable",
+    )
+    values.add_argument(
+        "--override", action="append", metavar="KEY", help="this value as KEY=VALUE, quoted for a command; repeatable"
+    )
+
+    report = _verb(verbs, "report", run.report, "tables and figures over evaluated runs")
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
+    report.add_argument("--out", type=_path, help="default: report/ in the first run")
+    report.add_argument("--suite", type=_name, help="required when the runs share several suites")
+    report.add_argument(
+        "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
+    )
+
+    export = _verb(verbs, "export", run.export, "write a Hugging Face model directory from a checkpoint")
+    export.add_argument("run_dir", type=_path, metavar="RUN")
+    export.add_argument("out", type=_path, metavar="OUT")
+    forms = ("merged", "adapter", "both")
+    export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
+    export.add_argument("--step", type=_whole(0, COUNT), help="default: the newest checkpoint")
+    return parser
+
+
+def _place(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    number, of = map(int, match.groups()) if match else (1, 0)
+    if not number < of <= RANKS.value:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}: expected I/N with 0 <= I < N, such as 0/4, and N of at most {RANKS.value:,}"
+        )
+    return number, of
+
+
+def _checked(check: Check, key: str, text: str) -> str:
+    try:
+        check(text, key)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_checked(PLACE, "PATH", text))
+
+
+def _data(text: str) -> str:
+    return _checked(PLACE, "DATA", text)
+
+
+def _whole(low: int, limit: Limit) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to a limit."""
+    high = limit.value
+
+    def number(text: str) -> int:
+        # At most as many digits as `high` has: Python converts no text of thousands of digits.
+        value = int(text) if re.fullmatch(rf"-?[0-9]{{1,{len(str(high))}}}", text) else None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number from {low} to {high:,}")
+        return value
+
+    return number
+
+
+def _name(text: str) -> str:
+    return _checked(NAME, "SUITE", text)
+
+
+def _verb(
+    verbs: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", help="a YAML recipe")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=5e-7")

@@ -1,0 +1,172 @@
+"""What each verb of the command does with its parsed arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mirage_dist import config as configs
+from mirage_dist import signals
+from mirage_dist.progress import put, show
+from mirage_dist.ranks import check_rendezvous, exit_well, place
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+
+
+def demo(parsed: argparse.Namespace) -> None:
+    from mirage_dist import demo, report
+
+    story, place = (demo.REAL, "runs/real") if parsed.real else (demo.EMBEDDED, "runs/demo")
+    summary = demo.demo(out := parsed.out or Path(place), parsed.overrides, parsed.full, story)
+    show(report.table(summary), f"{summary['wall_seconds']} s; report: {out / 'report' / 'index.html'}")
+    report.require_whole(summary)
+    exit_well()
+
+
+def prepare(parsed: argparse.Namespace) -> None:
+    recipe = configs.load(parsed.config, parsed.overrides, PrepareRecipe)
+    from mirage_dist import inputs
+    from mirage_dist.data import prepare
+    from mirage_dist.evals import status
+    from mirage_dist.evals.attacks import rewrites
+
+    prepare.check(recipe)  # a wrong option is an error before any data are made or read
+    if parsed.check:
+        show(f"{parsed.config}: the recipe is in order; no data were read")
+        return
+    prepare.check_place(recipe)
+    if recipe.harvest is not None:
+        status.require_complete(Path(recipe.harvest))
+    inputs.make(recipe)
+    show(f"{recipe.out}: {prepare.summary(prepare.prepare(recipe, rewrites.reworder(recipe)))}")
+
+
+def audit(parsed: argparse.Namespace) -> None:
+    from mirage_dist.data import audit
+    from mirage_dist.report import audit as page
+
+    options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
+    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record, parsed.config, parsed.split)
+    files = page.write(result, parsed.out) if parsed.out else []
+    show(page.table(result), *files)
+    if not result["verdict"]["measured"]:
+        raise RunError("the audit could not measure these data; the last line above says why")
+    if parsed.fail and not result["verdict"]["passed"]:
+        raise RunError("the data fail the audit (--fail)")
+
+
+def train(parsed: argparse.Namespace) -> None:
+    signals.install()
+    with signals.start_up():
+        recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+        if not (parsed.check or parsed.check_recipe):
+            if parsed.ranks:
+                raise ConfigError("--ranks belongs to a check; launch/local.sh N train … starts N processes")
+            check_rendezvous()
+        from mirage_dist import inputs
+        from mirage_dist.train.planning import check
+
+        checked = check.check_recipe(recipe, parsed.ranks or place()[2])
+        if parsed.check_recipe:
+            count = f"{checked.ranks} process{'es' if checked.ranks > 1 else ''}"
+            show(
+                f"{parsed.config}: recipe and DeepSpeed JSON are in order for {count}; neither data nor model were read"
+            )
+            return
+        if parsed.check:
+            if not inputs.missing(recipe):
+                counts = check.check_samples(checked)
+                show(f"{parsed.config}: recipe, DeepSpeed JSON, data and model names are in order ({counts})")
+            else:
+                show(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the world is made at the start")
+            return
+        from mirage_dist.train import run
+
+        inputs.make(recipe)
+    run.train(checked)
+    exit_well()
+
+
+def plan(parsed: argparse.Namespace) -> None:
+    recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
+    from mirage_dist import inputs
+    from mirage_dist.train.planning import plan
+
+    if missing := inputs.missing(recipe):
+        raise ConfigError(f"{missing[0]}: not there yet; its world is made by `mirage demo` or `mirage train`")
+    show(plan.plan(recipe, parsed.ranks).text())
+
+
+def evaluate(parsed: argparse.Namespace) -> None:
+    signals.install()
+    if "robustness" in parsed.overrides:
+        raise ConfigError(f"the tests of erasure are a verb now: `mirage erasure {parsed.config} …`")
+    recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
+    from mirage_dist.evals import worklist
+
+    worklist.check(recipe)  # a wrong option is an error before any data are made or read
+    if parsed.check:
+        if recipe.erasure is not None:
+            from mirage_dist.erasure import run as erasure_tests
+
+            erasure_tests.options(recipe)
+        show(f"{parsed.config}: the recipe is in order; neither data nor model were read")
+    elif parsed.status:
+        from mirage_dist.evals import status
+
+        show(status.report(recipe))
+    elif parsed.workers:
+        from mirage_dist.evals import pool
+
+        pool.run(parsed.config, parsed.overrides, parsed.workers)
+    else:
+        from mirage_dist import inputs
+        from mirage_dist.evals import follow, tracking
+
+        inputs.make(recipe, parsed.worker[0] == 0)
+        evaluate = tracking.evaluate if recipe.follow is None else follow.follow
+        evaluate(recipe, parsed.worker)
+
+
+def erasure(parsed: argparse.Namespace) -> None:
+    signals.install()
+    recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
+    from mirage_dist import inputs
+    from mirage_dist.erasure import run
+    from mirage_dist.evals import worklist
+
+    run.options(recipe)
+    worklist.check(recipe)  # a wrong option is an error before any data are made or read
+    inputs.make(recipe)
+    run.run(recipe)
+    exit_well()
+
+
+def config(parsed: argparse.Namespace) -> None:
+    recipe = configs.load_any(parsed.config, parsed.overrides)
+    if not (parsed.get or parsed.override):
+        put(configs.to_yaml(recipe))
+    for key in parsed.get or []:
+        value = configs.value(recipe, key)
+        line = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        if "\n" in line or "\0" in line:
+            raise ConfigError(f"{key}={value!r}: cannot be printed as one line; --override {key} quotes it")
+        put(f"{line}\n")
+    for key in parsed.override or []:
+        put(f"{configs.override(key, configs.value(recipe, key))}\n")
+
+
+def report(parsed: argparse.Namespace) -> None:
+    from mirage_dist import report
+
+    out = parsed.out or parsed.runs[0] / "report"
+    summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
+    show(report.table(summary), out / "index.html")
+    report.require_whole(summary)
+
+
+def export(parsed: argparse.Namespace) -> None:
+    from mirage_dist.model import export
+
+    export.export(parsed.run_dir, parsed.out, parsed.step, form=parsed.form)
+    show(parsed.out)

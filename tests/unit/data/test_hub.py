@@ -1,0 +1,218 @@
+"""Datasets of the hub: what the cache holds is read as it lies there, what is missing is said before anything starts.
+
+The cache's layout (refs/, snapshots/COMMIT/ with links into blobs/) is huggingface_hub's documented one. The card and
+the files' names are those of SPA-VL on the hub (configurations `default` and `test`, splits `harm` and `help`; read
+2026-11-26); the rows are ours.
+"""
+
+import hashlib
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from mirage_dist import cli
+from mirage_dist.data import formats, hub, pictures, sources
+from mirage_dist.schema import ConfigError
+
+COMMIT = "6abf7f4f1d0cd9bb8800754584b57a641517f0b9"
+CARD = """---
+license: cc-by-4.0
+dataset_info:
+- config_name: default
+  features:
+  - name: image
+    dtype: image
+  - name: question
+    dtype: string
+  - name: chosen
+    dtype: string
+  - name: rejected
+    dtype: string
+  splits:
+  - name: train
+    num_bytes: 100
+    num_examples: {rows}
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+- config_name: test
+  data_files:
+  - split: harm
+    path: test/harm-*
+  - split: help
+    path: test/help-*
+---
+A card.
+"""
+
+
+def encoded(number: int) -> bytes:
+    output = io.BytesIO()
+    Image.fromarray(np.full((4, 5, 3), number, dtype=np.uint8)).save(output, format="PNG")
+    return output.getvalue()
+
+
+def table(numbers, test: bool = False) -> pa.Table:
+    rows = []
+    for number in numbers:
+        row = {"image": {"bytes": encoded(number), "path": None}, "question": f"What is number {number}?"}
+        row |= (
+            {"class1": "a", "class2": "b", "class3": "c"}
+            if test
+            else {"chosen": f"A gadget {number}.", "rejected": "No idea.", "image_name": f"{number}.png"}
+        )
+        rows.append(row)
+    return pa.Table.from_pylist(rows)
+
+
+def parquet(content: pa.Table) -> bytes:
+    output = io.BytesIO()
+    pq.write_table(content, output, row_group_size=2)
+    return output.getvalue()
+
+
+def repository(rows: int = 7) -> dict[str, bytes]:
+    """Path in the repository -> content."""
+    return {
+        "README.md": CARD.format(rows=rows).encode(),
+        "data/train-00000-of-00002.parquet": parquet(table(range(4))),
+        "data/train-00001-of-00002.parquet": parquet(table(range(4, 7))),
+        "test/harm-00000-of-00001.parquet": parquet(table(range(10, 13), test=True)),
+        "test/help-00000-of-00001.parquet": parquet(table(range(20, 22), test=True)),
+    }
+
+
+def store(cache: Path, files: dict[str, bytes], name: str = "lab/SPA-VL") -> Path:
+    """Put a revision into a cache, as huggingface_hub does; returns its snapshot."""
+    root = cache / f"datasets--{name.replace('/', '--')}"
+    snapshot = root / "snapshots" / COMMIT
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text(COMMIT)
+    for path, content in files.items():
+        blob = root / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(content)
+        (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / path).symlink_to(blob)
+    return snapshot
+
+
+@pytest.fixture()
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.split.cache_clear()
+    yield tmp_path / "hub"
+    hub.split.cache_clear()
+
+
+def source(**options):
+    return formats.source("spa_vl", "hf://lab/SPA-VL", **options)
+
+
+def test_a_split_of_the_cache_is_read_in_order_across_its_files(cache):
+    """Records are numbered through all files, so that ids made of numbers are unique."""
+    store(cache, repository())
+    samples = sources.read(source()).samples
+    assert [s.question for s in samples] == [f"What is number {i}?" for i in range(7)]
+    assert [s.id for s in samples] == [str(i) for i in range(7)]
+    assert [pictures.sha256(s.image) for s in samples] == [hashlib.sha256(encoded(i)).hexdigest() for i in range(7)]
+    assert all("/snapshots/" in s.image for s in samples)
+
+
+@pytest.mark.parametrize("revision", ["@main", f"@{COMMIT}"])
+def test_revision_configuration_and_split_are_chosen(cache, revision):
+    store(cache, repository())
+    config = formats.source("spa_vl", f"hf://lab/SPA-VL{revision}", config="test", split="harm", response="absent")
+    assert [s.question for s in sources.read(config).samples] == [f"What is number {i}?" for i in range(10, 13)]
+    assert config.published().commit == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"config": "test", "response": "absent"}, "several splits in configuration 'test'; split: harm, help"),
+        ({"split": "trian"}, "no split 'trian' in configuration 'default'; split: train"),
+        ({"config": "tests"}, r"config=tests: .*Available: \['default', 'test'\]"),
+    ],
+)
+def test_a_choice_that_is_missing_or_wrong_names_those_there_are(cache, options, why):
+    store(cache, repository())
+    with pytest.raises(ConfigError, match=why):
+        sources.read(source(**options))
+
+
+def test_what_is_not_in_the_cache_names_the_command_that_brings_it(cache):
+    for path in ("hf://lab/SPA-VL", "hf://lab/SPA-VL@v9"):
+        with pytest.raises(ConfigError, match=rf"{path}: not in the cache of the hub .*`mirage data get {path}`"):
+            sources.read(formats.source("spa_vl", path))
+        if not cache.exists():
+            store(cache, repository())
+    for path in ("hf://", "hf://a/b/c", "hf://a/b@", "hf:///b"):
+        with pytest.raises(ConfigError, match=r"expected hf://OWNER/NAME, or hf://OWNER/NAME@REVISION"):
+            sources.read(formats.source("spa_vl", path))
+
+
+def test_a_part_of_a_split_is_never_taken_for_the_whole(cache):
+    """A download that broke off leaves the other shards; a shard that was replaced may have other rows."""
+    snapshot = store(cache, repository())
+    lost = snapshot / "data/train-00001-of-00002.parquet"
+    blob = lost.readlink()
+    content = blob.read_bytes()
+    lost.unlink()
+    with pytest.raises(ConfigError, match=r"train-00001-of-00002\.parquet is not in the cache, and 0 others"):
+        sources.read(source())
+    lost.symlink_to(blob)
+    blob.unlink()  # a link without its blob
+    hub.split.cache_clear()
+    with pytest.raises(ConfigError, match=r"train-00001-of-00002\.parquet is not in the cache, and 0 others"):
+        sources.read(source())
+    blob.write_bytes(content)
+    assert len(sources.read(source()).samples) == 7
+    lost.unlink()
+    lost.write_bytes(parquet(table(range(4, 6))))
+    with pytest.raises(ConfigError, match="6 records in the cache, 7 by the dataset's card"):
+        sources.read(source())
+
+
+def test_a_damaged_card_is_an_error_that_names_the_dataset(cache):
+    files = repository()
+    files["README.md"] = b"---\nconfigs: [{config_name: default, data_files: 3}]\n---\n"
+    store(cache, files)
+    with pytest.raises(ConfigError, match="hf://lab/SPA-VL: config=None: "):
+        sources.read(source())
+
+
+def test_configuration_and_split_belong_to_the_hub():
+    with pytest.raises(ConfigError, match="split='train': belongs to a dataset of the hub"):
+        formats.source("llava", "data.json", split="train")
+    with pytest.raises(ConfigError, match="table='train': belongs to a dataset of the hub"):
+        formats.source("vlguard", "data.json", table="train")
+
+
+def test_json_of_the_hub_finds_its_pictures_beside_it(cache):
+    """VLGuard's records name pictures by path, and its option `split` means pairs; `table` is the hub's split."""
+    record = {"id": "u", "image": "bad/1.png", "safe": False, "harmful_category": "a", "harmful_subcategory": "b"}
+    rows = [{**record, "instr-resp": [{"instruction": "Share it.", "response": "No."}]}]
+    store(cache, {"train.json": json.dumps(rows).encode(), "bad/1.png": encoded(3)}, "lab/VLGuard")
+    config = formats.source("vlguard", "hf://lab/VLGuard", table="train", split="unsafes")
+    (sample,) = sources.read(config).samples
+    assert pictures.sha256(sample.image) == hashlib.sha256(encoded(3)).hexdigest()
+
+
+def test_an_audit_reads_the_hub(cache, capsys):
+    store(cache, repository())
+    assert cli.main(["audit", "hf://lab/SPA-VL", "--split", "train", "--refusals", ""]) == 2
+    capsys.readouterr()
+    cli.main(["audit", "hf://lab/SPA-VL", "--split", "train"])
+    assert "7" in capsys.readouterr().out
