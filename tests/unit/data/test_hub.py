@@ -8,8 +8,6 @@ the files' names are those of SPA-VL on the hub (configurations `default` and `t
 import hashlib
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +106,7 @@ def store(cache: Path, files: dict[str, bytes], name: str = "lab/SPA-VL") -> Pat
     return snapshot
 
 
-@pytest.fixture()
+@pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub.split.cache_clear()
