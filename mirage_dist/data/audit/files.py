@@ -48,10 +48,10 @@ def audit(
 ) -> Audit:
     """Read the files once and return the content of audit.json.
 
-    config, split: of every path that is a dataset of the hub (see `data.published.hub`). format: of all files, a name or
-    module:Class; without it each file's first record decides. Samples that `sources.read` leaves out are left out here,
-    exact repeats too. Raises ConfigError as `sources.read` does, for an unknown format, and for a file whose format
-    cannot be recognised or has no answers.
+    config, split: of every path that is a dataset of the hub. format: of all files, a name or module:Class; without it
+    each file's first record decides. Samples that `sources.read` leaves out are left out here, exact repeats too.
+    Raises ConfigError as `sources.read` does, for an unknown format, and for a file whose format cannot be recognised
+    or has no answers.
     """
     if format is not None:
         formats.load(format, "mirage audit", "--format")  # before any file is read

@@ -295,9 +295,9 @@ def server(cache, monkeypatch):
 def test_what_is_downloaded_is_what_is_read(server):
     assert hub.download(hub.address("hf://lab/SPA-VL")) == COMMIT
     assert [s.question for s in sources.read(source()).samples] == [f"What is number {i}?" for i in range(7)]
-    asked = len([path for path in server.requests if "/resolve/" in path])
+    transfers = len([path for path in server.requests if "/resolve/" in path])
     hub.download(hub.address("hf://lab/SPA-VL"))
-    assert len([path for path in server.requests if "/resolve/" in path]) == asked
+    assert len([path for path in server.requests if "/resolve/" in path]) == transfers
 
 
 @pytest.mark.parametrize(
