@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "data", nargs="+", type=_data, metavar="DATA", help="JSON, JSONL, Parquet, a dataset's folder, hf://OWNER/NAME"
     )
-    audit.add_argument("--config", metavar="C", help="of a dataset of the hub that has several")
+    audit.add_argument("--config", dest="configuration", metavar="C", help="of a dataset of the hub that has several")
     audit.add_argument("--split", metavar="S", help="of a dataset of the hub")
     audit.add_argument(
         "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
     audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
     audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
+
+    data = _verb(verbs, "data", run.data, "published files: where they are, and whether those here are right")
+    data.add_argument("action", choices=("list", "check", "get"), help="list all, check those here, or download")
+    data.add_argument("names", nargs="*", type=_data, metavar="NAME", help="of the list, or hf://OWNER/NAME[@REVISION]")
+    data.add_argument("--root", type=_path, default=Path("data"), help="the folder of all data; default: data")
 
     train = _verb(verbs, "train", run.train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)

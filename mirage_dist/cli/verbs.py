@@ -46,13 +46,44 @@ def audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.report import audit as page
 
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
-    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record, parsed.config, parsed.split)
+    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record, parsed.configuration, parsed.split)
     files = page.write(result, parsed.out) if parsed.out else []
     show(page.table(result), *files)
     if not result["verdict"]["measured"]:
         raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
+
+
+def data(parsed: argparse.Namespace) -> None:
+    from mirage_dist.data.published import check, download, hub, listing
+    from mirage_dist.data.published.catalogue import DATASETS
+
+    remote = [name for name in parsed.names if hub.address(name) is not None]
+    for name in parsed.names:
+        if name not in DATASETS and (name not in remote or parsed.action != "get"):
+            hint = configs.suggestion(name, list(DATASETS)) or "`mirage data list` has all of them"
+            raise ConfigError(f"{name}: no dataset of the catalogue; {hint}")
+    if parsed.action == "list":
+        show(listing.table())
+        return
+    if parsed.action == "get":
+        if not parsed.names:
+            raise ConfigError("mirage data get: name what to download; `mirage data list` has all of it")
+        for name in parsed.names:
+            show(*download.get(name, parsed.root))
+        return
+    wrong = []
+    for name in parsed.names or DATASETS:
+        seen = list(check.findings(DATASETS[name], parsed.root))
+        if not parsed.names and all(one.state in ("missing", "optional") for one in seen):
+            show(f"{name}: not here")
+            continue
+        show(*(f"{name}: {one.state:8} {one.place}: {one.detail}" for one in seen))
+        if not check.whole(seen):
+            wrong.append(name)
+    if wrong:
+        raise RunError(f"not as published: {', '.join(wrong)}; docs/get_data.md says what belongs where")
 
 
 def train(parsed: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ def read(config: SourceConfig, check_images: bool = True, refusals: Refusals = _
     """
     config = as_format(config)
     if config.folder is not None and Path(config.path).is_dir():
-        return read_all(_files(config, config.folder), check_images, refusals)
+        return read_all(files(config), check_images, refusals)
     source = Source([])
     numbered = [(number, sample) for number, _, samples in parsed(config, source) for sample in samples]
     kept = _without_duplicates(numbered, source)[: config.limit]
@@ -153,12 +153,12 @@ def check_pictures(
             raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are unusable")
 
 
-def _files(config: Format, pattern: str) -> list[Format]:
+def files(config: Format) -> list[Format]:
     """A source for each file of the folder; pictures are looked up under the same folder for all."""
-    files = sorted(Path(config.path).glob(pattern))
-    if not files:
-        raise ConfigError(f"{config.path}: no {pattern} in this folder")
-    return [replace(config, path=str(file), images=config.images or config.path) for file in files]
+    own = sorted(Path(config.path).glob(config.folder or "*"))
+    if not own:
+        raise ConfigError(f"{config.path}: no {config.folder} in this folder")
+    return [replace(config, path=str(file), images=config.images or config.path) for file in own]
 
 
 def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> list[Sample]:
