@@ -10,7 +10,7 @@ from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.progress import put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, RunError, TrainRecipe
 
 
 def demo(parsed: argparse.Namespace) -> None:
@@ -53,6 +53,37 @@ def audit(parsed: argparse.Namespace) -> None:
         raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
+
+
+def paper(parsed: argparse.Namespace) -> None:
+    signals.install()
+    # A word with "=" in the place of the recipe is an override of the default one.
+    file, overrides = str(parsed.config), list(parsed.overrides)
+    if "=" in file:
+        file, overrides = "configs/paper/llava_1_5_7b.yaml", [file, *overrides]
+    file = "configs/paper/tiny.yaml" if parsed.scale == "tiny" else file
+    recipe = configs.load(file, overrides, PaperRecipe)
+    from mirage_dist.paper import chain, plan, steps
+
+    with steps.within(recipe):
+        if parsed.links:
+            put("".join(f"{line}\n" for line in chain.lines(recipe, file, overrides)))
+        elif parsed.check:
+            show(*steps.check(recipe))
+        elif parsed.plan:
+            show(plan.text(recipe))
+        elif parsed.data:
+            steps.data(recipe)
+        else:
+            if parsed.local:
+                steps.run(recipe)
+            summary = steps.results(recipe)
+            show(steps.table(recipe), f"report: {Path(recipe.folder) / recipe.out / 'report' / 'index.html'}")
+            from mirage_dist import report
+
+            report.require_whole(summary)
+    if parsed.local:
+        exit_well()
 
 
 def data(parsed: argparse.Namespace) -> None:
@@ -190,6 +221,11 @@ def config(parsed: argparse.Namespace) -> None:
 def report(parsed: argparse.Namespace) -> None:
     from mirage_dist import report
 
+    if bool(parsed.runs) == bool(parsed.compare):
+        raise ConfigError("mirage report: name run directories, or files with --compare")
+    if parsed.compare:
+        show(report.published.compare(parsed.compare))
+        return
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
     show(report.table(summary), out / "index.html")
