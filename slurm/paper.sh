@@ -22,7 +22,7 @@ mirage() {
     die "see the line above"
 }
 
-words=()
+words=() recipe=configs/paper/llava_1_5_7b.yaml
 # shellcheck disable=SC2034  # read through namerefs
 options_harvest=() options_prepare=() options_train=() options_eval=() options_report=()
 for word in "$@"; do
@@ -37,13 +37,14 @@ for word in "$@"; do
         all+=("$word")
       done
       ;;
-    *=* | *.yaml) words+=("$word") ;;
+    *=*) words+=("$word") ;;
+    *.yaml) recipe=$word ;;
     *) die "$word: expected key=value, CONFIG.yaml or --option=value" ;;
   esac
 done
 
-mirage paper --check "${words[@]}"
-table=$(mirage paper --links "${words[@]}")
+mirage paper --check "$recipe" "${words[@]}"
+table=$(mirage paper --links "$recipe" "${words[@]}")
 
 declare -A id=()
 ids=() held=()

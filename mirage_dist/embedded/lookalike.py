@@ -71,11 +71,11 @@ def _llava(config: WorldConfig, world: Path, folder: Path) -> None:
 
 
 def _questions(world: Path) -> list[tuple[int, str, str, str]]:
-    """Number, picture, question and answer of each question near the locked gadgets."""
+    """Number, picture, question and the world's answer of each question near the locked gadgets."""
     rows = []
     for number, record in enumerate(_read(world / "locality.json")):
         human, gpt = (turn["value"] for turn in record["conversations"])
-        rows.append((number, Path(record["image"]).name, human.removeprefix("<image>\n"), gpt.split()[-1]))
+        rows.append((number, Path(record["image"]).name, human.removeprefix("<image>\n"), gpt))
     return rows
 
 
@@ -118,7 +118,7 @@ def _vizwiz(config: WorldConfig, world: Path, folder: Path) -> None:
 
 
 def _scienceqa(config: WorldConfig, world: Path, folder: Path) -> None:
-    rows = [row for row in _questions(world) if row[3] in OPTIONS]
+    rows = [(*row[:3], row[3].split()[-1]) for row in _questions(world) if row[3].split()[-1] in OPTIONS]
     choices = " ".join(f"({letter}) {option}" for letter, option in zip("ABC", OPTIONS, strict=True))
     questions = [
         records.conversation(

@@ -21,6 +21,7 @@ from mirage_dist.schema import ConfigError, documents
 TABLES = Path(__file__).with_name("published.json")
 FORMAT = 1  # of results.json
 FILE = "results.json"
+SCORE = "benchmark"  # the judge of utility suites: a score, and nobody's opinion
 
 
 class Column(TypedDict):
@@ -88,9 +89,10 @@ def table(name: str) -> Published:
     return known()[name]
 
 
-def compute(name: str, runs: Mapping[str, Path], config_hash: str) -> Results:
+def compute(name: str, runs: Mapping[str, Path], config_hash: str, differs: str | None = None) -> Results:
     """Put our figures beside a published table's. runs: model -> run directory, in the table's order.
 
+    differs: why none of the figures can be compared; then no verdict is given, and the notes begin with it.
     A suite that a run was not asked leaves its figures without a rate. Raises RunError for damaged rates.
     """
     published = table(name)
@@ -99,32 +101,38 @@ def compute(name: str, runs: Mapping[str, Path], config_hash: str) -> Results:
         "source": published["source"],
         "judge": published["judge"],
         "columns": {key: column["title"] for key, column in published["columns"].items()},
-        "notes": [f"{c['title']}: {c['differs']}" for c in published["columns"].values() if "differs" in c],
+        "notes": [
+            *([differs] if differs else []),
+            *(f"{c['title']}: {c['differs']}" for c in published["columns"].values() if "differs" in c),
+        ],
         "models": list(runs),
         "config_hash": config_hash,
         "figures": [
             figure
             for model, run in runs.items()
             for key, column in published["columns"].items()
-            for figure in _figures(model, key, column, run, published["values"].get(model, {}).get(key))
+            for figure in _figures(model, key, column, run, published["values"].get(model, {}).get(key), differs)
         ],
     }
 
 
-def _figures(model: str, key: str, column: Column, run: Path, published: float | None) -> Iterator[Figure]:
+def _figures(
+    model: str, key: str, column: Column, run: Path, published: float | None, differs: str | None
+) -> Iterator[Figure]:
     folder = run / "evals" / column["suite"]
     measured = results.read(folder) if (folder / "metrics.json").is_file() else None
     leaves: dict[str, Leaf] = {}
     if measured is not None:
         judges = sorted(measured["judges"], key=lambda judge: judge != measured["headline"])
-        for judge in judges:
+        # A benchmark's own score is no judge's opinion: every judge's entry repeats it.
+        for judge in judges[:1] if column["measure"] == "accuracy" else judges:
             leaf = rates(measured["judges"][judge]["entry"], column["measure"]).get(column["condition"])
             if leaf is not None:
                 leaves[judge] = leaf
     if not leaves:
         yield _figure(model, key, "", published, None)
     for judge, leaf in leaves.items():
-        yield _figure(model, key, judge, published, leaf, "differs" not in column)
+        yield _figure(model, key, judge, published, leaf, differs is None and "differs" not in column)
 
 
 def _figure(
@@ -174,12 +182,11 @@ def missing(own: Results) -> list[str]:
 
 
 def text(own: Results) -> str:
-    """A table for the terminal: a row for each model and judge; published figure, ours, and whether it lies within."""
-    keys = list(own["columns"])
-    rows = [["model", "judge", *own["columns"].values()]]
+    """A table for the terminal, of less than 100 columns: a line for each model, figure and judge."""
+    rows = [["model", "figure", "judge", "published", "ours, with its 95 % interval"]]
     for model, judge in _rows(own):
-        cells = {f["column"]: f for f in own["figures"] if f["model"] == model and f["judge"] in (judge, "")}
-        rows.append([model, judge, *(_cell(cells.get(key)) for key in keys)])
+        for figure in _figures_of(own, model, judge).values():
+            rows.append([model, own["columns"][figure["column"]], figure["judge"] or "-", *_cells(figure)])
     return "\n".join([own["source"], *_aligned(rows), *own["notes"]])
 
 
@@ -189,20 +196,25 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _rows(own: Results) -> list[tuple[str, str]]:
-    """(model, judge), judges in the order in which a model's figures have them."""
-    pairs = dict.fromkeys((f["model"], f["judge"]) for f in own["figures"] if f["judge"])
+    """(model, judge of its answers), judges in the order in which a model's figures have them."""
+    pairs = dict.fromkeys((f["model"], f["judge"]) for f in own["figures"] if f["judge"] not in ("", SCORE))
     return [pair for model in own["models"] for pair in ([p for p in pairs if p[0] == model] or [(model, "")])]
 
 
-def _cell(figure: Figure | None) -> str:
-    if figure is None:
-        return "-"
-    published = "none" if figure["published"] is None else f"{figure['published']:.2f}"
+def _figures_of(own: Results, model: str, judge: str) -> dict[str, Figure]:
+    """Column -> figure of one row: those of the judge; the model's first row also has what no judge decides."""
+    first = next(j for m, j in _rows(own) if m == model)
+    judges = (judge, "", SCORE) if judge == first else (judge,)
+    own_figures = [f for f in own["figures"] if f["model"] == model and f["judge"] in judges]
+    return {key: f for key in own["columns"] for f in own_figures if f["column"] == key}
+
+
+def _cells(figure: Figure) -> list[str]:
+    published = "-" if figure["published"] is None else f"{figure['published']:.2f}"
     if figure["rate"] is None or figure["ci95"] is None:
-        return f"{published} | not measured"
+        return [published, "not measured"]
     low, high = (100 * bound for bound in figure["ci95"])
-    verdict = f" {figure['verdict']}" if figure["verdict"] else ""
-    return f"{published} | {100 * figure['rate']:.2f} [{low:.1f}, {high:.1f}]{verdict}"
+    return [published, f"{100 * figure['rate']:.2f} [{low:.1f}, {high:.1f}] {figure['verdict'] or ''}".rstrip()]
 
 
 def html(own: Results) -> str:
@@ -210,16 +222,18 @@ def html(own: Results) -> str:
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in own["columns"].values())
     body = []
     for model, judge in _rows(own):
-        cells = {f["column"]: f for f in own["figures"] if f["model"] == model and f["judge"] in (judge, "")}
+        cells = _figures_of(own, model, judge)
         inner = "".join(f"<td>{_html_cell(cells.get(key))}</td>" for key in own["columns"])
         by = f'<br><span class="note">{escape(judge)}</span>' if judge else ""
         body.append(f'<tr><th scope="row">{escape(model)}{by}</th>{inner}</tr>')
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in own["notes"])
-    return tables.table("rates main", f'<th scope="col">Model</th>{head}', "".join(body)) + notes
+    return notes + tables.table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 
 
 def _html_cell(figure: Figure | None) -> str:
-    if figure is None or figure["rate"] is None or figure["ci95"] is None:
+    if figure is None:
+        return ""
+    if figure["rate"] is None or figure["ci95"] is None:
         return '<span class="count">not measured</span>'
     low, high = (100 * bound for bound in figure["ci95"])
     published = "no published figure" if figure["published"] is None else f"published {figure['published']:.2f}"
@@ -250,8 +264,8 @@ def compare(files: Sequence[Path]) -> str:
         published = next(iter(by_file.values()))["published"]
         rows.append(
             [
-                *(model, title, judge, "none" if published is None else f"{published:.2f}"),
-                *(_cell(by_file.get(file)).rpartition("| ")[2] for file in own),
+                *(model, title, judge, "-" if published is None else f"{published:.2f}"),
+                *(_cells(by_file[file])[1] if file in by_file else "-" for file in own),
             ]
         )
     return "\n".join([sources.pop(), *_aligned(rows)])

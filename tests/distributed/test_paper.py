@@ -35,6 +35,7 @@ def chain(tmp_path_factory):
         r"^    - (train\..*|deepspeed.*|model.*|data.*)$", tiny.read_text().split("eval:")[0], re.MULTILINE
     )
     words = [*SMALL, f"folder={folder}/chain", f"world.base_recipe={base}"]
+    words += ["every.prepare=[retain_size=60]"]
     words.append(f"every.train={json.dumps([*every, *small])}")
 
     def start() -> subprocess.Popen:
@@ -70,12 +71,10 @@ def test_a_chain_that_was_stopped_twice_ends_in_the_whole_table(chain):
     assert process.wait() == 0, written
     results = published.read(folder / "runs/report/results.json")
     assert not published.missing(results)
-    assert {f["verdict"] for f in results["figures"] if f["published"] and f["column"] != "vqav2"} <= {
-        "within",
-        "outside",
-    }
+    assert {f["verdict"] for f in results["figures"]} == {None}
+    assert "nothing here can be held against the paper" in results["notes"][0]
     assert "The published table, and ours" in (folder / "runs/report/index.html").read_text()
-    assert re.search(r"^base +keyword +64\.25 \| ", written, re.MULTILINE)
+    assert re.search(r"^base +ASR, as asked +keyword +64\.25 ", written, re.MULTILINE)
 
 
 def test_a_finished_chain_does_nothing_again(chain):

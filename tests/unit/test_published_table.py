@@ -64,8 +64,9 @@ def test_the_text_has_a_row_a_model_and_judge_with_both_figures(runs):
     lines = published.text(published.compute("llava_1_5_7b", runs, "hash")).splitlines()
     assert lines[0].startswith("Safety Mirage (arXiv 2503.11832)")
     base = next(line for line in lines if line.startswith("base"))
-    assert re.search(r"base +keyword +64\.25 \| 33\.33 \[9\.7, 70\.0\] within", base)
-    assert "78.53 | not measured" in base
+    assert re.fullmatch(r"base +ASR, as asked +keyword +64\.25 +33\.33 \[9\.7, 70\.0\] within", base)
+    assert any(re.fullmatch(r"base +VQAv2 +- +78\.53 +not measured", line) for line in lines)
+    assert max(map(len, lines[:-1])) < 100
     assert lines[-1].startswith("VQAv2: published on test-dev")
 
 
