@@ -57,7 +57,7 @@ while IFS=$'\t' read -r name needs script folder arguments; do
   esac
   declare -n own=options_$kind
   after=()
-  if [[ $needs ]]; then
+  if [[ $needs != - ]]; then
     # A killed worker of an evaluation does not end the chain: the others take over its questions, and what comes after
     # refuses answers that are not complete.
     how=afterok
@@ -79,7 +79,7 @@ while IFS=$'\t' read -r name needs script folder arguments; do
   fi
   id[$name]=${job%%;*}
   ids+=("${id[$name]}")
-  [[ $needs ]] || held+=("${id[$name]}")
+  [[ $needs != - ]] || held+=("${id[$name]}")
   printf '%-32s %s\n' "$name" "${id[$name]}"
 done <<<"$table"
 scontrol release "$(IFS=, && echo "${held[*]}")"

@@ -134,7 +134,8 @@ def lines(recipe: PaperRecipe, file: str, words: Sequence[str]) -> list[str]:
         rows.append((link.name, needs, link.script, recipe.folder, words_of))
     evaluations = ",".join(link.name for link in chain if link.name.startswith("eval-"))
     rows.append((REPORT, evaluations, "mirage.sh", ".", shlex.join(["paper", "--report", *own])))
-    return ["\t".join(row) for row in rows]
+    # No field is empty: a shell's `read` takes two tabs for one.
+    return ["\t".join(field or "-" for field in row) for row in rows]
 
 
 def _verb(link: Link) -> list[str]:

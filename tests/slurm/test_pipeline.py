@@ -147,7 +147,7 @@ ranks: 1
 world: {{dir: world, base_recipe: {base}, base_samples: 100, safety_samples: 24, general_samples: 24, eval_samples: 8}}
 harvest: {{recipe: configs/eval/harvest.yaml, overrides: [run.dir=runs/base]}}
 sets:
-  prepared: {{recipe: configs/prepare/vlguard.yaml, overrides: [min_match=0.1, retain_size=null]}}
+  prepared: {{recipe: configs/prepare/vlguard.yaml, overrides: [min_match=0.1, retain_size=30]}}
 models:
   npo: {{recipe: configs/train/npo.yaml, needs: [prepared]}}
 suites:
