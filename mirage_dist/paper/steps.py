@@ -54,6 +54,10 @@ def check(recipe: PaperRecipe) -> list[str]:
         _check(link, recipe.ranks)
     if recipe.world is not None:
         return [f"{len(chained)} recipes are in order; the data are made from a world"]
+    if not Path(recipe.model).is_dir():
+        raise ConfigError(
+            f"model={recipe.model}: no such folder; `hf download OWNER/NAME --local-dir {recipe.model}` makes it"
+        )
     wrong = []
     for name in recipe.data:
         seen = list(published.findings(DATASETS[name], Path(DATA)))

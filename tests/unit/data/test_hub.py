@@ -196,7 +196,7 @@ def test_a_damaged_card_is_an_error_that_names_the_dataset(cache):
 
 
 def test_configuration_and_split_belong_to_the_hub():
-    with pytest.raises(ConfigError, match="split='train': belongs to a dataset of the hub"):
+    with pytest.raises(ConfigError, match="split='train'; belongs to format=vlguard or to a dataset of the hub"):
         formats.source("llava", "data.json", split="train")
     with pytest.raises(ConfigError, match="table='train': belongs to a dataset of the hub"):
         formats.source("vlguard", "data.json", table="train")
