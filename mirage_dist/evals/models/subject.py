@@ -90,6 +90,14 @@ def trained_in(model: EvalModelConfig, run: Path) -> Path | None:
     return run if run in Path(str(model.path)).parents else None
 
 
+def untemplated(folder: Path) -> directory.Hashed:
+    """The files of a model that takes texts as they are; it needs no chat template. Raises ConfigError as `find`."""
+    before = directory.state(folder)
+    directory.check(str(folder))
+    weights.check(folder, families.load(folder))
+    return directory.hashed(folder, before)
+
+
 def find(model: EvalModelConfig, run: Path) -> Subject:
     """Hash the model; loads no weights. run: the evaluated run's directory, which may have trained the model.
 
