@@ -55,7 +55,7 @@ def corrected(measures: Measures, labelled: Labelled) -> dict[str, dict[str, Cor
 def _corrected(
     apparent: tuple[float, float], labelled: Labelled, condition: Condition, verdict: Verdict, several: bool
 ) -> Corrected:
-    """apparent: the judge's rate, and its number of trials. several: whether it counts questions of several rewrites."""
+    """apparent: the judge's rate, and its number of trials. several: whether a trial is a question with K rewrites."""
     trials = _questions(labelled, condition, verdict) if several else _answers(labelled, verdict)
     positive = [(question, called) for question, true, called in trials if true]
     negative = [(question, not called) for question, true, called in trials if not true]

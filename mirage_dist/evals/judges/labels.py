@@ -100,9 +100,9 @@ class Matched:
                 others.append(label)
         if others:
             raise ConfigError(
-                f"labels={self.labels.file}: {len(others)} of {len(self.labels.each)} labels are of another answer than "
-                f"the one on disk (the first: record {others[0].number}, field 'response'); give the labels of this "
-                "model's answers"
+                f"labels={self.labels.file}: {len(others)} of {len(self.labels.each)} labels are of another answer "
+                f"than the one on disk (the first: record {others[0].number}, field 'response'); give the labels of "
+                "this model's answers"
             )
         return verdicts
 

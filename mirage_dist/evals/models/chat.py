@@ -53,13 +53,11 @@ class Backend(ABC):
 class Local(Backend):
     """A Hugging Face model directory on this machine, loaded for the first prompt.
 
-    start_token: whether the tokenizer's start token comes before a prompt of form `text`.
     Raises ConfigError when the directory does not exist, and RunError when its files change after they were hashed.
     """
 
-    def __init__(self, config: ChatConfig, max_new_tokens: int, form: Form = "chat", start_token: bool = True) -> None:
+    def __init__(self, config: ChatConfig, max_new_tokens: int, form: Form = "chat") -> None:
         self.form: Form = form
-        self.start_token = start_token
         self.model = EvalModelConfig(path=str(config.path), dtype=config.dtype)
         self.max_tokens = config.max_tokens
         self.generation = GenerationConfig(
@@ -91,7 +89,7 @@ class Local(Backend):
         template = TemplateConfig(system_prompt=system, max_length=32_768)
         hashed = self.hashed
         if self.form == "text":
-            generator = hf.Completion(self.model, template, self.generation, self.start_token)
+            generator = hf.Completion(self.model, template, self.generation)
         elif self.form == "conversation":
             generator = hf.Assessment(self.model, template, self.generation)
         else:
@@ -124,14 +122,11 @@ class Remote(Backend):
         yield from self.endpoint.ask_all([Request(system, p.text, p.image, p.reply) for p in prompts])
 
 
-def backend(
-    config: ChatConfig, max_new_tokens: int, json_mode: bool, form: Form = "chat", start_token: bool = True
-) -> Backend:
-    """max_new_tokens: of a reply, unless the configuration sets a limit of its own. start_token: see `Local`; at an
-    endpoint the server decides.
+def backend(config: ChatConfig, max_new_tokens: int, json_mode: bool, form: Form = "chat") -> Backend:
+    """max_new_tokens: of a reply, unless the configuration sets a limit of its own.
 
     Raises ConfigError when the model's directory, or the environment variable of the key, does not exist.
     """
     if config.path is not None:
-        return Local(config, max_new_tokens, form, start_token)
+        return Local(config, max_new_tokens, form)
     return Remote(config, max_new_tokens, json_mode, form)

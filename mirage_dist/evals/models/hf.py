@@ -102,17 +102,12 @@ class HuggingFace(Generator):
 class Completion(HuggingFace):
     """A model that continues a sample's question as it is, without a chat template: a classifier of texts.
 
-    start_token: whether the tokenizer's start token comes before it. Raises ConfigError for a text over max_length.
+    The tokenizer's start token comes before it unless the text has it. Raises ConfigError for one over max_length.
     """
 
-    def __init__(
-        self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig, start_token: bool
-    ) -> None:
-        super().__init__(model, template, generation)
-        self.start_token = start_token
-
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        rows = [self.tokenizer(s.question, add_special_tokens=self.start_token)["input_ids"] for s in samples]
+        adds_start = self.encoder.tokens.adds_start
+        rows = [self.tokenizer(s.question, add_special_tokens=adds_start(s.question))["input_ids"] for s in samples]
         for sample, row in zip(samples, rows, strict=True):
             if len(row) > self.encoder.max_length:
                 raise ConfigError(f"{called(sample)}: the text has {len(row)} tokens, over {self.encoder.max_length}")

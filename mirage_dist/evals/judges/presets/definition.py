@@ -7,10 +7,11 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from omegaconf import OmegaConf
 
 from mirage_dist.config import build, nearest
 from mirage_dist.schema import ConfigError, documents
@@ -83,8 +84,9 @@ class Definition:
     conversation sends question and answer as a conversation, whose template has the instructions. pictures: whether the
     question's picture is sent. question: as the model under test received it, or as the data have it.
     marks: texts that structure the prompt; where a question or an answer has them, their first sign is replaced by one
-    that looks alike. quoted: question and answer are JSON strings in which no sign is a `<`. start_token: whether the
-    tokenizer's start token comes before a `text`; false where the prompt has it. max_tokens: of a reply.
+    that looks alike. quoted: question and answer are JSON strings in which no sign is a `<`. max_tokens: of a
+    reply.
+    not_null: dotted keys that a local model's config.json must not set to null, each with what to do about it.
     known_errors: in sentences, for the docs.
     """
 
@@ -103,7 +105,7 @@ class Definition:
     marks: list[str] = field(default_factory=list)
     quoted: bool = False
     json_mode: bool = False
-    start_token: bool = True
+    not_null: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.prompt is None) != (self.form == "conversation"):
@@ -134,7 +136,7 @@ class Definition:
     @property
     def decided_by(self) -> dict[str, Any]:
         """What decides a verdict, for the keys of verdicts."""
-        aside = ("title", "model", "model_types", "sources", "known_errors")
+        aside = ("title", "model", "model_types", "sources", "not_null", "known_errors")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in aside}
 
 
@@ -157,8 +159,8 @@ def _read(file: Path) -> Definition:
     text = documents.decoded(documents.read_bytes(file, RECIPE_FILE), file)
     try:
         documents.check_yaml(text)
-        tree = yaml.load(text, Loader=documents.LOADER)
-    except (yaml.YAMLError, ValueError) as error:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)  # refuses a key given twice
+    except Exception as error:  # of yaml and of OmegaConf, as for recipes
         raise ConfigError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from error
     if (why := documents.value_fault(tree)) is not None:
         raise ConfigError(f"{file}: {why}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from mirage_dist.data.encoding.conversation import template_of, tokenizer_of
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint
 from mirage_dist.evals.judges.chat import ChatJudge, failed
 from mirage_dist.evals.judges.presets import replies
@@ -82,7 +83,7 @@ class Preset(ChatJudge):
     def backend(self) -> Backend:
         own = self.definition
         json_mode = own.json_mode if self.json_mode is None else self.json_mode
-        return backend(self, own.max_tokens, json_mode, own.form, own.start_token)
+        return backend(self, own.max_tokens, json_mode, own.form)
 
     def of(self, recipe: EvalRecipe) -> Judge:
         """Raises ConfigError when the model's directory does not exist or holds a model of another type than the
@@ -141,23 +142,39 @@ class Preset(ChatJudge):
 
 
 def _check(preset: str, own: Definition, folder: Path) -> None:
-    """Raise ConfigError unless a directory can hold the preset's model."""
-    model = own.model or "a chat model"
+    """Raise ConfigError unless a directory holds the preset's model, as far as can be seen without loading weights."""
+    place, model = f"judges: preset {preset}: path={folder}", own.model or "a chat model"
     if not folder.is_dir():
+        download = f"hf download {own.model} --local-dir {folder}" if own.model else "hf download MODEL --local-dir DIR"
         raise ConfigError(
-            f"judges: preset {preset}: path={folder}: no such directory; expected {model}, downloaded there "
-            f"(hf download {own.model or 'MODEL'} --local-dir {folder}), or url and model of an endpoint"
+            f"{place}: no such directory; expected {model}, downloaded there ({download}), or url and model of an "
+            "endpoint"
         )
-    from mirage_dist.model import directory  # imports torch
+    from mirage_dist.evals.models import subject  # imports torch
     from mirage_dist.model.families import configs
 
     try:
-        directory.check(str(folder))
+        if (folder / "config.json").is_file():  # before the weights: another model has other ones
+            _check_config(place, own, model, configs.read(folder / "config.json"))
+        processor = subject.check(folder)
     except ConfigError as error:
-        raise ConfigError(f"judges: preset {preset}: {error}") from error
-    kind = configs.read(folder / "config.json").get("model_type")
+        raise ConfigError(str(error) if str(error).startswith(place) else f"{place}: {error}") from error
+    if own.form != "text" and template_of(processor) is None:
+        raise ConfigError(f"{place}: has no chat template; expected {model}, with its tokenizer's files")
+    if own.pictures and tokenizer_of(processor) is processor:
+        raise ConfigError(f"{place}: takes no pictures, which this preset shows; expected {model}")
+
+
+def _check_config(place: str, own: Definition, model: str, config: Mapping[str, Any]) -> None:
+    kind = config.get("model_type")
     if own.model_types is not None and kind not in own.model_types:
         raise ConfigError(
-            f"judges: preset {preset}: path={folder}: holds a model of type {kind!r}; expected {model}, of type "
-            f"{' or '.join(own.model_types)}, whose prompt this is"
+            f"{place}: holds a model of type {kind!r}; expected {model}, of type {' or '.join(own.model_types)}, "
+            "whose prompt this is"
         )
+    for dotted, remedy in own.not_null.items():
+        value: Any = config
+        for part in dotted.split("."):
+            value = value.get(part, remedy) if isinstance(value, Mapping) else remedy
+        if value is None:
+            raise ConfigError(f"{place}: config.json sets {dotted} to null; {remedy}")
