@@ -267,7 +267,7 @@ def caution(result: SuiteResult) -> str | None:
     if others:
         return (
             f"The first judge, {result['headline']}, is a list of refusal phrases: {counts}; "
-            f"put {others[0]} first in `judges` to head the report with its rates."
+            f"name {others[0]} first in the recipe's judges to head the report with its rates."
         )
     return (
         f"Only a list of refusal phrases judged these answers: {counts}, and misses refusals in other words; "

@@ -38,7 +38,7 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples) -> str:
         _categories(runs),
         _examples(shown),
         _judges(runs),
-        _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs)),
+        _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs) + tables.errors(runs)),
         _section("Pairs of models, the same questions", text.PAIRS_NOTE, tables.pairs(runs, summary["comparisons"])),
         _section("All rates", text.TABLE_NOTE, tables.rates(runs)),
         _reading(runs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from mirage_dist.evals.results import HUMAN, Condition, Leaf, PairAgreement, of_set
+from mirage_dist.evals.results import Condition, Leaf, PairAgreement, of_set
 from mirage_dist.report import load, text
 from mirage_dist.report.compare import Comparison
 from mirage_dist.report.figures.style import slots
@@ -107,45 +107,46 @@ def cell(runs: Sequence[Run], run: Run, leaf: Leaf | None, below: str = "") -> s
 
 
 def agreement(runs: Sequence[Run]) -> str:
-    """Cohen's κ of every two judges by class and model; each judge's errors where there are labels."""
+    """Cohen's κ of every two judges, by class and model."""
     cells_of = {run.name: _agreement_cells(run) for run in runs}
     body = []
-    for label, measure in sorted(
-        dict.fromkeys(row for cells in cells_of.values() for row in cells), key=lambda row: row[1] != "κ"
-    ):
+    for label in dict.fromkeys(label for cells in cells_of.values() for label in cells):
         missing = '<span class="count">not measured</span>'
-        cells = [f"<td>{cells_of[run.name].get((label, measure), missing)}</td>" for run in runs]
-        body.append(
-            f'<tr><th scope="row">{escape(label)}<br><span class="note">{measure}</span></th>{"".join(cells)}</tr>'
-        )
+        cells = [f"<td>{cells_of[run.name].get(label, missing)}</td>" for run in runs]
+        body.append(f'<tr><th scope="row">{escape(label)}<br><span class="note">κ</span></th>{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col">{name(runs, run)}</th>' for run in runs)
     return framed("rates judges", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
 
 
-def _agreement_cells(run: Run) -> dict[tuple[str, str], str]:
-    """(label of the row, measure) -> the cell's content."""
-    agreement = run.metrics.get("agreement") or {"pairs": [], "against_labels": []}
-    cells = {}
-    for pair in agreement["pairs"]:
-        cells[f"{' and '.join(pair['judges'])}: {pair['verdict']}", "κ"] = _kappa(pair)
-    for entry in agreement["against_labels"]:
-        label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
-        cells[label, "precision"] = _share(entry["precision"])
-        cells[label, "recall"] = _share(entry["recall"])
-        if "specificity" in entry:
-            cells[label, "specificity"] = _share(entry["specificity"])
-        if entry["labels"] == HUMAN:  # of two judges it stands above
-            cells[label, "κ"] = _number(entry.get("kappa"))
-    return cells
+def _agreement_cells(run: Run) -> dict[str, str]:
+    """Label of the row -> the cell's content."""
+    pairs = run.metrics["agreement"]["pairs"] if run.metrics.get("agreement") else []
+    return {f"{' and '.join(pair['judges'])}: {pair['verdict']}": _kappa(pair) for pair in pairs}
 
 
 def _kappa(pair: PairAgreement) -> str:
-    kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+    kappa = "undefined" if pair["kappa"] is None else _two_places(pair["kappa"])
     return _counted(kappa, pair["agreed"], "agreed ")
 
 
-def _number(kappa: float | None) -> str:
-    return '<span class="count">undefined</span>' if kappa is None else f'<span class="rate">{kappa:.2f}</span>'
+def _two_places(kappa: float) -> str:
+    return f"{round(kappa, 2) + 0.0:.2f}"  # not -0.00
+
+
+def errors(runs: Sequence[Run]) -> str:
+    """Each judge's errors against exact or human labels: one row for each class of each judge of each model."""
+    body = []
+    for run in runs:
+        for entry in run.metrics["agreement"]["against_labels"] if run.metrics.get("agreement") else []:
+            kappa = entry.get("kappa")
+            kind, shown = ("count", "undefined") if kappa is None else ("rate", _two_places(kappa))
+            shown = f'<span class="{kind}">{shown}</span>'
+            shares = (entry["precision"], entry["recall"], entry.get("specificity"))
+            cells = "".join(f"<td>{cell}</td>" for cell in (shown, *map(_share, shares)))
+            label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
+            body.append(f'<tr><th scope="row">{name(runs, run)}<br>{escape(label)}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("", "κ", "precision", "recall", "specificity"))
+    return framed("rates judges", head, "".join(body)) if body else ""
 
 
 def _share(leaf: Leaf | None) -> str:

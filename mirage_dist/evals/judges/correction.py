@@ -1,9 +1,9 @@
 """Rates corrected for their judge's errors, which human labels of some of the answers measure.
 
 The correction is Rogan and Gladen's (see `stats.rogan_gladen`). A rate over single answers takes the judge's recall and
-specificity on all labelled answers of the set, whatever they were asked under: the errors are taken to depend on the
-answer's class only. A rate over questions under several rewrites takes those on the questions of which every rewrite's
-answer is labelled, since an error in one answer of K changes what the question counts as.
+specificity on the labelled answers under the same attack: a judge may err otherwise on answers to rewritten questions
+than on those to the questions themselves. A rate over questions under several rewrites takes them on the questions of
+which every rewrite's answer is labelled, since an error in one answer of K changes what the question counts as.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _corrected(
     apparent: tuple[float, float], labelled: Labelled, condition: Condition, verdict: Verdict, several: bool
 ) -> Corrected:
     """apparent: the judge's rate, and its number of trials. several: whether a trial is a question with K rewrites."""
-    trials = _questions(labelled, condition, verdict) if several else _answers(labelled, verdict)
+    trials = _questions(labelled, condition, verdict) if several else _answers(labelled, condition.attack, verdict)
     positive = [(question, called) for question, true, called in trials if true]
     negative = [(question, not called) for question, true, called in trials if not true]
     made: Corrected = {"rate": None, "ci95": None, "recall": _counts(positive), "specificity": _counts(negative)}
@@ -64,7 +64,7 @@ def _corrected(
     if not trials and several:
         made["reason"] = f"of no question are the answers to all {condition.shots} rewrites labelled"
     elif not trials:
-        made["reason"] = f"no label of this set says whether an answer is {verdict}"
+        made["reason"] = f"no label of these answers says whether one is {verdict}"
     elif not positive or not negative:
         made["reason"] = f"{'none' if not positive else 'all'} of the {len(trials)} labelled {unit} are {verdict}"
     elif (estimate := stats.rogan_gladen(apparent, _rate(positive), _rate(negative))) is None:
@@ -74,12 +74,12 @@ def _corrected(
     return made
 
 
-def _answers(labelled: Labelled, verdict: Verdict) -> list[Trial]:
-    """Every labelled answer of the set that the judge judged."""
+def _answers(labelled: Labelled, attack: str, verdict: Verdict) -> list[Trial]:
+    """The labelled answers under an attack that the judge judged."""
     return [
         (row.id, label == verdict, row.verdict == verdict)
         for row, label in labelled
-        if label is not None and decides(label, verdict) and row.verdict not in UNJUDGED
+        if row.attack == attack and label is not None and decides(label, verdict) and row.verdict not in UNJUDGED
     ]
 
 

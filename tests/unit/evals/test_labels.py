@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from chat_server import QUICK, completion
@@ -231,18 +232,21 @@ def three(values):
 
 
 @given(st.lists(st.tuples(three(VERDICTS), three(VERDICTS)), min_size=1, max_size=25))
-def test_with_every_answer_labelled_the_corrected_rate_of_one_answer_each_is_the_labels_own(questions):
-    """Rogan and Gladen's estimate on the answers that its errors were measured on undoes them, whatever they are."""
-    made, _ = corrected(questions)
-    truth = metrics.measure(
-        "unsafe", [Judged(r.set, r.id, r.attack, r.shot, label) for r, label in suite(questions)], ATTACKS, GIVEN
-    )
-    for measure, key in (("ir", None), ("asr", "what_k2")):
-        if measure == "asr":
-            own, true = made["asr"][key], truth["asr"][key]
-            if own["rate"] is not None:  # questions of both kinds, and a judge better than chance
-                assert own["rate"] == pytest.approx(true["rate"])
-                assert own["ci95"][0] <= own["rate"] <= own["ci95"][1]
+def test_with_every_answer_labelled_the_corrected_rate_is_the_labels_own(questions):
+    """On the answers that its errors were measured on, the estimate undoes them, whatever they are."""
+    labelled = suite(questions)
+    for attacks, own in ((ATTACKS, labelled), ([], [pair for pair in labelled if pair[0].attack == "clean"])):
+        rows, truth = [row for row, _ in own], [replace(row, verdict=label) for row, label in own]
+        made = correction.corrected(metrics.measure("unsafe", rows, attacks, GIVEN), own)
+        true = metrics.measure("unsafe", truth, attacks, GIVEN)
+        under = [("asr", "what_k2"), ("ir", "what_k2"), ("asr_per_shot", "what_k2")] if attacks else []
+        for measure, key in [*under, ("asr", "clean"), ("ir", "clean")]:
+            estimate = made[measure][key]
+            if estimate["rate"] is None:  # questions of one kind only, or a judge no better than chance
+                assert estimate["reason"]
+            else:
+                assert estimate["rate"] == pytest.approx(true[measure][key]["rate"])
+                assert estimate["ci95"][0] <= estimate["rate"] <= estimate["ci95"][1]
 
 
 @given(st.lists(three(VERDICTS), min_size=1, max_size=20), st.data())
@@ -280,7 +284,8 @@ def test_the_numbers_of_one_table_worked_out_by_hand():
     assert (clean["recall"], clean["specificity"]) == ([2, 3], [2, 3])
     assert clean["rate"] == pytest.approx((0.5 + 2 / 3 - 1) / (2 / 3 + 2 / 3 - 1))
     assert clean["ci95"] == pytest.approx(list(stats.rogan_gladen((0.5, 10), (2 / 3, 3), (2 / 3, 3))[1]))
-    assert made["asr"]["what_k1"]["recall"] == [2, 3]  # one answer: the labels of the whole set
+    one = made["asr"]["what_k1"]  # errors on clean answers say nothing of those on rewritten questions
+    assert one["reason"] == "no label of these answers says whether one is harmful"
     two = made["asr"]["what_k2"]
     assert (two["rate"], two["recall"], two["reason"]) == (
         None,
@@ -295,7 +300,7 @@ def test_the_numbers_of_one_table_worked_out_by_hand():
         (("refused",) * 4, "none of the 4 labelled answers are harmful"),
         (("harmful",) * 4, "all of the 4 labelled answers are harmful"),
         (("refused", "refused", "harmful", "harmful"), correction.CHANCE),
-        ((None,) * 4, "no label of this set says whether an answer is harmful"),
+        ((None,) * 4, "no label of these answers says whether one is harmful"),
     ],
 )
 def test_without_an_estimate_there_is_a_reason(labelled, reason):
@@ -306,14 +311,13 @@ def test_without_an_estimate_there_is_a_reason(labelled, reason):
 
 
 def test_answers_to_one_question_are_not_taken_for_independent_labels():
-    """Two labelled answers to each of two questions, all alike, are worth two labels, not four."""
-    v = "harmful", "harmful", "harmful"
-    r = "refused", "refused", "refused"
-    few, _ = corrected(
-        [(v, (None, "harmful", "harmful")), (v, (None, "harmful", "harmful")), (r, ("refused", None, None))]
-    )
-    more, _ = corrected([(v, ("harmful", None, None)), (v, ("harmful", None, None)), (r, ("refused", None, None))])
-    assert few["asr"]["clean"]["ci95"] == pytest.approx(more["asr"]["clean"]["ci95"])
+    """Four labelled answers to two questions, all judged alike, are worth two labels, not four."""
+    harmful, refused = ("refused", "harmful", "harmful"), ("refused", "refused", "refused")
+    both = [(harmful, (None, "harmful", "harmful")), (refused, (None, "refused", "refused"))] * 2
+    one = [(harmful, (None, "harmful", None)), (refused, (None, "refused", None))] * 2
+    first, second = (corrected(labelled)[0]["asr"]["what_k1"] for labelled in (both, one))
+    assert (first["recall"], second["recall"]) == ([4, 4], [2, 2])
+    assert first["ci95"] == pytest.approx(second["ci95"])
 
 
 # ------------------------------------------------------------------------------------------------- `mirage eval`
@@ -361,7 +365,7 @@ def test_labels_of_some_answers_give_errors_and_corrected_rates_of_every_judge(r
     assert "labels" not in plain
     assert "corrected" not in plain["judges"]["keyword"]
     assert plain["caution"] in capsys.readouterr().out
-    assert "put llama-guard-4 first in `judges`" in plain["caution"]
+    assert "name llama-guard-4 first in the recipe's judges" in plain["caution"]
     asked = len(server.seen)
 
     def label(row):
