@@ -20,6 +20,7 @@ SHOWN = (
     ("rr", "safe", False),
     ("rr", "safe", True),
 )
+FIGURES = ("κ", "precision", "recall", "specificity")  # of a judge's errors
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,41 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     return [words if len(names) == len(runs) else f"{', '.join(names)}: {words}" for words, names in by_words.items()]
 
 
+def descriptions(runs: Sequence[Run]) -> list[str]:
+    """What each judge is and what it does not see, one line for each judge and each model that it is."""
+    lines = (f"{name}: {own['about']}." for run in runs for name, own in run.metrics["judges"].items())
+    return list(dict.fromkeys(lines))
+
+
+@dataclass(frozen=True)
+class Errors:
+    """One judge's errors on one class of one model's answers.
+
+    figures: of each of FIGURES, the value, and its counts or why there is none.
+    """
+
+    run: Run
+    label: str
+    figures: list[tuple[str, str]]
+
+
+def errors(runs: Sequence[Run]) -> list[Errors]:
+    """Against exact or human labels, as text."""
+    made = []
+    for run in runs:
+        for entry in run.errors:
+            shares = [_share(entry[name]) if name in entry else ("", "not measured") for name in FIGURES[1:]]
+            kappa = entry.get("kappa")
+            shown = ("", "undefined") if kappa is None else (tables.two_places(kappa), "")
+            label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
+            made.append(Errors(run, label, [shown if "kappa" in entry else ("", "not measured"), *shares]))
+    return made
+
+
+def _share(leaf: Leaf | None) -> tuple[str, str]:
+    return ("", "no answer in this class") if leaf is None else (text.percent(leaf), f"{leaf['k']}/{leaf['n']}")
+
+
 # ------------------------------------------------------------------------------------------------- as text
 
 
@@ -150,6 +186,18 @@ def table(runs: Sequence[Run]) -> str:
             body.append(f'<tr><th scope="row"><span class="note">between the judges</span></th>{cells}</tr>')
     head = "".join(f'<th scope="col">{tables.name(runs, run)}</th>' for run in runs)
     return tables.framed("rates all", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
+
+
+def table_of_errors(runs: Sequence[Run]) -> str:
+    """One row for each class of each judge of each model."""
+    body = []
+    for own in errors(runs):
+        spans = [((value, "rate"), (counts, "count")) for value, counts in own.figures]
+        cells = ("".join(f'<span class="{kind}">{words}</span>' for words, kind in both if words) for both in spans)
+        head = f'<th scope="row">{tables.name(runs, own.run)}<br>{escape(own.label)}</th>'
+        body.append(f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    titles = "".join(f'<th scope="col">{title}</th>' for title in ("", *FIGURES))
+    return tables.framed("rates judges", titles, "".join(body)) if body else ""
 
 
 def _cell(runs: Sequence[Run], run: Run, judged: Judged | None) -> str:

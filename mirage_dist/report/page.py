@@ -38,7 +38,7 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples) -> str:
         _categories(runs),
         _examples(shown),
         _judges(runs),
-        _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs) + tables.errors(runs)),
+        _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs) + judges.table_of_errors(runs)),
         _section("Pairs of models, the same questions", text.PAIRS_NOTE, tables.pairs(runs, summary["comparisons"])),
         _section("All rates", text.TABLE_NOTE, tables.rates(runs)),
         _reading(runs),
@@ -203,7 +203,8 @@ def _judges(runs: Sequence[Run]) -> str:
     ]
     figures = f'<div class="figures">{"".join(parts)}</div>' if parts else ""
     table = judges.table(runs)
-    return _section(judges.TITLE, judges.note(runs), table and figures + table)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in judges.descriptions(runs))
+    return _section(judges.TITLE, judges.note(runs), table and f'<ul class="facts">{listed}</ul>{figures}{table}')
 
 
 def _examples(shown: Examples) -> str:

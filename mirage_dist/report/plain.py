@@ -27,7 +27,12 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
             rows.append([title if number == 0 else "", label, *cells])
     parts += ["## All rates", _table(rows), text.TABLE_NOTE]
     if by_judge := _by_judge(runs):
-        parts += [f"## {judges.TITLE}", judges.note(runs), by_judge]
+        parts += [f"## {judges.TITLE}", judges.note(runs)]
+        parts += ["\n".join(f"- {_inert(line)}" for line in judges.descriptions(runs)), by_judge]
+    if errors := judges.errors(runs):
+        head = ["", "", *judges.FIGURES]
+        lines = [[own.run.name, own.label, *map(_figure, own.figures)] for own in errors]
+        parts += ["## Each judge's errors", _table([head, ["-"] * len(head), *lines]), text.ERRORS_NOTE]
     if summary["comparisons"]:
         head = ["first → second", "measure", "difference, points", "95 %", "n", "p, corrected"]
         parts += ["## Pairs of models", _table([head, ["-"] * len(head), *map(_pair, summary["comparisons"])])]
@@ -52,6 +57,11 @@ def _cell(leaf: Leaf | None) -> str:
         return "–"
     low, high = (100 * bound for bound in leaf["ci95"])
     return f"{100 * leaf['rate']:.1f} ({leaf['k']}/{leaf['n']}; {low:.1f}–{high:.1f})"
+
+
+def _figure(figure: tuple[str, str]) -> str:
+    value, counts = figure
+    return f"{value} ({counts})" if value and counts else value or counts
 
 
 def _pair(pair: Comparison) -> list[str]:

@@ -125,32 +125,13 @@ def _agreement_cells(run: Run) -> dict[str, str]:
 
 
 def _kappa(pair: PairAgreement) -> str:
-    kappa = "undefined" if pair["kappa"] is None else _two_places(pair["kappa"])
+    kappa = "undefined" if pair["kappa"] is None else two_places(pair["kappa"])
     return _counted(kappa, pair["agreed"], "agreed ")
 
 
-def _two_places(kappa: float) -> str:
-    return f"{round(kappa, 2) + 0.0:.2f}"  # not -0.00
-
-
-def errors(runs: Sequence[Run]) -> str:
-    """Each judge's errors against exact or human labels: one row for each class of each judge of each model."""
-    body = []
-    for run in runs:
-        for entry in run.metrics["agreement"]["against_labels"] if run.metrics.get("agreement") else []:
-            kappa = entry.get("kappa")
-            kind, shown = ("count", "undefined") if kappa is None else ("rate", _two_places(kappa))
-            shown = f'<span class="{kind}">{shown}</span>'
-            shares = (entry["precision"], entry["recall"], entry.get("specificity"))
-            cells = "".join(f"<td>{cell}</td>" for cell in (shown, *map(_share, shares)))
-            label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
-            body.append(f'<tr><th scope="row">{name(runs, run)}<br>{escape(label)}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{title}</th>' for title in ("", "κ", "precision", "recall", "specificity"))
-    return framed("rates judges", head, "".join(body)) if body else ""
-
-
-def _share(leaf: Leaf | None) -> str:
-    return _counted(text.percent(leaf) if leaf else "", leaf)
+def two_places(kappa: float) -> str:
+    """A κ, never as -0.00."""
+    return f"{round(kappa, 2) + 0.0:.2f}"
 
 
 def _counted(value: str, leaf: Leaf | None, counts: str = "") -> str:

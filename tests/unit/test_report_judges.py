@@ -106,6 +106,8 @@ def test_the_same_answers_by_every_judge_stand_below_each_other(keyword, tmp_pat
     group = section.partition("<table")[2].partition("Attack success rate, what, K = 3")[2]
     assert re.findall(r'class="rate">([\d.]+)', group)[:2] == ["50.0", "16.7"]
     assert "33.3 points" in group
+    for text in (section, markdown):  # what each judge is, so that one that sees no picture is known for it
+        assert "guard: a guard." in text
     assert "| guard | 16.7 (1/6;" in markdown
     rows = {(row.measure, row.attacked): row for row in judges.rows(read({"kw": keyword}))}
     assert rows.keys() == {("asr", False), ("asr", True)}
@@ -134,6 +136,8 @@ def test_a_corrected_rate_and_why_there_is_none_stand_beside_the_rate(keyword, t
         assert "not corrected: no better than chance" in text
         assert "People have labelled answers: 11 of kw." in text
     assert "Open: corrected for the judge" in page
+    half = "50.0\N{NO-BREAK SPACE}% (1/2)"
+    assert f"guard against human labels: harmful | 0.00 | {half} | {half} | no answer in this class |" in markdown
     assert "guard against human labels: harmful" in page
     assert "0.00" in page
     assert "-0.00" not in page
@@ -154,6 +158,9 @@ def test_metrics_of_an_earlier_version_are_read(keyword, tmp_path):
 
     report.report({"kw": edited(keyword, change)}, tmp_path / "out")
     assert "keyword against world: refused" in (tmp_path / "out/index.html").read_text()
+    none = "no answer in this class"
+    line = f"| kw | keyword against world: refused | not measured | {none} | {none} | not measured |"
+    assert line in (tmp_path / "out/report.md").read_text()
 
 
 def test_a_name_of_a_judge_is_text(keyword, tmp_path):

@@ -366,7 +366,7 @@ def test_labels_of_some_answers_give_errors_and_corrected_rates_of_every_judge(r
     assert "corrected" not in plain["judges"]["keyword"]
     assert plain["caution"] in capsys.readouterr().out
     assert "name llama-guard-4 first in the recipe's judges" in plain["caution"]
-    asked = len(server.seen)
+    requests = len(server.seen)
 
     def label(row):
         harmful = (int(row["id"][1:]) < 6) != (row["id"] in FLIPPED)
@@ -375,7 +375,7 @@ def test_labels_of_some_answers_give_errors_and_corrected_rates_of_every_judge(r
     records = [label(row) for row in answers(tmp_path) if int(row["id"][1:]) % 12 < 10]
     file = written(tmp_path, records)
     assert evaluated(recipe, tmp_path, judges=panel, labels=file) == 0
-    assert len(server.seen) == asked  # no answer was judged again
+    assert len(server.seen) == requests  # no answer was judged again
     result = results.read(tmp_path / "evals/s")
     assert result["recipe_hash"] == plain["recipe_hash"]
     assert result["labels"]["verdicts"] == {"harmful": 4, "refused": 6}
