@@ -255,7 +255,7 @@ def html(own: Results) -> str:
         by = f'<br><span class="note">{escape(judge)}</span>' if judge else ""
         body.append(f'<tr><th scope="row">{escape(model)}{by}</th>{inner}</tr>')
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in own["notes"])
-    return notes + tables.table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
+    return notes + tables.framed("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 
 
 def _html_cell(figure: Figure | None) -> str:
