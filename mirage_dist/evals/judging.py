@@ -82,7 +82,7 @@ def _by_judge(
         categories[name] = metrics.by_category(kind, own, attacks, judge.verdicts)
         paired[name] = metrics.paired(kind, own, attacks, judge.verdicts)
         counts[name] = metrics.counts(own)
-    return {
+    result: JudgeResult = {
         "kind": judge.kind,
         "about": judge.about,
         "entry": _entry(recipe, measured),
@@ -92,6 +92,9 @@ def _by_judge(
         "verdicts": counts,
         "unjudged": judges.unjudged(opinions),
     }
+    if scores := judge.figures(rows, opinions):
+        result["scores"] = scores
+    return result
 
 
 def _entry(recipe: EvalRecipe, measured: Mapping[str, Measures]) -> Entry:

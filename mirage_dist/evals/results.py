@@ -138,6 +138,10 @@ def further(entry: Entry, measure: str) -> list[str]:
     return [name.removeprefix(of_set(measure, "")) for name in entry if name.startswith(of_set(measure, ""))]
 
 
+Figures = dict[str, Leaf | float | None]  # by name; a plain number is no rate of anything, such as F1 or MME's score
+Scores = dict[str, Figures]  # by category, and over all of them
+
+
 class Unjudged(TypedDict):
     """How many answers have no verdict, and why."""
 
@@ -153,6 +157,7 @@ class JudgeResult(TypedDict):
     sets: by set. categories: by set, then by category and category/subcategory.
     paired: set -> condition -> each attack against the clean questions (see `stats.paired`).
     verdicts: set -> attack, or "clean" -> verdict -> number of answers.
+    scores: set -> what its benchmark publishes beside the mean score (see `judges.figures`); where there is such a set.
     """
 
     kind: str
@@ -163,6 +168,7 @@ class JudgeResult(TypedDict):
     paired: dict[str, dict[str, Paired | None]]
     verdicts: dict[str, dict[str, dict[str, int]]]
     unjudged: Unjudged
+    scores: NotRequired[dict[str, Scores]]
 
 
 class PairAgreement(TypedDict):
