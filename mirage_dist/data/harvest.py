@@ -151,10 +151,14 @@ def _named(file: Path) -> dict[str, str] | None:
 
 
 def _rows(file: Path, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Rows with an id, a question and a response. A last line that breaks off was cut by a worker's death; counted."""
+    """Rows with an id, a question and a response.
+
+    A last line of a .jsonl file that breaks off was cut by a worker's death, and is counted.
+    """
     if records.size(file) == 0:  # of a worker that has not answered yet
         return
-    for number, row in records.checked(file, torn=lambda: left_out.update(half_lines=1)):
+    torn = (lambda: left_out.update(half_lines=1)) if file.suffix == ".jsonl" else None
+    for number, row in records.checked(file, torn=torn):
         for name in ("id", "question", "response"):
             kinds = (str, int) if name == "id" else str
             if not isinstance(row, dict) or not isinstance(row.get(name), kinds):
