@@ -196,7 +196,7 @@ MM_SAFETYBENCH = Dataset(
         File("mm_safetybench/TinyVersion_ID_List.json", "the ids of the tiny version", optional=True),
     ),
     pictures={"mm_safetybench/imgs": "SCENARIO/{SD,SD_TYPO,TYPO}/ID.jpg"},
-    note="The hub has the same questions with the pictures inside, a configuration a scenario, splits SD, SD_TYPO, TYPO "
+    note="The hub has the same questions, pictures inside; a configuration a scenario, splits SD, SD_TYPO, TYPO "
     "and Text_only: `mirage data get hf://PKU-Alignment/MM-SafetyBench`.",
 )
 SAFE_ERASER = Dataset(

@@ -50,7 +50,7 @@ def normalised(answer: str) -> str:
 
 def pope(response: str) -> str:
     """Yes or no, as POPE's script (Li et al., EMNLP 2023) reads it from the first sentence: all but a no is a yes."""
-    words = response.partition(".")[0].replace(",", "").split(" ")
+    words = response.strip().partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
