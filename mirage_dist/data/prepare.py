@@ -46,7 +46,7 @@ class ForgetCounts(TypedDict):
 
 
 class RetainCounts(TypedDict):
-    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples without a whole picture."""
+    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples without a whole picture or answer."""
 
     samples: int
     safe_pairs: int
@@ -184,22 +184,22 @@ def _forget(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseLis
     if not questions:
         raise ConfigError(f"safety: no unsafe question in {[s.path for s in recipe.safety]}; nothing to forget")
     answers = as_given(questions, refuses) if harvested is None else harvested
-    if answers.unread > FEW * len(answers.by_question):
+    if answers.unread > FEW * answers.count:
         log.warning(
             f"{recipe.harvest or 'safety'}: {answers.unread} answers to forget are in a script of which the list of "
             "refusals has no phrase, so that a refusal among them is not recognised; name a list with `refusals`"
         )
-    by_question, left_out = answers.by_question, dict(answers.left_out)
-    keys = [(sample.id, sample.question) for sample in questions]
-    forget = [replace(s, answer=by_question[key]) for s, key in zip(questions, keys, strict=True) if key in by_question]
+    pairs, left_out = list(zip(questions, answers.of(questions), strict=True)), dict(answers.left_out)
+    forget = [replace(sample, answer=answer) for sample, answer in pairs if answer is not None]
     if not forget or len(forget) / len(questions) < recipe.min_match:
-        of_data = set(keys)
-        unanswered = next(key for key in keys if key not in by_question)
-        unused = next((key for key in by_question if key not in of_data), None)
+        of_data = {(sample.id, sample.question) for sample in questions}
+        unanswered = next((sample.id, sample.question) for sample, answer in pairs if answer is None)
+        unused = next((key for key in answers.by_question if key not in of_data), next(iter(answers.by_name), None))
+        joined = "picture or id" if answers.by_name else "(id, question)"
         raise ConfigError(
             f"{recipe.harvest or 'safety'}: answers to forget for {len(forget)} of {len(questions)} unsafe questions; "
-            f"min_match={recipe.min_match} (answers: {len(by_question)}; left out: {left_out or 'none'}). They are "
-            f"joined by (id, question): {unanswered} has no answer, {unused or 'no answer'} matches no question"
+            f"min_match={recipe.min_match} (answers: {answers.count}; left out: {left_out or 'none'}). They are "
+            f"joined by {joined}: {unanswered} has no answer, {unused or 'no answer'} matches no question"
         )
     counts: ForgetCounts = {
         "samples": len(forget),
@@ -235,7 +235,7 @@ def _retain(recipe: PrepareRecipe) -> tuple[list[Sample], RetainCounts]:
 
 
 def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], int]:
-    """`count` general samples, drawn by the seed, in file order; and how many had a missing or broken picture.
+    """`count` general samples, drawn by the seed, in file order; and how many had no whole picture, or no answer.
 
     Only the pictures of drawn samples are decoded: a general source may have hundreds of thousands.
     """
@@ -255,8 +255,9 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
         faults = pictures.faults(paths, "pictures of the fill", most=most)
         for i in candidates:
             fault = faults.get(pool[i].image or "")
+            fault = f"image {pool[i].image}: {fault}" if fault else "" if pool[i].answer.strip() else sources.EMPTY
             if fault and pool[i].source in strict:
-                raise ConfigError(f"{pool[i].source}: sample {pool[i].id!r}: image {pool[i].image}: {fault}")
+                raise ConfigError(f"{pool[i].source}: sample {pool[i].id!r}: {fault}")
             drawn += [] if fault else [i]
     if len(drawn) < count:
         raise ConfigError(
@@ -267,16 +268,16 @@ def _draw(recipe: PrepareRecipe, count: int, own: int) -> tuple[list[Sample], in
 
 
 def _safety(recipe: PrepareRecipe, split: Split) -> Source:
-    """The samples of one split, read as an evaluation reads them, so that ids agree."""
+    """The samples of one split, read as an evaluation reads them, so that ids agree; those to retain with an answer."""
     own = [part for config in recipe.safety if (part := formats.as_format(config).of_split(split)) is not None]
-    source = sources.read_all(own)
+    source = sources.read_all(own, answered=split != "unsafes")
     return replace(source, samples=[s for s in source.samples if s.safe == (split == "safe_safes")])
 
 
 def _diversified(
     recipe: PrepareRecipe, config: DiversifyConfig, reword: Reword | None
 ) -> tuple[list[Sample], DiversifiedCounts]:
-    safety = sources.read_all(recipe.safety)
+    safety = sources.read_all(recipe.safety, answered=True)
     samples, failed = diversify.diversify(safety.samples, config, recipe.seed, reword)
     return samples, {
         "samples": len(samples),

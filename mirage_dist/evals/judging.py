@@ -116,6 +116,8 @@ def _by_judge(
     }
     if labels:
         result["corrected"] = corrected
+    if scores := judge.figures(rows, opinions):
+        result["scores"] = scores
     return result
 
 

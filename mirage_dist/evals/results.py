@@ -139,6 +139,10 @@ def further(entry: Entry, measure: str) -> list[str]:
     return [name.removeprefix(of_set(measure, "")) for name in entry if name.startswith(of_set(measure, ""))]
 
 
+Figures = dict[str, Leaf | float | None]  # by name; a plain number is no rate of anything, such as F1 or MME's score
+Scores = dict[str, Figures]  # by category, and over all of them
+
+
 class Unjudged(TypedDict):
     """How many answers have no verdict, and why."""
 
@@ -170,6 +174,7 @@ class JudgeResult(TypedDict):
     paired: set -> condition -> each attack against the clean questions (see `stats.paired`).
     verdicts: set -> attack, or "clean" -> verdict -> number of answers.
     corrected: set -> measure -> condition -> the rate corrected for the judge's errors; present with human labels.
+    scores: set -> what its benchmark publishes beside the mean score (see `judges.figures`); where there is such a set.
     """
 
     kind: str
@@ -181,6 +186,7 @@ class JudgeResult(TypedDict):
     verdicts: dict[str, dict[str, dict[str, int]]]
     unjudged: Unjudged
     corrected: NotRequired[dict[str, dict[str, dict[str, Corrected]]]]
+    scores: NotRequired[dict[str, Scores]]
 
 
 class PairAgreement(TypedDict):

@@ -98,7 +98,7 @@ def test_what_differs_is_said_in_words(root):
     assert state(catalogue.VLGUARD, root)["test.json"] == (
         "differs",
         "999 records, published 1000; 557 safe_safes, published 558; 557 safe_unsafes, published 558; "
-        f"1 of {len({r['image'] for r in records[:-1]})} pictures are not there, such as "
+        "1 of 998 pictures are not there, such as "  # without that of the question that is N/A
         f"{root}/vlguard/test/{records[3]['image']}",
     )
     file.write_text(json.dumps(records)[:-100])
