@@ -24,6 +24,9 @@ from mirage_dist.schema.texts import fault_within
 Refusals = Callable[[Iterable[Size]], Mapping[Size, str]]
 
 
+Join = Callable[[Sequence[Sample]], list[Sample]]  # the samples of a record -> what becomes of them (see `data.turns`)
+
+
 def _refuse_none(sizes: Iterable[Size]) -> Mapping[Size, str]:
     return {}
 
@@ -57,19 +60,22 @@ class Source:
         return {"dropped": dict(self.dropped), "renamed": self.renamed, "skipped": self.skipped}
 
 
-def read(config: SourceConfig, check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:
+def read(
+    config: SourceConfig, check_images: bool = True, refusals: Refusals = _refuse_none, join: Join = list
+) -> Source:
     """Read one file, or all files of a folder if the format has one file a scenario (`limit` then counts in each).
 
     check_images: decode every picture to its last byte. Without it no picture is opened: they are listed in
     `unchecked`, for `check_pictures`. refusals: a picture of a size for which it gives a reason is a bad record too.
+    join: what becomes of the samples of each record, in the file's order; by default they stay as they are.
     Raises ConfigError naming file, record number, field and expectation, for a file that is not JSON, a record that
     does not conform to the format, or a picture that is missing or broken.
     """
     config = as_format(config)
     if config.folder is not None and Path(config.path).is_dir():
-        return read_all(_files(config, config.folder), check_images, refusals)
+        return combined(read(part, check_images, refusals, join) for part in _files(config, config.folder))
     source = Source([])
-    numbered = [(number, sample) for number, _, samples in parsed(config, source) for sample in samples]
+    numbered = [(number, sample) for number, _, samples in parsed(config, source, join=join) for sample in samples]
     kept = _without_duplicates(numbered, source)[: config.limit]
     source.samples = [sample for _, sample in kept]
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
@@ -79,16 +85,17 @@ def read(config: SourceConfig, check_images: bool = True, refusals: Refusals = _
 
 
 def parsed(
-    config: SourceConfig, source: Source, on_bytes: records.OnBytes = lambda size: None
+    config: SourceConfig, source: Source, on_bytes: records.OnBytes = lambda size: None, join: Join = list
 ) -> Iterator[tuple[int, Mapping[str, Any], list[Sample]]]:
     """Number, record and samples, a record at a time; what is left out is counted in `source`. Raises as `read`.
 
-    on_bytes: see `records.read`. Samples are as in the file: repeats are not dropped, and ids may occur twice.
+    on_bytes: see `records.read`. join: see `read`. Samples are as in the file: repeats are not dropped, and ids may
+    occur twice.
     """
     config = as_format(config)
     for number, (opened, record) in enumerate(_opened(config, on_bytes)):
         try:
-            samples = _parse(opened, record, number, source.dropped)
+            samples = join(_parse(opened, record, number, source.dropped))
         except BadRecord as error:
             _refuse(config, number, str(error))
             source.skipped += 1
@@ -117,9 +124,13 @@ def _opened(config: Format, on_bytes: records.OnBytes) -> Iterator[tuple[Opened,
 
 def read_all(configs: Sequence[SourceConfig], check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:
     """Several files as one, in order, their counts added. Raises as `read`."""
+    return combined(read(config, check_images, refusals) for config in configs)
+
+
+def combined(parts: Iterable[Source]) -> Source:
+    """Several sources as one, in order, their counts added."""
     total = Source([])
-    for config in configs:
-        part = read(config, check_images, refusals)
+    for part in parts:
         total.samples.extend(part.samples)
         total.unchecked.extend(part.unchecked)
         total.pictures.update(part.pictures)
