@@ -105,13 +105,28 @@ def make(recipe: TrainRecipe | EvalRecipe | PrepareRecipe, first: bool = True) -
             _make_models_and_sets(recipe, world)
 
 
-def _make_models_and_sets(recipe: TrainRecipe | EvalRecipe, world: WorldConfig) -> None:
+def base_model(world: WorldConfig) -> Path:
+    """Make a world's files, its initial model and its base model where they are missing; returns the base model."""
+    base = _models(world)[1]
+    KINDS[world.kind].files(world)
+    if not base.is_dir():
+        with _alone(Path(world.dir)):
+            _make_models(world, True)
+    return base
+
+
+def _make_models(world: WorldConfig, with_base: bool) -> None:
     kind, init, base = KINDS[world.kind], *_models(world)
     if not init.is_dir():
         no_bars_in_logs()
         kind.init(world, init)
-    if _path(recipe) == base and not base.is_dir():
+    if with_base and not base.is_dir():
         launching.train(kind.ranks, world.base_recipe or kind.base, _overrides(world))
+
+
+def _make_models_and_sets(recipe: TrainRecipe | EvalRecipe, world: WorldConfig) -> None:
+    kind = KINDS[world.kind]
+    _make_models(world, _path(recipe) == _models(world)[1])
     if isinstance(recipe, EvalRecipe):
         return
     paths = _stream_files(recipe)

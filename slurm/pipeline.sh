@@ -3,6 +3,7 @@
 # every recipe, submits the jobs, and returns. Each job starts when the one before has succeeded; prepare and report start
 # whatever became of single workers, and refuse answers that are not complete.
 #   slurm/pipeline.sh sft|npo|rmu [WORD …]
+#   slurm/pipeline.sh paper [WORD …]    # a whole published table: see slurm/paper.sh
 #   slurm/pipeline.sh npo --partition=gpu model.path=models/llava-1.5-7b-hf run.dir=runs/npo-2 train:--nodes=2 \
 #     train.micro_batch=1 eval:--array=0-15%8 report:runs/llava-base
 # A WORD is an override (key=value), a recipe (FILE.yaml) or an option for sbatch (--name=value). With harvest:, prepare:,
@@ -40,6 +41,7 @@ declare -A skip=() wanted=() recipe=([harvest]=configs/eval/harvest.yaml [prepar
 case ${1:-} in
   sft) script=sft.sh recipe[train]=configs/train/sft.yaml ;;
   npo | rmu) script=unlearn_$1.sh recipe[train]=configs/train/$1.yaml wanted[prepare]=yes ;;
+  paper) exec "$home/slurm/paper.sh" "${@:2}" ;;
   *) usage ;;
 esac
 shift

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "data", nargs="+", type=_data, metavar="DATA", help="JSON, JSONL, Parquet, a dataset's folder, hf://OWNER/NAME"
     )
-    audit.add_argument("--config", metavar="C", help="of a dataset of the hub that has several")
+    audit.add_argument("--config", dest="configuration", metavar="C", help="of a dataset of the hub that has several")
     audit.add_argument("--split", metavar="S", help="of a dataset of the hub")
     audit.add_argument(
         "--format", metavar="F", help="of all files, a name or module:Class; default: decided by each first record"
@@ -66,6 +66,27 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
     audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
     audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
+
+    data = _verb(verbs, "data", run.data, "published files: where they are, and whether those here are right")
+    data.add_argument("action", choices=("list", "check", "get"), help="list all, check those here, or download")
+    data.add_argument("names", nargs="*", type=_data, metavar="NAME", help="of the list, or hf://OWNER/NAME[@REVISION]")
+    data.add_argument("--root", type=_path, default=Path("data"), help="the folder of all data; default: data")
+
+    paper = _verb(
+        verbs, "paper", run.paper, "a published table beside ours, from published data, as one chain of recipes"
+    )
+    paper.add_argument("config", nargs="?", default="configs/paper/llava_1_5_7b.yaml", help="default: %(default)s")
+    paper.add_argument("overrides", nargs="*", metavar="key=value", help="such as model=DIR or out=runs/paper-2")
+    paper.add_argument(
+        "--scale", choices=("tiny",), help="tiny: the same recipes on a small model and look-alike files"
+    )
+    what = paper.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="check data and recipes; run nothing")
+    what.add_argument("--plan", action="store_true", help="what runs when, side by side, and what it will take")
+    what.add_argument("--local", action="store_true", help="run what is missing on this machine, and make the report")
+    what.add_argument("--links", action="store_true", help="the chain for slurm/pipeline.sh, a line a link")
+    what.add_argument("--data", action="store_true", help="make the look-alike files and the model of a small scale")
+    what.add_argument("--report", action="store_true", help="make the report of what was run")
 
     train = _verb(verbs, "train", run.train, "one process of a training run; launch/local.sh starts N of them")
     _recipe(train)
@@ -115,7 +136,14 @@ def parser() -> argparse.ArgumentParser:
     )
 
     report = _verb(verbs, "report", run.report, "tables and figures over evaluated runs")
-    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories")
+    report.add_argument("runs", nargs="*", type=_path, metavar="RUN", help="run directories")
+    report.add_argument(
+        "--compare",
+        nargs="+",
+        type=_path,
+        metavar="FILE",
+        help="in their place: results.json of `mirage paper`, side by side",
+    )
     report.add_argument("--out", type=_path, help="default: report/ in the first run")
     report.add_argument("--suite", type=_name, help="required when the runs share several suites")
     report.add_argument(

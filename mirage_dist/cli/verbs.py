@@ -10,7 +10,7 @@ from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.progress import put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, RunError, TrainRecipe
 
 
 def demo(parsed: argparse.Namespace) -> None:
@@ -46,13 +46,75 @@ def audit(parsed: argparse.Namespace) -> None:
     from mirage_dist.report import audit as page
 
     options = audit.Options(parsed.response_kind, parsed.ngrams, parsed.length, parsed.image_roots, parsed.refusals)
-    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record, parsed.config, parsed.split)
+    result = audit.audit(parsed.data, options, parsed.format, parsed.on_bad_record, parsed.configuration, parsed.split)
     files = page.write(result, parsed.out) if parsed.out else []
     show(page.table(result), *files)
     if not result["verdict"]["measured"]:
         raise RunError("the audit could not measure these data; the last line above says why")
     if parsed.fail and not result["verdict"]["passed"]:
         raise RunError("the data fail the audit (--fail)")
+
+
+def paper(parsed: argparse.Namespace) -> None:
+    signals.install()
+    # A word with "=" in the place of the recipe is an override of the default one.
+    file, overrides = str(parsed.config), list(parsed.overrides)
+    if "=" in file:
+        file, overrides = "configs/paper/llava_1_5_7b.yaml", [file, *overrides]
+    file = "configs/paper/tiny.yaml" if parsed.scale == "tiny" else file
+    recipe = configs.load(file, overrides, PaperRecipe)
+    from mirage_dist.paper import chain, plan, steps
+
+    with steps.within(recipe):
+        if parsed.links:
+            put("".join(f"{line}\n" for line in chain.lines(recipe, file, overrides)))
+        elif parsed.check:
+            show(*steps.check(recipe))
+        elif parsed.plan:
+            show(plan.text(recipe))
+        elif parsed.data:
+            steps.data(recipe)
+        else:
+            if parsed.local:
+                steps.run(recipe)
+            summary = steps.results(recipe)
+            show(steps.table(recipe), f"report: {Path(recipe.folder) / recipe.out / 'report' / 'index.html'}")
+            from mirage_dist import report
+
+            report.require_whole(summary)
+    if parsed.local:
+        exit_well()
+
+
+def data(parsed: argparse.Namespace) -> None:
+    from mirage_dist.data.published import check, download, hub, listing
+    from mirage_dist.data.published.catalogue import DATASETS
+
+    remote = [name for name in parsed.names if hub.address(name) is not None]
+    for name in parsed.names:
+        if name not in DATASETS and (name not in remote or parsed.action != "get"):
+            hint = configs.suggestion(name, list(DATASETS)) or "`mirage data list` has all of them"
+            raise ConfigError(f"{name}: no dataset of the catalogue; {hint}")
+    if parsed.action == "list":
+        show(listing.table())
+        return
+    if parsed.action == "get":
+        if not parsed.names:
+            raise ConfigError("mirage data get: name what to download; `mirage data list` has all of it")
+        for name in parsed.names:
+            show(*download.get(name, parsed.root))
+        return
+    wrong = []
+    for name in parsed.names or DATASETS:
+        seen = list(check.findings(DATASETS[name], parsed.root))
+        if not parsed.names and all(one.state in ("missing", "optional") for one in seen):
+            show(f"{name}: not here")
+            continue
+        show(*(f"{name}: {one.state:8} {one.place}: {one.detail}" for one in seen))
+        if not check.whole(seen):
+            wrong.append(name)
+    if wrong:
+        raise RunError(f"not as published: {', '.join(wrong)}; docs/get_data.md says what belongs where")
 
 
 def train(parsed: argparse.Namespace) -> None:
@@ -159,6 +221,11 @@ def config(parsed: argparse.Namespace) -> None:
 def report(parsed: argparse.Namespace) -> None:
     from mirage_dist import report
 
+    if bool(parsed.runs) == bool(parsed.compare):
+        raise ConfigError("mirage report: name run directories, or files with --compare")
+    if parsed.compare:
+        show(report.published.compare(parsed.compare))
+        return
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
     show(report.table(summary), out / "index.html")

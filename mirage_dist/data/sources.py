@@ -73,7 +73,7 @@ def read(
     """
     config = as_format(config)
     if config.folder is not None and Path(config.path).is_dir():
-        return combined(read(part, check_images, refusals, join) for part in _files(config, config.folder))
+        return combined(read(part, check_images, refusals, join) for part in files(config))
     source = Source([])
     numbered = [(number, sample) for number, _, samples in parsed(config, source, join=join) for sample in samples]
     kept = _without_duplicates(numbered, source)[: config.limit]
@@ -164,12 +164,12 @@ def check_pictures(
             raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are unusable")
 
 
-def _files(config: Format, pattern: str) -> list[Format]:
+def files(config: Format) -> list[Format]:
     """A source for each file of the folder; pictures are looked up under the same folder for all."""
-    files = sorted(Path(config.path).glob(pattern))
-    if not files:
-        raise ConfigError(f"{config.path}: no {pattern} in this folder")
-    return [replace(config, path=str(file), images=config.images or config.path) for file in files]
+    own = sorted(Path(config.path).glob(config.folder or "*"))
+    if not own:
+        raise ConfigError(f"{config.path}: no {config.folder} in this folder")
+    return [replace(config, path=str(file), images=config.images or config.path) for file in own]
 
 
 def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> list[Sample]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mirage_dist import disk
 from mirage_dist.progress import ON_STDERR, log
-from mirage_dist.report import examples, page, plain, text
+from mirage_dist.report import examples, page, plain, published, text
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
@@ -16,7 +16,7 @@ from mirage_dist.report.plain import table
 from mirage_dist.report.summary import Provenance, Summary
 from mirage_dist.schema import RunError
 
-__all__ = ["Provenance", "Summary", "named", "overview", "report", "require_whole", "table"]
+__all__ = ["Provenance", "Summary", "named", "overview", "published", "report", "require_whole", "table"]
 
 EXAMPLES = 100  # questions of each set that the page shows, with all of their rewrites
 
@@ -27,6 +27,8 @@ def report(
     provenance: Provenance | None = None,
     suite: str | None = None,
     outputs: bool = False,
+    lead: tuple[str, str, str] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Summary:
     """Write the report of the runs (name -> run directory) into `out` and return its summary.
 
@@ -34,7 +36,8 @@ def report(
     private (mode 0600), and logs warnings where a comparison may be invalid or results are left out.
     provenance: top-level values of the summary that the runs' files do not hold; those that are missing are None.
     outputs: include model outputs on real data in the page, hidden until clicked. Outputs on embedded worlds are always
-    included.
+    included. lead: title, note and HTML of a section before all others. files: name ->
+    content of further files in `out`.
 
     A run with missing or damaged verdicts is reported with what is there, and the summary's `problems` say what is not.
     Raises RunError for missing answers, damaged rates and a disk that accepts no more, before it has changed a file;
@@ -61,7 +64,8 @@ def report(
         "summary.json": json.dumps(summary, indent=1) + "\n",
         "report.md": plain.markdown(loaded, summary),
         "rates.csv": plain.csv_of_rates(loaded),
-        "index.html": page.render(loaded, summary, shown),
+        "index.html": page.render(loaded, summary, shown, lead),
+        **(files or {}),
     }
     unharmed = "the runs and an earlier report are unharmed; make the report again, or elsewhere with --out"
     mark = ("summary.json", '{\n "models": {')

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
 
 
-def render(runs: Sequence[Run], summary: Summary, shown: Examples) -> str:
-    """The whole page. Sections for which the runs have no data are left out."""
+def render(runs: Sequence[Run], summary: Summary, shown: Examples, lead: tuple[str, str, str] | None = None) -> str:
+    """The whole page. Sections for which the runs have no data are left out. lead: a section before all others."""
     script = Path(__file__).with_name("browser.js").read_text(encoding="utf-8")
     sections = [
         _head(runs),
+        _section(*lead) if lead else "",
         _section("In one table", text.MAIN_NOTE, tables.main(runs)),
         _section("The language model before and after", text.UNTRAINED_NOTE, _language_model(runs, summary)),
         _effect(runs),

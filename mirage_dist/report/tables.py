@@ -38,7 +38,7 @@ def main(runs: Sequence[Run]) -> str:
         ]
         cells = [f"<td>{_change([leaf for leaf in pair if leaf])}</td>" for pair in ends]
         body.append(f'<tr><th scope="row">{name(runs, run)}</th>{"".join(cells)}</tr>')
-    return _table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
+    return table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 
 
 def untrained(runs: Sequence[Run], summary: Summary) -> str:
@@ -55,7 +55,7 @@ def untrained(runs: Sequence[Run], summary: Summary) -> str:
             label = f"{text.MEASURES[measure][1]}: {load.row_label(measure, key)}"
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     head = f'<th scope="col">before any training</th><th scope="col">{name(runs, runs[0])}</th>'
-    return _table("rates main", f'<th scope="col"></th>{head}', "".join(body))
+    return table("rates main", f'<th scope="col"></th>{head}', "".join(body))
 
 
 def perplexity(runs: Sequence[Run], summary: Summary) -> str:
@@ -67,7 +67,7 @@ def perplexity(runs: Sequence[Run], summary: Summary) -> str:
     heads = (name(runs, own[model]) if model in own else "before any training" for model in values)
     head = "".join(f'<th scope="col">{title}</th>' for title in heads)
     cells = "".join(f'<td><span class="rate">{value:.1f}</span></td>' for value in values.values())
-    return _table("rates main", f'<th scope="col"></th>{head}', f'<tr><th scope="row">perplexity</th>{cells}</tr>')
+    return table("rates main", f'<th scope="col"></th>{head}', f'<tr><th scope="row">perplexity</th>{cells}</tr>')
 
 
 def _change(leaves: Sequence[Leaf]) -> str:
@@ -90,7 +90,7 @@ def rates(runs: Sequence[Run]) -> str:
         for label, measure, key in rows:
             cells = "".join(_cell(runs, run, run.rates(measure).get(key)) for run in runs)
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
-    return _table("rates all", f'<th scope="col"></th>{head}', "".join(body))
+    return table("rates all", f'<th scope="col"></th>{head}', "".join(body))
 
 
 def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
@@ -118,7 +118,7 @@ def agreement(runs: Sequence[Run]) -> str:
             f'<tr><th scope="row">{escape(label)}<br><span class="note">{measure}</span></th>{"".join(cells)}</tr>'
         )
     head = "".join(f'<th scope="col">{name(runs, run)}</th>' for run in runs)
-    return _table("rates judges", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
+    return table("rates judges", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
 
 
 def _agreement_cells(run: Run) -> dict[tuple[str, str], str]:
@@ -172,12 +172,13 @@ def pairs(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
             for t in ("", "difference, points", "counts", "only first · only second", "p, corrected")
         )
         title = f"{text.MEASURES[measure][0]}, {Condition.parse(condition).label}"
-        inner = _table("rates pairs", head, "".join(body))
+        inner = table("rates pairs", head, "".join(body))
         folded.append(f"<details><summary>{escape(title)}</summary>{inner}</details>\n")
     return "".join(folded)
 
 
-def _table(kind: str, head: str, body: str) -> str:
+def table(kind: str, head: str, body: str) -> str:
+    """A table of the page that scrolls within itself. kind: its classes. head: header cells. body: rows."""
     return (
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -37,7 +37,7 @@ class SourceConfig:
     score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class
-    path: Place  # of a file or a folder of tables, or hf://OWNER/NAME[@REVISION] (see `data.hub`)
+    path: Place  # of a file or a folder of tables, or hf://OWNER/NAME[@REVISION] (see `data.published.hub`)
     images: Place | None = None  # folder that image paths are relative to; default: the file's own
     config: str | None = None  # of a dataset of the hub that has several
     split: str | None = None  # of a dataset of the hub

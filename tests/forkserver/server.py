@@ -153,6 +153,8 @@ def become(request: dict, program: Path, paths: list[str]) -> None:
             stream.reconfigure(line_buffering=True, write_through=True)
     if module:
         spec = importlib.util.find_spec(module)
+        if spec.submodule_search_locations is not None:  # a package
+            spec = importlib.util.find_spec(module := f"{module}.__main__")
         main.__spec__, main.__package__, main.__file__ = spec, spec.parent, spec.origin
         code, sys.argv = spec.loader.get_code(module), [spec.origin, *words[1:]]
     elif kind == "-c":

@@ -11,6 +11,7 @@ from conftest import metrics
 from made_runs import write_run
 
 from mirage_dist.config import REPOSITORY
+from mirage_dist.report import published
 
 pytestmark = pytest.mark.slurm
 LINKS = ["harvest", "prepare", "train", "eval", "report"]
@@ -125,3 +126,63 @@ def test_a_chain_of_which_slurm_refuses_a_link_never_starts(slurm, words):
         assert set(re.findall(r" JobState=(\w+)", slurm.ask("scontrol", "-o", "show", "job", job).stdout)) == {
             "CANCELLED"
         }
+
+
+# ------------------------------------------------------------------------------------------------- the paper's chain
+
+
+@pytest.fixture(scope="module")
+def paper(folder) -> Path:
+    """A chain of one model and one suite, on a small world of which nothing exists yet."""
+    small = "{max_steps: 4, global_batch: 8, micro_batch: 4}"
+    base, recipe = folder / "paper-base.yaml", folder / "paper.yaml"
+    base.write_text(f"include: configs/train/demo_base.yaml\ntrain: {small}\n")
+    recipe.write_text(
+        f"""
+folder: {folder}/paper
+out: runs
+model: world/base/export
+published: llava_1_5_7b
+ranks: 1
+world: {{dir: world, base_recipe: {base}, base_samples: 100, safety_samples: 24, general_samples: 24, eval_samples: 8}}
+harvest: {{recipe: configs/eval/harvest.yaml, overrides: [run.dir=runs/base]}}
+sets:
+  prepared: {{recipe: configs/prepare/vlguard.yaml, overrides: [min_match=0.1, retain_size=30]}}
+models:
+  npo: {{recipe: configs/train/npo.yaml, needs: [prepared]}}
+suites:
+  vlguard_attacked: {{recipe: configs/eval/vlguard_attacked.yaml}}
+every:
+  train: [train.dtype=fp32, deepspeed=configs/deepspeed/cpu.json, model.gradient_checkpointing=false,
+    data.max_length=96, data.workers=0, data.packing=false, data.system_prompt=null, data.image_aspect=pad,
+    train.global_batch=8, train.micro_batch=4, train.max_steps=2, train.epochs=1.0, train.save_every=null]
+  eval: [model.dtype=fp32, template.system_prompt=null, template.image_aspect=pad, generation.max_new_tokens=3]
+"""
+    )
+    return recipe
+
+
+CHAIN = ["harvest", "set-prepared", "train-npo", "eval-base-vlguard_attacked", "eval-npo-vlguard_attacked"]
+
+
+def test_the_papers_chain_is_submitted_whole_and_ends_in_its_table(slurm, paper, folder):
+    words = (*ONE_EACH, "eval:--array=0-0", "harvest:--array=0-0", str(paper))
+    done = slurm.ask(f"{REPOSITORY}/slurm/pipeline.sh", "paper", *words, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = dict(re.findall(r"^([\w-]+) +(\d+)$", done.stdout, re.MULTILINE))
+    assert [*jobs] == ["data", *CHAIN, "report"]
+    state = slurm.ended(jobs["report"])
+    assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), logs(slurm, jobs)
+    results = published.read(folder / "paper/runs/report/results.json")
+    assert {f["model"] for f in results["figures"] if f["rate"] is not None} == {"base", "npo"}
+
+
+def test_a_papers_chain_with_a_wrong_word_is_never_submitted(slurm, paper):
+    for word, why in (
+        ("models.npo.overrides=[train.lrr=1]", "link train-npo: "),
+        ("nowhere", "nowhere: expected key=value, CONFIG.yaml or --option=value; nothing was submitted"),
+    ):
+        done = slurm.ask(f"{REPOSITORY}/slurm/pipeline.sh", "paper", str(paper), word, check=False)
+        assert done.returncode == 2
+        assert why in done.stderr
+        assert not re.search(r"^[\w-]+ +\d+$", done.stdout, re.MULTILINE)

@@ -13,7 +13,8 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.data import prepare
 from mirage_dist.erasure import run as erasure_tests
 from mirage_dist.evals import worklist
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.paper import chain as chains
+from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.planning import check
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -35,6 +36,7 @@ DEFAULTS = {
     "train": "configs/train/npo.yaml",
     "plan": "configs/train/npo.yaml",
     "prepare": "configs/prepare/vlguard.yaml",
+    "paper": "configs/paper/llava_1_5_7b.yaml",
 }
 EVALUATION = "configs/eval/vlguard.yaml"
 GLOBAL = "train.global_batch"
@@ -107,6 +109,11 @@ def verb(words: list[str], ranks: int | None) -> None:
         words.insert(1, own)
     parsed = cli.parse(words)
     if "config" not in parsed or any("my_lab" in word for word in words):
+        return
+    if words[0] == "paper":
+        file = "configs/paper/tiny.yaml" if parsed.scale else parsed.config
+        for link in chains.links(configs.load(file, parsed.overrides, PaperRecipe)):
+            link.load()
         return
     load = {"train": TrainRecipe, "plan": TrainRecipe, "prepare": PrepareRecipe}.get(words[0], EvalRecipe)
     recipe = configs.load(parsed.config, parsed.overrides, load)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mirage_dist.data import formats, hub, records, sources, tables
+from mirage_dist.data import formats, records, sources, tables
 from mirage_dist.data.audit.corpus import Corpus, Measured, Options
 from mirage_dist.data.audit.verdict import Verdict, verdict
 from mirage_dist.data.formats import Format
+from mirage_dist.data.published import hub
 from mirage_dist.data.refusals import is_refusal_as_published
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import Progress
@@ -47,10 +48,10 @@ def audit(
 ) -> Audit:
     """Read the files once and return the content of audit.json.
 
-    config, split: of every path that is a dataset of the hub (see `data.hub`). format: of all files, a name or
-    module:Class; without it each file's first record decides. Samples that `sources.read` leaves out are left out here,
-    exact repeats too. Raises ConfigError as `sources.read` does, for an unknown format, and for a file whose format
-    cannot be recognised or has no answers.
+    config, split: of every path that is a dataset of the hub. format: of all files, a name or module:Class; without it
+    each file's first record decides. Samples that `sources.read` leaves out are left out here, exact repeats too.
+    Raises ConfigError as `sources.read` does, for an unknown format, and for a file whose format cannot be recognised
+    or has no answers.
     """
     if format is not None:
         formats.load(format, "mirage audit", "--format")  # before any file is read

@@ -8,6 +8,7 @@ from typing import Any
 
 from mirage_dist.config import build
 from mirage_dist.data.formats.base import BadRecord, Format, Opened, Split, get, identity, image, text
+from mirage_dist.data.published import hub
 from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, SourceConfig
 
@@ -65,12 +66,15 @@ def make(options: Any, source: str, where: str) -> Format:
     if not isinstance(options, Mapping):
         raise ConfigError(f"{source}: {where} must be a mapping, got {options!r}")
     cls = load(options.get("format"), source, f"{where}.format")
-    own = {field.name for field in dataclasses.fields(cls)}
+    own = _own(cls)
+    if str(options.get("path")).startswith(hub.SCHEME):
+        own |= {"config", cls.split_key}
     foreign = {name: _owners(name) for name in options if name not in own}
     for name, owners in foreign.items():
         if owners and options[name] not in (None, *owners.values()):
+            hubs = " or to a dataset of the hub (path: hf://OWNER/NAME)" if name == cls.split_key else ""
             raise ConfigError(
-                f"{source}: {where}.{name}={options[name]!r}; belongs to format={' or '.join(owners)}, with "
+                f"{source}: {where}.{name}={options[name]!r}; belongs to format={' or '.join(owners)}{hubs}, with "
                 f"{options['format']} leave it out"
             )
     # Recipes that earlier versions wrote out have the options of every format, at null or at their defaults.
@@ -98,4 +102,9 @@ def _owners(option: str) -> dict[str, Any]:
     """Our formats that have an option -> its default there."""
     classes = {name: load(name, "mirage", "format") for name in REGISTRY}
     fields = {name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in classes.items()}
-    return {name: defaults[option] for name, defaults in fields.items() if option in defaults}
+    return {name: fields[name][option] for name, cls in classes.items() if option in _own(cls)}
+
+
+def _own(cls: type[Format]) -> set[str]:
+    """The options of a format, without those that are for datasets of the hub."""
+    return {field.name for field in dataclasses.fields(cls)} - {"config", cls.split_key}

@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mirage_dist.data import hub, pictures, tables
+from mirage_dist.data import pictures, tables
 from mirage_dist.data import records as streamed
+from mirage_dist.data.published import hub
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
 

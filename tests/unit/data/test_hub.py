@@ -5,9 +5,12 @@ the files' names are those of SPA-VL on the hub (configurations `default` and `t
 2026-11-26); the rows are ours.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from mirage_dist import cli
-from mirage_dist.data import formats, hub, pictures, sources
-from mirage_dist.schema import ConfigError
+from mirage_dist.data import formats, pictures, sources
+from mirage_dist.data.published import hub
+from mirage_dist.schema import ConfigError, RunError
 
 COMMIT = "6abf7f4f1d0cd9bb8800754584b57a641517f0b9"
 CARD = """---
@@ -192,7 +196,7 @@ def test_a_damaged_card_is_an_error_that_names_the_dataset(cache):
 
 
 def test_configuration_and_split_belong_to_the_hub():
-    with pytest.raises(ConfigError, match="split='train': belongs to a dataset of the hub"):
+    with pytest.raises(ConfigError, match="split='train'; belongs to format=vlguard or to a dataset of the hub"):
         formats.source("llava", "data.json", split="train")
     with pytest.raises(ConfigError, match="table='train': belongs to a dataset of the hub"):
         formats.source("vlguard", "data.json", table="train")
@@ -214,3 +218,120 @@ def test_an_audit_reads_the_hub(cache, capsys):
     capsys.readouterr()
     cli.main(["audit", "hf://lab/SPA-VL", "--split", "train"])
     assert "7" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- downloading
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers as the hub does: a revision's files, and their bytes. cut: files whose transfer breaks off once."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files, self.requests, self.cut, self.status, self.code = files, [], set(), 200, ""
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.requests.append(path)
+        if hub.status != 200:
+            self.respond(b"", hub.status, {"X-Error-Code": hub.code})
+        elif path.startswith("/api/datasets/lab/SPA-VL/tree/"):
+            listed = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in hub.files.items()
+            ]
+            self.respond(json.dumps(listed).encode())
+        elif path.startswith("/api/datasets/lab/SPA-VL"):
+            self.respond(json.dumps({"id": "lab/SPA-VL", "sha": COMMIT, "siblings": []}).encode())
+        elif path.startswith(f"/datasets/lab/SPA-VL/resolve/{COMMIT}/"):
+            content = hub.files[path.split(f"{COMMIT}/")[1]]
+            self.respond(content, headers={"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.respond(b"", 404, {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def respond(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        name = self.path.rsplit("/", 1)[1]
+        broken = self.command == "GET" and name in self.server.cut
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // 2] if broken else content)
+        if broken:
+            self.server.cut.discard(name)
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(cache, monkeypatch):
+    with Hub(repository()) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
+        yield server
+        server.shutdown()
+
+
+def test_what_is_downloaded_is_what_is_read(server):
+    assert hub.download(hub.address("hf://lab/SPA-VL")) == COMMIT
+    assert [s.question for s in sources.read(source()).samples] == [f"What is number {i}?" for i in range(7)]
+    transfers = len([path for path in server.requests if "/resolve/" in path])
+    hub.download(hub.address("hf://lab/SPA-VL"))
+    assert len([path for path in server.requests if "/resolve/" in path]) == transfers
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "why"),
+    [
+        (403, "GatedRepo", "its owners ask who downloads it. Accept their terms on .*/datasets/lab/SPA-VL"),
+        (404, "RepoNotFound", "the hub has no such dataset, or it is private"),
+        (404, "RevisionNotFound", "the hub has no such revision"),
+    ],
+)
+def test_a_dataset_that_the_hub_does_not_give_is_named_with_what_to_do(server, status, code, why):
+    server.status, server.code = status, code
+    with pytest.raises(ConfigError, match=f"hf://lab/SPA-VL: {why}"):
+        hub.download(hub.address("hf://lab/SPA-VL"))
+
+
+def test_a_transfer_that_breaks_off_is_finished(server):
+    server.cut = {"train-00001-of-00002.parquet", "README.md"}
+    for _ in range(3):
+        with contextlib.suppress(RunError):
+            hub.download(hub.address("hf://lab/SPA-VL"))
+            break
+    assert not server.cut
+    assert len(sources.read(source()).samples) == 7
+
+
+def test_a_hub_that_fails_or_is_away_leaves_no_dataset_that_seems_whole(server, cache):
+    """Also where an older revision is in the cache, which would do for a reader and not for a download."""
+    store(cache, {"README.md": b"old"})
+    server.status = 503
+    with pytest.raises(RunError, match="`mirage data get hf://lab/SPA-VL` goes on where it stopped"):
+        hub.download(hub.address("hf://lab/SPA-VL"))
+    server.status = 200
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RunError, match="goes on where it stopped"):
+        hub.download(hub.address("hf://lab/SPA-VL"))

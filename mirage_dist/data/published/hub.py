@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 SCHEME = "hf://"
 ADDRESS = re.compile(r"hf://(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
@@ -71,6 +71,40 @@ def split(where: Address, config: str | None, name: str | None) -> Split:
     _check_whole(where, files)
     counted = (builder.info.splits or {}).get(name)
     return Split(folder.name, files, None if counted is None else counted.num_examples)
+
+
+def download(where: Address) -> str:
+    """Bring a dataset into the cache, whole; returns its commit. What the cache has of it is not downloaded again.
+
+    Raises ConfigError for a dataset or revision that the hub does not have or does not give to this user, RunError
+    where the hub cannot be reached or a transfer breaks off: the same call goes on there.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    try:
+        # The commit first: a hub that cannot be reached would go unnoticed where the cache holds an older one.
+        commit = HfApi().dataset_info(where.name, revision=where.revision).sha
+        folder = HfApi().snapshot_download(where.name, repo_type="dataset", revision=where.revision)
+        if Path(folder).name != commit:
+            raise OSError(f"the hub has {commit}, the cache {Path(folder).name}")
+    except errors.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/datasets/{where.name}"
+        raise ConfigError(
+            f"{where}: its owners ask who downloads it. Accept their terms on {page}, and set HF_TOKEN to your token"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        missing = "revision" if isinstance(error, errors.RevisionNotFoundError) else "dataset, or it is private"
+        raise ConfigError(f"{where}: the hub has no such {missing}") from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise ConfigError(f"{where}: HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from error
+    # The base class of whichever HTTP client the hub's library uses.
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{where}: {why}; `mirage data get {where}` goes on where it stopped") from error
+    split.cache_clear()
+    return str(commit)
 
 
 def _snapshot(where: Address) -> Path:
