@@ -53,6 +53,7 @@ BY_SEQUENCES = (
     "objective.average=sequences",
     "objective.ce_average=sequences",
     "objective.ce_stream=retain_ce",
+    "model.train=['decoder.layers.[012].*', connector]",
 )
 KL = ("objective.retain=kl", "objective.kl_positions=unpadded", "reference=engine")
 # name -> (recipe, ranks, overrides)
