@@ -46,6 +46,7 @@ class Source:
     dropped: reason -> count of samples that were left out on purpose (a repeat, a missing question). renamed: samples
     whose id another one had. skipped: bad records left out by `on_bad_record: skip`. unchecked: (source, record
     number, picture) for every picture that has not been checked yet. pictures: path -> SHA-256 of each that has.
+    commits: dataset of the hub -> the commit that was read.
     """
 
     samples: list[Sample]
@@ -54,6 +55,7 @@ class Source:
     renamed: int = 0
     unchecked: list[tuple[Format, int, str]] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
 
     def left_out(self) -> LeftOut:
         """The counts as prepare.json has them."""
@@ -75,6 +77,8 @@ def read(
     if config.folder is not None and Path(config.path).is_dir():
         return combined(read(part, check_images, refusals, join) for part in files(config))
     source = Source([])
+    if (published := config.published()) is not None:
+        source.commits[config.path] = published.commit
     numbered = [(number, sample) for number, _, samples in parsed(config, source, join=join) for sample in samples]
     kept = _without_duplicates(numbered, source)[: config.limit]
     source.samples = [sample for _, sample in kept]
@@ -134,6 +138,7 @@ def combined(parts: Iterable[Source]) -> Source:
         total.samples.extend(part.samples)
         total.unchecked.extend(part.unchecked)
         total.pictures.update(part.pictures)
+        total.commits.update(part.commits)
         total.dropped.update(part.dropped)
         total.skipped += part.skipped
         total.renamed += part.renamed

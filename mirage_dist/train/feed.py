@@ -180,6 +180,7 @@ def describe(streams: Mapping[str, Source], refusals: str | None = None) -> Data
             name: {
                 "samples": len(source.samples),
                 **source.left_out(),
+                "commits": source.commits,
                 "first_words": words.first_words(source.samples, refuses),
             }
             for name, source in streams.items()
