@@ -140,11 +140,14 @@ def errors(runs: Sequence[Run]) -> list[Errors]:
     made = []
     for run in runs:
         for entry in run.errors:
-            shares = [_share(entry[name]) if name in entry else ("", "not measured") for name in FIGURES[1:]]
-            kappa = entry.get("kappa")
-            shown = ("", "undefined") if kappa is None else (tables.two_places(kappa), "")
+            kappa, specificity = ("", "not measured"), ("", "not measured")  # by an earlier version
+            if "kappa" in entry:
+                value = entry["kappa"]
+                kappa = ("", "undefined") if value is None else (tables.two_places(value), "")
+            if "specificity" in entry:
+                specificity = _share(entry["specificity"])
             label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
-            made.append(Errors(run, label, [shown if "kappa" in entry else ("", "not measured"), *shares]))
+            made.append(Errors(run, label, [kappa, _share(entry["precision"]), _share(entry["recall"]), specificity]))
     return made
 
 
