@@ -11,8 +11,8 @@ from mirage_dist import config as configs
 from mirage_dist.evals import judges, manifest, metrics
 from mirage_dist.evals import results as formats
 from mirage_dist.evals.judges import Judge, Opinion, correction
-from mirage_dist.evals.judges.correction import Labelled
-from mirage_dist.evals.judges.labels import Matched
+from mirage_dist.evals.judges.errors.correction import Labelled
+from mirage_dist.evals.judges.errors.labels import Matched
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.results import Entry, JudgeResult, Measures, SuiteResult, Verdict, of_set
 from mirage_dist.evals.sharing.claims import Claims

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, EvalRecipe, LinkConfig, PaperRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.paper.recipe import LinkConfig, PaperRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 
 Verb = Literal["eval", "prepare", "train"]
 SCHEMAS = {"eval": EvalRecipe, "prepare": PrepareRecipe, "train": TrainRecipe}

@@ -17,10 +17,11 @@ from mirage_dist.evals import runner, status, worklist
 from mirage_dist.evals.attacks import rewrites
 from mirage_dist.paper import chain
 from mirage_dist.paper.chain import Link
+from mirage_dist.paper.recipe import PaperRecipe
 from mirage_dist.progress import log
 from mirage_dist.report import Summary, report
 from mirage_dist.report import published as tables
-from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.planning import check as training
 
 LOOKALIKE = (

@@ -130,14 +130,15 @@ def _figures(
             if leaf is not None:
                 leaves[judge] = leaf
     if not leaves:
-        yield _figure(model, key, "", published, None)
+        yield figure(model, key, "", published, None)
     for judge, leaf in leaves.items():
-        yield _figure(model, key, judge, published, leaf, differs is None and "differs" not in column)
+        yield figure(model, key, judge, published, leaf, differs is None and "differs" not in column)
 
 
-def _figure(
+def figure(
     model: str, key: str, judge: str, published: float | None, leaf: Leaf | None, comparable: bool = True
 ) -> Figure:
+    """One judge's figure. comparable: whether the published one is of the same kind."""
     verdict: Literal["within", "outside"] | None = None
     if leaf is not None and published is not None and comparable:
         low, high = leaf["ci95"]

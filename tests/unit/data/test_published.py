@@ -39,7 +39,7 @@ def test_whatever_a_recipe_reads_is_in_the_catalogue_or_made_here(file):
     """A newcomer finds every file that a recipe names: published, or made by a command of ours."""
     files = {one.path for dataset in DATASETS.values() for one in dataset.files}
     folders = {folder for dataset in DATASETS.values() for folder in dataset.pictures}
-    ours = re.compile(r"prepared|vlguard/diversified|figstep/typeset")
+    ours = re.compile(r"prepared|sft|vlguard/diversified|figstep/typeset")
     named = places(yaml.safe_load(file.read_text()))
     assert {name for name in named - files - folders if not ours.match(name)} == set()
 

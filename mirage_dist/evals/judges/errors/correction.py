@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from mirage_dist import stats
 from mirage_dist.evals import metrics
-from mirage_dist.evals.judges.agreement import decides
+from mirage_dist.evals.judges.errors.agreement import decides
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.results import UNJUDGED, Condition, Corrected, Measures, Rates, Verdict
 
