@@ -24,6 +24,7 @@ from mirage_dist.schema.texts import fault_within
 Refusals = Callable[[Iterable[Size]], Mapping[Size, str]]
 
 
+Join = Callable[[Sequence[Sample]], list[Sample]]  # the samples of a record -> what becomes of them
 EMPTY = "empty answer"  # why a sample is dropped that is for training
 
 
@@ -46,6 +47,7 @@ class Source:
     dropped: reason -> count of samples that were left out on purpose (a repeat, a missing question). renamed: samples
     whose id another one had. skipped: bad records left out by `on_bad_record: skip`. unchecked: (source, record
     number, picture) for every picture that has not been checked yet. pictures: path -> SHA-256 of each that has.
+    commits: dataset of the hub -> the commit that was read.
     """
 
     samples: list[Sample]
@@ -54,6 +56,7 @@ class Source:
     renamed: int = 0
     unchecked: list[tuple[Format, int, str]] = field(default_factory=list)
     pictures: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, str] = field(default_factory=dict)
 
     def left_out(self) -> LeftOut:
         """The counts as prepare.json has them."""
@@ -61,22 +64,28 @@ class Source:
 
 
 def read(
-    config: SourceConfig, check_images: bool = True, refusals: Refusals = _refuse_none, answered: bool = False
+    config: SourceConfig,
+    check_images: bool = True,
+    refusals: Refusals = _refuse_none,
+    answered: bool = False,
+    join: Join = list,
 ) -> Source:
     """Read one file, or all files of a folder if the format has one file a scenario (`limit` then counts in each).
 
     check_images: decode every picture to its last byte. Without it no picture is opened: they are listed in
     `unchecked`, for `check_pictures`. refusals: a picture of a size for which it gives a reason is a bad record too.
     answered: the samples are for training, so that one with an empty answer is a bad record; left out, it counts as
-    `dropped`.
+    `dropped`. join: what becomes of the samples of each record, in the file's order; by default they stay as they are.
     Raises ConfigError naming file, record number, field and expectation, for a file that is not JSON, a record that
     does not conform to the format, or a picture that is missing or broken.
     """
     config = as_format(config)
     if config.pattern() is not None:
-        return read_all(files(config), check_images, refusals, answered)
+        return combined(read(part, check_images, refusals, answered, join) for part in files(config))
     source = Source([])
-    numbered = [(number, sample) for number, _, samples in parsed(config, source) for sample in samples]
+    if (published := config.published()) is not None:
+        source.commits[config.path] = published.commit
+    numbered = [(number, sample) for number, _, samples in parsed(config, source, join=join) for sample in samples]
     if answered:
         numbered = [(number, sample) for number, sample in numbered if _is_answered(config, number, sample, source)]
     kept = _without_duplicates(numbered, source)[: config.limit]
@@ -88,16 +97,17 @@ def read(
 
 
 def parsed(
-    config: SourceConfig, source: Source, on_bytes: records.OnBytes = lambda size: None
+    config: SourceConfig, source: Source, on_bytes: records.OnBytes = lambda size: None, join: Join = list
 ) -> Iterator[tuple[int, Mapping[str, Any], list[Sample]]]:
     """Number, record and samples, a record at a time; what is left out is counted in `source`. Raises as `read`.
 
-    on_bytes: see `records.read`. Samples are as in the file: repeats are not dropped, and ids may occur twice.
+    on_bytes: see `records.read`. join: see `read`. Samples are as in the file: repeats are not dropped, and ids may
+    occur twice.
     """
     config = as_format(config)
     for number, (opened, record) in enumerate(_opened(config, on_bytes)):
         try:
-            samples = _parse(opened, record, number, source.dropped)
+            samples = join(_parse(opened, record, number, source.dropped))
         except BadRecord as error:
             _refuse(config, number, f"{error}{_of_another(config, record)}")
             source.skipped += 1
@@ -131,12 +141,17 @@ def read_all(
     answered: bool = False,
 ) -> Source:
     """Several files as one, in order, their counts added. Raises as `read`."""
+    return combined(read(config, check_images, refusals, answered) for config in configs)
+
+
+def combined(parts: Iterable[Source]) -> Source:
+    """Several sources as one, in order, their counts added."""
     total = Source([])
-    for config in configs:
-        part = read(config, check_images, refusals, answered)
+    for part in parts:
         total.samples.extend(part.samples)
         total.unchecked.extend(part.unchecked)
         total.pictures.update(part.pictures)
+        total.commits.update(part.commits)
         total.dropped.update(part.dropped)
         total.skipped += part.skipped
         total.renamed += part.renamed

@@ -4,8 +4,9 @@ Position p of a stream of n samples is number p mod n of epoch p // n's permutat
 s·G … (s+1)·G - 1 for a global batch of G, so a batch may span two epochs, nothing is dropped, every sample comes
 once an epoch, and a resumed run needs only its step. World size and micro-batch only divide the batch.
 
-Grouped by length, the samples of an epoch change places within a window of `WINDOW` steps, so that a step's samples
-are of similar length; everything else holds.
+Grouped by modality, the samples of an epoch change places so that a step has samples with a picture only, or without
+one only; the order then depends on G as well. Grouped by length, they change places within a window of `WINDOW` steps,
+so that a step's samples are of similar length. Everything else holds.
 """
 
 from __future__ import annotations
@@ -19,31 +20,39 @@ from numpy.typing import NDArray
 from mirage_dist.schema import ConfigError
 
 Indices = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+MIXED, PICTURED, TEXT = 0, 1, 2  # kinds of step
 WINDOW = 8  # steps whose samples are sorted together: few enough that every epoch has different batches
 
 
-def batch(seed: int, stream: str, size: int, step: int, global_batch: int) -> Indices:
+def batch(seed: int, stream: str, size: int, step: int, global_batch: int, pictured: Flags | None = None) -> Indices:
     """Indices (global_batch,) of the samples of one step, each in [0, size).
 
-    size: samples in the stream. Raises ConfigError for an empty stream.
+    size: samples in the stream. pictured: (size,), whether each has a picture, to group by modality: in an epoch as
+    many steps as possible have samples of one modality, drawn as in the plain order, and what is left of both is in
+    the others. Raises ConfigError for an empty stream.
     """
-    return _samples(seed, stream, size, np.arange(step * global_batch, (step + 1) * global_batch))
+    positions = np.arange(step * global_batch, (step + 1) * global_batch)
+    return _samples(seed, stream, size, positions, global_batch, pictured)[0]
 
 
-def grouped(seed: int, stream: str, lengths: Indices, step: int, global_batch: int) -> Indices:
+def grouped(
+    seed: int, stream: str, lengths: Indices, step: int, global_batch: int, pictured: Flags | None = None
+) -> Indices:
     """`batch` with the step's samples of similar length, the longest first.
 
     lengths: (n,), tokens of every sample in the stream. The steps of a window are put in an order drawn by (seed, step)
-    alone: the same order for all streams, since the rows of all streams are padded together. Raises ConfigError for an
-    empty stream.
+    alone: the same order for all streams, since the rows of all streams are padded together. Samples change places
+    with those of the same modality only, if steps are grouped by it. Raises ConfigError for an empty stream.
     """
     first = step - step % WINDOW
     positions = np.arange(first * global_batch, (first + WINDOW) * global_batch)
-    samples = _samples(seed, stream, len(lengths), positions)
+    samples, kinds = _samples(seed, stream, len(lengths), positions, global_batch, pictured)
     epochs, steps = positions // len(lengths), positions // global_batch
     drawn = np.array([derived_seed(seed, "length", number) for number in range(first, first + WINDOW)])
-    # Both orders keep each epoch's positions in one block, so that no sample leaves its epoch.
-    by_step, by_length = np.lexsort((drawn[steps - first], epochs)), np.lexsort((lengths[samples], epochs))
+    # Both orders keep the positions of an epoch and kind in one block, so that no sample leaves its epoch or modality.
+    by_step = np.lexsort((drawn[steps - first], kinds, epochs))
+    by_length = np.lexsort((lengths[samples], kinds, epochs))
     moved = np.empty_like(samples)
     moved[by_step] = samples[by_length]
     own = moved[steps == step]
@@ -77,10 +86,23 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _samples(seed: int, stream: str, size: int, positions: Indices) -> Indices:
+def _samples(
+    seed: int, stream: str, size: int, positions: Indices, global_batch: int, pictured: Flags | None
+) -> tuple[Indices, Indices]:
+    """The samples at these positions, and of what kind the step of each is: `PICTURED`, `TEXT` or `MIXED`."""
     if size < 1:
         raise ConfigError(f"data.streams.{stream}: no sample")
-    return np.array([_permutation(seed, stream, size, int(p) // size)[p % size] for p in positions], dtype=np.int64)
+    samples, kinds = np.empty_like(positions), np.full_like(positions, MIXED)
+    epochs, places = positions // size, positions % size
+    flags = None if pictured is None else pictured.tobytes()
+    for epoch in np.unique(epochs):
+        own = epochs == epoch
+        order = _permutation(seed, stream, size, int(epoch))
+        if flags is not None:
+            order, kind = _by_modality(seed, stream, int(epoch), global_batch, flags)
+            kinds[own] = kind[places[own]]
+        samples[own] = order[places[own]]
+    return samples, kinds
 
 
 @lru_cache(maxsize=16)  # a batch touches two epochs at most unless the stream is smaller than it
@@ -88,3 +110,35 @@ def _permutation(seed: int, stream: str, size: int, epoch: int) -> Indices:
     order = np.random.default_rng(derived_seed(seed, stream, epoch)).permutation(size)
     order.setflags(write=False)
     return order
+
+
+@lru_cache(maxsize=16)
+def _by_modality(seed: int, stream: str, epoch: int, global_batch: int, flags: bytes) -> tuple[Indices, Indices]:
+    """An epoch's permutation with whole steps of one modality, and the kind of step of each position.
+
+    flags: bytes of `batch`'s `pictured`; of samples of one modality the order is the plain one. The steps that an epoch
+    shares with its neighbours are mixed.
+    """
+    pictured = np.frombuffer(flags, dtype=np.bool_)
+    size = len(pictured)
+    order, kinds = _permutation(seed, stream, size, epoch), np.full(size, MIXED)
+    shown, text = order[pictured[order]], order[~pictured[order]]
+    if not (len(shown) and len(text)):
+        return order, kinds
+    first = min(size, -epoch * size % global_batch)  # positions before the first step that is the epoch's alone
+    whole = (size - first) // global_batch
+    of_shown, of_text = len(shown) // global_batch, len(text) // global_batch
+    if of_shown + of_text > whole:  # by one at most: what two modalities and two shared steps leave is below 2 steps
+        of_shown, of_text = (of_shown - 1, of_text) if of_shown >= of_text else (of_shown, of_text - 1)
+    steps = np.full(whole, MIXED)
+    steps[:of_shown], steps[of_shown : of_shown + of_text] = PICTURED, TEXT
+    np.random.default_rng(derived_seed(seed, stream, epoch, "modality")).shuffle(steps)
+    kinds[first : first + whole * global_batch] = np.repeat(steps, global_batch)
+    alone = np.zeros(size, dtype=np.bool_)  # by sample: whether it is in a step of its modality
+    alone[shown[: of_shown * global_batch]] = alone[text[: of_text * global_batch]] = True
+    moved = np.empty_like(order)
+    moved[kinds == PICTURED], moved[kinds == TEXT] = shown[: of_shown * global_batch], text[: of_text * global_batch]
+    moved[kinds == MIXED] = order[~alone[order]]
+    for made in (moved, kinds):
+        made.setflags(write=False)
+    return moved, kinds

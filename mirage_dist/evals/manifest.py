@@ -38,12 +38,15 @@ class AttackCoverage(TypedDict):
 
 
 class SetCoverage(TypedDict):
-    """What became of the records of one set's files. dropped: reason -> number. attacks: by name."""
+    """What became of the records of one set's files. dropped: reason -> number. attacks: by name. commits: dataset of
+    the hub -> the commit that was read.
+    """
 
     samples: int
     skipped_records: int
     dropped: dict[str, int]
     renamed: int
+    commits: dict[str, str]
     attacks: dict[str, AttackCoverage]
 
 
@@ -134,6 +137,7 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         "generation.batch_size",
         "generation.gpu_memory_utilization",
         "judges",
+        "labels",
         "seed",
         "world",
     ]
@@ -150,6 +154,7 @@ def coverage(work: WorkList) -> dict[str, SetCoverage]:
             "skipped_records": source.skipped,
             "dropped": dict(source.dropped),
             "renamed": source.renamed,
+            "commits": source.commits,
             "attacks": {title: _of_attack(own) for title, own in work.coverage[name].items()},
         }
         for name, source in work.sources.items()

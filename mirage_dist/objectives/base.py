@@ -20,11 +20,13 @@ Positions = Literal["all", "unpadded", "response", "text"]
 class Needs:
     """What the training loop must read, compute and check for an objective.
 
-    streams: names of the sample streams, in the order of their rows in a micro-batch; the first one defines an epoch.
+    streams: names of the sample streams, in the order of their rows in a micro-batch; the first one defines an epoch
+    unless the recipe's `train.epoch_stream` names another.
 
     Computed, for the streams that each tuple names:
     logp: log-probabilities of the response tokens. ref_logp: the same under the reference model.
-    kl: KL(reference ‖ policy) over the vocabulary, per response token.
+    kl: KL(reference ‖ policy) over the vocabulary, at the positions `kl_positions`: of `response` those that predict a
+    response token, else those that `positions` would mark.
     activation, ref_activation: outputs of the decoder layers `layers` (0 is the first) of policy and reference.
     positions: the positions that `View.mask_BS` marks.
 
@@ -42,6 +44,7 @@ class Needs:
     logp: tuple[str, ...] = ()
     ref_logp: tuple[str, ...] = ()
     kl: tuple[str, ...] = ()
+    kl_positions: Positions = "response"
     activation: tuple[str, ...] = ()
     ref_activation: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
@@ -67,32 +70,35 @@ class Needs:
         return bool(self.ref_logp or self.kl or self.ref_activation)
 
     def depends_on_micro_batch(self, packing: bool) -> bool:
-        """Whether the loss changes with the micro-batch: by definition, or through padding that `positions` marks.
+        """Whether the loss changes with the micro-batch: by definition, or through padding that counts.
 
         packing: `data.packing`, which leaves no padding.
         """
-        return self.by_micro_batch or (self.positions == "all" and not packing)
+        padded = self.positions == "all" or (bool(self.kl) and self.kl_positions == "all")
+        return self.by_micro_batch or (padded and not packing)
 
 
 @dataclass(frozen=True)
 class View:
     """One stream's part of what the forward of a micro-batch computed; fields that `Needs` does not name are empty.
 
-    Shapes: N response tokens in batch order; B rows of S positions (right-padded, one sequence each, or one row of
-    packed sequences); D the hidden size. `sequences` is the number of sequences, segment_N the sequence (from 0) of
-    each response token, mask_BS 1.0 at the positions that count. Activations are keyed by decoder layer.
-    Everything is float32 (float64 in tests) except segment_N (int64) and the activations (the model's dtype).
-    Only logp_N, kl_N and activations_BSD carry a gradient.
+    Shapes: N response tokens in batch order; M positions of `Needs.kl_positions` (N for `response`); B rows of S
+    positions (right-padded, one sequence each, or one row of packed sequences); D the hidden size. `sequences` is the
+    number of sequences, segment_N and segment_BS the sequence (from 0) of each response token and position, mask_BS 1.0
+    at the positions that count. Activations are keyed by decoder layer.
+    Everything is float32 (float64 in tests) except the segments (int64) and the activations (the model's dtype).
+    Only logp_N, kl_M and activations_BSD carry a gradient.
     """
 
     sequences: int
     segment_N: Tensor | None = None
     logp_N: Tensor | None = None
     ref_logp_N: Tensor | None = None
-    kl_N: Tensor | None = None
+    kl_M: Tensor | None = None
     activations_BSD: Mapping[int, Tensor] = field(default_factory=dict)
     ref_activations_BSD: Mapping[int, Tensor] = field(default_factory=dict)
     mask_BS: Tensor | None = None
+    segment_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ class Term:
     """One summand of the loss: weight · sum / (global value of the count named `count`).
 
     sum: a scalar. count: a count of the collator, known before the first forward: "STREAM.sequences", "STREAM.tokens"
-    (response tokens), "STREAM.positions" (where mask_BS is 1), or "micro_batches" (see `Needs.by_micro_batch`).
+    (response tokens), "STREAM.positions" (where mask_BS is 1), "STREAM.kl_positions" (elements of kl_M), or
+    "micro_batches" (see `Needs.by_micro_batch`).
     The training loop divides; an objective never does. metrics.jsonl has sum / count under `terms`.
     """
 

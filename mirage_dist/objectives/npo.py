@@ -13,6 +13,7 @@ from torch import Tensor
 from mirage_dist.objectives.base import (
     Needs,
     Objective,
+    Positions,
     Term,
     View,
     cross_entropy,
@@ -29,7 +30,7 @@ class NPO(Objective):
 
     Δ_i = log π(y_i|x_i) − log π_ref(y_i|x_i) over the response tokens of sequence i: their sum (`seq_sum`, the
     paper's formula) or their mean (`seq_mean`). A β tuned for one does not suit the other. The retain term is the token
-    mean of the cross entropy (`ce`) or of KL(reference ‖ policy) (`kl`), or `none`.
+    mean of the cross entropy (`ce`), the mean of KL(reference ‖ policy) at `kl_positions` (`kl`), or `none`.
     The collator guarantees a response token in every sequence, so that a mean has a denominator.
 
     `batch_mean` is the loss of the paper's code for vision-language models, for comparison with it: CE is the token
@@ -44,8 +45,13 @@ class NPO(Objective):
     retain: Literal["ce", "kl", "none"] = "ce"
     retain_weight: Weight = 1.0
     ce_weight: Weight | None = None
+    kl_positions: Positions = "response"
 
     def __post_init__(self) -> None:
+        if self.kl_positions != "response" and self.retain != "kl":
+            raise ConfigError(
+                f"kl_positions={self.kl_positions}: belongs to retain=kl (got {self.retain}); remove kl_positions"
+            )
         if not self.parity:
             if self.ce_weight is not None:
                 raise ConfigError(
@@ -79,6 +85,7 @@ class NPO(Objective):
             logp=("forget", "retain") if self.retain == "ce" else ("forget",),
             ref_logp=("forget",),
             kl=("retain",) if self.retain == "kl" else (),
+            kl_positions=self.kl_positions,
             unlearned=("forget",),
         )
 
@@ -91,8 +98,8 @@ class NPO(Objective):
         if self.retain == "ce":
             terms.append(cross_entropy("retain_ce", self.retain_weight, "retain", views["retain"]))
         elif self.retain == "kl":
-            kl = wanted(views["retain"].kl_N).sum()
-            terms.append(Term("retain_kl", self.retain_weight, kl, "retain.tokens"))
+            kl = wanted(views["retain"].kl_M).sum()
+            terms.append(Term("retain_kl", self.retain_weight, kl, "retain.kl_positions"))
         return terms
 
     def _margin(self, view: View) -> Tensor:

@@ -76,7 +76,8 @@ def _links(recipe: PaperRecipe) -> Iterator[Link]:
             )
         yield made
     for name, link in recipe.models.items():
-        own = [seed, *base, configs.override("run.dir", str(run_dir(recipe, name))), f"run.name={name}"]
+        start = configs.override("model.path", link.model or recipe.model)
+        own = [seed, start, configs.override("run.dir", str(run_dir(recipe, name))), f"run.name={name}"]
         yield _link(recipe, f"train-{name}", "train", link, own, [f"set-{need}" for need in link.needs])
     for name in ("base", *recipe.models):
         for suite, link in recipe.suites.items():

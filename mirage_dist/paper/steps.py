@@ -54,10 +54,10 @@ def check(recipe: PaperRecipe) -> list[str]:
         _check(link, recipe.ranks)
     if recipe.world is not None:
         return [f"{len(chained)} recipes are in order; the data are made from a world"]
-    if not Path(recipe.model).is_dir():
-        raise ConfigError(
-            f"model={recipe.model}: no such folder; `hf download OWNER/NAME --local-dir {recipe.model}` makes it"
-        )
+    starts = {"model": recipe.model, **{f"models.{name}.model": own.model for name, own in recipe.models.items()}}
+    for key, folder in starts.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{key}={folder}: no such folder; docs/paper.md says how the models are brought there")
     wrong = []
     for name in recipe.data:
         seen = list(published.findings(DATASETS[name], Path(DATA)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mirage_dist.evals import results
 from mirage_dist.evals.results import Leaf
@@ -170,7 +170,35 @@ def read(file: Path) -> Results:
             f"{file}: format {value.get('format')!r}, this version reads format {FORMAT}; make it again with "
             "`mirage paper --report`, or compare with the version that wrote it"
         )
-    return value  # type: ignore[return-value]
+    if not _well_formed(value):
+        raise ConfigError(f"{file}: is not as `mirage paper` writes it; make it again with `mirage paper --report`")
+    return cast(Results, value)
+
+
+def _well_formed(value: dict[str, Any]) -> bool:
+    """Whether every key that is read is there, with a value of its type."""
+    number, texts = (int, float, type(None)), ("model", "column", "judge")
+    columns, figures = value.get("columns"), value["figures"]
+    return (
+        isinstance(value.get("source"), str)
+        and isinstance(columns, dict)
+        and all(isinstance(title, str) for title in columns.values())
+        and all(isinstance(value.get(name), list) and _all(value[name], str) for name in ("models", "notes"))
+        and _all(figures, dict)
+        and all(isinstance(f.get(name), str) for f in figures for name in texts)
+        and all(f["column"] in columns and f["model"] in value["models"] for f in figures)
+        and all(isinstance(f.get(name, ""), number) for f in figures for name in ("published", "rate"))
+        and all(f.get("verdict", "") in ("within", "outside", None) for f in figures)
+        and all(f.get("ci95", "") is None or _interval(f.get("ci95")) for f in figures)
+    )
+
+
+def _all(values: Sequence[Any], kind: type) -> bool:
+    return all(isinstance(one, kind) for one in values)
+
+
+def _interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(bound, (int, float)) for bound in value)
 
 
 def missing(own: Results) -> list[str]:
@@ -227,7 +255,7 @@ def html(own: Results) -> str:
         by = f'<br><span class="note">{escape(judge)}</span>' if judge else ""
         body.append(f'<tr><th scope="row">{escape(model)}{by}</th>{inner}</tr>')
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in own["notes"])
-    return notes + tables.table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
+    return notes + tables.framed("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 
 
 def _html_cell(figure: Figure | None) -> str:

@@ -56,7 +56,8 @@ class StreamSummary(TypedDict):
     """One stream in data.json: its samples, those that were left out, and the first words of its questions.
 
     dropped: reason -> count of samples that cannot be used, such as repeats. renamed: samples that got a new id.
-    skipped: bad records. first_words: word -> count of questions by kind of answer ("refusal", "answer").
+    skipped: bad records. first_words: word -> count of questions by kind of answer ("refusal", "answer"). commits:
+    dataset of the hub -> the commit that was read.
     """
 
     samples: int
@@ -64,6 +65,7 @@ class StreamSummary(TypedDict):
     renamed: int
     skipped: int
     first_words: dict[str, dict[str, int]]
+    commits: dict[str, str]
 
 
 class DataSummary(TypedDict):

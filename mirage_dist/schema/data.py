@@ -68,7 +68,8 @@ class DataConfig:
 
     streams: dict[str, list[SourceConfig]]
     max_length: Tokens = 2048  # tokens a sample, image tokens included
-    on_long: Literal["error", "truncate"] = "error"  # truncate cuts the answer, never image or question
+    # truncate cuts the last answer, never image or question; truncate_turns cuts what follows the image's question
+    on_long: Literal["error", "truncate", "truncate_turns"] = "error"
     # pad to a square with the processor's mean colour; auto: pad for a processor that cuts to a square, as LLaVA-1.5's
     image_aspect: Literal["auto", "pad", "processor"] = "auto"
     system_prompt: str | None = None
@@ -76,6 +77,7 @@ class DataConfig:
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
     refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
     group_by_length: bool = False  # samples of similar length in one batch
+    group_by_modality: bool = False  # batches of samples with a picture, and batches of samples without one
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
     packing: Literal[True, False, "auto"] = False
     workers: Workers = 2  # processes a rank that read and collate batches ahead of the step; 0: none
@@ -172,6 +174,9 @@ class PrepareRecipe:
     fill: list[SourceConfig] = field(default_factory=list)  # general samples
     retain_size: FromZero | None = None  # default: the safe pairs of the safety data, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too
+    forget_text: bool = False  # also forget_text.jsonl: the forget set with each answer in its question, for RMU
+    conversations: bool = False  # the safety data, a record a row: the questions about one picture are its turns
+    helpful_size: FromZero = 0  # so many general samples beside the safety data, for fine-tuning
     diversify: DiversifyConfig | None = None
     seed: Seed = 0
     world: WorldConfig | None = None

@@ -78,8 +78,9 @@ class TrainConfig:
     lr: Positive
     global_batch: Batch
     micro_batch: Batch
-    max_steps: Steps | None = None  # default: `epochs` passes over the first stream
+    max_steps: Steps | None = None  # default: `epochs` passes over `epoch_stream`
     epochs: Epochs = 1.0
+    epoch_stream: str | None = None  # default: the objective's first; at its end the others stop, or start again
     dtype: Literal["fp32", "bf16"] = "bf16"
     # `name` and the fields of that optimizer's dataclass
     optimizer: Annotated[dict[str, Any], Choice("name")] = field(default_factory=lambda: {"name": "adamw"})
@@ -88,6 +89,10 @@ class TrainConfig:
     clip: Weight = 1.0  # global gradient norm; 0 is off
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # what happens in the last `decay` of the run
     warmup: Share = 0.03  # fraction of the steps
+    warmup_from_zero: bool = (
+        False  # step 0 has rate 0, as in transformers' schedules; else one step's share of the rise
+    )
+    schedule_steps: Steps | None = None  # warm-up and fall are those of a run of so many steps; default: of this run
     decay: Share = 1.0  # fraction of the steps after warm-up over which the rate falls; .1 is warm-up-stable-decay
     min_lr: Share = 0.0  # fraction of `lr` at the end
     save_every: Steps | None = None  # steps; the last step is always saved

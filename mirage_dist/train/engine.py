@@ -148,11 +148,13 @@ def build_reference(recipe: TrainRecipe, config: dict[str, Any], depth: int | No
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
     """The rate of step `step` (from 0) of `steps`: linear warm-up, plateau, then the schedule's fall to min_lr.
 
-    Warm-up takes `warmup` of the steps; the fall takes the last `decay` of the rest.
+    Warm-up takes `warmup` of the steps; the fall takes the last `decay` of the rest. With `schedule_steps` both are
+    those of a longer run, of which this one is the beginning.
     """
+    steps = train.schedule_steps or steps
     warm = math.ceil(train.warmup * steps)
     if step < warm:
-        return train.lr * (step + 1) / warm
+        return train.lr * (step if train.warmup_from_zero else step + 1) / warm
     falling = train.decay * (steps - warm)
     passed = (step - (steps - falling)) / falling if falling > 0 else -1.0
     if train.schedule == "constant" or passed <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,8 @@ class MicroBatch:
     rows: stream -> its slice of the samples. samples: (stream, index in the stream) of each. tokens: stream -> number
     of its response tokens. mask_BS: 1.0 at the positions that count for an activation. counts: name -> this
     micro-batch's share of a count that a term may name (see `objectives.base.Term`), known on the host before anything
-    is on the device.
+    is on the device. kl_index_M: flat positions at which `Needs.kl` is computed, stream after stream; None for none.
+    kl_sizes: stream -> number of them.
     """
 
     batch: Batch
@@ -45,6 +46,8 @@ class MicroBatch:
     tokens: Mapping[str, int]
     mask_BS: Tensor
     counts: Mapping[str, float]
+    kl_index_M: Tensor | None = None
+    kl_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def index(self, streams: Sequence[str]) -> Tensor | None:
         """Flat positions (N,) of the hidden rows that predict these streams' responses, in batch order.
@@ -101,8 +104,8 @@ class MicroBatch:
             return function(value) if isinstance(value, Tensor) else value
 
         tensors = {name: mapped(value) for name, value in vars(self.batch).items()}
-        inputs = tree_map(mapped, self.batch.inputs)
-        return replace(self, batch=Batch(**{**tensors, "inputs": inputs}), mask_BS=function(self.mask_BS))
+        batch = Batch(**{**tensors, "inputs": tree_map(mapped, self.batch.inputs)})
+        return replace(self, batch=batch, mask_BS=function(self.mask_BS), kl_index_M=mapped(self.kl_index_M))
 
     def _chosen(self, values_N: Tensor, streams: Sequence[str]) -> Tensor | None:
         # Sizes are known on the host, so nothing here waits for the device.
@@ -112,11 +115,17 @@ class MicroBatch:
 
 
 def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
-    """Raise ConfigError when the recipe's streams are not exactly those that the objective needs."""
+    """Raise ConfigError when the recipe's streams are not exactly those that the objective needs, or when the one that
+    is to define an epoch is none of them.
+    """
     given, needed = list(recipe.data.streams), list(needs.streams)
     if sorted(given) != sorted(needed):
         raise ConfigError(
             f"data.streams: the recipe has {', '.join(given)}; objective {recipe.objective['name']} needs {needed}"
+        )
+    if (name := recipe.train.epoch_stream) not in (None, *needed):
+        raise ConfigError(
+            f"train.epoch_stream={name}: no stream of this objective; expected one of {', '.join(needed)}"
         )
 
 
@@ -171,6 +180,7 @@ def describe(streams: Mapping[str, Source], refusals: str | None = None) -> Data
             name: {
                 "samples": len(source.samples),
                 **source.left_out(),
+                "commits": source.commits,
                 "first_words": words.first_words(source.samples, refuses),
             }
             for name, source in streams.items()
@@ -208,6 +218,9 @@ class Feed:
         self.samples: dict[str, list[Sample]] = {name: streams[name].samples for name in needs.streams}
         self.pictures = {path: digest for name in needs.streams for path, digest in streams[name].pictures.items()}
         self.lengths: dict[str, stream.Indices] = {}
+        self.pictured: dict[str, stream.Flags] = {}
+        if recipe.data.group_by_modality:
+            self.pictured = {n: np.array([s.image is not None for s in own]) for n, own in self.samples.items()}
         check_pairs(self.samples, needs.paired)
         self.encoder = encoder_of(recipe, processor)
         if self.encoder.text_only:
@@ -238,15 +251,32 @@ class Feed:
         return cut
 
     @property
+    def epoch_stream(self) -> str:
+        """The stream that defines an epoch."""
+        return self.recipe.train.epoch_stream or self.needs.streams[0]
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run: `max_steps`, or `epochs` passes over the first stream."""
+        """Optimizer steps of the whole run: `max_steps`, or `epochs` passes over `epoch_stream`.
+
+        Raises ConfigError for more steps than a run or its schedule may have, and for a schedule without any rate.
+        """
         train = self.recipe.train
-        size = len(self.samples[self.needs.streams[0]])
+        size = len(self.samples[self.epoch_stream])
         steps = train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
         if steps > STEPS.value:
             raise ConfigError(
                 f"train.epochs={train.epochs}: with {size} samples that is {steps:,} steps; at most {STEPS}. Lower it, "
                 "or give train.max_steps"
+            )
+        if train.schedule_steps is not None and steps > train.schedule_steps:
+            raise ConfigError(
+                f"train.schedule_steps={train.schedule_steps}: this run has {steps} steps, and a schedule has at least "
+                "as many as its run; raise it, or leave it out"
+            )
+        if train.warmup_from_zero and train.warmup and steps == 1:
+            raise ConfigError(
+                "train.warmup_from_zero: the only step of this run would have rate 0; set it to false, or train longer"
             )
         return steps
 
@@ -272,11 +302,12 @@ class Feed:
         """
         seed, batch, paired = self.recipe.seed, self.recipe.train.global_batch, self.needs.paired
         order = paired[0] if name in paired else name  # the stream whose name and lengths decide the order
+        pictured = self.pictured.get(name)
         if self.recipe.data.group_by_length:
             same = paired if name in paired else (name,)
             lengths = np.maximum.reduce([self.lengths[other] for other in same])
-            return stream.grouped(seed, order, lengths, step, batch)
-        return stream.batch(seed, order, len(self.samples[name]), step, batch)
+            return stream.grouped(seed, order, lengths, step, batch, pictured)
+        return stream.batch(seed, order, len(self.samples[name]), step, batch, pictured)
 
     def collate(self, rows: Mapping[str, np.ndarray]) -> MicroBatch:
         """One batch on the CPU of the samples at these indices, by stream."""
@@ -297,7 +328,20 @@ class Feed:
             counts[f"{name}.sequences"] = micro.sequences(name)
             counts[f"{name}.tokens"] = tokens[name]
             counts[f"{name}.positions"] = int(micro.of_stream(name, mask_BS).sum())
-        return micro
+        return self._with_kl(micro, counts) if set(slices) & set(self.needs.kl) else micro
+
+    def _with_kl(self, micro: MicroBatch, counts: dict[str, float]) -> MicroBatch:
+        """The micro-batch with the positions at which KL is computed, and their counts."""
+        streams = [name for name in micro.rows if name in self.needs.kl]
+        if self.needs.kl_positions == "response":
+            index_M, sizes = micro.index(streams), {name: micro.tokens[name] for name in streams}
+        else:
+            mask_BS = positions(micro.batch, self.needs.kl_positions).bool()
+            place_BS = torch.arange(mask_BS.numel()).view_as(mask_BS)
+            parts = {n: micro.of_stream(n, place_BS)[micro.of_stream(n, mask_BS)] for n in streams}
+            index_M, sizes = torch.cat(list(parts.values())), {name: len(part) for name, part in parts.items()}
+        counts.update({f"{name}.kl_positions": size for name, size in sizes.items()})
+        return replace(micro, kl_index_M=index_M, kl_sizes=sizes)
 
     def every_sample(self, names: tuple[str, ...], group: Group) -> Iterator[dict[str, np.ndarray]]:
         """All samples of these streams, `micro_batch` at a time, split over ranks: stream -> indices, one stream each.

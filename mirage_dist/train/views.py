@@ -45,8 +45,10 @@ class Views:
         if self.reference is not None and out.prefix is not None:
             prefix = out.prefix if compared is None else out.prefix.of(compared)
             ref = self.reference.outputs(inputs, Request(layers=needs.layers, prefix=prefix), [])
-        logp, kl = _by_stream(out.logp_N, micro, needs.logp), _by_stream(out.kl_M, micro, needs.kl)
-        ref_logp = _by_stream(ref.logp_N, micro, needs.ref_logp)
+        logp = _by_stream(out.logp_N, micro.tokens, needs.logp)
+        ref_logp = _by_stream(ref.logp_N, micro.tokens, needs.ref_logp)
+        kl = _by_stream(out.kl_M, micro.kl_sizes, needs.kl)
+        segment_BS = micro.batch.segment_BS
         kept = _tapped(out, micro, needs.activation, None)
         ref_kept = _tapped(ref, micro, needs.ref_activation, compared)
         return {
@@ -55,10 +57,11 @@ class Views:
                 segment_N=micro.segment(name),
                 logp_N=logp.get(name),
                 ref_logp_N=ref_logp.get(name),
-                kl_N=kl.get(name),
+                kl_M=kl.get(name),
                 activations_BSD=kept.get(name, {}),
                 ref_activations_BSD=ref_kept.get(name, {}),
                 mask_BS=micro.of_stream(name, micro.mask_BS),
+                segment_BS=micro.of_stream(name, segment_BS) - micro.rows[name].start,
             )
             for name in micro.rows
         }
@@ -70,7 +73,7 @@ class Views:
         narrow = None if rows is None or not needs.layers else Narrow(max(needs.layers) + 1, rows)
         layers = needs.layers if needs.activation else ()
         index_N, labels_N = micro.index(needs.logp), micro.labels(needs.logp)
-        return Request(index_N, labels_N, micro.index(needs.kl), ref_logits_MV, layers, narrow, self.share)
+        return Request(index_N, labels_N, micro.kl_index_M, ref_logits_MV, layers, narrow, self.share)
 
     def reference_request(self, micro: MicroBatch) -> Request:
         """What the reference computes; above its first layer only for the rows that are compared."""
@@ -78,7 +81,7 @@ class Views:
         layers = needs.layers if needs.ref_activation else ()
         narrow = None if rows is None else Narrow(1, rows)
         index_N, labels_N = micro.index(needs.ref_logp), micro.labels(needs.ref_logp)
-        return Request(index_N, labels_N, micro.index(needs.kl), layers=layers, narrow=narrow)
+        return Request(index_N, labels_N, micro.kl_index_M, layers=layers, narrow=narrow)
 
     def compared(self, micro: MicroBatch) -> slice | None:
         """The rows that are compared with the reference; None for all of them."""
@@ -86,12 +89,12 @@ class Views:
         return micro.span((*needs.ref_logp, *needs.kl, *needs.ref_activation)) if self.narrows else None
 
 
-def _by_stream(values_N: Tensor | None, micro: MicroBatch, streams: Sequence[str]) -> dict[str, Tensor]:
-    """Split values of the response tokens that `micro.index(streams)` selects."""
+def _by_stream(values_N: Tensor | None, sizes: Mapping[str, int], streams: Sequence[str]) -> dict[str, Tensor]:
+    """Split values that stand stream after stream; sizes: how many of them each has."""
     if values_N is None:
         return {}
-    names = [name for name in micro.rows if name in streams]
-    return dict(zip(names, values_N.split([micro.tokens[name] for name in names]), strict=True))
+    names = [name for name in sizes if name in streams]
+    return dict(zip(names, values_N.split([sizes[name] for name in names]), strict=True))
 
 
 def _tapped(

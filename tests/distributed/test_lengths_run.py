@@ -42,7 +42,7 @@ def test_by_default_the_run_ends_before_the_model_loads_and_names_the_sample(run
     assert done.returncode == 2, done.stdout + done.stderr
     names = [run.samples[index]["id"] for index in LONG]
     assert any(f"forget.jsonl: sample {name!r}: " in done.stderr for name in names)
-    assert "data.max_length is 64 (data.on_long=error; truncate cuts answers only)" in done.stderr
+    assert "data.max_length is 64 (data.on_long=error; truncate cuts answers only, " in done.stderr
     assert "NaN" not in done.stderr
     assert not (folder / "metrics.jsonl").exists()
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forkserver
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from mirage_dist import config as configs
 from mirage_dist import runs, state
+from mirage_dist.data import formats, sources
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.model.shards import PARAM, Shards, read_manifest
 from mirage_dist.schema import TrainRecipe
 
@@ -24,12 +27,21 @@ SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.save_every=4
 SHARDED = {"zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0}}
 LORA = "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model*_proj']}"
 ZERO2 = "deepspeed=configs/deepspeed/zero2.json"
+# Options of published recipes, on retained samples of which every other one has no picture.
+PUBLISHED = (
+    "data.streams.retain=[{format: samples, path: {mixed}}]",
+    "data.group_by_modality=true",
+    "train.epoch_stream=retain",
+    "train.warmup_from_zero=true",
+    "train.schedule_steps=12",
+)
 # How a run was saved -> (ranks, overrides); "half" ones are what later starts go on from.
 SAVED = {
     "two": (2, ("train.micro_batch=4", "data.workers=2")),
     "one_zero2": (1, ("train.micro_batch=8", ZERO2)),
     "bf16": (2, ("train.micro_batch=4", "train.dtype=bf16")),
     "lora": (2, ("train.micro_batch=4", LORA, "reference=adapters_off")),
+    "published": (2, ("train.micro_batch=2", *PUBLISHED)),
 }
 # (saved as, gone on with: ranks, overrides)
 CONTINUED = {
@@ -38,13 +50,14 @@ CONTINUED = {
     "ZeRO-3 to ZeRO-2": ("two", 2, ("train.micro_batch=4", ZERO2)),
     "1 to 2, ZeRO-2 to ZeRO-3": ("one_zero2", 2, ("train.micro_batch=4", "{sharded}")),
     "bf16, 2 to 1 in ZeRO-2": ("bf16", 1, ("train.micro_batch=8", "train.dtype=bf16", ZERO2)),
+    "published options, 2 to 1": ("published", 1, ("train.micro_batch=2", *PUBLISHED)),
     "LoRA, 2 to 1": ("lora", 1, ("train.micro_batch=8", LORA, "reference=adapters_off")),
 }
 
 
 def command(toy, folder, own, recipe="npo"):
     sharded = f"deepspeed={toy.root}/resume.json"
-    given = [o.replace("{sharded}", sharded) for o in own]
+    given = [o.replace("{sharded}", sharded).replace("{mixed}", f"{toy.root}/resume-mixed.jsonl") for o in own]
     if not any(o.startswith("deepspeed=") for o in given):
         given.append(sharded)
     return ("train", f"configs/train/demo_{recipe}.yaml", *toy.overrides(recipe, folder), *SHORT, *given)
@@ -53,6 +66,9 @@ def command(toy, folder, own, recipe="npo"):
 @pytest.fixture(scope="module")
 def saved(toy):
     (toy.root / "resume.json").write_text(json.dumps(SHARDED))
+    retain = sources.read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples
+    mixed = [replace(sample, image=sample.image if i % 2 else None) for i, sample in enumerate(retain)]
+    write_samples(toy.root / "resume-mixed.jsonl", mixed)
     folders = {}
     for name, (ranks, own) in SAVED.items():
         folders[name] = toy.root / "resume" / name

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from transformers import AutoModelForImageTextToText
 
 from mirage_dist import config as configs
 from mirage_dist import disk
-from mirage_dist.data import stream
+from mirage_dist.data import formats, stream
+from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sources import read
 from mirage_dist.liveness import Owner
 from mirage_dist.model import export, load, trainable
@@ -34,6 +36,26 @@ SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8")
 SHARDED = {"zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0}}
 ZERO2 = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
 
+# Options of published recipes, on retained samples of which every other one has no picture.
+PUBLISHED = (
+    "data.streams.retain=[{{format: samples, path: {mixed}}}]",
+    "data.group_by_modality=true",
+    "data.group_by_length=true",
+    "train.warmup=0.5",
+    "train.warmup_from_zero=true",
+    "train.schedule_steps=12",
+    "train.groups=[{{match: connector, lr: 2e-4}}]",
+    "train.export=false",
+)
+BY_SEQUENCES = (
+    "data.streams.retain_ce=[{{format: samples, path: {mixed}}}]",
+    "objective.positions=unpadded",
+    "objective.average=sequences",
+    "objective.ce_average=sequences",
+    "objective.ce_stream=retain_ce",
+    "model.train=['decoder.layers.[012].*', connector]",
+)
+KL = ("objective.retain=kl", "objective.kl_positions=unpadded", "reference=engine")
 # name -> (recipe, ranks, overrides)
 RUNS = {
     "npo": ("npo", 1, ("train.micro_batch=8",)),
@@ -57,6 +79,12 @@ RUNS = {
         2,
         ("train.micro_batch=2", "data.group_by_length=true", "data.packing=true", "train.export=false"),
     ),
+    "npo_published": ("npo", 1, ("train.micro_batch=8", *PUBLISHED)),
+    "npo_published_2": ("npo", 2, ("train.micro_batch=1", "deepspeed={sharded}", *PUBLISHED)),
+    "rmu_sequences": ("rmu", 1, ("train.micro_batch=8", *BY_SEQUENCES, *PUBLISHED)),
+    "rmu_sequences_2": ("rmu", 2, ("train.micro_batch=2", "deepspeed={sharded}", *BY_SEQUENCES, *PUBLISHED)),
+    "npo_kl": ("npo", 1, ("train.micro_batch=8", *KL, "train.export=false")),
+    "npo_kl_2": ("npo", 2, ("train.micro_batch=2", "deepspeed={sharded}", *KL, "train.export=false")),
 }
 
 
@@ -65,7 +93,12 @@ def finished(toy):
     """Every run of RUNS, started once: name -> run directory."""
     for name, tree in (("sharded", SHARDED), ("zero2", ZERO2)):
         (toy.root / f"{name}.json").write_text(json.dumps(tree))
+    retain = read(formats.source("samples", str(toy.root / "retain.jsonl"))).samples
+    write_samples(
+        toy.root / "mixed.jsonl", [replace(s, image=s.image if i % 2 else None) for i, s in enumerate(retain)]
+    )
     files = {name: str(toy.root / f"{name}.json") for name in ("sharded", "zero2")}
+    files["mixed"] = str(toy.root / "mixed.jsonl")
     folders = {}
     for name, (recipe, ranks, own) in RUNS.items():
         folder = toy.root / "runs" / name
@@ -86,6 +119,9 @@ def finished(toy):
         ("rmu", "rmu_2"),
         ("sft", "sft_2"),
         ("sft_grouped", "sft_grouped_packed_2"),
+        ("npo_published", "npo_published_2"),
+        ("rmu_sequences", "rmu_sequences_2"),
+        ("npo_kl", "npo_kl_2"),
     ],
 )
 def test_losses_do_not_depend_on_ranks_accumulation_stage_packing_or_kind_of_reference(finished, one, other):
@@ -165,6 +201,13 @@ def test_metrics_have_every_step_once_and_what_the_contract_names(finished):
         wanted = {"loss", "terms", "grad_norm", "lr", "tokens_per_s", "step_seconds", "memory_mib"}
         assert wanted <= set(records[0])
         assert records[0]["lr"] < records[1]["lr"] or records[0]["lr"] > records[-1]["lr"]
+
+
+def test_a_published_schedule_begins_with_rate_0_and_scales_the_connectors_own(finished):
+    records = metrics(finished["npo_published"])
+    peak = configs.load(finished["npo_published"] / "config.yaml", [], TrainRecipe).train.lr
+    assert [m["lr"] for m in records[:7]] == pytest.approx([peak * step / 6 for step in range(7)])
+    assert [m["group_lr"]["connector"] for m in records] == pytest.approx([m["lr"] / peak * 2e-4 for m in records])
 
 
 def test_exported_bf16_model_loads_as_it_was_trained(finished):

@@ -141,6 +141,12 @@ VERBS: dict[str, Verb] = {
         pictures=PICTURES,
         weight=4,
     ),
+    "plan-stored": Verb(
+        ("plan", "sft.yaml", "--ranks", "2", "data.streams.train=[{format: llava, path: data/stored.parquet}]"),
+        data=("data/stored.parquet",),
+        weight=3,
+    ),
+    "compare": Verb(("report", "--compare", "data/results.json"), data=("data/results.json",), weight=2),
     "train-again": Verb(
         ("train", "train.yaml"),
         "train.yaml",

@@ -95,6 +95,15 @@ def _make_data() -> int:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([{**row, "history": []} for row in rows]), data / "table.parquet")
+    stored = [
+        {**record, "image": {"bytes": Path("world", record["image"]).read_bytes(), "path": None}}
+        for record in records[:12]
+        if "image" in record
+    ]
+    pq.write_table(pa.Table.from_pylist(stored), data / "stored.parquet", row_group_size=4)
+    from mirage_dist.report import published
+
+    (data / "results.json").write_text(published.dumped(published.compute("llava_1_5_7b", {"npo": Path("run")}, "0")))
     (data / "refusals.json").write_text(json.dumps({"language": "English", "phrases": ["sorry", "i cannot"]}))
     safety = json.loads(Path("world/safety-0.95/train.json").read_text())
     harvest = [

@@ -92,6 +92,9 @@ def test_other_files_and_versions_are_refused(runs, tmp_path, capsys):
         ({**own, "format": 2}, "format 2, this version reads format 1"),
         ({"models": {}}, "no results.json of `mirage paper`"),
         ([], "no results.json of `mirage paper`"),
+        ({**own, "source": 3}, "is not as `mirage paper` writes it"),
+        ({**own, "figures": [{}]}, "is not as `mirage paper` writes it"),
+        ({**own, "figures": [{**own["figures"][0], "ci95": [1]}]}, "is not as `mirage paper` writes it"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(ConfigError, match=why):

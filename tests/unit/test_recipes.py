@@ -27,7 +27,8 @@ def test_a_shipped_recipe_is_accepted(kind: str, file: Path):
         needs = make(recipe.objective).needs
         assert set(recipe.data.streams) == set(needs.streams)
         check_reference(recipe, needs)
-        ranks = {"demo": 2, "real": 1}.get(file.stem.partition("_")[0], 8)
+        command = re.search(r"launch/local\.sh (\d+) train configs/train/\w+\.yaml", file.read_text())
+        ranks = int(command[1]) if command else {"demo": 2, "real": 1}.get(file.stem.partition("_")[0], 8)
         assert deepspeed_config(recipe, ranks, len(needs.streams))["gradient_accumulation_steps"] >= 1
     if isinstance(recipe, EvalRecipe):
         judges.read(recipe)
@@ -108,7 +109,7 @@ def test_a_shipped_deepspeed_config_leaves_the_recipes_part_alone(file: Path):
     assert json.loads(file.read_text()).items() <= merged.items()
 
 
-@pytest.mark.parametrize("name", ["sft", "npo", "rmu", "rmu_lora"])
+@pytest.mark.parametrize("name", ["sft", "sft_lora", "npo", "npo_parity", "rmu", "rmu_parity", "rmu_lora"])
 @pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs/model").glob("*.yaml")), ids=lambda f: f.stem)
 def test_a_model_preset_changes_the_model_of_a_recipe_and_nothing_of_its_training(preset: Path, name: str):
     plain = configs.load(f"configs/train/{name}.yaml", [], TrainRecipe)

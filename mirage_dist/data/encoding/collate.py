@@ -47,10 +47,10 @@ class Batch:
 
     inputs: the model's keyword arguments (input_ids (B, S), attention_mask or position_ids, pixel_values …).
     labels_BS: token ids on answers and their end tokens, IGNORE elsewhere. index_N: flat positions b·S + t of the
-    hidden rows that predict a label. labels_N: those labels. segment_N: the sample (from 0) of each. unpadded_BS: 1 on
-    every token but padding and the placeholder. text_BS: the same without picture tokens. cut: number of samples whose
-    answer was truncated. edges: the position in the packed row where each sample begins, and where the last ends; None
-    without packing.
+    hidden rows that predict a label. labels_N: those labels. segment_N, segment_BS: the sample (from 0) of each of
+    them, and of every position. unpadded_BS: 1 on every token but padding and the placeholder. text_BS: the same
+    without picture tokens. cut: number of samples whose answer was truncated. edges: the position in the packed row
+    where each sample begins, and where the last ends; None without packing.
     """
 
     inputs: dict[str, Any]
@@ -58,6 +58,7 @@ class Batch:
     index_N: Tensor
     labels_N: Tensor
     segment_N: Tensor
+    segment_BS: Tensor
     unpadded_BS: Tensor
     text_BS: Tensor
     cut: int
@@ -83,10 +84,11 @@ class Encoder:
 
     A text-only model's tokenizer serves for prompts without pictures.
 
-    max_length: tokens of a row or a prompt, picture tokens included. on_long: refuse longer training rows, or truncate
-    their last answer. image_aspect: see `pictured.aspect_of`; the attribute is what it comes to. picture_token: the id
-    at whose places the model puts a picture's features (`roles.picture_token`); the processor's own where it is not
-    given. template_options: variables of the chat template.
+    max_length: tokens of a row or a prompt, picture tokens included. on_long: refuse longer training rows, truncate
+    their last answer, or all that follows the picture's question (`truncate_turns`). image_aspect: see
+    `pictured.aspect_of`; the attribute is what it comes to. picture_token: the id at whose places the model puts a
+    picture's features (`roles.picture_token`); the processor's own where it is not given. template_options: variables
+    of the chat template. conversation: how samples become text.
     Raises ConfigError when the tokenizer has no end token, when the template does not have an option, or when the
     processor is not supported (see `Pictured`); and, naming the sample, when the template rewrites earlier turns or the
     answer.
@@ -96,17 +98,18 @@ class Encoder:
         self,
         processor: Any,
         max_length: int = 2048,
-        on_long: Literal["error", "truncate"] = "error",
+        on_long: Literal["error", "truncate", "truncate_turns"] = "error",
         image_aspect: Literal["auto", "pad", "processor"] = "auto",
         system_prompt: str | None = None,
         packing: bool = False,
         picture_token: int | None = None,
         template_options: Mapping[str, Any] | None = None,
+        conversation: type[Conversation] = Conversation,
     ) -> None:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
         own = getattr(processor, "image_token_id", None)
         self.picture_token: int | None = own if picture_token is None else picture_token
-        self.conversation = Conversation(processor, system_prompt, template_options, self.picture_token)
+        self.conversation = conversation(processor, system_prompt, template_options, self.picture_token)
         self.text_only = self.conversation.text_only
         self.max_length, self.on_long = max_length, on_long
         self.image_aspect: Aspect = aspect_of(processor, image_aspect)
@@ -201,7 +204,7 @@ class Encoder:
             segment_BS = torch.repeat_interleave(torch.tensor(edges).diff()).unsqueeze(0)
         else:
             tensors, edges = stack(rows, left=False, fill=self._fill), None
-            segment_BS = torch.arange(len(rows)).unsqueeze(1).expand_as(tensors["input_ids"])
+            segment_BS = torch.arange(len(rows)).unsqueeze(1).expand_as(tensors["input_ids"]).contiguous()
         labels_BS, unpadded_BS = tensors.pop("labels"), tensors.pop("attention_mask")
         # Where one of several segments ends, the next one's first token is not its to predict.
         predicts_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
@@ -214,6 +217,7 @@ class Encoder:
             index_N=index_N,
             labels_N=labels_BS.flatten()[index_N + 1],
             segment_N=segment_BS.flatten()[index_N],
+            segment_BS=segment_BS,
             unpadded_BS=unpadded_BS,
             text_BS=unpadded_BS * (tensors["input_ids"] != (-1 if self.text_only else self.picture_token)),
             cut=cut,
@@ -245,13 +249,11 @@ class Encoder:
         return {**self.neutral, "input_ids": self.tokenizer.pad_token_id, "labels": IGNORE}
 
     def _truncate(self, sample: Sample, row: Row) -> bool:
-        """Cut the end of the last answer off a row that is too long, never picture or question. True for a cut row."""
+        """Cut the end off a row that is too long, as far as `on_long` allows. True for a cut row."""
         length = len(row["input_ids"])
         if length <= self.max_length:
             return False
-        before = 1 + max(i for i, label in enumerate(row["labels"]) if label == IGNORE)
-        if self.on_long != "truncate" or before >= self.max_length:
-            raise TooLong(self._too_long(sample, length, before))
+        self._check_cut(sample, self.sizes(sample))
         for values in row.values():
             del values[self.max_length :]
         return True
@@ -262,10 +264,15 @@ class Encoder:
         Raises TooLong when `encode` would, and ConfigError for a picture that cannot be encoded.
         """
         lengths = self.sizes(sample)
-        total, before = sum(lengths), sum(lengths[:-1])
-        if total > self.max_length and (self.on_long != "truncate" or before >= self.max_length):
-            raise TooLong(self._too_long(sample, total, before))
-        return total
+        if sum(lengths) > self.max_length:
+            self._check_cut(sample, lengths)
+        return sum(lengths)
+
+    def _check_cut(self, sample: Sample, lengths: Sequence[int]) -> None:
+        """Raise TooLong unless a row of these `sizes` may be cut. An answer's first token always stays."""
+        kept = lengths[: 2 * sample.shown + 1] if self.on_long == "truncate_turns" else lengths[:-1]
+        if self.on_long == "error" or sum(kept) >= self.max_length:
+            raise TooLong(self._too_long(sample, sum(lengths), sum(kept)))
 
     def sizes(self, sample: Sample) -> list[int]:
         """Tokens of a training row's first prompt, its answer, the next prompt, …, before truncation.
@@ -293,7 +300,7 @@ class Encoder:
     def _too_long(self, sample: Sample, length: int, before: int) -> str:
         return (
             f"{called(sample)}: {length} tokens, {before} of them before the answer; data.max_length is "
-            f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only)"
+            f"{self.max_length} (data.on_long={self.on_long}; truncate cuts answers only, truncate_turns later turns)"
         )
 
     # --------------------------------------------------------------------------------------------- rows

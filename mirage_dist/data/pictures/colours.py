@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 Size = tuple[int, int]  # width, height in pixels, as the picture is shown
 Box = tuple[int, int, int, int]
@@ -63,7 +63,7 @@ def _of_deep_grey(image: Image.Image, white: int) -> Image.Image:
     return _by_bands(image.size, shades).convert("RGB")
 
 
-def opacity_of_deep_colour(image: Image.Image, low: Image.Image) -> Image.Image:
+def opacity_of_deep_colour(image: Image.Image, low: ImageFile.ImageFile) -> Image.Image:
     """The opacity of a 16-bit RGB picture with a colour key. PIL keeps the high bytes; the low ones are read again.
 
     low: the same file, opened anew and not decoded.

@@ -108,7 +108,7 @@ ATTACKS = Dataset(
     title="Safety Mirage's rewrites of VLGuard's test questions (arXiv 2503.11832)",
     use="evaluation",
     licence=SEE,
-    page="https://github.com/OPTML-Group/VLM-Safety-MU",
+    page="https://github.com/OPTML-Group/VLM-Safety-Unlearn",
     size="1882 rewrites",
     files=(
         File(

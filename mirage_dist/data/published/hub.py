@@ -99,7 +99,8 @@ def download(where: Address) -> str:
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     except errors.OfflineModeIsEnabled as error:
         raise ConfigError(f"{where}: HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it") from error
-    except (errors.HTTPError, OSError) as error:
+    # The base class of whichever HTTP client the hub's library uses.
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{where}: {why}; `mirage data get {where}` goes on where it stopped") from error
     split.cache_clear()

@@ -37,6 +37,7 @@ REGISTRY = Registry(
         "keyword": "mirage_dist.evals.judges.rules:Keyword",
         "world": "mirage_dist.evals.judges.world:World",
         "vlm": "mirage_dist.evals.judges.vlm:VisionLanguage",
+        "preset": "mirage_dist.evals.judges.presets.preset:Preset",
         "published_parity": "mirage_dist.evals.judges.parity:PublishedParity",
         "benchmark": "mirage_dist.evals.judges.benchmark:Benchmark",
     },

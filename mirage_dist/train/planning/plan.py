@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from mirage_dist.data import pictures
@@ -11,7 +12,7 @@ from mirage_dist.data.sources import Source
 from mirage_dist.model import load, vision
 from mirage_dist.model.families.roles import decoder
 from mirage_dist.model.policy import HeadedModel
-from mirage_dist.objectives.base import Objective
+from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed
@@ -134,17 +135,18 @@ def _lengths(feed: Feed, source: Source) -> Lengths:
     rows, responses = [], []
     for sample in source.samples:
         feed.encoder.length(sample)
-        parts = feed.encoder.sizes(sample)
-        cut = max(0, sum(parts) - feed.encoder.max_length)
-        rows.append(sum(parts) - cut)
-        responses.append(sum(parts[1::2]) - cut)
+        parts, longest = feed.encoder.sizes(sample), feed.encoder.max_length
+        rows.append(min(sum(parts), longest))
+        starts = accumulate(parts, initial=0)
+        left = [min(part, max(0, longest - start)) for start, part in zip(starts, parts, strict=False)]
+        responses.append(sum(left[1::2]))
     return Lengths(rows, responses)
 
 
 def _data(plan: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
     batch = feed.recipe.train.global_batch
-    first = len(lengths[feed.needs.streams[0]].rows)
-    plan.data["steps"] = feed.steps, f"{feed.steps * batch / first:.2f} epochs of {feed.needs.streams[0]}"
+    of_epoch = feed.epoch_stream
+    plan.data["steps"] = feed.steps, f"{feed.steps * batch / len(lengths[of_epoch].rows):.2f} epochs of {of_epoch}"
     if feed.needs.reference:
         kind = feed.recipe.reference
         once = f"one forward over {', '.join(feed.needs.ref_logp)} before the first step; no second model"
@@ -201,15 +203,22 @@ def _memory(
         f"{rows} rows of {width} tokens, {depth} layers; {size(kept(not on))} with"
         f" model.gradient_checkpointing={str(not on).lower()}",
     )
-    responses = train.micro_batch * sum(max(lengths[name].responses) for name in {*required.logp, *required.kl})
+    responses = train.micro_batch * sum(_headed(required, name, lengths[name]) for name in lengths)
     if responses:
         trains = bool(head.weight.requires_grad)
         peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(required.kl), trains)
-        plan.memory["loss head"] = Place(peak), f"{responses} response rows, vocabulary {head.out_features:,}"
+        plan.memory["loss head"] = Place(peak), f"{responses} rows, vocabulary {head.out_features:,}"
     if required.reference and recipe.reference == "engine":
         frozen = load.weightless(recipe.model, required.reference_depth)
         held = memory.weights([p.numel() for p in frozen.parameters()], item, zero, ranks, largest)
         plan.memory["reference"] = held, f"a second, frozen model of {frozen.depth} layers"
+
+
+def _headed(needs: Needs, name: str, lengths: Lengths) -> int:
+    """The most rows of the LM head that a sample of this stream needs."""
+    if name in needs.kl and needs.kl_positions != "response":
+        return max(lengths.rows)
+    return max(lengths.responses) if name in (*needs.logp, *needs.kl) else 0
 
 
 def _disk(

@@ -399,6 +399,20 @@ def test_truncation_cuts_the_last_answers_end_only_and_is_counted(processor, pic
     assert Encoder(processor, max_length=len(whole)).encode([one]).cut == 0
 
 
+@pytest.mark.parametrize("image", ["red", None])
+def test_turns_are_cut_at_the_limit_and_never_the_pictures_question(processor, pictures, image):
+    one = sample(pictures.get(image), answer=embedded_text.REFUSAL, history=TURNS)
+    whole = Encoder(processor).encode([one, sample(pictures["red"])])
+    first = next(i for i, label in enumerate(whole.labels_BS[0].tolist()) if label != IGNORE)
+    for length in range(first + 1, Encoder(processor).length(one)):
+        batch = Encoder(processor, max_length=length, on_long="truncate_turns").encode([one, one])
+        assert batch.cut == 2
+        assert torch.equal(batch.inputs["input_ids"][0, :length], whole.inputs["input_ids"][0, :length])
+        assert torch.equal(batch.labels_BS[0, :length], whole.labels_BS[0, :length])
+    with pytest.raises(TooLong, match=f"{first} of them before the answer; .*truncate_turns later turns"):
+        Encoder(processor, max_length=first, on_long="truncate_turns").encode([one])
+
+
 @pytest.mark.parametrize("on_long", ["truncate", "error"])
 def test_a_prompt_that_does_not_fit_is_an_error_with_sample_and_numbers(processor, pictures, on_long):
     one = sample(pictures["red"], identity="odd")

@@ -137,7 +137,7 @@ def test_revision_configuration_and_split_are_chosen(cache, revision):
     store(cache, repository())
     config = formats.source("spa_vl", f"hf://lab/SPA-VL{revision}", config="test", split="harm", response="absent")
     assert [s.question for s in sources.read(config).samples] == [f"What is number {i}?" for i in range(10, 13)]
-    assert config.published().commit == COMMIT
+    assert sources.read(config).commits == {f"hf://lab/SPA-VL{revision}": COMMIT}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def samples(toy):
     return [*shown, *(replace(s, history=turns) for s in shown), *(replace(s, image=None) for s in shown)]
 
 
-@pytest.mark.parametrize("on_long", ["error", "truncate"])
+@pytest.mark.parametrize("on_long", ["error", "truncate", "truncate_turns"])
 def test_a_length_foresees_encode(toy, samples, on_long):
     processor = AutoProcessor.from_pretrained(toy.root / "model")
     outcomes = set()
@@ -27,16 +27,18 @@ def test_a_length_foresees_encode(toy, samples, on_long):
             # A picture beside it, so that a text-only row carries no placeholder.
             batch = whole.encode([sample, samples[0]])
             length = int(batch.inputs["attention_mask"][0].sum())
-            unlabelled = [i for i, label in enumerate(batch.labels_BS[0, :length].tolist()) if label == -100]
-            before = max(unlabelled) + 1
-            fits = length <= limit or (on_long == "truncate" and before < limit)
+            labels = batch.labels_BS[0, :length].tolist()
+            before = 1 + max(i for i, label in enumerate(labels) if label == -100)
+            if on_long == "truncate_turns":
+                before = next(i for i, label in enumerate(labels) if label != -100)
+            fits = length <= limit or (on_long != "error" and before < limit)
             if fits:
                 assert encoder.length(sample) == length
             else:
                 with pytest.raises(TooLong, match=f"{length} tokens, {before} of them before"):
                     encoder.length(sample)
             outcomes.add((fits, length > limit))
-    assert len(outcomes) == (3 if on_long == "truncate" else 2)
+    assert len(outcomes) == (2 if on_long == "error" else 3)
 
 
 def test_a_length_opens_no_picture(toy, samples):

@@ -1,6 +1,7 @@
 """Forget and retain sets: harvested answers in place of refusals, joins that fail loudly, a seeded fill, reuse."""
 
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +16,13 @@ from mirage_dist import cli, disk, state
 from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
 from mirage_dist.data import prepare as preparing
+from mirage_dist.data.formats import BadRecord
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.harvest import harvest
 from mirage_dist.data.prepare import prepare
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
+from mirage_dist.data.sets.turns import Turns
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, DiversifyConfig, PrepareRecipe
 
@@ -168,6 +171,91 @@ def test_answers_as_given_are_the_datas_own_without_its_refusals(folder):
 def test_a_picture_that_is_both_forgotten_and_retained_is_counted(folder):
     (folder / "good.png").write_bytes((folder / "bad.png").read_bytes())
     assert prepare(recipe(folder))["counts"]["pictures_in_both"] == 1
+
+
+def test_rmus_forget_text_has_each_answer_in_its_question_too(folder):
+    """As the published step does (VLM-Safety-Unlearn, data/format_rmu_forget.py)."""
+    prepare(recipe(folder, forget_text=True))
+    forget, text = read(folder, "forget"), read(folder, "forget_text")
+    assert [(s.question, s.answer) for s in text] == [(f"{question(i)}\n{answer(i)}", answer(i)) for i in range(UNSAFE)]
+    assert [replace(s, question=f.question, source=f.source) for s, f in zip(text, forget, strict=True)] == forget
+
+
+def tuning(folder, **changes):
+    """A recipe of sets for fine-tuning alone."""
+    plain = recipe(folder, answers="none", harvest=None, fill=[], retain_size=None, conversations=True)
+    return replace(plain, **changes)
+
+
+def published_turns(records, seed):
+    """(questions, answers) of each record as the published conversion orders them: `random`, seeded once."""
+    draw = random.Random(seed)
+    for record in records:
+        pairs = list(record["instr-resp"])
+        if len(pairs) > 1:
+            draw.shuffle(pairs)
+        yield record["id"], [(next(v for k, v in p.items() if k != "response"), p["response"]) for p in pairs]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_conversations_have_a_row_for_each_record_with_its_turns_in_the_published_order(folder, seed):
+    records = json.loads((folder / "train.json").read_text())
+    safe = [r for r in records if r["safe"]]
+    for number in range(40):  # as many as show an order
+        pairs = [{"safe_instruction": f"What is {number}?", "response": "It."}]
+        pairs.append({"unsafe_instruction": f"Describe {number}.", "response": REFUSAL})
+        records.insert(7 * number % 40, {**safe[0], "id": f"more{number}", "instr-resp": pairs})
+    for record in safe:  # in the order of the published files
+        record["instr-resp"].sort(key=lambda pair: "unsafe_instruction" in pair)
+    (folder / "train.json").write_text(json.dumps(records))
+    result = prepare(tuning(folder, seed=seed))
+    expected = [row for row in published_turns(records, seed) if row[1][0][0] != "N/A"]
+    made = read(folder, "conversations")
+    assert [(s.id, [*s.history, (s.question, s.answer)]) for s in made] == [(name, turns) for name, turns in expected]
+    two = [s for s in made if s.history]
+    assert 0 < sum(s.safe for s in two) < len(two)  # both orders; the label is the last question's
+    assert all(s.safe == s.question.startswith("What") and s.shown == 0 for s in two)
+    assert result["counts"]["conversations"] == {
+        "samples": len(made),
+        "turns": len(made) + len(two),
+        "read": {"dropped": {"instruction is N/A": 1}, "renamed": 0, "skipped": 0},
+    }
+
+
+def test_turns_are_about_one_picture():
+    one = Sample("a", "a.png", "What?", "It.", True, "", "t")
+    with pytest.raises(BadRecord, match="no turns of one conversation: they differ in their picture or history"):
+        Turns(0)([one, replace(one, image="b.png")])
+    assert Turns(0)([one]) == [one]
+
+
+def test_helpful_samples_are_drawn_apart_from_those_that_fill_retain(folder):
+    counts = prepare(recipe(folder, helpful_size=12, out=str(folder / "both")))["counts"]
+    assert counts["helpful"] == {"samples": 12, "skipped": 0}
+    helpful, retain = read(folder, "helpful", "both"), read(folder, "retain", "both")[SAFE:]
+    assert len({s.id for s in helpful}) == 12
+    assert {s.id for s in helpful} != {s.id for s in retain}
+    prepare(recipe(folder))  # nor does it change what fills retain
+    assert [s.id for s in read(folder, "retain")[SAFE:]] == [s.id for s in retain]
+    alone = tuning(folder, fill=recipe(folder).fill, helpful_size=12, conversations=False, out=str(folder / "alone"))
+    prepare(alone)
+    assert [s.id for s in read(folder, "helpful", "alone")] == [s.id for s in helpful]
+    with pytest.raises(ConfigError, match=r"helpful_size=31: 30 usable samples of 30 in fill are 1 too few"):
+        prepare(replace(alone, helpful_size=31, out=str(folder / "more")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"conversations": False}, "no `diversify`, `conversations` or `helpful_size`: there is nothing to prepare"),
+        ({"helpful_size": 5}, "helpful_size=5: `fill` is missing"),
+        ({"forget_text": True}, "forget_text: answers=none makes no forget set"),
+        ({"retain_size": 5}, "answers=none makes no retain set"),
+    ],
+)
+def test_an_option_of_fine_tuning_sets_that_would_not_be_used_is_named(folder, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare(tuning(folder, **changes))
 
 
 # ---------------------------------------------------------------------------------------------------- join

@@ -179,6 +179,97 @@ def test_grouped_batches_differ_between_seeds_streams_and_epochs(seed, size):
     assert len(set(map(tuple, orders))) == len(orders)
 
 
+# ----------------------------------------------------------------------------------------- grouped by modality
+
+flags = st.lists(st.booleans(), min_size=1, max_size=60).map(np.array)
+mixtures = st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda n: np.arange(sum(n)) < n[0])
+
+
+def by_modality(seed, pictured, step, global_batch):
+    return stream.batch(seed, "train", len(pictured), step, global_batch, pictured)
+
+
+@given(seeds, flags, st.integers(1, 12), st.integers(1, 3), st.booleans())
+def test_by_modality_every_sample_comes_once_an_epoch_even_where_batches_span_two(
+    seed, pictured, global_batch, epochs, by_length
+):
+    """By length too, a step that two epochs share has as many samples of each as in the plain order."""
+    size = len(pictured)
+    lengths = np.random.default_rng(seed).integers(1, 99, size)
+    seen = Counter()
+    for step in range(-(-epochs * size // global_batch)):
+        own = by_modality(seed, pictured, step, global_batch)
+        if by_length:
+            own = stream.grouped(seed, "train", lengths, step, global_batch, pictured)
+        seen.update(own.tolist())
+        done = (step + 1) * global_batch // size
+        assert all(done <= seen[index] <= done + 1 for index in range(size))
+        assert sum(seen[index] - done for index in range(size)) == (step + 1) * global_batch - done * size
+
+
+@given(seeds, mixtures, st.integers(1, 12), st.integers(0, 3), st.booleans())
+def test_one_step_an_epoch_at_most_mixes_modalities_beside_those_that_it_shares(
+    seed, pictured, global_batch, epoch, by_length
+):
+    size, lengths = len(pictured), np.random.default_rng(seed).integers(1, 99, len(pictured))
+    first, last = -(-epoch * size // global_batch), (epoch + 1) * size // global_batch  # the epoch's own steps
+    mixed = 0
+    for step in range(first, last):
+        own = by_modality(seed, pictured, step, global_batch)
+        if by_length:
+            own = stream.grouped(seed, "train", lengths, step, global_batch, pictured)
+        mixed += len(set(pictured[own].tolist())) > 1
+    assert mixed <= 1
+
+
+@given(seeds, sizes, st.integers(0, 30), st.integers(1, 12), st.booleans())
+def test_of_one_modality_the_order_is_the_plain_one(seed, size, step, global_batch, shown):
+    pictured, lengths = np.full(size, shown), np.random.default_rng(seed).integers(1, 99, size)
+    plain = stream.batch(seed, "train", size, step, global_batch)
+    assert by_modality(seed, pictured, step, global_batch).tolist() == plain.tolist()
+    plain = stream.grouped(seed, "train", lengths, step, global_batch)
+    assert stream.grouped(seed, "train", lengths, step, global_batch, pictured).tolist() == plain.tolist()
+
+
+@given(seeds, mixtures, st.integers(0, 8), st.integers(1, 12))
+def test_by_length_too_a_window_holds_the_same_samples(seed, pictured, window, global_batch):
+    lengths = np.random.default_rng(seed).integers(1, 999, len(pictured))
+    steps = range(window * stream.WINDOW, (window + 1) * stream.WINDOW)
+    plain = [by_modality(seed, pictured, step, global_batch) for step in steps]
+    moved = [stream.grouped(seed, "train", lengths, step, global_batch, pictured) for step in steps]
+    assert Counter(np.concatenate(moved).tolist()) == Counter(np.concatenate(plain).tolist())
+
+
+@given(seeds, st.integers(200, 400), st.sampled_from([2, 4, 8]))
+def test_by_length_too_there_is_less_padding(seed, size, micro):
+    lengths = 600 + np.random.default_rng(seed).lognormal(4, 1, size).astype(np.int64)
+    pictured = np.arange(size) % 5 > 0
+    lengths[~pictured] -= 576
+    alone, both = (
+        share_of_padding([made(step) for step in range(2 * size // 16)], lengths, micro)
+        for made in (
+            lambda step: by_modality(seed, pictured, step, 16),
+            lambda step: stream.grouped(seed, "train", lengths, step, 16, pictured),
+        )
+    )
+    assert both < 0.7 * alone
+
+
+@given(seeds, st.integers(40, 90), st.integers(2, 6))
+def test_steps_of_a_modality_differ_between_seeds_streams_and_epochs(seed, size, global_batch):
+    pictured = np.arange(size) % 2 == 0
+    orders = [
+        np.concatenate([stream.batch(s, name, size, step, global_batch, pictured) for step in steps]).tolist()
+        for s, name, steps in (
+            (seed, "train", range(size)),
+            (seed + 1, "train", range(size)),
+            (seed, "retain", range(size)),
+            (seed, "train", range(size, 2 * size)),
+        )
+    ]
+    assert len(set(map(tuple, orders))) == len(orders)
+
+
 @given(st.lists(st.one_of(st.integers(), st.from_regex(r"\w{0,5}", fullmatch=True)), min_size=1, max_size=4))
 def test_a_derived_seed_fits_a_generator_and_depends_on_every_part(parts):
     seed = stream.derived_seed(*parts)

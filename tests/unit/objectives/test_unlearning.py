@@ -1,5 +1,7 @@
 """NPO and RMU against their formulas written out sequence by sequence, values and gradients in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,10 +53,10 @@ def test_npo_retain_term_is_a_token_mean_with_its_gradient(retain):
     labels = torch.tensor([3, 0, 6, 2, 2])
     logp = logits.log_softmax(-1)
     rows = logp.gather(1, labels[:, None]).squeeze(1) if retain == "ce" else (ref * (ref.log() - logp)).sum(-1)
-    kept = View(sequences=1, logp_N=rows if retain == "ce" else None, kl_N=rows if retain == "kl" else None)
+    kept = View(sequences=1, logp_N=rows if retain == "ce" else None, kl_M=rows if retain == "kl" else None)
     forgotten = draw(8).requires_grad_()
     forget = View(sequences=3, segment_N=SEGMENT, logp_N=forgotten, ref_logp_N=draw(8))
-    counts = {"forget.sequences": 3, "retain.tokens": 5}
+    counts = {"forget.sequences": 3, "retain.tokens": 5, "retain.kl_positions": 5}
     npo = make({"name": "npo", "retain": retain, "retain_weight": 3.0, "forget_weight": 0.0})
     loss = total(npo({"forget": forget, "retain": kept}), counts)
     torch.testing.assert_close(loss, (-3 if retain == "ce" else 3) * rows.mean())
@@ -102,6 +104,48 @@ def test_rmu_is_the_formula_with_its_gradient():
     torch.testing.assert_close(mine, theirs)
 
 
+def test_rmu_by_sequences_is_the_mean_over_sequences_of_each_ones_own_mean():
+    """As open-unlearning's `compute_activation_loss` means it, which divides each sequence by every length."""
+    forget, retain = (draw(2, 4, 5, seed=s).requires_grad_() for s in (6, 7))
+    segment_BS, segment_N = torch.arange(2)[:, None].expand(2, 4), torch.tensor([0, 0, 1])
+    options = {"average": "sequences", "ce_average": "sequences", "ce_stream": "retain_ce"}
+    objective, views = rmu(retain_weight=0.3, ce_weight=2.0, **options), rmu_views(forget, retain)
+    views = {name: replace(view, segment_BS=segment_BS, segment_N=segment_N) for name, view in views.items()}
+    views["retain_ce"] = replace(views["retain"], logp_N=draw(3, seed=9))
+    assert objective.needs.streams == ("forget", "retain", "retain_ce")
+    counts = {f"{name}.sequences": 2 for name in objective.needs.streams}
+    loss = total(objective(views), counts)
+    control, reference = objective.state_dict()["control_D"].double(), views["retain"].ref_activations_BSD[1]
+
+    def mean(values, target):
+        rows = []
+        for row, marks in enumerate(views["forget"].mask_BS.bool()):
+            wide = target if target.dim() == 1 else target[row][marks]
+            rows.append(((values[row][marks] - wide) ** 2).mean())
+        return sum(rows) / 2
+
+    logp = draw(3, seed=9)
+    cross_entropy = -(logp[:2].mean() + logp[2]) / 2
+    oracle = mean(forget, control) + 0.3 * mean(retain, reference) + 2 * cross_entropy
+    torch.testing.assert_close(loss, oracle)
+    mine, theirs = (torch.autograd.grad(x, (forget, retain)) for x in (loss, oracle))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_the_mean_over_sequences_is_that_over_positions_where_they_are_equally_long():
+    forget, retain = draw(2, 4, 5, seed=6), draw(2, 4, 5, seed=7)
+    segment_BS = torch.arange(2)[:, None].expand(2, 4)
+    views = {
+        name: replace(view, mask_BS=torch.ones(2, 4), segment_BS=segment_BS)
+        for name, view in rmu_views(forget, retain).items()
+    }
+    counts = {f"{name}.{what}": n for name in ("forget", "retain") for what, n in (("positions", 8), ("sequences", 2))}
+    by_positions, by_sequences = (
+        total(rmu(average=average, ce_weight=0.0)(views), counts) for average in ("positions", "sequences")
+    )
+    torch.testing.assert_close(by_positions, by_sequences)
+
+
 def test_rmu_gradient_vanishes_at_the_control_vector():
     objective = rmu()
     at_control = objective.state_dict()["control_D"].double().expand(2, 4, 5).clone().requires_grad_()
@@ -132,6 +176,13 @@ def test_control_vector_follows_the_seed_alone_and_survives_a_checkpoint():
         ({"name": "rmu", "positions": "image"}, "unpadded"),
         ({"name": "rmu", "layer": -1}, "layer"),
         ({"name": "rmu", "control_D": 1}, "control_D"),
+        ({"name": "rmu", "average": "tokens"}, "allowed: positions, sequences"),
+        (
+            {"name": "rmu", "ce_weight": 0, "ce_stream": "retain_ce"},
+            "ce_stream=retain_ce: belongs to the cross entropy",
+        ),
+        ({"name": "rmu", "ce_weight": 0, "ce_average": "sequences"}, "ce_average=sequences: .* ce_weight is 0"),
+        ({"name": "npo", "kl_positions": "all"}, "kl_positions=all: belongs to retain=kl .got ce."),
     ],
 )
 def test_a_wrong_option_is_named(options, words):

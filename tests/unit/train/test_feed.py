@@ -1,5 +1,6 @@
 """What a micro-batch holds: the positions that count for an activation, and the partners of paired streams."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,14 @@ from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
+from mirage_dist.data.sources import Source
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.model import load
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import reference
-from mirage_dist.train.feed import Feed, positions, read_streams
+from mirage_dist.train.feed import Feed, check_streams, positions, read_streams
 
 # The template's tokens: role, 16 of the picture, the question's words, role, the answer's words, end.
 SHOWN = [("role", 1), ("picture", 16), ("question", 4), ("role", 1), ("answer", 3)]
@@ -107,6 +109,69 @@ def test_partners_are_at_the_same_place_of_one_micro_batch_however_a_batch_is_sp
 def test_streams_that_do_not_pair_are_refused(pairs, change, words):
     with pytest.raises(ConfigError, match=words):
         pairs(change=change)
+
+
+# ------------------------------------------------------------------------------------------ epochs and schedules
+
+
+@pytest.fixture
+def unlearning(toy, tmp_path):
+    """A feed of 20 samples to forget and 30 to retain."""
+
+    def build(*overrides):
+        given = [*toy.overrides("npo", tmp_path / "run"), "train.max_steps=null", "train.global_batch=8", *overrides]
+        recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
+        needs = make(recipe.objective).needs
+        check_streams(recipe, needs)
+        return Feed(recipe, needs, read_streams(recipe, needs), load.processor(recipe.model))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("stream", "epochs", "steps"), [("null", 1, 3), ("forget", 1, 3), ("retain", 1, 4), ("retain", 2.5, 10)]
+)
+def test_the_stream_of_the_recipe_defines_an_epoch_and_the_others_start_again(unlearning, stream, epochs, steps):
+    feed = unlearning(f"train.epoch_stream={stream}", f"train.epochs={epochs}")
+    assert feed.steps == steps
+    for name, samples in feed.samples.items():
+        seen = Counter(index for step in range(steps) for index in feed.chosen(name, step).tolist())
+        done = steps * 8 // len(samples)
+        assert all(done <= seen[index] <= done + 1 for index in range(len(samples)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.epoch_stream=retian"], "train.epoch_stream=retian: no stream of this objective; expected one of fo"),
+        (["train.schedule_steps=2"], "train.schedule_steps=2: this run has 3 steps, and a schedule has at least as"),
+        (["train.warmup_from_zero=true", "train.max_steps=1"], "the only step of this run would have rate 0"),
+    ],
+)
+def test_a_schedule_or_an_epoch_that_cannot_be_is_named(unlearning, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        _ = unlearning(*overrides).steps
+
+
+def test_by_modality_the_steps_of_a_run_have_one_kind_of_sample(unlearning):
+    """However they are cut: the same for every number of ranks."""
+    given = ("train.micro_batch=2", "train.epochs=2", "train.epoch_stream=retain")
+    feed = unlearning("data.group_by_modality=true", *given)
+    for samples in feed.samples.values():
+        samples[::2] = [replace(sample, image=None) for sample in samples[::2]]
+    feed = Feed(feed.recipe, feed.needs, {n: Source(s) for n, s in feed.samples.items()}, feed.encoder.processor)
+    alone = 0
+    for step in range(feed.steps):
+        for name, samples in feed.samples.items():
+            kinds = {samples[index].image is None for index in feed.chosen(name, step)}
+            alone += len(kinds) == 1
+            parts = [
+                [m.samples_of([name]) for m in feed.window(step, Group(rank, 0, 4, torch.device("cpu")))]
+                for rank in range(4)
+            ]
+            seen = sorted(key for part in parts for rows in part for key in rows)
+            assert seen == sorted((name, int(index)) for index in feed.chosen(name, step))
+    assert alone > feed.steps  # of two streams
 
 
 # --------------------------------------------------------------------------------------------- reference cache

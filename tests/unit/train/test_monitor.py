@@ -5,8 +5,10 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mirage_dist import state
 from mirage_dist.schema import TrainConfig
@@ -75,3 +77,26 @@ def test_warm_up_stable_decay_by_hand(step, rate):
     """20 steps: 2 of warm-up, then a linear fall over the last 10 to a tenth."""
     train = config(schedule="linear", warmup=0.1, decay=10 / 18, min_lr=0.1)
     assert learning_rate(train, step, 20) == pytest.approx(rate)
+
+
+HF = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}
+
+
+@given(st.sampled_from(sorted(HF)), st.integers(2, 120), st.floats(0, 1))
+def test_a_warm_up_from_zero_is_that_of_transformers(schedule, steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    theirs = HF[schedule](optimizer, math.ceil(warmup * steps), steps)  # as its Trainer rounds warmup_ratio
+    train = config(schedule=schedule, warmup=warmup, warmup_from_zero=True)
+    for step in range(steps):
+        assert learning_rate(train, step, steps) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+@given(st.integers(1, 60), st.integers(0, 200), st.floats(0, 1), st.booleans())
+def test_the_schedule_of_a_longer_run_is_that_runs_beginning(steps, more, warmup, zero):
+    own = config(warmup=warmup, warmup_from_zero=zero, schedule_steps=steps + more)
+    longer = config(warmup=warmup, warmup_from_zero=zero)
+    assert [learning_rate(own, step, steps) for step in range(steps)] == [
+        learning_rate(longer, step, steps + more) for step in range(steps)
+    ]

@@ -27,7 +27,13 @@ OBJECTIVES = {
     "npo by means": {"name": "npo", "reduction": "seq_mean"},
     "npo by batch means": {"name": "npo", "reduction": "batch_mean", "ce_weight": 1.0},
     "npo with KL": {"name": "npo", "retain": "kl"},
+    "npo with KL at every token": {"name": "npo", "retain": "kl", "kl_positions": "unpadded"},
     "rmu": {"name": "rmu", "layer": 2, "positions": "unpadded"},
+    "rmu by sequences": {"name": "rmu", "layer": 2, "positions": "unpadded", "average": "sequences"},
+    "rmu of the paper's code": {
+        **{"name": "rmu", "layer": 2, "positions": "unpadded"},
+        **{"average": "sequences", "ce_average": "sequences", "ce_stream": "retain_ce"},
+    },
     "rmu on text": {"name": "rmu", "layer": 2, "positions": "text"},
     "rmu on answers, no CE": {"name": "rmu", "layer": 2, "positions": "response", "ce_weight": 0.0},
 }
@@ -144,8 +150,12 @@ def test_a_cache_of_packed_batches_serves_as_the_reference_itself(toy, files, mo
     assert_same_step(direct, gradients(toy, files, models, OBJECTIVES[name], packing=True, cached=True))
 
 
-def test_all_positions_of_a_packed_batch_are_the_unpadded_ones(toy, files, models):
-    every, unpadded = ({**OBJECTIVES["rmu"], "positions": which} for which in ("all", "unpadded"))
+@pytest.mark.parametrize(("name", "key"), [("rmu", "positions"), ("npo with KL", "kl_positions")])
+def test_all_positions_of_a_packed_batch_are_the_unpadded_ones(toy, files, models, name, key):
+    every, unpadded = ({**OBJECTIVES[name], key: which} for which in ("all", "unpadded"))
+    assert make(every).needs.depends_on_micro_batch(packing=False)
+    assert not make(every).needs.depends_on_micro_batch(packing=True)
+    assert not make(unpadded).needs.depends_on_micro_batch(packing=False)
     for source in ("mixed", "text"):  # and not those of the placeholder
         steps = [gradients(toy, files, models, options, True, source=source) for options in (every, unpadded)]
         assert_same_step(*steps)

@@ -145,7 +145,15 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("name", "own"),
-    [("sft", ()), ("sft", ("data.packing=true",)), ("npo", ()), ("rmu", ()), ("rmu", ("objective.ce_weight=0",))],
+    [
+        ("sft", ()),
+        ("sft", ("data.packing=true",)),
+        ("npo", ()),
+        ("npo", ("objective.retain=kl", "objective.kl_positions=all")),
+        ("rmu", ()),
+        ("rmu", ("objective.ce_weight=0",)),
+        ("rmu", ("objective.average=sequences", "objective.ce_average=sequences")),
+    ],
 )
 def test_nothing_of_ours_waits_for_the_device_between_the_batch_and_its_gradients(toy, tmp_path, name, own):
     recipe, objective, feed = feed_of(toy, tmp_path, name, *own)

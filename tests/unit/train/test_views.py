@@ -15,7 +15,7 @@ from mirage_dist.model.reference import Frozen
 from mirage_dist.objectives.base import Needs
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed, positions, read_streams
 from mirage_dist.train.views import Views
 
 ALONE = Group(0, 0, 1, torch.device("cpu"))
@@ -81,3 +81,29 @@ def test_activations_by_layer_are_those_of_whole_forwards(toy, tmp_path, name, p
         logp = logits[micro.rows["retain"], :-1].log_softmax(-1)
         expected = logp.gather(2, labels.clamp(min=0)[..., None]).squeeze(2)[labels != -100]
         torch.testing.assert_close(made["retain"].logp_N, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["response", "all", "unpadded", "text"])
+def test_kl_is_that_of_whole_logits_at_the_positions_that_count(toy, tmp_path, which):
+    """At all of them it is open-unlearning's `compute_kl_divergence`: kl_div with `batchmean` over B · S rows."""
+    needs = Needs(BOTH, logp=("forget",), kl=("retain",), kl_positions=which)
+    given = [*toy.overrides("npo", tmp_path / "run"), "train.global_batch=4", "train.micro_batch=4"]
+    recipe = configs.load("configs/train/demo_npo.yaml", given, TrainRecipe)
+    policy, base = (HeadedModel(AutoModelForImageTextToText.from_pretrained(toy.root / "model")) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    feed = Feed(recipe, needs, read_streams(recipe, needs), load.processor(recipe.model))
+    (micro,) = feed.window(0, ALONE)
+    view = Views(Engine(policy), needs, Frozen(Engine(base)))(micro)["retain"]
+    rows = micro.rows["retain"]
+    with torch.no_grad():
+        own, other = (model.hf(**micro.batch.inputs).logits[rows].log_softmax(-1) for model in (policy, base))
+    if which == "response":
+        marks = torch.nn.functional.pad(micro.batch.labels_BS[rows, 1:] != -100, (0, 1))
+    else:
+        marks = positions(micro.batch, which)[rows].bool()
+    expected = torch.nn.functional.kl_div(own[marks], other[marks], reduction="batchmean", log_target=True)
+    count = micro.counts["retain.kl_positions"]
+    assert count == marks.sum()
+    torch.testing.assert_close(view.kl_M.sum() / count, expected, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,1 @@
+"""What the sets of `data.prepare` hold, and how each is made."""
