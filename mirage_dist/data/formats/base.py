@@ -73,7 +73,8 @@ class Format(SourceConfig):
     def parts(self) -> list[Format]:
         """This source as sources of files on this machine: itself, or one for each file of the hub's split."""
         if (published := self.published()) is None:
-            return [self]
+            whole: list[Format] = [self]
+            return whole
         own = {"config": None, self.split_key: None}
         return [replace(self, path=str(file), **own) for file in published.files]
 

@@ -29,7 +29,6 @@ class SafeEraser(Format):
     part: Literal["forget", "retain", "decoupled"] = "forget"
 
     signature = frozenset({"unsafe_pairs"})
-    labelled = True
 
     def parse(self, record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
         name = _picture(record)
