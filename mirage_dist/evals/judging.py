@@ -10,7 +10,8 @@ from typing import Any, cast
 from mirage_dist import config as configs
 from mirage_dist.evals import judges, manifest, metrics
 from mirage_dist.evals import results as formats
-from mirage_dist.evals.judges import Judge, Opinion, correction
+from mirage_dist.evals.judges import Judge, Opinion
+from mirage_dist.evals.judges.errors import correction
 from mirage_dist.evals.judges.errors.correction import Labelled
 from mirage_dist.evals.judges.errors.labels import Matched
 from mirage_dist.evals.metrics import Judged

@@ -21,7 +21,7 @@ from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
 from mirage_dist.evals.attacks.rewrites import Rewriter
-from mirage_dist.evals.judges import labels
+from mirage_dist.evals.judges.errors import labels
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mirage_dist import cli, stats
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import metrics, results
-from mirage_dist.evals.judges import agreement, correction, labels
+from mirage_dist.evals.judges.errors import agreement, correction, labels
 from mirage_dist.evals.metrics import Judged
 from mirage_dist.evals.results import HUMAN, AppliedAttack
 from mirage_dist.schema import ConfigError
