@@ -1,6 +1,6 @@
 """VLGuard's published files by their names, shape and counts, with benign words: splits, traps, and both attack files.
 
-Read from data/ of the repository ys-zong/VLGuard and from eval/ of OPTML-Group/VLM-Safety-MU: fields and their order,
+Read from data/ of ys-zong/VLGuard and eval/ of OPTML-Group/VLM-Safety-Unlearn: fields and their order,
 numbers, and at which positions what is odd stands. No text of them is here.
 """
 

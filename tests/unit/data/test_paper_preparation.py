@@ -1,6 +1,6 @@
 """What the paper's own preparation scripts write is input here, with words of ours.
 
-Forms are those that data/ of the repository OPTML-Group/VLM-Safety-MU writes, step by step of its data.md: LLaVA's
+Forms are those that data/ of the repository OPTML-Group/VLM-Safety-Unlearn writes, step by step of its data.md: LLaVA's
 conversations of all records, a model's answers by picture, VLGuard's records with answers in place of refusals, and
 forget and retain sets. VLGuard's VLGuard_eval.py writes answers by picture, the paper's by id.
 """
