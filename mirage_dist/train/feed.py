@@ -320,7 +320,8 @@ class Feed:
         sizes = torch.bincount(batch.segment_N, minlength=len(samples))
         tokens = {name: int(sizes[part].sum()) for name, part in slices.items()}
         mask_BS = positions(batch, self.needs.positions)
-        counts = {"cut": batch.cut, "slots": batch.labels_BS.numel(), "input_tokens": int(batch.unpadded_BS.sum())}
+        real = int(batch.unpadded_BS.sum())
+        counts: dict[str, float] = {"cut": batch.cut, "slots": batch.labels_BS.numel(), "input_tokens": real}
         if self.needs.by_micro_batch:  # no other objective may count these
             counts["micro_batches"] = 1
         micro = MicroBatch(batch, slices, samples, tokens, mask_BS, counts)

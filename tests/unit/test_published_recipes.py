@@ -1,6 +1,7 @@
 """Recipes that are a publication's have its values, each with its source; what departs says so, in header and page."""
 
 import re
+from dataclasses import replace
 
 import published_recipes as published
 import pytest
@@ -79,7 +80,7 @@ def test_a_recipe_passes_the_check_for_the_ranks_of_its_header(name, capsys):
     assert not capsys.readouterr().err
     larger = configs.load(recipe, thirteen, TrainRecipe)
     assert larger.model.path == "llava-hf/llava-1.5-13b-hf"
-    assert larger.data == published.load(name).data
+    assert larger.data == replace(published.load(name).data, image_aspect="pad")  # what `auto` comes to
 
 
 @pytest.mark.parametrize("name", [*published.PUBLISHED, *published.DEPARTS])

@@ -342,8 +342,9 @@ def test_a_typo_ends_with_one_line_and_status_2():
     command = [sys.executable, "-m", "mirage_dist.cli", "train", "configs/train/npo.yaml", "train.lrr=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
+    files = [configs.find(f"configs/{name}.yaml") for name in ("train/npo", "model/llava_1_5_7b")]
     assert done.stderr.strip().splitlines() == [
-        f"mirage: {configs.find('configs/train/npo.yaml')}: unknown key 'train.lrr'; did you mean 'lr'?"
+        f"mirage: {files[0]} (with {files[1]}): unknown key 'train.lrr'; did you mean 'lr'?"
     ]
 
 

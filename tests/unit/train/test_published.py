@@ -3,8 +3,10 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Engine
 from omegaconf import OmegaConf
 from transformers import AutoModelForImageTextToText
@@ -82,4 +84,50 @@ def test_a_plain_opponent_has_our_loss_and_gradient(toy, published, models, algo
     weight = policy.backbone.language_model.layers[0].mlp.down_proj.weight
     mine, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (ours, plain))
     assert theirs.norm() > 0
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_rmu_of_the_paper_is_the_mean_over_gpus_of_one_row_each(toy, published, models, tmp_path):
+    """`configs/train/rmu_parity.yaml` on micro-batches of four rows: forget, retain and cross entropy of a GPU's row
+    alone, which has no padding, as llava_unlearn_full_trainer.py computes them, averaged over as many GPUs.
+    """
+    policy, frozen = models
+    options = {**configs.load("configs/train/rmu_parity.yaml", [], TrainRecipe).objective, "layer": 1, "coeff": 6.0}
+    objective = make(options)
+    objective.start(policy.hidden_size, seed=3)
+    files = {name: "forget" if name == "forget" else "retain" for name in objective.needs.streams}
+    tree = {
+        "run": {"dir": str(tmp_path)},
+        "model": {"path": str(toy.root / "model")},
+        "data": {"streams": {n: [{"format": "samples", "path": f"{toy.root}/{f}.jsonl"}] for n, f in files.items()}},
+        "objective": options,
+        "train": {"lr": 1e-3, "global_batch": 8, "micro_batch": 4},
+    }
+    recipe = configs.from_tree(OmegaConf.create(tree), [], TrainRecipe, "test")
+    feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
+    window = feed.window(0, HERE)
+    counts, ours = feed.counts(window), 0.0
+    for micro in window:
+        terms = objective(Views(Engine(policy), objective.needs, reference.Frozen(frozen))(micro))
+        ours = ours + sum(t.weight * t.sum / counts[t.count] for t in terms)
+
+    def alone(stream, index):
+        return published.rows(feed.collate({stream: np.array([index])}), stream)
+
+    losses = []
+    chosen = [feed.chosen(stream, 0) for stream in ("forget", "retain", "retain_ce")]
+    assert chosen[1].tolist() != chosen[2].tolist()  # two batches of retained samples
+    control = objective.state_dict()["control_D"]
+    for forget, retain, other in zip(*chosen, strict=True):
+        steered, kept = (
+            published.activation(policy.hf, alone(name, index), 1)
+            for name, index in (("forget", forget), ("retain", retain))
+        )
+        with torch.no_grad():
+            before = published.activation(frozen.hf, alone("retain", retain), 1)
+        loss = F.mse_loss(steered, control.expand_as(steered)) + F.mse_loss(kept, before)
+        losses.append(loss + published.sft(policy.hf, alone("retain_ce", other)))
+    torch.testing.assert_close(ours, sum(losses) / len(losses), rtol=1e-5, atol=1e-6)
+    weight = policy.backbone.language_model.layers[0].mlp.down_proj.weight
+    mine, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (ours, sum(losses) / len(losses)))
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
