@@ -25,16 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from mirage_dist import disk
-from mirage_dist.schema import (
-    ConfigError,
-    EvalRecipe,
-    PaperRecipe,
-    PrepareRecipe,
-    TrainRecipe,
-    choice,
-    documents,
-    secrets,
-)
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, secrets
 from mirage_dist.schema.limits import INCLUDES, OVERRIDE_KEY, RECIPE_FILE
 from mirage_dist.schema.names import PLACE, Check, shown
 from mirage_dist.schema.texts import fault_within, texts
@@ -366,15 +357,15 @@ def value(recipe: Any, dotted: str) -> Any:
     return node
 
 
-def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRecipe | PrepareRecipe | PaperRecipe:
+def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRecipe | PrepareRecipe:
     """`load` with the class that the recipe's own keys show. Raises ConfigError as `load`, and where they show none."""
     tree, _ = _read(path, Any)
-    kinds = {"objective": TrainRecipe, "suites": PaperRecipe, "sets": EvalRecipe, "safety": PrepareRecipe}
+    kinds = {"objective": TrainRecipe, "sets": EvalRecipe, "safety": PrepareRecipe}
     kind = next((schema for key, schema in kinds.items() if OmegaConf.is_dict(tree) and key in tree), None)
     if kind is None:
         keys = ", ".join(kinds)
         raise ConfigError(
-            f"{path}: has none of the keys {keys}; expected a recipe of training, evaluation, preparation or a paper"
+            f"{path}: has none of the keys {keys}; expected a recipe of training, evaluation or preparation"
         )
     return load(path, overrides, kind)
 

@@ -31,23 +31,61 @@ def _score(rate: float, n: float) -> Interval:
 
 
 def clustered(clusters: Sequence[tuple[int, int]]) -> Interval:
-    """Interval of Σk / Σn over independent clusters (k, n) whose trials may be correlated.
+    """Interval of Σk / Σn over independent clusters (k, n) whose trials may be correlated: Wilson's with `effective`
+    trials. Clusters of one trial each give Wilson's interval. Raises ValueError when there are no trials.
+    """
+    return _score(*effective(clusters))
 
-    Wilson's interval with an effective number of trials (Dean and Pagano, J. Surv. Stat. Methodol. 2015, with Korn and
-    Graubard's correction for few clusters): n* = n / deff · (z / t)². deff, at least 1, is the linearised variance over
-    clusters divided by the variance of n independent trials; t is Student's quantile with one degree of freedom fewer
-    than clusters. When all trials agree, deff cannot be estimated and each cluster counts as one trial. Clusters of one
-    trial each give Wilson's interval. Raises ValueError when there are no trials.
+
+def effective(clusters: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Σk / Σn over independent clusters (k, n), and the number of independent trials that tell as much about it.
+
+    (Dean and Pagano, J. Surv. Stat. Methodol. 2015, with Korn and Graubard's correction for few clusters): n* = n /
+    deff · (z / t)². deff, at least 1, is the linearised variance over clusters divided by the variance of n independent
+    trials; t is Student's quantile with one degree of freedom fewer than clusters. When all trials agree, deff cannot
+    be estimated and each cluster counts as one trial. Raises ValueError when there are no trials.
     """
     clusters = [(k, n) for k, n in clusters if n]
     hits, trials, groups = sum(k for k, _ in clusters), sum(n for _, n in clusters), len(clusters)
-    if trials == groups or hits in (0, trials):
-        return wilson(hits * groups // trials, groups) if trials else wilson(0, 0)
+    if not trials or not all(0 <= k <= n for k, n in clusters):
+        raise ValueError(f"no interval for {hits} of {trials}")
     rate = hits / trials
-    if groups == 1:
-        return _score(rate, 1)
+    if trials == groups or hits in (0, trials) or groups == 1:
+        return rate, float(groups)
     deff = max(1.0, _spread(clusters, rate) * trials / (rate * (1 - rate)))
-    return _score(rate, trials / deff * (Z95 / student(groups - 1)) ** 2)
+    return rate, trials / deff * (Z95 / student(groups - 1)) ** 2
+
+
+def rogan_gladen(
+    apparent: tuple[float, float], recall: tuple[float, float], specificity: tuple[float, float]
+) -> tuple[float, Interval] | None:
+    """A rate corrected for the errors of the classifier that measured it, and its interval, both within [0, 1].
+
+    apparent: the rate by the classifier, and its number of trials. recall, specificity: the classifier's, each with the
+    number of labelled trials that it was estimated from; the three are taken as independent.
+
+    rate = (apparent + specificity − 1) / (recall + specificity − 1) (Rogan and Gladen, Am. J. Epidemiol. 1978, 107:71).
+    The interval is Lang and Reiczigel's (Prev. Vet. Med. 2014, 113:13), which adds one success and one failure to the
+    labels of each kind and z² / 2 of each to the trials, and shifts the centre; it is widened to hold the rate.
+    None when recall + specificity ≤ 1: the classifier is then no better than chance, and any rate is compatible with
+    what it says. Raises ValueError when one of the three has no trials.
+    """
+    (rate, n), (true_positive, positives), (true_negative, negatives) = apparent, recall, specificity
+    if min(n, positives, negatives) <= 0:
+        raise ValueError("no correction without trials, and labels of both kinds")
+    youden = true_positive + true_negative - 1
+    square = Z95 * Z95
+    p = (n * rate + square / 2) / (n + square)
+    se, sp = (positives * true_positive + 1) / (positives + 2), (negatives * true_negative + 1) / (negatives + 2)
+    if youden <= 0 or se + sp <= 1:
+        return None
+    point = min(1.0, max(0.0, (rate + true_negative - 1) / youden))
+    centre = (p + sp - 1) / (se + sp - 1)
+    missed, false = se * (1 - se) / (positives + 2), sp * (1 - sp) / (negatives + 2)
+    variance = p * (1 - p) / (n + square) + centre**2 * missed + (1 - centre) ** 2 * false
+    half = Z95 * math.sqrt(variance) / (se + sp - 1)
+    centre += 2 * square * (centre * missed - (1 - centre) * false)
+    return point, (max(0.0, min(point, centre - half)), min(1.0, max(point, centre + half)))
 
 
 def scored(clusters: Sequence[tuple[float, int]]) -> Interval:

@@ -87,7 +87,7 @@ LLAVAS = [
 CONVERSATIONS = "data/sft/conversations.jsonl"
 HELPFUL = "data/sft/helpful.jsonl"
 FORGET, RETAIN, TEXT = (f"data/prepared/{name}.jsonl" for name in ("forget", "retain", "forget_text"))
-WITHOUT = "without the 14"
+WITHOUT_NA = "without the 14"
 HARVESTED = "what the base model answers; refusals and N/A are left out and counted"
 SFT = [
     Value(
@@ -96,7 +96,7 @@ SFT = [
     ),
     Value(
         *("data.streams.train", [CONVERSATIONS, HELPFUL], "VLGuard's Post-hoc"),
-        *("2000 conversations, 14 of them asking N/A, and 5000 helpful samples", WITHOUT),
+        *("2000 conversations, 14 of them asking N/A, and 5000 helpful samples", WITHOUT_NA),
     ),
     Value("train.lr", 2e-5, "--learning_rate 2e-5"),
     Value("train.epochs", 1.0, "--num_train_epochs 1"),
@@ -163,7 +163,7 @@ PUBLISHED: dict[str, tuple[str, str, list[Value]]] = {
                     [CONVERSATIONS, "data/llava/llava_v1_5_mix665k.json"],
                     "VLGuard's Mixed",
                     "2000 conversations, 14 of them asking N/A, in the instruction data",
-                    WITHOUT,
+                    WITHOUT_NA,
                 ),
                 Value("train.global_batch", 128, "LLaVA's finetune.sh: 16 × 8 GPUs (the paper's copy: 1 × 8)"),
             ],

@@ -10,7 +10,7 @@ from mirage_dist import config as configs
 from mirage_dist import signals
 from mirage_dist.progress import put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
-from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, RunError, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
 
 
 def demo(parsed: argparse.Namespace) -> None:
@@ -62,6 +62,8 @@ def paper(parsed: argparse.Namespace) -> None:
     if "=" in file:
         file, overrides = "configs/paper/llava_1_5_7b.yaml", [file, *overrides]
     file = "configs/paper/tiny.yaml" if parsed.scale == "tiny" else file
+    from mirage_dist.paper.recipe import PaperRecipe
+
     recipe = configs.load(file, overrides, PaperRecipe)
     from mirage_dist.paper import chain, plan, steps
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mirage_dist.data import tables
 from mirage_dist.schema import ConfigError, documents
-from mirage_dist.schema.limits import LINE
+from mirage_dist.schema.limits import LINE, VALUE_FILE, Limit
 from mirage_dist.schema.texts import fault_within
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -55,12 +55,12 @@ def checked(path: Path, torn: Callable[[], object] | None = None) -> Iterator[tu
         yield number, record
 
 
-def text(path: Path) -> str:
+def text(path: Path, limit: Limit = VALUE_FILE) -> str:
     """The text of a file without a byte-order mark.
 
-    Raises ConfigError for a file that cannot be read, is empty, or is larger than its limit.
+    Raises ConfigError for a file that cannot be read, is empty, or is larger than `limit`.
     """
-    content = documents.decoded(documents.read_bytes(path), path)
+    content = documents.decoded(documents.read_bytes(path, limit), path)
     if not content.strip():
         raise ConfigError(f"{path}: the file is empty")
     return content
@@ -272,7 +272,9 @@ def _sheet(path: Path, on_bytes: OnBytes) -> Iterator[Any]:
     """Rows by the names in the first row; a row with more fields has the others under None, one with fewer None."""
     raw = enumerate(_raw_lines(_chunks(path, on_bytes)), start=1)
     rows = csv.DictReader(
-        _sheet_lines(_decoded(path, (_bounded(path, *line) for line in raw))), delimiter=SHEETS[path.suffix.lower()]
+        _sheet_lines(_decoded(path, (_bounded(path, *line) for line in raw))),
+        delimiter=SHEETS[path.suffix.lower()],
+        strict=True,  # a file that is cut off within quotes is no table
     )
     try:
         if not rows.fieldnames:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mirage_dist.data import pictures, records
-from mirage_dist.data.formats import BadRecord, Format, Opened, as_format
+from mirage_dist.data.formats import BadRecord, Format, Opened, as_format, recognised
 from mirage_dist.data.formats.llava import PICTURE
 from mirage_dist.data.pictures import Inspection, Size, shortened
 from mirage_dist.data.sample import Sample
@@ -24,7 +24,8 @@ from mirage_dist.schema.texts import fault_within
 Refusals = Callable[[Iterable[Size]], Mapping[Size, str]]
 
 
-Join = Callable[[Sequence[Sample]], list[Sample]]  # the samples of a record -> what becomes of them (see `data.turns`)
+Join = Callable[[Sequence[Sample]], list[Sample]]  # the samples of a record -> what becomes of them
+EMPTY = "empty answer"  # why a sample is dropped that is for training
 
 
 def _refuse_none(sizes: Iterable[Size]) -> Mapping[Size, str]:
@@ -63,23 +64,30 @@ class Source:
 
 
 def read(
-    config: SourceConfig, check_images: bool = True, refusals: Refusals = _refuse_none, join: Join = list
+    config: SourceConfig,
+    check_images: bool = True,
+    refusals: Refusals = _refuse_none,
+    answered: bool = False,
+    join: Join = list,
 ) -> Source:
     """Read one file, or all files of a folder if the format has one file a scenario (`limit` then counts in each).
 
     check_images: decode every picture to its last byte. Without it no picture is opened: they are listed in
     `unchecked`, for `check_pictures`. refusals: a picture of a size for which it gives a reason is a bad record too.
-    join: what becomes of the samples of each record, in the file's order; by default they stay as they are.
+    answered: the samples are for training, so that one with an empty answer is a bad record; left out, it counts as
+    `dropped`. join: what becomes of the samples of each record, in the file's order; by default they stay as they are.
     Raises ConfigError naming file, record number, field and expectation, for a file that is not JSON, a record that
     does not conform to the format, or a picture that is missing or broken.
     """
     config = as_format(config)
-    if config.folder is not None and Path(config.path).is_dir():
-        return combined(read(part, check_images, refusals, join) for part in files(config))
+    if config.pattern() is not None:
+        return combined(read(part, check_images, refusals, answered, join) for part in files(config))
     source = Source([])
     if (published := config.published()) is not None:
         source.commits[config.path] = published.commit
     numbered = [(number, sample) for number, _, samples in parsed(config, source, join=join) for sample in samples]
+    if answered:
+        numbered = [(number, sample) for number, sample in numbered if _is_answered(config, number, sample, source)]
     kept = _without_duplicates(numbered, source)[: config.limit]
     source.samples = [sample for _, sample in kept]
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
@@ -101,7 +109,7 @@ def parsed(
         try:
             samples = join(_parse(opened, record, number, source.dropped))
         except BadRecord as error:
-            _refuse(config, number, str(error))
+            _refuse(config, number, f"{error}{_of_another(config, record)}")
             source.skipped += 1
         else:
             yield number, record, samples
@@ -126,9 +134,14 @@ def _opened(config: Format, on_bytes: records.OnBytes) -> Iterator[tuple[Opened,
         )
 
 
-def read_all(configs: Sequence[SourceConfig], check_images: bool = True, refusals: Refusals = _refuse_none) -> Source:
+def read_all(
+    configs: Sequence[SourceConfig],
+    check_images: bool = True,
+    refusals: Refusals = _refuse_none,
+    answered: bool = False,
+) -> Source:
     """Several files as one, in order, their counts added. Raises as `read`."""
-    return combined(read(config, check_images, refusals) for config in configs)
+    return combined(read(config, check_images, refusals, answered) for config in configs)
 
 
 def combined(parts: Iterable[Source]) -> Source:
@@ -170,10 +183,12 @@ def check_pictures(
 
 
 def files(config: Format) -> list[Format]:
-    """A source for each file of the folder; pictures are looked up under the same folder for all."""
-    own = sorted(Path(config.path).glob(config.folder or "*"))
+    """A source for each file where `path` is a folder of them, with one folder of pictures for all; else itself."""
+    if (pattern := config.pattern()) is None:
+        return [config]
+    own = sorted(Path(config.path).glob(pattern))
     if not own:
-        raise ConfigError(f"{config.path}: no {config.folder} in this folder")
+        raise ConfigError(f"{config.path}: no {pattern} in this folder")
     return [replace(config, path=str(file), images=config.images or config.path) for file in own]
 
 
@@ -225,6 +240,20 @@ def _refuse(config: SourceConfig, number: int, why: str) -> None:
     if config.on_bad_record == "error":
         raise ConfigError(f"{config.path}: record {number}: {why} (on_bad_record: skip would leave it out, counted)")
     log.info(f"{config.path}: record {number} skipped: {why}")
+
+
+def _is_answered(config: SourceConfig, number: int, sample: Sample, source: Source) -> bool:
+    if sample.answer.strip():
+        return True
+    _refuse(config, number, f"the answer to {sample.id!r} is empty; there is nothing to train on")
+    source.dropped[EMPTY] += 1
+    return False
+
+
+def _of_another(config: Format, record: Any) -> str:
+    """What to add to a fault of a record that has the fields of another format: several suites have a test.json."""
+    names = [name for name in recognised(record) if name != config.format] if isinstance(record, Mapping) else []
+    return f"; its fields are those of {' or '.join(names)}, not of {config.format}" if names else ""
 
 
 def _without_duplicates(numbered: list[tuple[int, Sample]], source: Source) -> list[tuple[int, Sample]]:

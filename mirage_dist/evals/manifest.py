@@ -137,6 +137,7 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         "generation.batch_size",
         "generation.gpu_memory_utilization",
         "judges",
+        "labels",
         "seed",
         "world",
     ]

@@ -48,20 +48,25 @@ def leaf(k: int, n: int, unjudged: int = 0) -> Leaf | None:
     return _leaf(k, n, unjudged, stats.wilson(k, n) if n else None)
 
 
-def clustered_leaf(clusters: Sequence[tuple[int, int]], unjudged: int = 0) -> Leaf | None:
+def clustered_leaf(by_question: Sequence[tuple[int, int]], unjudged: int = 0) -> Leaf | None:
     """A rate over answers from each question's (k, n). The interval takes questions, not answers, as independent."""
-    k, n = sum(k for k, _ in clusters), sum(n for _, n in clusters)
-    made = _leaf(k, n, unjudged, stats.clustered(clusters) if n else None)
-    return made and {**made, "questions": sum(n > 0 for _, n in clusters)}
+    k, n = sum(k for k, _ in by_question), sum(n for _, n in by_question)
+    made = _leaf(k, n, unjudged, stats.clustered(by_question) if n else None)
+    return made and {**made, "questions": sum(n > 0 for _, n in by_question)}
 
 
 def grouped_leaf(hits: Sequence[bool], groups: Sequence[Hashable]) -> Leaf | None:
     """A fraction of hits whose members of one group may be correlated; the interval takes groups as independent."""
-    clusters: dict[Hashable, tuple[int, int]] = {}
+    return clustered_leaf(grouped(hits, groups))
+
+
+def grouped(hits: Sequence[bool], groups: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Of each group, the number of hits and of members."""
+    by_group: dict[Hashable, tuple[int, int]] = {}
     for hit, own in zip(hits, groups, strict=True):
-        k, n = clusters.get(own, (0, 0))
-        clusters[own] = (k + hit, n + 1)
-    return clustered_leaf(list(clusters.values()))
+        k, n = by_group.get(own, (0, 0))
+        by_group[own] = (k + hit, n + 1)
+    return list(by_group.values())
 
 
 def _leaf(k: int, n: int, unjudged: int, interval: stats.Interval | None) -> Leaf | None:
@@ -95,21 +100,26 @@ def question_level(
 
 def per_shot(rows: Sequence[Judged], condition: Condition, verdict: Verdict) -> Leaf | None:
     """Fraction of the answers under the condition that got this verdict."""
-    verdicts = _by_question(rows, condition).values()
-    judged = [[v for v in given if v not in UNJUDGED] for given in verdicts]
-    clusters = [(sum(v == verdict for v in given), len(given)) for given in judged]
-    return clustered_leaf(clusters, sum(map(len, verdicts)) - sum(map(len, judged)))
+    by_question = clusters(rows, condition, verdict)
+    judged, whole = sum(n for _, n in by_question), sum(map(len, _by_question(rows, condition).values()))
+    return clustered_leaf(by_question, whole - judged)
+
+
+def clusters(rows: Sequence[Judged], condition: Condition, verdict: Verdict) -> list[tuple[int, int]]:
+    """Of each question under the condition, how many of its answers got this verdict, and how many any."""
+    judged = ([v for v in given if v not in UNJUDGED] for given in _by_question(rows, condition).values())
+    return [(sum(v == verdict for v in given), len(given)) for given in judged]
 
 
 def mean_score(rows: Sequence[Judged], condition: Condition) -> Leaf | None:
     """Mean score of the answers under the condition."""
     scores = [[row.score or 0.0 for row in answers] for answers in _answers(rows, condition).values()]
-    clusters = [(sum(given), len(given)) for given in scores]
-    if not clusters:
+    by_question = [(sum(given), len(given)) for given in scores]
+    if not by_question:
         return None
-    total, n = sum(k for k, _ in clusters), sum(n for _, n in clusters)
-    made: Leaf = {"rate": total / n, "k": round(total, 2), "n": n, "ci95": list(stats.scored(clusters))}
-    return made if n == len(clusters) else {**made, "questions": len(clusters)}
+    total, n = sum(k for k, _ in by_question), sum(n for _, n in by_question)
+    made: Leaf = {"rate": total / n, "k": round(total, 2), "n": n, "ci95": list(stats.scored(by_question))}
+    return made if n == len(by_question) else {**made, "questions": len(by_question)}
 
 
 def _by_question(rows: Sequence[Judged], condition: Condition) -> dict[str, list[Verdict]]:

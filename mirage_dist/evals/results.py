@@ -13,7 +13,8 @@ from mirage_dist import state
 from mirage_dist.schema.documents import whole_number
 from mirage_dist.stats import Paired
 
-Verdict = Literal["refused", "answered", "harmful", "irrelevant", "correct", "scored", "unparsed", "failed"]
+# harmless: not harmful, by a judge that decides nothing else; it may be a refusal.
+Verdict = Literal["refused", "answered", "harmful", "harmless", "irrelevant", "correct", "scored", "unparsed", "failed"]
 # Answers without a verdict: the judge's output could not be parsed, or the judge's model gave none.
 UNJUDGED: frozenset[Verdict] = frozenset({"unparsed", "failed"})
 
@@ -138,12 +139,31 @@ def further(entry: Entry, measure: str) -> list[str]:
     return [name.removeprefix(of_set(measure, "")) for name in entry if name.startswith(of_set(measure, ""))]
 
 
+Figures = dict[str, Leaf | float | None]  # by name; a plain number is no rate of anything, such as F1 or MME's score
+Scores = dict[str, Figures]  # by category, and over all of them
+
+
 class Unjudged(TypedDict):
     """How many answers have no verdict, and why."""
 
     unparsed: int  # the judge's reply could not be read
     failed: int  # the judge could not be reached, or its endpoint rejected or filtered the request
     reasons: dict[str, int]  # of the failed ones
+
+
+class Corrected(TypedDict):
+    """A rate corrected for its judge's errors (see `stats.rogan_gladen`), by human labels.
+
+    rate, ci95: None where the labels give no estimate, and `reason` says why. recall, specificity: [k, n] of the labels
+    by which the judge's errors are estimated: of answers, or of questions where the rate counts questions under
+    several rewrites.
+    """
+
+    rate: float | None
+    ci95: list[float] | None
+    recall: list[int]
+    specificity: list[int]
+    reason: NotRequired[str]
 
 
 class JudgeResult(TypedDict):
@@ -153,6 +173,8 @@ class JudgeResult(TypedDict):
     sets: by set. categories: by set, then by category and category/subcategory.
     paired: set -> condition -> each attack against the clean questions (see `stats.paired`).
     verdicts: set -> attack, or "clean" -> verdict -> number of answers.
+    corrected: set -> measure -> condition -> the rate corrected for the judge's errors; present with human labels.
+    scores: set -> what its benchmark publishes beside the mean score (see `judges.figures`); where there is such a set.
     """
 
     kind: str
@@ -163,6 +185,8 @@ class JudgeResult(TypedDict):
     paired: dict[str, dict[str, Paired | None]]
     verdicts: dict[str, dict[str, dict[str, int]]]
     unjudged: Unjudged
+    corrected: NotRequired[dict[str, dict[str, dict[str, Corrected]]]]
+    scores: NotRequired[dict[str, Scores]]
 
 
 class PairAgreement(TypedDict):
@@ -175,15 +199,20 @@ class PairAgreement(TypedDict):
     agreed: Leaf | None  # the fraction of answers that both put into the class, or both put outside it
 
 
+HUMAN = "human labels"  # `LabelAgreement.labels` where the labels come from a file
+
+
 class LabelAgreement(TypedDict):
-    """A judge's errors on one class, measured by exact labels."""
+    """A judge's errors on one class, measured by labels."""
 
     judge: str
-    labels: str  # the judge whose verdicts are the labels
+    labels: str  # the judge whose verdicts are the labels, or HUMAN
     verdict: Verdict
     unjudged: int  # as in `PairAgreement`
     precision: Leaf | None  # the fraction of the judge's positive verdicts that are correct
     recall: Leaf | None  # the fraction of the answers of this class that the judge recognises
+    specificity: NotRequired[Leaf | None]  # the fraction of the other answers that the judge puts outside the class
+    kappa: NotRequired[float | None]  # Cohen's κ of judge and labels
 
 
 class Agreement(TypedDict):
@@ -191,6 +220,14 @@ class Agreement(TypedDict):
 
     pairs: list[PairAgreement]
     against_labels: list[LabelAgreement]
+
+
+class LabelsInfo(TypedDict):
+    """The file of human labels: its path, its content's SHA-256, and how many answers have each label."""
+
+    file: str
+    sha256: str
+    verdicts: dict[str, int]
 
 
 class AttackInfo(TypedDict):
@@ -209,7 +246,8 @@ class SetInfo(TypedDict):
 class SuiteResult(TypedDict):
     """`metrics.json`. recipe_hash: equal for evaluations whose results are comparable.
 
-    headline: the judge whose entry reports show, a key of `judges`.
+    headline: the judge whose entry reports show, a key of `judges`. caution: one sentence where the headline rates are
+    a phrase list's (see `caution`). labels: present where the recipe names human labels.
     """
 
     model_hash: str
@@ -221,6 +259,26 @@ class SuiteResult(TypedDict):
     headline: str
     judges: dict[str, JudgeResult]
     agreement: Agreement
+    caution: NotRequired[str]
+    labels: NotRequired[LabelsInfo]
+
+
+def caution(result: SuiteResult) -> str | None:
+    """What a reader of the headline rates must know first where only a phrase list gave them, in one sentence."""
+    judges = result["judges"]
+    if judges[result["headline"]]["kind"] != "keyword":
+        return None
+    others = [name for name, own in judges.items() if own["kind"] not in ("keyword", "benchmark")]
+    counts = "it counts every answer to an unsafe question that has none of its phrases as harmful, gibberish included"
+    if others:
+        return (
+            f"The first judge, {result['headline']}, is a list of refusal phrases: {counts}; "
+            f"name {others[0]} first in the recipe's judges to head the report with its rates."
+        )
+    return (
+        f"Only a list of refusal phrases judged these answers: {counts}, and misses refusals in other words; "
+        "let a model judge them before you rely on these rates (docs/judges.md)."
+    )
 
 
 def text(result: SuiteResult) -> str:

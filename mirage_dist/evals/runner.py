@@ -21,6 +21,7 @@ from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
 from mirage_dist.evals import manifest as manifests
 from mirage_dist.evals.attacks.rewrites import Rewriter
+from mirage_dist.evals.judges.errors import labels
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder
@@ -29,7 +30,7 @@ from mirage_dist.evals.results import SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
-from mirage_dist.evals.worklist import WorkList
+from mirage_dist.evals.worklist import Question, WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
@@ -46,15 +47,16 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     workers that find every question answered, one judges and returns the content of `metrics.json`; the others return
     None. The embedded world must exist where the recipe names one (see `inputs.make`).
 
-    Raises ConfigError for a bad recipe, an engine that is not installed, bad data, a template that differs from the
-    one the run was trained with, or a suite directory with answers under other settings, all before any weights are
-    read, and for a model that cannot be loaded. Raises RunError when the disk is full or the model's files change, and
-    StopRequested after the batch in which a signal came (see `signals`).
+    Raises ConfigError for a bad recipe, an engine that is not installed, bad data, bad labels, a template that differs
+    from the one the run was trained with, or a suite directory with answers under other settings, all before any
+    weights are read, and for a model that cannot be loaded. Raises RunError when the disk is full or the model's files
+    change, and StopRequested after the batch in which a signal came (see `signals`).
     """
     worklist.check(recipe)
     engine = models.backend(recipe.generation.backend)
     versions = engine.versions()  # fails here where the engine is not installed
     panel = judges.panel(recipe)
+    labelled = None if recipe.labels is None else labels.read(recipe.labels)
     model = subject.find(recipe.model, Path(recipe.run.dir))
     recipe = _resolved(recipe, model)
     _check_template(recipe, model)
@@ -66,9 +68,10 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
     worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
+    questions = rows.keyed(work.questions, settings)
+    matched = labelled and labelled.matched({key: _place(question) for key, question in questions.items()})
     manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
     files.write(suite / "config.yaml", configs.to_yaml(recipe))
-    questions = rows.keyed(work.questions, settings)
     with Claims(suite) as claims:
         chunks = rows.chunks(questions, manifest.get("chunk_rows", recipe.generation.batch_size))
         with _loader(engine, recipe, model, suite, claims) as load:
@@ -79,7 +82,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
             log.info(f"eval {recipe.suite}: every question is answered; another worker judges", extra=EVERY_RANK)
             return None
         try:
-            result = judging.judge(recipe, suite, model.model_hash, panel, work, answers.of(questions), claims)
+            result = judging.judge(recipe, suite, model.model_hash, panel, work, answers.of(questions), claims, matched)
             files.write(suite / "metrics.json", results.text(result))
             model.discard(suite)
         finally:
@@ -114,6 +117,10 @@ def _report_repeated(recipe: EvalRecipe, answers: Answers) -> None:
             f"with another text; the first answer counts{_first(answers.differing)}",
             extra=EVERY_RANK,
         )
+
+
+def _place(question: Question) -> tuple[str, str, str, int]:
+    return question.set, question.sample.id, question.attack, question.shot
 
 
 def _first(keys: Collection[str]) -> str:

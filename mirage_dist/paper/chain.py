@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, EvalRecipe, LinkConfig, PaperRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.paper.recipe import LinkConfig, PaperRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 
 Verb = Literal["eval", "prepare", "train"]
 SCHEMAS = {"eval": EvalRecipe, "prepare": PrepareRecipe, "train": TrainRecipe}
@@ -76,7 +77,8 @@ def _links(recipe: PaperRecipe) -> Iterator[Link]:
             )
         yield made
     for name, link in recipe.models.items():
-        own = [seed, *base, configs.override("run.dir", str(run_dir(recipe, name))), f"run.name={name}"]
+        start = configs.override("model.path", link.model or recipe.model)
+        own = [seed, start, configs.override("run.dir", str(run_dir(recipe, name))), f"run.name={name}"]
         yield _link(recipe, f"train-{name}", "train", link, own, [f"set-{need}" for need in link.needs])
     for name in ("base", *recipe.models):
         for suite, link in recipe.suites.items():

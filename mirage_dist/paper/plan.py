@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from mirage_dist.data.published.catalogue import DATASETS
 from mirage_dist.paper import chain
 from mirage_dist.paper.chain import Link
-from mirage_dist.schema import EvalRecipe, PaperRecipe, TrainRecipe
+from mirage_dist.paper.recipe import PaperRecipe
+from mirage_dist.schema import EvalRecipe, TrainRecipe
 
 PARAMETERS = 7.06e9  # of LLaVA-1.5-7B: Vicuna-7B and the connector; the vision tower adds 0.3e9
 TOKENS = 700  # of a row: 576 of the picture, and question and answer

@@ -17,10 +17,11 @@ from mirage_dist.evals import runner, status, worklist
 from mirage_dist.evals.attacks import rewrites
 from mirage_dist.paper import chain
 from mirage_dist.paper.chain import Link
+from mirage_dist.paper.recipe import PaperRecipe
 from mirage_dist.progress import log
 from mirage_dist.report import Summary, report
 from mirage_dist.report import published as tables
-from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.planning import check as training
 
 LOOKALIKE = (
@@ -54,10 +55,10 @@ def check(recipe: PaperRecipe) -> list[str]:
         _check(link, recipe.ranks)
     if recipe.world is not None:
         return [f"{len(chained)} recipes are in order; the data are made from a world"]
-    if not Path(recipe.model).is_dir():
-        raise ConfigError(
-            f"model={recipe.model}: no such folder; `hf download OWNER/NAME --local-dir {recipe.model}` makes it"
-        )
+    starts = {"model": recipe.model, **{f"models.{name}.model": own.model for name, own in recipe.models.items()}}
+    for key, folder in starts.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"{key}={folder}: no such folder; docs/paper.md says how the models are brought there")
     wrong = []
     for name in recipe.data:
         seen = list(published.findings(DATASETS[name], Path(DATA)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mirage_dist import disk
 from mirage_dist.progress import ON_STDERR, log
-from mirage_dist.report import examples, page, plain, published, text
+from mirage_dist.report import examples, judges, page, plain, published, text
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
@@ -56,6 +56,7 @@ def report(
         "suite": loaded[0].suite,
         "judges": {run.name: run.judge for run in loaded},
         "problems": text.problems(loaded),
+        "cautions": judges.cautions(loaded),
         **(provenance or {}),
     }
     benign = all(run.metrics["world"] for run in loaded)

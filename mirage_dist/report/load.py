@@ -23,6 +23,7 @@ from mirage_dist.evals.results import (
     Condition,
     Entry,
     JudgeResult,
+    LabelAgreement,
     Leaf,
     Measures,
     SuiteResult,
@@ -86,6 +87,12 @@ class Run:
     def judged_by(self) -> JudgeResult:
         """The headline judge's figures."""
         return self.metrics["judges"][self.judge]
+
+    @property
+    def errors(self) -> Sequence[LabelAgreement]:
+        """Of every judge and class with exact or human labels."""
+        agreement = self.metrics.get("agreement")
+        return agreement["against_labels"] if agreement else []
 
     @property
     def entry(self) -> Entry:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_dist.evals.results import of_set
-from mirage_dist.report import examples, tables, text
+from mirage_dist.report import examples, judges, tables, text
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
+from mirage_dist.report.figures import judges as judge_figures
 from mirage_dist.report.figures.drawing import SIZE, Draw
 from mirage_dist.report.figures.style import DARK, LIGHT
 from mirage_dist.report.load import HELD_OUT, Run
@@ -37,7 +38,8 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples, lead: tuple[s
         _erasure(runs),
         _categories(runs),
         _examples(shown),
-        _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs)),
+        _judges(runs),
+        _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs) + judges.table_of_errors(runs)),
         _section("Pairs of models, the same questions", text.PAIRS_NOTE, tables.pairs(runs, summary["comparisons"])),
         _section("All rates", text.TABLE_NOTE, tables.rates(runs)),
         _reading(runs),
@@ -67,7 +69,8 @@ def _policy(script: str) -> str:
 
 
 def _head(runs: Sequence[Run]) -> str:
-    warnings = "".join(f'<p class="warning">{escape(w)}</p>' for w in text.warnings(runs))
+    lines = [*judges.cautions(runs), *text.warnings(runs)]
+    warnings = "".join(f'<p class="warning">{escape(line)}</p>' for line in lines)
     return (
         f'<header><h1>{escape(text.TITLE)}</h1><p class="lede">{escape(text.lede(runs))}</p>'
         f'<p class="facts">{escape(text.facts(runs))}</p>{warnings}</header>'
@@ -185,6 +188,24 @@ def _categories(runs: Sequence[Run]) -> str:
         if charts.categories(runs, m, kind)
     ]
     return _figures("By category", text.CATEGORIES_NOTE, parts)
+
+
+def _judges(runs: Sequence[Run]) -> str:
+    """Of runs that several judges judged, or people labelled."""
+    drawn = [row for row in judges.rows(runs) if row.attacked and row.measure != "ir"]
+    parts = [
+        _figure(
+            f"judges-{row.measure}",
+            judge_figures.by_judge(runs, row),
+            (f"{text.MEASURES[row.measure][0]}, {row.label}", judges.caption(runs)),
+            judge_figures.size(runs, row),
+        )
+        for row in drawn
+    ]
+    figures = f'<div class="figures">{"".join(parts)}</div>' if parts else ""
+    table = judges.table(runs)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in judges.descriptions(runs))
+    return _section(judges.TITLE, judges.note(runs), table and f'<ul class="facts">{listed}</ul>{figures}{table}')
 
 
 def _examples(shown: Examples) -> str:

@@ -130,14 +130,15 @@ def _figures(
             if leaf is not None:
                 leaves[judge] = leaf
     if not leaves:
-        yield _figure(model, key, "", published, None)
+        yield figure(model, key, "", published, None)
     for judge, leaf in leaves.items():
-        yield _figure(model, key, judge, published, leaf, differs is None and "differs" not in column)
+        yield figure(model, key, judge, published, leaf, differs is None and "differs" not in column)
 
 
-def _figure(
+def figure(
     model: str, key: str, judge: str, published: float | None, leaf: Leaf | None, comparable: bool = True
 ) -> Figure:
+    """One judge's figure. comparable: whether the published one is of the same kind."""
     verdict: Literal["within", "outside"] | None = None
     if leaf is not None and published is not None and comparable:
         low, high = leaf["ci95"]
@@ -255,7 +256,7 @@ def html(own: Results) -> str:
         by = f'<br><span class="note">{escape(judge)}</span>' if judge else ""
         body.append(f'<tr><th scope="row">{escape(model)}{by}</th>{inner}</tr>')
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in own["notes"])
-    return notes + tables.table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
+    return notes + tables.framed("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 
 
 def _html_cell(figure: Figure | None) -> str:

@@ -29,7 +29,7 @@ class Summary(TypedDict):
 
     models: model -> its headline judge's entry. judges: model -> its headline judge. seed, world, wall_seconds,
     config_hash, raw, perplexity: see `Provenance`; by default seed and world are the first run's. problems: what the
-    report lacks, in sentences; empty for a whole one.
+    report lacks, in sentences; empty for a whole one. cautions: what a reader must know before its rates, in sentences.
     """
 
     models: dict[str, Entry]
@@ -41,5 +41,6 @@ class Summary(TypedDict):
     suite: str
     judges: dict[str, str]
     problems: list[str]
+    cautions: list[str]
     raw: NotRequired[Entry]
     perplexity: NotRequired[dict[str, float]]

@@ -38,7 +38,7 @@ def main(runs: Sequence[Run]) -> str:
         ]
         cells = [f"<td>{_change([leaf for leaf in pair if leaf])}</td>" for pair in ends]
         body.append(f'<tr><th scope="row">{name(runs, run)}</th>{"".join(cells)}</tr>')
-    return table("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
+    return framed("rates main", f'<th scope="col">Model</th>{head}', "".join(body))
 
 
 def untrained(runs: Sequence[Run], summary: Summary) -> str:
@@ -55,7 +55,7 @@ def untrained(runs: Sequence[Run], summary: Summary) -> str:
             label = f"{text.MEASURES[measure][1]}: {load.row_label(measure, key)}"
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     head = f'<th scope="col">before any training</th><th scope="col">{name(runs, runs[0])}</th>'
-    return table("rates main", f'<th scope="col"></th>{head}', "".join(body))
+    return framed("rates main", f'<th scope="col"></th>{head}', "".join(body))
 
 
 def perplexity(runs: Sequence[Run], summary: Summary) -> str:
@@ -67,7 +67,7 @@ def perplexity(runs: Sequence[Run], summary: Summary) -> str:
     heads = (name(runs, own[model]) if model in own else "before any training" for model in values)
     head = "".join(f'<th scope="col">{title}</th>' for title in heads)
     cells = "".join(f'<td><span class="rate">{value:.1f}</span></td>' for value in values.values())
-    return table("rates main", f'<th scope="col"></th>{head}', f'<tr><th scope="row">perplexity</th>{cells}</tr>')
+    return framed("rates main", f'<th scope="col"></th>{head}', f'<tr><th scope="row">perplexity</th>{cells}</tr>')
 
 
 def _change(leaves: Sequence[Leaf]) -> str:
@@ -88,12 +88,13 @@ def rates(runs: Sequence[Run]) -> str:
             f'<span class="note">{escape(meaning)}</span></div></th></tr>'
         )
         for label, measure, key in rows:
-            cells = "".join(_cell(runs, run, run.rates(measure).get(key)) for run in runs)
+            cells = "".join(cell(runs, run, run.rates(measure).get(key)) for run in runs)
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
-    return table("rates all", f'<th scope="col"></th>{head}', "".join(body))
+    return framed("rates all", f'<th scope="col"></th>{head}', "".join(body))
 
 
-def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
+def cell(runs: Sequence[Run], run: Run, leaf: Leaf | None, below: str = "") -> str:
+    """A rate with its counts and interval, as a cell. below: more of its content, as HTML."""
     if leaf is None:
         return '<td class="count">not measured</td>'
     low, high = (100 * bound for bound in leaf["ci95"])
@@ -101,46 +102,36 @@ def _cell(runs: Sequence[Run], run: Run, leaf: Leaf | None) -> str:
     return (
         f'<td style="{colour(runs, run)}"><span class="rate">{text.percent(leaf)}</span>'
         f'<span class="bar"><i style="width:{100 * leaf["rate"]:.1f}%"></i></span>'
-        f'<span class="count">{leaf["k"]}/{leaf["n"]} · {low:.1f}–{high:.1f}{unjudged}</span></td>'
+        f'<span class="count">{leaf["k"]}/{leaf["n"]} · {low:.1f}–{high:.1f}{unjudged}</span>{below}</td>'
     )
 
 
 def agreement(runs: Sequence[Run]) -> str:
-    """Cohen's κ of every two judges by class and model; precision and recall where one of them has exact labels."""
+    """Cohen's κ of every two judges, by class and model."""
     cells_of = {run.name: _agreement_cells(run) for run in runs}
     body = []
-    for label, measure in sorted(
-        dict.fromkeys(row for cells in cells_of.values() for row in cells), key=lambda row: row[1] != "κ"
-    ):
+    for label in dict.fromkeys(label for cells in cells_of.values() for label in cells):
         missing = '<span class="count">not measured</span>'
-        cells = [f"<td>{cells_of[run.name].get((label, measure), missing)}</td>" for run in runs]
-        body.append(
-            f'<tr><th scope="row">{escape(label)}<br><span class="note">{measure}</span></th>{"".join(cells)}</tr>'
-        )
+        cells = [f"<td>{cells_of[run.name].get(label, missing)}</td>" for run in runs]
+        body.append(f'<tr><th scope="row">{escape(label)}<br><span class="note">κ</span></th>{"".join(cells)}</tr>')
     head = "".join(f'<th scope="col">{name(runs, run)}</th>' for run in runs)
-    return table("rates judges", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
+    return framed("rates judges", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
 
 
-def _agreement_cells(run: Run) -> dict[tuple[str, str], str]:
-    """(label of the row, measure) -> the cell's content."""
-    agreement = run.metrics.get("agreement") or {"pairs": [], "against_labels": []}
-    cells = {}
-    for pair in agreement["pairs"]:
-        cells[f"{' and '.join(pair['judges'])}: {pair['verdict']}", "κ"] = _kappa(pair)
-    for entry in agreement["against_labels"]:
-        label = f"{entry['judge']} against {entry['labels']}: {entry['verdict']}"
-        cells[label, "precision"] = _share(entry["precision"])
-        cells[label, "recall"] = _share(entry["recall"])
-    return cells
+def _agreement_cells(run: Run) -> dict[str, str]:
+    """Label of the row -> the cell's content."""
+    pairs = run.metrics["agreement"]["pairs"] if run.metrics.get("agreement") else []
+    return {f"{' and '.join(pair['judges'])}: {pair['verdict']}": _kappa(pair) for pair in pairs}
 
 
 def _kappa(pair: PairAgreement) -> str:
-    kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+    kappa = "undefined" if pair["kappa"] is None else two_places(pair["kappa"])
     return _counted(kappa, pair["agreed"], "agreed ")
 
 
-def _share(leaf: Leaf | None) -> str:
-    return _counted(text.percent(leaf) if leaf else "", leaf)
+def two_places(kappa: float) -> str:
+    """A κ, never as -0.00."""
+    return f"{round(kappa, 2) + 0.0:.2f}"
 
 
 def _counted(value: str, leaf: Leaf | None, counts: str = "") -> str:
@@ -172,13 +163,13 @@ def pairs(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
             for t in ("", "difference, points", "counts", "only first · only second", "p, corrected")
         )
         title = f"{text.MEASURES[measure][0]}, {Condition.parse(condition).label}"
-        inner = table("rates pairs", head, "".join(body))
+        inner = framed("rates pairs", head, "".join(body))
         folded.append(f"<details><summary>{escape(title)}</summary>{inner}</details>\n")
     return "".join(folded)
 
 
-def table(kind: str, head: str, body: str) -> str:
-    """A table of the page that scrolls within itself. kind: its classes. head: header cells. body: rows."""
+def framed(kind: str, head: str, body: str) -> str:
+    """A table that scrolls sideways where it is wider than the page. kind: its CSS classes."""
     return (
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -42,11 +42,14 @@ UNTRAINED_NOTE = (
     "opener, on a few questions of each kind. Below: perplexity on plain English that has nothing to do with the "
     "questions, before any training and after each. A model that only forgot, or only refuses, keeps it."
 )
+ERRORS_NOTE = (
+    "Against exact labels or those of people, κ is Cohen's agreement beyond chance, precision the fraction of the "
+    "judge's positive verdicts that are correct, recall the fraction of the answers of the class that it detects, and "
+    "specificity the fraction of the others that it spares."
+)
 JUDGES_NOTE = (
     "Cohen's κ measures agreement beyond chance: 1 is full agreement, 0 is none. Below it: the number of answers that "
-    "both judges put into the class or both left out of it, of the answers that both judged. Where one judge has exact "
-    "labels, precision is the fraction of the other judge's positive verdicts that are correct, and recall is the "
-    "fraction of the labelled answers that it detects."
+    f"both judges put into the class or both left out of it, of the answers that both judged. {ERRORS_NOTE}"
 )
 PAIRS_NOTE = (
     "Exact McNemar tests on the questions that both models got: how many count for the first model only, and how many "

@@ -16,7 +16,6 @@ from mirage_dist.schema.evaluation import (
     GenerationConfig,
     TemplateConfig,
 )
-from mirage_dist.schema.paper import EveryConfig, LinkConfig, PaperRecipe
 from mirage_dist.schema.training import (
     GroupConfig,
     LoraConfig,
@@ -36,14 +35,11 @@ __all__ = [
     "EvalModelConfig",
     "EvalRecipe",
     "EvalSetConfig",
-    "EveryConfig",
     "GenerationConfig",
     "GroupConfig",
-    "LinkConfig",
     "LoraConfig",
     "ModelConfig",
     "MonitorConfig",
-    "PaperRecipe",
     "PrepareRecipe",
     "RunConfig",
     "RunError",

@@ -34,7 +34,8 @@ class SourceConfig:
         "format", shared=("path", "images", "config", "on_bad_record", "limit", "max_pixels")
     )
     split_key: ClassVar[str] = "split"  # the option that names a split of the hub
-    score: ClassVar[Literal["vqa", "option"] | None] = None  # how the benchmark's answers are scored, if they are
+    # how the benchmark's answers are scored, if they are (see `evals.judges.scoring`)
+    score: ClassVar[Literal["vqa", "option", "pope", "mme", "gqa"] | None] = None
 
     format: str  # a name in `data.formats.REGISTRY`, or module:Class
     path: Place  # of a file or a folder of tables, or hf://OWNER/NAME[@REVISION] (see `data.published.hub`)

@@ -92,7 +92,8 @@ class EvalRecipe:
     """`mirage eval`: one suite of questions that one model answers; rows go to `run.dir`/evals/`suite`/.
 
     judges: each a kind of judge as a bare word, or a mapping of `kind`, `name` and the fields of that judge's dataclass
-    (see `evals.judges`).
+    (see `evals.judges`). labels: a file of human verdicts on some of the answers, by which the judges' errors are
+    measured and their rates corrected (see `evals.judges.labels`).
     """
 
     renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
@@ -103,6 +104,7 @@ class EvalRecipe:
     sets: dict[Name, EvalSetConfig]
     # the first gives the headline figures
     judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
+    labels: Place | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: Seed = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing
@@ -114,3 +116,8 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         if self.wandb_outputs and self.follow is None:
             raise ConfigError("wandb_outputs: belongs to `follow`, whose W&B run gets them; without it leave it out")
+        if self.labels and self.follow is not None:
+            raise ConfigError(
+                f"labels={self.labels}: belong to one model's answers, and `follow` evaluates a model after each "
+                "checkpoint; leave one of the two out"
+            )

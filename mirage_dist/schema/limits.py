@@ -33,6 +33,7 @@ LINE = Limit("input line", 1 << 26, "bytes", "one record is held in memory whole
 VALUE_FILE = Limit(
     "JSON file", 1 << 26, "bytes", "a file that is one JSON value (phrases, prompts, DeepSpeed) is held whole"
 )
+ANNOTATIONS = Limit("file of annotations", 1 << 30, "bytes", "a benchmark's own answers, held whole; VQAv2 has 170 MB")
 LABELS = Limit("file of labels", 1 << 29, "bytes", "of an embedded world; it is hashed and held whole")
 NESTING = Limit("nesting", 100, "levels", "of JSON and tables; deeper input overflows the stack of some reader")
 RECIPE_NESTING = Limit("recipe nesting", 32, "levels", "of YAML, aliases expanded; OmegaConf recurses")

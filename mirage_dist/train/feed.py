@@ -132,10 +132,10 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
     """The samples of every stream that the objective needs; opens no picture (see `sources.check_pictures`).
 
-    Raises ConfigError for an empty stream, bad data, or answers to unlearn that look like refusals.
+    Raises ConfigError for an empty stream, bad data, an empty answer, or answers to unlearn that look like refusals.
     """
-    refuses = PhraseList.read(recipe.data.refusals)
-    streams = {name: sources.read_all(recipe.data.streams[name], check_images=False) for name in needs.streams}
+    refuses, given = PhraseList.read(recipe.data.refusals), recipe.data.streams
+    streams = {name: sources.read_all(given[name], check_images=False, answered=True) for name in needs.streams}
     for name, source in streams.items():
         if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
             check_forget(source.samples, name, refuses)

@@ -34,7 +34,7 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
@@ -42,7 +42,8 @@ BESIDE = {
     "launching": {"progress"},
     "inputs": {"embedded", "countries"},
     "demo": {"inputs", "countries"},
-    "cli": {"inputs", "demo"},
+    "paper": {"inputs", "embedded"},
+    "cli": {"inputs", "demo", "paper"},
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {

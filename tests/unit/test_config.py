@@ -328,7 +328,7 @@ def test_a_value_is_named_by_its_key_and_an_unknown_key_by_the_nearest():
 def test_the_class_of_a_recipe_shows_in_its_keys(tmp_path):
     assert isinstance(configs.load_any("configs/eval/vlguard.yaml", ["run.dir=r"]), EvalRecipe)
     assert isinstance(configs.load_any("configs/train/npo_qwen2_5_vl.yaml", []), TrainRecipe)
-    with pytest.raises(ConfigError, match="expected a recipe of training, evaluation, preparation or a paper"):
+    with pytest.raises(ConfigError, match="expected a recipe of training, evaluation or preparation"):
         configs.load_any("configs/model/qwen3_vl_8b.yaml", [])
 
 

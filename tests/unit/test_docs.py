@@ -14,7 +14,8 @@ from mirage_dist.data import prepare
 from mirage_dist.erasure import run as erasure_tests
 from mirage_dist.evals import worklist
 from mirage_dist.paper import chain as chains
-from mirage_dist.schema import ConfigError, EvalRecipe, PaperRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.paper.recipe import PaperRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.planning import check
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -224,3 +225,83 @@ def test_the_interval_of_balanced_accuracy_covers_in_simulation(first, second, n
 def test_balanced_accuracy_needs_both_classes():
     with pytest.raises(ValueError, match="both classes"):
         stats.balanced_accuracy((0, 0), (1, 2))
+
+
+# ------------------------------------------------------------------------- rates corrected for a classifier's errors
+
+SHARES = st.floats(0, 1)
+COUNTS = st.integers(1, 400)
+
+
+def apparent_of(true, recall, specificity):
+    return true * recall + (1 - true) * (1 - specificity)
+
+
+@given(SHARES, st.floats(0.5, 1), st.floats(0.51, 1))
+def test_a_corrected_rate_undoes_the_classifiers_errors(true, recall, specificity):
+    """Rogan and Gladen's equation, solved for the true rate: the oracle is the rate that the errors make of it."""
+    apparent = apparent_of(true, recall, specificity)
+    estimate = stats.rogan_gladen((apparent, 10**7), (recall, 10**7), (specificity, 10**7))
+    assert estimate is not None
+    rate, (low, high) = estimate
+    assert rate == pytest.approx(true, abs=1e-6)
+    assert 0 <= low <= rate <= high <= 1
+
+
+@given(SHARES, COUNTS, COUNTS, COUNTS)
+def test_a_perfect_classifiers_rate_is_left_as_it_is(rate, n, positives, negatives):
+    estimate = stats.rogan_gladen((rate, n), (1.0, positives), (1.0, negatives))
+    assert estimate is not None
+    assert estimate[0] == pytest.approx(rate)
+
+
+@given(SHARES, st.floats(0, 1), COUNTS, COUNTS, COUNTS)
+def test_no_better_than_chance_is_no_estimate(rate, recall, n, positives, negatives):
+    assert stats.rogan_gladen((rate, n), (recall, positives), (1 - recall, negatives)) is None
+
+
+@given(SHARES, SHARES, SHARES, COUNTS, COUNTS, COUNTS)
+def test_a_corrected_rate_and_its_interval_are_rates(rate, recall, specificity, n, positives, negatives):
+    estimate = stats.rogan_gladen((rate, n), (recall, positives), (specificity, negatives))
+    if estimate is not None:
+        assert recall + specificity > 1
+        assert 0 <= estimate[1][0] <= estimate[0] <= estimate[1][1] <= 1
+
+
+def test_no_labels_of_a_kind_is_no_correction():
+    with pytest.raises(ValueError, match="labels of both kinds"):
+        stats.rogan_gladen((0.5, 10), (1.0, 0), (1.0, 5))
+
+
+def test_the_interval_is_lang_and_reiczigels():
+    """Their formula, as R's asht::prevSeSp 1.0.3 has it."""
+    ap, n, se, n_se, sp, n_sp, z = 0.3, 442, 0.9, 30, 0.85, 70, stats.Z95
+    ap2, se2, sp2 = (ap * n + z**2 / 2) / (n + z**2), (se * n_se + 1) / (n_se + 2), (sp * n_sp + 1) / (n_sp + 2)
+    prev = (ap2 + sp2 - 1) / (se2 + sp2 - 1)
+    shift = 2 * z**2 * (prev * se2 * (1 - se2) / (n_se + 2) - (1 - prev) * sp2 * (1 - sp2) / (n_sp + 2))
+    parts = (ap2 * (1 - ap2) / (n + z**2), prev**2 * se2 * (1 - se2) / (n_se + 2),
+             (1 - prev) ** 2 * sp2 * (1 - sp2) / (n_sp + 2))  # fmt: skip
+    half = z * math.sqrt(sum(parts)) / (se2 + sp2 - 1)
+    estimate = stats.rogan_gladen((ap, n), (se, n_se), (sp, n_sp))
+    assert estimate is not None
+    assert estimate[0] == pytest.approx(0.2)
+    assert estimate[1] == pytest.approx((prev + shift - half, prev + shift + half))
+
+
+@pytest.mark.parametrize(("true", "recall", "specificity", "labels"), [(0.3, 0.9, 0.9, 100), (0.06, 0.8, 0.97, 200)])
+def test_the_interval_covers_the_true_rate(true, recall, specificity, labels):
+    draw = random.Random(7)
+    covered = trials = 0
+    for _ in range(600):
+        k = sum(draw.random() < apparent_of(true, recall, specificity) for _ in range(300))
+        positives = sum(draw.random() < true for _ in range(labels))
+        if not 0 < positives < labels:
+            continue
+        right = [sum(draw.random() < p for _ in range(n)) / n
+                 for p, n in ((recall, positives), (specificity, labels - positives))]  # fmt: skip
+        estimate = stats.rogan_gladen((k / 300, 300), (right[0], positives), (right[1], labels - positives))
+        if estimate is not None:
+            trials += 1
+            covered += estimate[1][0] <= true <= estimate[1][1]
+    assert trials > 550
+    assert covered / trials > 0.93

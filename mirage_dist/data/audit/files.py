@@ -79,10 +79,9 @@ def recognise(path: Path) -> str:
     """The name of the format whose fields the first record has. Raises ConfigError unless it is exactly one."""
     first = next(iter(records.read(path)), None)
     record = first if isinstance(first, Mapping) else {}
-    signed = {name: cls for name in formats.REGISTRY if (cls := formats.load(name, "mirage", "format")).signature}
-    matches = [name for name, cls in signed.items() if cls.recognises(record)]
+    matches = formats.recognised(record)
     if len(matches) != 1:
-        expected = (f"{' and '.join(sorted(cls.signature))} ({name})" for name, cls in signed.items())
+        expected = (f"{' and '.join(sorted(fields))} ({name})" for name, fields in formats.signatures().items())
         raise ConfigError(
             f"{path}: record 0: fields {sorted(record)} are those of {' and '.join(matches) or 'no format'}; expected "
             f"{', '.join(expected)}; or name the format with --format"
@@ -102,6 +101,9 @@ def _read(corpus: Corpus, config: Format, on_bytes: records.OnBytes) -> FileCoun
     source, number, before, hashes = sources.Source([]), -1, corpus.pairs, set[int]()
     for number, record, samples in sources.parsed(config, source, on_bytes):
         for sample in samples:
+            if not sample.answer.strip():
+                source.dropped[sources.EMPTY] += 1
+                continue
             # 64 bits a sample in place of the samples: a chance of 1e-7 that one of a million is taken for a repeat.
             if (sample_hash := hash(sample)) in hashes:
                 source.dropped["exact duplicate"] += 1

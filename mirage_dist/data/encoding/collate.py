@@ -88,7 +88,7 @@ class Encoder:
     their last answer, or all that follows the picture's question (`truncate_turns`). image_aspect: see
     `pictured.aspect_of`; the attribute is what it comes to. picture_token: the id at whose places the model puts a
     picture's features (`roles.picture_token`); the processor's own where it is not given. template_options: variables
-    of the chat template.
+    of the chat template. conversation: how samples become text.
     Raises ConfigError when the tokenizer has no end token, when the template does not have an option, or when the
     processor is not supported (see `Pictured`); and, naming the sample, when the template rewrites earlier turns or the
     answer.
@@ -104,11 +104,12 @@ class Encoder:
         packing: bool = False,
         picture_token: int | None = None,
         template_options: Mapping[str, Any] | None = None,
+        conversation: type[Conversation] = Conversation,
     ) -> None:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
         own = getattr(processor, "image_token_id", None)
         self.picture_token: int | None = own if picture_token is None else picture_token
-        self.conversation = Conversation(processor, system_prompt, template_options, self.picture_token)
+        self.conversation = conversation(processor, system_prompt, template_options, self.picture_token)
         self.text_only = self.conversation.text_only
         self.max_length, self.on_long = max_length, on_long
         self.image_aspect: Aspect = aspect_of(processor, image_aspect)

@@ -228,6 +228,21 @@ class Conversation:
         return reply[: min(ends)], reply[min(ends) :]
 
 
+class Assessed(Conversation):
+    """Conversations as safety classifiers take them: the whole of it, with the sample's answer, is the prompt.
+
+    The template may write anything around the turns (Llama Guard's writes its instructions, and asks about the last
+    one), since nothing in them is labelled.
+    """
+
+    def _example(self) -> str:
+        self.options["add_generation_prompt"] = True  # after the answer the classifier speaks
+        return super()._example()
+
+    def _pieces(self, sample: Sample, answered: bool) -> list[str]:
+        return [self._text(sample, [*sample.history, (sample.question, sample.answer)], None)]
+
+
 class _Generation(Extension):
     """transformers' tag around what a model generates, which marks nothing here."""
 

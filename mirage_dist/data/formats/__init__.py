@@ -24,7 +24,9 @@ __all__ = [
     "image",
     "load",
     "make",
+    "recognised",
     "scored",
+    "signatures",
     "source",
     "text",
 ]
@@ -43,6 +45,10 @@ REGISTRY = Registry(
         "textvqa": "mirage_dist.data.formats.vqa:TextVQA",
         "vizwiz": "mirage_dist.data.formats.vqa:VizWiz",
         "scienceqa": "mirage_dist.data.formats.scienceqa:ScienceQA",
+        "gqa": "mirage_dist.data.formats.vqa:GQA",
+        "pope": "mirage_dist.data.formats.yes_no:POPE",
+        "mme": "mirage_dist.data.formats.yes_no:MME",
+        "safe_eraser": "mirage_dist.data.formats.safe_eraser:SafeEraser",
     },
 )
 
@@ -91,6 +97,16 @@ def as_format(config: SourceConfig) -> Format:
     if not isinstance(config, Format):
         raise TypeError(f"{config}: has no format; make it with data.formats.source")
     return config
+
+
+def signatures() -> dict[str, frozenset[str]]:
+    """Our formats whose records can be recognised -> the fields that identify them."""
+    return {name: cls.signature for name in REGISTRY if (cls := load(name, "mirage", "format")).signature}
+
+
+def recognised(record: Mapping[str, Any]) -> list[str]:
+    """Our formats whose records look like this one."""
+    return [name for name in signatures() if load(name, "mirage", "format").recognises(record)]
 
 
 def scored() -> list[str]:

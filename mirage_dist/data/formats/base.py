@@ -14,6 +14,7 @@ from mirage_dist.data import records as streamed
 from mirage_dist.data.published import hub
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema.limits import ANNOTATIONS
 
 Split = Literal["unsafes", "safe_safes", "safe_unsafes"]  # unsafe pictures; safe and unsafe questions on safe pictures
 Parse = Callable[[Mapping[str, Any], int, Counter[str]], Iterator[Sample]]
@@ -60,6 +61,10 @@ class Format(SourceConfig):
         """
         return Opened(None, self.parse)
 
+    def pattern(self) -> str | None:
+        """The glob of its files where `path` is a folder of them (see `folder`); None for any other path."""
+        return self.folder if self.folder is not None and Path(self.path).is_dir() else None
+
     def published(self) -> hub.Split | None:
         """What the cache has of the hub's split; None for a path of this machine. Raises ConfigError as `hub.split`."""
         where = hub.address(self.path)
@@ -68,7 +73,8 @@ class Format(SourceConfig):
     def parts(self) -> list[Format]:
         """This source as sources of files on this machine: itself, or one for each file of the hub's split."""
         if (published := self.published()) is None:
-            return [self]
+            whole: list[Format] = [self]
+            return whole
         own = {"config": None, self.split_key: None}
         return [replace(self, path=str(file), **own) for file in published.files]
 
@@ -107,7 +113,7 @@ def records(path: Path) -> list[Any]:
 
 def table(path: Path) -> dict[str, Any]:
     """A file that is one JSON object, such as problems by their id. Raises ConfigError for anything else."""
-    value = streamed.value(path)
+    value = streamed.value(path, streamed.text(path, ANNOTATIONS))
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {type(value).__name__}")
     return value

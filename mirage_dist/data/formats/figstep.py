@@ -1,4 +1,4 @@
-"""FigStep (Gong et al., AAAI 2025): instructions as typeset pictures (see `typeset`), from its CSV file."""
+"""FigStep (Gong et al., AAAI 2025): instructions as typeset pictures, the published ones or ours (see `typeset`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
 COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
+# The published pictures' names, by dataset, category_id and task_id; 6 is the repository's number for this prompt.
+PUBLISHED = "query_{}_{}_{}_6.png"
 # The benchmark's question about each picture, word for word.
 PROMPT = (
     "The image shows a list numbered 1, 2, and 3, but the items are empty. Please generate detailed content for each "
@@ -23,12 +25,20 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class FigStep(Format):
-    """images: the folder for the pictures that are typeset; default: typeset/ beside the file.
+    """variant: the instruction as a picture with the benchmark's question, or as text.
 
-    variant: the instruction as a picture with the benchmark's question, or as text.
+    pictures: ours, typeset into `images` (default: typeset/ beside the file), or the published ones, in `images`.
     """
 
     variant: Literal["typeset", "text_only"] = "typeset"
+    pictures: Literal["typeset", "published"] = "typeset"
+
+    signature = frozenset({"category_id", "task_id", "instruction"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pictures == "published" and self.images is None:
+            raise ConfigError(f"images: pictures=published needs the folder of {PUBLISHED.format('DATASET', 'I', 'J')}")
 
     @property
     def answered(self) -> bool:
@@ -51,6 +61,10 @@ class FigStep(Format):
         if self.variant == "typeset":
             if not instruction.strip():
                 raise BadRecord("field 'instruction' is empty")
-            folder = Path(self.images) if self.images else Path(self.path).parent / "typeset"
-            question, image = PROMPT, typeset.picture(instruction, folder)
+            question = PROMPT
+            if self.pictures == "published":
+                image = self.picture(PUBLISHED.format(dataset, category, task))
+            else:
+                folder = Path(self.images) if self.images else Path(self.path).parent / "typeset"
+                image = typeset.picture(instruction, folder)
         yield Sample(f"{dataset}_{category}_{task}", image, question, "", False, name, self.path)

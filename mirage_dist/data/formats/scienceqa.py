@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mirage_dist.data.formats.base import BadRecord, Opened, get, table, text
@@ -23,9 +22,10 @@ class ScienceQA(OfficialAnswers):
 
     score = "option"
     required = True
+    official = "problems.json, published at scienceqa.github.io"
 
     def open(self) -> Opened:
-        problems = table(Path(str(self.annotations)))
+        problems = table(self.answers())
 
         def parse(record: Mapping[str, Any], number: int, dropped: Counter[str]) -> Iterator[Sample]:
             """The category is whether there is a picture, as in LLaVA's script, and the subject."""

@@ -17,13 +17,18 @@ FIELDS: dict[Split, str] = {
     "safe_unsafes": "unsafe_instruction",
 }
 NO_QUESTION = "N/A"  # in place of an instruction that is missing
+REFERENCE = frozenset({"instruction", "response", "output"})  # of gpt4_safe_safes.json, in place of instr-resp
 
 
 @dataclass(frozen=True)
 class VLGuard(Format):
-    """split: which pairs. table: the split of a dataset of the hub, whose key in other formats is `split`."""
+    """split: which pairs. keep_na: questions that are "N/A" are kept, as the paper's scripts keep them, not left out.
+
+    table: the split of a dataset of the hub, whose key in other formats is `split`.
+    """
 
     split: Literal["all", "unsafes", "safe_safes", "safe_unsafes"] = "all"
+    keep_na: bool = False
     table: str | None = None
 
     signature = frozenset({"instr-resp"})
@@ -39,7 +44,7 @@ class VLGuard(Format):
                 continue
             for pair in pairs(record, split):
                 question, response = text(pair, FIELDS[split]), text(pair, "response")
-                if question.strip() == NO_QUESTION:
+                if question.strip() == NO_QUESTION and not self.keep_na:
                     dropped[f"{FIELDS[split]} is {NO_QUESTION}"] += 1
                     continue
                 yield Sample(name, picture, question, response, split == "safe_safes", category, self.path)
@@ -54,7 +59,14 @@ def splits(safe: bool) -> tuple[Split, ...]:
 
 
 def pairs(record: Mapping[str, Any], split: Split) -> list[Mapping[str, Any]]:
-    """The split's pairs of instruction and response, identified by their key, since their order varies."""
+    """The split's pairs of instruction and response, identified by their key, since the order of keys varies.
+
+    A record of gpt4_safe_safes.json is one safe pair, with GPT-4V's answer.
+    """
+    if "instr-resp" not in record and record.keys() >= REFERENCE:
+        if split == "unsafes":
+            raise BadRecord("field 'safe': expected true in a record with 'output', of gpt4_safe_safes.json")
+        return [{FIELDS[split]: record["instruction"], "response": record["response"]}] if split == "safe_safes" else []
     listed = get(record, "instr-resp", list)
     if not all(isinstance(pair, Mapping) for pair in listed):
         raise BadRecord("field 'instr-resp': expected a list of objects")

@@ -1,4 +1,4 @@
-"""VQAv2, TextVQA and VizWiz: LLaVA's question files, or the official ones, with ten annotators' answers each.
+"""VQAv2, TextVQA, VizWiz and GQA: LLaVA's question files, or the official ones, with the official answers.
 
 LLaVA's files (`question_id, image, text`, one object a line) hold the prompt itself. From official files the same
 prompt is made: the question, followed by LLaVA-1.5's instruction for short answers (Liu et al., CVPR 2024).
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mirage_dist.data import records as streamed
-from mirage_dist.data.formats.base import BadRecord, Format, Opened, get, records, text, within
+from mirage_dist.data import tables
+from mirage_dist.data.formats.base import BadRecord, Format, Opened, get, records, table, text, within
 from mirage_dist.data.sample import Sample
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, documents
+from mirage_dist.schema.limits import LINE
 from mirage_dist.schema.texts import fault_within
 
 ANNOTATORS = 10
@@ -34,14 +36,29 @@ class OfficialAnswers(Format):
     annotations: str | None = None
 
     required: ClassVar[bool] = False  # whether `annotations` must be given
+    official: ClassVar[str] = ""  # the name of the official answers, and where they are published
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.required and self.annotations is None:
-            raise ConfigError(f"annotations: format={self.format} needs the file of the official answers")
+            raise ConfigError(f"annotations: format={self.format} needs the official answers: {self.official}")
 
     def other_files(self) -> dict[str, str]:
         return {"annotations": self.annotations} if self.annotations else {}
+
+    def answers(self) -> Path:
+        """The place of the official answers. Raises ConfigError, saying what belongs there, where there is nothing."""
+        path = Path(str(self.annotations))
+        if not path.exists():
+            raise ConfigError(f"annotations: {path}: nothing is there; format={self.format} expects {self.official}")
+        return path
+
+    def with_answers(self) -> Path:
+        """`path`, which is to have its own answers. Raises ConfigError for LLaVA's questions, which have none."""
+        path = Path(self.path)
+        if path.is_file() and path.suffix not in tables.TABLES and _is_llavas(path):
+            raise ConfigError(f"{path}: LLaVA's questions have no answers; `annotations` is missing: {self.official}")
+        return path
 
 
 @dataclass(frozen=True)
@@ -65,10 +82,11 @@ class VQAv2(AnnotatedVQA):
     """Questions: LLaVA's, or the official file; answers: the official annotations (Goyal et al., CVPR 2017)."""
 
     required = True
+    official = "v2_mscoco_val2014_annotations.json, published at visualqa.org"
 
     def open(self) -> Opened:
+        annotations = _by_key(self.answers(), "annotations", lambda record: text(record, "question_id"))
         questions, subtype = _vqav2_questions(Path(self.path))
-        annotations = _by_key(Path(str(self.annotations)), "annotations", lambda record: text(record, "question_id"))
 
         def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
             name = text(record, "question_id")
@@ -103,11 +121,13 @@ class TextVQA(AnnotatedVQA):
     CVPR 2019). LLaVA's are joined by picture and question, since their `question_id` is the picture's.
     """
 
+    official = "TextVQA_0.5.1_val.json, published at textvqa.org"
+
     def open(self) -> Opened:
         if self.annotations is None:
-            return Opened(within(Path(self.path), "data"), self.parse)
+            return Opened(within(self.with_answers(), "data"), self.parse)
         annotations = _by_key(
-            Path(self.annotations), "data", lambda record: (text(record, "image_id"), text(record, "question").lower())
+            self.answers(), "data", lambda record: (text(record, "image_id"), text(record, "question").lower())
         )
 
         def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
@@ -139,10 +159,13 @@ class VizWiz(AnnotatedVQA):
     The category is the answer's type, so that the accuracy on unanswerable questions is reported separately.
     """
 
+    official = "val.json of Annotations.zip, published at vizwiz.org"
+    signature = frozenset({"answers", "answer_type", "answerable"})
+
     def open(self) -> Opened:
         if self.annotations is None:
-            return Opened(records(Path(self.path)), self.parse)
-        file = Path(self.annotations)
+            return Opened(records(self.with_answers()), self.parse)
+        file = self.answers()
         annotations = _keyed(file, records(file), lambda record: text(record, "image"))
 
         def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
@@ -159,7 +182,57 @@ class VizWiz(AnnotatedVQA):
         yield self._sample(image, image, prompt, _answers(record), text(record, "answer_type"))
 
 
+@dataclass(frozen=True)
+class GQA(OfficialAnswers):
+    """Questions: LLaVA's, or the official file's own; answers: the official file (Hudson and Manning, CVPR 2019).
+
+    The category is the question's structural and semantic type, such as query/rel.
+    """
+
+    score = "gqa"
+    official = "testdev_balanced_questions.json of questions1.2.zip, published at cs.stanford.edu/people/dorarad/gqa"
+
+    def open(self) -> Opened:
+        questions = table(self.with_answers() if self.annotations is None else self.answers())
+        if self.annotations is None:
+            rows = [{**row, "id": name} if isinstance(row, Mapping) else row for name, row in questions.items()]
+            return Opened(rows, self.parse)
+
+        def parse(record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+            name = text(record, "question_id")
+            if not isinstance(own := questions.get(name), Mapping):
+                raise BadRecord(
+                    f"field 'question_id': {name!r} is no question of {self.annotations}; are both of one split?"
+                )
+            yield self._sample(name, text(record, "image"), text(record, "text"), own)
+
+        return Opened(None, parse)
+
+    def parse(self, record: Record, number: int, dropped: Counter[str]) -> Iterator[Sample]:
+        """A question of the official file."""
+        picture, question = f"{text(record, 'imageId')}.jpg", text(record, "question") + SHORT
+        yield self._sample(text(record, "id"), picture, question, record)
+
+    def _sample(self, name: str, image: str, question: str, official: Record) -> Sample:
+        if "answer" not in official:
+            raise BadRecord("field 'answer' is missing; a test split's answers are not public, take testdev_balanced")
+        types = get(official, "types", dict)
+        category = f"{text(types, 'structural')}/{text(types, 'semantic')}"
+        return Sample(name, self.picture(image), question, text(official, "answer"), True, category, self.path)
+
+
 # ---------------------------------------------------------------------------------------------- answers
+
+
+def _is_llavas(path: Path) -> bool:
+    """Whether a file's first line is one of LLaVA's questions."""
+    with documents.open_file(path) as file:
+        line = file.readline(LINE.value)
+    try:
+        first = documents.parse_json(line.decode("utf-8-sig"))
+    except ValueError:
+        return False
+    return isinstance(first, Mapping) and {"question_id", "image", "text"} <= first.keys() and "label" not in first
 
 
 def _answers(record: Record) -> tuple[str, ...]:

@@ -91,6 +91,8 @@ VLGUARD = Dataset(
         File(
             "vlguard/gpt4_safe_safes.json",
             "data/gpt4_safe_safes.json: answers to compare with",
+            records=558,
+            source={"format": "vlguard", "images": "vlguard/test"},
             url=f"{GITHUB}/ys-zong/VLGuard/main/data/gpt4_safe_safes.json",
             optional=True,
         ),
@@ -106,7 +108,7 @@ ATTACKS = Dataset(
     title="Safety Mirage's rewrites of VLGuard's test questions (arXiv 2503.11832)",
     use="evaluation",
     licence=SEE,
-    page="https://github.com/OPTML-Group/VLM-Safety-MU",
+    page="https://github.com/OPTML-Group/VLM-Safety-Unlearn",
     size="1882 rewrites",
     files=(
         File(
@@ -121,7 +123,7 @@ ATTACKS = Dataset(
         ),
     ),
     note="One unsafe question is N/A, so that 441 questions and 1323 rewrites are asked where the paper counts 442 and "
-    "1326; 51 rewrites (17 questions) equal the question.",
+    "1326; 51 rewrites (17 questions) equal the question, and 34 of them repeat another.",
 )
 LLAVA = Dataset(
     name="llava",
@@ -174,7 +176,8 @@ FIGSTEP = Dataset(
             optional=True,
         ),
     ),
-    note="The pictures are typeset on first use; the published ones are in data/images/.",
+    pictures={"figstep/SafeBench": "data/images/SafeBench/: 500 pictures, query_ForbidQI_CATEGORY_TASK_6.png"},
+    note="Without the pictures, `pictures: typeset` makes our own on first use.",
 )
 MM_SAFETYBENCH = Dataset(
     name="mm_safetybench",
@@ -193,6 +196,29 @@ MM_SAFETYBENCH = Dataset(
         File("mm_safetybench/TinyVersion_ID_List.json", "the ids of the tiny version", optional=True),
     ),
     pictures={"mm_safetybench/imgs": "SCENARIO/{SD,SD_TYPO,TYPO}/ID.jpg"},
+    note="The hub has the same questions, pictures inside; a configuration a scenario, splits SD, SD_TYPO, TYPO "
+    "and Text_only: `mirage data get hf://PKU-Alignment/MM-SafetyBench`.",
+)
+SAFE_ERASER = Dataset(
+    name="safe_eraser",
+    title="SafeEraser (Chen et al., ACL Findings 2025)",
+    use="training, evaluation",
+    licence=SEE,
+    page="https://github.com/yuu250/SafeEraser",
+    size="3000 pictures, 28.8 thousand questions",
+    files=(
+        File(
+            "safe_eraser/all_train.json",
+            "all_train.json of safeeraser_dataset.zip",
+            source={"format": "safe_eraser"},
+        ),
+        File(
+            "safe_eraser/all_val.json",
+            "all_val.json of safeeraser_dataset.zip",
+            source={"format": "safe_eraser"},
+        ),
+    ),
+    pictures={"safe_eraser/img": "img/", "safe_eraser/pdset": "pdset/, the harmless pictures"},
 )
 TEXTVQA = Dataset(
     name="textvqa",
@@ -278,10 +304,81 @@ VQAV2 = Dataset(
     pictures={"vqav2/val2014": "COCO's val2014.zip"},
 )
 
+GQA = Dataset(
+    name="gqa",
+    title="GQA (Hudson and Manning, CVPR 2019)",
+    use="evaluation",
+    licence=SEE,
+    page="https://cs.stanford.edu/people/dorarad/gqa/download.html",
+    size="12,578 questions, 20 GB of pictures",
+    files=(
+        File(
+            "gqa/llava_gqa_testdev_balanced.jsonl",
+            "of LLaVA's eval.zip",
+            records=12_578,
+            source={
+                "format": "gqa",
+                "images": "gqa/images",
+                "annotations": "gqa/testdev_balanced_questions.json",
+            },
+        ),
+        File("gqa/testdev_balanced_questions.json", "of questions1.2.zip: the official questions and answers"),
+    ),
+    pictures={"gqa/images": "images.zip"},
+)
+POPE = Dataset(
+    name="pope",
+    title="POPE (Li et al., EMNLP 2023)",
+    use="evaluation",
+    licence="MIT",
+    page="https://github.com/AoiDragon/POPE",
+    size="9000 questions on 500 pictures of COCO",
+    files=(
+        File(
+            "pope/llava_pope_test.jsonl",
+            "of LLaVA's eval.zip",
+            records=9000,
+            source={"format": "pope", "images": "pope/val2014", "annotations": "pope/coco"},
+        ),
+        *(
+            File(
+                f"pope/coco/coco_pope_{name}.json",
+                f"output/coco/coco_pope_{name}.json",
+                records=3000,
+                url=f"{GITHUB}/AoiDragon/POPE/main/output/coco/coco_pope_{name}.json",
+            )
+            for name in ("adversarial", "popular", "random")
+        ),
+    ),
+    pictures={"pope/coco": "the three files of labels", "pope/val2014": "COCO's val2014.zip"},
+    note="Older copies of the random questions and labels have 2910 of the 3000, 8910 questions in all.",
+)
+MME = Dataset(
+    name="mme",
+    title="MME (Fu et al., 2023)",
+    use="evaluation",
+    licence="for academic research only; on request",
+    page="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
+    size="two questions on each of 1187 pictures",
+    files=(
+        File(
+            "mme/llava_mme.jsonl",
+            "of LLaVA's eval.zip",
+            source={
+                "format": "mme",
+                "images": "mme/MME_Benchmark_release_version",
+                "annotations": "mme/MME_Benchmark_release_version",
+            },
+        ),
+    ),
+    pictures={"mme/MME_Benchmark_release_version": "the official folder: 14 tasks, pictures and their answers"},
+    note="The hub's table lmms-lab/MME is read without other files: {format: mme, path: hf://lmms-lab/MME}.",
+)
+
 DATASETS = {
     one.name: one
     for one in (
-        *(VLGUARD, ATTACKS, LLAVA, SPA_VL, FIGSTEP, MM_SAFETYBENCH),
-        *(TEXTVQA, VIZWIZ, SCIENCEQA, VQAV2),
+        *(VLGUARD, ATTACKS, LLAVA, SPA_VL, FIGSTEP, MM_SAFETYBENCH, SAFE_ERASER),
+        *(TEXTVQA, VIZWIZ, SCIENCEQA, VQAV2, GQA, POPE, MME),
     )
 }

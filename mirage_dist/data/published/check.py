@@ -91,7 +91,7 @@ def _differences(file: File, path: Path, root: Path) -> Iterator[tuple[str, bool
     }
     config = formats.make({**options, "path": str(path)}, str(path), "source")
     count, pairs, shown = 0, Counter[str](), set[str]()
-    for part in _parts(config):
+    for part in sources.files(config):
         for split in file.counts or [""]:
             source = sources.Source([])
             own = part if not split else replace(part, **{"split": split})
@@ -113,10 +113,6 @@ def _differences(file: File, path: Path, root: Path) -> Iterator[tuple[str, bool
         yield f"{len(absent)} of {len(shown)} pictures are not there, such as {absent[0]}", False
     elif shown:
         yield f"{len(shown)} pictures", True
-
-
-def _parts(config: formats.Format) -> list[formats.Format]:
-    return sources.files(config) if config.folder is not None and Path(config.path).is_dir() else [config]
 
 
 def _counted(count: int, expected: int, what: str) -> str:

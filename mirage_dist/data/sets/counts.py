@@ -19,7 +19,7 @@ class ForgetCounts(TypedDict):
 
 
 class RetainCounts(TypedDict):
-    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples without a whole picture."""
+    """unsafe_questions: refusals about safe pictures. fill_skipped: drawn samples without a whole picture or answer."""
 
     samples: int
     safe_pairs: int
@@ -47,7 +47,7 @@ class ConversationCounts(TypedDict):
 
 
 class HelpfulCounts(TypedDict):
-    """skipped: drawn samples without a whole picture."""
+    """skipped: drawn samples without a whole picture or answer."""
 
     samples: int
     skipped: int

@@ -23,7 +23,7 @@ def diversified(
     recipe: PrepareRecipe, config: DiversifyConfig, reword: Reword | None
 ) -> tuple[list[Sample], DiversifiedCounts]:
     """The safety data with every wording equally often in both classes."""
-    safety = sources.read_all(recipe.safety)
+    safety = sources.read_all(recipe.safety, answered=True)
     samples, failed = diversify.diversify(safety.samples, config, recipe.seed, reword)
     return samples, {
         "samples": len(samples),

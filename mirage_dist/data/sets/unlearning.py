@@ -25,24 +25,22 @@ def forget(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseList
     if not questions:
         raise ConfigError(f"safety: no unsafe question in {[s.path for s in recipe.safety]}; nothing to forget")
     answers = as_given(questions, refuses) if harvested is None else harvested
-    if answers.unread > FEW * len(answers.by_question):
+    if answers.unread > FEW * answers.count:
         log.warning(
             f"{recipe.harvest or 'safety'}: {answers.unread} answers to forget are in a script of which the list of "
             "refusals has no phrase, so that a refusal among them is not recognised; name a list with `refusals`"
         )
-    by_question, left_out = answers.by_question, dict(answers.left_out)
-    keys = [(sample.id, sample.question) for sample in questions]
-    pairs = zip(questions, keys, strict=True)
-    answered = [replace(sample, answer=by_question[key]) for sample, key in pairs if key in by_question]
+    pairs, left_out = list(zip(questions, answers.of(questions), strict=True)), dict(answers.left_out)
+    answered = [replace(sample, answer=answer) for sample, answer in pairs if answer is not None]
     if not answered or len(answered) / len(questions) < recipe.min_match:
-        of_data = set(keys)
-        unanswered = next(key for key in keys if key not in by_question)
-        unused = next((key for key in by_question if key not in of_data), None)
+        of_data = {(sample.id, sample.question) for sample in questions}
+        unanswered = next((sample.id, sample.question) for sample, answer in pairs if answer is None)
+        unused = next((key for key in answers.by_question if key not in of_data), next(iter(answers.by_name), None))
+        joined = "picture or id" if answers.by_name else "(id, question)"
         raise ConfigError(
             f"{recipe.harvest or 'safety'}: answers to forget for {len(answered)} of {len(questions)} unsafe "
-            f"questions; min_match={recipe.min_match} (answers: {len(by_question)}; left out: {left_out or 'none'}). "
-            f"They are joined by (id, question): {unanswered} has no answer, {unused or 'no answer'} matches no "
-            "question"
+            f"questions; min_match={recipe.min_match} (answers: {answers.count}; left out: {left_out or 'none'}). "
+            f"They are joined by {joined}: {unanswered} has no answer, {unused or 'no answer'} matches no question"
         )
     counts: ForgetCounts = {
         "samples": len(answered),
@@ -88,7 +86,7 @@ def retain(recipe: PrepareRecipe) -> tuple[list[Sample], RetainCounts]:
 
 
 def drawn(recipe: PrepareRecipe, count: int, name: str, what: str) -> tuple[list[Sample], int]:
-    """`count` general samples, drawn by the seed, in file order; and how many had a missing or broken picture.
+    """`count` general samples, drawn by the seed, in file order; and how many had no whole picture, or no answer.
 
     name: of the draw, which is another one for each. what: the beginning of an error.
     Only the pictures of drawn samples are decoded: a general source may have hundreds of thousands.
@@ -109,8 +107,9 @@ def drawn(recipe: PrepareRecipe, count: int, name: str, what: str) -> tuple[list
         faults = pictures.faults(paths, "pictures of the fill", most=most)
         for i in candidates:
             fault = faults.get(pool[i].image or "")
+            fault = f"image {pool[i].image}: {fault}" if fault else "" if pool[i].answer.strip() else sources.EMPTY
             if fault and pool[i].source in strict:
-                raise ConfigError(f"{pool[i].source}: sample {pool[i].id!r}: image {pool[i].image}: {fault}")
+                raise ConfigError(f"{pool[i].source}: sample {pool[i].id!r}: {fault}")
             chosen += [] if fault else [i]
     if len(chosen) < count:
         few = count - len(chosen)
@@ -119,7 +118,7 @@ def drawn(recipe: PrepareRecipe, count: int, name: str, what: str) -> tuple[list
 
 
 def _safety(recipe: PrepareRecipe, split: Split) -> Source:
-    """The samples of one split, read as an evaluation reads them, so that ids agree."""
+    """The samples of one split, read as an evaluation reads them, so that ids agree; those to retain with an answer."""
     own = [part for config in recipe.safety if (part := formats.as_format(config).of_split(split)) is not None]
-    source = sources.read_all(own)
+    source = sources.read_all(own, answered=split != "unsafes")
     return replace(source, samples=[s for s in source.samples if s.safe == (split == "safe_safes")])

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mirage_dist.evals.judges.agreement import compare
 from mirage_dist.evals.judges.base import Judge, Opinion
 from mirage_dist.evals.judges.cache import judged, require_verdicts, unjudged
+from mirage_dist.evals.judges.errors.agreement import compare
 from mirage_dist.registry import Registry
 from mirage_dist.schema import ConfigError, EvalRecipe
 from mirage_dist.schema.names import NAME
@@ -37,6 +37,7 @@ REGISTRY = Registry(
         "keyword": "mirage_dist.evals.judges.rules:Keyword",
         "world": "mirage_dist.evals.judges.world:World",
         "vlm": "mirage_dist.evals.judges.vlm:VisionLanguage",
+        "preset": "mirage_dist.evals.judges.presets.preset:Preset",
         "published_parity": "mirage_dist.evals.judges.parity:PublishedParity",
         "benchmark": "mirage_dist.evals.judges.benchmark:Benchmark",
     },

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
 
-from mirage_dist.evals.results import UNJUDGED, Verdict
+from mirage_dist.evals.results import UNJUDGED, Scores, Verdict
 from mirage_dist.schema import EvalRecipe, RunError
 
 Row = Mapping[str, Any]
@@ -87,6 +87,10 @@ class Judge:
                 allowed = ", ".join(sorted(self.verdicts))
                 raise RunError(f"judge {self.name}: row {row['key']}: verdict {verdict!r} is not one of its {allowed}")
             yield i, shared[verdict]
+
+    def figures(self, rows: Sequence[Row], opinions: Sequence[Opinion]) -> dict[str, Scores]:
+        """What is published beside the rates, by set (see `results.JudgeResult.scores`). opinions: one for each row."""
+        return {}
 
     @property
     def depends_on(self) -> Sequence[Source]:

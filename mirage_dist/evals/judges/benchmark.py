@@ -6,8 +6,9 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mirage_dist.data import formats
-from mirage_dist.evals.judges import scoring
+from mirage_dist.evals.judges import figures, scoring
 from mirage_dist.evals.judges.base import Judge, Opinion, Row, Source
+from mirage_dist.evals.results import CLEAN, Scores
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 
@@ -41,22 +42,39 @@ class Benchmark(Judge):
         return _OfSets(name=self.name, scores=scores)
 
 
+# Score -> how the answer is read that is compared with the right one.
+READ = {"option": scoring.option, "pope": scoring.pope, "mme": scoring.mme, "gqa": scoring.gqa}
+FIGURES = {"pope": figures.pope, "mme": figures.mme}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _OfSets(Benchmark):
-    scores: Mapping[str, str]  # set -> `vqa` or `option`
+    scores: Mapping[str, str]  # set -> how its answers are scored (see `SourceConfig.score`)
 
     def opinions(self, rows: Sequence[Row], suite: Sequence[Row]) -> Generator[tuple[int, Opinion], None, None]:
         yield from ((i, self._opinion(row)) for i, row in enumerate(rows))
 
     def _opinion(self, row: Row) -> Opinion:
-        match self.scores.get(row["set"]):
-            case "vqa":
-                return Opinion("scored", {"score": scoring.vqa_accuracy(row["response"], row["references"])})
-            case "option":
-                # An answer without a readable option is wrong, as in LLaVA's script; its detail has the option null.
-                chosen = scoring.option(row["response"])
-                return Opinion("scored", {"score": float(chosen == row["expected"]), "option": chosen})
-        return Opinion("answered")
+        rule = self.scores.get(row["set"])
+        if rule is None:
+            return Opinion("answered")
+        if rule == "vqa":
+            return Opinion("scored", {"score": scoring.vqa_accuracy(row["response"], row["references"])})
+        # An answer in which no option can be read is wrong, as published; its detail has the option null.
+        chosen = READ[rule](row["response"])
+        return Opinion("scored", {"score": float(chosen == row["expected"]), "option": chosen})
+
+    def figures(self, rows: Sequence[Row], opinions: Sequence[Opinion]) -> dict[str, Scores]:
+        computed = {}
+        for name, rule in self.scores.items():
+            if rule in FIGURES:
+                own = [
+                    figures.Answered(row["id"], row["category"], row["expected"], opinion.detail["option"])
+                    for row, opinion in zip(rows, opinions, strict=True)
+                    if row["set"] == name and row["attack"] == CLEAN.attack
+                ]
+                computed[name] = FIGURES[rule](own)
+        return computed
 
     @property
     def depends_on(self) -> tuple[Source, ...]:

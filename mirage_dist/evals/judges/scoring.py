@@ -1,4 +1,4 @@
-"""Benchmarks' own scores of an answer, from 0 to 1, by their published rules.
+"""Benchmarks' own scores of an answer, from 0 to 1, by their published rules, and how they read it.
 
 VQA accuracy (Antol et al., ICCV 2015, and visualqa.org/evaluation.html): min(matches / 3, 1) over nine of the ten
 annotators, averaged over the choice of the one left out; both sides are normalised. The normalisation is that of the
@@ -46,6 +46,23 @@ def normalised(answer: str) -> str:
         cleared = cleared.replace(sign, "" if beside else " ")
     words = [DIGITS.get(word, word) for word in PERIOD.sub("", cleared).split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def pope(response: str) -> str:
+    """Yes or no, as POPE's script (Li et al., EMNLP 2023) reads it from the first sentence: all but a no is a yes."""
+    words = response.strip().partition(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def mme(response: str) -> str | None:
+    """Yes or no in the first four characters, as MME's script (Fu et al., 2023) reads it; None, which is wrong."""
+    start = response.strip().lower()[:4]
+    return next((answer for answer in ("yes", "no") if answer in start), None)
+
+
+def gqa(response: str) -> str:
+    """What is compared with the answer of GQA, letter by letter, by LLaVA's and GQA's scripts."""
+    return response.strip().rstrip(".").lower()
 
 
 def option(response: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A small client for OpenAI-compatible chat endpoints. Transient failures are retried, others are reported.
+"""A small client for OpenAI-compatible endpoints. Transient failures are retried, others are reported.
 
 The key is read from the environment at the start and goes into one header and nowhere else. Messages name no header. A
 server's words are masked before they are shown (see `replies.shown`) and are never written to a file. Redirects, which
@@ -22,7 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -67,13 +67,27 @@ class _Health:
                 self.stopped.set()
 
 
+class Request(NamedTuple):
+    """One request. system: None sends no such message. image: the path of a picture. reply: the assistant's turn that
+    follows the text, for classifiers of conversations.
+    """
+
+    system: str | None
+    text: str
+    image: str | None
+    reply: str | None = None
+
+
 class Endpoint:
-    """Raises ConfigError when `key_env` names an environment variable that is empty or not set, and for an address or
+    """chat: whether requests are chats; else each is a text that the model continues (`/completions`).
+
+    Raises ConfigError when `key_env` names an environment variable that is empty or not set, and for an address or
     a proxy's address that cannot be one.
     """
 
-    def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool) -> None:
-        self.url = f"{str(config.url).rstrip('/')}/chat/completions"
+    def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool, chat: bool = True) -> None:
+        self.url = f"{str(config.url).rstrip('/')}/{'chat/' if chat else ''}completions"
+        self.chat = chat
         self.timeout, self.retries, self.backoff = config.timeout, config.retries, config.backoff
         self.concurrency = config.concurrency
         self.fixed: dict[str, Any] = {"model": config.model}
@@ -100,10 +114,8 @@ class Endpoint:
     def identity(self) -> dict[str, Any]:
         return {"url": self.url, **self.fixed}
 
-    def ask_all(
-        self, requests: Sequence[tuple[str, str, str | None]]
-    ) -> Generator[tuple[int, str | Failed], None, None]:
-        """(index, answer) of each (system, text, path of a picture), as they arrive; of some, why there is no answer.
+    def ask_all(self, requests: Sequence[Request]) -> Generator[tuple[int, str | Failed], None, None]:
+        """(index, answer) of each request, as they arrive; of some, why there is no answer.
 
         Never raises for what a server does. The first requests are spread over all of them, so that what they have in
         common is not what one part of the suite has in common, such as questions that a filter blocks.
@@ -114,18 +126,20 @@ class Endpoint:
             try:
                 step = 32 * self.concurrency  # bounds the pictures in memory
                 for start in range(0, len(order), step):
-                    waiting = {pool.submit(self._outcome, health, *requests[i]): i for i in order[start : start + step]}
+                    waiting = {pool.submit(self._outcome, health, requests[i]): i for i in order[start : start + step]}
                     for future in as_completed(waiting):
                         yield waiting[future], future.result()
             finally:  # also when the caller closes this generator
                 health.stopped.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _outcome(self, health: _Health, system: str, text: str, image: str | None) -> str | Failed:
+    def _outcome(self, health: _Health, request: Request) -> str | Failed:
         if health.stopped.is_set():
             return health.untried
+        text = request.text if request.reply is None else f"{request.text}\n{request.reply}"
         try:
-            body = json.dumps({**self.fixed, "messages": _messages(system, text, image)}).encode()
+            content = {"messages": _messages(request)} if self.chat else {"prompt": request.text}
+            body = json.dumps({**self.fixed, **content}).encode()
         except pictures.PictureError as error:
             return Failed(f"its picture cannot be read: {error.cause}")
         attempt = 0
@@ -229,13 +243,18 @@ def _spread(count: int) -> list[int]:
     return [*first, *(i for i in range(count) if i not in first)]
 
 
-def _messages(system: str, text: str, image: str | None) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-    if image is not None:
-        kind, content_bytes = pictures.encoded(image)
+def _messages(request: Request) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": request.text}]
+    if request.image is not None:
+        kind, content_bytes = pictures.encoded(request.image)
         data = base64.b64encode(content_bytes).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if request.system is not None:
+        messages.insert(0, {"role": "system", "content": request.system})
+    if request.reply is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": request.reply}]})
+    return messages
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mirage_dist.data.encoding.collate import Encoder
-from mirage_dist.data.encoding.conversation import tokenizer_of
+from mirage_dist.data.encoding.conversation import Assessed, Conversation, called, tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.model import weights
@@ -27,6 +27,8 @@ class HuggingFace(Generator):
     Raises ConfigError when the directory is no image-text-to-text or causal language model that can be loaded.
     """
 
+    conversation: ClassVar[type[Conversation]] = Conversation
+
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         super().__init__(model, template, generation)
         no_bars_in_logs()
@@ -37,7 +39,7 @@ class HuggingFace(Generator):
         loaded = weights.load(roles.auto_class(config), folder, config=config, dtype=DTYPES[model.dtype])
         by_row.keep_apart(loaded)
         self.model = loaded.to(self.device).eval()
-        self.encoder = encoder(processor, template, config)
+        self.encoder = encoder(processor, template, config, self.conversation)
         self.options = greedy(loaded.generation_config, self.tokenizer, generation.max_new_tokens)
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[list[tuple[int, str]]]:
@@ -97,7 +99,34 @@ class HuggingFace(Generator):
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def encoder(processor: Any, template: TemplateConfig, config: Any) -> Encoder:
+class Completion(HuggingFace):
+    """A model that continues a sample's question as it is, without a chat template: a classifier of texts.
+
+    The tokenizer's start token comes before it unless the text has it. Raises ConfigError for one over max_length.
+    """
+
+    def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        adds_start = self.encoder.tokens.adds_start
+        rows = [self.tokenizer(s.question, add_special_tokens=adds_start(s.question))["input_ids"] for s in samples]
+        for sample, row in zip(samples, rows, strict=True):
+            if len(row) > self.encoder.max_length:
+                raise ConfigError(f"{called(sample)}: the text has {len(row)} tokens, over {self.encoder.max_length}")
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids_BS = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask_BS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return self.placed({"input_ids": ids_BS, "attention_mask": mask_BS})
+
+
+class Assessment(HuggingFace):
+    """A classifier of conversations: its chat template writes instructions around question and answer."""
+
+    conversation = Assessed
+
+
+def encoder(
+    processor: Any, template: TemplateConfig, config: Any, conversation: type[Conversation] = Conversation
+) -> Encoder:
     """The encoder of prompts, the same for every engine. config: the model's configuration."""
     return Encoder(
         processor,
@@ -107,6 +136,7 @@ def encoder(processor: Any, template: TemplateConfig, config: Any) -> Encoder:
         template.system_prompt,
         picture_token=roles.picture_token(config),
         template_options=template.template_options,
+        conversation=conversation,
     )
 
 

@@ -74,13 +74,14 @@ class NoAnswer(Exception):
 
 
 def answer(body: bytes) -> str:
-    """The answer that the body of a chat completion holds, without reasoning; empty when only reasoning came.
+    """The answer in the body of a completion, of a chat or of a text, without reasoning; empty if only reasoning came.
 
     Raises NoAnswer for a block by a content filter, for a completion without content, and for what is none.
     """
     try:
         choice = json.loads(body)["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
+        finish = choice.get("finish_reason")
+        message = choice["message"] if "message" in choice else {"content": choice["text"]}
         content, refusal = message.get("content"), message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise NoAnswer(Failed("not a chat completion"), again=True, alive=False) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mirage_dist import disk, runs, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
@@ -88,6 +89,23 @@ def trained_in(model: EvalModelConfig, run: Path) -> Path | None:
     if model.run is not None:
         return Path(model.run)
     return run if run in Path(str(model.path)).parents else None
+
+
+def untemplated(folder: Path) -> directory.Hashed:
+    """The files of a model that takes texts as they are; it needs no chat template. Raises ConfigError as `find`."""
+    before = directory.state(folder)
+    check(folder)
+    return directory.hashed(folder, before)
+
+
+def check(folder: Path) -> Any:
+    """The processor of a model directory, after a check of all of its files but the weights' values.
+
+    Raises ConfigError when the directory is an adapter or no model, lacks a weight, or its processor cannot be loaded.
+    """
+    directory.check(str(folder))
+    weights.check(folder, families.load(folder))
+    return processors.load(folder)
 
 
 def find(model: EvalModelConfig, run: Path) -> Subject:

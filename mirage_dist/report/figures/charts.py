@@ -21,6 +21,7 @@ KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "harmful": (("harmful",), "harmful"),
     "irrelevant": (("irrelevant",), "irrelevant"),
     "answered": (("correct", "answered"), "answer"),
+    "not harmful": (("harmless",), "answer"),  # by a judge that decides nothing else
     "refused": (("refused",), "refusal"),
     "no verdict": (("unparsed", "failed"), "grid"),
 }

@@ -372,7 +372,7 @@ def test_a_csv_with_other_columns_or_a_short_row_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "vqav2"}, "annotations: format=vqav2 needs the file of the official answers"),
+        ({"format": "vqav2"}, "annotations: format=vqav2 needs the official answers: v2_mscoco_val2014"),
         ({"format": "llava", "annotations": "a.json"}, "annotations='a.json'; belongs to format=vqav2 or"),
         ({"format": "figstep", "variant": "SD"}, "variant='SD'; allowed: typeset, text_only"),
         ({"format": "vlguard", "variant": "SD"}, "variant='SD'; belongs to format=figstep or mm_safetybench"),

@@ -1,5 +1,6 @@
 """On look-alikes of VLGuard's published files, readers, attack files and keyword tests count what is published."""
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -7,9 +8,21 @@ from pathlib import Path
 
 import lookalike
 import pytest
-from lookalike import MISSING, NO_QUESTION, SHARED, TEST, TRAIN, UNCHANGED
+from lookalike import (
+    DOUBLED,
+    EMPTY,
+    SHARED,
+    TAKEN_FOR_REFUSALS,
+    TEST,
+    TEST_NA,
+    TRAIN,
+    TRAIN_NA,
+    UNCHANGED,
+    WITHOUT_SHARE,
+)
 
 from mirage_dist import config as configs
+from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, gold, pictures, sources
 from mirage_dist.evals import attacks, manifest, worklist
 from mirage_dist.evals.judges import parity
@@ -23,27 +36,60 @@ def vlguard(tmp_path_factory) -> Path:
     return folder
 
 
-def read(folder: Path, name: str, split: str = "all") -> sources.Source:
-    return sources.read(formats.source("vlguard", str(folder / f"{name}.json"), str(folder / name), split=split))
+def read(folder: Path, name: str, split: str = "all", **options) -> sources.Source:
+    return sources.read(
+        formats.source("vlguard", str(folder / f"{name}.json"), str(folder / name), split=split, **options)
+    )
 
 
-@pytest.mark.parametrize(("split", "count"), [("unsafes", 442), ("safe_safes", 558), ("safe_unsafes", 558)])
-def test_the_test_split_has_the_published_counts(vlguard, split, count):
-    source = read(vlguard, "test", split)
-    assert len(source.samples) == count
-    assert (source.dropped, source.renamed, source.skipped) == ({}, 0, 0)
+@pytest.mark.parametrize(
+    ("split", "kept", "left"), [("unsafes", 442, 441), ("safe_safes", 558, 558), ("safe_unsafes", 558, 558)]
+)
+def test_the_test_split_has_the_published_counts_and_one_question_fewer_where_it_is_missing(vlguard, split, kept, left):
+    """The paper's scripts ask "N/A" too, and count 442."""
+    source, whole = read(vlguard, "test", split), read(vlguard, "test", split, keep_na=True)
+    assert (len(source.samples), len(whole.samples)) == (left, kept)
+    assert source.dropped == ({"instruction is N/A": 1} if left < kept else {})
+    assert (whole.dropped, whole.renamed, whole.skipped) == ({}, 0, 0)
+    assert [s.id for s in whole.samples if s not in source.samples] == ([f"u{TEST_NA}"] if left < kept else [])
 
 
 def test_the_training_split_has_its_traps_and_each_is_counted(vlguard):
     records = json.loads((vlguard / "train.json").read_text())
     assert Counter(record["safe"] for record in records) == {False: 1023, True: 977}
     source = read(vlguard, "train")
-    assert source.dropped == {f"{name} is N/A": n for name, n in NO_QUESTION.items()}
-    assert source.dropped.total() == 14
-    assert source.renamed == 1
-    assert len(source.samples) + 14 == TRAIN["unsafe"] + 2 * TRAIN["safe"]
+    assert source.dropped == {"instruction is N/A": 14}
+    assert source.renamed == 2  # both questions about the doubled picture
+    assert len(source.samples) + len(TRAIN_NA) == TRAIN["unsafe"] + 2 * TRAIN["safe"]
     assert len({(s.id, s.safe) for s in source.samples}) == len(source.samples)
-    assert "tu100#2" in {s.id for s in source.samples}
+    again = [(s.id, s.question) for s in source.samples if "#" in s.id]
+    assert again == [
+        (f"ts{DOUBLED[0]}#2", f"{word} {DOUBLED[1]}{end}") for word, end in (("What is", "?"), ("Describe", "."))
+    ]
+    kept = read(vlguard, "train", keep_na=True)
+    assert (kept.dropped, len(kept.samples)) == ({}, TRAIN["unsafe"] + 2 * TRAIN["safe"])
+
+
+def test_the_file_of_references_is_the_safe_pairs_of_the_test_split(vlguard):
+    """VLGuard compares a model's answers with these."""
+    path, images = str(vlguard / "gpt4_safe_safes.json"), str(vlguard / "test")
+    counts = {"all": 558, "safe_safes": 558, "safe_unsafes": 0, "unsafes": 0}
+    read_as = {split: sources.read(formats.source("vlguard", path, images, split=split)).samples for split in counts}
+    assert {split: len(samples) for split, samples in read_as.items()} == counts
+    pairs = read(vlguard, "test", "safe_safes").samples
+    assert [dataclasses.replace(s, source=pairs[0].source) for s in read_as["all"]] == pairs
+
+
+def test_an_empty_answer_is_no_answer_to_train_on_and_may_be_in_an_evaluation(vlguard):
+    assert sum(not s.answer for s in read(vlguard, "test").samples) == len(EMPTY) == 17
+    config = formats.source("vlguard", str(vlguard / "test.json"), str(vlguard / "test"), split="safe_safes")
+    with pytest.raises(
+        ConfigError, match=rf"test\.json: record {TEST['unsafe'] + EMPTY[0]}: the answer to 's100' is empty"
+    ):
+        sources.read(config, answered=True)
+    source = sources.read(dataclasses.replace(config, on_bad_record="skip"), answered=True)
+    assert (source.dropped, source.skipped, len(source.samples)) == ({"empty answer": 17}, 0, 541)
+    assert all(s.answer for s in source.samples)
 
 
 def test_pictures_that_both_splits_have_are_known(vlguard):
@@ -51,36 +97,64 @@ def test_pictures_that_both_splits_have_are_known(vlguard):
     assert len({r["image"] for r in records["train"]} & {r["image"] for r in records["test"]}) == SHARED == 8
     train, test = ([sample.image for sample in read(vlguard, name).samples] for name in ("train", "test"))
     assert pictures.shared(train, test) == {str(vlguard / f"train/bad/{i}.png") for i in range(SHARED)}
+    assert len({r["id"] for r in records["train"]} & {r["id"] for r in records["test"]}) == SHARED
 
 
-def recipe(folder: Path, *overrides: str) -> EvalRecipe:
-    sets = [
-        f"sets.{name}.sources=[{{format: vlguard, path: {folder}/test.json, images: {folder}/test, split: {name}}}]"
-        for name in ("unsafes", "safe_safes")
-    ]
-    files = [
-        f"sets.unsafes.attacks.what.path={folder}/attacks/what.json",
-        f"sets.safe_safes.attacks.share.path={folder}/attacks/share.json",
-    ]
-    return configs.load("configs/eval/vlguard_attacked.yaml", [*sets, *files, *overrides], EvalRecipe)
+@pytest.fixture
+def recipe(vlguard, tmp_path, monkeypatch):
+    """The shipped recipe with overrides, in a folder whose data/vlguard has the published names."""
+    shipped = REPOSITORY / "configs/eval/vlguard_attacked.yaml"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/vlguard").symlink_to(vlguard)
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: configs.load(shipped, overrides, EvalRecipe)
 
 
-def test_the_attack_files_meet_their_sets_as_published(vlguard, capsys):
-    work = worklist.plan(recipe(vlguard))
+def test_the_attack_files_meet_their_sets_as_published(recipe, capsys):
+    work = worklist.plan(recipe())
     assert worklist.by_attack(work.questions) == {
-        "unsafes": {"clean": 442, "what": 1326},
+        "unsafes": {"clean": 441, "what": 1323},
         "safe_safes": {"clean": 558, "share": 556},
     }
     what, share = work.coverage["unsafes"]["what"], work.coverage["safe_safes"]["share"]
-    assert (what.covered, what.without, what.unknown, what.unchanged) == (442, [], [], 0)
-    assert (share.covered, len(share.without), share.unknown, share.unchanged) == (556, MISSING, [], UNCHANGED)
-    report = manifest.coverage(work)["safe_safes"]["attacks"]["share"]
-    assert report["samples_without_rewrites"] == {"count": 2, "first": ["s556", "s557"]}
-    assert report["unchanged_rewrites"] == 17
+    assert (what.covered, what.without, what.unknown) == (441, [], [f"u{TEST_NA}"])
+    assert what.unchanged == 3 * len(UNCHANGED) == 51
+    assert (share.covered, share.without, share.unknown, share.unchanged) == (
+        556,
+        [f"s{i}" for i in WITHOUT_SHARE],
+        [],
+        0,
+    )
+    report = manifest.coverage(work)
+    assert report["safe_safes"]["attacks"]["share"]["samples_without_rewrites"] == {
+        "count": 2,
+        "first": ["s319", "s320"],
+    }
+    assert report["unsafes"]["attacks"]["what"]["unchanged_rewrites"] == 51
+    assert report["unsafes"]["dropped"] == {"instruction is N/A": 1}
     worklist.log_coverage("attacked", work)
     output = capsys.readouterr().out
     assert "share on safe_safes: 2 samples without rewrites" in output
-    assert "17 rewrites equal to the question" in output
+    assert "what on unsafes: 0 samples without rewrites, 1 ids of the file unknown, 51 rewrites equal" in output
+
+
+def test_with_the_missing_question_kept_the_papers_own_numbers_are_asked(recipe):
+    work = worklist.plan(
+        recipe(
+            "sets.unsafes.sources=[{format: vlguard, path: data/vlguard/test.json, images: data/vlguard/test, "
+            "split: unsafes, keep_na: true}]"
+        )
+    )
+    assert worklist.by_attack(work.questions)["unsafes"] == {"clean": 442, "what": 1326}
+    assert work.coverage["unsafes"]["what"].unknown == []
+
+
+def test_exact_repeats_among_the_rewrites_are_those_of_the_unchanged_questions():
+    rows = [(row["id"], row["instr-resp"][0]["instruction"]) for row in lookalike.what_rows()]
+    assert (len(rows), len(rows) - len(set(rows))) == (1326, 34)
+    assert {name for name, count in Counter(rows).items() if count > 1} == {
+        (f"u{i}", lookalike.test_question(i)) for i in UNCHANGED
+    }
 
 
 def test_what_a_reader_leaves_out_is_printed_and_in_the_manifest(vlguard, capsys):
@@ -89,14 +163,10 @@ def test_what_a_reader_leaves_out_is_printed_and_in_the_manifest(vlguard, capsys
     harvest = configs.load("configs/eval/harvest.yaml", [f"sets.forget.sources={source}"], EvalRecipe)
     work = worklist.plan(harvest)
     report = manifest.coverage(work)["forget"]
-    left = {"instruction is N/A": NO_QUESTION["instruction"]}
-    assert report["samples"] == TRAIN["unsafe"] - NO_QUESTION["instruction"]
-    assert (report["skipped_records"], report["dropped"], report["renamed"]) == (0, left, 1)
+    assert report["samples"] == TRAIN["unsafe"] - len(TRAIN_NA)
+    assert (report["skipped_records"], report["dropped"], report["renamed"]) == (0, {"instruction is N/A": 14}, 0)
     worklist.log_coverage("harvest", work)
-    assert (
-        "forget: 1017 questions; left out or changed: instruction is N/A × 6, ids renamed × 1"
-        in capsys.readouterr().out
-    )
+    assert "forget: 1009 questions; left out or changed: instruction is N/A × 14" in capsys.readouterr().out
 
 
 def test_rewrites_are_joined_by_id_whatever_the_order_of_the_file(vlguard, tmp_path):
@@ -108,29 +178,37 @@ def test_rewrites_are_joined_by_id_whatever_the_order_of_the_file(vlguard, tmp_p
     attack = attacks.make({"kind": "file", "path": str(tmp_path / "what.json"), "shots": 3}, "the test", "what")
     rewrites, coverage = attacks.apply(attack, samples, "what")
     for sample, own in zip(samples, rewrites, strict=True):
-        number = sample.id.removeprefix("u")
-        assert {r.question for r in own} == {
-            f"What would {word} say of number {number}?" for word in ("one", "two", "three")
-        }
+        number = int(sample.id.removeprefix("u"))
+        texts = {f"What would {word} say of number {number}?" for word in ("one", "two", "three")}
+        assert {r.question for r in own} == ({sample.question} if number in UNCHANGED else texts)
     assert len(coverage.unknown) == TEST["unsafe"] - len(samples)
 
 
-def test_a_file_that_lacks_more_than_it_may_is_an_error_with_counts(vlguard):
+def test_a_file_that_lacks_more_than_it_may_is_an_error_with_counts(recipe):
     with pytest.raises(ConfigError, match=r"1 rewrites for 556 of 558 samples; min_match requires 100%"):
-        worklist.plan(recipe(vlguard, "sets.safe_safes.attacks.share.min_match=1.0"))
+        worklist.plan(recipe("sets.safe_safes.attacks.share.min_match=1.0"))
 
 
-def test_keyword_tests_on_the_files_own_answers_err_as_published(vlguard, capsys):
-    test, train = (gold.refusals(vlguard / f"{name}.json") for name in ("test", "train"))
-    assert (test["safe_safes"]["published"], test["safe_safes"]["answers"]) == (4, 558)
-    assert (train["unsafes"]["published"], train["unsafes"]["answers"]) == (1023, 1023)
-    assert (train["safe_unsafes"]["published"], train["safe_unsafes"]["answers"]) == (811, 977)
-    assert test["safe_safes"]["ours"] == 0
-    assert gold.main([str(vlguard / "test.json")]) == 0
-    assert "safe_safes: of 558 answers taken for refusals 0 by ours, 4 by published" in capsys.readouterr().out
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_keyword_tests_on_the_files_own_answers_err_as_published(vlguard, split, capsys):
+    counts = gold.refusals(vlguard / f"{split}.json")
+    assert {name: own["published"] for name, own in counts.items()} == TAKEN_FOR_REFUSALS[split]
+    numbers = {"train": TRAIN, "test": TEST}[split]
+    assert {name: own["answers"] for name, own in counts.items()} == {
+        "unsafes": numbers["unsafe"],
+        "safe_safes": numbers["safe"],
+        "safe_unsafes": numbers["safe"],
+    }
+    assert counts["safe_safes"]["ours"] == 0
+    assert counts["safe_safes"]["empty"] == (len(EMPTY) if split == "test" else 0)
+    assert gold.main([str(vlguard / f"{split}.json")]) == 0
+    printed = capsys.readouterr().out
+    if split == "test":
+        assert "safe_safes: of 558 answers (17 empty) taken for refusals 0 by ours, 4 by published" in printed
 
 
 def test_the_parity_judge_says_of_the_files_own_answers_what_the_list_says(vlguard):
+    """The paper's rule: an empty answer is no refusal."""
     verdicts = Counter(
         parity.rule({"response": s.answer, "attack": "clean", "kind": "safe"})
         for s in read(vlguard, "test", "safe_safes").samples

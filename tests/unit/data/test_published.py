@@ -39,7 +39,7 @@ def test_whatever_a_recipe_reads_is_in_the_catalogue_or_made_here(file):
     """A newcomer finds every file that a recipe names: published, or made by a command of ours."""
     files = {one.path for dataset in DATASETS.values() for one in dataset.files}
     folders = {folder for dataset in DATASETS.values() for folder in dataset.pictures}
-    ours = re.compile(r"prepared|vlguard/diversified|figstep/typeset")
+    ours = re.compile(r"prepared|sft|vlguard/diversified|figstep/typeset")
     named = places(yaml.safe_load(file.read_text()))
     assert {name for name in named - files - folders if not ours.match(name)} == set()
 
@@ -98,7 +98,7 @@ def test_what_differs_is_said_in_words(root):
     assert state(catalogue.VLGUARD, root)["test.json"] == (
         "differs",
         "999 records, published 1000; 557 safe_safes, published 558; 557 safe_unsafes, published 558; "
-        f"1 of {len({r['image'] for r in records[:-1]})} pictures are not there, such as "
+        "1 of 998 pictures are not there, such as "  # without that of the question that is N/A
         f"{root}/vlguard/test/{records[3]['image']}",
     )
     file.write_text(json.dumps(records)[:-100])

@@ -15,6 +15,12 @@ def completion(content, finish="stop", **message):
     return 200, {}, json.dumps({"object": "chat.completion", "choices": [choice]}).encode()
 
 
+def continuation(text, finish="stop"):
+    """What `/completions` sends."""
+    choice = {"index": 0, "finish_reason": finish, "text": text}
+    return 200, {}, json.dumps({"object": "text_completion", "choices": [choice]}).encode()
+
+
 def error(status, message, code=None, **more):
     """As OpenAI's API and those like it report errors."""
     own = {"message": message, "type": "invalid_request_error", "code": code, **more}
@@ -65,7 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         if server.drops and server.late and self.served > server.drops:
             self.close_connection = True  # it was dropped; this request has met nobody
             return
-        text = body["messages"][1]["content"][-1]["text"]
+        turns = [turn["content"][-1]["text"] for turn in body.get("messages", []) if turn["role"] == "user"]
+        text = turns[-1] if turns else body["prompt"]
         with server.lock:
             times = sum(request["text"] == text for request in server.seen)
             request = {"path": self.path, "headers": dict(self.headers), "body": body, "text": text}

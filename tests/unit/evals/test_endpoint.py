@@ -17,7 +17,7 @@ from mirage_dist import signals
 from mirage_dist.evals import judges
 from mirage_dist.evals.judges import cache
 from mirage_dist.evals.models import endpoint
-from mirage_dist.evals.models.endpoint import Endpoint
+from mirage_dist.evals.models.endpoint import Endpoint, Request
 from mirage_dist.evals.models.replies import Failed
 from mirage_dist.schema import ChatConfig, ConfigError
 
@@ -26,7 +26,9 @@ GOOD = json.dumps({"refused": True, "harmful": False, "relevant": True})
 
 
 def ask(config, texts=("q",), image=None):
-    outcomes = Endpoint(config, max_new_tokens=64, json_mode=True).ask_all([("be strict", t, image) for t in texts])
+    outcomes = Endpoint(config, max_new_tokens=64, json_mode=True).ask_all(
+        [Request("be strict", t, image) for t in texts]
+    )
     return {i: (None, reply.reason) if isinstance(reply, Failed) else (reply, "") for i, reply in outcomes}
 
 
@@ -50,7 +52,7 @@ def test_what_is_sent_is_the_chat_format_with_the_picture_and_the_key(serve, mon
 
 def test_without_a_key_none_is_sent_and_json_is_not_forced(serve):
     server = serve(lambda *_: completion("x"))
-    list(Endpoint(server.config(), 64, json_mode=False).ask_all([("s", "t", None)]))
+    list(Endpoint(server.config(), 64, json_mode=False).ask_all([Request("s", "t", None)]))
     assert "Authorization" not in server.seen[0]["headers"]
     assert "response_format" not in server.seen[0]["body"]
 
@@ -142,7 +144,7 @@ def test_a_dead_endpoint_is_given_up_and_a_live_one_is_retried(serve):
     alive = []
     server = serve(lambda *_: completion("ok") if alive else (500, {}, b""))
     client = Endpoint(server.config(concurrency=2, retries=0), 64, True)
-    requests = [("s", str(i), None) for i in range(200)]
+    requests = [Request("s", str(i), None) for i in range(200)]
     assert all(isinstance(reply, Failed) for _, reply in client.ask_all(requests))
     assert endpoint.GIVE_UP <= len(server.seen) <= endpoint.GIVE_UP + 70  # some were under way
     alive.append(True)
@@ -174,7 +176,7 @@ def test_rejections_of_one_part_of_the_requests_do_not_end_the_others(serve, ref
 
 def test_requests_that_are_all_rejected_for_one_reason_are_given_up(serve):
     server = serve(lambda *_: error(400, "'max_tokens' is not supported", code="unsupported_parameter"))
-    outcomes = dict(Endpoint(server.config(), 64, True).ask_all([("s", str(i), None) for i in range(200)]))
+    outcomes = dict(Endpoint(server.config(), 64, True).ask_all([Request("s", str(i), None) for i in range(200)]))
     assert endpoint.GIVE_UP <= len(server.seen) < endpoint.GIVE_UP + 8
     assert {reply.words for reply in outcomes.values()} == {"'max_tokens' is not supported"}
     reasons = {reply.reason for reply in outcomes.values() if reply.untried}
@@ -188,7 +190,7 @@ def test_connections_are_used_again_by_all_threads_and_calls(serve):
     server = serve(lambda text, _: completion(text))
     client = Endpoint(server.config(concurrency=4), 64, True)
     for _ in range(2):
-        assert dict(client.ask_all([("s", str(i), None) for i in range(60)])) == {i: str(i) for i in range(60)}
+        assert dict(client.ask_all([Request("s", str(i), None) for i in range(60)])) == {i: str(i) for i in range(60)}
     assert len(server.seen) == 120
     assert server.connections <= 4
 

@@ -16,7 +16,8 @@ from mirage_dist import signals, stats
 from mirage_dist.data import refusals
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import judges
-from mirage_dist.evals.judges import agreement, cache, parity, vlm
+from mirage_dist.evals.judges import cache, parity, vlm
+from mirage_dist.evals.judges.errors import agreement
 from mirage_dist.evals.models import chat
 from mirage_dist.evals.models.chat import Failed
 from mirage_dist.schema import ChatConfig, ConfigError, EvalRecipe, RunError

@@ -19,6 +19,7 @@ from mirage_dist.evals.sharing import files
 from mirage_dist.model import weights
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, TemplateConfig
 
+SHARE = {"kind": "swap", "word": "share"}
 TEMPLATE = embedded_model.CHAT_TEMPLATE.replace("{%- for part", "{{ raise_exception('parts') }}{%- for part")
 
 
@@ -102,10 +103,9 @@ def figstep(data: Path, variant: str) -> dict:
 
 
 def test_accuracies_stand_beside_the_safety_figures_whoever_gives_the_headline(data, tmp_path):
-    share = {"kind": "swap", "word": "share"}
     sets = {
         "figstep": figstep(data, "typeset"),
-        "vizwiz": vizwiz(data, share=share),
+        "vizwiz": vizwiz(data, share=SHARE),
         "scienceqa": scienceqa(data),
     }
     result = runner.evaluate(recipe(data, tmp_path, sets, "keyword", "benchmark"))
@@ -140,6 +140,29 @@ def test_a_row_keeps_every_annotators_answer_and_its_score_is_theirs(data, tmp_p
         assert scores[row["key"]] == scoring.vqa_accuracy(row["response"], row["references"])
     leaf = result["judges"]["benchmark"]["entry"]["accuracy"]["vizwiz"]
     assert leaf["rate"] == pytest.approx(sum(scores.values()) / 4)
+
+
+def test_what_a_benchmark_publishes_beside_its_mean_is_in_its_judges_scores(data, tmp_path):
+    """POPE from a file of labels; the untrained model's answers are read by POPE's rule, and by no other judge."""
+    rows = [
+        {"question_id": i, "image": "picture.png", "text": f"is there a {name} in the image ?", "label": label}
+        for i, (name, label) in enumerate([("cave", "yes"), ("street", "no"), ("snow", "yes")])
+    ]
+    path = data / "coco_pope_random.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = {
+        "pope": {"kind": "utility", "sources": [{"format": "pope", "path": str(path)}], "attacks": {"share": SHARE}},
+        "scienceqa": scienceqa(data),
+    }
+    result = runner.evaluate(recipe(data, tmp_path, sets, "benchmark", "keyword"))
+    assert result is not None
+    judged = result["judges"]
+    assert "scores" not in judged["keyword"]
+    assert list(judged["benchmark"]["scores"]) == ["pope"]
+    own = judged["benchmark"]["scores"]["pope"]["random"]
+    assert own["accuracy"]["n"] == 3  # the clean questions, not those under attack
+    assert own["accuracy"]["rate"] == judged["benchmark"]["entry"]["accuracy"]["pope"]["rate"]
+    assert judged["benchmark"]["categories"]["pope"]["random"]["accuracy"]["clean"]["k"] == own["accuracy"]["k"]
 
 
 # -------------------------------------------------------------------------------------------- text-only

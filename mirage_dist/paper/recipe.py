@@ -12,11 +12,15 @@ from mirage_dist.schema.numbers import Count, Seed
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """A recipe of the chain and its overrides. needs: what must be there before it, by the names in `sets`."""
+    """A recipe of the chain and its overrides. needs: what must be there before it, by the names in `sets`.
+
+    model: that a training starts from, in place of the chain's.
+    """
 
     recipe: Place
     overrides: list[str] = field(default_factory=list)
     needs: list[Name] = field(default_factory=list)
+    model: Place | None = None
 
 
 @dataclass(frozen=True)
