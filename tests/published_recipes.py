@@ -87,7 +87,6 @@ LLAVAS = [
 CONVERSATIONS = "data/sft/conversations.jsonl"
 HELPFUL = "data/sft/helpful.jsonl"
 FORGET, RETAIN, TEXT = (f"data/prepared/{name}.jsonl" for name in ("forget", "retain", "forget_text"))
-WITHOUT_NA = "without the 14"
 HARVESTED = "what the base model answers; refusals and N/A are left out and counted"
 SFT = [
     Value(
@@ -95,8 +94,7 @@ SFT = [
         why="the mean over all response tokens of the step",
     ),
     Value(
-        *("data.streams.train", [CONVERSATIONS, HELPFUL], "VLGuard's Post-hoc"),
-        *("2000 conversations, 14 of them asking N/A, and 5000 helpful samples", WITHOUT_NA),
+        "data.streams.train", [CONVERSATIONS, HELPFUL], "VLGuard's Post-hoc: 2000 conversations, 5000 helpful samples"
     ),
     Value("train.lr", 2e-5, "--learning_rate 2e-5"),
     Value("train.epochs", 1.0, "--num_train_epochs 1"),
@@ -161,9 +159,7 @@ PUBLISHED: dict[str, tuple[str, str, list[Value]]] = {
                 Value(
                     "data.streams.train",
                     [CONVERSATIONS, "data/llava/llava_v1_5_mix665k.json"],
-                    "VLGuard's Mixed",
-                    "2000 conversations, 14 of them asking N/A, in the instruction data",
-                    WITHOUT_NA,
+                    "VLGuard's Mixed: 2000 conversations in the instruction data",
                 ),
                 Value("train.global_batch", 128, "LLaVA's finetune.sh: 16 × 8 GPUs (the paper's copy: 1 × 8)"),
             ],

@@ -24,9 +24,10 @@ from lookalike import (
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, gold, pictures, sources
+from mirage_dist.data.prepare import prepare
 from mirage_dist.evals import attacks, manifest, worklist
 from mirage_dist.evals.judges import parity
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,24 @@ def test_the_training_split_has_its_traps_and_each_is_counted(vlguard):
     ]
     kept = read(vlguard, "train", keep_na=True)
     assert (kept.dropped, len(kept.samples)) == ({}, TRAIN["unsafe"] + 2 * TRAIN["safe"])
+
+
+def test_conversations_for_fine_tuning_are_the_published_conversions(vlguard, tmp_path):
+    """convert_to_llava_format.py (ys-zong/VLGuard): `random`, seeded with 0, shuffles the pairs of each safe record."""
+    safety = {"format": "vlguard", "path": f"{vlguard}/train.json", "images": f"{vlguard}/train", "keep_na": True}
+    shipped = configs.load("configs/prepare/vlguard_sft.yaml", [], PrepareRecipe).safety[0]
+    assert (shipped.format, shipped.keep_na, shipped.split) == ("vlguard", True, "all")
+    own = [f"out={tmp_path}/sft", f"safety=[{json.dumps(safety)}]", "fill=[]", "helpful_size=0"]
+    counts = prepare(configs.load("configs/prepare/vlguard_sft.yaml", own, PrepareRecipe))["counts"]["conversations"]
+    assert (counts["samples"], counts["turns"]) == (2000, 2977)
+    draw, expected = random.Random(0), []
+    for record in json.loads((vlguard / "train.json").read_text()):
+        pairs = list(record["instr-resp"])
+        if len(pairs) > 1:
+            draw.shuffle(pairs)
+        expected.append([tuple(pair.values()) for pair in pairs])
+    made = sources.read(formats.source("samples", str(tmp_path / "sft/conversations.jsonl"))).samples
+    assert [[*s.history, (s.question, s.answer)] for s in made] == expected
 
 
 def test_the_file_of_references_is_the_safe_pairs_of_the_test_split(vlguard):
