@@ -36,7 +36,7 @@ class Value:
 
 COMMON = [
     Value(
-        *("model.path", "llava-hf/llava-1.5-7b-hf", "--model_name_or_path", "liuhaotian/llava-v1.5-7b"),
+        *("model.path", "models/llava-1.5-7b-hf", "--model_name_or_path", "liuhaotian/llava-v1.5-7b"),
         why="the same weights, in transformers' form",
     ),
     Value("model.train", ["decoder", "connector"], "train.py: all but the vision tower"),
@@ -73,7 +73,7 @@ LORA = [
 ]
 # Of LLaVA's model and data, where another model's code is run on them.
 LLAVAS = [
-    Value("model.path", "llava-hf/llava-1.5-7b-hf", "", "another model", "the paper's"),
+    Value("model.path", "models/llava-1.5-7b-hf", "", "another model", "the paper's"),
     Value("model.gradient_checkpointing", True, "", "", "as in the paper's scripts"),
     Value("data.system_prompt", VICUNA, "", "", "as in the paper's scripts"),
     Value("data.max_length", 2048, "", "", "as in the paper's scripts"),
@@ -257,7 +257,7 @@ PUBLISHED: dict[str, tuple[str, str, list[Value]]] = {
                 Value("train.optimizer", ADAMW, "forget.py", "paged_adamw_32bit", "the same update"),
                 Value("train.warmup", 0.1, "warmup_steps: steps_per_epoch, of 10"),
                 Value("train.schedule", "linear", "Trainer"),
-                Value("model.path", "llava-hf/llava-1.5-7b-hf", "model_family", "llama2-7b", "the paper's model"),
+                Value("model.path", "models/llava-1.5-7b-hf", "model_family", "llama2-7b", "the paper's model"),
                 Value("train.warmup_from_zero", True, "Trainer: step 0 has rate 0"),
                 Value("seed", 0, "seed", "1001", "the order of samples is another in any case"),
             ],
@@ -321,7 +321,7 @@ PUBLISHED: dict[str, tuple[str, str, list[Value]]] = {
             RMU,
             LLAVAS,
             [
-                Value("model.path", "llava-hf/llava-1.5-7b-hf", "model", "zephyr-7b-beta", "the paper's model"),
+                Value("model.path", "models/llava-1.5-7b-hf", "model", "zephyr-7b-beta", "the paper's model"),
                 Value("model.train", ["decoder.layers.[567].mlp.down_proj.weight"], "layer_ids 5,6,7, param_ids 6"),
                 Value("data.streams.forget", [TEXT], "--forget_corpora", "texts about the hazard", "the paper's data"),
                 Value("data.streams.retain", [RETAIN], "--retain_corpora", "wikitext", "the paper's data"),

@@ -79,7 +79,7 @@ def test_a_recipe_passes_the_check_for_the_ranks_of_its_header(name, capsys):
     assert cli.main(["train", recipe, *thirteen, "--check-recipe", "--ranks", str(ranks(name))]) == 0
     assert not capsys.readouterr().err
     larger = configs.load(recipe, thirteen, TrainRecipe)
-    assert larger.model.path == "llava-hf/llava-1.5-13b-hf"
+    assert larger.model.path == "models/llava-1.5-13b-hf"
     assert larger.data == replace(published.load(name).data, image_aspect="pad")  # what `auto` comes to
 
 
@@ -167,7 +167,7 @@ def test_the_page_puts_mixeds_first_model_together(toy, tmp_path, monkeypatch):
         for kind, parameter in layer.named_parameters()
     }
     torch.save(projector, tmp_path / "mm_projector.bin")
-    for theirs, ours in (("llava-hf/llava-1.5-7b-hf", toy.root / "model"), ("lmsys/vicuna-7b-v1.5", "vicuna")):
+    for theirs, ours in (("models/llava-1.5-7b-hf", toy.root / "model"), ("lmsys/vicuna-7b-v1.5", "vicuna")):
         assert theirs in code
         code = code.replace(theirs, str(ours))
     monkeypatch.chdir(tmp_path)
