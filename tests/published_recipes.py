@@ -154,7 +154,7 @@ PUBLISHED: dict[str, tuple[str, str, list[Value]]] = {
                     "models/vicuna-7b-v1.5-pretrained-projector",
                     "--model_name_or_path, --pretrain_mm_mlp_adapter",
                     "lmsys/vicuna-7b-v1.5 and the pretrained projector",
-                    "both in one model, see below",
+                    "both in one model, see above",
                 ),
                 Value(
                     "data.streams.train",
