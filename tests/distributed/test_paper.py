@@ -35,7 +35,7 @@ def chain(tmp_path_factory):
         r"^    - (train\..*|deepspeed.*|model.*|data.*)$", tiny.read_text().split("eval:")[0], re.MULTILINE
     )
     words = [*SMALL, f"folder={folder}/chain", f"world.base_recipe={base}"]
-    words += ["every.prepare=[retain_size=60]"]
+    words += ["sets.prepared.overrides=[retain_size=60]", "sets.sft.overrides=[helpful_size=20]"]
     words.append(f"every.train={json.dumps([*every, *small])}")
 
     def start() -> subprocess.Popen:

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mirage_dist import cli
+from mirage_dist.cli import verbs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.countries import vision
 
@@ -55,7 +56,7 @@ def finished(tmp_path_factory, real):
         patch.setattr(vision, "STEPS", 2)
         patch.setattr(vision, "LEAST", 0.0)
         patch.setattr(vision, "EACH", 0.0)
-        patch.setattr(cli, "exit_well", lambda: None)
+        patch.setattr(verbs, "exit_well", lambda: None)
         assert cli.main(["demo", "--real", "--out", str(out / "demo"), *small]) == 0
     return out / "demo"
 

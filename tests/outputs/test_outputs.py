@@ -23,6 +23,7 @@ from toy import Toy
 from verbs import ENVIRONMENT, Done, Verb, run_here, verbs
 
 from mirage_dist import cli, disk
+from mirage_dist import config as configs
 
 VERBS = ("prepare", "audit", "train", "eval", "eval --workers", "erasure", "report", "export")
 AS_EVAL = ("eval --workers", "erasure")  # they begin with what `eval` does at its output
@@ -263,7 +264,7 @@ def test_a_bug_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys):
     def fail(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli.configs, "load_any", fail)
+    monkeypatch.setattr(configs, "load_any", fail)
     assert cli.main(["config", "configs/eval/demo.yaml"]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback")
