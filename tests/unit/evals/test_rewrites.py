@@ -320,7 +320,7 @@ def test_a_language_model_without_eyes_says_each_prompts_answer_at_its_place(tmp
 
 def test_safety_data_are_reworded_over_http_evenly_and_asked_for_once(tmp_path):
     """Of six refused and six answered questions three of each get either opener; a second start asks none."""
-    rows = [{**asdict(s), "safe": int(s.id) >= 6} for s in samples(12)]
+    rows = [{**asdict(s), "answer": "A gadget.", "safe": int(s.id) >= 6} for s in samples(12)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({**row, "references": []}) + "\n" for row in rows))
 
     with serving(None) as server:
