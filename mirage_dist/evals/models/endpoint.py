@@ -107,8 +107,10 @@ class Endpoint:
             if not self._key.isascii() or not self._key.isprintable() or not self._key.strip():
                 raise ConfigError("key_env: the environment variable that it names is not set, or holds no key")
             self._headers["Authorization"] = f"Bearer {self._key}"
-        self._transport = _transport(self.url, config.concurrency)
-        weakref.finalize(self, self._transport.close)
+        self._kept = _transport(self.url, config.concurrency, config.concurrency)
+        self._fresh = _transport(self.url, config.concurrency, 0)  # a new connection for each request
+        for transport in (self._kept, self._fresh):
+            weakref.finalize(self, transport.close)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -160,16 +162,18 @@ class Endpoint:
 
     def _on_any_connection(self, body: bytes, text: str) -> str:
         """Send one request. A server may close an idle connection at the moment at which it is used again: the request
-        is then sent over another one, at once, since no working server has seen it.
+        is then sent over a new one, at once, since no working server has seen it.
         """
-        for _ in range(self.concurrency + 1):
-            try:
-                return self._once(body, text)
-            except _Closed:
-                continue
-        raise NoAnswer(Failed("connection failed"), again=True, alive=False)
+        try:
+            return self._once(body, text, self._kept)
+        except _Closed:
+            pass
+        try:
+            return self._once(body, text, self._fresh)
+        except _Closed:
+            raise NoAnswer(Failed("connection failed"), again=True, alive=False) from None
 
-    def _once(self, body: bytes, text: str) -> str:
+    def _once(self, body: bytes, text: str, transport: httpx.HTTPTransport) -> str:
         events: list[str] = []
         extensions = {
             "timeout": httpx.Timeout(self.timeout).as_dict(),
@@ -178,7 +182,7 @@ class Endpoint:
         request = httpx.Request("POST", self.url, headers=self._headers, content=body, extensions=extensions)
         deadline = time.monotonic() + self.timeout
         try:
-            response = self._transport.handle_request(request)
+            response = transport.handle_request(request)
             try:
                 content = _read(response, deadline)
             finally:
@@ -202,7 +206,8 @@ class _Closed(Exception):
     """The server closed a connection that an earlier request had used, before it replied to this one."""
 
 
-def _transport(url: str, connections: int) -> httpx.HTTPTransport:
+def _transport(url: str, connections: int, kept: int) -> httpx.HTTPTransport:
+    """kept: connections that are used again."""
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL:
@@ -216,7 +221,7 @@ def _transport(url: str, connections: int) -> httpx.HTTPTransport:
             verify=ssl.create_default_context() if address.scheme == "https" else False,
             trust_env=False,
             limits=httpx.Limits(
-                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_SECONDS
+                max_connections=connections, max_keepalive_connections=kept, keepalive_expiry=IDLE_SECONDS
             ),
             proxy=proxy if proxy is None or "://" in proxy else f"http://{proxy}",
         )
