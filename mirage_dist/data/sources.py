@@ -23,7 +23,6 @@ from mirage_dist.schema.texts import fault_within
 # Sizes of pictures -> why a model's processor refuses those that it refuses (see `Encoder.refusals`).
 Refusals = Callable[[Iterable[Size]], Mapping[Size, str]]
 
-
 Join = Callable[[Sequence[Sample]], list[Sample]]  # the samples of a record -> what becomes of them
 EMPTY = "empty answer"  # why a sample is dropped that is for training
 

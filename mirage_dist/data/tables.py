@@ -6,7 +6,6 @@ they are.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist.data.pictures import Reference, read_anew
+from mirage_dist.data.pictures.stored import pyarrow
 from mirage_dist.schema import ConfigError, documents
 from mirage_dist.schema.limits import NESTING
 
@@ -90,14 +90,9 @@ def _records(file: Path) -> Iterator[Any]:
         first += rows
 
 
-def _pyarrow(part: str) -> Any:
-    """A module of pyarrow, for which there are no types."""
-    return importlib.import_module(f"pyarrow.{part}")
-
-
 def _arrow(file: Path) -> Iterator[Batch]:
-    ipc = _pyarrow("ipc")
-    with _pyarrow("lib").memory_map(str(file)) as source:
+    ipc = pyarrow("ipc")
+    with pyarrow("lib").memory_map(str(file)) as source:
         if source.read(6) != b"ARROW1":
             source.seek(0)
             batches = ipc.open_stream(source)  # as `datasets` writes
@@ -110,7 +105,7 @@ def _arrow(file: Path) -> Iterator[Batch]:
 
 def _parquet(file: Path) -> Iterator[Batch]:
     """Batches without the columns of bytes in which no row lacks any: they are not read."""
-    table = _pyarrow("parquet").ParquetFile(file)
+    table = pyarrow("parquet").ParquetFile(file)
     leaves = [table.schema.column(i).path for i in range(len(table.schema))]
     names = table.schema_arrow.names
     left: dict[str, Stored] = {}
@@ -139,13 +134,13 @@ def _levels(kind: Any) -> int:
 
 
 def _is_bytes(kind: Any) -> bool:
-    types = _pyarrow("types")
+    types = pyarrow("types")
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def _is_picture(kind: Any) -> bool:
     """Whether a column is a picture as `datasets` writes it: its bytes, or its path, or both."""
-    if not _pyarrow("types").is_struct(kind):
+    if not pyarrow("types").is_struct(kind):
         return False
     own = kind.get_field_index(BYTES)
     return kind.get_field_index(PATH) >= 0 or (own >= 0 and _is_bytes(kind.field(own).type))

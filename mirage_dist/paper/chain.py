@@ -68,8 +68,8 @@ def _links(recipe: PaperRecipe) -> Iterator[Link]:
     base = [configs.override("model.path", recipe.model)]
     if recipe.harvest is not None:
         yield _link(recipe, "harvest", "eval", recipe.harvest, [*_of(recipe, "base"), *base])
+    rows = run_dir(recipe, "base") / "evals" / _suite(recipe) / "rows" if recipe.harvest is not None else None
     for name, link in recipe.sets.items():
-        rows = run_dir(recipe, "base") / "evals" / _suite(recipe) / "rows" if recipe.harvest is not None else None
         made = _link(recipe, f"set-{name}", "prepare", link, [seed])
         if rows is not None and _answers(made) == "harvest":
             made = _link(

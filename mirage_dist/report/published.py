@@ -213,8 +213,8 @@ def missing(own: Results) -> list[str]:
 def text(own: Results) -> str:
     """A table for the terminal, of less than 100 columns: a line for each model, figure and judge."""
     rows = [["model", "figure", "judge", "published", "ours, with its 95 % interval"]]
-    for model, judge in _rows(own):
-        for figure in _figures_of(own, model, judge).values():
+    for model, _, figures in _rows(own):
+        for figure in figures.values():
             rows.append([model, own["columns"][figure["column"]], figure["judge"] or "-", *_cells(figure)])
     return "\n".join([own["source"], *_aligned(rows), *own["notes"]])
 
@@ -224,18 +224,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _rows(own: Results) -> list[tuple[str, str]]:
-    """(model, judge of its answers), judges in the order in which a model's figures have them."""
+def _rows(own: Results) -> Iterator[tuple[str, str, dict[str, Figure]]]:
+    """(model, judge, column -> figure), judges in the order in which a model's figures have them.
+
+    The first row of a model also has what no judge decides.
+    """
     pairs = dict.fromkeys((f["model"], f["judge"]) for f in own["figures"] if f["judge"] not in ("", SCORE))
-    return [pair for model in own["models"] for pair in ([p for p in pairs if p[0] == model] or [(model, "")])]
-
-
-def _figures_of(own: Results, model: str, judge: str) -> dict[str, Figure]:
-    """Column -> figure of one row: those of the judge; the model's first row also has what no judge decides."""
-    first = next(j for m, j in _rows(own) if m == model)
-    judges = (judge, "", SCORE) if judge == first else (judge,)
-    own_figures = [f for f in own["figures"] if f["model"] == model and f["judge"] in judges]
-    return {key: f for key in own["columns"] for f in own_figures if f["column"] == key}
+    for model in own["models"]:
+        for row, judge in enumerate([j for m, j in pairs if m == model] or [""]):
+            judges = (judge,) if row else (judge, "", SCORE)
+            figures = [f for f in own["figures"] if f["model"] == model and f["judge"] in judges]
+            yield model, judge, {key: f for key in own["columns"] for f in figures if f["column"] == key}
 
 
 def _cells(figure: Figure) -> list[str]:
@@ -250,8 +249,7 @@ def html(own: Results) -> str:
     """The same as a table of the page."""
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in own["columns"].values())
     body = []
-    for model, judge in _rows(own):
-        cells = _figures_of(own, model, judge)
+    for model, judge, cells in _rows(own):
         inner = "".join(f"<td>{_html_cell(cells.get(key))}</td>" for key in own["columns"])
         by = f'<br><span class="note">{escape(judge)}</span>' if judge else ""
         body.append(f'<tr><th scope="row">{escape(model)}{by}</th>{inner}</tr>')

@@ -88,7 +88,7 @@ class _Parquet:
     """A Parquet file. Of a picture's column, the bytes of its row group are read whole."""
 
     def __init__(self, file: Path) -> None:
-        self.file = _pyarrow("parquet").ParquetFile(str(file), pre_buffer=False)
+        self.file = pyarrow("parquet").ParquetFile(str(file), pre_buffer=False)
         groups = range(self.file.metadata.num_row_groups)
         self.starts = [0]
         for group in groups:
@@ -126,7 +126,7 @@ class _Arrow:
     """An Arrow file or stream, mapped into memory."""
 
     def __init__(self, file: Path, stream: bool) -> None:
-        ipc, source = _pyarrow("ipc"), _pyarrow("lib").memory_map(str(file))
+        ipc, source = pyarrow("ipc"), pyarrow("lib").memory_map(str(file))
         self.table = (ipc.open_stream if stream else ipc.open_file)(source).read_all()
 
     def value(self, column: str, row: int) -> Any:
@@ -164,7 +164,7 @@ def _opened(file: Path) -> _Table:
         raise Unreadable(f"broken: {file} is no table that can be read: {error or type(error).__name__}") from error
 
 
-def _pyarrow(part: str) -> Any:
+def pyarrow(part: str) -> Any:
     """A module of pyarrow, for which there are no types."""
     return importlib.import_module(f"pyarrow.{part}")
 
