@@ -317,20 +317,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The resolved recipe as YAML; `load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(literal(to_dict(config))))
 
 
 def override(key: str, value: Any) -> str:
     """`key=value` as the command line takes it, quoted so that `load` reads exactly this value."""
-    return f"{key}={_flow(_literal(value))}"
+    return f"{key}={_flow(literal(value))}"
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """Containers and scalars with every `${` in their texts escaped, which OmegaConf would otherwise interpolate."""
     if isinstance(value, Mapping):
-        return {name: _literal(part) for name, part in value.items()}
+        return {name: literal(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_literal(part) for part in value]
+        return [literal(part) for part in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

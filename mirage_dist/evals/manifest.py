@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+
+from omegaconf import OmegaConf
 
 from mirage_dist import config as configs
 from mirage_dist import disk, state
 from mirage_dist.evals.sharing.files import KEPT
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema.data import WorldConfig
+from mirage_dist.schema.evaluation import EvalSetConfig
 
 if TYPE_CHECKING:  # so that reports and `--status`, which read manifests, import no heavy library
     from mirage_dist.evals.attacks import Coverage
@@ -65,10 +71,23 @@ class Manifest(TypedDict):
     versions: NotRequired[dict[str, str]]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The keys of a recipe that `decided_by` has whole."""
+
+    suite: str
+    sets: dict[str, EvalSetConfig]
+    seed: int
+    world: WorldConfig | None
+
+
+ASKED = ("suite", "sets", "seed", "world")
+
+
 def decided_by(recipe: EvalRecipe, settings: Settings) -> dict[str, Any]:
     """Everything that decides the rows of a suite. Batch size, judges and the place of files do not."""
     tree = configs.to_dict(recipe)
-    return {**{name: tree[name] for name in ("suite", "sets", "seed", "world")}, **settings}
+    return {**{name: tree[name] for name in ASKED}, **settings}
 
 
 def describe(recipe: EvalRecipe, work: WorkList, decided: Mapping[str, Any], versions: Mapping[str, str]) -> Manifest:
@@ -109,11 +128,19 @@ def check(suite: Path, settings: Mapping[str, Any]) -> None:
                 "move it away"
             )
         return
-    if changed := configs.differences(_plain(settings), read(suite)["settings"]):
+    if changed := configs.differences(_plain(settings), _completed(read(suite)["settings"])):
         raise ConfigError(
             f"{suite} holds answers of another evaluation: {'; '.join(changed)}. Choose another `suite` "
             "name, or move that directory away"
         )
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a manifest, perhaps an earlier version's, with the defaults of keys that came since."""
+    own = {name: settings[name] for name in ASKED if name in settings}
+    with suppress(ConfigError):  # what today's schema cannot read differs, and is named
+        own = _plain(configs.to_dict(configs.from_tree(OmegaConf.create(configs.literal(own)), [], _Asked, "manifest")))
+    return {**settings, **own}
 
 
 def read(suite: Path) -> Manifest:

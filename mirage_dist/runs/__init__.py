@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypedDict, cast
 
+from omegaconf import OmegaConf
+
 from mirage_dist import config as configs
 from mirage_dist import state
 from mirage_dist.schema import ConfigError, TrainRecipe
@@ -93,7 +95,9 @@ def recipe(run: Path) -> TrainRecipe:
     """The recipe, as the first start wrote it to config.yaml.
 
     Raises ConfigError when config.yaml cannot be read or is no longer what manifest.json has the hash of, and what
-    `manifest` raises. A run without manifest.json has not begun: nothing is compared.
+    `manifest` raises. A run without manifest.json has not begun: nothing is compared. The file of a run that an earlier
+    version of this package began lacks the keys that came since: they have their defaults, and the hash is without
+    them.
     """
     file, rest = run / "config.yaml", "restore the file, or start a run of the changed recipe in another run.dir"
     begun = manifest(run)
@@ -103,7 +107,8 @@ def recipe(run: Path) -> TrainRecipe:
         own = configs.load(file, [], TrainRecipe)
     except ConfigError as error:
         raise ConfigError(f"{error}. This run began with another content of config.yaml; {rest}") from error
-    if configs.config_hash(own, begun["may_change"]) != begun["config_hash"]:
+    as_written = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    if begun["config_hash"] not in {configs.config_hash(tree, begun["may_change"]) for tree in (own, as_written)}:
         raise ConfigError(f"{file}: was changed after this run began, whose manifest.json has its hash; {rest}")
     return own
 

@@ -378,6 +378,27 @@ def test_an_engine_from_outside_the_package_answers_under_its_own_name_and_versi
     assert not (tmp_path / "other").exists()
 
 
+def test_an_evaluation_that_an_earlier_version_began_goes_on(finished, tmp_path):
+    """The sets in its manifest lack the keys that came since."""
+    own = recipe(finished)
+    now = manifest.read(suite(finished))
+    settings = json.loads(json.dumps(now["settings"]))
+    for one in settings["sets"].values():
+        for source in one["sources"]:
+            del source["config"], source["max_pixels"]
+    written = state.sealed("suite", {**now, "settings": settings})
+    (tmp_path / "manifest.json").write_text(written)
+    manifest.check(tmp_path, now["settings"])
+    for change in ({"seed": 5}, {"dtype": "bf16"}):
+        with pytest.raises(ConfigError, match=f"answers of another evaluation: {next(iter(change))}: "):
+            manifest.check(tmp_path, {**now["settings"], **change})
+    unsafe = own.sets["unsafe"]
+    larger = replace(unsafe, sources=[replace(unsafe.sources[0], max_pixels=77)])
+    changed = configs.to_dict(replace(own, sets={**own.sets, "unsafe": larger}))
+    with pytest.raises(ConfigError, match=r"sets.unsafe.sources\[0\].max_pixels: 77 here, \d+ there"):
+        manifest.check(tmp_path, {**now["settings"], "sets": changed["sets"]})
+
+
 def test_an_id_twice_in_a_set_is_an_error_that_names_it(finished):
     options = recipe(finished)
     unsafe = options.sets["unsafe"]

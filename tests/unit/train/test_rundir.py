@@ -91,6 +91,29 @@ def test_a_manifest_of_an_older_version_is_named(begin, tmp_path):
     assert file.is_file()
 
 
+def test_a_run_that_an_earlier_version_began_goes_on(begin, toy, tmp_path):
+    """Its config.yaml lacks the keys that came since, and its manifest has the hash without them."""
+    root, words = tmp_path / "run", toy.overrides("npo", tmp_path / "run")
+    whole, manifest = runs.recipe(root), json.loads((root / "manifest.json").read_text())
+    tree = configs.to_dict(whole)
+    for section, new in (("data", "group_by_modality"), ("train", "warmup_from_zero"), ("train", "schedule_steps")):
+        del tree[section][new]
+    (root / "config.yaml").write_text(json.dumps(tree))
+    manifest["config_hash"] = configs.config_hash(tree, manifest["may_change"])
+    manifest.pop("seal")
+    (root / "manifest.json").write_text(state.sealed("run", manifest, indent=1))
+    assert runs.recipe(root) == whole
+    begin()
+    for key in ("train.warmup_from_zero=true", "train.lr=1e-7"):
+        other = configs.load("configs/train/demo_npo.yaml", [*words, key], TrainRecipe)
+        with pytest.raises(ConfigError, match=rf"run of another recipe \({key.partition('=')[0]}: "):
+            rundir.check_directory(other, make(other.objective).needs)
+    tree["train"]["lr"] = 1e-7
+    (root / "config.yaml").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"config.yaml: was changed after this run began"):
+        begin()
+
+
 def changed(raw: bytes) -> dict[str, bytes]:
     """What may have become of a state file."""
     half = len(raw) // 2
