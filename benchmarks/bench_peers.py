@@ -44,7 +44,10 @@ import peers_data
 from common import Job
 
 UNTIMED = 2  # turns before the timed ones: the first makes the optimizer's moments, the second shows the peak memory
-FIRST, LATER = {"fp32": 1e-4, "bf16": 2e-2}, {"fp32": 1e-3, "bf16": 1e-1}  # tolerances of losses, relative
+# Relative tolerances of the losses. open-unlearning's cross entropy over (B, V, S) sums a vocabulary with a stride, which
+# on a CPU leaves relative errors of 5e-5 in the gradient's elements (ours: 9e-7), and Adam's first updates are their
+# signs: by the fifth step of full fine-tuning its loss is 2.4e-3 away, where our packed and padded losses differ by 6e-6.
+FIRST, LATER = {"fp32": 1e-4, "bf16": 2e-2}, {"fp32": 5e-3, "bf16": 1e-1}
 SIZES = (8, 16, 32, 64)  # batches that `generate` tries
 SFT = ("ours", "TRL's SFTTrainer, padding-free", "TRL's SFTTrainer, padded", "transformers' Trainer")
 NPO = ("ours", "open-unlearning's NPO")
@@ -249,7 +252,7 @@ def table(measured: Sequence[Measured]) -> str:
         row += [f"{worked:.2f}", f"{worked / median(base.cpu_seconds[UNTIMED:]):.2f}" if opponent else ""]
         row += [f"{m.peak_mib:.0f}", f"{m.peak_mib / base.peak_mib:.2f}" if opponent else ""]
         rows.append(row)
-        if m.reference_seconds:
+        if m.case == "NPO" and m.reference_seconds:
             whole = m.turn_seconds + m.reference_seconds
             rows.append([row[0], "ours, with the share of the cache", row[2], f"{whole:.2f}", *[""] * (len(head) - 4)])
     return common.markdown(head, rows)
