@@ -44,9 +44,10 @@ import peers_data
 from common import Job
 
 UNTIMED = 2  # turns before the timed ones: the first makes the optimizer's moments, the second shows the peak memory
-# Relative tolerances of the losses. open-unlearning's cross entropy over (B, V, S) sums a vocabulary with a stride, which
-# on a CPU leaves relative errors of 5e-5 in the gradient's elements (ours: 9e-7), and Adam's first updates are their
-# signs: by the fifth step of full fine-tuning its loss is 2.4e-3 away, where our packed and padded losses differ by 6e-6.
+# Relative tolerances of the losses. open-unlearning's cross entropy over (B, V, S) sums a vocabulary with a stride,
+# which on a CPU leaves relative errors of 5e-5 in the gradient's elements (ours: 9e-7), and Adam's first updates are
+# their signs: by the fifth step of full fine-tuning its loss is 2.4e-3 away, where our packed and padded losses differ
+# by 6e-6.
 FIRST, LATER = {"fp32": 1e-4, "bf16": 2e-2}, {"fp32": 5e-3, "bf16": 1e-1}
 SIZES = (8, 16, 32, 64)  # batches that `generate` tries
 SFT = ("ours", "TRL's SFTTrainer, padding-free", "TRL's SFTTrainer, padded", "transformers' Trainer")

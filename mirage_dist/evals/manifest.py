@@ -72,7 +72,7 @@ class Manifest(TypedDict):
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Questions:
     """The keys of a recipe that `decided_by` has whole."""
 
     suite: str
@@ -81,13 +81,13 @@ class _Asked:
     world: WorldConfig | None
 
 
-ASKED = ("suite", "sets", "seed", "world")
+OF_THE_RECIPE = ("suite", "sets", "seed", "world")
 
 
 def decided_by(recipe: EvalRecipe, settings: Settings) -> dict[str, Any]:
     """Everything that decides the rows of a suite. Batch size, judges and the place of files do not."""
     tree = configs.to_dict(recipe)
-    return {**{name: tree[name] for name in ASKED}, **settings}
+    return {**{name: tree[name] for name in OF_THE_RECIPE}, **settings}
 
 
 def describe(recipe: EvalRecipe, work: WorkList, decided: Mapping[str, Any], versions: Mapping[str, str]) -> Manifest:
@@ -137,9 +137,9 @@ def check(suite: Path, settings: Mapping[str, Any]) -> None:
 
 def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a manifest, perhaps an earlier version's, with the defaults of keys that came since."""
-    own = {name: settings[name] for name in ASKED if name in settings}
+    own = {name: settings[name] for name in OF_THE_RECIPE if name in settings}
     with suppress(ConfigError):  # what today's schema cannot read differs, and is named
-        own = _plain(configs.to_dict(configs.from_tree(OmegaConf.create(configs.literal(own)), [], _Asked, "manifest")))
+        own = _plain(configs.to_dict(configs.from_tree(OmegaConf.create(configs.literal(own)), [], _Questions, "manifest")))
     return {**settings, **own}
 
 
