@@ -139,7 +139,8 @@ def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a manifest, perhaps an earlier version's, with the defaults of keys that came since."""
     own = {name: settings[name] for name in OF_THE_RECIPE if name in settings}
     with suppress(ConfigError):  # what today's schema cannot read differs, and is named
-        own = _plain(configs.to_dict(configs.from_tree(OmegaConf.create(configs.literal(own)), [], _Questions, "manifest")))
+        tree = OmegaConf.create(configs.literal(own))
+        own = _plain(configs.to_dict(configs.from_tree(tree, [], _Questions, "manifest")))
     return {**settings, **own}
 
 
