@@ -25,7 +25,7 @@ from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.limits import STEPS
-from mirage_dist.train.caches.samples import Table
+from mirage_dist.train.caches.samples import Digests, Table
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs
 from mirage_dist.train.planning.streams import check_streams as check_streams
 from mirage_dist.train.planning.streams import describe as describe
@@ -176,13 +176,13 @@ class Feed:
             return self.table.rows[name].pictured()
         return np.array([sample.image is not None for sample in self.samples[name]])
 
-    def picture_digests(self, names: Sequence[str], group: Group) -> dict[str, str]:
+    def picture_digests(self, names: Sequence[str], group: Group) -> Mapping[str, str]:
         """Path -> SHA-256 of each picture of these streams, or of more; ranks share the reading of those not checked.
 
         Every rank calls this. Raises OSError.
         """
         if self.table is not None:
-            return self.table.pictures.digests()
+            return Digests(self.table.pictures)
         paths = (sample.image for name in names for sample in self.samples[name])
         return pictures.digests(paths, group.rank, group.size, lambda own: everyones(group, own), self._pictures)
 

@@ -1,4 +1,4 @@
-"""A requeue of two ranks reads no data and has the losses of the run that was never stopped; errors are every rank's."""
+"""A requeue of two ranks has the losses of the run that never stopped, from the same table; errors are every rank's."""
 
 import json
 import shutil

@@ -119,14 +119,35 @@ class Pictures:
         row = self._table.row(number)
         return Checked(_path(row["path"]), row["sha256"].hex(), (row["width"], row["height"]))
 
-    def digests(self) -> dict[str, str]:
-        """Path -> SHA-256 of each picture."""
-        columns = zip(self._table.column("path"), self._table.column("sha256"), strict=True)
-        return {
-            _path(path): sha256.hex()
-            for paths, digests in columns
-            for path, sha256 in zip(paths.to_pylist(), digests.to_pylist(), strict=True)
-        }
+    def __len__(self) -> int:
+        return self._table.rows
+
+    def every(self) -> Iterator[Checked]:
+        """All of them, in order."""
+        for columns in zip(*map(self._table.column, ("path", "sha256", "width", "height")), strict=True):
+            for path, sha256, *size in zip(*(column.to_pylist() for column in columns), strict=True):
+                yield Checked(_path(path), sha256.hex(), (size[0], size[1]))
+
+
+class Digests(Mapping[str, str]):
+    """Path -> SHA-256 of each picture of a table. A path from a sample brings its own; no index is kept in memory."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+
+    def __getitem__(self, path: str) -> str:
+        if isinstance(path, Checked):
+            return path.sha256
+        for picture in self._pictures.every():
+            if picture == path:
+                return picture.sha256
+        raise KeyError(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pictures.every()
+
+    def __len__(self) -> int:
+        return len(self._pictures)
 
 
 class Rows(Sequence[Sample]):
