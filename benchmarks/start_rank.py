@@ -19,14 +19,14 @@ from typing import Any
 
 GIVEN = json.loads(sys.argv[1])
 FOLDER, COUNT = Path(GIVEN["folder"]), GIVEN["count"]
-MARKS: list[tuple[str, float]] = []
+MARKS: list[tuple[str, float, float]] = []  # the end of a part: time, and processor time of this process
 OPENS: list[str] = []
 RANKS = 512
 CALLS = {"data are checked": "directory", "the model is loaded": "model", "training begins": "resume"}
 
 
 def mark(part: str) -> None:
-    MARKS.append((part, time.time()))
+    MARKS.append((part, time.time(), time.process_time()))
 
 
 def main() -> None:
@@ -124,12 +124,15 @@ def entered(module: Any, name: str, part: str) -> None:
 
 
 def answer(**more: Any) -> None:
-    times = [GIVEN["began"], *(when for _, when in MARKS)]
-    parts = {part: when - before for (part, when), before in zip(MARKS, times[:-1], strict=True)}
+    times = [(GIVEN["began"], GIVEN.get("used", 0.0)), *((when, used) for _, when, used in MARKS)]
+    pairs = [
+        (part, when - before[0], used - before[1]) for (part, when, used), before in zip(MARKS, times, strict=False)
+    ]
     data = [path for path in OPENS if path.startswith(str(FOLDER)) and path.endswith((".jsonl", ".png", ".jpg"))]
     figures = {
-        "seconds": times[-1] - times[0],
-        "parts": parts,
+        "seconds": times[-1][0] - times[0][0],
+        "parts": {part: seconds for part, seconds, _ in pairs},
+        "processor": {part: seconds for part, _, seconds in pairs},
         "bytes_read": status("/proc/self/io", "rchar"),
         "rss": status("/proc/self/status", "RssAnon") * 1024,
         "opens_data": len([path for path in data if "/run-" not in path]),
@@ -194,7 +197,7 @@ def replay(own: Any) -> None:
     OPENS.clear()
     MARKS.clear()
     read, rss = status("/proc/self/io", "rchar"), status("/proc/self/status", "RssAnon")
-    GIVEN["began"] = time.time()
+    GIVEN["began"], GIVEN["used"] = time.time(), time.process_time()
     feed = Feed(own, needs, samples.opened(folder), processor)
     mark("samples")
     feed.window(0, Group(RANKS - 1, RANKS - 1, RANKS, torch.device("cpu")))
