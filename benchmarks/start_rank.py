@@ -163,7 +163,7 @@ def write(checked: Any) -> None:
 
     processor, needs = load.processor(checked.recipe.model), checked.needs
     own = resolved(checked.recipe, processor)
-    key = identity.key(own, needs, processor, identity.inputs(own, needs))
+    key = identity.key(own, needs, processor, identity.inputs(own))
     folder = FOLDER / f"run-{COUNT}" / samples.FOLDER / key
     folder.mkdir(parents=True)
     source: Any = own.data.streams["train"][0]

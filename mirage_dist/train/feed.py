@@ -153,7 +153,7 @@ class Feed:
         self.table = streams if isinstance(streams, Table) else None
         self._pictures: dict[str, str] = {}  # path -> SHA-256 of each picture that was checked
         if isinstance(streams, Table):
-            self.samples = dict(streams.rows)
+            self.samples = {name: streams.rows[name] for name in needs.streams}
         else:
             self.samples = {name: streams[name].samples for name in needs.streams}
             self._pictures = {p: digest for name in needs.streams for p, digest in streams[name].pictures.items()}
@@ -164,7 +164,8 @@ class Feed:
             self.pictured = {name: self.shown(name) for name in self.samples}
         self.encoder = encoder_of(recipe, processor)
         if isinstance(streams, Table):
-            self._take_lengths(streams.lengths)
+            if streams.lengths:
+                self._take_lengths({name: streams.lengths[name] for name in needs.streams})
             return
         check_pairs(self.samples, needs.paired)
         if self.encoder.text_only:
@@ -199,8 +200,14 @@ class Feed:
     def check_lengths(self, group: Group) -> int:
         """The number of samples that will be cut. Each rank measures its share; every rank then knows all lengths.
 
-        Every rank raises ConfigError when any has a sample that does not fit, or that the chat template rewrites.
+        Nothing is measured where a table has the lengths. Every rank raises ConfigError when any has a sample that does
+        not fit, or that the chat template rewrites.
         """
+        if not self.measured:
+            self._take_lengths(self._all_measured(group))
+        return sum(int((rows > self.encoder.max_length).sum()) for rows, _ in self.measured.values())
+
+    def _all_measured(self, group: Group) -> dict[str, NDArray[np.int32]]:
         own, fault = {}, None
         try:
             own = {name: self._measured(name, group) for name in self.samples}
@@ -214,8 +221,7 @@ class Feed:
         for name, every in whole.items():
             for rank, (lengths, _) in enumerate(parts):
                 every[:, rank :: group.size] = lengths[name].T
-        self._take_lengths(whole)
-        return sum(int((every[0] > self.encoder.max_length).sum()) for every in whole.values())
+        return whole
 
     def _measured(self, name: str, group: Group) -> NDArray[np.int32]:
         """`encoding.lengths.measured` of this rank's share of a stream; by worker processes where it is large."""

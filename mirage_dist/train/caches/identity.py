@@ -58,13 +58,13 @@ def key(recipe: TrainRecipe, needs: Needs, processor: Any, files: Mapping[str, F
     return disk.digest(decided_by)[:16]
 
 
-def inputs(recipe: TrainRecipe, needs: Needs) -> dict[str, File | None]:
+def inputs(recipe: TrainRecipe) -> dict[str, File | None]:
     """Path -> identity of each file that decides the samples: of data, refusals and processor; None where there is no
     such file. Take it before the files are read: a later change then shows. Raises ConfigError as `sources.inputs`.
     """
     folder = directory.resolve(recipe.model.path)
     files = [*directory.processing_files(folder), folder / "config.json"]
-    files += [file for name in needs.streams for source in recipe.data.streams[name] for file in sources.inputs(source)]
+    files += [file for own in recipe.data.streams.values() for source in own for file in sources.inputs(source)]
     files += [] if recipe.data.refusals is None else [Path(recipe.data.refusals)]
     return {os.path.abspath(file): _identity(file) for file in files}
 

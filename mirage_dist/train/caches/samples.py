@@ -52,7 +52,7 @@ class StreamChecks(TypedDict):
 
 
 class Checks(TypedDict):
-    """checks.json. streams: in the objective's order, which numbers their files. sources: files that samples were read
+    """checks.json. streams: in the recipe's order, which numbers their files. sources: files that samples were read
     from. warnings: texts of the audit. sizes: bytes of each file. lengths: SHA-256 of each stream's.
     """
 
@@ -268,7 +268,7 @@ def write(
 ) -> None:
     """Write the samples of all streams, which are checked but for their lengths, into a folder without a table.
 
-    streams: in the objective's order. inspected: path -> what was seen of each picture. left_out, warnings: see
+    streams: in the recipe's order. inspected: path -> what was seen of each picture. left_out, warnings: see
     `Checks`. summary: what the run's data.json says. Raises OSError.
     """
     (folder / TO_INSPECT).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mirage_dist.data import sources
 from mirage_dist.data.sources import Source
 from mirage_dist.disk import removal
 from mirage_dist.model import load
+from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group, gathered, on_main, together
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
@@ -65,7 +66,7 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
     Raises ConfigError on every rank.
     """
     needs, files = checked.needs, dict[str, File | None]()
-    together(group, lambda: files.update(identity.inputs(checked.recipe, needs)))  # before the processor is read too
+    together(group, lambda: files.update(identity.inputs(checked.recipe)))  # before the processor is read too
     processor = load.processor(checked.recipe.model)
     recipe = resolved(checked.recipe, processor)
 
@@ -76,21 +77,29 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
 
     key, folder = together(group, look)
     if folder is not None:
-        table = samples.opened(folder)
-        feed = Feed(recipe, needs, table, processor)
-        yield Prepared(feed, table, sum(one["cut"] for one in table.checks["streams"].values()), new=False)
+        yield _prepared(recipe, needs, folder, processor, group, new=False)
         return
     with _draft(Path(recipe.run.dir), key, group) as folder:
-        feed, table, cut = _checked(checked, recipe, processor, group, folder)
+        _check(checked, recipe, processor, group, folder)
+        # Of every stream, those that no step trains on too.
+        every, draft = replace(needs, streams=tuple(checked.recipe.data.streams)), samples.opened(folder, whole=False)
+        feed = Feed(recipe, every, draft, processor)
+        feed.check_lengths(group)
 
         def seal() -> None:
-            if (path := identity.changed(files, identity.inputs(checked.recipe, needs))) is not None:
+            if (path := identity.changed(files, identity.inputs(checked.recipe))) is not None:
                 raise ConfigError(f"{path}: changed while the data were checked; start again when it is whole")
-            samples.finish(table, feed.measured, recipe.data.max_length)
+            samples.finish(draft, feed.measured, recipe.data.max_length)
 
         with disk.refusals(folder, "nothing of the run was written"):
             together(group, seal)
-        yield Prepared(feed, table, cut, new=True)
+        yield _prepared(recipe, needs, folder, processor, group, new=True)
+
+
+def _prepared(recipe: TrainRecipe, needs: Needs, folder: Path, processor: Any, group: Group, new: bool) -> Prepared:
+    table = samples.opened(folder)
+    feed = Feed(recipe, needs, table, processor)
+    return Prepared(feed, table, feed.check_lengths(group), new)
 
 
 def _usable(folder: Path) -> bool:
@@ -137,9 +146,7 @@ def _draft(root: Path, key: str, group: Group) -> Iterator[Path]:
         discard()
 
 
-def _checked(
-    checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, folder: Path
-) -> tuple[Feed, Table, int]:
+def _check(checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, folder: Path) -> None:
     """Read and check all data, and write all of the table but its lengths. recipe: resolved."""
     needs, encoder, streams = checked.needs, encoder_of(recipe, processor), dict[str, Source]()
 
@@ -150,7 +157,7 @@ def _checked(
     def settle() -> None:
         inspected = {path: one for part in parts for path, one in part.items()}
         sources.settle(streams, inspected)
-        kept = {name: streams[name].samples for name in needs.streams}
+        kept = {name: streams[name].samples for name in recipe.data.streams}
         check_pairs(kept, needs.paired)
         if encoder.text_only:
             check_no_picture(kept, recipe.model.path)
@@ -169,6 +176,3 @@ def _checked(
         own = samples.unchecked(folder, group.rank, group.size)
         parts = gathered(group, sources.inspect(own, encoder.refusals, quiet=not group.main))
         together(group, settle)
-    table = samples.opened(folder, whole=False)
-    feed = Feed(recipe, needs, table, processor)
-    return feed, table, feed.check_lengths(group)
