@@ -337,6 +337,36 @@ def everyones(group: Group, value: T) -> list[T]:
     return values
 
 
+def gathered(group: Group, value: T) -> list[T]:
+    """On rank 0 every rank's value, in the order of ranks; on the others an empty list."""
+    import torch.distributed as dist
+
+    barrier(group, "a value for rank 0")
+    values: list[Any] = [value]
+    if group.size > 1:
+        values = [None] * group.size if group.main else []
+        dist.gather_object(value, values if group.main else None)
+    return values
+
+
+def together(group: Group, work: Callable[[], T]) -> T:
+    """`on_main`, for bad input that every rank is to report alike: rank 0's ConfigError is raised on all of them."""
+    fault: str | None = None
+
+    def tried() -> T | None:
+        nonlocal fault
+        try:
+            return work()
+        except ConfigError as error:
+            fault = str(error)
+            return None
+
+    value: Any = on_main(group, tried)
+    if (fault := from_main(group, fault)) is not None:
+        raise ConfigError(fault)
+    return value
+
+
 def stop_here(group: Group, call: str) -> None:
     """Raise StopRequested on every rank when a signal has reached any of them. Call it where nothing is uncommitted."""
     if gather(group, [signals.received() is not None], call).any():

@@ -42,6 +42,7 @@ VERSIONS = {
     "rewrite": 1,
     "row": 1,
     "run": 1,
+    "samples": 1,
     "start": 1,
     "suite": 1,
     "verdict": 1,

@@ -81,6 +81,7 @@ class DataConfig:
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
     packing: Literal[True, False, "auto"] = False
     workers: Workers = 2  # processes a rank that read and collate batches ahead of the step; 0: none
+    verify: bool = False  # read and check all data at this start, even if an earlier start has checked the same files
     cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 
     def __post_init__(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +11,6 @@ import torch
 
 from mirage_dist import ranks, signals
 from mirage_dist.data import stream
-from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
 from mirage_dist.model import directory, export
 from mirage_dist.model.directory import Hashed
@@ -32,7 +31,8 @@ from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor, records
 from mirage_dist.train.optimizers.partitions import slices
-from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
+from mirage_dist.train.planning.check import Checked, check_family, check_model, warn
+from mirage_dist.train.planning.start import Prepared, prepared
 from mirage_dist.train.watchdog import Watchdog
 
 LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
@@ -45,10 +45,10 @@ def train(checked: Checked) -> None:
     RunError when another rank ended before this one.
     """
     with signals.start_up():
-        streams = check_inputs(checked, with_weights=True)
+        check_model(checked, with_weights=True)
         group = ranks.start(checked.recipe.train.hang_seconds)
     try:
-        _train(checked, streams, group)
+        _train(checked, group)
     except RuntimeError as error:
         if (reason := ranks.peer_lost(error)) is None:
             raise
@@ -69,23 +69,25 @@ def _end_after_peer(root: str, group: Group, reason: str) -> NoReturn:
     )
 
 
-def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
+def _train(checked: Checked, group: Group) -> None:
     objective, name = checked.objective, Path(checked.recipe.run.dir).name
-    with signals.start_up():
-        # Before the directory is claimed: an error changes the recipe.
-        feed, cut = check_batches(checked, streams, group)
-        _check_family(feed, group)
-    recipe = feed.recipe
-    with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest, base):
+    with ExitStack() as stack:
+        with signals.start_up():
+            # Before the directory is claimed: an error changes the recipe.
+            data = stack.enter_context(prepared(checked, group))
+            _check_family(data.feed, group)
+        feed, recipe = data.feed, data.feed.recipe
+        lease, manifest, base = stack.enter_context(_leased(checked, data, group))
         with signals.start_up():
             log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
-            for title, source in streams.items():
-                log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-            if group.main:  # an audit takes seconds on large streams
-                warn(checked, streams)
-            if cut:
+            for title, one in data.table.checks["streams"].items():
+                counts, dropped = one["record"]["samples"], one["left_out"]["dropped"]
+                log.info(f"{name}: stream {title}: {counts} samples, left out {dropped}")
+            if group.main:
+                warn(checked, data.table.checks["warnings"])
+            if data.cut:
                 length = recipe.data.max_length
-                log.info(f"{name}: {cut} answers are longer than data.max_length={length} and will be cut")
+                log.info(f"{name}: {data.cut} answers are longer than data.max_length={length} and will be cut")
             torch.manual_seed(recipe.seed)
             ranks.stop_here(group, "data are checked")
             engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
@@ -212,13 +214,8 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _leased(
-    checked: Checked, streams: Mapping[str, Source], packed: bool, group: Group
-) -> Iterator[tuple[Lease, Identity, Hashed | None]]:
-    """The run directory, owned while the block runs, and its manifest, equal on every rank; on rank 0 the base model.
-
-    packed: whether batches are.
-    """
+def _leased(checked: Checked, data: Prepared, group: Group) -> Iterator[tuple[Lease, Identity, Hashed | None]]:
+    """The run directory, owned in this block, and its manifest, equal on every rank; on rank 0 the base model."""
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease: Lease | None = None
     base: Hashed | None = None
@@ -237,7 +234,9 @@ def _leased(
             rundir.count_start(lease, recipe.train.max_restarts)
             folder = directory.resolve(recipe.model.path)
             base = directory.hashed(folder, directory.state(folder))
-            rundir.open_run(recipe, checked.needs, streams, packed, base.digest, lease)
+            table, packed = data.table, data.feed.recipe.data.packing is True
+            rundir.open_run(recipe, checked.needs, table.records(), table.summary, packed, base.digest, lease)
+            data.publish(lease)
         return lease.owner.token
 
     stopped = False

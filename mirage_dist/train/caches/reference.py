@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Set
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mirage_dist import disk, ranks, signals
-from mirage_dist.data import pictures
-from mirage_dist.data.sample import stream_digest
 from mirage_dist.model import environment, reference
 from mirage_dist.model.adapters import quantization
 from mirage_dist.model.policy import Request, no_grad_forward
@@ -41,9 +39,8 @@ def fill(run: Run) -> reference.LogProbs:
     were computed again.
     """
     feed, group = run.feed, run.group
-    paths = (s.image for name in feed.needs.ref_logp for s in feed.samples[name])
-    digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
-    folder = run.root / "reference" / key(run.recipe, feed, run.manifest["base_hash"], digests)
+    samples = feed.stream_digests(feed.needs.ref_logp, group)
+    folder = run.root / "reference" / key(run.recipe, feed, run.manifest["base_hash"], samples)
     needed = {(name, number) for name in feed.needs.ref_logp for number in range(len(feed.samples[name]))}
     for _ in range(ATTEMPTS):
         names = ranks.from_main(group, complete_set(folder) if group.main else None)
@@ -123,17 +120,13 @@ def add(cache: reference.LogProbs, engine: Any, micro: MicroBatch, stream: str) 
     cache.add(micro.samples, out.logp_N, segment_N)
 
 
-def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, str]) -> str:
+def key(recipe: TrainRecipe, feed: Feed, base_hash: str, samples: Mapping[str, str]) -> str:
     """Hash of everything that decides the values: weights, their dtype, the samples with their pictures, how samples
     become tokens, and the classes and libraries that compute with them.
 
-    digests: path of each picture -> SHA-256 of its file.
+    samples: of each stream that needs it, see `Feed.stream_digests`.
     """
     data, processor, tokenizer = recipe.data, feed.encoder.processor, feed.encoder.tokenizer
-    samples = {
-        name: stream_digest(replace(s, image=s.image and digests[s.image]) for s in feed.samples[name])
-        for name in feed.needs.ref_logp
-    }
     decided_by = {
         "base": base_hash,
         "dtype": recipe.train.dtype,
@@ -142,7 +135,7 @@ def key(recipe: TrainRecipe, feed: Feed, base_hash: str, digests: Mapping[str, s
         "vocabulary": tokenizer.get_vocab(),
         "transform": None if feed.encoder.text_only else processor.image_processor.to_dict(),
         "environment": asdict(environment.of(processor)),
-        "samples": samples,
+        "samples": dict(samples),
         **({"load_in_4bit": True} if quantization.wanted(recipe.model) else {}),
         **({"template_options": data.template_options} if data.template_options else {}),
     }

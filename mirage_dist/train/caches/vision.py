@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mirage_dist import disk, ranks, signals
-from mirage_dist.data import pictures
 from mirage_dist.model import environment, vision
 from mirage_dist.model.policy import Request, differ_by, no_grad_forward
 from mirage_dist.progress import Progress, log
@@ -82,8 +81,7 @@ def fill(run: Run) -> Features:
     """
     feed, group = run.feed, run.group
     folder = run.root / "vision" / key(run.recipe, run.engine.module.base.config, feed, run.manifest["base_hash"])
-    paths = (s.image for samples in feed.samples.values() for s in samples)
-    digests = pictures.digests(paths, group.rank, group.size, lambda own: ranks.everyones(group, own), feed.pictures)
+    digests = feed.picture_digests(tuple(feed.samples), group)
     index = ranks.from_main(group, indexed(folder) if group.main else {})
     missing = sorted({BLANK, *digests.values()} - set(index))
     if missing:

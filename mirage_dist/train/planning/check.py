@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -61,10 +61,16 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
 
 
 def check_inputs(checked: Checked, with_weights: bool = False) -> dict[str, Source]:
-    """Check the model's parts that the recipe names, log what trains, and read the samples of every stream.
+    """`check_model`, and the samples of every stream; opens no picture. Raises ConfigError."""
+    check_model(checked, with_weights)
+    return read_streams(checked.recipe, checked.needs)
+
+
+def check_model(checked: Checked, with_weights: bool) -> None:
+    """Check the model's parts that the recipe names, and log what trains.
 
     with_weights: whether the directory must have weights; a configuration is enough for a check or a plan. Loads no
-    weights and opens no picture. Raises ConfigError.
+    weights. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
     if quantization.wanted(recipe.model):
@@ -73,7 +79,6 @@ def check_inputs(checked: Checked, with_weights: bool = False) -> dict[str, Sour
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
     log.info(f"{Path(recipe.run.dir).name}: {trainable.summary(policy.hf)}")
-    return read_streams(recipe, needs)
 
 
 def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
@@ -86,7 +91,7 @@ def check_samples(checked: Checked) -> str:
     streams = check_inputs(checked)
     feed, cut = check_batches(checked, streams, Group(0, 0, 1, torch.device("cpu")))
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
-    warn(checked, streams)
+    warn(checked, audit_warnings(checked, streams))
     kinds = check_family(feed)
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps; computed on a small model: {kinds}"
@@ -139,10 +144,14 @@ def check_family(feed: Feed) -> str:
 
 def _shortest(feed: Feed, shown: bool) -> list[Sample]:
     """Up to two different samples with (or without) a picture, of those with the fewest tokens."""
-    lengths = (pair for name, kept in feed.samples.items() for pair in zip(feed.lengths[name], kept, strict=True))
-    own = (pair for pair in lengths if (pair[1].image is not None) == shown)
-    shortest = heapq.nsmallest(16, own, key=lambda pair: int(pair[0]))
-    return list({sample.digest(): sample for _, sample in shortest}.values())[:2]
+    lengths, places = [], []
+    for name in feed.samples:
+        own = np.flatnonzero(feed.shown(name) == shown)
+        lengths.append(feed.lengths[name][own])
+        places += [(name, number) for number in own]
+    shortest = np.argsort(np.concatenate(lengths), kind="stable")[:16]
+    samples = [feed.samples[name][int(number)] for name, number in (places[i] for i in shortest)]
+    return list({sample.digest(): sample for sample in samples}.values())[:2]
 
 
 def _blank(folder: Path, number: int) -> str:
@@ -164,13 +173,19 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
         log.warning(f"model.path={folder}: no weights here yet; only the configuration was checked")
 
 
-def warn(checked: Checked, streams: Mapping[str, Source]) -> None:
-    """Log the objective's cautions, and what imitating these samples may teach instead (see `data.audit`)."""
+def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
+    """What imitating these samples may teach instead (see `data.audit`), a sentence for each stream of which it may."""
+    refusals = checked.recipe.data.refusals
+    texts = {name: audit.warning(streams[name].samples, refusals) for name in checked.needs.audited}
+    return [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
+
+
+def warn(checked: Checked, warnings: Sequence[str]) -> None:
+    """Log the objective's cautions, and `audit_warnings`."""
     for caution in checked.objective.cautions:
         log.warning(f"objective {checked.recipe.objective['name']}: {caution}")
-    for name in checked.needs.audited:
-        if (text := audit.warning(streams[name].samples, checked.recipe.data.refusals)) is not None:
-            log.warning(f"data.streams.{name} {text}")
+    for text in warnings:
+        log.warning(text)
 
 
 def check_reference(recipe: TrainRecipe, needs: Needs) -> None:

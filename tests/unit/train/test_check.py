@@ -32,7 +32,7 @@ from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import LOCK
 from mirage_dist.train.loop import total
-from mirage_dist.train.planning.check import check_inputs, check_recipe, resolved, warn
+from mirage_dist.train.planning.check import audit_warnings, check_inputs, check_recipe, resolved, warn
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +277,7 @@ def test_a_stream_that_the_objective_imitates_is_audited_whatever_it_is_called(c
     write_samples(tmp_path / "biased.jsonl", samples)
     for options, audited in (({"lessons": tmp_path / "biased.jsonl"}, 1), ({}, 0)):
         checked = check_recipe(codes(**options), 2)
-        warn(checked, check_inputs(checked))
+        warn(checked, audit_warnings(checked, check_inputs(checked)))
         assert capsys.readouterr().out.count("WARNING: data.streams.lessons fails the audit") == audited
 
 
@@ -291,7 +291,7 @@ def test_a_loss_that_is_declared_to_depend_on_the_micro_batch_fixes_it_for_the_r
     with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
         check(other)
     checked = check_recipe(codes(per_batch=True), 2)
-    warn(checked, check_inputs(checked))
+    warn(checked, audit_warnings(checked, check_inputs(checked)))
     assert "objective lab:Codes: the loss is a function of the micro-batch" in capsys.readouterr().out
 
 
