@@ -161,6 +161,19 @@ def plan(parsed: argparse.Namespace) -> None:
     show(plan.plan(recipe, parsed.ranks).text())
 
 
+def doctor(parsed: argparse.Namespace) -> None:
+    signals.install()
+    if parsed.overrides and parsed.recipe is None:
+        raise ConfigError(f"{parsed.overrides[0]}: belongs to a recipe; give it with --recipe CONFIG")
+    recipe = None if parsed.recipe is None else configs.load(parsed.recipe, parsed.overrides, TrainRecipe)
+    check_rendezvous()
+    from mirage_dist.doctor import run
+
+    folder = parsed.dir or Path("runs" if recipe is None else recipe.run.dir)
+    run.doctor(folder, recipe, parsed.json)
+    exit_well()
+
+
 def evaluate(parsed: argparse.Namespace) -> None:
     signals.install()
     if "robustness" in parsed.overrides:

@@ -33,7 +33,7 @@ FLOORS = [
     ["kernels", "data"],
     ["model", "objectives"],
     ["train", "evals"],
-    ["erasure", "report"],
+    ["erasure", "report", "doctor"],
     ["embedded", "countries", "inputs", "demo", "paper", "cli"],
 ]
 BESIDE = {
