@@ -145,9 +145,10 @@ def train(parsed: argparse.Namespace) -> None:
                 show(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the world is made at the start")
             return
         from mirage_dist.train import run
+        from mirage_dist.train.dry_run import run as dry
 
         inputs.make(recipe)
-    run.train(checked)
+    (dry.dry_run if recipe.train.dry_run else run.train)(checked)
     exit_well()
 
 

@@ -17,9 +17,9 @@ from mirage_dist.ranks import barrier, everyones
 MIB = 1 << 20
 SIZES = {"cuda": 256 * MIB, "cpu": 8 * MIB}  # bytes in one collective
 CALLS = {"cuda": 10, "cpu": 3}
-PRODUCTS = {"cuda": (4096, 20), "cpu": (384, 4)}  # width of a square product, and how many are timed at once
-ROUNDS = 3  # the fastest counts, so that other work for a moment does not
-SLOW_COMPUTE = {"cuda": 0.85, "cpu": 0.5}  # of the others' median: a rank below it is named
+PRODUCTS = {"cuda": (4096, 20), "cpu": (512, 4)}  # width of a square product, and how many are timed at once
+ROUNDS = 5  # the fastest counts, so that other work for a moment does not
+SLOW_COMPUTE = {"cuda": 0.85, "cpu": 0.4}  # of the others' median: a rank below it is named
 SLOW_LINK = 0.5
 SLOW_NCCL = 5e9  # bytes/s of bus bandwidth: of a 7B model ZeRO-3 moves some 40 GB a step and GPU
 CLOCK_WARNING, CLOCK_FAILURE = 1.0, 60.0  # seconds; MUNGE, which Slurm trusts, refuses 300

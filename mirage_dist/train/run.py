@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,11 +44,16 @@ def train(checked: Checked) -> None:
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
     RunError when another rank ended before this one.
     """
+    in_group(checked, _train)
+
+
+def in_group(checked: Checked, work: Callable[[Checked, Mapping[str, Source], Group], None]) -> None:
+    """Check the inputs, join the ranks and call `work` on each; every rank calls this. Raises as `train`."""
     with signals.start_up():
         streams = check_inputs(checked, with_weights=True)
         group = ranks.start(checked.recipe.train.hang_seconds)
     try:
-        _train(checked, streams, group)
+        work(checked, streams, group)
     except RuntimeError as error:
         if (reason := ranks.peer_lost(error)) is None:
             raise

@@ -10,7 +10,7 @@ from cluster import HERE, cluster
 from mirage_dist.config import REPOSITORY
 
 pytestmark = pytest.mark.slurm
-TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage")
+TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage", "doctor")
 # A partition as sites have them whose preemption first asks, and waits.
 GRACE = "PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20"
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:0", "--cpus-per-task=1")
