@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def doctor(folder: Path, recipe: TrainRecipe | None, as_json: bool) -> None:
         group, fault = _joined()
         peers = [Peer(*each) for each in ranks.everyones(group, (group.rank, _host(), os.getpid()))]
         context = Context(group, peers, folder, recipe=recipe)
-        with _place(context):
+        # Standard output holds one object then, and no line of the log.
+        aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
+        with aside, _place(context):
             findings = [_gathered(context, check) for check in CHECKS]
     lines = [line for check, own in zip(CHECKS, findings, strict=True) for line in merged(check, own, context.peers)]
     if fault is not None:

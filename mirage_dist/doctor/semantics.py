@@ -21,7 +21,6 @@ from pathlib import Path
 from mirage_dist import liveness
 from mirage_dist.doctor import peer
 from mirage_dist.doctor.checks import Context, Verdict, failed, not_here, ok, warning
-from mirage_dist.doctor.storage import without_place
 from mirage_dist.ranks import barrier, everyones
 from mirage_dist.train.lease import BEATS_MISSED
 
@@ -31,6 +30,7 @@ CLOCK = 5.0  # seconds between this host's clock and the file server's
 PAUSE, SEEN_WARNING = 0.02, 3.0  # seconds
 PATIENCE = BEATS_MISSED * liveness.BEAT_SECONDS  # a living owner whose beat is seen later is taken for dead
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+UNWRITABLE = "not tried: nothing can be written there"
 MOVE = "put run.dir on another file system (Lustre, GPFS, NFS 4, ext4, XFS), and --dir there"
 
 
@@ -50,7 +50,7 @@ def _own(context: Context, name: str) -> Path:
 def rename(context: Context) -> Verdict:
     """A reader in another process while the file is replaced over and over."""
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     folder = _own(context, "rename")
     file, stop = folder / "file", folder / "stop"
     file.write_bytes(b"A" * peer.SIZE)
@@ -85,7 +85,7 @@ def _contended(work: Callable[[int], bool]) -> list[int]:
 
 def links(context: Context) -> Verdict:
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     folder = _own(context, "links")
 
     def link(number: int) -> bool:
@@ -110,7 +110,7 @@ def links(context: Context) -> Verdict:
 
 def exclusive(context: Context) -> Verdict:
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     folder = _own(context, "exclusive")
 
     def create(number: int) -> bool:
@@ -129,7 +129,7 @@ def exclusive(context: Context) -> Verdict:
 def locks(context: Context) -> Verdict:
     """The two kinds that this package uses: lockf on a file (a run's owner), flock on a folder (files of one kind)."""
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     folder = _own(context, "locks")
     file = folder / "file"
     file.touch()
@@ -155,7 +155,7 @@ def locks(context: Context) -> Verdict:
 
 def folder_sync(context: Context) -> Verdict:
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     began = time.monotonic()
     descriptor = os.open(context.place, os.O_RDONLY)
     try:
@@ -170,7 +170,7 @@ def folder_sync(context: Context) -> Verdict:
 def times(context: Context) -> Verdict:
     """How fine modification times are, and the file server's clock against this host's."""
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     file = _own(context, "times") / "file"
     seen: list[int] = []
     end = time.monotonic() + 2.5  # FAT counts in two seconds
@@ -209,7 +209,7 @@ def seen_by_others(context: Context) -> Verdict:
     if group.size == 1:
         return not_here("one process; start it on several nodes: srun launch/node.sh doctor")
     if context.place is None:
-        return without_place(context)
+        return not_here(UNWRITABLE)
     new, kept, lock = (context.place / name for name in ("seen-new", "seen-content", "seen-lock"))
     steps: dict[str, tuple[Callable[[], object], Callable[[], bool]]] = {
         "a new name": (new.touch, new.exists),

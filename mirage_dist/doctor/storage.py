@@ -26,15 +26,12 @@ def existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
-def without_place(context: Context) -> Verdict:
-    """Of the checks that write, where nothing can be written."""
-    return failed(f"{context.folder}: cannot be written: {context.fault}", "choose another --dir, or have it writable")
-
-
 def speed(context: Context) -> Verdict:
     """A file of up to 64 MiB written, synced and read back, on all hosts at once."""
     if context.place is None:
-        return without_place(context)
+        return failed(
+            f"{context.folder}: cannot be written: {context.fault}", "choose another --dir, or have it made writable"
+        )
     file = context.place / f"speed-{context.group.rank}"
     piece, written = os.urandom(PIECE), 0
     try:

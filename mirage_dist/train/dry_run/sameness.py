@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mirage_dist.train.checkpoints import fragments as training_state
 
-CHUNK = 1 << 24  # bytes that are summed at once
+CHUNK = 1 << 24  # bytes that are summed at once; a multiple of 8
 FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that multiplication by it loses nothing
 
 
@@ -32,7 +32,7 @@ def checksum(tensor: Tensor) -> str:
         words = torch.zeros(-(-len(piece) // 8) * 8, dtype=torch.uint8, device=raw.device)
         words[: len(piece)] = piece
         numbers = words.view(torch.int64)
-        place = torch.arange(start, start + len(numbers), device=raw.device) * 2 + 1
+        place = torch.arange(start // 8, start // 8 + len(numbers), device=raw.device) * 2 + 1
         mixed = (numbers ^ (numbers >> 29)) * FACTOR + place
         total += ((mixed ^ (mixed >> 31)) * place).sum()
     return f"{tensor.dtype} {tuple(tensor.shape)} {int(total) & ((1 << 64) - 1):016x}"
