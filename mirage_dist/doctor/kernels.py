@@ -27,9 +27,9 @@ def loss_head(context: Context) -> Verdict:
     labels = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(device)
     upstream = torch.randn(ROWS, generator=generator).to(device)
 
-    def run(*tensors: Any) -> list[Any]:
-        logp = linear_token_logps(*tensors, labels)
-        return [logp, *torch.autograd.grad(logp, tensors, upstream.to(logp.dtype))]
+    def run(hidden_ND: Any, weight_VD: Any) -> list[Any]:
+        logp = linear_token_logps(hidden_ND, weight_VD, labels)
+        return [logp, *torch.autograd.grad(logp, [hidden_ND, weight_VD], upstream.to(logp.dtype))]
 
     return _compared("log-probabilities", run, (hidden, weight), device)
 

@@ -90,7 +90,8 @@ def cgroup(files: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/sel
             limit = whole_number(_text(folder / limit_file))
             if limit is not None and limit < UNLIMITED:
                 least = limit if least is None else min(least, limit)
-        counts = dict(words for each in _text(own / events_file).splitlines() if len(words := each.split()) == 2)
+        words = [each.split() for each in _text(own / events_file).splitlines()]
+        counts = {each[0]: each[1] for each in words if len(each) == 2}
         killed = max(killed, whole_number(counts.get("oom_kill", "0")) or 0)
     return least, killed
 

@@ -6,7 +6,6 @@ import platform
 import tomllib
 from importlib import metadata
 
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -127,7 +126,7 @@ def _wanted(requirement: Requirement, extra: str) -> bool:
     """Whether an extra brings a requirement that nothing else does."""
     if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
         return False
-    return requirement.marker.evaluate({**default_environment(), "extra": extra})
+    return requirement.marker.evaluate({"extra": extra})
 
 
 def checkout(_: Context) -> Verdict:

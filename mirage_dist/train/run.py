@@ -44,16 +44,20 @@ def train(checked: Checked) -> None:
     Raises StopRequested when a signal asked for a stop (see `signals`); what was done is committed then. Raises
     RunError when another rank ended before this one.
     """
-    in_group(checked, _train)
-
-
-def in_group(checked: Checked, work: Callable[[Checked, Mapping[str, Source], Group], None]) -> None:
-    """Check the inputs, join the ranks and call `work` on each; every rank calls this. Raises as `train`."""
     with signals.start_up():
         streams = check_inputs(checked, with_weights=True)
+    in_group(checked, lambda group: _train(checked, streams, group))
+
+
+def in_group(checked: Checked, work: Callable[[Group], None]) -> None:
+    """Join the ranks and call `work` on each; every rank calls this.
+
+    Raises RunError when another rank ended before this one.
+    """
+    with signals.start_up():
         group = ranks.start(checked.recipe.train.hang_seconds)
     try:
-        work(checked, streams, group)
+        work(group)
     except RuntimeError as error:
         if (reason := ranks.peer_lost(error)) is None:
             raise

@@ -32,7 +32,7 @@ from mirage_dist.train.dry_run.report import Measured, Rank, text
 from mirage_dist.train.feed import Feed, MicroBatch
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.loop import Loop
-from mirage_dist.train.planning.check import Checked, check_batches
+from mirage_dist.train.planning.check import Checked, check_batches, check_inputs
 from mirage_dist.train.watchdog import Watchdog
 
 STEPS = 2
@@ -47,7 +47,9 @@ def dry_run(checked: Checked) -> None:
 
     Raises RunError when memory does not suffice, or when a checkpoint does not give back what was saved.
     """
-    whole.in_group(checked, _dry_run)
+    with signals.start_up():
+        streams = check_inputs(checked, with_weights=True)
+    whole.in_group(checked, lambda group: _dry_run(checked, streams, group))
 
 
 def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
