@@ -117,7 +117,11 @@ def overrides(setting: Setting, folder: Path, *more: str) -> list[str]:
     given = {name: f"[{{format: samples, path: {place}/{name}.jsonl}}]" for name in ("train", "forget", "retain")}
     sft = any(word.startswith("data.streams.train") for word in more)
     streams = [] if sft else [f"data.streams.{name}={given[name]}" for name in ("forget", "retain")]
-    small = ["deepspeed=configs/deepspeed/cpu.json", "train.dtype=fp32"] if setting.device == "cpu" else []
+    small = (
+        ["deepspeed=configs/deepspeed/cpu.json", "train.dtype=fp32", "data.workers=0"]
+        if setting.device == "cpu"
+        else []
+    )
     batch = BATCH[setting.size.name]
     return [
         *(f"run.dir={folder}", f"model.path={place}/model", *streams, *small, "data.system_prompt=null"),
