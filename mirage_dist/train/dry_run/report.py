@@ -9,11 +9,12 @@ from datetime import datetime, timedelta
 from mirage_dist.model.load import DTYPES
 from mirage_dist.ranks import Group, place
 from mirage_dist.train.feed import Feed
-from mirage_dist.train.planning.plan import kept_checkpoints, size
+from mirage_dist.train.planning.plan import kept_checkpoints
 
 # Of the measured peak: what the allocator loses to fragments in a long run, and batches of other shapes.
 MARGIN = 1.05
 TIGHT = 0.92  # of the device's memory
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,20 @@ class Measured:
     share: float = 1.0
 
 
+def rows(feed: Feed) -> int:
+    """Rows of each stream in a micro-batch."""
+    return feed.recipe.train.micro_batch
+
+
 def text(feed: Feed, measured: Measured, every: Sequence[Rank], total: int, group: Group) -> str:
     """The report, a line a finding."""
-    recipe, steps = feed.recipe, feed.steps
-    micro, streams = recipe.train.micro_batch, measured.longest
+    steps = feed.steps
     most = max(every, key=lambda rank: rank.peak)
-    rows = ", ".join(f"{name} {micro} × {tokens}" for name, tokens in streams.items())
+    shapes = ", ".join(f"{name} {rows(feed)} × {tokens}" for name, tokens in measured.longest.items())
     gpu = group.device.type == "cuda"
     out = [
         f"dry run: two steps of the longest samples on {group.size} × {group.device.type}",
-        _row("micro-batch", f"{rows} tokens"),
+        _row("micro-batch", f"{shapes} tokens"),
         _row("peak memory", f"{size(most.peak)} of {size(total)} ({most.peak / total:.0%})", _whose(most, group)),
     ]
     out += [_row(f"  {name}", size(max(rank.peaks.get(name, 0) for rank in every))) for name in most.peaks]
@@ -98,12 +103,12 @@ def _duration(feed: Feed, measured: Measured, slowest: dict[str, float]) -> list
 
 def _cached(feed: Feed, measured: Measured, slowest: dict[str, float]) -> float:
     """Seconds until the reference and vision caches of the whole data are filled, by those of a micro-batch."""
-    seconds, micro = 0.0, feed.recipe.train.micro_batch
+    seconds = 0.0
     if feed.needs.ref_logp and feed.recipe.reference == "cache":
-        batches = sum(len(feed.samples[name]) for name in feed.needs.ref_logp) / micro
+        batches = sum(len(feed.samples[name]) for name in feed.needs.ref_logp) / rows(feed)
         seconds += slowest.get("reference", 0.0) * batches / len(feed.needs.ref_logp) / place()[2] * measured.share
     if feed.recipe.data.cache_vision:
-        batches = max(map(len, feed.samples.values())) / micro
+        batches = max(map(len, feed.samples.values())) / rows(feed)
         seconds += slowest.get("vision cache", 0.0) * batches / place()[2]
     return seconds
 
@@ -115,11 +120,19 @@ def _disk(feed: Feed, measured: Measured) -> list[str]:
         0 if recipe.train.export in ("off", "adapter") else measured.parameters * DTYPES[recipe.train.dtype].itemsize
     )
     samples = sum(map(len, feed.samples.values()))
-    caches = int(measured.caches * samples / (recipe.train.micro_batch * len(feed.samples)))
+    caches = int(measured.caches * samples / (rows(feed) * len(feed.samples)))
     needed = kept * measured.checkpoint + export + caches
     note = f"{kept} checkpoints, one of them while it is written; export {size(export)}; caches {size(caches)}"
     short = "" if needed <= measured.free else "  MORE THAN IS FREE: lower train.keep_last, or free space"
     return [_row("disk", f"{size(needed)} of {size(measured.free)} free{short}", note)]
+
+
+def size(number: float) -> str:
+    """Bytes in words."""
+    unit = 0
+    while number >= 1024 and unit + 1 < len(UNITS):
+        number, unit = number / 1024, unit + 1
+    return f"{number:.1f} {UNITS[unit]}" if unit else f"{number:.0f} B"
 
 
 def _whose(rank: Rank, group: Group) -> str:

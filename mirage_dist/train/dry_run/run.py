@@ -28,7 +28,7 @@ from mirage_dist.train.checkpoints.commit import Saver
 from mirage_dist.train.context import Identity, Run
 from mirage_dist.train.dry_run import sameness
 from mirage_dist.train.dry_run.phases import Phases
-from mirage_dist.train.dry_run.report import Measured, Rank, text
+from mirage_dist.train.dry_run.report import Measured, Rank, rows, text
 from mirage_dist.train.feed import Feed, MicroBatch
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.loop import Loop
@@ -57,12 +57,12 @@ def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> N
     # Nothing is ever committed: a signal ends it at any point, and the folder goes.
     with signals.start_up(), _temporary(root, group) as lease, phases.within_memory(checked.recipe, group.size):
         feed, _ = check_batches(checked, streams, group)
-        rows = longest(feed)
+        parts = longest(feed)
         recipe = temporary_recipe(feed, lease.root)
-        part = feed.only(rows, recipe)
+        few = feed.only(parts, recipe)
         log.info(f"{root.name}: dry run of {checked.objective} on {group.size} × {group.device.type}")
         watchdog = Watchdog(group, recipe.train.hang_seconds).start()
-        measured = _measure(checked, part, lease, phases, group)
+        measured = _measure(checked, few, lease, phases, group)
         watchdog.stop()
         phases.end()
     own = Rank(
@@ -75,7 +75,7 @@ def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> N
     every = ranks.everyones(group, own)
     faults = ranks.everyones(group, measured.differing)
     if group.main:
-        measured = replace(measured, longest=_lengths(feed, rows), share=share_of_longest(feed, rows, group))
+        measured = replace(measured, longest=_lengths(feed, parts), share=share_of_longest(feed, parts, group))
         show(text(feed, measured, every, phases.total, group))
     if bad := next((f"rank {rank}: {names[0]}" for rank, names in enumerate(faults) if names), None):
         raise RunError(f"dry run: the checkpoint did not give back what was saved ({bad}); do not start this run")
@@ -83,13 +83,13 @@ def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> N
 
 def _measure(checked: Checked, feed: Feed, lease: Lease, phases: Phases, group: Group) -> Measured:
     """All parts of a run once, on the few samples of `feed`."""
-    recipe, objective = feed.recipe, checked.objective
+    recipe, objective, deepspeed = feed.recipe, checked.objective, checked.deepspeed
     phases.begin(LOAD)
     torch.manual_seed(recipe.seed)
-    engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
+    engine = engines.build(recipe, deepspeed, group, checked.needs.depth)
     objective.start(engine.module.hidden_size, recipe.seed)
     manifest = Identity(config_hash="dry run", base_hash="dry run", wandb_id="", world_size=group.size)
-    run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
+    run = Run(recipe, group, objective, feed, engine, deepspeed, manifest, lease)
     if recipe.data.cache_vision:
         phases.begin(VISION)
         feed.encoder.recall(vision_cache.fill(run))
@@ -98,7 +98,7 @@ def _measure(checked: Checked, feed: Feed, lease: Lease, phases: Phases, group: 
     loop = Loop(run, whole.reference_of(run))
     caches = _bytes(lease.root / "reference") + _bytes(lease.root / "vision")
     phases.begin("data")
-    window = longest_window(feed, recipe)
+    window = longest_window(feed)
     steps, skipped = [], 0
     for number in range(STEPS):
         phases.begin(FORWARD)
@@ -152,23 +152,23 @@ def longest(feed: Feed) -> dict[str, stream.Indices]:
 
     Of rows that are cut to the same length, those with the longest answers: they have most rows of the LM head.
     """
-    width, paired, rows = feed.recipe.train.micro_batch, feed.needs.paired, {}
-    for name, samples in feed.samples.items():
+    width, paired, parts = rows(feed), feed.needs.paired, {}
+    for name in feed.samples:
         partners = paired if name in paired else (name,)
         lengths = np.maximum.reduce([feed.lengths[other] for other in partners])
         order = np.argsort(-lengths, kind="stable")[: max(width, CANDIDATES)]
         answers = {int(i): sum(len(feed.samples[other][int(i)].answer) for other in partners) for i in order}
         chosen = sorted(answers, key=lambda i: (-int(lengths[i]), -answers[i], i))[:width]
         # A stream smaller than a micro-batch begins again, as an epoch does.
-        rows[name] = np.resize(np.array(chosen, np.int64), min(width, max(width, len(samples))))
-    return rows
+        parts[name] = np.resize(np.array(chosen, np.int64), width)
+    return parts
 
 
-def longest_window(feed: Feed, recipe: TrainRecipe) -> list[MicroBatch]:
+def longest_window(feed: Feed) -> list[MicroBatch]:
     """A step of one rank of which every micro-batch has all samples of `feed`."""
     every = {name: np.arange(len(samples)) for name, samples in feed.samples.items()}
     micro = feed.collate(every)
-    count = recipe.train.global_batch // (recipe.train.micro_batch * ranks.place()[2])
+    count = feed.recipe.train.global_batch // (rows(feed) * ranks.place()[2])
     return [micro] * count
 
 
@@ -180,19 +180,19 @@ def slots(feed: Feed, parts: Mapping[str, stream.Indices]) -> int:
     return sum(map(len, lengths)) * max(int(each.max()) for each in lengths)
 
 
-def share_of_longest(feed: Feed, rows: Mapping[str, stream.Indices], group: Group) -> float:
+def share_of_longest(feed: Feed, parts: Mapping[str, stream.Indices], group: Group) -> float:
     """Positions of an average micro-batch of the run, over some steps, as a share of the dry run's."""
-    width, steps = feed.recipe.train.micro_batch, feed.steps
+    width, steps = rows(feed), feed.steps
     counts = []
     for step in np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED)).astype(int)):
         shards = {n: stream.shard(feed.chosen(n, int(step)), group.rank, group.size, width) for n in feed.samples}
         for number in range(len(next(iter(shards.values())))):
             counts.append(slots(feed, {name: shard[number] for name, shard in shards.items()}))
-    return float(np.mean(counts)) / slots(feed, rows)
+    return float(np.mean(counts)) / slots(feed, parts)
 
 
-def _lengths(feed: Feed, rows: Mapping[str, stream.Indices]) -> dict[str, int]:
-    return {name: int(feed.lengths[name][indices].max()) for name, indices in rows.items()}
+def _lengths(feed: Feed, parts: Mapping[str, stream.Indices]) -> dict[str, int]:
+    return {name: int(feed.lengths[name][indices].max()) for name, indices in parts.items()}
 
 
 def _bytes(folder: Path) -> int:
