@@ -5,9 +5,10 @@
 
 The model is made from its configuration, with a tokenizer and a processor of the benchmarks' own, and written once
 under --place; nothing comes from a hub. Training parts time our step of SFT, NPO and RMU (as bench_step.py does), of
-all parameters or of adapters: tokens/s, MFU, peak memory. What does not fit, not even offloaded, is named, and measured
-with a quarter of the decoder's layers. The others use the command itself: a run that is killed and resumed, compared
-bit by bit with one that was not; export; a thousand answers by each engine; packed rows against padded ones.
+all parameters or of adapters: tokens/s, MFU, peak memory. All parameters also of a quarter of the decoder's layers:
+those of 7B do not fit one GPU of 80 GB, and may not fit offloaded, which the result then says. The others use the
+command itself: a run that is killed and resumed, compared bit by bit with one that was not; export; a thousand answers
+by each engine; packed rows against padded ones.
 
 A part writes its result to --out (benchmarks/results/gpu) as PART.json, and is not run again once it is there. With
 --tiny nothing is written to benchmarks/results.
@@ -77,12 +78,11 @@ class Setting:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def training(case: str, lora: bool) -> Callable[[Setting], dict[str, Any]]:
+def training(case: str, lora: bool, size: str = "7b") -> Callable[[Setting], dict[str, Any]]:
+    """A part that measures our step of a case. size: of SIZES, unless the setting is tiny."""
+
     def part(setting: Setting) -> dict[str, Any]:
-        first = measured(setting, setting.size, case, lora)
-        if first["missing"] is None or setting.tiny:
-            return {"measured": [first]}
-        return {"measured": [first, measured(setting, SIZES["7b_quarter"], case, lora)]}
+        return measured(setting, setting.size if setting.tiny else SIZES[size], case, lora)
 
     return part
 
@@ -310,6 +310,8 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "rmu": training("RMU", False),
     "sft": training("SFT", False),
     "npo": training("NPO", False),
+    "sft-quarter": training("SFT", False, "7b_quarter"),
+    "npo-quarter": training("NPO", False, "7b_quarter"),
     "resume": resume,
     "export": export,
     "packing": packing,
