@@ -103,6 +103,8 @@ def space(context: Context) -> Verdict:
         planned = {name: size for name, (size, _) in plan.plan(context.recipe, context.group.size).disk.items()}
     except ConfigError as error:
         return failed(f"{text}; what the run will write is unknown: {error}", "mend the recipe, or prepare its data")
+    if not context.recipe.data.cache_vision:
+        planned.pop("vision features", None)  # the plan shows what they would take
     # The plan names the size of one checkpoint, and of those that are kept; one more exists while it is written.
     one = planned.get("a checkpoint", 0)
     needed = sum(planned.values())
