@@ -107,6 +107,16 @@ def parser() -> argparse.ArgumentParser:
         help="processes, one per GPU (default: 1)",
     )
 
+    doctor = _verb(verbs, "doctor", run.doctor, "whether this machine, allocation and file system can carry a run")
+    doctor.add_argument(
+        "--dir", type=_path, metavar="RUNS", help="where runs are to be written; default: the recipe's, or runs"
+    )
+    doctor.add_argument(
+        "--recipe", metavar="CONFIG", help="a recipe of training: space, model and data are checked too"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object (docs/doctor.md)")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+
     evaluate = _verb(
         verbs, "eval", run.evaluate, "answer a suite of questions with a model, judge the answers, compute rates"
     )

@@ -102,6 +102,7 @@ class TrainConfig:
     keep_best: str | None = None  # and the one with the least of this metric, such as loss or terms.retain_ce
     max_restarts: Count = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
     hang_seconds: Seconds = 1800.0  # a rank that does not move for so long ends the run, named
+    dry_run: bool = False  # two steps of the longest samples, a save and a load; then a report, and nothing that stays
     nonfinite_patience: Count = 5  # stop after this many skipped steps in a row
     # write `export/` at the end: the whole model, with adapters merged; the adapter alone; both; or nothing
     export: Literal["merged", "adapter", "both", "off"] = "merged"

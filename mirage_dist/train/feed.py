@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -275,6 +276,15 @@ class Feed:
                 "train.warmup_from_zero: the only step of this run would have rate 0; set it to false, or train longer"
             )
         return steps
+
+    def only(self, rows: Mapping[str, stream.Indices], recipe: TrainRecipe) -> Feed:
+        """The feed of these samples alone, in this order, for another resolved recipe of the same data."""
+        part = copy(self)
+        part.recipe = recipe
+        part.samples = {name: [self.samples[name][int(i)] for i in own] for name, own in rows.items()}
+        part.lengths = {name: self.lengths[name][own] for name, own in rows.items()}
+        part.pictured = {name: self.pictured[name][own] for name, own in rows.items() if name in self.pictured}
+        return part
 
     def window(self, step: int, group: Group) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""

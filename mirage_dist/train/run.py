@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,9 +46,18 @@ def train(checked: Checked) -> None:
     """
     with signals.start_up():
         check_model(checked, with_weights=True)
+    in_group(checked, lambda group: _train(checked, group))
+
+
+def in_group(checked: Checked, work: Callable[[Group], None]) -> None:
+    """Join the ranks and call `work` on each; every rank calls this.
+
+    Raises RunError when another rank ended before this one.
+    """
+    with signals.start_up():
         group = ranks.start(checked.recipe.train.hang_seconds)
     try:
-        _train(checked, group)
+        work(group)
     except RuntimeError as error:
         if (reason := ranks.peer_lost(error)) is None:
             raise

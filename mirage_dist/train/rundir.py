@@ -44,6 +44,7 @@ NOT_THE_RUN = (
     "train.keep_best",
     "train.max_restarts",
     "train.hang_seconds",
+    "train.dry_run",
     "train.export",
     "train.nonfinite_patience",
     "world",

@@ -106,6 +106,26 @@ def test_two_nodes_train_to_the_end(slurm, whole):
     assert slurm.job(whole.job)["NumNodes"] == "2"
 
 
+def test_the_doctor_sees_both_nodes_and_what_slurm_will_do(slurm, toy):
+    own = toy.root / "slurm" / "doctor"
+    words = ("--json", "--recipe", RECIPE, *toy.overrides("npo", own), *SHORT)
+    jobs = [slurm.submit("doctor", *words, options=(*TWO_NODES, *more)) for more in ((), ("--no-requeue",))]
+    reports = []
+    for job in jobs:
+        assert slurm.ended(job)["ExitCode"] == "0:0", slurm.log(job)
+        log = slurm.log(job)
+        reports.append(json.loads(log[log.index("\n{\n") : log.index("\n}\n") + 2]))
+    verdicts = [{check["name"]: check["verdict"] for check in report["checks"]} for report in reports]
+    assert [len({rank["host"] for rank in report["ranks"]}) for report in reports] == [2, 2]
+    assert {v["seen by other ranks"] for v in verdicts} == {v["all-reduce"] for v in verdicts} == {"ok"}
+    assert [v["requeue"] for v in verdicts] == ["ok", "warning"]
+    assert verdicts[0]["preemption"] == verdicts[0]["time to save"] == verdicts[0]["model and data"] == "ok"
+    # lab.sh's own values, as Slurm prints them
+    save = next(check for check in reports[0]["checks"] if check["name"] == "time to save")
+    assert save["values"]["seconds"] == int(slurm.environment["LAB_KILL_WAIT"])
+    assert not own.exists()
+
+
 def test_usr1_before_the_time_limit_saves_requeues_and_resumes(slurm, toy, whole):
     run = Run(slurm, toy, "usr1")
     run.reach(10)

@@ -34,7 +34,7 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "paper", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "doctor", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
@@ -43,7 +43,8 @@ BESIDE = {
     "inputs": {"embedded", "countries"},
     "demo": {"inputs", "countries"},
     "paper": {"inputs", "embedded"},
-    "cli": {"inputs", "demo", "paper"},
+    "doctor": {"inputs"},
+    "cli": {"inputs", "demo", "paper", "doctor"},
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {
