@@ -26,6 +26,7 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.limits import STEPS
 from mirage_dist.train.prefetch import made
 
+HELD_OUT = "validation"  # the stream that no step trains on (see `measures.validation`)
 SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
 
 
@@ -118,7 +119,7 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
     """Raise ConfigError when the recipe's streams are not exactly those that the objective needs, or when the one that
     is to define an epoch is none of them.
     """
-    given, needed = list(recipe.data.streams), list(needs.streams)
+    given, needed = [name for name in recipe.data.streams if name != HELD_OUT], list(needs.streams)
     if sorted(given) != sorted(needed):
         raise ConfigError(
             f"data.streams: the recipe has {', '.join(given)}; objective {recipe.objective['name']} needs {needed}"
@@ -130,12 +131,14 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
 
 
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
-    """The samples of every stream that the objective needs; opens no picture (see `sources.check_pictures`).
+    """The samples of every stream that the objective needs, and those held out, if any; opens no picture (see
+    `sources.check_pictures`).
 
     Raises ConfigError for an empty stream, bad data, an empty answer, or answers to unlearn that look like refusals.
     """
     refuses, given = PhraseList.read(recipe.data.refusals), recipe.data.streams
-    streams = {name: sources.read_all(given[name], check_images=False, answered=True) for name in needs.streams}
+    names = [*needs.streams, *({HELD_OUT} & set(given))]
+    streams = {name: sources.read_all(given[name], check_images=False, answered=True) for name in names}
     for name, source in streams.items():
         if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
             check_forget(source.samples, name, refuses)
@@ -329,6 +332,7 @@ class Feed:
             counts[f"{name}.sequences"] = micro.sequences(name)
             counts[f"{name}.tokens"] = tokens[name]
             counts[f"{name}.positions"] = int(micro.of_stream(name, mask_BS).sum())
+            counts[f"{name}.input_tokens"] = int(micro.of_stream(name, batch.unpadded_BS).sum())
         return self._with_kl(micro, counts) if set(slices) & set(self.needs.kl) else micro
 
     def _with_kl(self, micro: MicroBatch, counts: dict[str, float]) -> MicroBatch:

@@ -46,6 +46,7 @@ NOT_THE_RUN = (
     "train.hang_seconds",
     "train.export",
     "train.nonfinite_patience",
+    "train.validate_every",
     "world",
 )
 
@@ -60,6 +61,8 @@ OF_A_RUN = (
     "export",
     "reference",
     "vision",
+    "profile",
+    "hang",
 )
 
 
