@@ -275,8 +275,9 @@ def meet(group: Group, values: Sequence[float] | torch.Tensor, call: str) -> tor
         raise RuntimeError(f"{call}: {len(own)} values, at most {WIDTH - calls.HEAD} fit")
     head = calls.head(call, len(own))
     row = torch.nn.functional.pad(torch.cat([on_device(group, head), own]), (0, WIDTH - calls.HEAD - len(own)))
-    table = row.new_empty(group.size, WIDTH)
-    dist.all_gather_into_tensor(table, row)
+    numbers = row.new_empty(group.size * WIDTH)
+    dist.all_gather_into_tensor(numbers, row)
+    table = numbers.view(group.size, WIDTH)
     calls.compare(table[:, : calls.HEAD], head[0])
     return table[:, calls.HEAD : calls.HEAD + len(own)]
 

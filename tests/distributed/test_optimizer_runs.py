@@ -73,7 +73,7 @@ for job in jobs:
     saver = commit.Saver(folder / "checkpoints", work, recipe.train, group)
     lines = []
     for number in range(first, 4):
-        lines.append(steps.step(number, source.window(number, group), (), saver.before_update)[0])
+        lines.append(steps.step(number, source.window(number, group), tuple, saver.before_update)[0])
         if number in (1, 3):
             saver.save(built, {"step": number + 1, **identity}, {"none": torch.zeros(1)})
     saver.close()

@@ -55,14 +55,11 @@ def overlap(streams: Mapping[str, Source]) -> dict[str, int]:
     if STREAM not in streams:
         return {}
 
-    def asked_by(source: Source) -> set[tuple[Any, ...]]:
-        return {_input(sample, source.pictures) for sample in source.samples}
-
     own = [_input(sample, streams[STREAM].pictures) for sample in streams[STREAM].samples]
     counts = {}
     for name, source in streams.items():
         if name != STREAM:
-            trained = asked_by(source)
+            trained = {_input(sample, source.pictures) for sample in source.samples}
             counts[name] = sum(one in trained for one in own)
     return {name: count for name, count in counts.items() if count}
 
