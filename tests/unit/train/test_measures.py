@@ -3,9 +3,9 @@
 import math
 import random
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +25,9 @@ from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.loop import normalised
-from mirage_dist.train.measures import flops, validation
+from mirage_dist.train.measures import flops, timing, validation
 from mirage_dist.train.measures.records import Means
 from mirage_dist.train.measures.spikes import LEAST, Spikes
-from mirage_dist.train.measures.timing import Stopwatch
 from mirage_dist.train.planning.check import check_recipe
 from mirage_dist.train.views import Views
 
@@ -164,34 +163,34 @@ def test_heads_that_differ_are_an_error_that_names_them_once():
     calls.compare(heads[:1], float(heads[0, 0]))
 
 
-def test_a_part_of_a_step_is_its_time_and_the_own_time_leaves_the_models_waits_out():
-    watch, model = Stopwatch(torch.device("cpu")), torch.nn.Sequential(torch.nn.Linear(4, 4))
+def test_a_part_of_a_step_is_its_time_and_the_own_time_leaves_the_models_waits_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(seconds):
+        now[0] += seconds
+
+    def slow_items():
+        for number in range(2):
+            takes(0.02)
+            yield number
+
+    watch, model = timing.Stopwatch(torch.device("cpu")), torch.nn.Sequential(torch.nn.Linear(4, 4))
     # As DeepSpeed's hook, which gathers the weights of a layer: it is there first, and waits for others.
-    model[0].register_forward_pre_hook(lambda *_: pause(0.05))
+    model[0].register_forward_pre_hook(lambda *_: takes(0.05))
     watch.follow(model, model)
-    for item in watch.waiting(slow_items(2, 0.02)):
+    for item in watch.waiting(slow_items()):
         with watch.part("forward"):
             model(torch.zeros(1, 4) + item)
-            pause(0.03)
+            takes(0.03)
         with watch.part("backward"):
-            pause(0.01)
-    assert 0.1 <= watch.seconds("gather") < 0.14  # the first of two micro-batches stands for both
-    assert 0.16 <= watch.seconds("forward") < 0.22
-    assert 0.1 <= watch.own() < 0.14  # 2 · (0.02 + 0.03)
-    assert watch.lap() >= 0.22
-    assert watch.seconds("forward") == 0
-
-
-def pause(seconds):
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
-
-
-def slow_items(count, seconds):
-    for number in range(count):
-        pause(seconds)
-        yield number
+            takes(0.01)
+    assert watch.seconds("gather") == pytest.approx(2 * 0.05)  # the first of two micro-batches stands for both
+    assert watch.seconds("forward") == pytest.approx(2 * 0.08)
+    assert watch.seconds("backward") == pytest.approx(2 * 0.01)
+    assert watch.own() == pytest.approx(2 * (0.02 + 0.03))
+    assert watch.lap() == pytest.approx(2 * 0.11)
+    assert watch.seconds("forward") == watch.seconds("gather") == 0
 
 
 # --------------------------------------------------------------------------------------- held-out samples, records
