@@ -1,6 +1,6 @@
 """A window of steps under PyTorch's profiler: a trace of each chosen rank in RUN/profile, and a table in the log.
 
-The trace opens in chrome://tracing or ui.perfetto.dev. It names operators, kernels and shapes of nothing: no data.
+The trace opens in chrome://tracing or ui.perfetto.dev. It names operators and kernels, and holds no data.
 """
 
 from __future__ import annotations

@@ -155,4 +155,4 @@ class HeldOut:
 
 def of(feed: Feed, streams: Mapping[str, Source], group: Group) -> HeldOut | None:
     """None without held-out samples. Every rank calls this."""
-    return HeldOut(feed, streams, group) if STREAM in streams else None
+    return HeldOut(feed, streams, group) if STREAM in feed.recipe.data.streams else None
