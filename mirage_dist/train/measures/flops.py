@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mirage_dist.model.families import roles
+from mirage_dist.model.policy import FINAL_NORMS
 from mirage_dist.objectives.base import Needs
 
 # Dense bfloat16 FLOP/s, by a part of the device's name; the first that fits. From NVIDIA's data sheets (H100, H200,
@@ -101,13 +102,14 @@ def layers(model: Any) -> list[Layer]:
     """The decoder layers of a `HeadedModel`, from the first one on."""
     text, config = roles.decoder(model.backbone), model.base.config.get_text_config()
     inner = {id(p) for layer in text.layers for p in layer.parameters()}
-    above = {id(p) for p in (*model.base.get_output_embeddings().parameters(), *text.norm.parameters())}
+    norms = [module for name, module in text.named_children() if name in FINAL_NORMS]
+    above = {id(p) for module in (*norms, model.base.get_output_embeddings()) for p in module.parameters()}
     above -= {id(p) for p in text.get_input_embeddings().parameters()}  # tied to the head
     outer = (p for p in model.parameters() if id(p) not in inner and id(p) not in above)
     trains = any(p.requires_grad for p in outer)  # whether anything that this point depends on does
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    heads = getattr(config, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else 0  # some decoders have no attention, or other heads in each layer
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     made = []
     for layer in text.layers:
         forward = backward = 0.0
