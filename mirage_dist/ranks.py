@@ -27,8 +27,9 @@ T = TypeVar("T")
 # A collective times out this much later than the watchdog, which knows the missing rank and should report first.
 COLLECTIVE_GRACE = 120.0  # seconds
 
-# How many collectives torch's flight recorder keeps, by its new and its former name (see `train.watchdog`).
-RECORDER, RECORDED = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"
+# How many collectives torch's flight recorder keeps (see `train.watchdog`); an older torch calls it
+# TORCH_NCCL_TRACE_BUFFER_SIZE, of which a newer one warns.
+RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
 
 # In the messages of gloo, NCCL and the store: another rank ended, or does not answer.
 _PEER_LOST = re.compile(
@@ -159,8 +160,7 @@ def start(hang_seconds: float = 1800.0) -> Group:
             "of them without (CUDA_VISIBLE_DEVICES=)"
         )
     quieten(rank)
-    for name in RECORDER:
-        os.environ.setdefault(name, RECORDED)
+    os.environ.setdefault(RECORDER, RECORDED)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """Ranks that die, stand still or disagree end their run by name, and a second job on a run directory is refused."""
 
+import json
 import os
 import re
 import signal
@@ -213,4 +214,6 @@ def test_a_hang_leaves_the_stack_of_every_thread_of_every_rank_and_no_secret(tmp
         assert f"rank {number} on {socket.gethostname()}, last at {where}" in text
         assert line in text
         assert "in _exchange" in text  # of every thread
-        assert "hunter2" not in text
+        recorded = (tmp_path / f"hang/rank-{number:05d}.json").read_text()
+        assert any("gather" in entry["profiling_name"] for entry in json.loads(recorded)["entries"])
+        assert "hunter2" not in text + recorded
