@@ -198,6 +198,8 @@ def make(options: Mapping[str, Any], source: str = "recipe") -> Objective:
 
 def _check_needs(needs: Needs, place: str) -> None:
     """A mistake here would otherwise show as a missing field of a view, hours later or never."""
+    if "validation" in needs.streams:
+        raise ConfigError(f"{place}: needs.streams names validation, which is the held-out stream; name it otherwise")
     per_stream = ("logp", "ref_logp", "kl", "activation", "ref_activation", "paired", "unlearned", "audited")
     for what in per_stream:
         if unknown := [stream for stream in getattr(needs, what) if stream not in needs.streams]:

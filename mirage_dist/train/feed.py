@@ -335,6 +335,7 @@ class Feed:
             counts[f"{name}.sequences"] = micro.sequences(name)
             counts[f"{name}.tokens"] = tokens[name]
             counts[f"{name}.positions"] = int(micro.of_stream(name, mask_BS).sum())
+            counts[f"{name}.input_tokens"] = int(micro.of_stream(name, batch.unpadded_BS).sum())
         return self._with_kl(micro, counts) if set(slices) & set(self.needs.kl) else micro
 
     def _with_kl(self, micro: MicroBatch, counts: dict[str, float]) -> MicroBatch:

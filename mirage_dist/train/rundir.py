@@ -47,6 +47,7 @@ NOT_THE_RUN = (
     "train.dry_run",
     "train.export",
     "train.nonfinite_patience",
+    "train.validate_every",
     "world",
 )
 
@@ -62,6 +63,8 @@ OF_A_RUN = (
     "reference",
     "vision",
     "samples",
+    "profile",
+    "hang",
 )
 
 

@@ -25,7 +25,7 @@ MODULES = {
 FLOORS = [
     ["schema", "progress", "stats"],
     ["state"],
-    ["signals", "liveness"],
+    ["signals", "liveness", "calls"],
     ["disk"],
     ["config"],
     ["registry", "ranks", "launching", "runs", "worlds"],

@@ -25,6 +25,7 @@ from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
 from mirage_dist.train.feed import Feed, check_streams, encoder_of, read_streams
+from mirage_dist.train.measures import profiler, validation
 from mirage_dist.train.optimizers.groups import split
 
 
@@ -54,6 +55,8 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     needs = objective.needs
     monitor.check(recipe)
     check_streams(recipe, needs)
+    validation.check(recipe, needs)
+    profiler.check(recipe.monitor.profile, ranks)
     check_reference(recipe, needs)
     config = engine.deepspeed_config(recipe, ranks, len(needs.streams))
     rundir.check_directory(recipe, needs)
@@ -88,8 +91,10 @@ def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
 
 def check_samples(checked: Checked) -> str:
     """All that a start checks before weights load, in words. Raises ConfigError."""
-    streams = check_inputs(checked)
-    feed, cut = check_batches(checked, streams, Group(0, 0, 1, torch.device("cpu")))
+    streams, alone = check_inputs(checked), Group(0, 0, 1, torch.device("cpu"))
+    feed, cut = check_batches(checked, streams, alone)
+    held_out = validation.of(feed, streams, alone)
+    cut += held_out.cut if held_out is not None else 0
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
     warn(checked, audit_warnings(checked, streams))
     kinds = check_family(feed)
@@ -174,10 +179,11 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
 
 
 def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
-    """What imitating these samples may teach instead (see `data.audit`), a sentence for each stream of which it may."""
+    """What imitating these samples may teach instead (see `data.audit`), and how many held-out samples are trained on."""
     refusals = checked.recipe.data.refusals
     texts = {name: audit.warning(streams[name].samples, refusals) for name in checked.needs.audited}
-    return [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
+    audited = [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
+    return [*audited, *validation.warnings(streams)]
 
 
 def warn(checked: Checked, warnings: Sequence[str]) -> None:

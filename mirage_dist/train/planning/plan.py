@@ -88,7 +88,7 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     processor = load.processor(recipe.model)
     recipe = check.resolved(recipe, processor)
     feed = Feed(recipe, objective.needs, streams, processor)
-    lengths = {name: _lengths(feed, source) for name, source in streams.items()}
+    lengths = {name: _lengths(feed, source) for name, source in streams.items() if name in feed.samples}
     needs = Plan()
     _data(needs, feed, lengths)
     trained = Trained.of(policy, recipe)

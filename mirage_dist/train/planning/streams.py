@@ -13,6 +13,7 @@ from mirage_dist.objectives.base import Needs
 from mirage_dist.runs import DataSummary
 from mirage_dist.schema import ConfigError, TrainRecipe
 
+HELD_OUT = "validation"  # the stream that no step trains on (see `measures.validation`)
 SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
 
 
@@ -20,7 +21,7 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
     """Raise ConfigError when the recipe's streams are not exactly those that the objective needs, or when the one that
     is to define an epoch is none of them.
     """
-    given, needed = list(recipe.data.streams), list(needs.streams)
+    given, needed = [name for name in recipe.data.streams if name != HELD_OUT], list(needs.streams)
     if sorted(given) != sorted(needed):
         raise ConfigError(
             f"data.streams: the recipe has {', '.join(given)}; objective {recipe.objective['name']} needs {needed}"
@@ -32,12 +33,15 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
 
 
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
-    """The samples of every stream that the objective needs; opens no picture (see `sources.check_pictures`).
+    """The samples of every stream that the objective needs, and those held out, if any.
+
+    Opens no picture (see `sources.check_pictures`).
 
     Raises ConfigError for an empty stream, bad data, an empty answer, or answers to unlearn that look like refusals.
     """
     refuses, given = PhraseList.read(recipe.data.refusals), recipe.data.streams
-    streams = {name: sources.read_all(given[name], check_images=False, answered=True) for name in needs.streams}
+    names = [*needs.streams, *({HELD_OUT} & set(given))]
+    streams = {name: sources.read_all(given[name], check_images=False, answered=True) for name in names}
     for name, source in streams.items():
         if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
             check_forget(source.samples, name, refuses)
