@@ -235,7 +235,16 @@ def _check(hint: Any, value: Any, source: str, key: str, ranged: bool = False) -
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _check(next(a for a in args if a is not type(None)), value, source, key)
+        first, *others = (a for a in args if a is not type(None))
+        words = [word for a in others for word in typing.get_args(a)]  # such as `auto` beside a number
+        if isinstance(value, str) and value in words:
+            return value
+        try:
+            return _check(first, value, source, key)
+        except ConfigError as error:
+            if not words:
+                raise
+            raise ConfigError(f"{error}, or {', '.join(words)}") from error
     if origin is Literal:
         if any(value is choice for choice in args):
             return value

@@ -22,6 +22,7 @@ from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.optimizers.partitions import slices
 from mirage_dist.train.optimizers.whole import WholeParameters
+from mirage_dist.train.planning import sharding
 
 # The recipe decides these; in the JSON they would be a second truth.
 OURS = {
@@ -36,11 +37,12 @@ OURS = {
 }
 
 
-def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict[str, Any]:
+def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int, node: int | None = None) -> dict[str, Any]:
     """The DeepSpeed JSON that the recipe names, completed. Touches no device.
 
-    Raises ConfigError when it is no JSON object, sets what the recipe decides, does not suit the recipe's optimizer, or
-    the batch does not divide evenly.
+    recipe: with `train.micro_batch` as a number. node: the ranks of a node, where that is known. Raises ConfigError
+    when the JSON is no object, sets what the recipe decides, does not suit the recipe's optimizer, the nodes or this
+    project, or when the batch does not divide evenly.
     """
     file = find(recipe.deepspeed)
     config = records.value(file)
@@ -58,16 +60,19 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
     optimizers.make(recipe.train.optimizer).check(zero)
+    if sharding.KEY in zero:
+        zero = {**zero, sharding.KEY: sharding.secondary(zero, world_size, node, file)}
     train = recipe.train
-    if train.global_batch % (train.micro_batch * world_size):
+    if train.global_batch % (train.rows * world_size):
         raise ConfigError(
             f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch × world size "
-            f"({train.micro_batch} × {world_size}); {_ways_out(train.global_batch, train.micro_batch, world_size)}"
+            f"({train.rows} × {world_size}); {_ways_out(train.global_batch, train.rows, world_size)}"
         )
-    accumulation = train.global_batch // (train.micro_batch * world_size)
+    accumulation = train.global_batch // (train.rows * world_size)
     return {
         **config,
-        "train_micro_batch_size_per_gpu": train.micro_batch * streams,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": train.rows * streams,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip,
         "bf16": {"enabled": train.dtype == "bf16"},

@@ -32,6 +32,7 @@ from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.monitor import Clock, Means, Monitor, records
 from mirage_dist.train.optimizers.partitions import slices
+from mirage_dist.train.planning import sharding
 from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
 from mirage_dist.train.watchdog import Watchdog
 
@@ -75,7 +76,9 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
         # Before the directory is claimed: an error changes the recipe.
         feed, cut = check_batches(checked, streams, group)
         _check_family(feed, group)
-    recipe = feed.recipe
+        recipe = feed.recipe
+        node = sharding.node_size(checked.deepspeed["zero_optimization"], group)
+        deepspeed = engines.deepspeed_config(recipe, group.size, len(feed.samples), node)
     with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest, base):
         with signals.start_up():
             log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
@@ -88,10 +91,10 @@ def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> Non
                 log.info(f"{name}: {cut} answers are longer than data.max_length={length} and will be cut")
             torch.manual_seed(recipe.seed)
             ranks.stop_here(group, "data are checked")
-            engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
+            engine = engines.build(recipe, deepspeed, group, checked.needs.depth)
             ranks.stop_here(group, "the model is loaded")
             objective.start(engine.module.hidden_size, recipe.seed)
-            run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
+            run = Run(recipe, group, objective, feed, engine, deepspeed, manifest, lease)
             watchdog = Watchdog(group, recipe.train.hang_seconds).start()
             if recipe.data.cache_vision:
                 feed.encoder.recall(vision_cache.fill(run))
@@ -165,7 +168,8 @@ def steps(run: Run, loop: Loop, first: int) -> None:
             lap = clock.lap()
             if group.main:
                 lease.check()
-            monitor.log({**record, "tokens_per_s": record["tokens"] / lap["step_seconds"], **lap})
+            speed = record["tokens"] / lap["step_seconds"]
+            monitor.log({**record, "micro_batch": recipe.train.rows, "tokens_per_s": speed, **lap})
             means.add(record)
             saver.step_ended(written)
             done = number + 1
@@ -208,7 +212,16 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
     batch = run.recipe.train.global_batch
     cursors = {name: stream.state(len(samples), step, batch) for name, samples in run.feed.samples.items()}
     depth = run.objective.needs.depth
-    return {**run.manifest, "step": step, "seed": run.recipe.seed, "streams": cursors, "depth": depth}
+    rows = run.recipe.train.rows
+    return {
+        **run.manifest,
+        "step": step,
+        "seed": run.recipe.seed,
+        "streams": cursors,
+        "depth": depth,
+        "micro_batch": rows,
+        "accumulation": batch // (rows * run.group.size),
+    }
 
 
 @contextmanager

@@ -22,10 +22,14 @@ from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group, everyones
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
 from mirage_dist.train.feed import Feed, check_streams, encoder_of, read_streams
 from mirage_dist.train.optimizers.groups import split
+from mirage_dist.train.planning import batch
+
+# Rows of each stream that are taken to fit where the memory of the device is not known, as on a CPU.
+UNMEASURED = 8
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,18 @@ class Checked:
         return self.objective.needs
 
 
-def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
+def check_recipe(recipe: TrainRecipe, ranks: int, node: int | None = None) -> Checked:
     """Check objective, streams, reference, DeepSpeed JSON, batch and run directory.
 
-    Reads neither data nor model, so it can come before an embedded world is made. Raises ConfigError.
+    node: the ranks of a node, where that is known. Reads neither data nor model, so it can come before an embedded
+    world is made. Raises ConfigError.
     """
     objective = objectives.base.make(recipe.objective)
     needs = objective.needs
     monitor.check(recipe)
     check_streams(recipe, needs)
     check_reference(recipe, needs)
-    config = engine.deepspeed_config(recipe, ranks, len(needs.streams))
+    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams), node)
     rundir.check_directory(recipe, needs)
     return Checked(recipe, ranks, objective, config)
 
@@ -81,6 +86,23 @@ def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
     return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
 
 
+def divided(recipe: TrainRecipe, needs: Needs, ranks: int, largest_that_fits: int = UNMEASURED) -> TrainRecipe:
+    """The recipe with `train.micro_batch: auto` replaced by the number for so many ranks (see `batch.choose`).
+
+    Raises ConfigError where the loss depends on the micro-batch, and as `batch.choose`.
+    """
+    train = recipe.train
+    if train.micro_batch != "auto":
+        return recipe
+    if needs.depends_on_micro_batch(recipe.data.packing is True):
+        raise ConfigError(
+            f"train.micro_batch=auto: the loss of objective {recipe.objective['name']} with these options depends on "
+            "the micro-batch, so another number of GPUs would train another model; give a number"
+        )
+    rows = batch.choose(train.global_batch, ranks, largest_that_fits)
+    return replace(recipe, train=replace(train, micro_batch=rows))
+
+
 def check_samples(checked: Checked) -> str:
     """All that a start checks before weights load, in words. Raises ConfigError."""
     streams = check_inputs(checked)
@@ -102,7 +124,20 @@ def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group)
     refusals = encoder_of(recipe, processor).refusals
     sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)
-    return feed, feed.check_lengths(group)
+    cut = feed.check_lengths(group)
+    feed.recipe = divided(recipe, checked.needs, checked.ranks)
+    if recipe.train.micro_batch == "auto":
+        log.info(f"train.micro_batch=auto: {_division(feed.recipe.train, checked.ranks)}")
+    return feed, cut
+
+
+def _division(train: TrainConfig, ranks: int) -> str:
+    """How the global batch is divided, in words."""
+    steps = train.global_batch // (train.rows * ranks)
+    return (
+        f"{train.rows} rows of each stream at once on {ranks} rank{'s' * (ranks > 1)}, {steps} such micro-batch"
+        f"{'es' * (steps > 1)} a step (train.global_batch={train.global_batch})"
+    )
 
 
 def check_family(feed: Feed) -> str:
