@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
+from torch.distributed import distributed_c10d
 
 from mirage_dist.config import find
 from mirage_dist.data import records
 from mirage_dist.model import load
 from mirage_dist.model.families import packing
-from mirage_dist.ranks import Group
+from mirage_dist.ranks import COLLECTIVE_GRACE, Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.names import shown
 from mirage_dist.train.checkpoints.fragments import check_state
@@ -105,12 +108,16 @@ def _ways_out(rows: int, micro_batch: int, ranks: int) -> str:
 
 
 def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:
-    """The policy's engine, of `depth` decoder layers or all. `groups.set_rates` sets the rates before every step."""
+    """The policy's engine, of `depth` decoder layers or all.
+
+    `optimizers.groups.set_rates` sets the rates before every step.
+    """
     policy = _loaded(recipe, config, depth)
     options = optimizers.make(recipe.train.optimizer)
-    groups = split(policy, recipe.train)
-    optimizer = options.make(groups) if options.elementwise else WholeParameters(groups, options.make)
+    trained = split(policy, recipe.train)
+    optimizer = options.make(trained) if options.elementwise else WholeParameters(trained, options.make)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)
+    _wait_as_long(recipe.train.hang_seconds)
     if isinstance(optimizer, WholeParameters):
         optimizer.attach(slices(engine), group)
     _check_once(optimizer)
@@ -118,6 +125,18 @@ def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int 
     # gradient checkpointing would silently do nothing.
     engine.train()
     return engine
+
+
+def _wait_as_long(hang_seconds: float) -> None:
+    """Give DeepSpeed's own process groups the timeout of ours.
+
+    It makes them with PyTorch's default, which is ten minutes for NCCL: a collective there would end a run before the
+    watchdog, which knows the missing rank.
+    """
+    timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
+    for own in (groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group()):
+        if own is not None:
+            distributed_c10d._set_pg_timeout(timeout, own)
 
 
 def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:
