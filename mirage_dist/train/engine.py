@@ -40,6 +40,13 @@ OURS = {
 }
 
 
+# What DeepSpeed offers and this project's step would compute wrongly, with the reason.
+NOT_OFFERED = {
+    "sequence_parallel_size": "sequence parallelism does not keep packed rows apart, and cuts through the sums of "
+    "NPO (docs/cluster.md)",
+}
+
+
 def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int, node: int | None = None) -> dict[str, Any]:
     """The DeepSpeed JSON that the recipe names, completed. Touches no device.
 
@@ -54,6 +61,9 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int, node: i
     for key, ours in OURS.items():
         if key in config:
             raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); remove it")
+    for key, why in NOT_OFFERED.items():
+        if key in config:
+            raise ConfigError(f"{file}: {key!r} is not offered: {why}; remove it")
     zero = _section(config, "zero_optimization", file)
     stage = zero.get("stage")
     if stage not in (2, 3):
