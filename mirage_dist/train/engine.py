@@ -70,6 +70,12 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int, node: i
         raise ConfigError(f"{file}: zero_optimization.stage={stage!r}; allowed: 2, 3")
     for key in ("offload_optimizer", "offload_param"):
         device = _section(zero, key, file).get("device", "none")
+        if device == "nvme":
+            raise ConfigError(
+                f"{file}: zero_optimization.{key}.device='nvme' is not offered: between two steps DeepSpeed has the "
+                "state in swap files, where no checkpoint of this project finds it (docs/cluster.md); take cpu with "
+                "more memory or nodes, or model.lora"
+            )
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
     optimizers.make(recipe.train.optimizer).check(zero)

@@ -13,8 +13,9 @@ def choose(global_batch: int, ranks: int, largest_that_fits: int) -> int:
     """
     if ranks < 1 or global_batch % ranks:
         raise ConfigError(
-            f"train.global_batch={global_batch}: does not divide by {ranks} ranks; take {_nearest(global_batch, ranks)} "
-            "ranks, or another global batch (which is another run: its learning rate may have to change)"
+            f"train.global_batch={global_batch}: does not divide by {ranks} ranks; take "
+            f"{_nearest(global_batch, ranks)} ranks, or another global batch (which is another run: its learning rate "
+            "may have to change)"
         )
     if largest_that_fits < 1:
         raise ConfigError(f"train.micro_batch: not even one row fits on one of {ranks} ranks")
