@@ -40,10 +40,15 @@ OURS = {
 }
 
 
-# What DeepSpeed offers and this project's step would compute wrongly, with the reason.
+# What DeepSpeed offers and this project does not, with the reason.
 NOT_OFFERED = {
     "sequence_parallel_size": "sequence parallelism does not keep packed rows apart, and cuts through the sums of "
     "NPO (docs/cluster.md)",
+}
+NVME = {
+    "offload_optimizer": "between two steps DeepSpeed has the state in swap files, where no checkpoint finds it",
+    "offload_param": "a checkpoint has never been restored into its swap files here, and it frees 2 of the 14 bytes a "
+    "parameter that offloading takes in host memory",
 }
 
 
@@ -72,9 +77,8 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int, node: i
         device = _section(zero, key, file).get("device", "none")
         if device == "nvme":
             raise ConfigError(
-                f"{file}: zero_optimization.{key}.device='nvme' is not offered: between two steps DeepSpeed has the "
-                "state in swap files, where no checkpoint of this project finds it (docs/cluster.md); take cpu with "
-                "more memory or nodes, or model.lora"
+                f"{file}: zero_optimization.{key}.device='nvme' is not offered: {NVME[key]} (docs/cluster.md); take "
+                "cpu with more memory or nodes, or model.lora"
             )
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
