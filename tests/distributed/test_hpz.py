@@ -10,7 +10,7 @@ import pytest
 from conftest import metrics
 
 from mirage_dist.config import REPOSITORY
-from mirage_dist.ranks import free_port
+from mirage_dist.ranks import COLLECTIVE_GRACE, free_port
 
 LORA = (
     "model.lora={rank: 4, alpha: 8, dropout: 0.0, targets: ['*language_model*_proj']}",
@@ -27,6 +27,7 @@ RANK = """
 import json, sys
 from pathlib import Path
 import torch
+from deepspeed.utils import groups
 from mirage_dist import config, ranks, schema
 from mirage_dist.liveness import Owner
 from mirage_dist.model import load
@@ -72,6 +73,9 @@ for job in jobs:
         held = ((p, p.ds_secondary_tensor) for p in built.module.parameters())
         sizes = [[p.ds_numel, len(second)] for p, second in held if second is not None]
         (folder / "secondary.json").write_text(json.dumps(sizes))
+        own = (groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group())
+        waits = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in own if g is not None]
+        (folder / "waits.json").write_text(json.dumps(waits))
 ranks.exit_well()
 """
 
@@ -127,6 +131,12 @@ def test_a_node_holds_a_second_copy_of_weights(finished, case):
     assert len(sizes) > 10
     assert all(own == 2 * -(-whole // 4) for whole, own in sizes)
     assert json.loads((finished / f"{case}-plain/secondary.json").read_text()) == []
+
+
+def test_deepspeeds_own_groups_wait_longer_than_the_watchdog(finished):
+    """Otherwise a collective of theirs would end a run that hangs before the watchdog has named the rank."""
+    assert json.loads((finished / "full-plain/waits.json").read_text()) == [1800 + COLLECTIVE_GRACE]
+    assert json.loads((finished / "full-hpz/waits.json").read_text()) == [1800 + COLLECTIVE_GRACE] * 2
 
 
 def test_a_loaded_checkpoint_replaces_the_second_copy(finished):
