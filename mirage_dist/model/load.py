@@ -96,7 +96,8 @@ def _groups_of_hpz(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
     from deepspeed.utils import groups
 
     size = deepspeed_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-    present, make = groups._get_zero_param_intra_parallel_group(), groups._create_zero_param_parallel_group
+    present: Any = groups._get_zero_param_intra_parallel_group()
+    make = groups._create_zero_param_parallel_group
     if present is not None and torch.distributed.get_world_size(present) != size:
         present = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     if present is not None:

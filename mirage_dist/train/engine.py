@@ -154,9 +154,9 @@ def _wait_as_long(hang_seconds: float) -> None:
     watchdog, which knows the missing rank.
     """
     timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
-    for own in (groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group()):
-        if own is not None:
-            distributed_c10d._set_pg_timeout(timeout, own)
+    made: list[Any] = [groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group()]
+    for own in filter(None, made):
+        distributed_c10d._set_pg_timeout(timeout, own)
 
 
 def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:

@@ -49,18 +49,17 @@ class Checked:
         return self.objective.needs
 
 
-def check_recipe(recipe: TrainRecipe, ranks: int, node: int | None = None) -> Checked:
+def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     """Check objective, streams, reference, DeepSpeed JSON, batch and run directory.
 
-    node: the ranks of a node, where that is known. Reads neither data nor model, so it can come before an embedded
-    world is made. Raises ConfigError.
+    Reads neither data nor model, so it can come before an embedded world is made. Raises ConfigError.
     """
     objective = objectives.base.make(recipe.objective)
     needs = objective.needs
     monitor.check(recipe)
     check_streams(recipe, needs)
     check_reference(recipe, needs)
-    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams), node)
+    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams))
     rundir.check_directory(recipe, needs)
     return Checked(recipe, ranks, objective, config)
 
