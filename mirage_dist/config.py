@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
 from mirage_dist import disk
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, secrets
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, numbers, secrets
 from mirage_dist.schema.limits import INCLUDES, OVERRIDE_KEY, RECIPE_FILE
 from mirage_dist.schema.names import PLACE, Check, shown
 from mirage_dist.schema.texts import fault_within, texts
@@ -233,9 +233,7 @@ def _check(hint: Any, value: Any, source: str, key: str, ranged: bool = False) -
             check(value, f"{source}: {key}")
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _check(next(a for a in args if a is not type(None)), value, source, key)
+        return numbers.or_word(args, value, lambda hint: _check(hint, value, source, key))
     if origin is Literal:
         if any(value is choice for choice in args):
             return value

@@ -78,7 +78,8 @@ class TrainConfig:
 
     lr: Positive
     global_batch: Batch
-    micro_batch: Batch
+    # rows on one GPU at once; auto: as many as fit, for any number of ranks that divides global_batch
+    micro_batch: Batch | Literal["auto"]
     max_steps: Steps | None = None  # default: `epochs` passes over `epoch_stream`
     epochs: Epochs = 1.0
     epoch_stream: str | None = None  # default: the objective's first; at its end the others stop, or start again
@@ -109,6 +110,13 @@ class TrainConfig:
     nonfinite_patience: Count = 5  # stop after this many skipped steps in a row
     # write `export/` at the end: the whole model, with adapters merged; the adapter alone; both; or nothing
     export: Literal["merged", "adapter", "both", "off"] = "merged"
+
+    @property
+    def rows(self) -> int:
+        """`micro_batch` as a number; of a resolved recipe (see `train.planning.check`), in which none is `auto`."""
+        if self.micro_batch == "auto":
+            raise TypeError("train.micro_batch=auto is no number yet: resolve the recipe first")
+        return self.micro_batch
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def encoder_of(recipe: TrainRecipe, processor: Any) -> Encoder:
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
-    recipe: resolved (see `planning.check.resolved`); an `auto` that is left in it pads.
+    recipe: resolved (see `planning.check.check_batches`); an `auto` that is left in `data.packing` pads.
     streams: as read, or the table of a start that checked them.
     samples: stream -> its samples. lengths: stream -> tokens (n,) of each sample's row after truncation, known after
     `check_lengths`, or from the table. measured: stream -> (2, n), tokens of each row before truncation and of its
@@ -288,7 +288,7 @@ class Feed:
 
     def window(self, step: int, group: Group) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
-        width = self.recipe.train.micro_batch
+        width = self.recipe.train.rows
         parts = {n: stream.shard(self.chosen(n, step), group.rank, group.size, width) for n in self.samples}
         count = len(parts[self.needs.streams[0]])
         return [self.collate({n: part[i] for n, part in parts.items()}) for i in range(count)]
@@ -357,7 +357,7 @@ class Feed:
         The last batches may repeat samples, so that all ranks make the same number: ZeRO-3 needs each rank's forward.
         """
         for name in names:
-            size, width = len(self.samples[name]), self.recipe.train.micro_batch
+            size, width = len(self.samples[name]), self.recipe.train.rows
             own = np.arange(-(-size // (width * group.size)) * width) * group.size + group.rank
             for start in range(0, len(own), width):
                 yield {name: own[start : start + width] % size}

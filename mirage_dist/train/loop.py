@@ -152,6 +152,7 @@ class Loop:
             "terms": {name: _finite(value) for name, value in terms.items()},
             "grad_norm": None if skipped else _finite(float(norm)),
             "lr": rate,
+            "micro_batch": self.run.recipe.train.rows,
             "skipped": skipped,
             "tokens": int(counts["input_tokens"]),
             "padding": 1 - counts["input_tokens"] / counts["slots"],

@@ -35,6 +35,7 @@ from mirage_dist.train.measures.records import Means, records
 from mirage_dist.train.measures.validation import HeldOut
 from mirage_dist.train.monitor import Monitor
 from mirage_dist.train.optimizers.partitions import slices
+from mirage_dist.train.planning import sharding
 from mirage_dist.train.planning.check import Checked, check_family, check_model, warn
 from mirage_dist.train.planning.start import Prepared, prepared
 from mirage_dist.train.watchdog import Watchdog
@@ -91,7 +92,8 @@ def _train(checked: Checked, group: Group) -> None:
             _check_family(data.feed, group)
             held_out = validation.of(data.feed, data.table, group)
             cut = data.cut + (held_out.cut if held_out is not None else 0)
-        feed, recipe = data.feed, data.feed.recipe
+            feed, recipe = data.feed, data.feed.recipe
+            deepspeed = deepspeed_config(checked, feed, group)
         lease, manifest, base = stack.enter_context(_leased(checked, data, group))
         with signals.start_up():
             log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
@@ -105,10 +107,10 @@ def _train(checked: Checked, group: Group) -> None:
                 log.info(f"{name}: {cut} answers are longer than data.max_length={length} and will be cut")
             torch.manual_seed(recipe.seed)
             ranks.stop_here(group, "data are checked")
-            engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
+            engine = engines.build(recipe, deepspeed, group, checked.needs.depth)
             ranks.stop_here(group, "the model is loaded")
             objective.start(engine.module.hidden_size, recipe.seed)
-            run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
+            run = Run(recipe, group, objective, feed, engine, deepspeed, manifest, lease)
             watchdog = Watchdog(group, recipe.train.hang_seconds, run.root / "hang").start()
             if recipe.data.cache_vision:
                 feed.encoder.recall(vision_cache.fill(run))
@@ -123,6 +125,12 @@ def _train(checked: Checked, group: Group) -> None:
         if recipe.train.export != "off" and group.main and not (run.root / "export").exists():
             export.export(run.root, run.root / "export", workspace=lease.workspace, form=recipe.train.export)
         ranks.barrier(group, "end of the run")
+
+
+def deepspeed_config(checked: Checked, feed: Feed, group: Group) -> dict[str, Any]:
+    """The completed DeepSpeed JSON for these nodes and the resolved recipe's micro-batch. Every rank calls this."""
+    node = sharding.node_size(checked.deepspeed["zero_optimization"], group)
+    return engines.deepspeed_config(feed.recipe, group.size, len(feed.samples), node)
 
 
 def _check_family(feed: Feed, group: Group) -> None:
@@ -258,7 +266,16 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
     batch = run.recipe.train.global_batch
     cursors = {name: stream.state(len(samples), step, batch) for name, samples in run.feed.samples.items()}
     depth = run.objective.needs.depth
-    return {**run.manifest, "step": step, "seed": run.recipe.seed, "streams": cursors, "depth": depth}
+    rows = run.recipe.train.rows
+    return {
+        **run.manifest,
+        "step": step,
+        "seed": run.recipe.seed,
+        "streams": cursors,
+        "depth": depth,
+        "micro_batch": rows,
+        "accumulation": batch // (rows * run.group.size),
+    }
 
 
 @contextmanager

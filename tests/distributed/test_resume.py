@@ -38,7 +38,7 @@ PUBLISHED = (
 # How a run was saved -> (ranks, overrides); "half" ones are what later starts go on from.
 SAVED = {
     "two": (2, ("train.micro_batch=4", "data.workers=2")),
-    "one_zero2": (1, ("train.micro_batch=8", ZERO2)),
+    "one_zero2": (1, ("train.micro_batch=auto", ZERO2)),
     "bf16": (2, ("train.micro_batch=4", "train.dtype=bf16")),
     "lora": (2, ("train.micro_batch=4", LORA, "reference=adapters_off")),
     "published": (2, ("train.micro_batch=2", *PUBLISHED)),
@@ -46,7 +46,7 @@ SAVED = {
 # (saved as, gone on with: ranks, overrides)
 CONTINUED = {
     "2 to 1": ("two", 1, ("train.micro_batch=8",)),
-    "2 to 4": ("two", 4, ("train.micro_batch=2",)),
+    "2 to 4": ("two", 4, ("train.micro_batch=auto",)),
     "ZeRO-3 to ZeRO-2": ("two", 2, ("train.micro_batch=4", ZERO2)),
     "1 to 2, ZeRO-2 to ZeRO-3": ("one_zero2", 2, ("train.micro_batch=4", "{sharded}")),
     "bf16, 2 to 1 in ZeRO-2": ("bf16", 1, ("train.micro_batch=8", "train.dtype=bf16", ZERO2)),
@@ -89,6 +89,10 @@ def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(saved, toy,
     folder = half(saved[name], tmp_path / "run")
     done = launch(ranks, *command(toy, folder, own))
     assert "resumed from" in done.stdout
+    if "train.micro_batch=auto" in own:
+        rows = 8 // ranks
+        assert f"train.micro_batch=auto: {rows} rows of each stream at once on {ranks} ranks" in done.stdout
+        assert [m["micro_batch"] for m in metrics(folder)] == [4] * 4 + [rows] * 4
     assert "computing" not in done.stdout  # the reference cache serves every world size
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if name != "bf16" else {"atol": 0, "rtol": 2e-2}
     torch.testing.assert_close(losses(folder, "grad_norm"), losses(saved[name], "grad_norm"), **tolerance)
@@ -105,6 +109,16 @@ def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(saved, toy,
                 one, other = (s.read(key, parameter, 0, count) for s in (a, b))
                 distance = (one - other).norm() / one.norm().clamp(min=1e-12)
                 assert distance < (1e-3 if name != "bf16" else 0.2), (key, parameter)
+
+
+def test_what_auto_comes_to_is_logged_in_every_step_and_in_the_checkpoints(saved, toy, tmp_path):
+    folder = saved["one_zero2"]
+    assert {m["micro_batch"] for m in metrics(folder)} == {8}
+    assert {m["micro_batch"] for m in metrics(saved["two"])} == {4}
+    written = read_manifest(folder / f"checkpoints/step-{STEPS:06d}")
+    assert (written["micro_batch"], written["accumulation"]) == (8, 1)
+    # The recipe keeps the word: the next start may have other hardware.
+    assert configs.load(folder / "config.yaml", [], TrainRecipe).train.micro_batch == "auto"
 
 
 def test_a_lora_checkpoint_is_refused_on_another_base(saved, toy, tmp_path):

@@ -82,7 +82,7 @@ def _read(folder: Path, names: list[str], needed: Set[SampleKey]) -> tuple[refer
 def _compute(run: Run, folder: Path) -> list[str]:
     """Compute the parts that are missing; returns the names of the complete set."""
     feed, group = run.feed, run.group
-    width = run.recipe.train.micro_batch
+    width = run.recipe.train.rows
     every = feed.every_sample(feed.needs.ref_logp, group)
     parts = list(iter(lambda: list(islice(every, BATCHES_A_PART)), []))  # ends at the first empty one
 

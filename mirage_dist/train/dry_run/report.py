@@ -54,7 +54,7 @@ class Measured:
 
 def rows(feed: Feed) -> int:
     """Rows of each stream in a micro-batch."""
-    return feed.recipe.train.micro_batch
+    return feed.recipe.train.rows
 
 
 def text(feed: Feed, measured: Measured, every: Sequence[Rank], total: int, group: Group) -> str:

@@ -83,7 +83,8 @@ def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> N
 
 def _measure(checked: Checked, feed: Feed, lease: Lease, phases: Phases, group: Group) -> Measured:
     """All parts of a run once, on the few samples of `feed`."""
-    recipe, objective, deepspeed = feed.recipe, checked.objective, checked.deepspeed
+    recipe, objective = feed.recipe, checked.objective
+    deepspeed = whole.deepspeed_config(checked, feed, group)
     phases.begin(LOAD)
     torch.manual_seed(recipe.seed)
     engine = engines.build(recipe, deepspeed, group, checked.needs.depth)

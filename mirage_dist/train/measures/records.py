@@ -40,7 +40,8 @@ class Record(TypedDict):
     """One step in metrics.jsonl; null stands for a value that is not finite.
 
     step: from 1. terms, values: what the objective returned (see `objectives.base`), divided by the global counts;
-    `values` is left out when it is empty. group_lr: the rate of each entry of train.groups, by its patterns. skipped:
+    `values` is left out when it is empty. group_lr: the rate of each entry of train.groups, by its patterns.
+    micro_batch: what `train.micro_batch` came to. skipped:
     the gradient was not finite, so no weight changed. tokens: input tokens of all ranks, without padding. padding:
     fraction of the positions. cut: samples whose answer was truncated. flops: of the real tokens of all ranks (see
     `flops`). validation: loss and tokens of the held-out stream after this step.
@@ -55,6 +56,7 @@ class Record(TypedDict):
     values: NotRequired[dict[str, float | None]]
     grad_norm: float | None
     lr: float
+    micro_batch: int
     group_lr: NotRequired[dict[str, float]]
     skipped: bool
     tokens: int

@@ -98,9 +98,7 @@ class HeldOut:
         self.group, self.every, self.steps = group, feed.recipe.train.validate_every, feed.steps
         self.feed = Feed(feed.recipe, NEEDS, streams, feed.encoder.processor)
         self.cut = self.feed.check_lengths(group)
-        rows, self.counting = share(
-            len(self.feed.samples[STREAM]), feed.recipe.train.micro_batch, group.rank, group.size
-        )
+        rows, self.counting = share(len(self.feed.samples[STREAM]), feed.recipe.train.rows, group.rank, group.size)
         self.rows = [{STREAM: own} for own in rows]
         self._made: Generator[MicroBatch] | None = None
         self._ahead: list[MicroBatch] = []

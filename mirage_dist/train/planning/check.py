@@ -22,11 +22,15 @@ from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group, everyones
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
 from mirage_dist.train.feed import Feed, check_streams, encoder_of, read_streams
 from mirage_dist.train.measures import profiler, validation
 from mirage_dist.train.optimizers.groups import split
+from mirage_dist.train.planning import batch
+
+# Rows of each stream that are taken to fit where the memory of the device is not known, as on a CPU.
+UNMEASURED = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     validation.check(recipe, needs)
     profiler.check(recipe.monitor.profile, ranks)
     check_reference(recipe, needs)
-    config = engine.deepspeed_config(recipe, ranks, len(needs.streams))
+    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams))
     rundir.check_directory(recipe, needs)
     return Checked(recipe, ranks, objective, config)
 
@@ -89,6 +93,23 @@ def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
     return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
 
 
+def divided(recipe: TrainRecipe, needs: Needs, ranks: int, largest_that_fits: int = UNMEASURED) -> TrainRecipe:
+    """The recipe with `train.micro_batch: auto` replaced by the number for so many ranks (see `batch.choose`).
+
+    Raises ConfigError where the loss depends on the micro-batch, and as `batch.choose`.
+    """
+    train = recipe.train
+    if train.micro_batch != "auto":
+        return recipe
+    if needs.depends_on_micro_batch(recipe.data.packing is True):
+        raise ConfigError(
+            f"train.micro_batch=auto: the loss of objective {recipe.objective['name']} with these options depends on "
+            "the micro-batch, so another number of GPUs would train another model; give a number"
+        )
+    rows = batch.choose(train.global_batch, ranks, largest_that_fits)
+    return replace(recipe, train=replace(train, micro_batch=rows))
+
+
 def check_samples(checked: Checked) -> str:
     """All that a start checks before weights load, in words. Raises ConfigError."""
     streams, alone = check_inputs(checked), Group(0, 0, 1, torch.device("cpu"))
@@ -112,7 +133,26 @@ def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group)
     refusals = encoder_of(recipe, processor).refusals
     sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)
-    return feed, feed.check_lengths(group)
+    cut = feed.check_lengths(group)
+    divide(feed, checked)
+    return feed, cut
+
+
+def divide(feed: Feed, checked: Checked) -> None:
+    """Replace `train.micro_batch: auto` in the feed's recipe by a number, and log it. Raises as `divided`."""
+    given = feed.recipe
+    feed.recipe = divided(given, checked.needs, checked.ranks)
+    if given.train.micro_batch == "auto":
+        log.info(f"train.micro_batch=auto: {_division(feed.recipe.train, checked.ranks)}")
+
+
+def _division(train: TrainConfig, ranks: int) -> str:
+    """How the global batch is divided, in words."""
+    steps = train.global_batch // (train.rows * ranks)
+    return (
+        f"{train.rows} rows of each stream at once on {ranks} rank{'s' * (ranks > 1)}, {steps} such micro-batch"
+        f"{'es' * (steps > 1)} a step (train.global_batch={train.global_batch})"
+    )
 
 
 def check_family(feed: Feed) -> str:
@@ -179,7 +219,7 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
 
 
 def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
-    """What imitating these samples may teach instead (see `data.audit`), and how many held-out samples are trained on."""
+    """What imitating these samples may teach instead (see `data.audit`), and held-out samples that train."""
     refusals = checked.recipe.data.refusals
     texts = {name: audit.warning(streams[name].samples, refusals) for name in checked.needs.audited}
     audited = [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]

@@ -86,7 +86,7 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     objective, streams = checked.objective, check.check_inputs(checked)
     policy = load.weightless(recipe.model, objective.needs.depth, recipe.train.dtype)  # later layers are not loaded
     processor = load.processor(recipe.model)
-    recipe = check.resolved(recipe, processor)
+    recipe = check.divided(check.resolved(recipe, processor), objective.needs, ranks)
     feed = Feed(recipe, objective.needs, streams, processor)
     lengths = {name: _lengths(feed, source) for name, source in streams.items() if name in feed.samples}
     needs = Plan()
@@ -190,7 +190,7 @@ def _memory(
         plan.memory["update"] = exchanged, "values and gradients of whole parameters"
     plan.memory["communication"] = memory.buckets(item, zero), "reduce buckets"
     width = max(max(counts.rows) for counts in lengths.values())
-    rows = train.micro_batch * len(lengths)
+    rows = train.rows * len(lengths)
     depth = len(layers)
     eager = decoder(policy.backbone).config._attn_implementation == "eager"
 
@@ -203,7 +203,7 @@ def _memory(
         f"{rows} rows of {width} tokens, {depth} layers; {size(kept(not on))} with"
         f" model.gradient_checkpointing={str(not on).lower()}",
     )
-    responses = train.micro_batch * sum(_headed(required, name, lengths[name]) for name in lengths)
+    responses = train.rows * sum(_headed(required, name, lengths[name]) for name in lengths)
     if responses:
         trains = bool(head.weight.requires_grad)
         peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(required.kl), trains)

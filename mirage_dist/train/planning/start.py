@@ -19,7 +19,6 @@ from mirage_dist.data import sources
 from mirage_dist.data.sources import Source
 from mirage_dist.disk import removal
 from mirage_dist.model import load
-from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group, gathered, on_main, together
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
@@ -28,7 +27,7 @@ from mirage_dist.train.caches.identity import File
 from mirage_dist.train.caches.samples import FOLDER, Table
 from mirage_dist.train.feed import Feed, encoder_of
 from mirage_dist.train.lease import Lease
-from mirage_dist.train.planning.check import Checked, audit_warnings, resolved
+from mirage_dist.train.planning.check import Checked, audit_warnings, divide, resolved
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs, describe, read_streams
 
 
@@ -77,7 +76,7 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
 
     key, folder = together(group, look)
     if folder is not None:
-        yield _prepared(recipe, needs, folder, processor, group, new=False)
+        yield _prepared(checked, recipe, folder, processor, group, new=False)
         return
     with _draft(Path(recipe.run.dir), key, group) as folder:
         _check(checked, recipe, processor, group, folder)
@@ -93,13 +92,15 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
 
         with disk.refusals(folder, "nothing of the run was written"):
             together(group, seal)
-        yield _prepared(recipe, needs, folder, processor, group, new=True)
+        yield _prepared(checked, recipe, folder, processor, group, new=True)
 
 
-def _prepared(recipe: TrainRecipe, needs: Needs, folder: Path, processor: Any, group: Group, new: bool) -> Prepared:
+def _prepared(checked: Checked, recipe: TrainRecipe, folder: Path, processor: Any, group: Group, new: bool) -> Prepared:
     table = samples.opened(folder)
-    feed = Feed(recipe, needs, table, processor)
-    return Prepared(feed, table, feed.check_lengths(group), new)
+    feed = Feed(recipe, checked.needs, table, processor)
+    cut = feed.check_lengths(group)
+    divide(feed, checked)
+    return Prepared(feed, table, cut, new)
 
 
 def _usable(folder: Path) -> bool:

@@ -95,9 +95,19 @@ def test_a_wrong_recipe_is_named(recipe, overrides, words):
         ({"zero_optimization": {"stage": 1}}, "allowed: 2, 3"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, "train.dtype"),
         ([1], "JSON object"),
+        ({"sequence_parallel_size": 2, "zero_optimization": {"stage": 3}}, "'sequence_parallel_size' is not offered"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+            r"offload_optimizer.device='nvme' is not offered: .*swap files.*take cpu",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.device='nvme' is not offered.*restored",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "allowed: none, cpu"),
     ],
 )
-def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_path, tree, words):
+def test_a_deepspeed_file_with_the_recipes_part_or_what_is_not_offered_is_refused(recipe, tmp_path, tree, words):
     (tmp_path / "ds.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=words):
         check(recipe(f"deepspeed={tmp_path}/ds.json"))
