@@ -40,10 +40,10 @@ class Request(NamedTuple):
 
     index_N, labels_N: rows whose log-probabilities to compute, and the tokens that they predict. kl_index_M: rows whose
     KL divergence from `ref_logits_MV` to compute, or whose logits where no reference logits are given (the request to a
-    reference model). distilled: see `Distilled`. layers: decoder layers to tap. narrow: the rows that continue after a layer; they must include
+    reference model). layers: decoder layers to tap. narrow: the rows that continue after a layer; they must include
     every row requested above. share: return the input of this layer as a prefix. prefix: start from it, whatever the
     inputs are. vision: record these connectors' inputs for the pictures only; empty: of those that are constants (see
-    `model.vision`).
+    `model.vision`). distilled: see `Distilled`.
     """
 
     index_N: Tensor | None = None
@@ -59,7 +59,8 @@ class Request(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV, distilled_N in float32; activations, vision in the model's dtype. None where not requested.
+    """logp_N, kl_M, logits_MV, distilled_N in float32; activations, vision in the model's dtype. None where not
+    requested.
 
     activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`. vision:
     connector -> its input. distilled_N: the cross entropies that `Distilled` describes.

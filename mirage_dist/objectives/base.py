@@ -27,8 +27,8 @@ class Needs:
     logp: log-probabilities of the response tokens. ref_logp: the same under the reference model.
     kl: KL(reference ‖ policy) over the vocabulary, at the positions `kl_positions`: of `response` those that predict a
     response token, else those that `positions` would mark.
-    distil: cross entropy of the policy to the reference's distribution, where the logit of the response token is lowered
-    by `penalty`, per response token.
+    distil: cross entropy of the policy to the reference's distribution, of which the response token's logit is lowered
+    by `penalty`; per response token.
     activation, ref_activation: outputs of the decoder layers `layers` (0 is the first) of policy and reference.
     positions: the positions that `View.mask_BS` marks.
 

@@ -33,7 +33,7 @@ class DPO(Retaining):
     @property
     def needs(self) -> Needs:
         both = ("chosen", "rejected")
-        own = Needs(streams=both, logp=both, ref_logp=both, paired=both, unlearned=(), audited=("chosen",))
+        own = Needs(streams=both, logp=both, ref_logp=both, paired=both, audited=("chosen",))
         return self.with_retain(own)
 
     def __call__(self, views: Mapping[str, View]) -> list[Term | Logged]:
@@ -54,7 +54,8 @@ class IdkDPO(Retaining):
 
     The answers to forget are rejected for answers that claim ignorance, in the stream `idk` (TOFU, Maini et al., 2024,
     "Preference Optimization"). The factor 2/β is that of NPO and of open-unlearning's `compute_dpo_loss`
-    (src/trainer/utils.py), whose mean is over a micro-batch's pairs. As β vanishes the gradient of both answers is 1.
+    (src/trainer/utils.py), whose mean is over a micro-batch's pairs. As β vanishes it tends to
+    gradient ascent on the one answer and fine-tuning on the other.
     """
 
     beta: Positive = 0.1

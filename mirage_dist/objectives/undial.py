@@ -15,8 +15,8 @@ from mirage_dist.schema.numbers import Weight
 class UNDIAL(Retaining):
     """L = forget_weight · mean over response tokens of CE(q, π) + retain term, which is `none` unless chosen.
 
-    q = softmax(z_ref − β · onehot(token)): the reference's distribution with the logit of the answer's own token lowered
-    by β. It is bounded below by q's entropy, so a run of any length converges.
+    q = softmax(z_ref − β · onehot(token)): the reference's distribution with the logit of the answer's own token
+    lowered by β. q's entropy bounds the loss below, unlike that of gradient ascent.
 
     open-unlearning's `compute_undial_loss` (src/trainer/utils.py) takes the mean over *all* positions: at prompt,
     picture and padding its label is −100, which indexes the vocabulary from its end, so there the hundredth-last entry

@@ -206,7 +206,9 @@ def _memory(
     responses = train.micro_batch * sum(_headed(required, name, lengths[name]) for name in lengths)
     if responses:
         trains = bool(head.weight.requires_grad)
-        peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(required.distributions), trains)
+        peak = memory.loss_head(
+            responses, head.out_features, head.in_features, item, bool(required.distributions), trains
+        )
         plan.memory["loss head"] = Place(peak), f"{responses} rows, vocabulary {head.out_features:,}"
     if required.reference and recipe.reference == "engine":
         frozen = load.weightless(recipe.model, required.reference_depth)

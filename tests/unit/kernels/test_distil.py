@@ -34,7 +34,9 @@ def formula(tensors, labels, teacher, penalty, softcap):
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("workspace_mb", [512, 0])  # 0: 64 columns, or one row, at a time
 @pytest.mark.parametrize(("softcap", "trains", "penalty"), [(None, True, 10.0), (4.0, True, 3.0), (4.0, False, 10.0)])
-def test_it_is_the_cross_entropy_to_soft_labels_with_its_gradient(dtype, workspace_mb, softcap, trains, penalty, monkeypatch):
+def test_it_is_the_cross_entropy_to_soft_labels_with_its_gradient(
+    dtype, workspace_mb, softcap, trains, penalty, monkeypatch
+):
     if not workspace_mb:
         monkeypatch.setattr("mirage_dist.kernels.passes.columns_that_fit", lambda *_: 64)
         monkeypatch.setattr("mirage_dist.kernels.passes.rows_that_fit", lambda *_: 1)
