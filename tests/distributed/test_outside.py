@@ -1,4 +1,4 @@
-"""Objectives from outside the package (`lab.py`, and what docs/objectives.md shows) and its own, as users train them."""
+"""Objectives from outside the package (`lab.py`, what docs/objectives.md shows) and its own, trained as users train."""
 
 import json
 import os

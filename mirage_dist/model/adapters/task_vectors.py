@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,7 +130,7 @@ def _check_vectors(vectors: Sequence[Vector]) -> None:
             raise ConfigError(
                 f"{one.path}={one.scale}: expected a scale from −{MAGNITUDE.value:,} to {MAGNITUDE.value:,}"
             )
-    places = [directory.resolve(one.path).resolve() for one in vectors]
+    places = [os.path.realpath(directory.resolve(one.path)) for one in vectors]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ConfigError(f"{vectors[number].path}: is given twice; give it once, with the sum of the scales")
