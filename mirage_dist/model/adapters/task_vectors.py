@@ -82,7 +82,7 @@ def merge(base: str, vectors: Sequence[Vector], out: Path) -> None:
     """Write base + Σ scale · (tuned − base) to `out`, an ordinary model directory, whole or not at all.
 
     Each tensor is computed in float64, a block at a time, and rounded once to the tuned models' dtype: with one vector
-    of scale 1 the result is the tuned model, bit by bit. Configurations and the processor's files are copies of the
+    of scale 1 the result has the tuned model's values. Configurations and the processor's files are copies of the
     first tuned model's; `merge.yaml` has the parts and their hashes.
 
     Raises ConfigError for a directory that holds no model, a scale that is no number, a model that is given twice, one
@@ -264,10 +264,10 @@ class _Sums:
             return
         for begin in range(0, len(base), BLOCK):
             part = slice(begin, begin + BLOCK)
-            start = base[part].double()
-            total = start.clone()
+            # The same sum by models, which at scale 1 is the tuned one also where a difference would be rounded.
+            total = base[part].double() * (1 - math.fsum(scale for _, scale in tuned))
             for values, scale in tuned:
-                total += scale * (values[part].double() - start)
+                total += scale * values[part].double()
             rounded = total.to(dtype)
             if not bool(torch.isfinite(rounded).all()):
                 self._refuse(name, part, total)
