@@ -166,6 +166,15 @@ def parser() -> argparse.ArgumentParser:
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=_whole(0, COUNT), help="default: the newest checkpoint")
+
+    merge = _verb(
+        verbs, "merge", run.merge, "add differences of tuned models to their base: base + Σ scale·(tuned − base)"
+    )
+    merge.add_argument("base", type=_data, metavar="BASE", help="the model that all of them were tuned from")
+    merge.add_argument("out", type=_path, metavar="OUT")
+    merge.add_argument(
+        "vectors", nargs="+", type=_vector, metavar="DIR=SCALE", help="a tuned model; a negative scale forgets its task"
+    )
     return parser
 
 
@@ -177,6 +186,16 @@ def _place(text: str) -> tuple[int, int]:
             f"{shown(text)}: expected I/N with 0 <= I < N, such as 0/4, and N of at most {RANKS.value:,}"
         )
     return number, of
+
+
+def _vector(text: str) -> tuple[str, float]:
+    folder, _, scale = text.rpartition("=")
+    try:
+        return _data(folder), float(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}: expected DIR=SCALE, such as runs/npo/export=0.5 or runs/sft/export=-1"
+        ) from None
 
 
 def _checked(check: Check, key: str, text: str) -> str:

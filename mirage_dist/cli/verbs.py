@@ -248,6 +248,14 @@ def report(parsed: argparse.Namespace) -> None:
     report.require_whole(summary)
 
 
+def merge(parsed: argparse.Namespace) -> None:
+    from mirage_dist.model.adapters import task_vectors
+
+    vectors = [task_vectors.Vector(path, scale) for path, scale in parsed.vectors]
+    task_vectors.merge(parsed.base, vectors, parsed.out)
+    show(parsed.out)
+
+
 def export(parsed: argparse.Namespace) -> None:
     from mirage_dist.model import export
 

@@ -24,6 +24,7 @@ Form = Literal["merged", "adapter", "both"]
 CARD = """---
 library_name: {library}
 base_model: {base}
+base_model_hash: {base_hash}
 ---
 # {name}
 
@@ -64,6 +65,7 @@ def export(run: Path, out: Path, step: int | None = None, workspace: Path | None
         library="peft" if form == "adapter" else "transformers",
         step=str(step_of(checkpoint)),
         hash=configs.config_hash(recipe)[:16],
+        base_hash=manifest["base_hash"],
     )
     with disk.folder(out, workspace=workspace) as partial:
         (partial / "README.md").write_text(card)

@@ -246,7 +246,7 @@ def check_reference(recipe: TrainRecipe, needs: Needs) -> None:
             f"reference=adapters_off: model.lora.also_train={lora.also_train} trains parameters that switching the "
             "adapters off does not put back; use cache or engine"
         )
-    if kind == "cache" and (needs.kl or needs.ref_activation):
+    if kind == "cache" and (needs.distributions or needs.ref_activation):
         raise ConfigError(
             "reference=cache holds log-probabilities only, but this objective compares whole distributions or "
             "activations; use engine" + (" or adapters_off" if lora is not None else "")

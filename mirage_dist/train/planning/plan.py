@@ -206,7 +206,9 @@ def _memory(
     responses = train.rows * sum(_headed(required, name, lengths[name]) for name in lengths)
     if responses:
         trains = bool(head.weight.requires_grad)
-        peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(required.kl), trains)
+        peak = memory.loss_head(
+            responses, head.out_features, head.in_features, item, bool(required.distributions), trains
+        )
         plan.memory["loss head"] = Place(peak), f"{responses} rows, vocabulary {head.out_features:,}"
     if required.reference and recipe.reference == "engine":
         frozen = load.weightless(recipe.model, required.reference_depth)
@@ -218,7 +220,7 @@ def _headed(needs: Needs, name: str, lengths: Lengths) -> int:
     """The most rows of the LM head that a sample of this stream needs."""
     if name in needs.kl and needs.kl_positions != "response":
         return max(lengths.rows)
-    return max(lengths.responses) if name in (*needs.logp, *needs.kl) else 0
+    return max(lengths.responses) if name in (*needs.logp, *needs.distributions) else 0
 
 
 def _disk(

@@ -59,7 +59,12 @@ def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) 
         mine, partners = samples[first], samples[name]
         place = f"data.streams.{name}: is paired with {first}"
         if len(mine) != len(partners):
-            raise ConfigError(f"{place}: {len(partners)} samples for {len(mine)}; every sample needs a partner")
+            ids = [{sample.id for sample in kept} for kept in (mine, partners)]
+            alone = next((s.id for s in (*mine, *partners) if s.id in ids[0] ^ ids[1]), None)
+            first_one = "" if alone is None else f" ({alone!r} has none)"
+            raise ConfigError(
+                f"{place}: {len(partners)} samples for {len(mine)}; every sample needs a partner{first_one}"
+            )
         for number, (one, other) in enumerate(zip(mine, partners, strict=True)):
             if any(getattr(one, name) != getattr(other, name) for name in SHARED):
                 raise ConfigError(

@@ -188,6 +188,16 @@ def test_a_name_that_the_model_lacks_is_reported_from_its_configuration(recipe, 
 def test_a_layer_that_the_model_does_not_have_is_named(recipe):
     with pytest.raises(ConfigError, match="layer=4: the model has decoder layers 0 to 3"):
         check(recipe("objective.layer=4", name="rmu"))
+    with pytest.raises(ConfigError, match="layer=9: the model has decoder layers 0 to 3"):
+        check(recipe("objective.layer=7", "objective.layers=[1, 9]", name="rmu"))
+
+
+@pytest.mark.parametrize(("name", "overrides"), [("undial", ["reference=cache"]), ("simnpo", ["objective.retain=kl"])])
+def test_an_objective_that_compares_distributions_is_refused_a_cache_of_log_probabilities(name, overrides):
+    plain = configs.load(f"configs/train/{name}.yaml", [], TrainRecipe)
+    check_recipe(plain, 8)
+    with pytest.raises(ConfigError, match=r"reference=cache .* whole distributions .* use engine"):
+        check_recipe(configs.load(f"configs/train/{name}.yaml", overrides, TrainRecipe), 8)
 
 
 def test_packing_auto_follows_the_model_and_true_refuses_one_that_cannot(recipe, toy, tmp_path, capsys):
