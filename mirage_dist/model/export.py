@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,8 +104,10 @@ def _check_written(folder: Path, config: Any, out: Path) -> None:
         raise RunError(f"{out}: nothing was exported, since the result would not load: {error}") from error
 
 
-def chosen(folder: Path, step: int | None) -> Path:
+def chosen(folder: Path, step: int | None, sha256: Callable[[Path], str] = disk.sha256) -> Path:
     """The checkpoint of a step, or the newest one. Raises ConfigError when there is none, or when it is damaged.
+
+    sha256: as in `shards.damage`.
 
     Training goes on from an older one where the newest is damaged, and makes the later steps again. Nobody who wants
     the model would notice that it is an older one, so here its step has to be named.
@@ -117,7 +119,7 @@ def chosen(folder: Path, step: int | None) -> Path:
         raise ConfigError(f"{folder}: no checkpoint{'' if step is None else f' step-{step:06d}'} (there: {names})")
     damaged = ""
     for checkpoint in reversed(candidates):
-        fault = damage(checkpoint)
+        fault = damage(checkpoint, sha256=sha256)
         if fault is None:
             if damaged:
                 raise ConfigError(
