@@ -37,6 +37,7 @@ from torch import Tensor
 
 from mirage_dist import disk, state
 from mirage_dist.disk import Written
+from mirage_dist.disk.headers import header
 from mirage_dist.progress import log
 from mirage_dist.schema import RunError
 
@@ -84,20 +85,13 @@ def write(file: Path, fragments: Sequence[Fragment], scalars: Scalars | None = N
     """Write one shard and sync it to disk. Raises OSError."""
     # By falling size of an element, so that each tensor is aligned in the file.
     ordered = sorted(fragments, key=lambda f: -f.tensor.itemsize)
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "starts": json.dumps({f.title: f.start for f in ordered}),
-            "shapes": json.dumps({f.title: f.shape for f in ordered}),
-            "scalars": json.dumps(scalars or {}),
-        }
+    metadata = {
+        "starts": json.dumps({f.title: f.start for f in ordered}),
+        "shapes": json.dumps({f.title: f.shape for f in ordered}),
+        "scalars": json.dumps(scalars or {}),
     }
-    end = 0
-    for f in ordered:
-        start, end = end, end + f.tensor.nbytes
-        header[f.title] = {"dtype": DTYPES[f.tensor.dtype], "shape": [len(f.tensor)], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    content = (len(text).to_bytes(8, "little"), text, *map(_bytes, ordered))
+    head = header({f.title: (DTYPES[f.tensor.dtype], f.tensor.shape, f.tensor.nbytes) for f in ordered}, metadata)
+    content = (head, *map(_bytes, ordered))
     return disk.write(file, content, workspace=file.parent)  # a folder that another job has removed is not made again
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mirage_dist import disk, ranks
+from mirage_dist.disk.headers import header
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import Group
 from mirage_dist.schema import RunError
@@ -36,8 +37,8 @@ class Flat:
             with file.open("rb") as handle:
                 self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
             length = int.from_bytes(self._map[:8], "little")
-            header: dict[str, Any] = json.loads(self._map[8 : 8 + min(length, LONGEST_HEADER)])
-            metadata = header.pop("__metadata__")
+            content: dict[str, Any] = json.loads(self._map[8 : 8 + min(length, LONGEST_HEADER)])
+            metadata = content.pop("__metadata__")
             self.text: str = metadata["text"]
             self._checks: dict[str, list[int]] = json.loads(metadata["checks"])
             if self._checks.pop("text") != [_check(self.text.encode())]:
@@ -45,7 +46,7 @@ class Flat:
             self._bytes: dict[str, np.ndarray] = {}
             self._arrays: dict[str, np.ndarray] = {}
             end = 8 + length
-            for title, entry in header.items():
+            for title, entry in content.items():
                 start, stop = (8 + length + place for place in entry["data_offsets"])
                 dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"]))
                 if start != end or stop - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
@@ -110,14 +111,8 @@ def write(file: Path, arrays: Mapping[str, np.ndarray], text: str, workspace: Pa
         for title, content in contents.items()
     }
     metadata = {"text": text, "checks": json.dumps({**checks, "text": [_check(text.encode())]})}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for title, array in ordered.items():
-        start, end = end, end + array.nbytes
-        header[title] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    disk.write(file, (len(head).to_bytes(8, "little"), head, *contents.values()), workspace=workspace)
+    entries = {title: (names[array.dtype], array.shape, array.nbytes) for title, array in ordered.items()}
+    disk.write(file, (header(entries, metadata), *contents.values()), workspace=workspace)
 
 
 def opened(file: Path, group: Group) -> Flat | None:

@@ -273,7 +273,7 @@ def _indexed(run: Run, folder: Path) -> Index:
 
 
 def _write_index(folder: Path, workspace: Path) -> None:
-    """Make the index that of the parts in a folder. Only those that it does not know by name, size and time are opened."""
+    """Make the index that of the parts in a folder. Only those are opened that it does not know by their states."""
     states = [(file.name, file.stat()) for file in _parts(folder) if file.exists()]
     present = {name: [status.st_size, status.st_mtime_ns] for name, status in states}
     known: dict[str, str] = {}
