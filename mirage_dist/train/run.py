@@ -122,8 +122,9 @@ def _train(checked: Checked, group: Group) -> None:
         watchdog.stop()
         ranks.barrier(group, "end of training")
         _check_result(run)
-        if recipe.train.export != "off" and group.main and not (run.root / "export").exists():
-            export.export(run.root, run.root / "export", workspace=lease.workspace, form=recipe.train.export)
+        form, out = recipe.train.export, run.root / "export"
+        if form != "off" and not ranks.from_main(group, out.exists()):
+            export.export(run.root, out, workspace=lease.workspace, form=form, group=group)
         ranks.barrier(group, "end of the run")
 
 

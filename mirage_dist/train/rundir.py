@@ -78,6 +78,7 @@ class Start(TypedDict):
     restart: str | None
     step: int
     reference_parts: int
+    reference_caches: int
     vision_parts: int
     stopped: bool
 
@@ -197,6 +198,7 @@ def count_start(lease: Lease, limit: int) -> None:
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
         "step": step,
         "reference_parts": len(list(lease.root.glob("reference/*/*.npz"))),
+        "reference_caches": len(list(lease.root.glob("reference/*/*.safetensors"))),  # merged of such parts
         "vision_parts": len(list(lease.root.glob("vision/*/*.safetensors"))),
         "stopped": False,
     }

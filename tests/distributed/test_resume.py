@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from mirage_dist import config as configs
 from mirage_dist import runs, state
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.model import export
 from mirage_dist.model.shards import PARAM, Shards, read_manifest
+from mirage_dist.ranks import free_port
 from mirage_dist.schema import TrainRecipe
 
 STEPS = 8
@@ -271,3 +274,59 @@ def test_layers_are_computed_again_in_the_backward_pass_with_gradient_checkpoint
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         counts[checkpointing] = int(done.stdout.rpartition("layer forwards ")[2])
     assert counts == {"false": 4, "true": 8}
+
+
+EXPORT = """
+import errno, sys
+from pathlib import Path
+from mirage_dist import ranks
+from mirage_dist.model import export
+from mirage_dist.model.exports import merged
+group = ranks.start()
+merged.LARGEST = merged.SMALLEST = 100_000
+run, out = map(Path, sys.argv[1:])
+export.export(run, out, group=group)
+write = merged.write
+def refused(*given):
+    write(*given)
+    if group.rank == 1:
+        raise OSError(errno.ENOSPC, "No space left on device", "model-00002")
+merged.write = refused
+try:
+    export.export(run, out.with_name("refused"), group=group)
+except export.RunError as error:
+    print("REFUSED", error)
+ranks.exit_well()
+"""
+
+
+@pytest.mark.parametrize("name", ["two", "lora"])
+def test_two_ranks_export_what_one_process_exports_and_nothing_where_one_of_them_fails(saved, tmp_path, name):
+    (tmp_path / "export.py").write_text(EXPORT)
+    out = tmp_path / "made" / "two"
+    out.parent.mkdir()
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    line = [forkserver.python(), str(tmp_path / "export.py"), str(saved[name]), str(out)]
+    own = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(2))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(line, env=environment, **pipes) for environment in own]
+    outputs = [process.communicate(timeout=180)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    for output in outputs:
+        words = "refused: nothing was exported, since a part could not be written \\(rank 1: .*No space left on device"
+        assert re.search(f"REFUSED .*{words}", output), output
+    assert os.listdir(out.parent) == ["two"]
+    export.export(saved[name], tmp_path / "one")
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) >= 2
+    two = {n: t for file in files for n, t in load_file(file).items()}
+    one = load_file(tmp_path / "one/model.safetensors")
+    assert one.keys() == two.keys()
+    for tensor, value in one.items():
+        assert torch.equal(value.reshape(-1).view(torch.uint8), two[tensor].reshape(-1).view(torch.uint8)), tensor
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=True)
+    of_weights = {"SHA256SUMS", "model.safetensors", "model.safetensors.index.json", *(file.name for file in files)}
+    others = [
+        {f.name: f.read_bytes() for f in made.iterdir() if f.name not in of_weights} for made in (tmp_path / "one", out)
+    ]
+    assert others[0] == others[1]

@@ -14,6 +14,7 @@ from mirage_dist.model.families.roles import decoder
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.optimizers import base as optimizers
@@ -235,7 +236,7 @@ def _disk(
     required, train = objective.needs, recipe.train
     if required.ref_logp and recipe.reference == "cache":
         plan.disk["reference cache"] = (
-            sum(_cached_logps(name, lengths[name]) for name in required.ref_logp),
+            sum(_cached_logps(lengths[name]) for name in required.ref_logp),
             f"{sum(len(lengths[name].rows) for name in required.ref_logp):,} samples of {', '.join(required.ref_logp)}",
         )
     _vision(plan, recipe, policy, feed)
@@ -250,9 +251,9 @@ def _disk(
         plan.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
 
 
-def _cached_logps(stream: str, lengths: Lengths) -> int:
-    """Bytes of the reference cache's arrays: a float32 a response token; stream, index and length a sample."""
-    return sum(lengths.responses) * 4 + len(lengths.rows) * (4 * len(stream) + 8 + 8)
+def _cached_logps(lengths: Lengths) -> int:
+    """Bytes of the reference cache's arrays: a float32 a response token, an int64 a sample and one at the end."""
+    return sum(lengths.responses) * 4 + (len(lengths.rows) + 1) * 8
 
 
 def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) -> None:
@@ -268,7 +269,7 @@ def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) ->
     beside = sum(8 * t.ndim if vision.is_pixels(name) else t.nbytes for name, t in blank.items())
     note = f"{count:,} pictures, the placeholder included, of {elements:,} features as a blank one has"
     plan.disk["vision features"] = (
-        count * (elements * item + beside),
+        count * (elements * item + beside + vision_cache.INDEXED),
         note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 
