@@ -23,8 +23,6 @@ from typing import BinaryIO
 
 from mirage_dist.disk import faults, removal
 from mirage_dist.disk.digests import digest as digest
-from mirage_dist.disk.digests import digest_of as digest_of
-from mirage_dist.disk.digests import open_regular as open_regular
 from mirage_dist.disk.digests import sha256 as sha256
 from mirage_dist.disk.digests import sha256_files as sha256_files
 from mirage_dist.disk.digests import sha256_text as sha256_text

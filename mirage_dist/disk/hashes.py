@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mirage_dist import disk, state
+from mirage_dist.disk import digests
 from mirage_dist.schema.errors import ConfigError, RunError
 
 PLACE, INSIST = "MIRAGE_CACHE", "MIRAGE_REHASH"  # environment variables
@@ -103,9 +104,9 @@ def _known(record: Path | None, folder: str, paths: list[str]) -> tuple[dict[str
 def _hash(path: str) -> tuple[str, _Entry | None]:
     """SHA-256 of a file, and what may be remembered of it: nothing if it is young or changed while it was read."""
     began = time.time()
-    with disk.open_regular(path) as handle:
+    with digests.open_regular(path) as handle:
         before = os.fstat(handle.fileno())
-        digest = disk.digest_of(handle)
+        digest = digests.digest_of(handle)
         after = os.fstat(handle.fileno())
     whole = _identity(before) == _identity(after) and _age(before, began) >= SETTLED_SECONDS
     return digest, _Entry(_identity(before), digest) if whole else None
