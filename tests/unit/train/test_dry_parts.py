@@ -51,7 +51,7 @@ def feed_of(lengths: dict[str, list[int]], answers: dict[str, list[int]], width:
         pictured={},
         steps=4,
         recipe=SimpleNamespace(
-            train=SimpleNamespace(micro_batch=width, global_batch=width),
+            train=SimpleNamespace(rows=width, global_batch=width),
             data=SimpleNamespace(packing=packing, group_by_length=False),
             seed=0,
         ),
