@@ -11,7 +11,7 @@ from typing import NoReturn
 from mirage_dist.cli import verbs as run
 from mirage_dist.progress import printable, put
 from mirage_dist.schema import ConfigError, secrets
-from mirage_dist.schema.limits import COUNT, LOCAL, NGRAMS, RANKS, Limit
+from mirage_dist.schema.limits import COUNT, LOCAL, MAGNITUDE, NGRAMS, RANKS, Limit
 from mirage_dist.schema.names import NAME, PLACE, Check, shown
 
 
@@ -97,15 +97,25 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="with a check: of a run of N processes")
 
-    plan = _verb(verbs, "plan", run.plan, "the memory and disk space that a training run will need; loads no weights")
+    plan = _verb(verbs, "plan", run.plan, "memory, time, communication, disk and cost of a training run, before it runs")
     _recipe(plan)
+    plan.add_argument("--nodes", type=_whole(1, RANKS), metavar="N", help="default: as many as --ranks take, or 1")
+    plan.add_argument("--gpus", type=_whole(1, LOCAL), metavar="G", help="of a node; default: that GPU's usual node")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100, …; default: %(default)s")
+    plan.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="GPUs of all nodes; default: nodes × gpus")
     plan.add_argument(
-        "--ranks",
-        type=_whole(1, RANKS),
-        default=1,
-        metavar="N",
-        help="processes, one per GPU (default: 1)",
+        "--hardware",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE|FILE",
+        help="other numbers than the table's, such as network_gb_s=25; or a YAML or JSON file of them",
     )
+    plan.add_argument("--price", type=_price, metavar="P", help="of a GPU-hour, in any currency; without it no cost")
+    plan.add_argument("--samples", type=_whole(1, COUNT), metavar="N", help="before there are data: of each stream")
+    plan.add_argument("--tokens", metavar="MEAN[,LONGEST]", help="… tokens of a row, its picture's among them")
+    plan.add_argument("--responses", metavar="MEAN[,LONGEST]", help="… tokens of the answers among them")
+    plan.add_argument("--picture-tokens", type=_whole(1, COUNT), default=0, metavar="N", help="of one picture")
+    plan.add_argument("--json", action="store_true", help="one JSON object (docs/planning.md) in place of the table")
 
     doctor = _verb(verbs, "doctor", run.doctor, "whether this machine, allocation and file system can carry a run")
     doctor.add_argument(
@@ -226,6 +236,16 @@ def _whole(low: int, limit: Limit) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price <= MAGNITUDE.value:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: expected a price from 0 to {MAGNITUDE}, such as 2.5")
+    return price
 
 
 def _name(text: str) -> str:

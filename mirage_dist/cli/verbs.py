@@ -155,11 +155,19 @@ def train(parsed: argparse.Namespace) -> None:
 def plan(parsed: argparse.Namespace) -> None:
     recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
     from mirage_dist import inputs
-    from mirage_dist.train.planning import plan
+    from mirage_dist.train.planning import plan, table
+    from mirage_dist.train.planning.costs import hardware, lengths
 
-    if missing := inputs.missing(recipe):
+    on = hardware.hardware(parsed.gpu, parsed.hardware)
+    cluster = plan.cluster(on, parsed.nodes, parsed.gpus, parsed.ranks, parsed.price)
+    data = lengths.described(parsed.samples, parsed.tokens, parsed.responses)
+    if data is None and (missing := inputs.missing(recipe)):
         raise ConfigError(f"{missing[0]}: not there yet; its world is made by `mirage demo` or `mirage train`")
-    show(plan.plan(recipe, parsed.ranks).text())
+    made = plan.plan(recipe, cluster.ranks, cluster, data, parsed.picture_tokens)
+    if parsed.json:
+        put(json.dumps(table.as_json(made), indent=1) + "\n")
+    else:
+        show(table.text(made))
 
 
 def doctor(parsed: argparse.Namespace) -> None:

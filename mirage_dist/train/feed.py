@@ -24,7 +24,7 @@ from mirage_dist.model import load
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.limits import STEPS
 from mirage_dist.train.caches.samples import Digests, Table
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs
@@ -254,28 +254,8 @@ class Feed:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run: `max_steps`, or `epochs` passes over `epoch_stream`.
-
-        Raises ConfigError for more steps than a run or its schedule may have, and for a schedule without any rate.
-        """
-        train = self.recipe.train
-        size = len(self.samples[self.epoch_stream])
-        steps = train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
-        if steps > STEPS.value:
-            raise ConfigError(
-                f"train.epochs={train.epochs}: with {size} samples that is {steps:,} steps; at most {STEPS}. Lower it, "
-                "or give train.max_steps"
-            )
-        if train.schedule_steps is not None and steps > train.schedule_steps:
-            raise ConfigError(
-                f"train.schedule_steps={train.schedule_steps}: this run has {steps} steps, and a schedule has at least "
-                "as many as its run; raise it, or leave it out"
-            )
-        if train.warmup_from_zero and train.warmup and steps == 1:
-            raise ConfigError(
-                "train.warmup_from_zero: the only step of this run would have rate 0; set it to false, or train longer"
-            )
-        return steps
+        """Optimizer steps of the whole run (see `steps_of`)."""
+        return steps_of(self.recipe.train, len(self.samples[self.epoch_stream]))
 
     def only(self, rows: Mapping[str, stream.Indices], recipe: TrainRecipe) -> Feed:
         """The feed of these samples alone, in this order, for another resolved recipe of the same data."""
@@ -365,6 +345,29 @@ class Feed:
     def counts(self, window: Sequence[MicroBatch]) -> dict[str, float]:
         """This rank's share in a step of every count that a term may name."""
         return {name: sum(micro.counts[name] for micro in window) for name in window[0].counts}
+
+
+def steps_of(train: TrainConfig, size: int) -> int:
+    """Optimizer steps of a run: `max_steps`, or `epochs` passes over the `size` samples of `epoch_stream`.
+
+    Raises ConfigError for more steps than a run or its schedule may have, and for a schedule without any rate.
+    """
+    steps = train.max_steps or max(1, -(-int(train.epochs * size) // train.global_batch))
+    if steps > STEPS.value:
+        raise ConfigError(
+            f"train.epochs={train.epochs}: with {size} samples that is {steps:,} steps; at most {STEPS}. Lower it, "
+            "or give train.max_steps"
+        )
+    if train.schedule_steps is not None and steps > train.schedule_steps:
+        raise ConfigError(
+            f"train.schedule_steps={train.schedule_steps}: this run has {steps} steps, and a schedule has at least "
+            "as many as its run; raise it, or leave it out"
+        )
+    if train.warmup_from_zero and train.warmup and steps == 1:
+        raise ConfigError(
+            "train.warmup_from_zero: the only step of this run would have rate 0; set it to false, or train longer"
+        )
+    return steps
 
 
 def positions(batch: Batch, which: Positions) -> Tensor:

@@ -1,7 +1,8 @@
 """What a run holds in memory, in formulas over sizes alone.
 
 Elements of parameters and of optimizer state are exact (tests compare them with a run's shards); activations are an
-estimate, whose assumptions the docstring of `activations` states.
+estimate, whose assumptions the docstring of `activations` states. What DeepSpeed 0.19.8 holds beside the model states
+follows its source; benchmarks/plan_memory.py compares the sums with real runs (docs/planning.md).
 """
 
 from __future__ import annotations
@@ -15,19 +16,29 @@ from mirage_dist.train.optimizers.whole import owners
 
 FP32 = 4  # bytes
 WORKSPACE = WORKSPACE_MB["cuda"] << 20
+# Bytes of an element in NF4 with quantised constants: a half, one byte for 64 of them, and float32 for 256 of these
+# (Dettmers et al., 2023, section 3).
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # DeepSpeed's defaults for what its JSON leaves out, in elements.
-BUCKETS = {"reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 5e7, "stage3_param_persistence_threshold": 1e5}
+BUCKETS = {
+    "reduce_bucket_size": 5e8,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5,
+    "stage3_max_reuse_distance": 1e9,
+    "sub_group_size": 1e9,
+}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Bytes of something on the device and in host memory."""
+    """Bytes of something on the device, in host memory, and on NVMe disks of the node."""
 
     device: int = 0
     host: int = 0
+    nvme: int = 0
 
     def __add__(self, other: Place) -> Place:
-        return Place(self.device + other.device, self.host + other.host)
+        return Place(self.device + other.device, self.host + other.host, self.nvme + other.nvme)
 
 
 def state_elements(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> list[int]:
@@ -46,27 +57,63 @@ def state_elements(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> l
     return held
 
 
+def largest_share(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> int:
+    """The first of `state_elements`, which no rank's exceeds; without a loop over ranks."""
+    if stage == 3:
+        return sum(-(-size // ranks) for sizes in groups for size in sizes)
+    return sum(min(sum(sizes), 2 * -(-sum(sizes) // (2 * ranks))) for sizes in groups)
+
+
 def _part(size: int, part: int, rank: int) -> int:
     return max(0, min(part, size - part * rank))
 
 
-def weights(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks: int, largest: int) -> Place:
-    """All parameters, trained or not.
+def weights(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks: int, quantized: int = 0) -> Place:
+    """All parameters, trained or not: stage 2 holds them whole, stage 3 a part of each (see `gathered`).
 
-    Stage 2 holds them whole. Stage 3 holds a part of each, the small ones also whole, and the parameters that are
-    gathered at a time, estimated as the largest module (of `largest` elements) and the prefetch bucket.
+    quantized: elements among them that are in 4 bits, whole on every rank.
     """
     if zero["stage"] != 3:
-        return Place(sum(sizes) * itemsize)
-    shards = Place(sum(-(-size // ranks) for size in sizes) * itemsize)
+        return Place((sum(sizes) - quantized) * itemsize + int(quantized * NF4))
+    return _offloaded(Place(sum(-(-size // ranks) for size in sizes) * itemsize), zero, "offload_param")
+
+
+def gathered(
+    sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], largest: int, differentiable: int, checkpointing: bool
+) -> Place:
+    """Whole parameters of stage 3 at the end of the forward pass, when most of them are there.
+
+    Small ones always. Of the others a module's stay after its forward where they are used again within
+    `stage3_max_reuse_distance` elements: a module is used again after all that lies above it has run forward and
+    backward (with checkpointing once more forward). largest: elements of the module that runs; differentiable: of all
+    that the backward pass goes through.
+    """
+    if zero["stage"] != 3:
+        return Place()
     small = sum(size for size in sizes if size <= _bucket(zero, "stage3_param_persistence_threshold"))
-    gathered = min(largest + _bucket(zero, "stage3_prefetch_bucket_size"), sum(sizes))
-    return _offloaded(shards, zero, "offload_param") + Place((small + gathered) * itemsize)
+    kept = min(differentiable, _bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2))
+    live = kept + largest + _bucket(zero, "stage3_prefetch_bucket_size")
+    return Place(min(sum(sizes), small + live) * itemsize)
 
 
-def gradients(groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int) -> Place:
-    """This rank's part of the gradient, in float32; groups: see `state_elements`."""
-    return _offloaded(Place(max(state_elements(groups, zero["stage"], ranks)) * FP32), zero, "offload_optimizer")
+def secondary(sizes: Sequence[int], itemsize: int, partition: int) -> Place:
+    """hpZ's second copy of the weights, cut among the ranks of a node (Wang et al., 2023, ZeRO++)."""
+    return Place(sum(-(-size // partition) for size in sizes) * itemsize if partition > 1 else 0)
+
+
+def gradients(
+    groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int, itemsize: int = FP32, accumulates: bool = False
+) -> Place:
+    """This rank's part of the gradient; groups: see `state_elements`.
+
+    Stage 3 keeps it in float32. Stage 2 keeps what was reduced in the model's dtype, twice where micro-batches
+    accumulate: the sum, and what the next one adds.
+    """
+    own = largest_share(groups, zero["stage"], ranks)
+    kept = FP32 if zero["stage"] == 3 else itemsize * (2 if accumulates else 1)
+    if place_of(zero, "offload_optimizer") != "none":
+        kept = FP32
+    return _offloaded(Place(own * kept), zero, "offload_optimizer")
 
 
 def optimizer(
@@ -110,18 +157,52 @@ def exchange(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> Place:
     return Place(most * FP32)
 
 
+def update(groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int, itemsize: int) -> Place:
+    """What an update holds beside the states: the gradient once more, flat and in float32.
+
+    Stage 3 updates `sub_group_size` elements at a time, stage 2 one parameter group. Fused AdamW makes no further copy.
+    """
+    if place_of(zero, "offload_optimizer") != "none":
+        return Place()  # the host's gradient is flat already
+    if zero["stage"] == 3:
+        own = largest_share(groups, 3, ranks)
+        return Place(min(own, max(_bucket(zero, "sub_group_size"), 1)) * FP32)
+    own = max(largest_share([group], 2, ranks) for group in groups)
+    return Place(own * (FP32 if itemsize == FP32 else FP32 + itemsize))
+
+
 def buckets(itemsize: int, zero: Mapping[str, Any]) -> Place:
     """Buffers in which gradients are reduced: a second one where that overlaps with backward (stage 2)."""
     number = 2 if zero["stage"] == 2 and zero.get("overlap_comm") else 1
     return Place(number * _bucket(zero, "reduce_bucket_size") * itemsize)
 
 
+def reduction(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks: int) -> Place:
+    """What reducing one bucket takes beside it: its copy in the order of the ranks, and this rank's part in float32.
+
+    sizes: of the trained parameters. A parameter larger than a bucket is reduced by itself, beside its gradient.
+    """
+    bucket = _bucket(zero, "reduce_bucket_size")
+    copied = min(bucket, sum(sizes))
+    whole = max((size for size in sizes if size > bucket), default=0)
+    most = max(copied, whole if zero["stage"] == 3 and whole % ranks == 0 else 2 * whole)
+    return Place(most * itemsize + (-(-most // ranks) * FP32 if zero["stage"] == 3 and itemsize != FP32 else 0))
+
+
 def _bucket(zero: Mapping[str, Any], name: str) -> int:
     return int(zero.get(name, BUCKETS[name]))
 
 
+def place_of(zero: Mapping[str, Any], key: str) -> str:
+    """Where `offload_optimizer` or `offload_param` puts something: none (the GPU), cpu or nvme."""
+    return (zero.get(key) or {}).get("device", "none")
+
+
 def _offloaded(place: Place, zero: Mapping[str, Any], key: str) -> Place:
-    return Place(host=place.device) if zero.get(key, {}).get("device", "none") == "cpu" else place
+    device = place_of(zero, key)
+    if device == "none":
+        return place
+    return Place(host=place.device) if device == "cpu" else Place(nvme=place.device)
 
 
 def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, eager: bool, checkpointing: bool) -> int:
@@ -141,6 +222,15 @@ def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, e
     return tokens * (depth * inputs + layer if checkpointing else depth * layer)
 
 
+def around(text: Any, tokens: int, pictures: int, connector: int, itemsize: int) -> int:
+    """Estimated bytes kept outside the decoder's layers: embeddings before and after the pictures' features are put
+    in, the last norm's input in the model's dtype and in float32 and its output, and the connector's layers.
+
+    pictures: tokens of pictures. connector: see `facts.Facts`.
+    """
+    return tokens * text.hidden_size * (4 * itemsize + FP32) + pictures * connector * itemsize
+
+
 def feed_forward(text: Any) -> int:
     """The number of feed-forward features that a token goes through in the widest layer.
 
@@ -156,12 +246,14 @@ def feed_forward(text: Any) -> int:
     return max(dense, chosen * expert + shared) or 4 * text.hidden_size
 
 
-def loss_head(rows: int, vocabulary: int, hidden: int, itemsize: int, kl: bool, trains: bool) -> int:
+def loss_head(
+    rows: int, vocabulary: int, hidden: int, itemsize: int, kl: bool, trains: bool, workspace: int = WORKSPACE
+) -> int:
     """Bytes of the loss head at its peak, for `rows` response rows.
 
     These are logits within the workspace, the gradient of the hidden rows, and that of the weight where it trains. KL
     keeps three whole float32 matrices of logits.
     """
     logits = rows * vocabulary * FP32
-    held = 3 * logits if kl else min(logits, WORKSPACE)
+    held = 3 * logits if kl else min(logits, workspace)
     return held + rows * hidden * FP32 + (vocabulary * hidden * itemsize if trains else 0)

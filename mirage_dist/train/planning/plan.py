@@ -1,276 +1,317 @@
-"""`mirage plan`: what a run will need, computed before any weights load."""
+"""`mirage plan`: memory, time, communication, disk and cost of a run, computed before any weights load."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from mirage_dist.config import find
 from mirage_dist.data import pictures
+from mirage_dist.data.records import value as json_value
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load, vision
-from mirage_dist.model.families.roles import decoder
-from mirage_dist.model.policy import HeadedModel
-from mirage_dist.objectives.base import Needs, Objective
+from mirage_dist.model.adapters import quantization
+from mirage_dist.progress import log
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
-from mirage_dist.train.feed import Feed
-from mirage_dist.train.optimizers import base as optimizers
-from mirage_dist.train.optimizers.groups import split
-from mirage_dist.train.planning import check, memory
+from mirage_dist.train.feed import Feed, steps_of
+from mirage_dist.train.planning import advice, batch, check, memory, setting
+from mirage_dist.train.planning.advice import Case, Change
+from mirage_dist.train.planning.costs import duration, flops
+from mirage_dist.train.planning.costs.duration import Run, Step
+from mirage_dist.train.planning.facts import Facts, Trained, caches_vision, facts
+from mirage_dist.train.planning.costs.hardware import Hardware, hardware
+from mirage_dist.train.planning.costs.lengths import Described, Lengths, measured
 from mirage_dist.train.planning.memory import Place
+from mirage_dist.train.planning.setting import Setting
 
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+__all__ = ["Cluster", "Plan", "Trained", "plan"]
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Tokens of each sample of a stream after truncation: of the whole row, and of its responses."""
+class Cluster:
+    """Where a run is planned to go. ranks: GPUs of all nodes; gpus: of one. price: of a GPU-hour, in any currency."""
 
-    rows: list[int]
-    responses: list[int]
+    ranks: int
+    gpus: int
+    on: Hardware
+    price: float | None = None
+
+
+def cluster(
+    on: Hardware, nodes: int | None = None, gpus: int | None = None, ranks: int | None = None, price: float | None = None
+) -> Cluster:
+    """Nodes of GPUs; what is not given follows from the rest, or is one usual node.
+
+    Raises ConfigError for numbers that contradict each other.
+    """
+    if ranks is None:
+        gpus = gpus or on.gpus_per_node
+        return Cluster(gpus * (nodes or 1), gpus, on, price)
+    gpus = gpus or (on.gpus_per_node if nodes is None else max(1, ranks // nodes))
+    if nodes is not None and nodes * gpus != ranks:
+        raise ConfigError(f"--ranks {ranks}: not {nodes} nodes × {gpus} GPUs; leave one of the three out")
+    return Cluster(ranks, min(gpus, ranks), on, price)
 
 
 @dataclass
 class Plan:
-    """Sections of rows: name -> (value, note). Bytes are `Place`s or, on disk, whole numbers."""
+    """What a run will need. Sections of rows are name -> (value, note); bytes are `Place`s or, on disk, whole numbers.
 
+    case: the recipe as planned. given: its global batch and micro-batch where these do not suit the number of ranks;
+    such a run is refused as it stands. smallest: the smallest cluster that fits. changes: what makes it fit.
+    """
+
+    case: Case
+    cluster: Cluster
+    given: tuple[int, int | str] | None = None
+    cautions: list[str] = field(default_factory=list)
     data: dict[str, tuple[int | str, str]] = field(default_factory=dict)
     parameters: dict[str, tuple[int | str, str]] = field(default_factory=dict)
     memory: dict[str, tuple[Place, str]] = field(default_factory=dict)
     disk: dict[str, tuple[int, str]] = field(default_factory=dict)
+    step: Step | None = None
+    run: Run | None = None
+    stages: dict[str, Step] = field(default_factory=dict)
+    smallest: Case | None = None
+    changes: list[Change] = field(default_factory=list)
 
-    def text(self) -> str:
-        """The table."""
-        total = sum((place for place, _ in self.memory.values()), Place())
-        device, host = ({name: (getattr(p, k), n) for name, (p, n) in self.memory.items()} for k in ("device", "host"))
-        sections: dict[str, Mapping[str, tuple[str, str]]] = {
-            "data": _numbers(self.data),
-            "parameters": _numbers(self.parameters),
-            "memory of one rank": _sizes({**device, "sum": (total.device, "")}),
-        }
-        if total.host:
-            sections["host memory of one rank"] = _sizes({**host, "sum": (total.host, "")})
-        sections["disk"] = _sizes(self.disk)
-        lines = []
-        for title, rows in sections.items():
-            lines.append(title)
-            lines += [f"  {name:<28}{value:>16}  {note}".rstrip() for name, (value, note) in rows.items()]
-        return "\n".join(lines)
+    @property
+    def peak(self) -> Place:
+        """Bytes of one GPU at the peak, and of its process in host memory."""
+        return setting.peak(self.memory)
 
+    @property
+    def fits(self) -> bool:
+        return self.case.fits(self.cluster.on)
 
-def _numbers(rows: Mapping[str, tuple[int | str, str]]) -> dict[str, tuple[str, str]]:
-    return {name: (value if isinstance(value, str) else f"{value:,}", note) for name, (value, note) in rows.items()}
+    @property
+    def gpu_hours(self) -> float:
+        assert self.run is not None
+        return self.run.seconds * self.cluster.ranks / 3600
 
 
-def _sizes(rows: Mapping[str, tuple[int, str]]) -> dict[str, tuple[str, str]]:
-    return {name: (size(value), note) for name, (value, note) in rows.items() if value}
-
-
-def size(number: float) -> str:
-    """Bytes in words."""
-    unit = 0
-    while number >= 1024 and unit + 1 < len(UNITS):
-        number, unit = number / 1024, unit + 1
-    return f"{number:.1f} {UNITS[unit]}" if unit else f"{number:.0f} B"
-
-
-def plan(recipe: TrainRecipe, ranks: int) -> Plan:
+def plan(
+    recipe: TrainRecipe, ranks: int, cluster: Cluster | None = None, data: Described | None = None, picture: int = 0
+) -> Plan:
     """What `recipe` will need on `ranks` ranks; reads recipe, data and the model's configuration.
 
-    Raises ConfigError for everything that `mirage train --check` checks, except broken pictures and batches that the
-    model cannot compute.
+    cluster: the GPUs; None is H100s in nodes of eight. data: describes samples that are not there yet. picture: tokens
+    of a picture, where the configuration does not say. Raises ConfigError for everything that `mirage train --check`
+    checks, except broken pictures and batches that the model cannot compute. A batch that does not suit the ranks is
+    no error here: the plan is for the nearest that does, and says so.
     """
+    cluster = cluster or Cluster(ranks, 8, hardware("h100"))
+    recipe, given = suited(recipe, ranks)
     checked = check.check_recipe(recipe, ranks)
-    objective, streams = checked.objective, check.check_inputs(checked)
-    policy = load.weightless(recipe.model, objective.needs.depth, recipe.train.dtype)  # later layers are not loaded
-    processor = load.processor(recipe.model)
-    recipe = check.divided(check.resolved(recipe, processor), objective.needs, ranks)
-    feed = Feed(recipe, objective.needs, streams, processor)
-    lengths = {name: _lengths(feed, source) for name, source in streams.items() if name in feed.samples}
-    needs = Plan()
-    _data(needs, feed, lengths)
-    trained = Trained.of(policy, recipe)
-    sizes = [p.numel() for p in policy.parameters()]
-    needs.parameters["all"] = sum(sizes), ""
-    needs.parameters["trained"] = trained.elements, f"{trained.elements / sum(sizes):.2%}"
-    if recipe.train.groups:
-        for match, group in zip(trained.matches, trained.groups, strict=True):
-            needs.parameters[f"group {'the rest' if match is None else '+'.join(match)}"[:28]] = sum(group), ""
-    _memory(needs, recipe, objective, policy, trained, checked.deepspeed["zero_optimization"], ranks, lengths)
-    _disk(needs, recipe, objective, policy, trained, feed, lengths)
+    objective = checked.objective
+    recipe = check.divided(recipe, objective.needs, ranks)
+    feed: Feed | None = None
+    if data is None:
+        streams = _streams(checked)
+        processor = load.processor(recipe.model)
+        recipe = check.resolved(recipe, processor)
+        feed = Feed(recipe, objective.needs, streams, processor)
+        feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
+        longest = feed.encoder.max_length
+        lengths = {name: measured(own, longest, feed.shown(name)) for name, own in feed.measured.items()}
+    else:
+        check.check_weights(recipe, objective.needs, False)
+        load.check_names(recipe.model, recipe.data, objective.needs.layers, objective.needs.depth, recipe.train.dtype)
+        recipe = _without_processor(recipe)
+        lengths = {name: data.of(recipe.data.max_length) for name in objective.needs.streams}
+    sizes = _with_pictures(facts(recipe, objective), feed, picture)
+    zero = checked.deepspeed["zero_optimization"]
+    at = Setting(
+        ranks=ranks,
+        gpus=cluster.gpus,
+        global_batch=recipe.train.global_batch,
+        micro_batch=recipe.train.rows,
+        checkpointing=recipe.model.gradient_checkpointing,
+        packed=recipe.data.packing is True,
+        reference=recipe.reference if objective.needs.reference else None,
+        cached_vision=recipe.data.cache_vision,
+        zero=zero,
+    )
+    needs = Plan(Case(recipe, objective, sizes, at, lengths), cluster, given)
+    epoch = recipe.train.epoch_stream or objective.needs.streams[0]
+    steps = steps_of(recipe.train, lengths[epoch].samples)
+    _data(needs, steps, epoch)
+    _parameters(needs)
+    needs.memory = needs.case.parts
+    _disk(needs, steps, feed)
+    _time(needs, steps)
+    _cautions(needs, feed, data)
+    needs.smallest = advice.smallest(needs.case, cluster.on)
+    if not needs.fits:
+        needs.changes = advice.changes(needs.case, cluster.on, zero_of)
     return needs
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Sizes of the trained parameters, by group, and bytes of their optimizer state, in the same order.
+def suited(recipe: TrainRecipe, ranks: int) -> tuple[TrainRecipe, tuple[int, int | str] | None]:
+    """The recipe with the nearest batch that divides by `ranks`, and its own batch where that is another one."""
+    rows, micro = recipe.train.global_batch, recipe.train.micro_batch
+    if rows % (ranks if micro == "auto" else micro * ranks) == 0:
+        return recipe, None
+    size = rows if rows % ranks == 0 else -(-rows // ranks) * ranks
+    own = micro if micro == "auto" else batch.choose(size, ranks, micro)
+    return replace(recipe, train=replace(recipe.train, global_batch=size, micro_batch=own)), (rows, micro)
 
-    matches: the patterns of each group.
-    """
 
-    matches: list[list[str] | None]
-    groups: list[list[int]]
-    states: list[int]
-    elementwise: bool
+def zero_of(file: str) -> Mapping[str, Any]:
+    """`zero_optimization` of a DeepSpeed JSON."""
+    content = json_value(find(file))
+    return content["zero_optimization"]
 
-    @classmethod
-    def of(cls, policy: HeadedModel, recipe: TrainRecipe) -> Trained:
-        optimizer, groups = optimizers.make(recipe.train.optimizer), split(policy, recipe.train)
-        named = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
-        return cls(
-            matches=[group["match"] for group in groups],
-            groups=[[p.numel() for p in group["params"]] for group in groups],
-            states=[optimizer.state_bytes(name, p.shape) for name, p in named],
-            elementwise=optimizer.elementwise,
+
+def _streams(checked: check.Checked) -> dict[str, Source]:
+    """The samples; a file that is not there is an error that also says how to describe what it will hold."""
+    absent = [
+        source.path
+        for sources in checked.recipe.data.streams.values()
+        for source in sources
+        if "://" not in source.path and not Path(source.path).exists()
+    ]
+    try:
+        return check.check_inputs(checked)
+    except ConfigError as error:
+        if not absent:
+            raise
+        raise ConfigError(
+            f"{error}. Before there are data, describe them: --samples N (of each stream) --tokens MEAN,LONGEST (of a "
+            "row with its picture) --responses MEAN,LONGEST (tokens of the answers among them)"
+        ) from error
+
+
+def _without_processor(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with `data.packing` decided: padded where that needs a processor and there is none."""
+    if recipe.data.packing != "auto":
+        return recipe
+    try:
+        return check.resolved(recipe, load.processor(recipe.model))
+    except ConfigError as error:
+        log.warning(f"data.packing=auto: planned as padded, since there is no processor to measure with ({error})")
+        return replace(recipe, data=replace(recipe.data, packing=False))
+
+
+def _with_pictures(sizes: Facts, feed: Feed | None, picture: int) -> Facts:
+    """picture: tokens; 0: those of the processor's blank picture, where there is one."""
+    if not picture and feed is not None and feed.encoder.picture_token is not None:
+        picture = list(feed.encoder.placeholder["input_ids"]).count(feed.encoder.picture_token)
+    return replace(sizes, work=flops.with_picture(sizes.work, picture))
+
+
+def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
+    """What the numbers do not hold for."""
+    at, recipe = plan.case.at, plan.case.recipe
+    if plan.given is not None:
+        given, micro = plan.given
+        plan.cautions.append(
+            f"train.global_batch={given} with train.micro_batch={micro} does not divide by {at.ranks} GPUs: such a run "
+            f"is refused. This plan is for train.global_batch={at.global_batch} train.micro_batch={at.micro_batch}"
         )
-
-    @property
-    def elements(self) -> int:
-        return sum(map(sum, self.groups))
-
-
-def _lengths(feed: Feed, source: Source) -> Lengths:
-    rows, responses = [], []
-    for sample in source.samples:
-        feed.encoder.length(sample)
-        parts, longest = feed.encoder.sizes(sample), feed.encoder.max_length
-        rows.append(min(sum(parts), longest))
-        starts = accumulate(parts, initial=0)
-        left = [min(part, max(0, longest - start)) for start, part in zip(starts, parts, strict=False)]
-        responses.append(sum(left[1::2]))
-    return Lengths(rows, responses)
+    if data is not None:
+        plan.cautions.append("the data are described, not read: lengths are spread between 1 and the longest")
+    if plan.case.sizes.work.tower.all and not plan.case.sizes.work.patches:
+        plan.cautions.append(
+            "the size of a picture is not in config.json, so the vision tower is not in the time; give --picture-tokens N"
+        )
+    if quantization.wanted(recipe.model) and at.zero["stage"] == 3:
+        plan.cautions.append("a 4-bit base is not partitioned; `mirage train` wants configs/deepspeed/zero2.json for it")
 
 
-def _data(plan: Plan, feed: Feed, lengths: Mapping[str, Lengths]) -> None:
-    batch = feed.recipe.train.global_batch
-    of_epoch = feed.epoch_stream
-    plan.data["steps"] = feed.steps, f"{feed.steps * batch / len(lengths[of_epoch].rows):.2f} epochs of {of_epoch}"
-    if feed.needs.reference:
-        kind = feed.recipe.reference
-        once = f"one forward over {', '.join(feed.needs.ref_logp)} before the first step; no second model"
+def _data(plan: Plan, steps: int, epoch: str) -> None:
+    recipe, needs, lengths = plan.case.recipe, plan.case.objective.needs, plan.case.lengths
+    size = recipe.train.global_batch
+    plan.data["steps"] = steps, f"{steps * size / lengths[epoch].samples:.2f} epochs of {epoch}"
+    if needs.reference:
+        kind = recipe.reference
+        once = f"one forward over {', '.join(needs.ref_logp)} before the first step; no second model"
         each = "one forward more each step"
         cost = {"cache": once, "adapters_off": f"{each}; no second model", "engine": f"{each}; a second model"}
         plan.data["reference"] = kind, cost[kind]
-    for name, counts in lengths.items():
-        samples = len(counts.rows)
-        plan.data[f"{name}: samples"] = samples, f"{samples / batch:.1f} steps an epoch"
+    for name, own in lengths.items():
+        plan.data[f"{name}: samples"] = own.samples, f"{own.samples / size:.1f} steps an epoch"
+        tokens = round(own.mean * own.samples)
         plan.data[f"{name}: tokens an epoch"] = (
-            sum(counts.rows),
-            f"{sum(counts.rows) / samples:.0f} a sample, at most {max(counts.rows)}; "
-            f"{sum(counts.responses) / sum(counts.rows):.1%} of them response",
+            tokens,
+            f"{own.mean:.0f} a sample, at most {own.longest}; {own.response / own.mean:.1%} of them response",
         )
 
 
-def _memory(
-    plan: Plan,
-    recipe: TrainRecipe,
-    objective: Objective,
-    policy: HeadedModel,
-    trained: Trained,
-    zero: Mapping[str, Any],
-    ranks: int,
-    lengths: Mapping[str, Lengths],
-) -> None:
-    required, train = objective.needs, recipe.train
-    item = load.DTYPES[train.dtype].itemsize
-    text = policy.base.config.get_text_config()
-    head = policy.base.get_output_embeddings()
-    sizes = [p.numel() for p in policy.parameters()]
-    layers = decoder(policy.backbone).layers
-    largest = max(sum(p.numel() for p in module.parameters()) for module in (*layers, head))
-    weights = memory.weights(sizes, item, zero, ranks, largest)
-    plan.memory["weights"] = weights, f"{train.dtype}, ZeRO-{zero['stage']}, ranks: {ranks}"
-    plan.memory["gradients"] = memory.gradients(trained.groups, zero, ranks), "float32"
-    optimizer = memory.optimizer(trained.groups, trained.states, trained.elementwise, zero, ranks)
-    plan.memory["optimizer"] = optimizer, f"float32 master copy and the state of {train.optimizer['name']}"
-    if not trained.elementwise:
-        exchanged = memory.exchange(trained.groups, zero["stage"], ranks)
-        plan.memory["update"] = exchanged, "values and gradients of whole parameters"
-    plan.memory["communication"] = memory.buckets(item, zero), "reduce buckets"
-    width = max(max(counts.rows) for counts in lengths.values())
-    rows = train.rows * len(lengths)
-    depth = len(layers)
-    eager = decoder(policy.backbone).config._attn_implementation == "eager"
-
-    def kept(checkpointing: bool) -> int:
-        return memory.activations(text, rows * width, width, depth, item, eager, checkpointing)
-
-    on = recipe.model.gradient_checkpointing
-    plan.memory["activations, about"] = (
-        Place(kept(on)),
-        f"{rows} rows of {width} tokens, {depth} layers; {size(kept(not on))} with"
-        f" model.gradient_checkpointing={str(not on).lower()}",
-    )
-    responses = train.rows * sum(_headed(required, name, lengths[name]) for name in lengths)
-    if responses:
-        trains = bool(head.weight.requires_grad)
-        peak = memory.loss_head(
-            responses, head.out_features, head.in_features, item, bool(required.distributions), trains
-        )
-        plan.memory["loss head"] = Place(peak), f"{responses} rows, vocabulary {head.out_features:,}"
-    if required.reference and recipe.reference == "engine":
-        frozen = load.weightless(recipe.model, required.reference_depth)
-        held = memory.weights([p.numel() for p in frozen.parameters()], item, zero, ranks, largest)
-        plan.memory["reference"] = held, f"a second, frozen model of {frozen.depth} layers"
+def _parameters(plan: Plan) -> None:
+    sizes, trained = plan.case.sizes, plan.case.sizes.trained
+    plan.parameters["all"] = sizes.elements, ""
+    plan.parameters["trained"] = trained.elements, f"{trained.elements / sizes.elements:.2%}"
+    if plan.case.recipe.train.groups:
+        for match, group in zip(trained.matches, trained.groups, strict=True):
+            plan.parameters[f"group {'the rest' if match is None else '+'.join(match)}"[:28]] = sum(group), ""
 
 
-def _headed(needs: Needs, name: str, lengths: Lengths) -> int:
-    """The most rows of the LM head that a sample of this stream needs."""
-    if name in needs.kl and needs.kl_positions != "response":
-        return max(lengths.rows)
-    return max(lengths.responses) if name in (*needs.logp, *needs.distributions) else 0
+def _time(plan: Plan, steps: int) -> None:
+    case, on = plan.case, plan.cluster.on
+    arguments = case.sizes, case.at, on, case.objective.needs, case.lengths
+    plan.step = duration.step(*arguments)
+    every = case.recipe.train.save_every or steps
+    saves = len({*range(every, steps + 1, every), steps})
+    export = plan.disk["export"][0] if "export" in plan.disk else 0
+    background = case.recipe.train.save_in_background
+    plan.run = duration.run(*arguments, plan.step, steps, saves, plan.disk["a checkpoint"][0], export, background)
+    for name, zero in _stages(case.at).items():
+        plan.stages[name] = duration.step(arguments[0], replace(case.at, zero=zero), *arguments[2:])
 
 
-def _disk(
-    plan: Plan,
-    recipe: TrainRecipe,
-    objective: Objective,
-    policy: HeadedModel,
-    trained: Trained,
-    feed: Feed,
-    lengths: Mapping[str, Lengths],
-) -> None:
-    required, train = objective.needs, recipe.train
+def _stages(at: Setting) -> dict[str, Mapping[str, Any]]:
+    """The recipe's own buckets under every stage; hpZ only where a node has several ranks of many nodes."""
+    plain = {name: value for name, value in at.zero.items() if name != "zero_hpz_partition_size"}
+    stages = {"ZeRO-2": {**plain, "stage": 2}, "ZeRO-3": {**plain, "stage": 3}}
+    if at.nodes > 1:
+        stages["ZeRO-3, hpZ"] = {**plain, "stage": 3, "zero_hpz_partition_size": at.gpus}
+    return stages
+
+
+def _disk(plan: Plan, steps: int, feed: Feed | None) -> None:
+    recipe, sizes = plan.case.recipe, plan.case.sizes
+    required, train, lengths = plan.case.objective.needs, recipe.train, plan.case.lengths
     if required.ref_logp and recipe.reference == "cache":
         plan.disk["reference cache"] = (
             sum(_cached_logps(lengths[name]) for name in required.ref_logp),
-            f"{sum(len(lengths[name].rows) for name in required.ref_logp):,} samples of {', '.join(required.ref_logp)}",
+            f"{sum(lengths[name].samples for name in required.ref_logp):,} samples of {', '.join(required.ref_logp)}",
         )
-    _vision(plan, recipe, policy, feed)
-    one = trained.elements * memory.FP32 + sum(trained.states)
+    if feed is not None:
+        _vision(plan, feed)
+    one = sizes.trained.elements * memory.FP32 + sum(sizes.trained.states)
     plan.disk["a checkpoint"] = one, f"float32 master copy and the state of {train.optimizer['name']}"
-    plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, feed.steps), "and one more while it is written"
+    plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, steps), "and one more while it is written"
     if train.export != "off":
-        sizes = {"merged": 0, "adapter": 0}
-        for name, parameter in policy.named_parameters():  # adapters are merged
-            sizes["adapter" if "lora_" in name else "merged"] += parameter.numel()
-        whole = sizes.get(train.export, sum(sizes.values()))
-        plan.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
+        whole = {"merged": sizes.merged, "adapter": sizes.adapter}.get(train.export, sizes.merged + sizes.adapter)
+        plan.disk["export"] = whole * sizes.item, train.dtype
 
 
 def _cached_logps(lengths: Lengths) -> int:
     """Bytes of the reference cache's arrays: a float32 a response token, an int64 a sample and one at the end."""
-    return sum(lengths.responses) * 4 + (len(lengths.rows) + 1) * 8
+    return round(lengths.response * lengths.samples) * 4 + (lengths.samples + 1) * 8
 
 
-def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) -> None:
-    try:
-        vision.check(policy.base)
-    except ConfigError:
+def _vision(plan: Plan, feed: Feed) -> None:
+    policy = plan.case.sizes.policy
+    if not caches_vision(policy):
         return  # not offered for this model; a recipe that asks for it did not come so far
     digests = pictures.digests(s.image for samples in feed.samples.values() for s in samples)
     count = len(set(digests.values())) + 1  # and the placeholder
     blank = feed.encoder.picture(None)
-    item = load.DTYPES[recipe.train.dtype].itemsize
     elements = vision.elements(policy.base, blank, len(feed.encoder.placeholder["input_ids"]))
     beside = sum(8 * t.ndim if vision.is_pixels(name) else t.nbytes for name, t in blank.items())
     note = f"{count:,} pictures, the placeholder included, of {elements:,} features as a blank one has"
     plan.disk["vision features"] = (
-        count * (elements * item + beside + vision_cache.INDEXED),
-        note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
+        count * (elements * plan.case.sizes.item + beside + vision_cache.INDEXED),
+        note if feed.recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 
 

@@ -1,0 +1,88 @@
+"""What the ranks exchange in a step, and how long it takes on given links.
+
+A ring moves (n − 1)/n of the payload through each rank in an all-gather or a reduce-scatter, twice that in an
+all-reduce. ZeRO-3 gathers weights for the forward and, what was released meanwhile, for the backward pass of every
+micro-batch, and reduce-scatters gradients; ZeRO-2 all-reduces gradients (DeepSpeed 0.19.8 does so by default although
+each rank keeps a part only) and gathers updated weights once a step; hpZ gathers for the backward pass within a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mirage_dist.train.planning import memory
+from mirage_dist.train.planning.facts import Facts
+from mirage_dist.train.planning.costs.hardware import Hardware
+from mirage_dist.train.planning.setting import Setting
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective of a step. payload: bytes of the whole tensors, of all calls. calls: their number.
+
+    ranks: that take part together. overlaps: whether it runs beside forward and backward.
+    """
+
+    name: str
+    kind: str  # all_gather, reduce_scatter or all_reduce
+    payload: int
+    calls: int
+    ranks: int
+    overlaps: bool
+
+    @property
+    def volume(self) -> int:
+        """Bytes that each rank sends, and receives."""
+        moved = self.payload * (self.ranks - 1) // self.ranks
+        return 2 * moved if self.kind == "all_reduce" else moved
+
+    def seconds(self, on: Hardware, gpus: int) -> float:
+        if self.ranks < 2:
+            return 0.0
+        hops = 2 if self.kind == "all_reduce" else 1
+        return self.volume / on.link(self.ranks, gpus) + self.calls * hops * on.latency(self.ranks, gpus)
+
+
+def transfers(facts: Facts, at: Setting) -> list[Transfer]:
+    """All collectives of one optimizer step."""
+    zero, item, times = at.zero, facts.item, at.accumulation
+    trained = facts.trained.elements
+    bucket = int(zero.get("reduce_bucket_size", memory.BUCKETS["reduce_bucket_size"]))
+
+    def made(name: str, kind: str, elements: int, each: int, repeat: int, ranks: int, overlaps: bool) -> Transfer:
+        calls = repeat * -(-elements // max(1, each)) if elements else 0
+        return Transfer(name, kind, repeat * elements * item, calls, ranks, overlaps)
+
+    overlap = bool(zero.get("overlap_comm"))
+    if zero["stage"] != 3:
+        reduced = made("gradients", "all_reduce", trained, bucket, times, at.ranks, overlap)
+        each = int(zero.get("allgather_bucket_size", 5e8))
+        return [reduced, made("updated weights", "all_gather", trained, each, 1, at.ranks, False)]
+    threshold = int(zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"]))
+    prefetch = int(zero.get("stage3_prefetch_bucket_size", memory.BUCKETS["stage3_prefetch_bucket_size"]))
+    large = [size for size in facts.sizes if size > threshold]
+    again = max(0, facts.differentiable - kept(facts, at))
+    within = at.partition if at.partition > 1 else at.ranks
+    found = [
+        made("weights, forward", "all_gather", sum(large), prefetch, times, at.ranks, True),
+        made("weights, backward", "all_gather", min(again, sum(large)), prefetch, times, within, True),
+        made("gradients", "reduce_scatter", trained, bucket, times, at.ranks, overlap),
+        made("small weights", "all_gather", _small(facts.sizes, threshold), bucket, 1, at.ranks, False),
+    ]
+    if at.reference == "engine":
+        other = [size for size in facts.reference if size > threshold]
+        found.append(made("weights, reference", "all_gather", sum(other), prefetch, times, at.ranks, True))
+    if at.reference == "adapters_off":
+        found.append(made("weights, reference", "all_gather", sum(large), prefetch, times, at.ranks, True))
+    return [one for one in found if one.payload]
+
+
+def kept(facts: Facts, at: Setting) -> int:
+    """Elements that stay whole from the forward to the backward pass (see `memory.gathered`)."""
+    reuse = int(at.zero.get("stage3_max_reuse_distance", memory.BUCKETS["stage3_max_reuse_distance"]))
+    return min(facts.differentiable, reuse // (3 if at.checkpointing else 2))
+
+
+def _small(sizes: Sequence[int], threshold: int) -> int:
+    return sum(size for size in sizes if size <= threshold)
