@@ -206,8 +206,12 @@ def main() -> None:
             job.close()
     print("\n" + table(rows))
     errors = [abs(row["error_percent"]) for row in rows]
-    judged = [(f"error <= {TARGET:g} % in every run (largest {max(errors):.1f}, median {median(errors):.1f})",
-               max(errors) <= TARGET)]
+    judged = [
+        (
+            f"error <= {TARGET:g} % in every run (largest {max(errors):.1f}, median {median(errors):.1f})",
+            max(errors) <= TARGET,
+        )
+    ]
     result["targets"] = common.say_targets(judged)
     if parsed.only is None:
         common.write(f"plan_memory_{parsed.device}", result)
@@ -250,15 +254,28 @@ def compare(
     error = 100 * (ahead["peak"] - peak) / peak
     row = {**case, "predicted_bytes": ahead["peak"], "states_bytes": ahead["states"], "measured_bytes": peak}
     row |= {"error_percent": error, "parts": ahead["parts"]}
-    print(f"{', '.join(words(case))}: predicted {ahead['peak'] / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB, "
-          f"error {error:+.1f} %", flush=True)
+    print(
+        f"{', '.join(words(case))}: predicted {ahead['peak'] / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB, "
+        f"error {error:+.1f} %",
+        flush=True,
+    )
     if parsed.parts:
         print("   " + ", ".join(f"{name} {held / MIB:.0f}" for name, held in ahead["parts"].items()), flush=True)
     return row
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["model", "dtype", "stage", "ranks", "training", "model states, MiB", "predicted, MiB", "measured, MiB", "error"]
+    head = [
+        "model",
+        "dtype",
+        "stage",
+        "ranks",
+        "training",
+        "model states, MiB",
+        "predicted, MiB",
+        "measured, MiB",
+        "error",
+    ]
     lines = []
     for row in rows:
         sizes = [f"{row[name] / MIB:.0f}" for name in ("states_bytes", "predicted_bytes", "measured_bytes")]

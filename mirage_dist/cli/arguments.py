@@ -97,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="with a check: of a run of N processes")
 
-    plan = _verb(verbs, "plan", run.plan, "memory, time, communication, disk and cost of a training run, before it runs")
+    plan = _verb(
+        verbs, "plan", run.plan, "memory, time, communication, disk and cost of a training run, before it runs"
+    )
     _recipe(plan)
     plan.add_argument("--nodes", type=_whole(1, RANKS), metavar="N", help="default: as many as --ranks take, or 1")
     plan.add_argument("--gpus", type=_whole(1, LOCAL), metavar="G", help="of a node; default: that GPU's usual node")

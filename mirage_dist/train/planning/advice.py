@@ -12,9 +12,9 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.training import LoraConfig
 from mirage_dist.train.planning import batch, memory, setting
 from mirage_dist.train.planning.check import check_reference
-from mirage_dist.train.planning.facts import Facts, facts
 from mirage_dist.train.planning.costs.hardware import GIB, Hardware
 from mirage_dist.train.planning.costs.lengths import Lengths
+from mirage_dist.train.planning.facts import Facts, facts
 from mirage_dist.train.planning.setting import Setting
 
 LARGEST = 8192  # GPUs that are tried
@@ -71,11 +71,7 @@ class Change:
 def largest_micro_batch(case: Case, on: Hardware) -> int:
     """The largest micro-batch that fits and divides a rank's share of the global batch; 0 when not even one row fits."""
     share = case.at.global_batch // case.at.ranks
-    fitting = [
-        size
-        for size in batch.divisors(share)
-        if replace(case, at=replace(case.at, micro_batch=size)).fits(on)
-    ]
+    fitting = [size for size in batch.divisors(share) if replace(case, at=replace(case.at, micro_batch=size)).fits(on)]
     return max(fitting, default=0)
 
 

@@ -102,7 +102,11 @@ def secondary(sizes: Sequence[int], itemsize: int, partition: int) -> Place:
 
 
 def gradients(
-    groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int, itemsize: int = FP32, accumulates: bool = False
+    groups: Sequence[Sequence[int]],
+    zero: Mapping[str, Any],
+    ranks: int,
+    itemsize: int = FP32,
+    accumulates: bool = False,
 ) -> Place:
     """This rank's part of the gradient; groups: see `state_elements`.
 

@@ -25,9 +25,9 @@ from mirage_dist.train.planning import advice, batch, check, memory, setting
 from mirage_dist.train.planning.advice import Case, Change
 from mirage_dist.train.planning.costs import duration, flops
 from mirage_dist.train.planning.costs.duration import Run, Step
-from mirage_dist.train.planning.facts import Facts, Trained, caches_vision, facts
 from mirage_dist.train.planning.costs.hardware import Hardware, hardware
 from mirage_dist.train.planning.costs.lengths import Described, Lengths, measured
+from mirage_dist.train.planning.facts import Facts, Trained, caches_vision, facts
 from mirage_dist.train.planning.memory import Place
 from mirage_dist.train.planning.setting import Setting
 
@@ -45,7 +45,11 @@ class Cluster:
 
 
 def cluster(
-    on: Hardware, nodes: int | None = None, gpus: int | None = None, ranks: int | None = None, price: float | None = None
+    on: Hardware,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    ranks: int | None = None,
+    price: float | None = None,
 ) -> Cluster:
     """Nodes of GPUs; what is not given follows from the rest, or is one usual node.
 
@@ -223,7 +227,9 @@ def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
             "the size of a picture is not in config.json, so the vision tower is not in the time; give --picture-tokens N"
         )
     if quantization.wanted(recipe.model) and at.zero["stage"] == 3:
-        plan.cautions.append("a 4-bit base is not partitioned; `mirage train` wants configs/deepspeed/zero2.json for it")
+        plan.cautions.append(
+            "a 4-bit base is not partitioned; `mirage train` wants configs/deepspeed/zero2.json for it"
+        )
 
 
 def _data(plan: Plan, steps: int, epoch: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from mirage_dist.objectives.base import Needs
 from mirage_dist.train.planning import memory
-from mirage_dist.train.planning.facts import Facts, head_rows
 from mirage_dist.train.planning.costs.lengths import Lengths, padded
+from mirage_dist.train.planning.facts import Facts, head_rows
 from mirage_dist.train.planning.memory import Place
 
 # Parts that are there all the time, those of forward and backward, and those of the update.
@@ -64,7 +64,10 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     made: dict[str, tuple[Place, str]] = {}
     weights = memory.weights(facts.sizes, item, zero, ranks, facts.quantized)
     dtype = {2: "bf16", 4: "fp32"}[item]
-    made["weights"] = weights, f"{dtype}{', 4-bit base' if facts.quantized else ''}, ZeRO-{zero['stage']}, ranks: {ranks}"
+    made["weights"] = (
+        weights,
+        f"{dtype}{', 4-bit base' if facts.quantized else ''}, ZeRO-{zero['stage']}, ranks: {ranks}",
+    )
     gradients = memory.gradients(trained.groups, zero, ranks, item, at.accumulation > 1)
     kept = "float32" if zero["stage"] == 3 else f"{dtype}{', the sum and the newest' if at.accumulation > 1 else ''}"
     made["gradients"] = gradients, kept
@@ -80,9 +83,7 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     made["activations, about"] = _activations(facts, at, lengths)
     if responses := at.micro_batch * head_rows(needs, lengths):
         kl = bool(needs.distributions)
-        peak = memory.loss_head(
-            responses, facts.vocabulary, facts.width, item, kl, facts.head_trains, at.workspace
-        )
+        peak = memory.loss_head(responses, facts.vocabulary, facts.width, item, kl, facts.head_trains, at.workspace)
         made["loss head"] = Place(peak), f"{responses:,} rows, vocabulary {facts.vocabulary:,}"
     if at.reference == "engine":
         made["reference"] = memory.weights(facts.reference, item, zero, ranks), "a second, frozen model"
@@ -101,7 +102,9 @@ def _activations(facts: Facts, at: Setting, lengths: Mapping[str, Lengths]) -> t
     else:
         tokens, words = at.micro_batch * len(longest) * width, f"{at.micro_batch * len(longest)} rows of {width}"
     kept = memory.activations(facts.text, tokens, width, facts.depth, facts.item, facts.eager, at.checkpointing)
-    pictures = min(tokens, at.micro_batch * sum(own.pictured > 0 for own in lengths.values()) * facts.work.picture_tokens)
+    pictures = min(
+        tokens, at.micro_batch * sum(own.pictured > 0 for own in lengths.values()) * facts.work.picture_tokens
+    )
     kept += memory.around(facts.text, tokens, pictures, facts.connector, facts.item)
     how = "layer inputs only" if at.checkpointing else "everything"
     return Place(kept), f"{tokens:,} tokens ({words}), {facts.depth} layers, {how}"

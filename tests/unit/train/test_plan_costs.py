@@ -14,11 +14,11 @@ from mirage_dist import objectives
 from mirage_dist.model import load
 from mirage_dist.schema import ConfigError, ModelConfig
 from mirage_dist.schema.training import LoraConfig
-from mirage_dist.train.planning import batch, lengths
-from mirage_dist.train.planning.costs import flops
+from mirage_dist.train.planning import batch
+from mirage_dist.train.planning.costs import flops, lengths
 from mirage_dist.train.planning.costs.communication import Transfer
-from mirage_dist.train.planning.hardware import hardware
-from mirage_dist.train.planning.lengths import Lengths
+from mirage_dist.train.planning.costs.hardware import hardware
+from mirage_dist.train.planning.costs.lengths import Lengths
 
 WIDTH = 24
 SFT = objectives.base.make({"name": "sft"}).needs

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mirage_dist.train.planning import memory
-from mirage_dist.train.planning.facts import Facts
 from mirage_dist.train.planning.costs.hardware import Hardware
+from mirage_dist.train.planning.facts import Facts
 from mirage_dist.train.planning.setting import Setting
 
 
@@ -59,7 +59,9 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
         reduced = made("gradients", "all_reduce", trained, bucket, times, at.ranks, overlap)
         each = int(zero.get("allgather_bucket_size", 5e8))
         return [reduced, made("updated weights", "all_gather", trained, each, 1, at.ranks, False)]
-    threshold = int(zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"]))
+    threshold = int(
+        zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"])
+    )
     prefetch = int(zero.get("stage3_prefetch_bucket_size", memory.BUCKETS["stage3_prefetch_bucket_size"]))
     large = [size for size in facts.sizes if size > threshold]
     again = max(0, facts.differentiable - kept(facts, at))

@@ -9,10 +9,10 @@ from mirage_dist.objectives.base import Needs
 from mirage_dist.train.planning import memory
 from mirage_dist.train.planning.costs import communication, flops
 from mirage_dist.train.planning.costs.communication import Transfer
-from mirage_dist.train.planning.facts import Facts
 from mirage_dist.train.planning.costs.flops import Operations
 from mirage_dist.train.planning.costs.hardware import GB, TERA, Hardware
 from mirage_dist.train.planning.costs.lengths import Lengths
+from mirage_dist.train.planning.facts import Facts
 from mirage_dist.train.planning.setting import Setting
 
 

@@ -114,7 +114,11 @@ def work(policy: Any, needs: Needs, checkpointing: bool) -> Work:
     tower_config = getattr(tower, "config", None)
     trained_tower = any(trained for _, _, trained in counted["vision"])
     patches, tokens = _picture(base.config, tower_config)
-    begin = shared_layer(policy, min(needs.layers)) if needs.ref_activation and not (needs.ref_logp or needs.distributions) else 0
+    begin = (
+        shared_layer(policy, min(needs.layers))
+        if needs.ref_activation and not (needs.ref_logp or needs.distributions)
+        else 0
+    )
     depth = needs.reference_depth or len(text.layers)
     return Work(
         decoder=_sum(counted["decoder"], first),
@@ -130,7 +134,9 @@ def work(policy: Any, needs: Needs, checkpointing: bool) -> Work:
     )
 
 
-def row(own: Work, lengths: Lengths, width: float | None, logits: bool, checkpointing: bool, cached: bool) -> Operations:
+def row(
+    own: Work, lengths: Lengths, width: float | None, logits: bool, checkpointing: bool, cached: bool
+) -> Operations:
     """Of the policy, for a mean row of a stream. logits: whether the loss head computes its responses.
 
     width: of a padded row; None where rows are packed. cached: the tower's features come from `data.cache_vision`.

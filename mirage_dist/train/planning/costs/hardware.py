@@ -145,7 +145,9 @@ def _read(file: str) -> Mapping[str, Any]:
         text = Path(file).read_text()
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--hardware {file}: expected FIELD=VALUE, or a YAML or JSON file that has them: {error}") from error
+        raise ConfigError(
+            f"--hardware {file}: expected FIELD=VALUE, or a YAML or JSON file that has them: {error}"
+        ) from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"--hardware {file}: expected a mapping of fields to numbers")
     return values

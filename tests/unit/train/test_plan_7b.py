@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mirage_dist import config as configs
 from mirage_dist.cli import main
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train.planning import advice, hardware, plan, table
-from mirage_dist.train.planning.hardware import GIB
-from mirage_dist.train.planning.lengths import Described
+from mirage_dist.train.planning import advice, plan, table
+from mirage_dist.train.planning.costs import hardware
+from mirage_dist.train.planning.costs.hardware import GIB
+from mirage_dist.train.planning.costs.lengths import Described
 
 VOCABULARY = 32_064  # llava-hf/llava-1.5-7b-hf, config.json
 DATA = Described(2000, (700, 1100), (60, 250))
