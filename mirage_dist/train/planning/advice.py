@@ -37,11 +37,11 @@ class Case:
     @property
     def peak(self) -> int:
         """Bytes of a GPU's memory at the peak."""
-        return setting.peak(self.parts).device
+        return setting.peak(self.parts, self.at).device
 
     def fits(self, on: Hardware) -> bool:
         """Whether GPU and host have the memory."""
-        held = setting.peak(self.parts)
+        held = setting.peak(self.parts, self.at)
         host = held.host * min(self.at.gpus, self.at.ranks)
         return held.device <= on.usable and host <= on.host_memory_gib * GIB
 

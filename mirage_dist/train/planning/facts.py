@@ -55,7 +55,8 @@ class Facts:
     pass goes through. largest: elements of the largest module that is gathered at once. item: bytes of an element.
     merged, adapter: elements of the two forms of an export. quantized: elements that are loaded in 4 bits. reference:
     sizes of a second, frozen model; empty without one. connector: elements that a picture's token leaves in the
-    connector for the backward pass.
+    connector for the backward pass. adapted: inputs and ranks of one layer's adapted matrices, summed, and whether they
+    have dropout; None where the layers themselves train.
     """
 
     sizes: list[int]
@@ -74,6 +75,7 @@ class Facts:
     quantized: int
     reference: list[int]
     connector: int
+    adapted: tuple[int, int, bool] | None
     work: Work
     policy: HeadedModel = field(repr=False)
 
@@ -120,9 +122,17 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         quantized=quantized,
         reference=reference,
         connector=sum(shape[1] + 2 * shape[0] for shape in connector),
+        adapted=_adapted(recipe, policy.hf, len(text.layers)),
         work=flops.work(policy, needs, recipe.model.gradient_checkpointing),
         policy=policy,
     )
+
+
+def _adapted(recipe: TrainRecipe, hf: Any, depth: int) -> tuple[int, int, bool] | None:
+    if recipe.model.lora is None:
+        return None
+    inner = [p.shape for name, p in hf.named_parameters() if ".layers." in name and "lora_A" in name]
+    return sum(s[1] for s in inner) // depth, sum(s[0] for s in inner) // depth, recipe.model.lora.dropout > 0
 
 
 def head_rows(needs: Needs, lengths: Mapping[str, Lengths]) -> int:

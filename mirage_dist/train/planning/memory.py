@@ -26,6 +26,7 @@ BUCKETS = {
     "stage3_param_persistence_threshold": 1e5,
     "stage3_max_reuse_distance": 1e9,
     "sub_group_size": 1e9,
+    "allgather_bucket_size": 5e8,
 }
 
 
@@ -90,9 +91,9 @@ def gathered(
     """
     if zero["stage"] != 3:
         return Place()
-    small = sum(size for size in sizes if size <= _bucket(zero, "stage3_param_persistence_threshold"))
-    kept = min(differentiable, _bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2))
-    live = kept + largest + _bucket(zero, "stage3_prefetch_bucket_size")
+    small = sum(size for size in sizes if size <= bucket(zero, "stage3_param_persistence_threshold"))
+    kept = min(differentiable, bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2))
+    live = kept + largest + bucket(zero, "stage3_prefetch_bucket_size")
     return Place(min(sum(sizes), small + live) * itemsize)
 
 
@@ -170,7 +171,7 @@ def update(groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int,
         return Place()  # the host's gradient is flat already
     if zero["stage"] == 3:
         own = largest_share(groups, 3, ranks)
-        return Place(min(own, max(_bucket(zero, "sub_group_size"), 1)) * FP32)
+        return Place(min(own, max(bucket(zero, "sub_group_size"), 1)) * FP32)
     own = max(largest_share([group], 2, ranks) for group in groups)
     return Place(own * (FP32 if itemsize == FP32 else FP32 + itemsize))
 
@@ -178,22 +179,30 @@ def update(groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int,
 def buckets(itemsize: int, zero: Mapping[str, Any]) -> Place:
     """Buffers in which gradients are reduced: a second one where that overlaps with backward (stage 2)."""
     number = 2 if zero["stage"] == 2 and zero.get("overlap_comm") else 1
-    return Place(number * _bucket(zero, "reduce_bucket_size") * itemsize)
+    return Place(number * bucket(zero, "reduce_bucket_size") * itemsize)
 
 
-def reduction(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks: int) -> Place:
-    """What reducing one bucket takes beside it: its copy in the order of the ranks, and this rank's part in float32.
+def reduction(size: int, itemsize: int, zero: Mapping[str, Any], ranks: int, alone: bool = False) -> Place:
+    """What reducing `size` elements of gradients takes beside the buckets.
 
-    sizes: of the trained parameters. A parameter larger than a bucket is reduced by itself, beside its gradient.
+    Stage 3 copies them into the order of the ranks, and this rank's part into float32; stage 2 copies them where several
+    ranks have parts. alone: one parameter that is larger than a bucket, whose gradient is beside it.
     """
-    bucket = _bucket(zero, "reduce_bucket_size")
-    copied = min(bucket, sum(sizes))
-    whole = max((size for size in sizes if size > bucket), default=0)
-    most = max(copied, whole if zero["stage"] == 3 and whole % ranks == 0 else 2 * whole)
-    return Place(most * itemsize + (-(-most // ranks) * FP32 if zero["stage"] == 3 and itemsize != FP32 else 0))
+    whole = size if alone else 0
+    if zero["stage"] == 3:
+        copied = 0 if alone and size % ranks == 0 else size
+        own = -(-size // ranks) * FP32 if itemsize != FP32 else 0
+        return Place((whole + copied) * itemsize + own)
+    return Place((whole + (size if ranks > 1 else 0)) * itemsize)
 
 
-def _bucket(zero: Mapping[str, Any], name: str) -> int:
+def backward(text: Any, tokens: int, itemsize: int) -> int:
+    """Estimated bytes of the gradients within one layer while its backward pass runs: three of the feed-forward size."""
+    return 3 * tokens * feed_forward(text) * itemsize
+
+
+def bucket(zero: Mapping[str, Any], name: str) -> int:
+    """Elements of a size that the JSON gives, or DeepSpeed's own."""
     return int(zero.get(name, BUCKETS[name]))
 
 
@@ -209,16 +218,43 @@ def _offloaded(place: Place, zero: Mapping[str, Any], key: str) -> Place:
     return Place(host=place.device) if device == "cpu" else Place(nvme=place.device)
 
 
-def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, eager: bool, checkpointing: bool) -> int:
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters of one layer: the inputs and the ranks of its adapted linear layers, summed. mask: bytes of an element
+    of dropout's mask; 0 without dropout.
+    """
+
+    inputs: int
+    ranks: int
+    mask: int
+
+
+def activations(
+    text: Any,
+    tokens: int,
+    width: int,
+    depth: int,
+    itemsize: int,
+    eager: bool,
+    checkpointing: bool,
+    adapters: Adapters | None = None,
+) -> int:
     """Estimated bytes that a decoder of `depth` layers keeps for the backward pass.
 
     text: the decoder's configuration. tokens: rows times `width`, padding included. For each token a layer like Llama's
     keeps ten vectors of the hidden size and four of the feed-forward size in the model's dtype, and one hidden vector
     in float32 for its norms; eager attention also keeps its probabilities, in 16-bit dtypes a second time in float32.
+    A frozen layer with adapters keeps no input of its own matrices and norms (five hidden vectors, one of the
+    feed-forward size), but those of the adapters: with dropout one for each adapted matrix, and its mask.
     With checkpointing each layer keeps its input only, and one layer at a time everything. The vision tower is assumed
     to be frozen and to keep nothing.
     """
-    layer = itemsize * (10 * text.hidden_size + 4 * feed_forward(text)) + FP32 * text.hidden_size
+    hidden, wide = 10, 4
+    if adapters is not None:
+        hidden, wide = (5, 3) if adapters.mask else (8, 4)
+    layer = itemsize * (hidden * text.hidden_size + wide * feed_forward(text)) + FP32 * text.hidden_size
+    if adapters is not None:
+        layer += itemsize * adapters.ranks + (adapters.inputs * (itemsize + adapters.mask) if adapters.mask else 0)
     if eager:
         heads = getattr(text, "num_attention_heads", 0)  # models without attention have none
         layer += width * heads * (FP32 if itemsize == FP32 else itemsize + FP32)
@@ -227,12 +263,11 @@ def activations(text: Any, tokens: int, width: int, depth: int, itemsize: int, e
 
 
 def around(text: Any, tokens: int, pictures: int, connector: int, itemsize: int) -> int:
-    """Estimated bytes kept outside the decoder's layers: embeddings before and after the pictures' features are put
-    in, the last norm's input in the model's dtype and in float32 and its output, and the connector's layers.
+    """Estimated bytes kept outside the decoder's layers: the last norm's input and output, and the connector's layers.
 
     pictures: tokens of pictures. connector: see `facts.Facts`.
     """
-    return tokens * text.hidden_size * (4 * itemsize + FP32) + pictures * connector * itemsize
+    return tokens * text.hidden_size * (itemsize + FP32) + pictures * connector * itemsize
 
 
 def feed_forward(text: Any) -> int:

@@ -89,7 +89,7 @@ class Plan:
     @property
     def peak(self) -> Place:
         """Bytes of one GPU at the peak, and of its process in host memory."""
-        return setting.peak(self.memory)
+        return setting.peak(self.memory, self.case.at)
 
     @property
     def fits(self) -> bool:

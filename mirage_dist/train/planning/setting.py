@@ -6,24 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mirage_dist.kernels.logprob import WORKSPACE_MB
 from mirage_dist.objectives.base import Needs
 from mirage_dist.train.planning import memory
 from mirage_dist.train.planning.costs.lengths import Lengths, padded
 from mirage_dist.train.planning.facts import Facts, head_rows
 from mirage_dist.train.planning.memory import Place
 
-# Parts that are there all the time, those of forward and backward, and those of the update.
 STATES = ("weights", "gradients", "optimizer")
-ALWAYS = (*STATES, "secondary weights", "reference", "buckets")
-PASSES = ("gathered weights", "activations, about", "loss head", "reduction")
-UPDATE = ("update",)
+REDUCED = "a bucket of gradients and those of one layer"
+# Parts that are there all the time.
+ALWAYS = ("weights", "optimizer", "secondary weights", "reference")
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained. gpus: ranks of a node. packed: whether rows are. zero: DeepSpeed's `zero_optimization`.
 
-    reference: as in the recipe; None where the objective compares with none. workspace: bytes of the loss head's logits.
+    reference: as in the recipe; None where the objective compares with none. on_cpu: that it runs on a CPU, whose loss
+    head has a smaller workspace, and whose dropout keeps masks in the model's dtype.
     """
 
     ranks: int
@@ -35,7 +36,7 @@ class Setting:
     reference: str | None
     cached_vision: bool
     zero: Mapping[str, Any]
-    workspace: int = memory.WORKSPACE
+    on_cpu: bool = False
 
     @property
     def nodes(self) -> int:
@@ -60,7 +61,7 @@ class Setting:
 def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths]) -> dict[str, tuple[Place, str]]:
     """Memory of the rank that has most, by part, at the longest rows: name -> (place, note)."""
     zero, ranks, item = at.zero, at.ranks, facts.item
-    trained, own = facts.trained, [size for group in facts.trained.groups for size in group]
+    trained, bucket = facts.trained, memory.bucket(zero, "reduce_bucket_size")
     made: dict[str, tuple[Place, str]] = {}
     weights = memory.weights(facts.sizes, item, zero, ranks, facts.quantized)
     dtype = {2: "bf16", 4: "fp32"}[item]
@@ -79,45 +80,69 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     gathered = memory.gathered(facts.sizes, item, zero, facts.largest, facts.differentiable, at.checkpointing)
     made["gathered weights"] = gathered, "whole parameters between forward and backward"
     made["buckets"] = memory.buckets(item, zero), "reduce buckets"
-    made["reduction"] = memory.reduction(own, item, zero, ranks), "a bucket that is being reduced"
     made["activations, about"] = _activations(facts, at, lengths)
     if responses := at.micro_batch * head_rows(needs, lengths):
         kl = bool(needs.distributions)
-        peak = memory.loss_head(responses, facts.vocabulary, facts.width, item, kl, facts.head_trains, at.workspace)
-        made["loss head"] = Place(peak), f"{responses:,} rows, vocabulary {facts.vocabulary:,}"
+        size, space = facts.vocabulary * facts.width, WORKSPACE_MB["cpu" if at.on_cpu else "cuda"] << 20
+        held = memory.loss_head(responses, facts.vocabulary, facts.width, item, kl, facts.head_trains, space)
+        made["loss head"] = Place(held), f"{responses:,} rows, vocabulary {facts.vocabulary:,}"
+        if facts.head_trains and size > bucket:
+            made["its gradient"] = memory.reduction(size, item, zero, ranks, alone=True), "after the loss head"
+    wide = Place(memory.backward(facts.text, _tokens(at, lengths)[0], item))
+    made["reduction"] = wide + memory.reduction(min(bucket, trained.elements), item, zero, ranks), REDUCED
     if at.reference == "engine":
         made["reference"] = memory.weights(facts.reference, item, zero, ranks), "a second, frozen model"
     flat = memory.update(trained.groups, zero, ranks, item)
     if not trained.elementwise:
         flat += memory.exchange(trained.groups, zero["stage"], ranks)
-    made["update"] = flat, "not at the same time as activations"
+    made["update"] = flat, "when nothing is left of activations"
     return {name: pair for name, pair in made.items() if pair[0] != Place() or name in STATES}
 
 
 def _activations(facts: Facts, at: Setting, lengths: Mapping[str, Lengths]) -> tuple[Place, str]:
-    longest = {name: own.longest for name, own in lengths.items()}
-    width = max(longest.values())
-    if at.packed:
-        tokens, words = at.micro_batch * sum(longest.values()), "packed"
-    else:
-        tokens, words = at.micro_batch * len(longest) * width, f"{at.micro_batch * len(longest)} rows of {width}"
-    kept = memory.activations(facts.text, tokens, width, facts.depth, facts.item, facts.eager, at.checkpointing)
-    pictures = min(
-        tokens, at.micro_batch * sum(own.pictured > 0 for own in lengths.values()) * facts.work.picture_tokens
-    )
-    kept += memory.around(facts.text, tokens, pictures, facts.connector, facts.item)
+    tokens, width, words = _tokens(at, lengths)
+    adapters = None
+    if facts.adapted is not None:
+        inputs, inner, drops = facts.adapted
+        adapters = memory.Adapters(inputs, inner, (facts.item if at.on_cpu else 1) if drops else 0)
+    text, depth, item = facts.text, facts.depth, facts.item
+    kept = memory.activations(text, tokens, width, depth, item, facts.eager, at.checkpointing, adapters)
+    shown = at.micro_batch * sum(own.pictured > 0 for own in lengths.values())
+    kept += memory.around(text, tokens, min(tokens, shown * facts.work.picture_tokens), facts.connector, item)
     how = "layer inputs only" if at.checkpointing else "everything"
-    return Place(kept), f"{tokens:,} tokens ({words}), {facts.depth} layers, {how}"
+    return Place(kept), f"{tokens:,} tokens ({words}), {depth} layers, {how}"
 
 
-def peak(made: Mapping[str, tuple[Place, str]]) -> Place:
-    """What is held at once at most: the states, and either forward and backward or the update."""
+def _tokens(at: Setting, lengths: Mapping[str, Lengths]) -> tuple[int, int, str]:
+    """Tokens of a micro-batch of the longest rows, the longest, and how the rows stand, in words."""
+    longest = [own.longest for own in lengths.values()]
+    if at.packed:
+        return at.micro_batch * sum(longest), max(longest), "packed"
+    rows = at.micro_batch * len(longest)
+    return rows * max(longest), max(longest), f"{rows} rows of {max(longest)}"
 
-    def summed(names: tuple[str, ...]) -> Place:
+
+def peak(made: Mapping[str, tuple[Place, str]], at: Setting) -> Place:
+    """What is held at once at most: in the loss head, in the backward pass, or in the update.
+
+    Gradients of stage 2 exist from the first reduction on; those of stage 3 and its buckets always.
+    """
+
+    def part(*names: str) -> Place:
         return sum((made[name][0] for name in names if name in made), Place())
 
-    always, passes, update = summed(ALWAYS), summed(PASSES), summed(UPDATE)
-    return always + max(passes, update, key=lambda place: place.device)
+    always, gradients = part(*ALWAYS), part("gradients")
+    passes = part("activations, about", "gathered weights", "buckets")
+    before = gradients
+    if at.zero["stage"] != 3 and memory.place_of(at.zero, "offload_optimizer") == "none":
+        before = Place(gradients.device // 2) if at.accumulation > 1 else Place()
+    moments = [
+        before + passes + part("loss head"),
+        gradients + passes + part("its gradient"),
+        gradients + passes + part("reduction"),
+        gradients + part("update") + (part("buckets") if at.zero["stage"] == 3 else Place()),
+    ]
+    return always + max(moments, key=lambda place: place.device)
 
 
 def states(made: Mapping[str, tuple[Place, str]]) -> Place:

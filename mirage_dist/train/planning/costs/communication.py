@@ -3,7 +3,8 @@
 A ring moves (n − 1)/n of the payload through each rank in an all-gather or a reduce-scatter, twice that in an
 all-reduce. ZeRO-3 gathers weights for the forward and, what was released meanwhile, for the backward pass of every
 micro-batch, and reduce-scatters gradients; ZeRO-2 all-reduces gradients (DeepSpeed 0.19.8 does so by default although
-each rank keeps a part only) and gathers updated weights once a step; hpZ gathers for the backward pass within a node.
+each rank keeps a part only) and gathers updated weights once a step. With hpZ (see `planning.sharding`) only a step's
+first forward gathers from all ranks, and frozen weights never do.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
     """All collectives of one optimizer step."""
     zero, item, times = at.zero, facts.item, at.accumulation
     trained = facts.trained.elements
-    bucket = int(zero.get("reduce_bucket_size", memory.BUCKETS["reduce_bucket_size"]))
+    bucket = memory.bucket(zero, "reduce_bucket_size")
 
     def made(name: str, kind: str, elements: int, each: int, repeat: int, ranks: int, overlaps: bool) -> Transfer:
         calls = repeat * -(-elements // max(1, each)) if elements else 0
@@ -57,18 +58,24 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
     overlap = bool(zero.get("overlap_comm"))
     if zero["stage"] != 3:
         reduced = made("gradients", "all_reduce", trained, bucket, times, at.ranks, overlap)
-        each = int(zero.get("allgather_bucket_size", 5e8))
+        each = memory.bucket(zero, "allgather_bucket_size")
         return [reduced, made("updated weights", "all_gather", trained, each, 1, at.ranks, False)]
     threshold = int(
         zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"])
     )
-    prefetch = int(zero.get("stage3_prefetch_bucket_size", memory.BUCKETS["stage3_prefetch_bucket_size"]))
+    prefetch = memory.bucket(zero, "stage3_prefetch_bucket_size")
     large = [size for size in facts.sizes if size > threshold]
-    again = max(0, facts.differentiable - kept(facts, at))
-    within = at.partition if at.partition > 1 else at.ranks
-    found = [
-        made("weights, forward", "all_gather", sum(large), prefetch, times, at.ranks, True),
-        made("weights, backward", "all_gather", min(again, sum(large)), prefetch, times, within, True),
+    again = min(sum(large), max(0, facts.differentiable - kept(facts, at)))
+    found = []
+    if at.partition > 1:  # a step's first forward gathers what trains from all ranks, all else stays in the group
+        first = min(trained, sum(large))
+        rest = times * (sum(large) + again) - first
+        found.append(made("weights, first forward", "all_gather", first, prefetch, 1, at.ranks, True))
+        found.append(made("weights, in the node", "all_gather", rest, prefetch, 1, at.partition, True))
+    else:
+        found.append(made("weights, forward", "all_gather", sum(large), prefetch, times, at.ranks, True))
+        found.append(made("weights, backward", "all_gather", again, prefetch, times, at.ranks, True))
+    found += [
         made("gradients", "reduce_scatter", trained, bucket, times, at.ranks, overlap),
         made("small weights", "all_gather", _small(facts.sizes, threshold), bucket, 1, at.ranks, False),
     ]
@@ -82,7 +89,7 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
 
 def kept(facts: Facts, at: Setting) -> int:
     """Elements that stay whole from the forward to the backward pass (see `memory.gathered`)."""
-    reuse = int(at.zero.get("stage3_max_reuse_distance", memory.BUCKETS["stage3_max_reuse_distance"]))
+    reuse = memory.bucket(at.zero, "stage3_max_reuse_distance")
     return min(facts.differentiable, reuse // (3 if at.checkpointing else 2))
 
 
