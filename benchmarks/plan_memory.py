@@ -2,8 +2,9 @@
 
 python benchmarks/plan_memory.py [--device cpu|cuda] [--sizes 20m 58m 167m] [--ranks 1 2] [--batch 4]
 
-On a CPU: the largest resident memory of a process in its steps (VmHWM) above what it had before the model was there;
-malloc gives freed blocks back at once. On a GPU: the peak of allocated memory. The first two steps are not measured:
+On a CPU: the largest resident memory of a process in its steps (VmHWM) above what it had before the model was there
+and above what the same run takes beside its prediction with a tiny model; malloc gives freed blocks back at once. On a
+GPU: the peak of allocated memory. The first two steps are not measured:
 they make the optimizer's state and ZeRO-3's trace. Predicted is the peak of `setting.parts` at the rows that the steps
 have. Prints one line a run and writes results/plan_memory_DEVICE.json.
 """
@@ -31,6 +32,7 @@ UNTIMED, STEPS = 2, 1
 TARGET = 10.0  # per cent
 BUCKET = 2_000_000  # elements: smaller than the matrices of the larger models, larger than those of the smallest
 MODELS = {
+    "tiny": SIZES["tiny"],
     "20m": replace(SIZES["58m"], name="20m", layers=4, hidden=256, intermediate=688, heads=4),
     "58m": SIZES["58m"],
     "167m": replace(SIZES["58m"], name="167m", hidden=1024, intermediate=2752, heads=16),
@@ -160,18 +162,16 @@ def rank(device: str) -> None:
 
 
 def cases(parsed: argparse.Namespace, sizes: Sequence[str]) -> list[dict[str, Any]]:
-    """Every combination at the sizes given; accumulation and the other dtype at one of them."""
+    """Both stages, full and with adapters, at every size; checkpointing, accumulation and bf16 at one of them."""
     made = []
-    for size, ranks, stage, lora, checkpointing in itertools.product(
-        sizes, parsed.ranks, (2, 3), (False, True), (False, True)
-    ):
-        dtype = MODELS[size].dtype
-        made.append({"size": size, "ranks": ranks, "stage": stage, "lora": lora, "checkpointing": checkpointing})
-        made[-1] |= {"dtype": dtype, "accumulation": 1}
-    some = [c for c in made if c["size"] == sizes[0] and not c["checkpointing"]]
-    other = [{**c, "accumulation": 2} for c in some if not c["lora"]]
+    for size, ranks, stage, lora in itertools.product(sizes, parsed.ranks, (2, 3), (False, True)):
+        case = {"size": size, "ranks": ranks, "stage": stage, "lora": lora, "checkpointing": False}
+        made.append({**case, "dtype": MODELS[size].dtype, "accumulation": 1})
+    middle = [case for case in made if case["size"] == sizes[len(sizes) // 2]]
+    other = [{**case, "checkpointing": True} for case in middle]
+    other += [{**case, "accumulation": 2} for case in middle if case["ranks"] == 1 and not case["lora"]]
     if parsed.device == "cpu":
-        other += [{**c, "dtype": "bf16"} for c in some]
+        other += [{**case, "dtype": "bf16"} for case in middle if case["ranks"] == 1]
     return [*made, *other]
 
 
@@ -198,10 +198,11 @@ def main() -> None:
     result |= {"batch": parsed.batch, "bucket_elements": BUCKET, "sizes": {s: asdict(MODELS[s]) for s in sizes}}
     rows: list[dict[str, Any]] = []
     jobs: dict[int, Job] = {}
+    beside: dict[tuple[Any, ...], int] = {}
     with tempfile.TemporaryDirectory() as folder:
         chosen = [c for c in cases(parsed, sizes) if parsed.only is None or parsed.only in " ".join(words(c))]
         for number, case in enumerate(chosen):
-            rows.append(compare(case, parsed, Path(folder), number, jobs))
+            rows.append(compare(case, parsed, Path(folder), number, jobs, beside))
             result["measured"] = rows
             if parsed.only is None:
                 common.write(f"plan_memory_{parsed.device}", result)
@@ -221,9 +222,39 @@ def main() -> None:
 
 
 def compare(
-    case: Mapping[str, Any], parsed: argparse.Namespace, folder: Path, number: int, jobs: dict[int, Job]
+    case: Mapping[str, Any],
+    parsed: argparse.Namespace,
+    folder: Path,
+    number: int,
+    jobs: dict[int, Job],
+    beside: dict[tuple[Any, ...], int],
 ) -> dict[str, Any]:
-    """Predict and run one case. jobs: processes that wait for a case, by their number."""
+    """Predict and run one case. jobs: processes that wait for a case, by their number. beside: what is subtracted."""
+    key = tuple(case[name] for name in ("stage", "ranks", "lora", "dtype"))
+    if parsed.device == "cpu" and key not in beside:
+        # What a process of such a run takes whatever its model is: pages of libraries, Python's objects.
+        least = {**case, "size": "tiny", "checkpointing": False, "accumulation": 1}
+        ahead, peak = _both(least, parsed, folder, f"{number}-tiny", jobs)
+        beside[key] = peak - ahead["peak"]
+    ahead, peak = _both(case, parsed, folder, str(number), jobs)
+    peak -= beside.get(key, 0)
+    error = 100 * (ahead["peak"] - peak) / peak
+    row = {**case, "predicted_bytes": ahead["peak"], "states_bytes": ahead["states"], "measured_bytes": peak}
+    row |= {"beside_bytes": beside.get(key, 0), "error_percent": error, "parts": ahead["parts"]}
+    print(
+        f"{', '.join(words(case))}: predicted {ahead['peak'] / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB "
+        f"(and {beside.get(key, 0) / MIB:.0f} whatever the model), error {error:+.1f} %",
+        flush=True,
+    )
+    if parsed.parts:
+        print("   " + ", ".join(f"{name} {held / MIB:.0f}" for name, held in ahead["parts"].items()), flush=True)
+    return row
+
+
+def _both(
+    case: Mapping[str, Any], parsed: argparse.Namespace, folder: Path, name: str, jobs: dict[int, Job]
+) -> tuple[dict[str, Any], int]:
+    """The prediction of one case, and its measured bytes."""
     from mirage_dist.ranks import free_port
 
     place = folder / f"{case['size']}-{case['dtype']}"
@@ -239,32 +270,20 @@ def compare(
         "stage3_prefetch_bucket_size": BUCKET,
         "stage3_param_persistence_threshold": 100_000,
     }
-    file = folder / f"zero-{number}.json"
+    file = folder / f"zero-{name}.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
-    task = {**case, "place": str(place), "out": str(folder / f"run-{number}"), "deepspeed": str(file)}
-    task["batch"] = parsed.batch
+    task = {**case, "place": str(place), "out": str(folder / f"run-{name}"), "deepspeed": str(file)}
+    task |= {"batch": parsed.batch, "port": free_port()}
     ahead = predicted(recipe_of(task, case["ranks"]), case["ranks"], parsed.device)
-    task["port"] = free_port()
     job = jobs.get(case["ranks"])
     if job is None:
         command = [sys.executable, __file__, "--rank", parsed.device]
         job = jobs[case["ranks"]] = Job(command, case["ranks"], folder / f"ranks-{case['ranks']}.log")
     try:
-        peak = max(answer["bytes"] for answer in job.request(json.dumps(task)))
+        return ahead, max(answer["bytes"] for answer in job.request(json.dumps(task)))
     finally:
         if parsed.device == "cuda":
             jobs.pop(case["ranks"]).close()
-    error = 100 * (ahead["peak"] - peak) / peak
-    row = {**case, "predicted_bytes": ahead["peak"], "states_bytes": ahead["states"], "measured_bytes": peak}
-    row |= {"error_percent": error, "parts": ahead["parts"]}
-    print(
-        f"{', '.join(words(case))}: predicted {ahead['peak'] / MIB:.0f} MiB, measured {peak / MIB:.0f} MiB, "
-        f"error {error:+.1f} %",
-        flush=True,
-    )
-    if parsed.parts:
-        print("   " + ", ".join(f"{name} {held / MIB:.0f}" for name, held in ahead["parts"].items()), flush=True)
-    return row
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

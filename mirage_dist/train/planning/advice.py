@@ -69,7 +69,7 @@ class Change:
 
 
 def largest_micro_batch(case: Case, on: Hardware) -> int:
-    """The largest micro-batch that fits and divides a rank's share of the global batch; 0 when not even one row fits."""
+    """The largest micro-batch that fits and divides a rank's share of the global batch; 0 when no row fits."""
     share = case.at.global_batch // case.at.ranks
     fitting = [size for size in batch.divisors(share) if replace(case, at=replace(case.at, micro_batch=size)).fits(on)]
     return max(fitting, default=0)

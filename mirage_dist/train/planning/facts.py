@@ -121,7 +121,7 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         adapter=sizes["adapter"],
         quantized=quantized,
         reference=reference,
-        connector=sum(shape[1] + 2 * shape[0] for shape in connector),
+        connector=sum(shape[1] for shape in connector[:1]) + sum(2 * shape[0] for shape in connector[:-1]),
         adapted=_adapted(recipe, policy.hf, len(text.layers)),
         work=flops.work(policy, needs, recipe.model.gradient_checkpointing),
         policy=policy,

@@ -111,14 +111,13 @@ def gradients(
 ) -> Place:
     """This rank's part of the gradient; groups: see `state_elements`.
 
-    Stage 3 keeps it in float32. Stage 2 keeps what was reduced in the model's dtype, twice where micro-batches
-    accumulate: the sum, and what the next one adds.
+    It is in float32, whatever the model's dtype (`grad_accum_dtype`). Only stage 2 of a float32 model has it twice
+    where micro-batches accumulate: the sum, and what the next one adds.
     """
     own = largest_share(groups, zero["stage"], ranks)
-    kept = FP32 if zero["stage"] == 3 else itemsize * (2 if accumulates else 1)
-    if place_of(zero, "offload_optimizer") != "none":
-        kept = FP32
-    return _offloaded(Place(own * kept), zero, "offload_optimizer")
+    twice = accumulates and itemsize == FP32 and zero["stage"] != 3
+    offloaded = place_of(zero, "offload_optimizer") != "none"
+    return _offloaded(Place(own * FP32 * (2 if twice and not offloaded else 1)), zero, "offload_optimizer")
 
 
 def optimizer(
@@ -165,15 +164,15 @@ def exchange(groups: Sequence[Sequence[int]], stage: int, ranks: int) -> Place:
 def update(groups: Sequence[Sequence[int]], zero: Mapping[str, Any], ranks: int, itemsize: int) -> Place:
     """What an update holds beside the states: the gradient once more, flat and in float32.
 
-    Stage 3 updates `sub_group_size` elements at a time, stage 2 one parameter group. Fused AdamW makes no further copy.
+    Stage 3 updates `sub_group_size` elements at a time, stage 2 one parameter group; of a 16-bit model stage 2 has it
+    flat already. Fused AdamW makes no further copy.
     """
     if place_of(zero, "offload_optimizer") != "none":
         return Place()  # the host's gradient is flat already
     if zero["stage"] == 3:
         own = largest_share(groups, 3, ranks)
         return Place(min(own, max(bucket(zero, "sub_group_size"), 1)) * FP32)
-    own = max(largest_share([group], 2, ranks) for group in groups)
-    return Place(own * (FP32 if itemsize == FP32 else FP32 + itemsize))
+    return Place(max(largest_share([group], 2, ranks) for group in groups) * FP32 if itemsize == FP32 else 0)
 
 
 def buckets(itemsize: int, zero: Mapping[str, Any]) -> Place:
@@ -185,19 +184,20 @@ def buckets(itemsize: int, zero: Mapping[str, Any]) -> Place:
 def reduction(size: int, itemsize: int, zero: Mapping[str, Any], ranks: int, alone: bool = False) -> Place:
     """What reducing `size` elements of gradients takes beside the buckets.
 
-    Stage 3 copies them into the order of the ranks, and this rank's part into float32; stage 2 copies them where several
-    ranks have parts. alone: one parameter that is larger than a bucket, whose gradient is beside it.
+    Stage 3 copies them into the order of the ranks, and this rank's part into float32; stage 2 copies them where
+    several ranks have parts, and into float32. alone: one parameter that is larger than a bucket, whose gradient is
+    beside it.
     """
     whole = size if alone else 0
     if zero["stage"] == 3:
         copied = 0 if alone and size % ranks == 0 else size
         own = -(-size // ranks) * FP32 if itemsize != FP32 else 0
         return Place((whole + copied) * itemsize + own)
-    return Place((whole + (size if ranks > 1 else 0)) * itemsize)
+    return Place((whole + (size if ranks > 1 else 0)) * itemsize + (size * FP32 if itemsize != FP32 else 0))
 
 
 def backward(text: Any, tokens: int, itemsize: int) -> int:
-    """Estimated bytes of the gradients within one layer while its backward pass runs: three of the feed-forward size."""
+    """Estimated bytes of the gradients within a layer while its backward pass runs: three of the feed-forward size."""
     return 3 * tokens * feed_forward(text) * itemsize
 
 

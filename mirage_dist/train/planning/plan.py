@@ -142,6 +142,7 @@ def plan(
         reference=recipe.reference if objective.needs.reference else None,
         cached_vision=recipe.data.cache_vision,
         zero=zero,
+        fp32=recipe.train.dtype == "fp32",
     )
     needs = Plan(Case(recipe, objective, sizes, at, lengths), cluster, given)
     epoch = recipe.train.epoch_stream or objective.needs.streams[0]
@@ -224,7 +225,7 @@ def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
         plan.cautions.append("the data are described, not read: lengths are spread between 1 and the longest")
     if plan.case.sizes.work.tower.all and not plan.case.sizes.work.patches:
         plan.cautions.append(
-            "the size of a picture is not in config.json, so the vision tower is not in the time; give --picture-tokens N"
+            "config.json has no size of pictures, so the vision tower is not in the time; give --picture-tokens N"
         )
     if quantization.wanted(recipe.model) and at.zero["stage"] == 3:
         plan.cautions.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirage_dist.kernels.logprob import WORKSPACE_MB
+from mirage_dist.kernels.projection import CONVERTED_BYTES
 from mirage_dist.objectives.base import Needs
 from mirage_dist.train.planning import memory
 from mirage_dist.train.planning.costs.lengths import Lengths, padded
@@ -23,8 +24,8 @@ ALWAYS = ("weights", "optimizer", "secondary weights", "reference")
 class Setting:
     """How a model is trained. gpus: ranks of a node. packed: whether rows are. zero: DeepSpeed's `zero_optimization`.
 
-    reference: as in the recipe; None where the objective compares with none. on_cpu: that it runs on a CPU, whose loss
-    head has a smaller workspace, and whose dropout keeps masks in the model's dtype.
+    reference: as in the recipe; None where the objective compares with none. fp32: the model's dtype. on_cpu: that it
+    runs on a CPU, whose loss head has a smaller workspace, and whose dropout keeps masks in the model's dtype.
     """
 
     ranks: int
@@ -36,6 +37,7 @@ class Setting:
     reference: str | None
     cached_vision: bool
     zero: Mapping[str, Any]
+    fp32: bool = False
     on_cpu: bool = False
 
     @property
@@ -70,8 +72,7 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
         f"{dtype}{', 4-bit base' if facts.quantized else ''}, ZeRO-{zero['stage']}, ranks: {ranks}",
     )
     gradients = memory.gradients(trained.groups, zero, ranks, item, at.accumulation > 1)
-    kept = "float32" if zero["stage"] == 3 else f"{dtype}{', the sum and the newest' if at.accumulation > 1 else ''}"
-    made["gradients"] = gradients, kept
+    made["gradients"] = gradients, "float32"
     optimizer = memory.optimizer(trained.groups, trained.states, trained.elementwise, zero, ranks)
     made["optimizer"] = optimizer, "float32 master copy and the optimizer's state"
     if at.partition > 1:
@@ -85,6 +86,8 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
         kl = bool(needs.distributions)
         size, space = facts.vocabulary * facts.width, WORKSPACE_MB["cpu" if at.on_cpu else "cuda"] << 20
         held = memory.loss_head(responses, facts.vocabulary, facts.width, item, kl, facts.head_trains, space)
+        if at.on_cpu and item != memory.FP32:
+            held += min(CONVERTED_BYTES, size * memory.FP32)  # blocks of the weight, in float32
         made["loss head"] = Place(held), f"{responses:,} rows, vocabulary {facts.vocabulary:,}"
         if facts.head_trains and size > bucket:
             made["its gradient"] = memory.reduction(size, item, zero, ranks, alone=True), "after the loss head"
@@ -134,8 +137,9 @@ def peak(made: Mapping[str, tuple[Place, str]], at: Setting) -> Place:
     always, gradients = part(*ALWAYS), part("gradients")
     passes = part("activations, about", "gathered weights", "buckets")
     before = gradients
-    if at.zero["stage"] != 3 and memory.place_of(at.zero, "offload_optimizer") == "none":
-        before = Place(gradients.device // 2) if at.accumulation > 1 else Place()
+    if at.zero["stage"] != 3 and not gradients.host:
+        # Before the first reduction of a step none is there, and of a float32 model the second one never is.
+        before = Place() if at.accumulation == 1 else Place(gradients.device // (2 if at.fp32 else 1))
     moments = [
         before + passes + part("loss head"),
         gradients + passes + part("its gradient"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -100,10 +101,11 @@ def _verdict(plan: Plan) -> dict[str, tuple[str, str]]:
         batch = "" if least.at.global_batch == case.at.global_batch else f", train.global_batch={least.at.global_batch}"
         rows["smallest that fits"] = (
             f"{least.at.ranks} GPU{'s' if least.at.ranks > 1 else ''}",
-            f"{least.at.nodes} node{'s' if least.at.nodes > 1 else ''}; train.micro_batch={least.at.micro_batch}{batch}; "
-            f"{size(least.peak)} a GPU",
+            f"{least.at.nodes} node{'s' if least.at.nodes > 1 else ''}; train.micro_batch={least.at.micro_batch}{batch}"
+            f"; {size(least.peak)} a GPU",
         )
-    assert plan.step is not None and plan.run is not None
+    assert plan.step is not None
+    assert plan.run is not None
     rows["time"] = span(plan.run.seconds), f"{plan.run.steps:,} steps of {_range(plan.step)} and what is around them"
     price = plan.cluster.price
     cost = "give --price for a cost" if price is None else f"cost {plan.gpu_hours * price:,.2f} at {price:g} a GPU-hour"
@@ -186,14 +188,15 @@ def _assumptions(plan: Plan) -> dict[str, tuple[str, str]]:
     for name, value in asdict(on).items():
         if name != "name":
             unit = next((words for end, words in units.items() if name.endswith(f"_{end}")), "")
-            shown[name] = f"{value:g}{unit}", origin[name]
+            shown[name] = f"{value:g}{unit}", re.split("[:;]", origin[name])[0]  # the whole one is in the JSON
     return shown
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """One object, described in docs/planning.md; seconds, bytes and GiB as the names say."""
     case, at, on, step, run = plan.case, plan.case.at, plan.cluster.on, plan.step, plan.run
-    assert step is not None and run is not None
+    assert step is not None
+    assert run is not None
     peak, recipe = plan.peak, plan.case.recipe
     price = plan.cluster.price
     return {

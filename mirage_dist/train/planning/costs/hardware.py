@@ -99,8 +99,8 @@ SOURCES: Mapping[str, str] = {
     "gpus_per_node": "DGX and HGX systems",
     "host_memory_gib": "DGX systems' data sheets",
     "host_gb_s": "two sockets of eight channels: DDR5-4800 (DGX H100), DDR4-3200 (DGX A100)",
-    "utilization": "assumed; MosaicML's llm-foundry benchmarks have 0.40 to 0.46 (13B, 7B; 8 to 64 H100; FSDP full shard, "
-    "bf16, 2048 tokens, nothing recomputed)",
+    "utilization": "assumed; MosaicML's llm-foundry benchmarks (scripts/train/benchmarking) have 0.40 to 0.46 "
+    "(13B and 7B, 8 to 64 H100, FSDP full shard, bf16, 2048 tokens, nothing recomputed)",
     "link_efficiency": "assumed; nccl-tests reach 230 to 250 of 300 GB/s on eight A100",
     "nvlink_us": "NCCL's own model of a ring, src/graph/tuning.cc: hwLat, NVLink, ring, Simple",
     "network_us": "NCCL's own model of a ring, src/graph/tuning.cc: hwLat, network, ring, Simple",
