@@ -36,7 +36,8 @@ from mirage_dist import config as configs
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 from mirage_dist.train.prefetch import made
 
 SIZE = SIZES["7b"]

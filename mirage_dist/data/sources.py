@@ -5,6 +5,7 @@ Records are numbered from 0 in messages. What a reader leaves out is counted: no
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -239,6 +240,17 @@ def inputs(config: SourceConfig) -> list[Path]:
     else:
         own = [folder]
     return [*own, *others]
+
+
+def check_present(config: SourceConfig) -> None:
+    """Raise ConfigError as `read` where the path of one of this package's formats leads nowhere; reads no other source.
+
+    A format from outside the package may read from elsewhere.
+    """
+    config = as_format(config)
+    ours = type(config).__module__.startswith("mirage_dist.")
+    if ours and hub.address(config.path) is None and not os.path.exists(config.path):
+        read(config, check_images=False)
 
 
 def files(config: Format) -> list[Format]:

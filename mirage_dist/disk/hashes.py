@@ -96,7 +96,7 @@ def _known(record: Path | None, folder: str, paths: list[str]) -> tuple[dict[str
     entries, known = _read(record, folder), {}
     for path in paths:
         entry = entries.get(os.path.basename(path))
-        if entry is not None and entry.identity == _identity(os.stat(path)):
+        if entry is not None and entry.identity == identity(os.stat(path)):
             known[path] = entry.digest
     return known, [path for path in paths if path not in known]
 
@@ -108,11 +108,12 @@ def _hash(path: str) -> tuple[str, _Entry | None]:
         before = os.fstat(handle.fileno())
         digest = digests.digest_of(handle)
         after = os.fstat(handle.fileno())
-    whole = _identity(before) == _identity(after) and _age(before, began) >= SETTLED_SECONDS
-    return digest, _Entry(_identity(before), digest) if whole else None
+    whole = identity(before) == identity(after) and _age(before, began) >= SETTLED_SECONDS
+    return digest, _Entry(identity(before), digest) if whole else None
 
 
-def _identity(status: os.stat_result) -> Identity:
+def identity(status: os.stat_result) -> Identity:
+    """What differs as soon as a file is written again or replaced."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 

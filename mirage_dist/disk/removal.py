@@ -13,10 +13,11 @@ import re
 import secrets
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mirage_dist import liveness
+from mirage_dist import liveness, signals
 from mirage_dist.liveness import Owner
 from mirage_dist.schema.errors import ConfigError
 
@@ -60,6 +61,23 @@ def owned(folder: Path) -> bool:
         return (folder / MARK).is_file() or all(entry.name == UNFINISHED for entry in folder.iterdir())
     except FileNotFoundError:  # removed since the look
         return False
+
+
+@contextmanager
+def removed_in_the_end() -> Iterator[list[Path]]:
+    """A list for folders with a mark (see `own`), which are removed at the end of the block, also by a signal."""
+    made: list[Path] = []
+
+    def clear() -> None:
+        for folder in made:
+            with suppress(OSError):
+                remove_own(folder)
+
+    with signals.before_end(clear):
+        try:
+            yield made
+        finally:
+            clear()
 
 
 def remove_own(folder: Path) -> bool:

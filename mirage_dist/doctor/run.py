@@ -8,12 +8,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import disk, ranks, signals
+from mirage_dist import ranks, signals
 from mirage_dist.disk import removal
 from mirage_dist.doctor.checks import CHECKS, SEVERITY, Check, Context, Peer, Status, Verdict, failed
 from mirage_dist.doctor.storage import existing
@@ -92,7 +92,6 @@ def _device(local: int) -> Any:
 @contextmanager
 def _place(context: Context) -> Iterator[None]:
     """A folder in the file system of `context.folder`, made by rank 0 and removed in the end, also by a signal."""
-    made: list[Path] = []
 
     def make() -> tuple[str | None, str]:
         try:
@@ -106,19 +105,11 @@ def _place(context: Context) -> Iterator[None]:
             return None, error.strerror or str(error)
         return str(made[0]), ""
 
-    def clear() -> None:
-        for folder in made:
-            with suppress(OSError):
-                disk.remove(folder)
-
-    with signals.before_end(clear):
-        try:
-            place, context.fault = ranks.from_main(context.group, make() if context.group.main else (None, ""))
-            context.place = None if place is None else Path(place)
-            yield
-            ranks.barrier(context.group, "the folder is no longer used")
-        finally:
-            clear()
+    with removal.removed_in_the_end() as made:
+        place, context.fault = ranks.from_main(context.group, make() if context.group.main else (None, ""))
+        context.place = None if place is None else Path(place)
+        yield
+        ranks.barrier(context.group, "the folder is no longer used")
 
 
 def _gathered(context: Context, check: Check) -> list[Verdict | None]:

@@ -88,7 +88,7 @@ def space(context: Context) -> Verdict:
     """Free space and inodes against what the recipe will write (see `mirage plan`)."""
     folder = existing(context.folder)
     disk, table = shutil.disk_usage(folder), os.statvfs(folder)
-    free = table.f_bavail * table.f_frsize
+    free = disk.free
     values: dict[str, Any] = {"free": free, "total": disk.total, "inodes": table.f_favail if table.f_files else None}
     text = f"{context.folder}: {free / GIB:.1f} of {disk.total / GIB:.1f} GiB free"
     if table.f_files and table.f_favail < FEW_INODES:

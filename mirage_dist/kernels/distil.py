@@ -76,7 +76,7 @@ def _slope_(dz_NC: Tensor, logit_NC: Tensor, softcap: float | None) -> Tensor:
     return dz_NC if softcap is None else dz_NC.mul_(1 - (logit_NC / softcap).square())
 
 
-class _Frozen(torch.autograd.Function):
+class _Frozen(passes.UnitRowGradients):
     """Only hidden rows get a gradient: forward computes that of each row, for backward to scale."""
 
     @staticmethod
@@ -99,12 +99,6 @@ class _Frozen(torch.autograd.Function):
         ctx.save_for_backward(unit_ND)
         ctx.dtype = hidden.dtype
         return loss_N
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor):  # type: ignore[override]
-        (unit_ND,) = ctx.saved_tensors
-        return (unit_ND * grad_N[:, None]).to(ctx.dtype), *[None] * 7
 
 
 class _General(torch.autograd.Function):

@@ -162,7 +162,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return *_in_dtypes_of((hidden, weight, bias), grads), None, None, None, None
 
 
-class _FrozenTokenLogProbs(torch.autograd.Function):
+class _FrozenTokenLogProbs(passes.UnitRowGradients):
     """The case of a frozen weight and bias: forward computes each row's gradient for g = 1, backward scales it by g."""
 
     @staticmethod
@@ -174,12 +174,6 @@ class _FrozenTokenLogProbs(torch.autograd.Function):
         ctx.save_for_backward(unit)
         ctx.dtype = hidden.dtype
         return logp
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor):  # type: ignore[override]
-        (unit,) = ctx.saved_tensors
-        return (unit * grad_logp[:, None]).to(ctx.dtype), None, None, None, None, None
 
 
 def _in_dtypes_of(tensors: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -10,13 +10,28 @@ Shapes: N rows, D hidden size, V vocabulary, C columns of a chunk of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mirage_dist.kernels.projection import Projection, slices
 from mirage_dist.kernels.rows import dlogits, leaves_exponentials, lse_update
 from mirage_dist.kernels.softmax import Softmax
+
+
+class UnitRowGradients(torch.autograd.Function):
+    """An operation with one output a row, of whose inputs only the hidden rows, the first one, get a gradient.
+
+    Its forward saves the gradient (N, D) of each row's output, and the rows' dtype as `ctx.dtype`; backward scales it.
+    """
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor):  # type: ignore[override]
+        (unit_ND,) = ctx.saved_tensors
+        return (unit_ND * grad_N[:, None]).to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def columns_that_fit(projection: Projection, rows: int, workspace_mb: int) -> int:

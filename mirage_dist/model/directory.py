@@ -326,11 +326,7 @@ def state(folder: Path) -> State:
     Links are followed, as in hub snapshots. Raises ConfigError when a file disappears meanwhile.
     """
     try:
-        return [
-            (str(f.relative_to(folder)), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-            for f in files(folder)
-            for s in [f.stat()]
-        ]
+        return [(str(f.relative_to(folder)), *hashes.identity(f.stat())) for f in files(folder)]
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; {AGAIN}") from error
 

@@ -28,9 +28,6 @@ from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.limits import STEPS
 from mirage_dist.train.caches.samples import Digests, Table
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs
-from mirage_dist.train.planning.streams import check_streams as check_streams
-from mirage_dist.train.planning.streams import describe as describe
-from mirage_dist.train.planning.streams import read_streams as read_streams
 from mirage_dist.train.prefetch import made
 
 CHUNK = 1024  # samples whose lengths a worker measures at once

@@ -38,6 +38,7 @@ from mirage_dist.train.optimizers.partitions import slices
 from mirage_dist.train.planning import sharding
 from mirage_dist.train.planning.check import Checked, check_family, check_model, warn
 from mirage_dist.train.planning.start import Prepared, prepared
+from mirage_dist.train.planning.streams import check_present
 from mirage_dist.train.watchdog import Watchdog
 
 LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
@@ -51,6 +52,7 @@ def train(checked: Checked) -> None:
     """
     with signals.start_up():
         check_model(checked, with_weights=True)
+        check_present(checked.recipe)
     in_group(checked, lambda group: _train(checked, group))
 
 

@@ -133,6 +133,19 @@ def _two(script: Path) -> list[subprocess.Popen]:
     ]
 
 
+def _failure_of_the_first(script: Path) -> str:
+    """What rank 0 of two reports when it ends with status 1; the other rank is killed then."""
+    ranks = _two(script)
+    try:
+        output = ranks[0].communicate(timeout=120)[1]
+        assert ranks[0].returncode == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    return output
+
+
 def test_ranks_at_different_points_are_named_and_one_that_fails_says_why_before_the_others_notice(tmp_path):
     script, log = tmp_path / "unequal.py", tmp_path / "log"
     script.write_text(
@@ -170,15 +183,8 @@ def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
         "time.sleep(3600) if w.rank else Watchdog(w, 2.0).start()\n"
         "ranks.barrier(w, 'step 1')\n"
     )
-    ranks = _two(script)
-    try:
-        output = ranks[0].communicate(timeout=120)[1]
-        assert ranks[0].returncode == 1
-        assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in output
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    output = _failure_of_the_first(script)
+    assert "rank 1 on an unknown host, last at 'the start', is dead or stopped" in output
 
 
 def test_a_hang_leaves_the_stack_of_every_thread_of_every_rank_and_no_secret(tmp_path):
@@ -198,14 +204,7 @@ def test_a_hang_leaves_the_stack_of_every_thread_of_every_rank_and_no_secret(tmp
         "if w.rank: stuck('hunter2')\n"
         "ranks.barrier(w, 'step 3')\n"
     )
-    ranks = _two(script)
-    try:
-        output = ranks[0].communicate(timeout=120)[1]
-        assert ranks[0].returncode == 1
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
+    output = _failure_of_the_first(script)
     assert re.search(rf"mirage: rank 1 on {socket.gethostname()}, last at 'step 2', hangs", output)
     assert "; the stacks of 2 of 2 ranks are in" in output
     assert f"ranks are in {tmp_path}/hang; the run ends (train.hang_seconds=3)" in output

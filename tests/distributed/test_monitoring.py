@@ -20,9 +20,10 @@ from mirage_dist.data.sources import check_pictures, read
 from mirage_dist.model import load
 from mirage_dist.ranks import free_port
 from mirage_dist.schema import TrainRecipe
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.measures.records import CLOCKED
 from mirage_dist.train.measures.validation import NEEDS, STREAM, overlap
+from mirage_dist.train.planning.streams import read_streams
 
 STEPS, EVERY, SLOW = 24, 8, 12
 # `mirage train`, whose rank 1 sleeps in each objective of its first SLOW micro-batches, and which counts in each step

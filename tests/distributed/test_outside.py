@@ -26,7 +26,8 @@ from mirage_dist.ranks import Group, free_port
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.schema.training import LoraConfig
 from mirage_dist.train.engine import learning_rate
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 
 STEPS, BATCH = 4, 8
 SHARDED = {"zero_optimization": {"stage": 3, "overlap_comm": True, "stage3_param_persistence_threshold": 0}}

@@ -17,7 +17,8 @@ from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.engine import learning_rate
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 
 STEPS, LAYER = 4, 1
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", f"objective.layer={LAYER}", "objective.positions=unpadded")

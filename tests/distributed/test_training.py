@@ -28,8 +28,9 @@ from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.engine import learning_rate
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.measures.records import CLOCKED
+from mirage_dist.train.planning.streams import read_streams
 
 STEPS = 8
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8")

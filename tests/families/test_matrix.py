@@ -27,7 +27,8 @@ from mirage_dist.model import load
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 
 DEADLINE = 400.0  # seconds for all runs, on a busy machine
 # The mark that ends an answer: the template's own, or the tokenizer's end token where a template writes none.

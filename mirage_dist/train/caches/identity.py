@@ -13,6 +13,7 @@ from typing import Any
 from mirage_dist import __version__, disk
 from mirage_dist import config as configs
 from mirage_dist.data import sources
+from mirage_dist.disk import hashes
 from mirage_dist.model import directory, environment, load
 from mirage_dist.objectives.base import Needs
 from mirage_dist.schema import ConfigError, TrainRecipe
@@ -76,12 +77,11 @@ def changed(before: Mapping[str, File | None], now: Mapping[str, File | None]) -
 
 def _identity(file: Path) -> File | None:
     try:
-        of = file.stat()
+        return str(file), *hashes.identity(file.stat())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return str(file), of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino
 
 
 def _version(name: str) -> str | None:

@@ -9,12 +9,11 @@ from datetime import datetime, timedelta
 from mirage_dist.model.load import DTYPES
 from mirage_dist.ranks import Group, place
 from mirage_dist.train.feed import Feed
-from mirage_dist.train.planning.plan import kept_checkpoints
+from mirage_dist.train.planning.plan import kept_checkpoints, size
 
 # Of the measured peak: what the allocator loses to fragments in a long run, and batches of other shapes.
 MARGIN = 1.05
 TIGHT = 0.92  # of the device's memory
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,6 @@ def _disk(feed: Feed, measured: Measured) -> list[str]:
     note = f"{kept} checkpoints, one of them while it is written; export {size(export)}; caches {size(caches)}"
     short = "" if needed <= measured.free else "  MORE THAN IS FREE: lower train.keep_last, or free space"
     return [_row("disk", f"{size(needed)} of {size(measured.free)} free{short}", note)]
-
-
-def size(number: float) -> str:
-    """Bytes in words."""
-    unit = 0
-    while number >= 1024 and unit + 1 < len(UNITS):
-        number, unit = number / 1024, unit + 1
-    return f"{number:.1f} {UNITS[unit]}" if unit else f"{number:.0f} B"
 
 
 def _whose(rank: Rank, group: Group) -> str:

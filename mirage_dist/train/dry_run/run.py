@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from mirage_dist.train.lease import Lease
 from mirage_dist.train.loop import Loop
 from mirage_dist.train.planning.check import Checked, check_model
 from mirage_dist.train.planning.start import prepared
+from mirage_dist.train.planning.streams import check_present
 from mirage_dist.train.watchdog import Watchdog
 
 STEPS = 2
@@ -49,6 +51,7 @@ def dry_run(checked: Checked) -> None:
     """
     with signals.start_up():
         check_model(checked, with_weights=True)
+        check_present(checked.recipe)
     whole.in_group(checked, lambda group: _dry_run(checked, group))
 
 
@@ -143,7 +146,7 @@ def _measure(checked: Checked, feed: Feed, lease: Lease, phases: Phases, group: 
         caches=caches,
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         differing=[*differing, *(sameness.differing(control, restored) if group.main else [])],
-        free=_free(lease.root),
+        free=shutil.disk_usage(lease.root).free,
     )
 
 
@@ -210,18 +213,12 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _free(folder: Path) -> int:
-    table = os.statvfs(folder)
-    return table.f_bavail * table.f_frsize
-
-
 @contextmanager
 def _temporary(root: Path, group: Group) -> Iterator[Lease]:
     """A lease on a folder beside the run directory, in its file system; removed in the end, also by a signal.
 
     What a killed dry run has left of its own goes first.
     """
-    made: list[Path] = []
 
     def make() -> str:
         place = _beside(root.absolute())
@@ -234,20 +231,12 @@ def _temporary(root: Path, group: Group) -> Iterator[Lease]:
             raise RunError(f"dry run: {place.parent}: cannot be written ({error.strerror})") from error
         return f"{lease.owner.token} {made[0]}"
 
-    def clear() -> None:
-        for folder in made:
-            with suppress(OSError):
-                disk.remove(folder)
-
-    with signals.before_end(clear):
-        try:
-            token, _, folder = (ranks.on_main(group, make) or "").partition(" ")
-            lease = Lease(Path(folder), Owner(token))
-            with disk.refusals(root, "nothing of the run was touched"):
-                yield lease
-            ranks.barrier(group, "the folder is no longer used")
-        finally:
-            clear()
+    with removal.removed_in_the_end() as made:
+        token, _, folder = (ranks.on_main(group, make) or "").partition(" ")
+        lease = Lease(Path(folder), Owner(token))
+        with disk.refusals(root, "nothing of the run was touched"):
+            yield lease
+        ranks.barrier(group, "the folder is no longer used")
 
 
 def _beside(root: Path) -> Path:

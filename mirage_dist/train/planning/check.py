@@ -24,10 +24,11 @@ from mirage_dist.progress import log
 from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
-from mirage_dist.train.feed import Feed, check_streams, encoder_of, read_streams
+from mirage_dist.train.feed import Feed, encoder_of
 from mirage_dist.train.measures import profiler, validation
 from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.planning import batch
+from mirage_dist.train.planning.streams import check_streams, read_streams
 
 # Rows of each stream that are taken to fit where the memory of the device is not known, as on a CPU.
 UNMEASURED = 8

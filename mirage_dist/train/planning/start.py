@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mirage_dist import disk, signals, state
+from mirage_dist import disk, state
 from mirage_dist.data import sources
 from mirage_dist.data.sources import Source
 from mirage_dist.disk import removal
@@ -117,7 +117,6 @@ def _usable(folder: Path) -> bool:
 @contextmanager
 def _draft(root: Path, key: str, group: Group) -> Iterator[Path]:
     """A new folder for a table, on the file system of the run directory; what is left of it in the end is removed."""
-    made: list[Path] = []
 
     def make() -> Path:
         # Not in the run directory before that exists: a recipe with an error leaves nothing there.
@@ -133,18 +132,10 @@ def _draft(root: Path, key: str, group: Group) -> Iterator[Path]:
             raise RunError(f"{home}: the run's samples cannot be written: {error}") from error
         return made[0] / key
 
-    def discard() -> None:
-        for folder in made:
-            with suppress(OSError):
-                disk.remove_own(folder)
-
-    try:
-        with signals.before_end(discard):
-            folder = on_main(group, make)
-            assert folder is not None
-            yield folder
-    finally:
-        discard()
+    with removal.removed_in_the_end() as made:
+        folder = on_main(group, make)
+        assert folder is not None
+        yield folder
 
 
 def _check(checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, folder: Path) -> None:

@@ -32,6 +32,13 @@ def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
         )
 
 
+def check_present(recipe: TrainRecipe) -> None:
+    """Raise ConfigError for a data file that is missing, before any rank waits for another (see `sources`)."""
+    for own in recipe.data.streams.values():
+        for source in own:
+            sources.check_present(source)
+
+
 def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
     """The samples of every stream that the objective needs, and those held out, if any.
 

@@ -13,7 +13,7 @@ from mirage_dist.data import prepare
 from mirage_dist.evals import worklist
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
-from mirage_dist.train import feed
+from mirage_dist.train.planning import streams as planned
 
 pope, mme, gqa, safebench, safetybench, eraser = (  # fixtures
     *(short.pope, short.mme, short.gqa),
@@ -80,7 +80,7 @@ def test_safe_eraser_is_evaluated_prepared_and_trained_on(data, eraser):
 def streams(forget: str, retain: str) -> dict[str, int]:
     overrides = [f"data.streams.forget={forget}", f"data.streams.retain={retain}"]
     recipe = configs.load(REPOSITORY / "configs/train/npo.yaml", overrides, TrainRecipe)
-    read = feed.read_streams(recipe, make(recipe.objective).needs)
+    read = planned.read_streams(recipe, make(recipe.objective).needs)
     return {name: len(source.samples) for name, source in read.items()}
 
 

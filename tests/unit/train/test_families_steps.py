@@ -22,8 +22,9 @@ from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.planning.check import resolved
+from mirage_dist.train.planning.streams import read_streams
 
 PADDED = {"gemma3", "mllama"}
 # PaliGemma answers by prefix-LM attention and is not trained.

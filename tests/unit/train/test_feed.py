@@ -19,7 +19,8 @@ from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import reference
-from mirage_dist.train.feed import Feed, check_streams, positions, read_streams
+from mirage_dist.train.feed import Feed, positions
+from mirage_dist.train.planning.streams import check_streams, read_streams
 
 # The template's tokens: role, 16 of the picture, the question's words, role, the answer's words, end.
 SHOWN = [("role", 1), ("picture", 16), ("question", 4), ("role", 1), ("answer", 3)]

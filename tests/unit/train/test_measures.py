@@ -23,12 +23,13 @@ from mirage_dist.monitoring import sinks
 from mirage_dist.objectives.base import Term, make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.loop import normalised
 from mirage_dist.train.measures import flops, timing, validation
 from mirage_dist.train.measures.records import Means
 from mirage_dist.train.measures.spikes import LEAST, Spikes
 from mirage_dist.train.planning.check import check_recipe
+from mirage_dist.train.planning.streams import read_streams
 from mirage_dist.train.views import Views
 
 ALONE = Group(0, 0, 1, torch.device("cpu"))

@@ -21,7 +21,8 @@ from mirage_dist.model import load, reference
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 from mirage_dist.train.prefetch import made
 from mirage_dist.train.views import Views
 

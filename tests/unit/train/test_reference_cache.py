@@ -21,7 +21,8 @@ from mirage_dist.objectives.base import make
 from mirage_dist.schema import RunError, TrainRecipe
 from mirage_dist.train.caches import flat
 from mirage_dist.train.caches import reference as reference_cache
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 
 
 class Counted(Engine):

@@ -23,10 +23,11 @@ from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train import rundir
 from mirage_dist.train.caches import identity, samples
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import acquire
 from mirage_dist.train.planning import start
 from mirage_dist.train.planning.check import check_recipe
+from mirage_dist.train.planning.streams import read_streams
 
 ALONE = Group(0, 0, 1, torch.device("cpu"))
 OPENED: list[str] = []  # the paths of every file that Python opens

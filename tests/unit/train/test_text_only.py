@@ -18,7 +18,8 @@ from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, ModelConfig, TrainRecipe
 from mirage_dist.train.caches.reference import add, key
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning.streams import read_streams
 
 ONE = Group(0, 0, 1, torch.device("cpu"))
 NAMES = ["llama_text", "qwen3_text"]

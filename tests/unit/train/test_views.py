@@ -15,7 +15,8 @@ from mirage_dist.model.reference import Frozen
 from mirage_dist.objectives.base import Needs
 from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
-from mirage_dist.train.feed import Feed, positions, read_streams
+from mirage_dist.train.feed import Feed, positions
+from mirage_dist.train.planning.streams import read_streams
 from mirage_dist.train.views import Views
 
 ALONE = Group(0, 0, 1, torch.device("cpu"))

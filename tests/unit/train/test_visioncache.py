@@ -20,8 +20,9 @@ from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
-from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.planning.check import resolved
+from mirage_dist.train.planning.streams import read_streams
 
 LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder], also_train: [connector]}"
 
