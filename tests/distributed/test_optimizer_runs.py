@@ -20,7 +20,7 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.model.shards import PARAM, Shards, read_manifest
 from mirage_dist.ranks import free_port
 from mirage_dist.train.measures.records import CLOCKED
-from mirage_dist.train.planning import memory
+from mirage_dist.train.planning.costs import memory
 
 GROUPS = "train.groups=[{match: connector, lr: 0.004, weight_decay: 0.1}, {match: '*norm*', lr: 0.0005}]"
 EIGHT_BIT = importlib.util.find_spec("bitsandbytes") is not None

@@ -19,7 +19,8 @@ from mirage_dist.model.shards import Shards
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.lease import LOCK
-from mirage_dist.train.planning import memory, plan
+from mirage_dist.train.planning import plan
+from mirage_dist.train.planning.costs import memory
 
 SHORT = ("train.max_steps=6", "train.global_batch=20", "train.save_every=2", "train.keep_last=2")
 JSON = {

@@ -9,7 +9,8 @@ from datetime import datetime, timedelta
 from mirage_dist.model.load import DTYPES
 from mirage_dist.ranks import Group, place
 from mirage_dist.train.feed import Feed
-from mirage_dist.train.planning.plan import kept_checkpoints, size
+from mirage_dist.train.planning.plan import kept_checkpoints
+from mirage_dist.train.planning.table import size
 
 # Of the measured peak: what the allocator loses to fragments in a long run, and batches of other shapes.
 MARGIN = 1.05

@@ -10,11 +10,12 @@ from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.training import LoraConfig
-from mirage_dist.train.planning import batch, memory, setting
+from mirage_dist.train.planning import batch, setting
 from mirage_dist.train.planning.check import check_reference
+from mirage_dist.train.planning.costs import memory
+from mirage_dist.train.planning.costs.facts import Facts, facts
 from mirage_dist.train.planning.costs.hardware import GIB, Hardware
 from mirage_dist.train.planning.costs.lengths import Lengths
-from mirage_dist.train.planning.facts import Facts, facts
 from mirage_dist.train.planning.setting import Setting
 
 LARGEST = 8192  # GPUs that are tried

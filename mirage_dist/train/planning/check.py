@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,11 @@ class Checked:
         return self.objective.needs
 
 
-def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
+def check_recipe(recipe: TrainRecipe, ranks: int, node: int | None = None) -> Checked:
     """Check objective, streams, reference, DeepSpeed JSON, batch and run directory.
 
-    Reads neither data nor model, so it can come before an embedded world is made. Raises ConfigError.
+    node: the ranks of a node, where that is known. Reads neither data nor model, so it can come before an embedded
+    world is made. Raises ConfigError.
     """
     objective = objectives.base.make(recipe.objective)
     needs = objective.needs
@@ -63,7 +64,7 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     validation.check(recipe, needs)
     profiler.check(recipe.monitor.profile, ranks)
     check_reference(recipe, needs)
-    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams))
+    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams), node)
     rundir.check_directory(recipe, needs)
     return Checked(recipe, ranks, objective, config)
 
@@ -124,10 +125,16 @@ def check_samples(checked: Checked) -> str:
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps; computed on a small model: {kinds}"
 
 
-def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group) -> tuple[Feed, int]:
+def check_batches(
+    checked: Checked,
+    streams: Mapping[str, Source],
+    group: Group,
+    largest_that_fits: Callable[[Feed], int] = lambda feed: UNMEASURED,
+) -> tuple[Feed, int]:
     """Check every picture and the length of every sample, each rank its share, with the model's processor.
 
-    Returns the feed, of the resolved recipe, and how many answers will be cut. Raises ConfigError on every rank.
+    largest_that_fits: rows for `train.micro_batch: auto`, once lengths are known (see `planning.fitting`). Returns the
+    feed, of the resolved recipe, and how many answers will be cut. Raises ConfigError on every rank.
     """
     processor = load.processor(checked.recipe.model)
     recipe = resolved(checked.recipe, processor)
@@ -135,15 +142,17 @@ def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group)
     sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)
     cut = feed.check_lengths(group)
-    divide(feed, checked)
+    divide(feed, checked, largest_that_fits)
     return feed, cut
 
 
-def divide(feed: Feed, checked: Checked) -> None:
-    """Replace `train.micro_batch: auto` in the feed's recipe by a number, and log it. Raises as `divided`."""
-    given = feed.recipe
-    feed.recipe = divided(given, checked.needs, checked.ranks)
-    if given.train.micro_batch == "auto":
+def divide(feed: Feed, checked: Checked, largest_that_fits: Callable[[Feed], int] = lambda feed: UNMEASURED) -> None:
+    """Replace `train.micro_batch: auto` in the feed's recipe by a number, and log it.
+
+    largest_that_fits: see `check_batches`. Raises as `divided`.
+    """
+    if feed.recipe.train.micro_batch == "auto":
+        feed.recipe = divided(feed.recipe, checked.needs, checked.ranks, largest_that_fits(feed))
         log.info(f"train.micro_batch=auto: {_division(feed.recipe.train, checked.ranks)}")
 
 

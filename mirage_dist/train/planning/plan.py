@@ -21,14 +21,14 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed, steps_of
-from mirage_dist.train.planning import advice, batch, check, memory, setting
+from mirage_dist.train.planning import advice, batch, check, setting
 from mirage_dist.train.planning.advice import Case, Change
-from mirage_dist.train.planning.costs import duration, flops
+from mirage_dist.train.planning.costs import duration, flops, memory
 from mirage_dist.train.planning.costs.duration import Run, Step
+from mirage_dist.train.planning.costs.facts import Facts, Trained, caches_vision, facts
 from mirage_dist.train.planning.costs.hardware import Hardware, hardware
 from mirage_dist.train.planning.costs.lengths import Described, Lengths, measured
-from mirage_dist.train.planning.facts import Facts, Trained, caches_vision, facts
-from mirage_dist.train.planning.memory import Place
+from mirage_dist.train.planning.costs.memory import Place
 from mirage_dist.train.planning.setting import Setting
 
 __all__ = ["Cluster", "Plan", "Trained", "plan"]
@@ -132,18 +132,7 @@ def plan(
         lengths = {name: data.of(recipe.data.max_length) for name in objective.needs.streams}
     sizes = _with_pictures(facts(recipe, objective), feed, picture)
     zero = checked.deepspeed["zero_optimization"]
-    at = Setting(
-        ranks=ranks,
-        gpus=cluster.gpus,
-        global_batch=recipe.train.global_batch,
-        micro_batch=recipe.train.rows,
-        checkpointing=recipe.model.gradient_checkpointing,
-        packed=recipe.data.packing is True,
-        reference=recipe.reference if objective.needs.reference else None,
-        cached_vision=recipe.data.cache_vision,
-        zero=zero,
-        fp32=recipe.train.dtype == "fp32",
-    )
+    at = Setting.of(recipe, objective.needs, ranks, cluster.gpus, zero)
     needs = Plan(Case(recipe, objective, sizes, at, lengths), cluster, given)
     epoch = recipe.train.epoch_stream or objective.needs.streams[0]
     steps = steps_of(recipe.train, lengths[epoch].samples)

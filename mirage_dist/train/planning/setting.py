@@ -9,10 +9,11 @@ from typing import Any
 from mirage_dist.kernels.logprob import WORKSPACE_MB
 from mirage_dist.kernels.projection import CONVERTED_BYTES
 from mirage_dist.objectives.base import Needs
-from mirage_dist.train.planning import memory
+from mirage_dist.schema import TrainRecipe
+from mirage_dist.train.planning.costs import memory
+from mirage_dist.train.planning.costs.facts import Facts, head_rows
 from mirage_dist.train.planning.costs.lengths import Lengths, padded
-from mirage_dist.train.planning.facts import Facts, head_rows
-from mirage_dist.train.planning.memory import Place
+from mirage_dist.train.planning.costs.memory import Place
 
 STATES = ("weights", "gradients", "optimizer")
 REDUCED = "a bucket of gradients and those of one layer"
@@ -39,6 +40,22 @@ class Setting:
     zero: Mapping[str, Any]
     fp32: bool = False
     on_cpu: bool = False
+
+    @classmethod
+    def of(cls, recipe: TrainRecipe, needs: Needs, ranks: int, gpus: int, zero: Mapping[str, Any]) -> Setting:
+        """Of a resolved recipe, at one row of each stream where its micro-batch is still `auto`."""
+        return cls(
+            ranks=ranks,
+            gpus=gpus,
+            global_batch=recipe.train.global_batch,
+            micro_batch=1 if recipe.train.micro_batch == "auto" else recipe.train.rows,
+            checkpointing=recipe.model.gradient_checkpointing,
+            packed=recipe.data.packing is True,
+            reference=recipe.reference if needs.reference else None,
+            cached_vision=recipe.data.cache_vision,
+            zero=zero,
+            fp32=recipe.train.dtype == "fp32",
+        )
 
     @property
     def nodes(self) -> int:

@@ -28,6 +28,7 @@ from mirage_dist.train.caches.samples import FOLDER, Table
 from mirage_dist.train.feed import Feed, encoder_of
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.planning.check import Checked, audit_warnings, divide, resolved
+from mirage_dist.train.planning.fitting import rows_that_fit
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs, describe, read_streams
 
 
@@ -99,7 +100,7 @@ def _prepared(checked: Checked, recipe: TrainRecipe, folder: Path, processor: An
     table = samples.opened(folder)
     feed = Feed(recipe, checked.needs, table, processor)
     cut = feed.check_lengths(group)
-    divide(feed, checked)
+    divide(feed, checked, lambda feed: rows_that_fit(checked, feed, group))
     return Prepared(feed, table, cut, new)
 
 

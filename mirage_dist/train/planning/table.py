@@ -12,7 +12,7 @@ from mirage_dist.train.planning import setting
 from mirage_dist.train.planning.advice import Case
 from mirage_dist.train.planning.costs.duration import Step
 from mirage_dist.train.planning.costs.hardware import GIB, sources
-from mirage_dist.train.planning.memory import Place
+from mirage_dist.train.planning.costs.memory import Place
 from mirage_dist.train.planning.plan import Plan
 
 VERSION = "mirage.plan/1"  # docs/planning.md has its fields; a field that changes its meaning is another version

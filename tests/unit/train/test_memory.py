@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel
 
-from mirage_dist.train.planning import memory
-from mirage_dist.train.planning.memory import Place
+from mirage_dist.train.planning.costs import memory
+from mirage_dist.train.planning.costs.memory import Place
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mirage_dist.train.planning import memory
+from mirage_dist.train.planning.costs import memory
+from mirage_dist.train.planning.costs.facts import Facts
 from mirage_dist.train.planning.costs.hardware import Hardware
-from mirage_dist.train.planning.facts import Facts
 from mirage_dist.train.planning.setting import Setting
 
 

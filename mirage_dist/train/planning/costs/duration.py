@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mirage_dist.objectives.base import Needs
-from mirage_dist.train.planning import memory
-from mirage_dist.train.planning.costs import communication, flops
+from mirage_dist.train.planning.costs import communication, flops, memory
 from mirage_dist.train.planning.costs.communication import Transfer
+from mirage_dist.train.planning.costs.facts import Facts
 from mirage_dist.train.planning.costs.flops import Operations
 from mirage_dist.train.planning.costs.hardware import GB, TERA, Hardware
 from mirage_dist.train.planning.costs.lengths import Lengths
-from mirage_dist.train.planning.facts import Facts
 from mirage_dist.train.planning.setting import Setting
 
 
@@ -131,6 +130,4 @@ def run(
             each = flops.reference_row(facts.work, lengths[name], width, True, at.cached_vision)
             operations += each.all * lengths[name].samples
     rate = on.tflops * TERA * on.utilization * at.ranks
-    # Rank 0 writes the export from the checkpoint.
-    exporting = export / (min(on.node_write_gb_s, on.write_gb_s) * GB)
-    return Run(steps, steps * one.least, operations / rate, save, waiting, saves, exporting)
+    return Run(steps, steps * one.least, operations / rate, save, waiting, saves, export / write)  # all ranks export
