@@ -34,16 +34,16 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "paper", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "project", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
     "ranks": {"progress"},
-    "launching": {"progress"},
+    "launching": {"progress", "ranks"},
     "inputs": {"embedded", "countries"},
     "demo": {"inputs", "countries"},
     "paper": {"inputs", "embedded"},
-    "cli": {"inputs", "demo", "paper"},
+    "cli": {"inputs", "demo", "paper", "project"},
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {

@@ -212,7 +212,6 @@ def test_recipes_are_checked_alone_by_every_verb_that_a_chain_has(capsys):
     assert "in order for 32 processes; neither data nor model were read" in capsys.readouterr().out
     for words, message in (
         (["train", "configs/train/sft.yaml", "--check-recipe", "--ranks", "33"], "take 32 processes in place of 33"),
-        (["train", "configs/train/sft.yaml", "--ranks", "2"], "--ranks belongs to a check"),
         (["prepare", "configs/prepare/vlguard.yaml", "--check", "harvest=null"], "harvest is missing"),
         (["eval", "configs/eval/harvest.yaml", "--check", "generation.backend=tgi"], "unknown generation backend"),
     ):
