@@ -9,7 +9,7 @@ import pytest
 
 from mirage_dist import cli
 from mirage_dist import config as configs
-from mirage_dist.config import REPOSITORY
+from mirage_dist.config import REPOSITORY, provenance
 from mirage_dist.data import prepare
 from mirage_dist.erasure import run as erasure_tests
 from mirage_dist.evals import worklist
@@ -115,6 +115,9 @@ def verb(words: list[str], ranks: int | None) -> None:
         file = "configs/paper/tiny.yaml" if parsed.scale else parsed.config
         for link in chains.links(configs.load(file, parsed.overrides, PaperRecipe)):
             link.load()
+        return
+    if words[0] == "show":
+        assert provenance.values(parsed.config, parsed.overrides)
         return
     load = {"train": TrainRecipe, "plan": TrainRecipe, "prepare": PrepareRecipe}.get(words[0], EvalRecipe)
     recipe = configs.load(parsed.config, parsed.overrides, load)
