@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-real test test-gpu lint types clean
+.PHONY: setup demo demo-real test test-gpu bench-gpu lint types clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Everything of benchmarks/ that needs a GPU, in parts of at most ten minutes; those that are done are not run again.
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py $(PARTS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

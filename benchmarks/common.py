@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("MIRAGE_RESULTS") or Path(__file__).parent / "results")
 VOCABULARY = 32_000
 TRAILING_LINES = 30  # of the log of a rank that failed
 

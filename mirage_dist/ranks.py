@@ -9,14 +9,13 @@ import re
 import socket
 import sys
 import warnings
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from mirage_dist import signals
+from mirage_dist import calls, signals
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.schema.documents import whole_number
 from mirage_dist.schema.names import shown
@@ -28,6 +27,10 @@ T = TypeVar("T")
 # A collective times out this much later than the watchdog, which knows the missing rank and should report first.
 COLLECTIVE_GRACE = 120.0  # seconds
 
+# How many collectives torch's flight recorder keeps (see `train.watchdog`); an older torch calls it
+# TORCH_NCCL_TRACE_BUFFER_SIZE, of which a newer one warns.
+RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
+
 # In the messages of gloo, NCCL and the store: another rank ended, or does not answer.
 _PEER_LOST = re.compile(
     r"gloo/transport|connection (was )?(closed|reset)|broken pipe|got 0 bytes|remote process exited|ncclRemoteError",
@@ -35,7 +38,8 @@ _PEER_LOST = re.compile(
 )
 _SOURCE = re.compile(r"^\[[^\]]*\] ")  # the file and line of a C++ message
 
-_calls: list[Any] = [0, "the start"]  # number of `gather` and `barrier` calls so far, and the name of the last
+# Numbers that every rank sends in one `meet`, so that ranks that disagree on how many they have still meet.
+WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ def start(hang_seconds: float = 1800.0) -> Group:
             "of them without (CUDA_VISIBLE_DEVICES=)"
         )
     quieten(rank)
+    os.environ.setdefault(RECORDER, RECORDED)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(size))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -251,39 +256,45 @@ def exit_well(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def gather(group: Group, values: Sequence[float], call: str) -> torch.Tensor:
-    """Every rank's values: (size, len(values)) float64, on the CPU.
+def meet(group: Group, values: Sequence[float] | torch.Tensor, call: str) -> torch.Tensor:
+    """Every rank's values: (size, n) float64, on the group's device; the host does not wait for a GPU.
 
-    `call` says what this rank is about to do; ranks that say different things raise RuntimeError naming both,
-    where the next collective would have hung (the uniform-call guard).
+    values: numbers, or a float64 tensor (n,) on the device. `call` says what this rank is about to do. Ranks that say
+    different things raise RuntimeError naming both, where the next collective would have hung (the uniform-call guard,
+    see `calls`): on a CPU here, on a GPU in the first call that finds the names on the host, `gather` at the latest.
     """
     import torch
     import torch.distributed as dist
 
-    _calls[:] = [_calls[0] + 1, call.partition(":")[0]]
-    own = torch.tensor([zlib.crc32(f"{call}:{len(values)}".encode()), *values], dtype=torch.float64)
+    calls.check()
+    calls.begin(call)
+    own = values if isinstance(values, torch.Tensor) else on_device(group, values)
     if group.size == 1:
-        return own[None, 1:]
-    # A fixed width, so that ranks which disagree on the number of values still meet in this call.
-    width = 64
-    if len(own) > width:
-        raise RuntimeError(f"{call}: {len(own) - 1} values, at most {width - 1} fit")
-    padded = torch.zeros(width, dtype=torch.float64, device=group.device)
-    padded[: len(own)] = own.to(group.device)
-    everyone = [torch.empty_like(padded) for _ in range(group.size)]
-    dist.all_gather(everyone, padded)
-    table = torch.stack(everyone).cpu()
-    if (table[:, 0] != own[0]).any():
-        calls: list[str | None] = [None] * group.size
-        dist.all_gather_object(calls, f"{call} with {len(values)} values")
-        points = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(calls))
-        raise RuntimeError(f"ranks are not at the same point ({points})")
-    return table[:, 1 : len(own)]
+        return own[None]
+    if len(own) > WIDTH - calls.HEAD:
+        raise RuntimeError(f"{call}: {len(own)} values, at most {WIDTH - calls.HEAD} fit")
+    head = calls.head(call, len(own))
+    row = torch.nn.functional.pad(torch.cat([on_device(group, head), own]), (0, WIDTH - calls.HEAD - len(own)))
+    numbers = row.new_empty(group.size * WIDTH)
+    dist.all_gather_into_tensor(numbers, row)
+    table = numbers.view(group.size, WIDTH)
+    calls.compare(table[:, : calls.HEAD], head[0])
+    return table[:, calls.HEAD : calls.HEAD + len(own)]
 
 
-def last_call() -> tuple[int, str]:
-    """The number of `gather` and `barrier` calls of this process so far, and the name of the last one."""
-    return _calls[0], _calls[1]
+def on_device(group: Group, values: Sequence[float]) -> torch.Tensor:
+    """Numbers of the host on the group's device: (n,) float64, without a wait for it."""
+    import torch
+
+    own = torch.tensor([*values], dtype=torch.float64, pin_memory=group.device.type == "cuda")
+    return own.to(group.device, non_blocking=True)
+
+
+def gather(group: Group, values: Sequence[float], call: str) -> torch.Tensor:
+    """Every rank's values: (size, len(values)) float64, on the CPU; raises as `meet`, at once."""
+    table = meet(group, values, call).cpu()
+    calls.check()
+    return table
 
 
 def store() -> Any:
@@ -335,6 +346,36 @@ def everyones(group: Group, value: T) -> list[T]:
         values = [None] * group.size
         dist.all_gather_object(values, value)
     return values
+
+
+def gathered(group: Group, value: T) -> list[T]:
+    """On rank 0 every rank's value, in the order of ranks; on the others an empty list."""
+    import torch.distributed as dist
+
+    barrier(group, "a value for rank 0")
+    values: list[Any] = [value]
+    if group.size > 1:
+        values = [None] * group.size if group.main else []
+        dist.gather_object(value, values if group.main else None)
+    return values
+
+
+def together(group: Group, work: Callable[[], T]) -> T:
+    """`on_main`, for bad input that every rank is to report alike: rank 0's ConfigError is raised on all of them."""
+    fault: str | None = None
+
+    def tried() -> T | None:
+        nonlocal fault
+        try:
+            return work()
+        except ConfigError as error:
+            fault = str(error)
+            return None
+
+    value: Any = on_main(group, tried)
+    if (fault := from_main(group, fault)) is not None:
+        raise ConfigError(fault)
+    return value
 
 
 def stop_here(group: Group, call: str) -> None:

@@ -32,7 +32,9 @@ VERSIONS = {
     "data": 1,
     "erasure": 1,
     "held": 1,
+    "hashes": 1,
     "history": 1,
+    "index": 1,
     "kept": 1,
     "metrics": 1,
     "owner": 1,
@@ -42,6 +44,7 @@ VERSIONS = {
     "rewrite": 1,
     "row": 1,
     "run": 1,
+    "samples": 1,
     "start": 1,
     "suite": 1,
     "verdict": 1,
@@ -56,13 +59,17 @@ class Damaged(RunError):
     """A state file does not hold what was written into it; the message names the file and what is wrong."""
 
 
-def sealed(kind: str, content: Mapping[str, Any], indent: int | None = None) -> str:
-    """The text of an object with its seal, and a line's end. content: anything but empty, without a member `seal`."""
-    body = json.dumps(content, ensure_ascii=False, indent=indent)[:-1].rstrip()
+def sealed(kind: str, content: Mapping[str, Any], indent: int | None = None, compact: bool = False) -> str:
+    """The text of an object with its seal, and a line's end. content: anything but empty, without a member `seal`.
+
+    compact: without the spaces after commas and colons.
+    """
+    separators = (",", ":") if compact else None
+    body = json.dumps(content, ensure_ascii=False, indent=indent, separators=separators)[:-1].rstrip()
     try:
         raw = body.encode()
     except UnicodeEncodeError:  # a path whose bytes are not UTF-8 has surrogates, which only escaped can be encoded
-        body = json.dumps(content, indent=indent)[:-1].rstrip()
+        body = json.dumps(content, indent=indent, separators=separators)[:-1].rstrip()
         raw = body.encode()
     version = VERSIONS[kind]
     gap = " " if indent is None else "\n" + " " * indent

@@ -4,6 +4,8 @@
 #     committed, and the same job is requeued. It resumes by itself.
 #   TERM (scancel; preemption; a node failed): Slurm tells the step by itself and decides whether the job comes back.
 # A step's status: 0 finished; 75 stopped on request, state committed; 1 failed; 2 bad input. Failures are not requeued.
+# MIRAGE_DRY_RUN=1 makes a dry run first (train.dry_run), at the first start of a job; when it fails, the job ends with
+# its status and the run is not started.
 # launch/node.sh has the environment of the processes.
 set -euo pipefail
 
@@ -136,7 +138,7 @@ requeue() {
 }
 
 # run_recipe VERB DEFAULT [RECIPE.yaml] [key=value …]: `run` with the recipe that the user named, or else with DEFAULT of
-# the checkout that runs.
+# the checkout that runs; a dry run of training comes first where MIRAGE_DRY_RUN asks for it.
 run_recipe() {
   local verb=$1 recipe=$home/$2
   shift 2
@@ -144,12 +146,24 @@ run_recipe() {
     recipe=$1
     shift
   fi
+  if [[ $verb == train && ${MIRAGE_DRY_RUN:-0} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+    perform "$verb" "$recipe" "$@" train.dry_run=true
+    if ((status)); then conclude; fi
+    say "the dry run has passed"
+  fi
   run "$verb" "$recipe" "$@"
 }
 
 # run COMMAND …: the step, to its end, and what follows from its status. Does not return.
 run() {
-  local status before
+  perform "$@"
+  conclude
+}
+
+status=0 # of the last step
+# perform COMMAND …: the step, to its end.
+perform() {
+  local before
   # A failed task ends the step at once, instead of leaving the others in a collective. Evaluation workers are
   # independent: the others go on, and the last one judges.
   local together=(--kill-on-bad-exit=1 --wait=60)
@@ -165,8 +179,13 @@ run() {
     wait "$step" || status=$?
     [[ $signals != "$before" ]] || break
   done
+  step=
   # The request can kill a task that is only just starting; launch/node.sh answers for every later one.
   if [[ $request == USR1 && $status =~ ^(138|143)$ ]]; then status=75; fi
+}
+
+# What follows from the status of the last step. Does not return.
+conclude() {
   case $status in
     0) say "finished" ;;
     75)

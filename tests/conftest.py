@@ -21,6 +21,7 @@ from toy import Toy
 
 from mirage_dist import progress
 from mirage_dist.config import REPOSITORY
+from mirage_dist.disk import hashes
 from mirage_dist.liveness import Owner
 from mirage_dist.ranks import Group
 from mirage_dist.train.context import Run
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         (folder / "session").write_text(str(os.getpid()))
         os.environ[forkserver.VARIABLE] = str(folder)
         config.add_cleanup(lambda: shutil.rmtree(folder))
+        os.environ[hashes.PLACE] = str(folder / "cache")  # not this user's
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,9 @@
 
 Sources: scripts/v1_5/*.sh, llava/train/*.py and data/*.py of github.com/OPTML-Group/VLM-Safety-Unlearn (the paper's
 repository); TOFU/config/forget.yaml of github.com/licong-lin/negative-preference-optimization; run_rmu_zephyr and
-rmu/unlearn.py of github.com/centerforaisafety/wmdp. "Trainer" is transformers 4.37, on which the first two rest.
+rmu/unlearn.py of github.com/centerforaisafety/wmdp; configs/, scripts/ and community/ of
+github.com/locuslab/open-unlearning; baselines/ of github.com/RebelsNLU-jaist/llm-unlearning. "Trainer" is transformers
+4.37, on which the first two rest, and a later one of the same defaults.
 `python tests/published_recipes.py` prints the tables.
 """
 
@@ -87,6 +89,7 @@ LLAVAS = [
 CONVERSATIONS = "data/sft/conversations.jsonl"
 HELPFUL = "data/sft/helpful.jsonl"
 FORGET, RETAIN, TEXT = (f"data/prepared/{name}.jsonl" for name in ("forget", "retain", "forget_text"))
+IDK = "data/prepared/idk.jsonl"
 HARVESTED = "what the base model answers; refusals and N/A are left out and counted"
 SFT = [
     Value(
@@ -132,6 +135,64 @@ EIGHT = [
     ),
     Value("train.global_batch", 64, "--per_device_train_batch_size 8 × 8 GPUs"),
     Value("train.micro_batch", 8, "--per_device_train_batch_size 8"),
+]
+
+# RMU as its own authors and those of adaptive RMU run it: on one GPU, without DeepSpeed and without a schedule.
+ALONE = [
+    Value("model.path", "models/llava-1.5-7b-hf", "model", "zephyr-7b-beta", "the paper's model"),
+    Value("data.streams.forget", [TEXT], "--forget_corpora", "texts about the hazard", "the paper's data"),
+    Value("data.streams.retain", [RETAIN], "--retain_corpora", "wikitext", "the paper's data"),
+    Value("objective.ce_weight", 0.0, "no cross entropy"),
+    Value("objective.positions", "all", "mse_loss over a whole batch"),
+    Value("train.lr", 5e-5, "--lr 5e-5"),
+    Value("train.max_steps", 150, "--max_num_batches 150 (80 to 150 in the paper)"),
+    Value("train.global_batch", 4, "--batch_size 4"),
+    Value("train.micro_batch", 4, "--batch_size 4"),
+    Value("train.optimizer", ADAMW, "torch.optim.AdamW"),
+    Value("train.weight_decay", 0.01, "torch.optim.AdamW"),
+    Value(
+        *("train.dtype", "bf16", "rmu/utils.py: torch_dtype", "bf16, what trains included"),
+        why="with a float32 copy of what trains",
+    ),
+    Value(
+        *("deepspeed", "configs/deepspeed/zero3.json", "rmu/unlearn.py", "no DeepSpeed"),
+        why="the same numbers on one GPU",
+    ),
+    Value("train.decay", 1.0, "no schedule"),
+    Value("train.min_lr", 0.0, "no schedule"),
+    Value("train.warmup", 0.0, "no schedule"),
+    Value("train.warmup_from_zero", False, "no schedule"),
+    Value("train.schedule", "constant", "no schedule"),
+    Value("seed", 0, "--seed", "42", "the order of samples is another in any case"),
+]
+# open-unlearning's, on which SimNPO, DPO, WGA, SatImp and UNDIAL are run: of TOFU, on a Llama of a few billions.
+OPEN_UNLEARNING = [
+    Value("model.path", "models/llava-1.5-7b-hf", "model", "Llama-3.2-1B-Instruct", "the paper's"),
+    Value(
+        *("model.train", ["decoder", "connector"], "default.yaml", "the whole language model"),
+        why="and the projector, never the vision tower",
+    ),
+    Value("data.group_by_modality", False, "the Trainer's plain order"),
+    Value("data.group_by_length", False, "the Trainer's plain order"),
+    Value("data.streams.forget", [FORGET], "forget_split", "TOFU's forget10", "the paper's data"),
+    Value("data.streams.retain", [RETAIN], "retain_split", "TOFU's retain90", "the paper's data"),
+    Value("objective.forget_weight", 1.0, "gamma: 1.0"),
+    Value("objective.retain", "ce", "retain_loss_type: NLL"),
+    Value("objective.retain_weight", 1.0, "alpha: 1.0"),
+    Value("train.lr", 1e-5, "tofu/default.yaml: learning_rate 1e-5"),
+    Value("train.epochs", 10.0, "tofu/default.yaml: num_train_epochs 10"),
+    Value("train.epoch_stream", "forget", "tofu/default.yaml: anchor forget"),
+    Value("train.global_batch", 32, "tofu_unlearn.sh: 4 rows, 4 accumulated, 2 GPUs"),
+    Value("train.optimizer", ADAMW, "finetune.yaml", "paged_adamw_32bit", "the same update"),
+    Value("train.weight_decay", 0.01, "tofu/default.yaml: weight_decay 0.01"),
+    Value("train.clip", 0.0, "default_config.yaml: DeepSpeed without gradient_clipping"),
+    Value("train.warmup", 0.1, "warmup_epochs 1.0, of 10"),
+    Value("train.schedule", "linear", "Trainer"),
+]
+# The methods that their authors added to it, without DeepSpeed on one GPU.
+COMMUNITY = [
+    Value("train.global_batch", 32, "run.sh: 16 rows, 2 accumulated"),
+    Value("train.clip", 1.0, "Trainer: max_grad_norm"),
 ]
 
 
@@ -320,43 +381,124 @@ PUBLISHED: dict[str, tuple[str, str, list[Value]]] = {
             COMMON,
             RMU,
             LLAVAS,
+            ALONE,
             [
-                Value("model.path", "models/llava-1.5-7b-hf", "model", "zephyr-7b-beta", "the paper's model"),
                 Value("model.train", ["decoder.layers.[567].mlp.down_proj.weight"], "layer_ids 5,6,7, param_ids 6"),
-                Value("data.streams.forget", [TEXT], "--forget_corpora", "texts about the hazard", "the paper's data"),
-                Value("data.streams.retain", [RETAIN], "--retain_corpora", "wikitext", "the paper's data"),
                 Value("objective.name", "rmu", "rmu/unlearn.py"),
                 Value("objective.layer", 7, "layer_id 7"),
                 Value("objective.coeff", 6.5, "--steering_coeffs 6.5,6.5 (6.5 to 20 in the paper)"),
                 Value("objective.retain_weight", 1200.0, "--alpha 1200,1200 (100 to 1200 in the paper)"),
-                Value("objective.ce_weight", 0.0, "no cross entropy"),
-                Value("objective.positions", "all", "mse_loss over a whole batch"),
-                Value("train.lr", 5e-5, "--lr 5e-5"),
-                Value("train.max_steps", 150, "--max_num_batches 150 (80 to 150 in the paper)"),
-                Value("train.global_batch", 4, "--batch_size 4"),
-                Value("train.micro_batch", 4, "--batch_size 4"),
-                Value("train.optimizer", ADAMW, "torch.optim.AdamW"),
-                Value("train.weight_decay", 0.01, "torch.optim.AdamW"),
+            ],
+        ),
+    ),
+    "simnpo": (
+        "SimNPO",
+        "trainer/SimNPO.yaml, open-unlearning",
+        merged(
+            COMMON,
+            LLAVAS,
+            OPEN_UNLEARNING,
+            [
+                Value("objective.name", "simnpo", "handler: SimNPO"),
+                Value("objective.beta", 4.5, "beta: 4.5"),
+                Value("objective.gamma", 0.0, "delta: 0.0"),
+                Value("objective.forget_weight", 0.125, "gamma: 0.125"),
+            ],
+        ),
+    ),
+    "idk_dpo": (
+        "DPO towards ignorance",
+        "trainer/DPO.yaml, open-unlearning",
+        merged(
+            COMMON,
+            LLAVAS,
+            OPEN_UNLEARNING,
+            [
+                Value("objective.name", "idk_dpo", "handler: DPO"),
+                Value("objective.beta", 0.1, "beta: 0.1"),
+                Value("data.streams.idk", [IDK], "idontknow.jsonl", "TOFU's hundred sentences", "twelve of ours"),
+            ],
+        ),
+    ),
+    "wga": (
+        "WGA",
+        "trainer/WGA.yaml, open-unlearning",
+        merged(
+            COMMON,
+            LLAVAS,
+            OPEN_UNLEARNING,
+            COMMUNITY,
+            [Value("objective.name", "wga", "handler: WGA"), Value("objective.beta", 1.0, "beta: 1.0")],
+        ),
+    ),
+    "satimp": (
+        "SatImp",
+        "trainer/SatImp.yaml, open-unlearning",
+        merged(
+            COMMON,
+            LLAVAS,
+            OPEN_UNLEARNING,
+            COMMUNITY,
+            [
+                Value("objective.name", "satimp", "handler: SatImp"),
+                Value("objective.beta1", 5.0, "beta1: 5.0"),
+                Value("objective.beta2", 1.0, "beta2: 1.0"),
+                Value("objective.forget_weight", 0.1, "gamma: 0.1"),
+            ],
+        ),
+    ),
+    "undial": (
+        "UNDIAL",
+        "community/methods/UNDIAL/README.md, open-unlearning",
+        [
+            value
+            for value in merged(
+                COMMON,
+                LLAVAS,
+                OPEN_UNLEARNING,
+                COMMUNITY,
+                [
+                    Value("objective.name", "undial", "handler: UNDIAL"),
+                    Value("objective.beta", 10.0, "beta: 10.0"),
+                    Value("objective.retain", "none", "alpha: 0.0"),
+                    Value("model.lora.rank", 8, "README.md: rank=8"),
+                    Value("model.lora.alpha", 16, "README.md: alpha=16"),
+                    Value("model.lora.dropout", 0.0, "README.md", "not given", "none"),
+                    Value(
+                        "model.lora.targets", ["decoder"], "README.md", "not given", "all 7 linear layers of each block"
+                    ),
+                    Value("model.lora.load_in_4bit", False, "README.md: LoRA"),
+                    Value("model.lora.also_train", [], "README.md: LoRA"),
+                    Value("train.lr", 1e-4, "README.md: learning rate of 1e-4"),
+                ],
+            )
+            if value.key not in ("data.streams.retain", "objective.retain_weight")
+        ],
+    ),
+    "rmu_adaptive": (
+        "Adaptive RMU",
+        "baselines/adap_rmu/unlearn.py",
+        merged(
+            COMMON,
+            RMU,
+            LLAVAS,
+            ALONE,
+            [
+                Value("model.train", ["decoder.layers.[567].mlp.down_proj.weight"], "--layer_ids 5,6,7, --param_ids 6"),
+                Value("objective.name", "rmu", "run_adaptive_rmu"),
+                Value("objective.layer", 7, "--layer_id 7"),
+                Value("objective.coeff", 5.0, "--scale 5.0"),
                 Value(
-                    *("train.dtype", "bf16", "rmu/utils.py: torch_dtype", "bf16, what trains included"),
-                    why="with a float32 copy of what trains",
+                    *("objective.coeff_of", "reference_norm", "run_adaptive_rmu", "mean norm of a topic's first batch"),
+                    why="of the same position, the paper's formula",
                 ),
-                Value(
-                    *("deepspeed", "configs/deepspeed/zero3.json", "rmu/unlearn.py", "no DeepSpeed"),
-                    why="the same numbers on one GPU",
-                ),
-                Value("train.decay", 1.0, "no schedule"),
-                Value("train.min_lr", 0.0, "no schedule"),
-                Value("train.warmup", 0.0, "no schedule"),
-                Value("train.warmup_from_zero", False, "no schedule"),
-                Value("train.schedule", "constant", "no schedule"),
-                Value("seed", 0, "--seed", "42", "the order of samples is another in any case"),
+                Value("objective.retain_weight", 1200.0, "--alpha 1200,1200"),
             ],
         ),
     ),
 }
 # Updates of a run on the published numbers of samples.
-SIZES = {"forget": 1023, "retain": 2000, "retain_ce": 2000}
+SIZES = {"forget": 1023, "idk": 1023, "retain": 2000, "retain_ce": 2000}
 UPDATES = {
     "npo_parity": 250,
     "npo_first": 2500,
@@ -365,6 +507,12 @@ UPDATES = {
     "rmu_parity": 250,
     "rmu_lora": 320,
     "rmu_original": 150,
+    "simnpo": 320,
+    "idk_dpo": 320,
+    "wga": 320,
+    "satimp": 320,
+    "undial": 320,
+    "rmu_adaptive": 150,
 }
 # Keys that decide no published number: where a run reports, how a step is cut up, what is kept.
 OURS = (

@@ -116,6 +116,16 @@ def parser() -> argparse.ArgumentParser:
         help="processes, one per GPU (default: 1)",
     )
 
+    doctor = _verb(verbs, "doctor", run.doctor, "whether this machine, allocation and file system can carry a run")
+    doctor.add_argument(
+        "--dir", type=_path, metavar="RUNS", help="where runs are to be written; default: the recipe's, or runs"
+    )
+    doctor.add_argument(
+        "--recipe", metavar="CONFIG", help="a recipe of training: space, model and data are checked too"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object (docs/doctor.md)")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+
     evaluate = _verb(
         verbs, "eval", run.evaluate, "answer a suite of questions with a model, judge the answers, compute rates"
     )
@@ -165,6 +175,16 @@ def parser() -> argparse.ArgumentParser:
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=_whole(0, COUNT), help="default: the newest checkpoint")
+
+    merge = _verb(
+        verbs, "merge", run.merge, "add differences of tuned models to their base: base + Σ scale·(tuned − base)"
+    )
+    merge.add_argument("base", type=_data, metavar="BASE", help="the model that all of them were tuned from")
+    merge.add_argument("out", type=_path, metavar="OUT")
+    merge.add_argument(
+        "vectors", nargs="+", type=_vector, metavar="DIR=SCALE", help="a tuned model; a negative scale forgets its task"
+    )
+
     _own(verbs)
     return parser
 
@@ -197,6 +217,16 @@ def _place(text: str) -> tuple[int, int]:
             f"{shown(text)}: expected I/N with 0 <= I < N, such as 0/4, and N of at most {RANKS.value:,}"
         )
     return number, of
+
+
+def _vector(text: str) -> tuple[str, float]:
+    folder, _, scale = text.rpartition("=")
+    try:
+        return _data(folder), float(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}: expected DIR=SCALE, such as runs/npo/export=0.5 or runs/sft/export=-1"
+        ) from None
 
 
 def _checked(check: Check, key: str, text: str) -> str:

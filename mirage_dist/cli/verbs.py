@@ -146,9 +146,10 @@ def train(parsed: argparse.Namespace) -> None:
                 show(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the world is made at the start")
             return
         from mirage_dist.train import run
+        from mirage_dist.train.dry_run import run as dry
 
         inputs.make(recipe)
-    run.train(checked)
+    (dry.dry_run if recipe.train.dry_run else run.train)(checked)
     exit_well()
 
 
@@ -160,6 +161,19 @@ def plan(parsed: argparse.Namespace) -> None:
     if missing := inputs.missing(recipe):
         raise ConfigError(f"{missing[0]}: not there yet; its world is made by `mirage demo` or `mirage train`")
     show(plan.plan(recipe, parsed.ranks).text())
+
+
+def doctor(parsed: argparse.Namespace) -> None:
+    signals.install()
+    if parsed.overrides and parsed.recipe is None:
+        raise ConfigError(f"{parsed.overrides[0]}: belongs to a recipe; give it with --recipe CONFIG")
+    recipe = None if parsed.recipe is None else configs.load(parsed.recipe, parsed.overrides, TrainRecipe)
+    check_rendezvous()
+    from mirage_dist.doctor import run
+
+    folder = parsed.dir or Path("runs" if recipe is None else recipe.run.dir)
+    run.doctor(folder, recipe, parsed.json)
+    exit_well()
 
 
 def evaluate(parsed: argparse.Namespace) -> None:
@@ -233,6 +247,14 @@ def report(parsed: argparse.Namespace) -> None:
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
     show(report.table(summary), out / "index.html")
     report.require_whole(summary)
+
+
+def merge(parsed: argparse.Namespace) -> None:
+    from mirage_dist.model.adapters import task_vectors
+
+    vectors = [task_vectors.Vector(path, scale) for path, scale in parsed.vectors]
+    task_vectors.merge(parsed.base, vectors, parsed.out)
+    show(parsed.out)
 
 
 def export(parsed: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from mirage_dist.config.writing import override as override
 from mirage_dist.config.writing import to_dict as to_dict
 from mirage_dist.config.writing import to_yaml as to_yaml
 from mirage_dist.config.writing import write_yaml as write_yaml
-from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, secrets
+from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, numbers, secrets
 from mirage_dist.schema.limits import INCLUDES, OVERRIDE_KEY, RECIPE_FILE
 from mirage_dist.schema.names import Check, shown
 from mirage_dist.schema.texts import fault_within, texts
@@ -257,9 +257,7 @@ def _check(hint: Any, value: Any, source: str, key: str, ranged: bool = False) -
             check(value, f"{source}: {key}")
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _check(next(a for a in args if a is not type(None)), value, source, key)
+        return numbers.or_word(args, value, lambda hint: _check(hint, value, source, key))
     if origin is Literal:
         if any(value is choice for choice in args):
             return value

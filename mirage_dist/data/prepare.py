@@ -2,6 +2,7 @@
 
 forget: the unsafe questions with *harvested* answers, what a model really answers, in place of the refusals.
 forget_text: the same with each answer at the end of its question too, as the paper's code steers it in RMU.
+idk: the same with answers that claim ignorance, which IdkDPO prefers.
 retain: the safe pairs, filled up from general sources. diversified: all safety data, reworded (`data.diversify`), or
 else the forget and retain sets are reworded themselves. conversations: the safety data for supervised fine-tuning, a
 record a row (`data.sets.turns`); helpful: general samples to go with them.
@@ -53,7 +54,7 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
     """Write the recipe's sets and prepare.json into `out`, or reuse those that exist; returns prepare.json.
 
     forget.jsonl and retain.jsonl, unless there is nothing to forget; diversified.jsonl if the recipe diversifies the
-    safety data; forget_text.jsonl, conversations.jsonl and helpful.jsonl if it asks for them.
+    safety data; forget_text.jsonl, idk.jsonl, conversations.jsonl and helpful.jsonl if it asks for them.
     reword: see `data.diversify`, for a recipe that names a chat model.
 
     Raises ConfigError for bad data, a join that matches less than `min_match`, an empty set, a fill that is too
@@ -81,6 +82,8 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
             sets["diversified"], counts["diversified"] = tuning.diversified(recipe, recipe.diversify, reword)
         if recipe.forget_text:
             sets["forget_text"] = unlearning.with_answers(sets["forget"])
+        if recipe.idk:
+            sets["idk"] = unlearning.with_ignorance(sets["forget"], recipe.seed)
         if recipe.conversations:
             sets["conversations"], counts["conversations"] = tuning.conversations(recipe)
         if recipe.helpful_size:
@@ -132,6 +135,8 @@ def check(recipe: PrepareRecipe) -> None:
             raise ConfigError("answers=none makes no retain set; leave out its options (fill, retain_size, …)")
         if recipe.forget_text:
             raise ConfigError("forget_text: answers=none makes no forget set; set it to false")
+        if recipe.idk:
+            raise ConfigError("idk: answers=none makes no forget set; leave it out")
     if recipe.diversify is not None and recipe.diversify.rewords == "sets" and recipe.answers == "none":
         raise ConfigError("diversify.rewords=sets: answers=none makes no forget and retain sets to reword")
     if recipe.diversify is not None and recipe.diversify.templates:

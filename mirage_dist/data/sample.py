@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mirage_dist import disk
 
@@ -43,6 +43,11 @@ class Sample:
         """
         fields = [self.id, self.image, self.question, self.answer, self.safe, self.category, self.history]
         return disk.digest([*fields, self.shown] if self.shown else fields)
+
+
+def digest_of(sample: Sample, picture: str | None) -> str:
+    """`Sample.digest` with the picture named by the SHA-256 of its bytes, wherever they are; None without a picture."""
+    return replace(sample, image=picture).digest()
 
 
 def stream_digest(samples: Iterable[Sample]) -> str:

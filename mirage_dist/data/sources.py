@@ -5,16 +5,18 @@ Records are numbered from 0 in messages. What a reader leaves out is counted: no
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mirage_dist.data import pictures, records
+from mirage_dist.data import pictures, records, tables
 from mirage_dist.data.formats import BadRecord, Format, Opened, as_format, recognised
 from mirage_dist.data.formats.llava import PICTURE
 from mirage_dist.data.pictures import Inspection, Size, shortened
+from mirage_dist.data.published import hub
 from mirage_dist.data.sample import Sample
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, SourceConfig
@@ -91,7 +93,8 @@ def read(
     source.samples = [sample for _, sample in kept]
     source.unchecked = [(config, number, sample.image) for number, sample in kept if sample.image]
     if check_images:
-        _settle(source, _inspected(source.unchecked, f"pictures of {config.path}", refusals))
+        most = unchecked_pictures({"": source})
+        _settle(source, inspect(most, refusals, f"pictures of {config.path}"))
     return source
 
 
@@ -168,17 +171,74 @@ def check_pictures(
 
     exchange: takes this rank's inspections by path and returns every rank's, so that all ranks raise the same error, or
     leave out and count the same samples. refusals: see `read`.
+    Raises ConfigError as `settle`.
+    """
+    most = unchecked_pictures(streams)
+    own = dict(list(most.items())[rank::size])
+    inspected: dict[str, Inspection] = {}
+    for part in exchange(inspect(own, refusals, quiet=rank > 0)):
+        inspected.update(part)
+    settle(streams, inspected)
+
+
+def unchecked_pictures(streams: Mapping[str, Source]) -> dict[str, int]:
+    """Path -> pixels that are decoded, of each picture that is not checked yet.
+
+    A picture of several sources has the largest of their limits.
+    """
+    most: dict[str, int] = {}
+    for source in streams.values():
+        for config, _, image in source.unchecked:
+            most[image] = max(config.max_pixels, most.get(image, 0))
+    return most
+
+
+def inspect(
+    most: Mapping[str, int], refusals: Refusals = _refuse_none, what: str = "pictures", quiet: bool = False
+) -> dict[str, Inspection]:
+    """`pictures.inspections`, in which a picture that is refused for its size has that fault.
+
+    most: path -> pixels that are decoded. what: names the progress, which is shown unless quiet.
+    """
+    inspected = pictures.inspections(most, what, most=most, quiet=quiet)
+    why = refusals(one.size for one in inspected.values() if one.size is not None)
+    return {
+        path: one if one.size is None or one.size not in why else one._replace(fault=why[one.size])
+        for path, one in inspected.items()
+    }
+
+
+def settle(streams: Mapping[str, Source], inspected: Mapping[str, Inspection]) -> None:
+    """Leave out the samples whose pictures cannot be used, and count them; then no picture is unchecked.
+
     Raises ConfigError as `read` does, and for a stream of which no sample is left.
     """
-    unchecked = [place for source in streams.values() for place in source.unchecked]
-    inspected: dict[str, Inspection] = {}
-    for part in exchange(_inspected(unchecked, "pictures", refusals, rank, size)):
-        inspected.update(part)
     for name, source in streams.items():
         before = len(source.samples)
         _settle(source, inspected)
         if before and not source.samples:
             raise ConfigError(f"data.streams.{name}: no sample is left; the pictures of all {before} are unusable")
+
+
+def inputs(config: SourceConfig) -> list[Path]:
+    """The files that decide the samples of a source, beside its pictures; some may not exist.
+
+    Raises ConfigError as `read`, for a dataset of the hub that is not in the cache, or a folder without data.
+    """
+    config = as_format(config)
+    others = [Path(file) for file in config.other_files().values()]
+    if not type(config).__module__.startswith("mirage_dist."):
+        module = sys.modules.get(type(config).__module__)
+        others += [Path(file)] if (file := getattr(module, "__file__", None)) else []
+    if (where := hub.address(config.path)) is not None:
+        return [*sorted(file for file in hub.snapshot(where).rglob("*") if file.is_file()), *others]
+    if config.pattern() is not None:
+        own = [Path(part.path) for part in files(config)]
+    elif (folder := Path(config.path)).is_dir():
+        own = sorted(file for file in folder.iterdir() if file.suffix in (*tables.TABLES, ".json"))
+    else:
+        own = [folder]
+    return [*own, *others]
 
 
 def files(config: Format) -> list[Format]:
@@ -203,24 +263,6 @@ def _parse(opened: Opened, record: Any, number: int, dropped: Counter[str]) -> l
         if any(PICTURE in text for turn in [*sample.history, (sample.question, sample.answer)] for text in turn):
             raise BadRecord(f"a text holds {PICTURE}, which a processor would take for another picture")
     return samples
-
-
-def _inspected(
-    unchecked: Sequence[tuple[Format, int, str]], what: str, refusals: Refusals, part: int = 0, parts: int = 1
-) -> dict[str, Inspection]:
-    """`pictures.inspections`, in which a picture that is refused for its size has that fault.
-
-    A picture of several sources has the largest of their limits.
-    """
-    most: dict[str, int] = {}
-    for config, _, image in unchecked:
-        most[image] = max(config.max_pixels, most.get(image, 0))
-    inspected = pictures.inspections(most, what, part, parts, most)
-    why = refusals(one.size for one in inspected.values() if one.size is not None)
-    return {
-        path: one if one.size is None or one.size not in why else one._replace(fault=why[one.size])
-        for path, one in inspected.items()
-    }
 
 
 def _settle(source: Source, inspected: Mapping[str, Inspection]) -> None:

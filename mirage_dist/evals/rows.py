@@ -6,14 +6,14 @@ where rows are stored).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any, TypedDict, cast
 
 from mirage_dist import disk
 from mirage_dist.data import pictures
 from mirage_dist.data.sample import Sample
+from mirage_dist.disk import hashes
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import Question
 from mirage_dist.model.environment import Environment
@@ -69,18 +69,20 @@ def settings(
 
 def keyed(questions: Iterable[Question], decided_by: Mapping[str, Any]) -> dict[str, Question]:
     """Questions by their keys: the SHA-256 of settings, question as asked, picture's bytes, set, attack and shot."""
-    image_hash = cache(pictures.sha256)  # for this call only: a picture may change before the next one
+    questions = list(questions)
+    shown = (question.sample.image for question in questions if question.sample.image)
+    image_hash = hashes.sha256s(shown, pictures.sha256)  # for this call only: a picture may change before the next one
     return {_key(question, decided_by, image_hash): question for question in questions}
 
 
-def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Callable[[str], str]) -> str:
+def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[str, str]) -> str:
     sample = question.sample
     content = {
         "settings": decided_by,
         "set": [question.set, question.kind],
         "attack": [question.attack, question.shot],
         "sample": [sample.id, sample.question, sample.history, question.original],
-        "image": image_hash(sample.image) if sample.image else None,
+        "image": image_hash[sample.image] if sample.image else None,
     }
     if sample.begun:
         content["begun"] = sample.begun

@@ -60,7 +60,7 @@ def check_layer(backbone: Any, layer: int) -> None:
     """Raise ConfigError unless the decoder has layer number `layer`."""
     count = len(decoder(backbone).layers)
     if layer >= count:
-        raise ConfigError(f"objective.layer={layer}: the model has decoder layers 0 to {count - 1}")
+        raise ConfigError(f"objective: layer={layer}: the model has decoder layers 0 to {count - 1}")
 
 
 def is_plain(backbone: Any) -> bool:

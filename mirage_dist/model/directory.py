@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mirage_dist import disk
 from mirage_dist.config import suggestion
+from mirage_dist.disk import hashes
 from mirage_dist.model.families import configs
 from mirage_dist.schema import ConfigError, RunError
 
@@ -335,7 +336,10 @@ def state(folder: Path) -> State:
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of `files`. Raises ConfigError when there are no weights among them."""
+    """SHA-256 over the names and contents of `files`, which are read unless their hashes are known (`disk.hashes`).
+
+    Raises ConfigError when there are no weights among them.
+    """
     require_weights(folder)
     return _digest(folder, files(folder))
 
@@ -347,7 +351,8 @@ def processing_hash(folder: Path) -> str:
 
 def _digest(folder: Path, chosen: Sequence[Path]) -> str:
     try:
-        return disk.sha256_files(chosen, folder)
+        known = hashes.sha256s(chosen)
+        return disk.sha256_files(chosen, folder, lambda file: known[str(file)])
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}; {AGAIN}") from error
 

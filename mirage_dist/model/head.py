@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mirage_dist.kernels.distil import linear_distilled_ce
 from mirage_dist.kernels.logprob import linear_logits, linear_token_kl, linear_token_logps
 from mirage_dist.schema import ConfigError
 
@@ -40,11 +41,17 @@ class TokenLogProbHead(nn.Linear):
     curve: Any  # Curve; nn.Module declares every other attribute a tensor
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, labels_N: Tensor | None = None, ref_logits_NV: Tensor | None = None, exact: bool = False
+        self,
+        hidden: Tensor,
+        labels_N: Tensor | None = None,
+        ref_logits_NV: Tensor | None = None,
+        exact: bool = False,
+        penalty: float = 0.0,
     ) -> Tensor:
-        """For rows (N, D): log-probabilities of `labels_N` (N,), KL(reference ‖ policy) where `ref_logits_NV` is given
-        (N,), or with `exact` the float32 logits (N, V). Otherwise the output of the plain linear layer, which the model
-        scales and caps itself.
+        """For rows (N, D): log-probabilities of `labels_N` (N,); KL(reference ‖ policy) where `ref_logits_NV` is given
+        (N,); where both are, the cross entropy to the reference's distribution with the label's logit lowered by
+        `penalty` (N,); or with `exact` the float32 logits (N, V). Otherwise the output of the plain linear layer, which
+        the model scales and caps itself.
         """
         if labels_N is None and ref_logits_NV is None and not exact:
             return super().forward(hidden)
@@ -52,6 +59,8 @@ class TokenLogProbHead(nn.Linear):
         if scale != 1.0:  # on the rows, which are few; powers of two, as published models have, round nothing
             hidden, bias = hidden * scale, None if bias is None else bias * scale
         options: dict[str, Any] = {"bias": bias, "softcap": softcap}
+        if labels_N is not None and ref_logits_NV is not None:
+            return linear_distilled_ce(hidden, self.weight, labels_N, ref_logits_NV, penalty, **options)
         if labels_N is not None:
             return linear_token_logps(hidden, self.weight, labels_N, **options)
         if ref_logits_NV is not None:

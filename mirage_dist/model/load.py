@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -65,14 +66,15 @@ def policy(
     # transformers partitions the weights that it loads as long as this object lives.
     keep = HfDeepSpeedConfig(dict(deepspeed_config)) if _stage(deepspeed_config) == 3 else None
     try:
-        hf = weights.load(
-            roles.auto_class(config),
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention(model, dtype),
-            **options,
-        )
+        with _groups_of_hpz(deepspeed_config):
+            hf = weights.load(
+                roles.auto_class(config),
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention(model, dtype),
+                **options,
+            )
     finally:
         del keep
     by_row.keep_apart(hf)
@@ -82,6 +84,28 @@ def policy(
         hf.gradient_checkpointing_enable({"use_reentrant": False})
         hf.enable_input_require_grads()  # otherwise adapters in checkpointed layers get no gradient
     return trainable.prepare(hf, model, depth)
+
+
+@contextmanager
+def _groups_of_hpz(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
+    """Lets a second model of this process, such as a reference, use the process groups made for the first one.
+
+    DeepSpeed keeps these in one global place, makes them for every model that it partitions while it loads, and then
+    refuses to make them again.
+    """
+    from deepspeed.utils import groups
+
+    size = deepspeed_config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    present: Any = groups._get_zero_param_intra_parallel_group()
+    make = groups._create_zero_param_parallel_group
+    if present is not None and torch.distributed.get_world_size(present) != size:
+        present = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    if present is not None:
+        groups._create_zero_param_parallel_group = lambda size: None
+    try:
+        yield
+    finally:
+        groups._create_zero_param_parallel_group = make
 
 
 def attention(model: ModelConfig, dtype: str) -> str | None:

@@ -23,6 +23,18 @@ from mirage_dist.ranks import peer_lost
 FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
+class Distilled(NamedTuple):
+    """Rows whose distribution is compared with the reference's, the label's logit there lowered by `penalty`.
+
+    index_N, labels_N: as in `Request`. ref_logits_NV: the reference's logits of these rows.
+    """
+
+    index_N: Tensor
+    labels_N: Tensor
+    ref_logits_NV: Tensor
+    penalty: float
+
+
 class Request(NamedTuple):
     """What to compute; positions are flat (b·S + t) into the hidden states.
 
@@ -31,7 +43,7 @@ class Request(NamedTuple):
     reference model). layers: decoder layers to tap. narrow: the rows that continue after a layer; they must include
     every row requested above. share: return the input of this layer as a prefix. prefix: start from it, whatever the
     inputs are. vision: record these connectors' inputs for the pictures only; empty: of those that are constants (see
-    `model.vision`).
+    `model.vision`). distilled: see `Distilled`.
     """
 
     index_N: Tensor | None = None
@@ -43,13 +55,15 @@ class Request(NamedTuple):
     share: int | None = None
     prefix: Prefix | None = None
     vision: tuple[str, ...] | None = None
+    distilled: Distilled | None = None
 
 
 class Outputs(NamedTuple):
-    """logp_N, kl_M, logits_MV in float32; activations, vision in the model's dtype. None where not requested.
+    """logp_N, kl_M, logits_MV, distilled_N in float32; activations, vision in the model's dtype. None where not
+    requested.
 
     activations_BSD: tapped layer -> its output, for the rows that reached the layer. prefix: see `share`. vision:
-    connector -> its input.
+    connector -> its input. distilled_N: the cross entropies that `Distilled` describes.
     """
 
     logp_N: Tensor | None = None
@@ -58,6 +72,7 @@ class Outputs(NamedTuple):
     activations_BSD: dict[int, Tensor] | None = None
     prefix: Prefix | None = None
     vision: dict[str, Tensor] | None = None
+    distilled_N: Tensor | None = None
 
 
 class HeadedModel(nn.Module):
@@ -112,7 +127,8 @@ class HeadedModel(nn.Module):
         """One pass; it ends after the last tapped layer when no output of the LM head is requested."""
         if request.vision is not None:
             return Outputs(vision=self.tower.recorded(inputs, request.vision))
-        needs_head = request.index_N is not None or request.kl_index_M is not None
+        of_head = (request.index_N, request.kl_index_M, request.distilled)
+        needs_head = any(part is not None for part in of_head)
         end = self.depth if needs_head or not request.layers else max(request.layers) + 1
         if request.prefix is not None:
             layers, prefix = range(request.prefix.layer, end), request.prefix
@@ -120,7 +136,7 @@ class HeadedModel(nn.Module):
             return Outputs(activations_BSD=tapped)
         narrow = request.narrow if request.narrow is not None and request.narrow.first < end else None
         hidden_BSD, tapped_BSD, prefix = self.hidden(inputs, request._replace(narrow=narrow), end)
-        logp_N = kl_M = logits_MV = None
+        logp_N = kl_M = logits_MV = distilled_N = None
         hidden_RD, lm_head = hidden_BSD.flatten(0, 1), self.base.get_output_embeddings()
         # The request's positions are of the whole batch, of which only some rows may have come this far.
         left_out = narrow.rows.start * hidden_BSD.shape[1] if narrow is not None else 0
@@ -132,7 +148,11 @@ class HeadedModel(nn.Module):
                 logits_MV = lm_head(rows_MD, exact=True)
             else:
                 kl_M = lm_head(rows_MD, ref_logits_NV=request.ref_logits_MV)
-        return Outputs(logp_N, kl_M, logits_MV, tapped_BSD, prefix)
+        if (soft := request.distilled) is not None:
+            rows_ND = hidden_RD.index_select(0, soft.index_N - left_out)
+            options = {"ref_logits_NV": soft.ref_logits_NV, "penalty": soft.penalty}
+            distilled_N = lm_head(rows_ND, labels_N=soft.labels_N, **options)
+        return Outputs(logp_N, kl_M, logits_MV, tapped_BSD, prefix, distilled_N=distilled_N)
 
     def hidden(
         self, inputs: dict[str, Tensor], request: Request, end: int

@@ -119,15 +119,20 @@ class LogProbs(Reference):
 
         Raises ValueError when the file is damaged or is not such a file; the table is then unchanged.
         """
-        try:
-            with np.load(file, allow_pickle=False) as part:
-                values: Mapping[str, Any] = dict(part)
-            edges = np.cumsum(values["lengths"])[:-1]
-            rows = np.split(values["values"].astype(np.float32, casting="no"), edges) if len(values["lengths"]) else []
-            entries = {
-                (str(name), int(index)): torch.from_numpy(row.copy())
-                for name, index, row in zip(values["streams"], values["indices"], rows, strict=True)
-            }
-        except Exception as error:  # of zipfile, zlib, tokenize …: whatever a damaged byte makes NumPy do
-            raise ValueError(f"{error}" or type(error).__name__) from error
-        self.table.update(entries)
+        self.table.update({key: torch.from_numpy(row.copy()) for key, row in saved_rows(file)})
+
+
+def saved_rows(file: Path) -> list[tuple[SampleKey, np.ndarray]]:
+    """The entries of a file that `LogProbs.save` wrote.
+
+    Raises ValueError when the file is damaged or is not such a file.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as part:
+            values: Mapping[str, Any] = dict(part)
+        edges = np.cumsum(values["lengths"])[:-1]
+        rows = np.split(values["values"].astype(np.float32, casting="no"), edges) if len(values["lengths"]) else []
+        names = zip(values["streams"], values["indices"], strict=True)
+        return [((str(name), int(index)), row) for (name, index), row in zip(names, rows, strict=True)]
+    except Exception as error:  # of zipfile, zlib, tokenize …: whatever a damaged byte makes NumPy do
+        raise ValueError(f"{error}" or type(error).__name__) from error

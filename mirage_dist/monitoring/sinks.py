@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-GROUPS = ("terms", "values", "group_lr")  # mappings in a record of metrics.jsonl: name -> value
 End = Literal["finished", "stopped", "failed"]  # stopped: on request, to be continued
 Scalars = dict[str, float | bool]
 TITLES = {"wandb": "W&B", "tensorboard": "TensorBoard"}
@@ -40,10 +39,15 @@ class Sink(Protocol):
 
 
 def scalars(record: Mapping[str, Any]) -> Scalars:
-    """The values of a record of metrics.jsonl by name, a group's as GROUP/NAME. What is not finite is left out."""
-    flat = {name: value for name, value in record.items() if name not in ("step", *GROUPS)}
-    grouped = {f"{group}/{name}": value for group in GROUPS for name, value in record.get(group, {}).items()}
-    return {name: value for name, value in {**flat, **grouped}.items() if value is not None}
+    """The numbers of a record of metrics.jsonl by name, a group's as GROUP/NAME. What is not finite is left out, and so
+    is what is no number: hosts and samples stay on this machine.
+    """
+    flat = {}
+    for name, value in record.items():
+        own = {f"{name}/{part}": one for part, one in value.items()} if isinstance(value, Mapping) else {name: value}
+        flat.update({key: one for key, one in own.items() if isinstance(one, int | float)})
+    flat.pop("step", None)
+    return flat
 
 
 def reason(error: BaseException) -> str:

@@ -16,6 +16,21 @@ from mirage_dist.monitoring.sinks import End, Scalars, reason
 from mirage_dist.schema import MonitorConfig
 from mirage_dist.signals import STOPPED
 
+# What the table of runs shows of a series of a training run; of others it shows the last value. docs/training.md lists
+# the charts that go with them.
+SUMMARIES = {
+    "loss": "min,last",
+    "terms/*": "min,last",
+    "validation/loss": "min,last",
+    "grad_norm": "max",
+    "memory/*": "max",
+    "memory_mib": "max",
+    "step_seconds": "mean",
+    "seconds/*": "mean",
+    "tokens_per_s": "mean",
+    "tokens_per_s_gpu": "mean",
+    "mfu": "mean",
+}
 FLUSH_SECONDS = 1.0  # W&B's service may be killed at any time, and loses what it has not written
 
 
@@ -61,6 +76,9 @@ class WandbRun:
         if self.evaluation:
             # Training may be many steps ahead, and W&B rejects steps that go back.
             self.run.define_metric("eval/*", step_metric="eval/step")
+        else:
+            for name, summary in SUMMARIES.items():
+                self.run.define_metric(name, summary=summary)
         return self.last
 
     def _open_online(self) -> None:

@@ -27,6 +27,8 @@ class Needs:
     logp: log-probabilities of the response tokens. ref_logp: the same under the reference model.
     kl: KL(reference ‖ policy) over the vocabulary, at the positions `kl_positions`: of `response` those that predict a
     response token, else those that `positions` would mark.
+    distil: cross entropy of the policy to the reference's distribution, of which the response token's logit is lowered
+    by `penalty`; per response token.
     activation, ref_activation: outputs of the decoder layers `layers` (0 is the first) of policy and reference.
     positions: the positions that `View.mask_BS` marks.
 
@@ -45,6 +47,8 @@ class Needs:
     ref_logp: tuple[str, ...] = ()
     kl: tuple[str, ...] = ()
     kl_positions: Positions = "response"
+    distil: tuple[str, ...] = ()
+    penalty: float = 0.0
     activation: tuple[str, ...] = ()
     ref_activation: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
@@ -57,17 +61,22 @@ class Needs:
     @property
     def depth(self) -> int | None:
         """Number of decoder layers that the policy computes; None for all of them and the LM head."""
-        return None if self.logp or self.kl or not self.layers else max(self.layers) + 1
+        return None if self.logp or self.kl or self.distil or not self.layers else max(self.layers) + 1
 
     @property
     def reference_depth(self) -> int | None:
         """Number of decoder layers that the reference computes; None for all of them and the LM head."""
-        return None if self.ref_logp or self.kl or not self.layers else max(self.layers) + 1
+        return None if self.ref_logp or self.distributions or not self.layers else max(self.layers) + 1
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        """Streams on which whole distributions over the vocabulary are compared with the reference's."""
+        return tuple(dict.fromkeys((*self.kl, *self.distil)))
 
     @property
     def reference(self) -> bool:
         """Whether anything is compared with the reference model."""
-        return bool(self.ref_logp or self.kl or self.ref_activation)
+        return bool(self.ref_logp or self.distributions or self.ref_activation)
 
     def depends_on_micro_batch(self, packing: bool) -> bool:
         """Whether the loss changes with the micro-batch: by definition, or through padding that counts.
@@ -87,7 +96,7 @@ class View:
     number of sequences, segment_N and segment_BS the sequence (from 0) of each response token and position, mask_BS 1.0
     at the positions that count. Activations are keyed by decoder layer.
     Everything is float32 (float64 in tests) except the segments (int64) and the activations (the model's dtype).
-    Only logp_N, kl_M and activations_BSD carry a gradient.
+    Only logp_N, kl_M, distilled_N and activations_BSD carry a gradient.
     """
 
     sequences: int
@@ -95,6 +104,7 @@ class View:
     logp_N: Tensor | None = None
     ref_logp_N: Tensor | None = None
     kl_M: Tensor | None = None
+    distilled_N: Tensor | None = None
     activations_BSD: Mapping[int, Tensor] = field(default_factory=dict)
     ref_activations_BSD: Mapping[int, Tensor] = field(default_factory=dict)
     mask_BS: Tensor | None = None
@@ -174,6 +184,12 @@ REGISTRY = Registry(
         "ga": "mirage_dist.objectives.likelihood:GradientAscent",
         "graddiff": "mirage_dist.objectives.likelihood:GradDiff",
         "npo": "mirage_dist.objectives.npo:NPO",
+        "simnpo": "mirage_dist.objectives.simnpo:SimNPO",
+        "dpo": "mirage_dist.objectives.preference:DPO",
+        "idk_dpo": "mirage_dist.objectives.preference:IdkDPO",
+        "wga": "mirage_dist.objectives.reweighted:WGA",
+        "satimp": "mirage_dist.objectives.reweighted:SatImp",
+        "undial": "mirage_dist.objectives.undial:UNDIAL",
         "rmu": "mirage_dist.objectives.rmu:RMU",
     },
 )
@@ -198,7 +214,9 @@ def make(options: Mapping[str, Any], source: str = "recipe") -> Objective:
 
 def _check_needs(needs: Needs, place: str) -> None:
     """A mistake here would otherwise show as a missing field of a view, hours later or never."""
-    per_stream = ("logp", "ref_logp", "kl", "activation", "ref_activation", "paired", "unlearned", "audited")
+    if "validation" in needs.streams:
+        raise ConfigError(f"{place}: needs.streams names validation, which is the held-out stream; name it otherwise")
+    per_stream = ("logp", "ref_logp", "kl", "distil", "activation", "ref_activation", "paired", "unlearned", "audited")
     for what in per_stream:
         if unknown := [stream for stream in getattr(needs, what) if stream not in needs.streams]:
             raise ConfigError(f"{place}: needs.{what} names {unknown}, which are not in needs.streams {needs.streams}")
@@ -218,6 +236,12 @@ def sum_by_sequence(values_N: Tensor, segment_N: Tensor, sequences: int) -> Tens
     """Sums of token values by sequence: (N,), (N,) -> (B,), in a fixed order (index_add on a GPU has none)."""
     own_BN = segment_N == torch.arange(sequences, device=segment_N.device)[:, None]
     return torch.where(own_BN, values_N, 0).sum(1)
+
+
+def mean_by_sequence(values_N: Tensor, segment_N: Tensor, sequences: int) -> Tensor:
+    """Means of token values by sequence, each of which has a token: (N,), (N,) -> (B,)."""
+    length_B = sum_by_sequence(torch.ones_like(values_N), segment_N, sequences)
+    return sum_by_sequence(values_N, segment_N, sequences) / length_B
 
 
 def wanted(field: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mirage_dist.objectives.base import Needs, Objective, Term, View, cross_entropy, wanted
-from mirage_dist.schema.numbers import Weight
+from mirage_dist.objectives.retaining import Retaining
 
 
 @dataclass
@@ -41,19 +41,15 @@ class GradientAscent(Objective):
 
 
 @dataclass
-class GradDiff(Objective):
-    """Gradient difference (Liu et al., 2022): gradient ascent on forget + retain_weight · CE on retain."""
-
-    retain_weight: Weight = 1.0
+class GradDiff(Retaining):
+    """Gradient difference (Liu et al., 2022): gradient ascent on forget + retain term."""
 
     @property
     def needs(self) -> Needs:
-        both = ("forget", "retain")
-        return Needs(streams=both, logp=both, unlearned=("forget",))
+        return self.with_retain(Needs(streams=("forget",), logp=("forget",), unlearned=("forget",)))
 
     def __call__(self, views: Mapping[str, View]) -> list[Term]:
-        retain = cross_entropy("retain_ce", self.retain_weight, "retain", views["retain"])
-        return [_ascent(views["forget"]), retain]
+        return [_ascent(views["forget"]), *self.retain_terms(views)]
 
 
 def _ascent(view: View) -> Term:

@@ -6,26 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirage_dist.objectives.base import (
-    Needs,
-    Objective,
-    Positions,
-    Term,
-    View,
-    cross_entropy,
-    sum_by_sequence,
-    wanted,
-)
+from mirage_dist.objectives.base import Needs, Term, View, mean_by_sequence, sum_by_sequence, wanted
+from mirage_dist.objectives.retaining import Retaining
 from mirage_dist.schema import ConfigError
 from mirage_dist.schema.numbers import Positive, Weight
 
 
 @dataclass
-class NPO(Objective):
+class NPO(Retaining):
     """L = forget_weight · (2/β) · mean_i softplus(β Δ_i) + retain_weight · retain term.
 
     Δ_i = log π(y_i|x_i) − log π_ref(y_i|x_i) over the response tokens of sequence i: their sum (`seq_sum`, the
@@ -42,16 +33,10 @@ class NPO(Objective):
     beta: Positive = 0.1
     reduction: Literal["seq_sum", "seq_mean", "batch_mean"] = "seq_sum"
     forget_weight: Weight = 1.0
-    retain: Literal["ce", "kl", "none"] = "ce"
-    retain_weight: Weight = 1.0
     ce_weight: Weight | None = None
-    kl_positions: Positions = "response"
 
     def __post_init__(self) -> None:
-        if self.kl_positions != "response" and self.retain != "kl":
-            raise ConfigError(
-                f"kl_positions={self.kl_positions}: belongs to retain=kl (got {self.retain}); remove kl_positions"
-            )
+        super().__post_init__()
         if not self.parity:
             if self.ce_weight is not None:
                 raise ConfigError(
@@ -80,35 +65,21 @@ class NPO(Objective):
             own = ("forget", "retain") if self.retain_weight else ("forget",)
             streams = (*own, "retain_ce") if self.ce_weight else own
             return Needs(streams=streams, logp=streams, ref_logp=own, unlearned=("forget",), by_micro_batch=True)
-        return Needs(
-            streams=("forget",) if self.retain == "none" else ("forget", "retain"),
-            logp=("forget", "retain") if self.retain == "ce" else ("forget",),
-            ref_logp=("forget",),
-            kl=("retain",) if self.retain == "kl" else (),
-            kl_positions=self.kl_positions,
-            unlearned=("forget",),
-        )
+        own = ("forget",)
+        return self.with_retain(Needs(streams=own, logp=own, ref_logp=own, unlearned=own))
 
     def __call__(self, views: Mapping[str, View]) -> list[Term]:
         if self.parity:
             return self._batch_mean(views)
         margin_B = self._margin(views["forget"])
         forget = (2 / self.beta) * F.softplus(self.beta * margin_B).sum()
-        terms = [Term("forget", self.forget_weight, forget, "forget.sequences")]
-        if self.retain == "ce":
-            terms.append(cross_entropy("retain_ce", self.retain_weight, "retain", views["retain"]))
-        elif self.retain == "kl":
-            kl = wanted(views["retain"].kl_M).sum()
-            terms.append(Term("retain_kl", self.retain_weight, kl, "retain.kl_positions"))
-        return terms
+        return [Term("forget", self.forget_weight, forget, "forget.sequences"), *self.retain_terms(views)]
 
     def _margin(self, view: View) -> Tensor:
         """Δ of each sequence: (B,)."""
         difference_N, segment_N = wanted(view.logp_N) - wanted(view.ref_logp_N), wanted(view.segment_N)
-        margin_B = sum_by_sequence(difference_N, segment_N, view.sequences)
-        if self.reduction == "seq_sum":
-            return margin_B
-        return margin_B / sum_by_sequence(torch.ones_like(difference_N), segment_N, view.sequences)
+        by_sequence = sum_by_sequence if self.reduction == "seq_sum" else mean_by_sequence
+        return by_sequence(difference_N, segment_N, view.sequences)
 
     def _batch_mean(self, views: Mapping[str, View]) -> list[Term]:
         terms = [Term("forget", self.forget_weight, -self._log_sigmoid(views["forget"]), "micro_batches")]

@@ -17,6 +17,7 @@ from mirage_dist.objectives.base import (
     Term,
     View,
     cross_entropy,
+    mean_by_sequence,
     sum_by_sequence,
     wanted,
 )
@@ -26,11 +27,17 @@ from mirage_dist.schema.numbers import Layer, Positive, Weight
 
 @dataclass
 class RMU(Objective):
-    """L = MSE(h_forget, c) + retain_weight · MSE(h_retain, h_ref) + ce_weight · CE(retain).
+    """L = Σ_layers MSE(h_forget, c) + retain_weight · MSE(h_retain, h_ref), + ce_weight · CE(retain) or kl_weight · KL.
 
-    h is the output of decoder layer `layer`; each MSE is a mean over hidden units and over the positions that
-    `positions` marks. c = coeff · u/‖u‖ is the control vector, with u uniform in [0, 1)^D, drawn once a run.
-    `positions: all` includes padding, as the paper's code does, so the loss depends on how rows are batched.
+    h is the output of decoder layer `layer`, or of each of `layers`; each MSE is a mean over hidden units and over the
+    positions that `positions` marks. c = coeff · u/‖u‖ is the control vector, with u uniform in [0, 1)^D, drawn once a
+    run and the same at every layer. `positions: all` includes padding, as the paper's code does, so the loss depends on
+    how rows are batched. KL(reference ‖ policy) is the mean over the response tokens of the retained samples.
+
+    coeff_of: `reference_norm` is adaptive RMU (Dang et al., 2025, arXiv:2408.06223): c = coeff · ‖h_ref‖ · u/‖u‖ at
+    each position, with h_ref the reference's output there, so that one coeff (their β) suits every layer. Their code
+    (baselines/adap_rmu/unlearn.py of github.com/RebelsNLU-jaist/llm-unlearning) takes the mean norm of a topic's first
+    batch for the whole run; the paper's formula, which this is, depends on no batch.
 
     average: the mean over all marked positions (`positions`), or over sequences of the mean over each one's own
     (`sequences`), as open-unlearning means it. ce_average: likewise of the cross entropy over response tokens. The
@@ -39,9 +46,12 @@ class RMU(Objective):
     """
 
     layer: Layer = 7
+    layers: list[Layer] | None = None
     coeff: Positive = 10.0
+    coeff_of: Literal["constant", "reference_norm"] = "constant"
     retain_weight: Weight = 1.0
     ce_weight: Weight = 1.0
+    kl_weight: Weight = 0.0
     positions: Positions = "all"
     average: Literal["positions", "sequences"] = "positions"
     ce_average: Literal["tokens", "sequences"] = "tokens"
@@ -52,17 +62,34 @@ class RMU(Objective):
         for name, default in (("ce_average", "tokens"), ("ce_stream", "retain")):
             if not self.ce_weight and getattr(self, name) != default:
                 raise ConfigError(f"{name}={getattr(self, name)}: belongs to the cross entropy, and ce_weight is 0")
+        if self.kl_weight and self.ce_weight:
+            raise ConfigError(
+                f"kl_weight={self.kl_weight}, ce_weight={self.ce_weight}: two terms that keep the answers to retained "
+                "questions; set one of them to 0"
+            )
+        if self.layers is not None and len({*self.layers}) != max(len(self.layers), 1):
+            raise ConfigError(f"layers={self.layers}: expected one or more different layers")
+        if self.layers is not None and self.layer != RMU.layer:
+            raise ConfigError(f"layer={self.layer}, layers={self.layers}: give one of the two")
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """The layers whose outputs are steered."""
+        return (self.layer,) if self.layers is None else tuple(self.layers)
 
     @property
     def needs(self) -> Needs:
         retain = ("retain",) if self.retain_weight else ()
         ce = (self.ce_stream,) if self.ce_weight else ()
+        kl = ("retain",) if self.kl_weight else ()
+        scaled = ("forget",) if self.coeff_of == "reference_norm" else ()
         return Needs(
-            streams=tuple(dict.fromkeys(("forget", *retain, *ce))),
+            streams=tuple(dict.fromkeys(("forget", *retain, *ce, *kl))),
             logp=ce,
+            kl=kl,
             activation=("forget", *retain),
-            ref_activation=retain,
-            layers=(self.layer,),
+            ref_activation=(*scaled, *retain),
+            layers=self.tapped,
             positions=self.positions,
             unlearned=("forget",),
         )
@@ -75,19 +102,34 @@ class RMU(Objective):
     def __call__(self, views: Mapping[str, View]) -> list[Term]:
         if self.control_D is None:
             raise RuntimeError("RMU has no control vector: call start() or load_state_dict() first")
-        forget = views["forget"]
-        target_D = self.control_D.to(forget.activations_BSD[self.layer])
-        terms = [Term("forget", 1.0, self._squared_error(forget, target_D), f"forget.{self.average}")]
-        if self.retain_weight:
-            retain = views["retain"]
-            reference_RD = retain.ref_activations_BSD[self.layer].flatten(0, 1)
-            keep = self._squared_error(retain, reference_RD)
-            terms.append(Term("retain", self.retain_weight, keep, f"retain.{self.average}"))
+        terms = []
+        for layer in self.tapped:
+            own = "" if self.layers is None else f"_{layer}"
+            steer = self._squared_error(views["forget"], layer, self._target(views["forget"], layer))
+            terms.append(Term(f"forget{own}", 1.0, steer, f"forget.{self.average}"))
+            if self.retain_weight:
+                retain = views["retain"]
+                keep = self._squared_error(retain, layer, retain.ref_activations_BSD[layer].flatten(0, 1))
+                terms.append(Term(f"retain{own}", self.retain_weight, keep, f"retain.{self.average}"))
         if self.ce_weight:
             terms.append(self._cross_entropy(views[self.ce_stream]))
+        if self.kl_weight:
+            kl = wanted(views["retain"].kl_M).sum()
+            terms.append(Term("retain_kl", self.kl_weight, kl, "retain.kl_positions"))
         return terms
 
-    def _squared_error(self, view: View, target: Tensor) -> Tensor:
+    def _target(self, view: View, layer: int) -> Tensor:
+        """What the activations are steered to: (D,), or (B · S, D) where it follows the reference's norm."""
+        target_D = wanted(self.control_D).to(view.activations_BSD[layer])
+        if self.coeff_of == "constant":
+            return target_D
+        reference_RD = view.ref_activations_BSD[layer].flatten(0, 1)
+        norm_R = torch.linalg.vector_norm(
+            reference_RD, dim=1, dtype=torch.promote_types(reference_RD.dtype, torch.float32)
+        )
+        return (norm_R[:, None] * wanted(self.control_D).to(norm_R)).to(reference_RD.dtype)
+
+    def _squared_error(self, view: View, layer: int, target: Tensor) -> Tensor:
         """Sum over marked positions of the mean over hidden units of (h − target)², or with `sequences` the sum over
         sequences of the mean over each one's; target: (D,) or (B · S, D).
         """
@@ -95,14 +137,12 @@ class RMU(Objective):
         if self.average == "sequences":
             segment_P = wanted(view.segment_BS).flatten()
             weight_P = weight_P / sum_by_sequence(weight_P, segment_P, view.sequences).index_select(0, segment_P)
-        return steer_mse(view.activations_BSD[self.layer], target, weight_P)
+        return steer_mse(view.activations_BSD[layer], target, weight_P)
 
     def _cross_entropy(self, view: View) -> Term:
         if self.ce_average == "tokens":
             return cross_entropy("retain_ce", self.ce_weight, self.ce_stream, view)
-        logp_N, segment_N = wanted(view.logp_N), wanted(view.segment_N)
-        length_B = sum_by_sequence(torch.ones_like(logp_N), segment_N, view.sequences)
-        mean_B = sum_by_sequence(logp_N, segment_N, view.sequences) / length_B
+        mean_B = mean_by_sequence(wanted(view.logp_N), wanted(view.segment_N), view.sequences)
         return Term("retain_ce", self.ce_weight, -mean_B.sum(), f"{self.ce_stream}.sequences")
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -81,6 +81,7 @@ class DataConfig:
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart
     packing: Literal[True, False, "auto"] = False
     workers: Workers = 2  # processes a rank that read and collate batches ahead of the step; 0: none
+    verify: bool = False  # read and check all data at this start, even if an earlier start has checked the same files
     cache_vision: bool = False  # keep the frozen vision tower's output for each picture on disk, and run it once
 
     def __post_init__(self) -> None:
@@ -175,6 +176,7 @@ class PrepareRecipe:
     retain_size: FromZero | None = None  # default: the safe pairs of the safety data, without `fill`
     unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too
     forget_text: bool = False  # also forget_text.jsonl: the forget set with each answer in its question, for RMU
+    idk: bool | None = None  # also idk.jsonl: the forget set with answers that claim ignorance, for IdkDPO
     conversations: bool = False  # the safety data, a record a row: the questions about one picture are its turns
     helpful_size: FromZero = 0  # so many general samples beside the safety data, for fine-tuning
     diversify: DiversifyConfig | None = None

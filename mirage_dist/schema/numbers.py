@@ -6,8 +6,11 @@ has one of these types (held by tests/unit/test_limits.py).
 
 from __future__ import annotations
 
-from typing import Annotated
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
+from mirage_dist.schema.errors import ConfigError
 from mirage_dist.schema.limits import (
     BATCH,
     CEILING,
@@ -48,6 +51,25 @@ def real(low: float, high: float, what: str = "a number", above: bool = False, b
         return None if inside else f"expected {expected}"
 
     return Check(problem)
+
+
+def or_word(hints: Sequence[Any], value: Any, check: Callable[[Any], Any]) -> Any:
+    """The value of a field that may also be null, or one of the words beside its type, such as `auto`.
+
+    hints: the parts of the field's union. check: gives the value as one of them has it, or raises ConfigError.
+    """
+    if value is None and type(None) in hints:
+        return None
+    first, *others = (hint for hint in hints if hint is not type(None))
+    words = [word for hint in others for word in typing.get_args(hint)]
+    if isinstance(value, str) and value in words:
+        return value
+    try:
+        return check(first)
+    except ConfigError as error:
+        if not words:
+            raise
+        raise ConfigError(f"{error}, or {', '.join(words)}") from error
 
 
 Count = Annotated[int, whole(1, COUNT.value)]

@@ -13,6 +13,7 @@ from mirage_dist.schema.numbers import (
     Batch,
     Count,
     Epochs,
+    FromZero,
     PartShare,
     Positive,
     Seconds,
@@ -77,7 +78,8 @@ class TrainConfig:
 
     lr: Positive
     global_batch: Batch
-    micro_batch: Batch
+    # rows on one GPU at once; auto: as many as fit, for any number of ranks that divides global_batch
+    micro_batch: Batch | Literal["auto"]
     max_steps: Steps | None = None  # default: `epochs` passes over `epoch_stream`
     epochs: Epochs = 1.0
     epoch_stream: str | None = None  # default: the objective's first; at its end the others stop, or start again
@@ -99,12 +101,31 @@ class TrainConfig:
     save_in_background: bool = True  # no step waits for the disk
     keep_last: Count | None = 3  # checkpoints; null keeps all
     keep_every: Steps | None = None  # and those whose step is a multiple of this
-    keep_best: str | None = None  # and the one with the least of this metric, such as loss or terms.retain_ce
+    # and the one with the least of this metric, such as loss, terms.retain_ce or validation.loss
+    keep_best: str | None = None
+    validate_every: Steps | None = None  # steps between two held-out losses, of data.streams.validation, and at the end
     max_restarts: Count = 3  # starts of one Slurm job in a row that make no new checkpoint; then it is stopped
     hang_seconds: Seconds = 1800.0  # a rank that does not move for so long ends the run, named
+    dry_run: bool = False  # two steps of the longest samples, a save and a load; then a report, and nothing that stays
     nonfinite_patience: Count = 5  # stop after this many skipped steps in a row
     # write `export/` at the end: the whole model, with adapters merged; the adapter alone; both; or nothing
     export: Literal["merged", "adapter", "both", "off"] = "merged"
+
+    @property
+    def rows(self) -> int:
+        """`micro_batch` as a number; of a resolved recipe (see `train.planning.check`), in which none is `auto`."""
+        if self.micro_batch == "auto":
+            raise TypeError("train.micro_batch=auto is no number yet: resolve the recipe first")
+        return self.micro_batch
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that PyTorch's profiler records, of some ranks: traces in RUN/profile, and the costliest operators."""
+
+    first: Steps = 10  # from 1; a start that begins behind it records nothing
+    steps: Count = 3
+    ranks: list[FromZero] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,9 @@ class MonitorConfig:
     notes: str | None = None
     tensorboard: bool = False  # event files in RUN/tensorboard
     print_every: Count = 10  # steps between lines where there is no terminal
+    # deviations above the median of the last steps from which on a loss or gradient norm is reported; null: never
+    spike: Positive | None = 10.0
+    profile: ProfileConfig | None = None
 
     def __post_init__(self) -> None:
         require(self, ("tags",), "texts of 1 to 64 characters", lambda x: all(1 <= len(tag) <= 64 for tag in x))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
+from torch.distributed import distributed_c10d
 
 from mirage_dist.config import find
 from mirage_dist.data import records
 from mirage_dist.model import load
 from mirage_dist.model.families import packing
-from mirage_dist.ranks import Group
+from mirage_dist.ranks import COLLECTIVE_GRACE, Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.names import shown
 from mirage_dist.train.checkpoints.fragments import check_state
@@ -22,6 +25,7 @@ from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.optimizers.partitions import slices
 from mirage_dist.train.optimizers.whole import WholeParameters
+from mirage_dist.train.planning import sharding
 
 # The recipe decides these; in the JSON they would be a second truth.
 OURS = {
@@ -36,11 +40,24 @@ OURS = {
 }
 
 
-def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict[str, Any]:
+# What DeepSpeed offers and this project does not, with the reason.
+NOT_OFFERED = {
+    "sequence_parallel_size": "sequence parallelism does not keep packed rows apart, and cuts through the sums of "
+    "NPO (docs/cluster.md)",
+}
+NVME = {
+    "offload_optimizer": "between two steps DeepSpeed has the state in swap files, where no checkpoint finds it",
+    "offload_param": "a checkpoint has never been restored into its swap files here, and it frees 2 of the 14 bytes a "
+    "parameter that offloading takes in host memory",
+}
+
+
+def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int, node: int | None = None) -> dict[str, Any]:
     """The DeepSpeed JSON that the recipe names, completed. Touches no device.
 
-    Raises ConfigError when it is no JSON object, sets what the recipe decides, does not suit the recipe's optimizer, or
-    the batch does not divide evenly.
+    recipe: with `train.micro_batch` as a number. node: the ranks of a node, where that is known. Raises ConfigError
+    when the JSON is no object, sets what the recipe decides, does not suit the recipe's optimizer, the nodes or this
+    project, or when the batch does not divide evenly.
     """
     file = find(recipe.deepspeed)
     config = records.value(file)
@@ -49,25 +66,36 @@ def deepspeed_config(recipe: TrainRecipe, world_size: int, streams: int) -> dict
     for key, ours in OURS.items():
         if key in config:
             raise ConfigError(f"{file}: {key!r} is decided by the recipe ({ours}); remove it")
+    for key, why in NOT_OFFERED.items():
+        if key in config:
+            raise ConfigError(f"{file}: {key!r} is not offered: {why}; remove it")
     zero = _section(config, "zero_optimization", file)
     stage = zero.get("stage")
     if stage not in (2, 3):
         raise ConfigError(f"{file}: zero_optimization.stage={stage!r}; allowed: 2, 3")
     for key in ("offload_optimizer", "offload_param"):
         device = _section(zero, key, file).get("device", "none")
+        if device == "nvme":
+            raise ConfigError(
+                f"{file}: zero_optimization.{key}.device='nvme' is not offered: {NVME[key]} (docs/cluster.md); take "
+                "cpu with more memory or nodes, or model.lora"
+            )
         if device not in ("none", "cpu"):
             raise ConfigError(f"{file}: zero_optimization.{key}.device={device!r}; allowed: none, cpu")
     optimizers.make(recipe.train.optimizer).check(zero)
+    if sharding.KEY in zero:
+        zero = {**zero, sharding.KEY: sharding.secondary(zero, world_size, node, file)}
     train = recipe.train
-    if train.global_batch % (train.micro_batch * world_size):
+    if train.global_batch % (train.rows * world_size):
         raise ConfigError(
             f"train.global_batch={train.global_batch}: must be a multiple of train.micro_batch × world size "
-            f"({train.micro_batch} × {world_size}); {_ways_out(train.global_batch, train.micro_batch, world_size)}"
+            f"({train.rows} × {world_size}); {_ways_out(train.global_batch, train.rows, world_size)}"
         )
-    accumulation = train.global_batch // (train.micro_batch * world_size)
+    accumulation = train.global_batch // (train.rows * world_size)
     return {
         **config,
-        "train_micro_batch_size_per_gpu": train.micro_batch * streams,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": train.rows * streams,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip,
         "bf16": {"enabled": train.dtype == "bf16"},
@@ -100,12 +128,16 @@ def _ways_out(rows: int, micro_batch: int, ranks: int) -> str:
 
 
 def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int | None = None) -> Any:
-    """The policy's engine, of `depth` decoder layers or all. `groups.set_rates` sets the rates before every step."""
+    """The policy's engine, of `depth` decoder layers or all.
+
+    `optimizers.groups.set_rates` sets the rates before every step.
+    """
     policy = _loaded(recipe, config, depth)
     options = optimizers.make(recipe.train.optimizer)
-    groups = split(policy, recipe.train)
-    optimizer = options.make(groups) if options.elementwise else WholeParameters(groups, options.make)
+    trained = split(policy, recipe.train)
+    optimizer = options.make(trained) if options.elementwise else WholeParameters(trained, options.make)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)
+    _wait_as_long(recipe.train.hang_seconds)
     if isinstance(optimizer, WholeParameters):
         optimizer.attach(slices(engine), group)
     _check_once(optimizer)
@@ -113,6 +145,18 @@ def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int 
     # gradient checkpointing would silently do nothing.
     engine.train()
     return engine
+
+
+def _wait_as_long(hang_seconds: float) -> None:
+    """Give DeepSpeed's own process groups the timeout of ours.
+
+    It makes them with PyTorch's default, which is ten minutes for NCCL: a collective there would end a run before the
+    watchdog, which knows the missing rank.
+    """
+    timeout = timedelta(seconds=hang_seconds + COLLECTIVE_GRACE)
+    made: list[Any] = [groups._get_data_parallel_group(), groups._get_zero_param_intra_parallel_group()]
+    for own in filter(None, made):
+        distributed_c10d._set_pg_timeout(timeout, own)
 
 
 def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from mirage_dist.data import sources, stream, words
+from mirage_dist.data import pictures, stream
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
-from mirage_dist.data.encoding.conversation import called
-from mirage_dist.data.refusals import PhraseList, check_forget
-from mirage_dist.data.sample import Sample
+from mirage_dist.data.encoding.lengths import measured
+from mirage_dist.data.sample import Sample, stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load
 from mirage_dist.model.reference import SampleKey
 from mirage_dist.objectives.base import Needs, Positions
 from mirage_dist.ranks import Group, everyones
-from mirage_dist.runs import DataSummary
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.limits import STEPS
+from mirage_dist.train.caches.samples import Digests, Table
+from mirage_dist.train.planning.streams import check_no_picture, check_pairs
+from mirage_dist.train.planning.streams import check_streams as check_streams
+from mirage_dist.train.planning.streams import describe as describe
+from mirage_dist.train.planning.streams import read_streams as read_streams
 from mirage_dist.train.prefetch import made
 
-SHARED = ("id", "image", "question", "history", "shown")  # fields that paired samples have in common
+CHUNK = 1024  # samples whose lengths a worker measures at once
 
 
 @dataclass(frozen=True)
@@ -114,80 +121,6 @@ class MicroBatch:
         return torch.cat(chosen) if chosen else None
 
 
-def check_streams(recipe: TrainRecipe, needs: Needs) -> None:
-    """Raise ConfigError when the recipe's streams are not exactly those that the objective needs, or when the one that
-    is to define an epoch is none of them.
-    """
-    given, needed = list(recipe.data.streams), list(needs.streams)
-    if sorted(given) != sorted(needed):
-        raise ConfigError(
-            f"data.streams: the recipe has {', '.join(given)}; objective {recipe.objective['name']} needs {needed}"
-        )
-    if (name := recipe.train.epoch_stream) not in (None, *needed):
-        raise ConfigError(
-            f"train.epoch_stream={name}: no stream of this objective; expected one of {', '.join(needed)}"
-        )
-
-
-def read_streams(recipe: TrainRecipe, needs: Needs) -> dict[str, Source]:
-    """The samples of every stream that the objective needs; opens no picture (see `sources.check_pictures`).
-
-    Raises ConfigError for an empty stream, bad data, an empty answer, or answers to unlearn that look like refusals.
-    """
-    refuses, given = PhraseList.read(recipe.data.refusals), recipe.data.streams
-    streams = {name: sources.read_all(given[name], check_images=False, answered=True) for name in needs.streams}
-    for name, source in streams.items():
-        if name in needs.unlearned and recipe.data.refusals_in_forget == "error":
-            check_forget(source.samples, name, refuses)
-        if not source.samples:
-            raise ConfigError(f"data.streams.{name}: no sample in {[s.path for s in recipe.data.streams[name]]}")
-    return streams
-
-
-def check_pairs(samples: Mapping[str, Sequence[Sample]], paired: Sequence[str]) -> None:
-    """Raise ConfigError unless sample i of every paired stream has the same `SHARED` fields."""
-    if not paired:
-        return
-    first, *others = paired
-    for name in others:
-        mine, partners = samples[first], samples[name]
-        place = f"data.streams.{name}: is paired with {first}"
-        if len(mine) != len(partners):
-            raise ConfigError(f"{place}: {len(partners)} samples for {len(mine)}; every sample needs a partner")
-        for number, (one, other) in enumerate(zip(mine, partners, strict=True)):
-            if any(getattr(one, name) != getattr(other, name) for name in SHARED):
-                raise ConfigError(
-                    f"{place}: sample {number} is {other.id!r} there and {one.id!r} in {first}; both streams need the "
-                    "same ids, pictures and questions in the same order"
-                )
-
-
-def check_no_picture(samples: Mapping[str, Sequence[Sample]], model: str) -> None:
-    """Raise ConfigError, naming the first one, when any sample has a picture."""
-    for name, kept in samples.items():
-        if (sample := next((s for s in kept if s.image is not None), None)) is not None:
-            raise ConfigError(
-                f"data.streams.{name}: {called(sample)} has a picture, but model.path={model} is a text-only model; "
-                "take a vision-language model, or records without pictures"
-            )
-
-
-def describe(streams: Mapping[str, Source], refusals: str | None = None) -> DataSummary:
-    """The contents of data.json. refusals: the file of a list of phrases of refusal; None: ours."""
-    refuses = PhraseList.read(refusals)
-    return {
-        "streams": {
-            name: {
-                "samples": len(source.samples),
-                **source.left_out(),
-                "commits": source.commits,
-                "first_words": words.first_words(source.samples, refuses),
-            }
-            for name, source in streams.items()
-        }
-    }
-
-
 def encoder_of(recipe: TrainRecipe, processor: Any) -> Encoder:
     """The encoder of a resolved recipe (see `Feed`). Raises ConfigError as `Encoder` does."""
     data = recipe.data
@@ -206,49 +139,113 @@ def encoder_of(recipe: TrainRecipe, processor: Any) -> Encoder:
 class Feed:
     """Micro-batches of each step for this rank; a pure function of the recipe, the rank and the step.
 
-    recipe: resolved (see `planning.check.resolved`); an `auto` that is left in it pads.
-    samples: stream -> its samples. pictures: path -> SHA-256 of each picture that was checked.
-    lengths: stream -> tokens (n,) of each sample's row after truncation, known after
-    `check_lengths`. Raises ConfigError when paired streams do not match, or a text-only
-    model's have a picture.
+    recipe: resolved (see `planning.check.check_batches`); an `auto` that is left in `data.packing` pads.
+    streams: as read, or the table of a start that checked them.
+    samples: stream -> its samples. lengths: stream -> tokens (n,) of each sample's row after truncation, known after
+    `check_lengths`, or from the table. measured: stream -> (2, n), tokens of each row before truncation and of its
+    responses after it. Raises ConfigError when paired streams do not match, or a text-only model's have a picture.
     """
 
-    def __init__(self, recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], processor: Any) -> None:
+    def __init__(
+        self, recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source] | Table, processor: Any
+    ) -> None:
         self.recipe, self.needs = recipe, needs
-        self.samples: dict[str, list[Sample]] = {name: streams[name].samples for name in needs.streams}
-        self.pictures = {path: digest for name in needs.streams for path, digest in streams[name].pictures.items()}
+        self.samples: dict[str, Sequence[Sample]]
+        self.table = streams if isinstance(streams, Table) else None
+        self._pictures: dict[str, str] = {}  # path -> SHA-256 of each picture that was checked
+        if isinstance(streams, Table):
+            self.samples = {name: streams.rows[name] for name in needs.streams}
+        else:
+            self.samples = {name: streams[name].samples for name in needs.streams}
+            self._pictures = {p: digest for name in needs.streams for p, digest in streams[name].pictures.items()}
         self.lengths: dict[str, stream.Indices] = {}
+        self.measured: Mapping[str, NDArray[np.int32]] = {}
         self.pictured: dict[str, stream.Flags] = {}
         if recipe.data.group_by_modality:
-            self.pictured = {n: np.array([s.image is not None for s in own]) for n, own in self.samples.items()}
-        check_pairs(self.samples, needs.paired)
+            self.pictured = {name: self.shown(name) for name in self.samples}
         self.encoder = encoder_of(recipe, processor)
+        if isinstance(streams, Table):
+            if streams.lengths:
+                self._take_lengths({name: streams.lengths[name] for name in needs.streams})
+            return
+        check_pairs(self.samples, needs.paired)
         if self.encoder.text_only:
             check_no_picture(self.samples, recipe.model.path)
+
+    def shown(self, name: str) -> stream.Flags:
+        """Whether each sample of a stream has a picture: (n,)."""
+        if self.table is not None:
+            return self.table.rows[name].pictured()
+        return np.array([sample.image is not None for sample in self.samples[name]])
+
+    def picture_digests(self, names: Sequence[str], group: Group) -> Mapping[str, str]:
+        """Path -> SHA-256 of each picture of these streams, or of more; ranks share the reading of those not checked.
+
+        Every rank calls this. Raises OSError.
+        """
+        if self.table is not None:
+            return Digests(self.table.pictures)
+        paths = (sample.image for name in names for sample in self.samples[name])
+        return pictures.digests(paths, group.rank, group.size, lambda own: everyones(group, own), self._pictures)
+
+    def stream_digests(self, names: Sequence[str], group: Group) -> dict[str, str]:
+        """`stream_digest` of each of these streams, with each picture named by its SHA-256. Every rank calls this."""
+        if self.table is not None:
+            return {name: self.table.records()[name]["sha256"] for name in names}
+        digests = self.picture_digests(names, group)
+        return {
+            name: stream_digest(replace(s, image=s.image and digests[s.image]) for s in self.samples[name])
+            for name in names
+        }
 
     def check_lengths(self, group: Group) -> int:
         """The number of samples that will be cut. Each rank measures its share; every rank then knows all lengths.
 
-        Every rank raises ConfigError when any has a sample that does not fit, or that the chat template rewrites.
+        Nothing is measured where a table has the lengths. Every rank raises ConfigError when any has a sample that does
+        not fit, or that the chat template rewrites.
         """
+        if not self.measured:
+            self._take_lengths(self._all_measured(group))
+        return sum(int((rows > self.encoder.max_length).sum()) for rows, _ in self.measured.values())
+
+    def _all_measured(self, group: Group) -> dict[str, NDArray[np.int32]]:
         own, fault = {}, None
         try:
-            for name, samples in self.samples.items():
-                own[name] = np.array([self.encoder.length(s) for s in samples[group.rank :: group.size]], np.int64)
+            own = {name: self._measured(name, group) for name in self.samples}
         except ConfigError as error:
             fault = str(error)
         parts = everyones(group, (own, fault))
         for _, fault in parts:
             if fault is not None:
                 raise ConfigError(fault)
-        cut, longest = 0, self.encoder.max_length
-        for name, samples in self.samples.items():
-            whole = np.empty(len(samples), np.int64)
+        whole = {name: np.empty((2, len(samples)), np.int32) for name, samples in self.samples.items()}
+        for name, every in whole.items():
             for rank, (lengths, _) in enumerate(parts):
-                whole[rank :: group.size] = lengths[name]
-            cut += int((whole > longest).sum())
-            self.lengths[name] = np.minimum(whole, longest)
-        return cut
+                every[:, rank :: group.size] = lengths[name].T
+        return whole
+
+    def _measured(self, name: str, group: Group) -> NDArray[np.int32]:
+        """`encoding.lengths.measured` of this rank's share of a stream; by worker processes where it is large."""
+        # Threads of the tokenizers do not survive the forks, of these workers or of later ones.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        samples, numbers = self.samples[name], range(group.rank, len(self.samples[name]), group.size)
+
+        def measure(chunk: range) -> NDArray[np.int32]:
+            return measured(self.encoder, [samples[number] for number in chunk])
+
+        chunks = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+        # The first one here: what the encoder measures of the processor is then known in every worker.
+        parts = [measure(chunk) for chunk in chunks[:1]]
+        workers = self.recipe.data.workers if len(chunks) > 2 else 0
+        with closing(made(measure, chunks[1:], workers)) as rest:
+            parts += [np.asarray(part) for part in rest]
+        return np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
+
+    def _take_lengths(self, whole: Mapping[str, NDArray[np.int32]]) -> None:
+        """whole: see `measured`."""
+        longest = self.encoder.max_length
+        self.lengths = {name: np.minimum(rows, longest, dtype=np.int64) for name, (rows, _) in whole.items()}
+        self.measured = whole
 
     @property
     def epoch_stream(self) -> str:
@@ -280,9 +277,18 @@ class Feed:
             )
         return steps
 
+    def only(self, rows: Mapping[str, stream.Indices], recipe: TrainRecipe) -> Feed:
+        """The feed of these samples alone, in this order, for another resolved recipe of the same data."""
+        part = copy(self)
+        part.recipe = recipe
+        part.samples = {name: [self.samples[name][int(i)] for i in own] for name, own in rows.items()}
+        part.lengths = {name: self.lengths[name][own] for name, own in rows.items()}
+        part.pictured = {name: self.pictured[name][own] for name, own in rows.items() if name in self.pictured}
+        return part
+
     def window(self, step: int, group: Group) -> list[MicroBatch]:
         """This rank's micro-batches of a step."""
-        width = self.recipe.train.micro_batch
+        width = self.recipe.train.rows
         parts = {n: stream.shard(self.chosen(n, step), group.rank, group.size, width) for n in self.samples}
         count = len(parts[self.needs.streams[0]])
         return [self.collate({n: part[i] for n, part in parts.items()}) for i in range(count)]
@@ -329,6 +335,7 @@ class Feed:
             counts[f"{name}.sequences"] = micro.sequences(name)
             counts[f"{name}.tokens"] = tokens[name]
             counts[f"{name}.positions"] = int(micro.of_stream(name, mask_BS).sum())
+            counts[f"{name}.input_tokens"] = int(micro.of_stream(name, batch.unpadded_BS).sum())
         return self._with_kl(micro, counts) if set(slices) & set(self.needs.kl) else micro
 
     def _with_kl(self, micro: MicroBatch, counts: dict[str, float]) -> MicroBatch:
@@ -350,7 +357,7 @@ class Feed:
         The last batches may repeat samples, so that all ranks make the same number: ZeRO-3 needs each rank's forward.
         """
         for name in names:
-            size, width = len(self.samples[name]), self.recipe.train.micro_batch
+            size, width = len(self.samples[name]), self.recipe.train.rows
             own = np.arange(-(-size // (width * group.size)) * width) * group.size + group.rank
             for start in range(0, len(own), width):
                 yield {name: own[start : start + width] % size}

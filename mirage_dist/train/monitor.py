@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,11 +19,15 @@ from mirage_dist import disk, signals, state
 from mirage_dist.liveness import restart_count
 from mirage_dist.monitoring import tensorboard, wandb_run
 from mirage_dist.monitoring.process import END_SECONDS, STOP_SECONDS, Sender
-from mirage_dist.monitoring.sinks import GROUPS, End
+from mirage_dist.monitoring.sinks import End
 from mirage_dist.progress import Progress, log
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.secrets import masked
 from mirage_dist.train.lease import Fenced
+from mirage_dist.train.measures import flops
+from mirage_dist.train.measures.records import Record, Spike, drop_from
+from mirage_dist.train.measures.spikes import Spikes
 
 # What W&B's config holds of manifest.json besides the recipe. The command line is left out.
 FROM_MANIFEST = (
@@ -35,6 +40,8 @@ FROM_MANIFEST = (
     "packed",
     "load_in_4bit",
 )
+PACE = 50  # steps by whose pace the time that is left is estimated, with what came between them
+SLOW = 0.1  # share of a step that the ranks wait for the slowest one, from which on a line names it
 
 
 class Monitor:
@@ -46,18 +53,36 @@ class Monitor:
     """
 
     def __init__(
-        self, recipe: TrainRecipe, first_step: int, steps: int, main: bool, manifest: Mapping[str, Any], workspace: Path
+        self,
+        recipe: TrainRecipe,
+        first_step: int,
+        steps: int,
+        group: Group,
+        manifest: Mapping[str, Any],
+        workspace: Path,
+        samples_of: Callable[[int], dict[str, list[str]]] = lambda _step: {},
+        amended: Mapping[str, Any] | None = None,
     ) -> None:
-        """manifest: the run's (see `runs.RunManifest`); only rank 0 uses it."""
-        self.main, self.steps, self.every = main, steps, recipe.monitor.print_every
+        """manifest: the run's (see `runs.RunManifest`); only rank 0 uses it. samples_of: a step (from 0) -> ids of its
+        samples on all ranks, by stream. amended: what the record of `first_step` lacks.
+        """
+        self.main, self.steps, self.every = group.main, steps, recipe.monitor.print_every
         self.name = recipe.run.name or Path(recipe.run.dir).name
         self.senders: list[Sender] = []
         self.closed, self.was_skipped = False, False
-        if not main:
+        if not self.main:
             return
         file = Path(recipe.run.dir) / "metrics.jsonl"
         beside = workspace / file.name
-        drop_from(file, first_step, beside)
+        self.spikes, self.samples_of = Spikes(recipe.monitor.spike), samples_of
+        for record in drop_from(file, first_step, beside, amended):
+            self.spikes.add(record)
+        self.group = group
+        name = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else ""
+        self.peak = flops.peak(name)
+        if name and self.peak is None:
+            log.info(f"{self.name}: no MFU, because the peak of a {name} is not known here")
+        self.times = deque([time.monotonic()], maxlen=PACE)
         # Opened before it is published: a process whose run another has taken over must not reach its successor's file.
         self.file = beside.open("a", encoding="utf-8")
         self.records = beside.open("rb")
@@ -86,27 +111,42 @@ class Monitor:
             self.alert("Failed", f"{type(error).__name__}: {error}")
         self._end("failed")
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Report one step; `record["step"]` counts from 1."""
+    def log(self, record: Record, step_seconds: float) -> None:
+        """Report one step; `record["step"]` counts from 1. step_seconds: how long it took by the clock."""
         if not self.main:
             return
-        self.file.write(state.sealed("metrics", record))
-        self.file.flush()
         step = record["step"]
-        text = (
-            f"loss {_number(record['loss'], 4)}  grad {_number(record['grad_norm'], 3)}  "
-            f"{record['tokens_per_s']:.0f} tok/s"
-        )
-        if record["skipped"]:
-            text += "  SKIPPED: the gradient is not finite"
-        self.progress.update(text=text)
-        if self.progress.bar is None and (step % self.every == 0 or step == self.steps or record["skipped"]):
-            log.info(f"{self.name}: step {step}/{self.steps}  {text}")
+        record["step_seconds"] = step_seconds
+        record["tokens_per_s"] = record["tokens"] / step_seconds
+        record["tokens_per_s_gpu"] = record["tokens_per_s"] / self.group.size
+        if self.peak is not None:
+            record["mfu"] = record["flops"] / step_seconds / (self.group.size * self.peak)
+        if scores := self.spikes.add(record):
+            record["spike"] = Spike(scores=scores, samples=self.samples_of(step - 1))
+        self.file.write(state.sealed("metrics", cast(Mapping[str, Any], record)))
+        self.file.flush()
+        self._show(record)
         if record["skipped"] and not self.was_skipped:  # the first of several in a row
             self.alert("Step skipped", f"step {step}: the gradient is not finite; no weight changed")
         self.was_skipped = record["skipped"]
         for sender in self.senders:
             sender.tick()
+
+    def _show(self, record: Record) -> None:
+        step, text = record["step"], _text(record)
+        self.times.append(time.monotonic())
+        self.progress.update(text=text)
+        worth = record["skipped"] or "validation" in record
+        if self.progress.bar is None and (step % self.every == 0 or step == self.steps or worth):
+            pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+            left = timedelta(seconds=round(pace * (self.steps - step)))
+            log.info(f"{self.name}: step {step}/{self.steps}  {text}  {left} left")
+        if (spike := record.get("spike")) is not None:
+            outliers = ", ".join(f"{n} {_number(record[n], 4)} ({score:.0f})" for n, score in spike["scores"].items())
+            log.warning(
+                f"{self.name}: step {step}: {outliers} stands out of the steps before it (in brackets: deviations "
+                "above their median); metrics.jsonl names its samples"
+            )
 
     def alert(self, title: str, text: str) -> None:
         """Notify the run's owner through the sinks that can."""
@@ -133,6 +173,24 @@ class Monitor:
         for sender in self.senders:
             sender.close(limit - time.monotonic())
         self.records.close()
+
+
+def _text(record: Record) -> str:
+    """A step in a few words, for the bar and the log."""
+    text = (
+        f"loss {_number(record['loss'], 4)}  grad {_number(record['grad_norm'], 3)}  "
+        f"{record.get('tokens_per_s', 0.0):.0f} tok/s"
+    )
+    if (share := record.get("mfu")) is not None:
+        text += f"  {share:.0%} MFU"
+    if (held_out := record.get("validation")) is not None:
+        text += f"  validation {_number(held_out['loss'], 4)}"
+    slowest, waiting = record.get("slowest"), record["seconds"].get("waiting", 0.0)
+    if slowest is not None and waiting > SLOW * record.get("step_seconds", 0.0):
+        text += f"  waits {waiting:.2f} s for rank {slowest['rank']} on {slowest['host']}"
+    if record["skipped"]:
+        text += "  SKIPPED: the gradient is not finite"
+    return text
 
 
 def sinks_of(recipe: TrainRecipe, name: str, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -172,91 +230,3 @@ def _number(value: float | None, digits: int) -> str:
 def new_wandb_id() -> str:
     """A random id for a W&B run."""
     return secrets.token_hex(4)
-
-
-def drop_from(file: Path, first_step: int, out: Path) -> int:
-    """Write the records of steps up to `first_step` to `out`; later steps will be repeated.
-
-    Returns the last step on record. Raises as `records`.
-    """
-    kept = last = 0
-    with out.open("wb") as handle:
-        for line, record in records(file, first_step) if file.exists() else ():
-            last = max(last, record["step"])
-            if record["step"] <= first_step:
-                handle.write(line)
-                kept = record["step"]
-    if kept < first_step:
-        log.warning(f"{file}: holds no whole record of steps {kept + 1} to {first_step}; the run goes on without them")
-    return last
-
-
-def records(file: Path, needed: int | None = None) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of metrics.jsonl and the object in each, without its seal.
-
-    A killed run's last line may be cut off: what is damaged after the last whole line is left out. Raises state.Damaged
-    for any other damaged line, unless all lines after it are of later steps than `needed` (None: all are needed).
-    """
-    damage: state.Damaged | None = None
-    for number, (_, line) in enumerate(state.lines(file), 1):
-        try:
-            record = state.parse("metrics", line, f"{file}: line {number}")
-        except state.Damaged as error:
-            damage = damage or error
-            continue
-        if damage is not None and (needed is None or record["step"] <= needed):
-            raise state.Damaged(f"{damage}. Restore the file, or delete the line to go on without its record")
-        yield line, record
-
-
-class Means:
-    """Means of loss, terms and logged values over the steps since the last checkpoint; retention compares them.
-
-    best: the metric that retention minimises. Raises ConfigError at the first step when no metric has that name.
-    """
-
-    def __init__(self, best: str | None) -> None:
-        self.best = best
-        self.values: dict[str, list[float]] = {}
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        grouped = {f"{group}.{name}": value for group in GROUPS for name, value in record.get(group, {}).items()}
-        metrics = {"loss": record["loss"], **grouped}
-        if self.best is not None and self.best not in metrics:
-            raise ConfigError(f"train.keep_best={self.best}: {configs.nearest(self.best, list(metrics))}")
-        for name, value in metrics.items():
-            if value is not None:  # None in a skipped step
-                self.values.setdefault(name, []).append(value)
-
-    def take(self) -> dict[str, float]:
-        """The means so far; the next ones start anew."""
-        means = {name: fmean(values) for name, values in self.values.items()}
-        self.values.clear()
-        return means
-
-
-class Clock:
-    """Seconds between two laps, and the peak memory in MiB since the last lap."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.last = device, time.perf_counter()
-
-    def skip(self) -> None:
-        """Exclude the time since the last lap from the next one."""
-        self.last = time.perf_counter()
-
-    def lap(self) -> dict[str, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return {"step_seconds": seconds, "memory_mib": self._memory()}
-
-    def _memory(self) -> float:
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return peak / 2**20
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

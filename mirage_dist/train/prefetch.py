@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import RunError
+from mirage_dist.schema import ConfigError, RunError
 
 T = TypeVar("T")
 AHEAD = 2  # batches that a worker keeps ready
@@ -23,12 +24,22 @@ STARTS = 3
 FORK = multiprocessing.get_context("fork")
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """An error of bad input, whose message a loader would wrap in the worker's traceback."""
+
+    message: str
+
+
 class _Made(Dataset):
     def __init__(self, make: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self.make, self.items = make, items
 
     def __getitem__(self, number: int) -> Any:
-        return self.make(self.items[number])
+        try:
+            return self.make(self.items[number])
+        except ConfigError as error:
+            return _Fault(str(error))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -48,9 +59,10 @@ def _begin(started: Any, _worker: int) -> None:
 def made(make: Callable[[Any], T], items: Sequence[Any], workers: int) -> Generator[T]:
     """`make` of each item, in order: ahead of time in `workers` processes, or with 0 in this process, on demand.
 
-    `make` works on the CPU. Its errors are raised here, at the item's turn. On a machine with a GPU, tensors are in
-    pinned memory, so that the host does not wait for copies to the GPU; the results of `make` must then have
-    `pin_memory()`. Close the generator: nothing else ends the workers. Raises RunError when no worker starts.
+    `make` works on the CPU. Its errors are raised here, at the item's turn, a ConfigError of any kind as a plain one.
+    On a machine with a GPU, tensors are in pinned memory, so that the host does not wait for copies to the GPU; the
+    results of `make` must then have `pin_memory()`. Close the generator: nothing else ends the workers. Raises RunError
+    when no worker starts.
     """
     if not workers or not items:
         yield from map(make, items)
@@ -59,7 +71,10 @@ def made(make: Callable[[Any], T], items: Sequence[Any], workers: int) -> Genera
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     batches = _started(make, items, min(workers, len(items)))
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, _Fault):
+                raise ConfigError(batch.message)
+            yield batch
     finally:
         # An error's traceback keeps the loader alive, and the exit of this process would wait for its workers forever.
         batches._shutdown_workers()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from mirage_dist import ranks, signals
+from mirage_dist import calls, ranks, signals
 from mirage_dist.data import stream
-from mirage_dist.data.sources import Source
 from mirage_dist.liveness import Owner
 from mirage_dist.model import directory, export
 from mirage_dist.model.directory import Hashed
@@ -30,9 +29,15 @@ from mirage_dist.train.context import Identity, Run
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import Lease, acquire
 from mirage_dist.train.loop import Loop
-from mirage_dist.train.monitor import Clock, Means, Monitor, records
+from mirage_dist.train.measures import validation
+from mirage_dist.train.measures.profiler import Profile
+from mirage_dist.train.measures.records import Means, records
+from mirage_dist.train.measures.validation import HeldOut
+from mirage_dist.train.monitor import Monitor
 from mirage_dist.train.optimizers.partitions import slices
-from mirage_dist.train.planning.check import Checked, check_batches, check_family, check_inputs, warn
+from mirage_dist.train.planning import sharding
+from mirage_dist.train.planning.check import Checked, check_family, check_model, warn
+from mirage_dist.train.planning.start import Prepared, prepared
 from mirage_dist.train.watchdog import Watchdog
 
 LAUNCHER_SECONDS = 5.0  # a launcher has stopped the other ranks this long after one has ended
@@ -45,10 +50,19 @@ def train(checked: Checked) -> None:
     RunError when another rank ended before this one.
     """
     with signals.start_up():
-        streams = check_inputs(checked, with_weights=True)
+        check_model(checked, with_weights=True)
+    in_group(checked, lambda group: _train(checked, group))
+
+
+def in_group(checked: Checked, work: Callable[[Group], None]) -> None:
+    """Join the ranks and call `work` on each; every rank calls this.
+
+    Raises RunError when another rank ended before this one.
+    """
+    with signals.start_up():
         group = ranks.start(checked.recipe.train.hang_seconds)
     try:
-        _train(checked, streams, group)
+        work(group)
     except RuntimeError as error:
         if (reason := ranks.peer_lost(error)) is None:
             raise
@@ -65,47 +79,59 @@ def _end_after_peer(root: str, group: Group, reason: str) -> NoReturn:
         raise SystemExit(RunError.status)
     raise RunError(
         f"{root}: another rank ended or does not answer, see above (rank {group.rank} was at "
-        f"{ranks.last_call()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
+        f"{calls.last()[1]!r}: {reason}). Every committed checkpoint is whole; the same command resumes"
     )
 
 
-def _train(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
+def _train(checked: Checked, group: Group) -> None:
     objective, name = checked.objective, Path(checked.recipe.run.dir).name
-    with signals.start_up():
-        # Before the directory is claimed: an error changes the recipe.
-        feed, cut = check_batches(checked, streams, group)
-        _check_family(feed, group)
-    recipe = feed.recipe
-    with _leased(checked, streams, recipe.data.packing is True, group) as (lease, manifest, base):
+    with ExitStack() as stack:
+        with signals.start_up():
+            # Before the directory is claimed: an error changes the recipe.
+            data = stack.enter_context(prepared(checked, group))
+            _check_family(data.feed, group)
+            held_out = validation.of(data.feed, data.table, group)
+            cut = data.cut + (held_out.cut if held_out is not None else 0)
+            feed, recipe = data.feed, data.feed.recipe
+            deepspeed = deepspeed_config(checked, feed, group)
+        lease, manifest, base = stack.enter_context(_leased(checked, data, group))
         with signals.start_up():
             log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
-            for title, source in streams.items():
-                log.info(f"{name}: stream {title}: {len(source.samples)} samples, left out {dict(source.dropped)}")
-            if group.main:  # an audit takes seconds on large streams
-                warn(checked, streams)
+            for title, one in data.table.checks["streams"].items():
+                counts, dropped = one["record"]["samples"], one["left_out"]["dropped"]
+                log.info(f"{name}: stream {title}: {counts} samples, left out {dropped}")
+            if group.main:
+                warn(checked, data.table.checks["warnings"])
             if cut:
                 length = recipe.data.max_length
                 log.info(f"{name}: {cut} answers are longer than data.max_length={length} and will be cut")
             torch.manual_seed(recipe.seed)
             ranks.stop_here(group, "data are checked")
-            engine = engines.build(recipe, checked.deepspeed, group, checked.needs.depth)
+            engine = engines.build(recipe, deepspeed, group, checked.needs.depth)
             ranks.stop_here(group, "the model is loaded")
             objective.start(engine.module.hidden_size, recipe.seed)
-            run = Run(recipe, group, objective, feed, engine, checked.deepspeed, manifest, lease)
-            watchdog = Watchdog(group, recipe.train.hang_seconds).start()
+            run = Run(recipe, group, objective, feed, engine, deepspeed, manifest, lease)
+            watchdog = Watchdog(group, recipe.train.hang_seconds, run.root / "hang").start()
             if recipe.data.cache_vision:
                 feed.encoder.recall(vision_cache.fill(run))
             loop = Loop(run, reference_of(run))
             first = resume(run)
             ranks.on_main(group, lambda: base and base.check_unchanged("start again when they are whole"))
             ranks.stop_here(group, "training begins")
-        steps(run, loop, first)
+        steps(run, loop, first, held_out)
         watchdog.stop()
         ranks.barrier(group, "end of training")
         _check_result(run)
-        if recipe.train.export != "off" and group.main and not (run.root / "export").exists():
-            export.export(run.root, run.root / "export", workspace=lease.workspace, form=recipe.train.export)
+        form, out = recipe.train.export, run.root / "export"
+        if form != "off" and not ranks.from_main(group, out.exists()):
+            export.export(run.root, out, workspace=lease.workspace, form=form, group=group)
         ranks.barrier(group, "end of the run")
+
+
+def deepspeed_config(checked: Checked, feed: Feed, group: Group) -> dict[str, Any]:
+    """The completed DeepSpeed JSON for these nodes and the resolved recipe's micro-batch. Every rank calls this."""
+    node = sharding.node_size(checked.deepspeed["zero_optimization"], group)
+    return engines.deepspeed_config(feed.recipe, group.size, len(feed.samples), node)
 
 
 def _check_family(feed: Feed, group: Group) -> None:
@@ -144,7 +170,7 @@ def resume(run: Run) -> int:
     return saved["step"]
 
 
-def steps(run: Run, loop: Loop, first: int) -> None:
+def steps(run: Run, loop: Loop, first: int, held_out: HeldOut | None = None) -> None:
     """From step `first` (from 0) to the end, or to the step in which a signal asked any rank to stop.
 
     Raises StopRequested in the second case.
@@ -152,35 +178,68 @@ def steps(run: Run, loop: Loop, first: int) -> None:
     recipe, group, feed, lease = run.recipe, run.group, run.feed, run.lease
     saver = Saver(run.root / "checkpoints", lease.workspace, recipe.train, group)
     saver.settle(first)
-    monitor = Monitor(recipe, first, feed.steps, group.main, rundir.manifest(run.root), lease.workspace)
-    means, clock = Means(recipe.train.keep_best), Clock(group.device)
-    done, stop = first, False
-    with closing(feed.windows(range(first, feed.steps), group)) as windows, monitor:
-        for number, window in enumerate(windows, first):
+    means, done, stop = Means(recipe.train.keep_best), first, False
+    with (
+        closing(feed.windows(range(first, feed.steps), group)) as windows,
+        held_out or nullcontext(),
+        Profile(recipe.monitor.profile, run.root, lease.workspace, group) as profile,
+        _monitor(run, first, _overdue(run, first, held_out)) as monitor,
+    ):
+        loop.watch.skip()
+        for number, window in enumerate(loop.windows(windows), first):
             # Dropout draws what it would have drawn in a run that never stopped.
             torch.manual_seed((recipe.seed * 1_000_003 + number * group.size + group.rank) % (1 << 63))
-            own = [signals.received() is not None, saver.written]
-            record, flags = loop.step(number, window, own, saver.before_update)
+            done = number + 1
+            profile.before(done)
+            record, flags = loop.step(
+                number, window, lambda: [signals.received() is not None, saver.written], saver.before_update
+            )
+            profile.after(done)
             stop, written = bool(flags[:, 0].any()), bool(flags[:, 1].all())
-            lap = clock.lap()
+            seconds = loop.watch.lap()
             if group.main:
                 lease.check()
-            monitor.log({**record, "tokens_per_s": record["tokens"] / lap["step_seconds"], **lap})
+            if held_out is not None and held_out.due(done) and not stop:
+                measured = held_out.measure(run.engine, done)
+                if measured is not None:
+                    record["validation"] = measured
+                stop = measured is None
+            monitor.log(record, seconds)
             means.add(record)
             saver.step_ended(written)
-            done = number + 1
             if stop or done == feed.steps or (recipe.train.save_every and done % recipe.train.save_every == 0):
                 saver.save(run.engine, {**_manifest(run, done), "metrics": means.take()}, run.objective.state_dict())
-                clock.skip()
+            loop.watch.skip()
             if stop:
                 break
-    saver.close()
-    monitor.close(preempted=stop)
+        saver.close()
+        monitor.close(preempted=stop)
     if stop:
         # Together: a launcher that finds one rank gone gives the others only seconds. Nobody waits for a lost one.
         with suppress(RuntimeError):
             ranks.barrier(group, "the stop")
         raise StopRequested(f"{run.root}: stopped on request; step {done} of {feed.steps} is committed")
+
+
+def _monitor(run: Run, first: int, amended: Mapping[str, Any] | None) -> Monitor:
+    feed = run.feed
+
+    def samples_of(step: int) -> dict[str, list[str]]:
+        return {name: [own[i].id for i in feed.chosen(name, step)] for name, own in feed.samples.items()}
+
+    manifest = rundir.manifest(run.root)
+    return Monitor(run.recipe, first, feed.steps, run.group, manifest, run.lease.workspace, samples_of, amended)
+
+
+def _overdue(run: Run, first: int, held_out: HeldOut | None) -> dict[str, Any] | None:
+    """The held-out loss of the step that the run resumed from, where the stop came before it; workers begin."""
+    if held_out is None:
+        return None
+    file = run.root / "metrics.jsonl"
+    lacking = bool(ranks.on_main(run.group, lambda: held_out.lacking(file, first)))
+    held_out.begin(first, lacking)
+    measured = held_out.measure(run.engine, first) if lacking else None
+    return None if measured is None else {"validation": measured}
 
 
 def _check_result(run: Run) -> None:
@@ -208,17 +267,21 @@ def _manifest(run: Run, step: int) -> dict[str, Any]:
     batch = run.recipe.train.global_batch
     cursors = {name: stream.state(len(samples), step, batch) for name, samples in run.feed.samples.items()}
     depth = run.objective.needs.depth
-    return {**run.manifest, "step": step, "seed": run.recipe.seed, "streams": cursors, "depth": depth}
+    rows = run.recipe.train.rows
+    return {
+        **run.manifest,
+        "step": step,
+        "seed": run.recipe.seed,
+        "streams": cursors,
+        "depth": depth,
+        "micro_batch": rows,
+        "accumulation": batch // (rows * run.group.size),
+    }
 
 
 @contextmanager
-def _leased(
-    checked: Checked, streams: Mapping[str, Source], packed: bool, group: Group
-) -> Iterator[tuple[Lease, Identity, Hashed | None]]:
-    """The run directory, owned while the block runs, and its manifest, equal on every rank; on rank 0 the base model.
-
-    packed: whether batches are.
-    """
+def _leased(checked: Checked, data: Prepared, group: Group) -> Iterator[tuple[Lease, Identity, Hashed | None]]:
+    """The run directory, owned in this block, and its manifest, equal on every rank; on rank 0 the base model."""
     recipe, root = checked.recipe, Path(checked.recipe.run.dir)
     lease: Lease | None = None
     base: Hashed | None = None
@@ -237,7 +300,9 @@ def _leased(
             rundir.count_start(lease, recipe.train.max_restarts)
             folder = directory.resolve(recipe.model.path)
             base = directory.hashed(folder, directory.state(folder))
-            rundir.open_run(recipe, checked.needs, streams, packed, base.digest, lease)
+            table, packed = data.table, data.feed.recipe.data.packing is True
+            rundir.open_run(recipe, checked.needs, table.records(), table.summary, packed, base.digest, lease)
+            data.publish(lease)
         return lease.owner.token
 
     stopped = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,10 @@ from mirage_dist.data.sources import Source
 from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Needs
 from mirage_dist.progress import log
-from mirage_dist.runs import RunManifest, StreamRecord
+from mirage_dist.runs import DataSummary, RunManifest, StreamRecord
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, secrets
 from mirage_dist.schema.limits import VALUE_FILE
 from mirage_dist.train.checkpoints import commit as checkpoint
-from mirage_dist.train.feed import describe
 from mirage_dist.train.lease import LOCK, Lease
 from mirage_dist.train.monitor import new_wandb_id
 
@@ -37,6 +36,7 @@ NOT_THE_RUN = (
     "deepspeed",
     "data.cache_vision",
     "data.workers",
+    "data.verify",
     "train.save_every",
     "train.save_in_background",
     "train.keep_last",
@@ -44,8 +44,10 @@ NOT_THE_RUN = (
     "train.keep_best",
     "train.max_restarts",
     "train.hang_seconds",
+    "train.dry_run",
     "train.export",
     "train.nonfinite_patience",
+    "train.validate_every",
     "world",
 )
 
@@ -60,6 +62,9 @@ OF_A_RUN = (
     "export",
     "reference",
     "vision",
+    "samples",
+    "profile",
+    "hang",
 )
 
 
@@ -73,6 +78,7 @@ class Start(TypedDict):
     restart: str | None
     step: int
     reference_parts: int
+    reference_caches: int
     vision_parts: int
     stopped: bool
 
@@ -106,19 +112,25 @@ def check_directory(recipe: TrainRecipe, needs: Needs) -> None:
 
 
 def open_run(
-    recipe: TrainRecipe, needs: Needs, streams: Mapping[str, Source], packed: bool, base_hash: str, lease: Lease
+    recipe: TrainRecipe,
+    needs: Needs,
+    data: dict[str, StreamRecord],
+    summary: Callable[[], DataSummary],
+    packed: bool,
+    base_hash: str,
+    lease: Lease,
 ) -> None:
     """Write config.yaml, data.json and manifest.json at the first start; rank 0 calls this.
 
-    recipe: as given. packed: whether batches are.
+    recipe: as given. data: the streams now. summary: the content of data.json. packed: whether batches are.
     Raises ConfigError at a later start when the base weights or the samples of a stream are no longer those that the
     run began with: the order of samples would change, and the run could not be repeated.
     """
-    root, data = lease.root, describe_streams(streams)
+    root = lease.root
     if (begun := runs.manifest(root)) is None:
         new = _manifest(recipe, needs, data, packed, base_hash)
         lease.publish("config.yaml", configs.to_yaml(recipe))
-        lease.publish("data.json", state.sealed("data", describe(streams, recipe.data.refusals), indent=1))
+        lease.publish("data.json", state.sealed("data", summary(), indent=1))
         lease.publish("manifest.json", state.sealed("run", new, indent=1))
     elif begun["base_hash"] != base_hash:
         raise ConfigError(
@@ -186,6 +198,7 @@ def count_start(lease: Lease, limit: int) -> None:
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
         "step": step,
         "reference_parts": len(list(lease.root.glob("reference/*/*.npz"))),
+        "reference_caches": len(list(lease.root.glob("reference/*/*.safetensors"))),  # merged of such parts
         "vision_parts": len(list(lease.root.glob("vision/*/*.safetensors"))),
         "stopped": False,
     }

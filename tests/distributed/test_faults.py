@@ -309,10 +309,10 @@ def test_an_export_does_not_bring_a_removed_workspace_back(whole, tmp_path):
 
 
 def test_a_job_that_slurm_restarts_in_vain_is_stopped(toy, copy, monkeypatch):
-    parts = len(list(copy.glob("reference/*/*.npz")))
+    caches = {"reference_parts": 0, "reference_caches": len(list(copy.glob("reference/*/*.safetensors")))}
     for number in range(3):
         with (copy / "starts.jsonl").open("a") as file:
-            start = {"job": "4242", "restart": str(number), "step": 5, "reference_parts": parts, "vision_parts": 0}
+            start = {"job": "4242", "restart": str(number), "step": 5, **caches, "vision_parts": 0}
             file.write(state.sealed("start", {**start, "stopped": False}))
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")

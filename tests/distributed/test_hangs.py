@@ -1,5 +1,6 @@
 """Ranks that die, stand still or disagree end their run by name, and a second job on a run directory is refused."""
 
+import json
 import os
 import re
 import signal
@@ -178,3 +179,41 @@ def test_a_rank_that_is_never_heard_of_is_missed(tmp_path):
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+def test_a_hang_leaves_the_stack_of_every_thread_of_every_rank_and_no_secret(tmp_path):
+    """Also of the rank that hangs, whose watchdog still answers."""
+    script = tmp_path / "hanging.py"
+    script.write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from mirage_dist import ranks\n"
+        "from mirage_dist.train.watchdog import Watchdog\n"
+        "def stuck(secret):\n"
+        "    time.sleep(3600)\n"
+        "w = ranks.start()\n"
+        "ranks.barrier(w, 'step 1')\n"
+        f"Watchdog(w, 3.0, Path({str(tmp_path)!r}) / 'hang').start()\n"
+        "ranks.barrier(w, 'step 2')\n"
+        "if w.rank: stuck('hunter2')\n"
+        "ranks.barrier(w, 'step 3')\n"
+    )
+    ranks = _two(script)
+    try:
+        output = ranks[0].communicate(timeout=120)[1]
+        assert ranks[0].returncode == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert re.search(rf"mirage: rank 1 on {socket.gethostname()}, last at 'step 2', hangs", output)
+    assert "; the stacks of 2 of 2 ranks are in" in output
+    assert f"ranks are in {tmp_path}/hang; the run ends (train.hang_seconds=3)" in output
+    for number, where, line in ((0, "'step 3' (call 3)", "in meet"), (1, "'step 2' (call 2)", "in stuck")):
+        text = (tmp_path / f"hang/rank-{number:05d}.txt").read_text()
+        assert f"rank {number} on {socket.gethostname()}, last at {where}" in text
+        assert line in text
+        assert "in _exchange" in text  # of every thread
+        recorded = (tmp_path / f"hang/rank-{number:05d}.json").read_text()
+        assert any("gather" in entry["profiling_name"] for entry in json.loads(recorded)["entries"])
+        assert "hunter2" not in text + recorded

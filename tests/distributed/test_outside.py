@@ -1,4 +1,4 @@
-"""Objectives from outside the package (`lab.py`, and the one that docs/objectives.md shows), trained as users train."""
+"""Objectives from outside the package (`lab.py`, what docs/objectives.md shows) and its own, trained as users train."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from mirage_dist.model import load, trainable
 from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group, free_port
 from mirage_dist.schema import TrainRecipe
+from mirage_dist.schema.training import LoraConfig
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, read_streams
 
@@ -33,6 +34,21 @@ ALONE = Group(0, 0, 1, torch.device("cpu"))
 OBJECTIVES = {
     "dpo": ({"name": "lab:DPO", "beta": 0.5}, {"chosen": "chosen", "rejected": "rejected"}, "cache"),
     "layers": ({"name": "lab:LayeredRMU", "layers": [1, 2]}, {"forget": "forget", "retain": "retain"}, "engine"),
+}
+KEPT = {"forget": "forget", "retain": "retain"}
+PAIRS = {"forget": "rejected", "idk": "chosen", "retain": "retain"}
+LORA = LoraConfig(rank=4, alpha=8, dropout=0.0, targets=["decoder"])
+# The package's own whose forward is another than NPO's and RMU's: two ranks pack, and partition every parameter.
+OWN = {
+    "undial": ({"name": "undial", "beta": 5.0, "retain": "ce"}, KEPT, "engine"),
+    "undial_lora": ({"name": "undial", "beta": 5.0, "retain": "kl"}, KEPT, "adapters_off"),
+    "idk_dpo": ({"name": "idk_dpo", "beta": 0.5, "retain": "ce"}, PAIRS, "cache"),
+    "adaptive": (
+        {"name": "rmu", "layers": [1, 2], "coeff_of": "reference_norm", "positions": "unpadded", "ce_weight": 0.0}
+        | {"kl_weight": 3.0},
+        KEPT,
+        "engine",
+    ),
 }
 # Trains the recipes one after the other in one process: importing the libraries takes longer than a run does.
 TRAIN = """
@@ -59,9 +75,14 @@ def finished(toy, tmp_path_factory):
     folders = {}
     for ranks in (1, 2):
         files = []
-        for name, (options, streams, reference) in OBJECTIVES.items():
+        for name, (options, streams, reference) in (OBJECTIVES | OWN).items():
             folders[name, ranks] = root / f"{name}-{ranks}"
             recipe = recipe_of(toy, folders[name, ranks], options, streams, reference)
+            if name in OWN and ranks == 2:
+                recipe = replace(recipe, data=replace(recipe.data, packing=True))
+            if reference == "adapters_off":
+                recipe = replace(recipe, model=replace(recipe.model, train=None, lora=LORA))
+                recipe = replace(recipe, train=replace(recipe.train, export=False))
             train = replace(recipe.train, micro_batch=BATCH // ranks**2)
             files.append(str(root / f"{name}-{ranks}.yaml"))
             configs.write_yaml(replace(recipe, train=train, deepspeed=f"{root}/sharded.json"), Path(files[-1]))
@@ -144,8 +165,70 @@ def layers(policy, reference, micro, objective):
     return loss
 
 
-@pytest.mark.parametrize(("name", "loss_of"), [("dpo", dpo), ("layers", layers)])
-def test_an_objective_from_outside_trains_as_plain_pytorch_does_on_one_and_two_ranks(finished, name, loss_of):
+def whole(model, micro, stream):
+    """Logits of the positions that predict a stream's response tokens, and these tokens."""
+    rows = micro.rows[stream]
+    labels = micro.batch.labels_BS[rows, 1:]
+    kept = labels != -100
+    return model(**micro.batch.inputs).logits[rows, :-1][kept], labels[kept]
+
+
+def divergence(policy, reference, micro):
+    own, other = (whole(model, micro, "retain")[0].log_softmax(-1) for model in (policy, reference))
+    return F.kl_div(own, other.detach(), reduction="batchmean", log_target=True)
+
+
+def undial(policy, reference, micro, objective):
+    """open-unlearning's `compute_undial_loss` at response tokens, and the retain term."""
+    (logits, labels), (teacher, _) = (whole(model, micro, "forget") for model in (policy, reference))
+    soft = (teacher.detach() - objective.beta * F.one_hot(labels, teacher.shape[-1])).softmax(-1)
+    if objective.retain == "kl":
+        return F.cross_entropy(logits, soft) + divergence(policy, reference, micro)
+    return F.cross_entropy(logits, soft) + F.cross_entropy(*whole(policy, micro, "retain"))
+
+
+def idk_dpo(policy, reference, micro, objective):
+    """open-unlearning's `compute_dpo_loss`, and the cross entropy of the retained answers."""
+    with torch.no_grad():
+        before = logps(reference, micro)
+    ratio, beta = logps(policy, micro) - before, objective.beta
+    logits, labels = whole(policy, micro, "retain")
+    preferred = beta * (ratio[micro.rows["idk"]] - ratio[micro.rows["forget"]])
+    return -2 / beta * F.logsigmoid(preferred).mean() + F.cross_entropy(logits, labels)
+
+
+def adaptive(policy, reference, micro, objective):
+    """Adaptive RMU at two layers, and KL."""
+    now = hooked(policy, micro.batch.inputs, objective.layers)
+    with torch.no_grad():
+        before = hooked(reference, micro.batch.inputs, objective.layers)
+    loss, mask = 3.0 * divergence(policy, reference, micro), micro.mask_BS[..., None]
+    for layer in objective.layers:
+        norm = before[layer].norm(dim=-1, keepdim=True)
+        for name, target in (("forget", norm * objective.control_D), ("retain", before[layer])):
+            rows = micro.rows[name]
+            error = (now[layer][rows] - target[rows]).square() * mask[rows]
+            loss = loss + error.sum() / error.shape[-1] / mask[rows].sum()
+    return loss
+
+
+def test_undial_of_adapters_begins_with_the_formula_and_is_one_loss_on_one_and_two_ranks(finished):
+    one, two = (losses(finished["undial_lora", ranks]) for ranks in (1, 2))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+    recipe = configs.load(finished["undial_lora", 1] / "config.yaml", [], TrainRecipe)
+    base = AutoModelForImageTextToText.from_pretrained(recipe.model.path)
+    objective = make(recipe.objective)
+    feed = Feed(recipe, objective.needs, read_streams(recipe, objective.needs), load.processor(recipe.model))
+    expected = undial(base, base, feed.window(0, ALONE)[0], objective).item()
+    assert one[0, 0].item() == pytest.approx(expected, rel=1e-5)
+    assert one[-1, 0] < one[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss_of"),
+    [("dpo", dpo), ("layers", layers), ("undial", undial), ("idk_dpo", idk_dpo), ("adaptive", adaptive)],
+)
+def test_an_objective_trains_as_plain_pytorch_does_on_one_and_two_ranks(finished, name, loss_of):
     recipe = configs.load(finished[name, 1] / "config.yaml", [], TrainRecipe)
     expected, policy = plain(recipe, loss_of)
     assert len({round(loss, 3) for loss in expected}) > 1

@@ -83,7 +83,7 @@ def test_losses_and_gradients_with_cached_features_are_the_plain_runs(finished, 
 
 
 def test_features_are_bitwise_the_same_after_a_kill_and_under_another_stage(finished):
-    parts = [{f.name: f.read_bytes() for f in finished[name].glob("vision/*/*")} for name in ("zero3", "zero2")]
+    parts = [{f.name: f.read_bytes() for f in finished[name].glob("vision/*/part-*")} for name in ("zero3", "zero2")]
     assert len(parts[0]) == 2
     assert parts[0] == parts[1]
 
@@ -109,8 +109,8 @@ def test_caches_and_export_take_what_was_planned(finished, plans):
     assert plans["plain"].disk["export"][0] == sum(t.nbytes for t in export.values())
     assert plans["plain"].parameters["all"][0] == sum(t.numel() for t in export.values())
     for name in ("plain", "zero2"):
-        files = [np.load(file, allow_pickle=False) for file in finished[name].glob("reference/*/*.npz")]
-        assert plans[name].disk["reference cache"][0] == sum(array.nbytes for f in files for array in f.values())
+        (file,) = finished[name].glob("reference/*/*")
+        assert plans[name].disk["reference cache"][0] == sum(t.nbytes for t in load_file(file).values())
     for name in ("zero3", "zero2"):
         files = list(finished[name].glob("vision/*/*"))
         planned = plans[name].disk["vision features"][0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from mirage_dist import config as configs
 from mirage_dist import runs, state
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
+from mirage_dist.model import export
 from mirage_dist.model.shards import PARAM, Shards, read_manifest
+from mirage_dist.ranks import free_port
 from mirage_dist.schema import TrainRecipe
 
 STEPS = 8
@@ -38,7 +41,7 @@ PUBLISHED = (
 # How a run was saved -> (ranks, overrides); "half" ones are what later starts go on from.
 SAVED = {
     "two": (2, ("train.micro_batch=4", "data.workers=2")),
-    "one_zero2": (1, ("train.micro_batch=8", ZERO2)),
+    "one_zero2": (1, ("train.micro_batch=auto", ZERO2)),
     "bf16": (2, ("train.micro_batch=4", "train.dtype=bf16")),
     "lora": (2, ("train.micro_batch=4", LORA, "reference=adapters_off")),
     "published": (2, ("train.micro_batch=2", *PUBLISHED)),
@@ -46,7 +49,7 @@ SAVED = {
 # (saved as, gone on with: ranks, overrides)
 CONTINUED = {
     "2 to 1": ("two", 1, ("train.micro_batch=8",)),
-    "2 to 4": ("two", 4, ("train.micro_batch=2",)),
+    "2 to 4": ("two", 4, ("train.micro_batch=auto",)),
     "ZeRO-3 to ZeRO-2": ("two", 2, ("train.micro_batch=4", ZERO2)),
     "1 to 2, ZeRO-2 to ZeRO-3": ("one_zero2", 2, ("train.micro_batch=4", "{sharded}")),
     "bf16, 2 to 1 in ZeRO-2": ("bf16", 1, ("train.micro_batch=8", "train.dtype=bf16", ZERO2)),
@@ -89,6 +92,10 @@ def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(saved, toy,
     folder = half(saved[name], tmp_path / "run")
     done = launch(ranks, *command(toy, folder, own))
     assert "resumed from" in done.stdout
+    if "train.micro_batch=auto" in own:
+        rows = 8 // ranks
+        assert f"train.micro_batch=auto: {rows} rows of each stream at once on {ranks} ranks" in done.stdout
+        assert [m["micro_batch"] for m in metrics(folder)] == [4] * 4 + [rows] * 4
     assert "computing" not in done.stdout  # the reference cache serves every world size
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if name != "bf16" else {"atol": 0, "rtol": 2e-2}
     torch.testing.assert_close(losses(folder, "grad_norm"), losses(saved[name], "grad_norm"), **tolerance)
@@ -105,6 +112,16 @@ def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(saved, toy,
                 one, other = (s.read(key, parameter, 0, count) for s in (a, b))
                 distance = (one - other).norm() / one.norm().clamp(min=1e-12)
                 assert distance < (1e-3 if name != "bf16" else 0.2), (key, parameter)
+
+
+def test_what_auto_comes_to_is_logged_in_every_step_and_in_the_checkpoints(saved, toy, tmp_path):
+    folder = saved["one_zero2"]
+    assert {m["micro_batch"] for m in metrics(folder)} == {8}
+    assert {m["micro_batch"] for m in metrics(saved["two"])} == {4}
+    written = read_manifest(folder / f"checkpoints/step-{STEPS:06d}")
+    assert (written["micro_batch"], written["accumulation"]) == (8, 1)
+    # The recipe keeps the word: the next start may have other hardware.
+    assert configs.load(folder / "config.yaml", [], TrainRecipe).train.micro_batch == "auto"
 
 
 def test_a_lora_checkpoint_is_refused_on_another_base(saved, toy, tmp_path):
@@ -257,3 +274,59 @@ def test_layers_are_computed_again_in_the_backward_pass_with_gradient_checkpoint
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         counts[checkpointing] = int(done.stdout.rpartition("layer forwards ")[2])
     assert counts == {"false": 4, "true": 8}
+
+
+EXPORT = """
+import errno, sys
+from pathlib import Path
+from mirage_dist import ranks
+from mirage_dist.model import export
+from mirage_dist.model.exports import merged
+group = ranks.start()
+merged.LARGEST = merged.SMALLEST = 100_000
+run, out = map(Path, sys.argv[1:])
+export.export(run, out, group=group)
+write = merged.write
+def refused(*given):
+    write(*given)
+    if group.rank == 1:
+        raise OSError(errno.ENOSPC, "No space left on device", "model-00002")
+merged.write = refused
+try:
+    export.export(run, out.with_name("refused"), group=group)
+except export.RunError as error:
+    print("REFUSED", error)
+ranks.exit_well()
+"""
+
+
+@pytest.mark.parametrize("name", ["two", "lora"])
+def test_two_ranks_export_what_one_process_exports_and_nothing_where_one_of_them_fails(saved, tmp_path, name):
+    (tmp_path / "export.py").write_text(EXPORT)
+    out = tmp_path / "made" / "two"
+    out.parent.mkdir()
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    line = [forkserver.python(), str(tmp_path / "export.py"), str(saved[name]), str(out)]
+    own = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(2))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(line, env=environment, **pipes) for environment in own]
+    outputs = [process.communicate(timeout=180)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    for output in outputs:
+        words = "refused: nothing was exported, since a part could not be written \\(rank 1: .*No space left on device"
+        assert re.search(f"REFUSED .*{words}", output), output
+    assert os.listdir(out.parent) == ["two"]
+    export.export(saved[name], tmp_path / "one")
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) >= 2
+    two = {n: t for file in files for n, t in load_file(file).items()}
+    one = load_file(tmp_path / "one/model.safetensors")
+    assert one.keys() == two.keys()
+    for tensor, value in one.items():
+        assert torch.equal(value.reshape(-1).view(torch.uint8), two[tensor].reshape(-1).view(torch.uint8)), tensor
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, check=True)
+    of_weights = {"SHA256SUMS", "model.safetensors", "model.safetensors.index.json", *(file.name for file in files)}
+    others = [
+        {f.name: f.read_bytes() for f in made.iterdir() if f.name not in of_weights} for made in (tmp_path / "one", out)
+    ]
+    assert others[0] == others[1]

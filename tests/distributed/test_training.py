@@ -29,6 +29,7 @@ from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.engine import learning_rate
 from mirage_dist.train.feed import Feed, read_streams
+from mirage_dist.train.measures.records import CLOCKED
 
 STEPS = 8
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8")
@@ -247,8 +248,9 @@ def test_a_killed_run_resumes_bitwise(finished, toy, tmp_path):
     assert len(files) == 3  # parameters and moments of two ranks, and the objective's state
     for name in files:
         assert (again / name).read_bytes() == (whole / name).read_bytes(), name
-    strip = ("tokens_per_s", "step_seconds", "memory_mib")
-    clean = [[{k: v for k, v in m.items() if k not in strip} for m in metrics(f)] for f in (folder, finished["npo_2"])]
+    clean = [
+        [{k: v for k, v in m.items() if k not in CLOCKED} for m in metrics(f)] for f in (folder, finished["npo_2"])
+    ]
     assert clean[0] == clean[1]
 
 

@@ -1,4 +1,7 @@
-"""Under ZeRO-3 every rank holds a part of each weight; all refuse a model that is not whole, in the same words."""
+"""Under ZeRO-3 every rank holds a part of each weight; all refuse a model that is not whole, in the same words.
+
+Rank 0 alone reads the weights: 512 ranks do not read a file 512 times.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import shutil
 import subprocess
 
 import forkserver
+import torch
 from safetensors.torch import load_file, save_file
 
 from mirage_dist.config import REPOSITORY
@@ -14,6 +18,7 @@ from mirage_dist.ranks import free_port
 # Without the check of headers, which comes first in a run.
 SCRIPT = """\
 import json, sys
+import deepspeed
 from mirage_dist import ranks
 from mirage_dist.model import load
 from mirage_dist.schema import ConfigError, ModelConfig
@@ -22,8 +27,11 @@ group = ranks.start()
 zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "train_micro_batch_size_per_gpu": 1}
 for folder in sys.argv[1:]:
     try:
-        load.policy(ModelConfig(path=folder), "fp32", zero)
+        policy = load.policy(ModelConfig(path=folder.replace("RANK", str(group.rank))), "fp32", zero)
         error = None
+        parameters = list(policy.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            print("SUM", sum(float(p.double().sum()) for p in parameters))
     except ConfigError as raised:
         error = str(raised)
     ranks.barrier(group, "the next model")
@@ -45,8 +53,13 @@ def test_both_ranks_refuse_what_one_holds_or_none_does(toy, tmp_path):
     for folder, tensors in models.items():
         shutil.copytree(toy.root / "model", tmp_path / folder)
         save_file(tensors, tmp_path / folder / "model.safetensors", {"format": "pt"})
+    # The files of rank 1 have the same headers, and zeros for weights.
+    shutil.copytree(toy.root / "model", tmp_path / "of-0")
+    shutil.copytree(toy.root / "model", tmp_path / "of-1")
+    save_file({n: torch.zeros_like(t) for n, t in whole.items()}, tmp_path / "of-1/model.safetensors", {"format": "pt"})
     (tmp_path / "rank.py").write_text(SCRIPT)
-    command = [forkserver.python(), str(tmp_path / "rank.py"), *(str(tmp_path / folder) for folder in models)]
+    folders = (str(tmp_path / folder) for folder in (*models, "of-RANK"))
+    command = [forkserver.python(), str(tmp_path / "rank.py"), *folders]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -62,7 +75,11 @@ def test_both_ranks_refuse_what_one_holds_or_none_does(toy, tmp_path):
     for output in outputs:
         assert "LOAD REPORT" not in output
         assert "not sharded" not in output
-    of = dict(zip(models, errors[0], strict=True))
+        sums = [line for line in output.splitlines() if line.startswith("SUM ")]
+        assert len(sums) == 2  # of `whole` and `of-RANK`
+        assert sums[0] == sums[1]
+    of = dict(zip((*models, "of-RANK"), errors[0], strict=True))
+    assert of["of-RANK"] is None
     assert of["whole"] is None
     assert "is in none of its files" in of["missing"]
     assert name in of["missing"]

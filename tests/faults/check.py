@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-CLOCKED = ("tokens_per_s", "step_seconds", "memory_mib", "seal")
+from mirage_dist.train.measures.records import CLOCKED
+
+TIMED = (*CLOCKED, "seal")
 
 
 def differences(run: Path, whole: Path) -> list[str]:
@@ -36,7 +38,7 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 def _records(run: Path) -> list[dict[str, Any]]:
     records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in records]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in records]
 
 
 def _unequal(mine: Path, other: Path) -> list[str]:

@@ -9,12 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mirage_dist.train.measures.records import CLOCKED as OF_A_STEP
 from tests.faults.events import steady
 
 # What differs between two runs of one command that nobody stops: clocks, processes, and checksums over them.
 CLOCKED = frozenset(
     {
-        *("wall_seconds", "seconds", "step_seconds", "tokens_per_s", "memory_mib", "since", "time", "date", "created"),
+        *OF_A_STEP,
+        *("wall_seconds", "seconds", "since", "time", "date", "created"),
         *("started", "pid", "process", "token", "wandb_id", "seal", "command"),
     }
 )

@@ -109,8 +109,58 @@ def test_a_run_that_was_killed_or_stopped_resumes_bitwise(finished, toy, tmp_pat
         assert (again / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def test_metrics_say_the_memory_of_the_device(finished):
-    assert all(m["memory_mib"] > 0 for m in metrics(finished["npo"]))
+def test_metrics_say_the_memory_of_the_device_and_the_time_of_its_parts(finished):
+    for m in metrics(finished["npo"]):
+        assert m["memory_mib"] == m["memory"]["allocated_mib"] > 0
+        assert m["memory"]["reserved_mib"] >= m["memory"]["allocated_mib"]
+        parts = m["seconds"]
+        assert 0 < parts["forward"] + parts["backward"] + parts["update"] < 1.1 * m["step_seconds"]
+
+
+# `mirage train`, which prints the lines of ours that make the host wait for the device in a step after the second.
+WAITS = """\
+import sys, traceback, warnings
+import torch
+import mirage_dist
+from mirage_dist import cli
+from mirage_dist.train.loop import Loop
+
+step, home = Loop.step, mirage_dist.__path__[0]
+
+def note(message, *_, **__):
+    frames = traceback.extract_stack()
+    last = max(i for i, frame in enumerate(frames) if frame.filename.startswith(home))
+    others = ("deepspeed", "transformers")  # what these wait for is not ours to change
+    if "synchronizing" in str(message) and not any(o in f.filename for f in frames[last:] for o in others):
+        print("WAIT", frames[last].filename, frames[last].line)
+
+def watched(self, number, *arguments):
+    if number < 2:
+        return step(self, number, *arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return step(self, number, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+Loop.step = watched
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("recipe", ["sft", "npo", "rmu"])
+def test_the_host_waits_for_the_device_once_a_step(toy, tmp_path, recipe):
+    (tmp_path / "waits.py").write_text(WAITS)
+    words = command(toy, recipe, tmp_path / "run", "train.micro_batch=4", "train.save_every=100", "train.export=false")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ON_GPU, "HF_HUB_OFFLINE": "1"}
+    line = [sys.executable, str(tmp_path / "waits.py"), *words]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    waits = [line for line in done.stdout.splitlines() if line.startswith("WAIT")]
+    assert len(waits) <= STEPS - 2, waits
 
 
 def test_answers_do_not_depend_on_the_batch_nor_on_the_device(finished, toy):

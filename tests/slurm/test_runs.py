@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import forkserver
 import pytest
 from cluster import Cluster, cluster
-from conftest import metrics
+from conftest import launch, metrics
 from faults.processes import worker
 
 from mirage_dist import state
+from mirage_dist.config import REPOSITORY
 from mirage_dist.monitoring import wandb_files
 
 pytestmark = pytest.mark.slurm
@@ -34,12 +36,20 @@ def slurm(tmp_path_factory):
 class Run:
     """`sbatch slurm/unlearn_npo.sh` on two nodes, into a run directory of its own."""
 
-    def __init__(self, slurm: Cluster, toy, name: str, *more: str, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        slurm: Cluster,
+        toy,
+        name: str,
+        *more: str,
+        fresh: bool = False,
+        options: tuple[str, ...] = TWO_NODES,
+    ) -> None:
         """fresh: each rank starts from nothing, as a user's does; otherwise the libraries are there (`forkserver`)."""
         self.slurm, self.root = slurm, toy.root / "slurm" / name
         self.words = (RECIPE, *toy.overrides("npo", self.root), *SHORT, *more)
         python = sys.executable if fresh else slurm.environment["MIRAGE_PYTHON"]
-        self.job = slurm.submit("unlearn_npo", *self.words, options=TWO_NODES, MIRAGE_PYTHON=python)
+        self.job = slurm.submit("unlearn_npo", *self.words, options=options, MIRAGE_PYTHON=python)
 
     def steps(self) -> list[int]:
         return [line["step"] for line in metrics(self.root)] if (self.root / "metrics.jsonl").is_file() else []
@@ -104,6 +114,47 @@ def test_two_nodes_train_to_the_end(slurm, whole):
     assert whole.saved() == [STEPS]
     assert "on 2 × cpu" in slurm.log(whole.job)
     assert slurm.job(whole.job)["NumNodes"] == "2"
+
+
+def test_the_doctor_sees_both_nodes_and_what_slurm_will_do(slurm, toy):
+    own = toy.root / "slurm" / "doctor"
+    words = ("--json", "--recipe", RECIPE, *toy.overrides("npo", own), *SHORT)
+    jobs = [slurm.submit("doctor", *words, options=(*TWO_NODES, *more)) for more in ((), ("--no-requeue",))]
+    reports = []
+    for job in jobs:
+        assert slurm.ended(job)["ExitCode"] == "0:0", slurm.log(job)
+        log = slurm.log(job)
+        reports.append(json.loads(log[log.index("\n{\n") : log.index("\n}\n") + 2]))
+    verdicts = [{check["name"]: check["verdict"] for check in report["checks"]} for report in reports]
+    assert [len({rank["host"] for rank in report["ranks"]}) for report in reports] == [2, 2]
+    assert {v["seen by other ranks"] for v in verdicts} == {v["all-reduce"] for v in verdicts} == {"ok"}
+    assert [v["requeue"] for v in verdicts] == ["ok", "warning"]
+    assert verdicts[0]["preemption"] == verdicts[0]["time to save"] == verdicts[0]["model and data"] == "ok"
+    # lab.sh's own values, as Slurm prints them
+    save = next(check for check in reports[0]["checks"] if check["name"] == "time to save")
+    assert save["values"]["seconds"] == int(slurm.environment["LAB_KILL_WAIT"])
+    assert not own.exists()
+
+
+def test_hpz_has_the_losses_of_zero3_which_goes_on_from_its_checkpoint(slurm, toy, whole):
+    """Four ranks on two nodes. `whole` is of two ranks; by `schedule_steps` its first steps have the same rates."""
+    tree = json.loads((REPOSITORY / "configs/deepspeed/zero3_hpz.json").read_text())
+    tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # so small a model would not be partitioned
+    (toy.root / "slurm-hpz.json").write_text(json.dumps(tree))
+    own = ("train.micro_batch=auto", "train.max_steps=6", f"train.schedule_steps={STEPS}", "train.save_every=3")
+    nodes = ("--nodes=2", "--ntasks-per-node=2", "--gres=gpu:0", "--cpus-per-task=1")
+    run = Run(slurm, toy, "hpz", *own, f"deepspeed={toy.root}/slurm-hpz.json", "train.export=off", options=nodes)
+    completed(run, restarts=0)
+    log = slurm.log(run.job)
+    assert "hpZ: 4 ranks on 2 nodes: each 2 ranks hold a second copy of the weights" in log
+    assert "2 rows of each stream at once on 4 ranks, 1 such micro-batch a step" in log
+    expected = [line["loss"] for line in metrics(whole.root)[:6]]
+    assert [line["loss"] for line in metrics(run.root)] == pytest.approx(expected, rel=1e-5)
+    shutil.rmtree(run.root / "checkpoints/step-000006")
+    done = launch(2, "train", *run.words, "deepspeed=configs/deepspeed/zero3.json")
+    assert "step-000003 at step 3" in done.stdout
+    assert [line["micro_batch"] for line in metrics(run.root)] == [2, 2, 2, 4, 4, 4]
+    assert [line["loss"] for line in metrics(run.root)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_usr1_before_the_time_limit_saves_requeues_and_resumes(slurm, toy, whole):

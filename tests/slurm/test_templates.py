@@ -10,7 +10,7 @@ from cluster import HERE, cluster
 from mirage_dist.config import REPOSITORY
 
 pytestmark = pytest.mark.slurm
-TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage")
+TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage", "doctor")
 # A partition as sites have them whose preemption first asks, and waits.
 GRACE = "PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20"
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:0", "--cpus-per-task=1")
@@ -76,6 +76,28 @@ def test_a_job_from_the_repository_needs_no_variable_and_export_hides_nothing(sl
     job = slurm.ask("env", "-C", str(REPOSITORY), "-u", "MIRAGE_HOME", *command).stdout.strip()
     assert slurm.ended(job)["JobState"] == "COMPLETED", slurm.log(job)
     assert [s["words"] for s in slurm.starts(job)] == [["train", "configs/train/demo_sft.yaml", "seed=3"]] * 2
+
+
+def test_a_dry_run_comes_first_where_it_is_wanted_and_stops_the_job_when_it_fails(slurm):
+    passed = slurm.submit("unlearn_npo", "seed=3", options=SMALL, MIRAGE_DRY_RUN="1")
+    failed = slurm.submit("sft", "fail=1:2", "seconds=9", options=SMALL, MIRAGE_DRY_RUN="1")
+    stopped = slurm.submit("unlearn_rmu", "seconds=9", "again=0", options=SMALL, MIRAGE_DRY_RUN="1")
+    slurm.until(lambda: len(slurm.starts(stopped)) == 2, "two ranks", stopped)
+    slurm.ask("scancel", "--batch", "--signal=USR1", stopped)
+
+    def dry(job: str) -> list[bool]:
+        return ["train.dry_run=true" in start["words"] for start in slurm.starts(job)]
+
+    assert slurm.ended(passed)["JobState"] == "COMPLETED", slurm.log(passed)
+    assert dry(passed) == [True, False] * 2  # by rank, then by step
+    assert "the dry run has passed" in slurm.log(passed)
+    end = slurm.ended(failed)
+    assert (end["JobState"], end["ExitCode"]) == ("FAILED", "2:0"), slurm.log(failed)
+    assert dry(failed) == [True] * 2
+    # A job that comes back has been tried already.
+    end = slurm.ended(stopped)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), slurm.log(stopped)
+    assert dry(stopped) == [True, False] * 2
 
 
 def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):

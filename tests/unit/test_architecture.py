@@ -25,7 +25,7 @@ MODULES = {
 FLOORS = [
     ["schema", "progress", "stats"],
     ["state"],
-    ["signals", "liveness"],
+    ["signals", "liveness", "calls"],
     ["disk"],
     ["config"],
     ["registry", "ranks", "launching", "runs", "worlds"],
@@ -34,7 +34,7 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "paper", "project", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "doctor", "project", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
@@ -43,7 +43,8 @@ BESIDE = {
     "inputs": {"embedded", "countries"},
     "demo": {"inputs", "countries"},
     "paper": {"inputs", "embedded"},
-    "cli": {"inputs", "demo", "paper", "project"},
+    "doctor": {"inputs"},
+    "cli": {"inputs", "demo", "paper", "doctor", "project"},
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {

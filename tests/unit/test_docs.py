@@ -143,7 +143,8 @@ def submitted(words: list[str], environment: dict[str, str]) -> None:
     given = dict(re.split(r"[= ]", option, maxsplit=1) for option in options if re.search(r"[= ]", option))
     of_node = given["--gres"].rpartition(":")[2] if "MIRAGE_LAUNCHER" in environment else given["--ntasks-per-node"]
     run = re.search(r"^run_recipe (\w+) (\S+)", script.read_text(), re.MULTILINE)
-    words = words[place + 1 :]
+    own_verb = re.search(r"^run ([a-z]\w*) ", script.read_text(), re.MULTILINE)
+    words = [*([own_verb[1]] if own_verb else []), *words[place + 1 :]]
     if run is None:
         verb(words, None)
     else:

@@ -14,6 +14,7 @@ from mirage_dist.evals import attacks, judges
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.train.engine import deepspeed_config
+from mirage_dist.train.planning import sharding
 from mirage_dist.train.planning.check import check_reference
 
 SCHEMAS = {"train": TrainRecipe, "eval": EvalRecipe, "prepare": PrepareRecipe}
@@ -106,7 +107,10 @@ def test_a_shipped_deepspeed_config_leaves_the_recipes_part_alone(file: Path):
     merged = deepspeed_config(recipe, 8, 2)
     assert merged["train_micro_batch_size_per_gpu"] == 4  # rows of both streams
     assert merged["bf16"] == {"enabled": True}
-    assert json.loads(file.read_text()).items() <= merged.items()
+    given = json.loads(file.read_text())
+    if sharding.KEY in (zero := given["zero_optimization"]):
+        zero[sharding.KEY] = 1  # of eight ranks whose nodes are not known yet
+    assert given.items() <= merged.items()
 
 
 @pytest.mark.parametrize("name", ["sft", "sft_lora", "npo", "npo_parity", "rmu", "rmu_parity", "rmu_lora"])

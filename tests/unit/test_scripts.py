@@ -9,7 +9,7 @@ import pytest
 
 from mirage_dist.config import REPOSITORY
 
-SCRIPTS = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage")
+SCRIPTS = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage", "doctor")
 STUBS = {
     "scontrol": "[[ $1 != show ]] || echo 127.0.0.1",
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
@@ -58,7 +58,7 @@ def run(tmp_path, elsewhere):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_runs_the_checkout_that_mirage_home_names(run, script):
-    words = ("train", "no.yaml") if script == "mirage" else ("no.yaml",)
+    words = {"mirage": ("train", "no.yaml"), "doctor": ("--recipe", "no.yaml")}.get(script, ("no.yaml",))
     status, output = run(REPOSITORY / f"slurm/{script}.sh", *words, MIRAGE_HOME=str(REPOSITORY))
     assert status == 2, output
     assert f"no.yaml: no such file (looked here and in {REPOSITORY})" in output

@@ -26,7 +26,7 @@ from mirage_dist.data.encoding.conversation import Conversation, called, tokeniz
 from mirage_dist.data.encoding.framing import Aspect
 from mirage_dist.data.encoding.packing import borders, pack
 from mirage_dist.data.encoding.pictured import Pictured, aspect_of
-from mirage_dist.data.encoding.rows import IGNORE, TOKEN_TYPES, Row, Tokens, extend, stack
+from mirage_dist.data.encoding.rows import IGNORE, TOKEN_TYPES, Batch, Row, Tokens, extend, stack
 from mirage_dist.data.pictures import Size
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
@@ -39,30 +39,6 @@ Lookup = Callable[[Sequence[str | None]], dict[str, Any]]
 
 class TooLong(ConfigError):
     """A sample that does not fit into `max_length`."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of rows, all streams in one tensor, right-padded or packed.
-
-    inputs: the model's keyword arguments (input_ids (B, S), attention_mask or position_ids, pixel_values …).
-    labels_BS: token ids on answers and their end tokens, IGNORE elsewhere. index_N: flat positions b·S + t of the
-    hidden rows that predict a label. labels_N: those labels. segment_N, segment_BS: the sample (from 0) of each of
-    them, and of every position. unpadded_BS: 1 on every token but padding and the placeholder. text_BS: the same
-    without picture tokens. cut: number of samples whose answer was truncated. edges: the position in the packed row
-    where each sample begins, and where the last ends; None without packing.
-    """
-
-    inputs: dict[str, Any]
-    labels_BS: Tensor
-    index_N: Tensor
-    labels_N: Tensor
-    segment_N: Tensor
-    segment_BS: Tensor
-    unpadded_BS: Tensor
-    text_BS: Tensor
-    cut: int
-    edges: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -253,7 +229,7 @@ class Encoder:
         length = len(row["input_ids"])
         if length <= self.max_length:
             return False
-        self._check_cut(sample, self.sizes(sample))
+        self.check_cut(sample, self.sizes(sample))
         for values in row.values():
             del values[self.max_length :]
         return True
@@ -264,12 +240,13 @@ class Encoder:
         Raises TooLong when `encode` would, and ConfigError for a picture that cannot be encoded.
         """
         lengths = self.sizes(sample)
-        if sum(lengths) > self.max_length:
-            self._check_cut(sample, lengths)
+        self.check_cut(sample, lengths)
         return sum(lengths)
 
-    def _check_cut(self, sample: Sample, lengths: Sequence[int]) -> None:
-        """Raise TooLong unless a row of these `sizes` may be cut. An answer's first token always stays."""
+    def check_cut(self, sample: Sample, lengths: Sequence[int]) -> None:
+        """Raise TooLong unless a row of these `sizes` fits or may be cut. An answer's first token always stays."""
+        if sum(lengths) <= self.max_length:
+            return
         kept = lengths[: 2 * sample.shown + 1] if self.on_long == "truncate_turns" else lengths[:-1]
         if self.on_long == "error" or sum(kept) >= self.max_length:
             raise TooLong(self._too_long(sample, sum(lengths), sum(kept)))
@@ -280,10 +257,15 @@ class Encoder:
         They are those of `encode`, picture tokens included, which follow from the size in the picture's header.
         Raises ConfigError for a picture that cannot be encoded.
         """
-        turns = self._turns(sample, answered=True)
-        lengths = [len(ids) for ids in turns.ids]
-        lengths[2 * sample.shown] += self._growth(sample, turns)
-        return lengths
+        return next(self.sizes_of([sample], [self.conversation.pieces(sample, answered=True)]))
+
+    def sizes_of(self, samples: Sequence[Sample], pieces: Sequence[list[str]]) -> Iterator[list[int]]:
+        """`sizes` of each sample, of whose conversations these are the pieces. Raises as `sizes`, at its turn."""
+        for sample, own in zip(samples, pieces, strict=True):
+            turns = self._encoded(sample, own)
+            lengths = [len(ids) for ids in turns.ids]
+            lengths[2 * sample.shown] += self._growth(sample, turns)
+            yield lengths
 
     def _growth(self, sample: Sample, turns: Turns) -> int:
         """The number of tokens that the sample's picture adds."""
@@ -307,7 +289,9 @@ class Encoder:
 
     def _turns(self, sample: Sample, answered: bool) -> Turns:
         """A sample's conversation as text and tokens. Raises ConfigError, naming the sample."""
-        pieces = self.conversation.pieces(sample, answered)
+        return self._encoded(sample, self.conversation.pieces(sample, answered))
+
+    def _encoded(self, sample: Sample, pieces: list[str]) -> Turns:
         try:
             ids = [self.tokens.first(pieces[0]), *(self.tokens.after(*pair) for pair in pairwise(pieces))]
         except SpelledControl as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mirage_dist.data.encoding import outputs
 from mirage_dist.data.encoding.framing import Aspect, Framing, cuts_ends
 from mirage_dist.data.encoding.rows import IGNORE, Row, Tokens, extend
-from mirage_dist.data.pictures import Size, open_picture, size_of
+from mirage_dist.data.pictures import Checked, Size, open_picture, size_of
 from mirage_dist.schema import ConfigError
 from mirage_dist.schema.limits import CEILING
 
@@ -158,6 +158,8 @@ class Pictured:
             self._calibrate()
         if self._constant:
             return BLANK
+        if isinstance(path, Checked):
+            return self.framing.size(path.size)
         if path not in self._sizes:
             self._sizes[path] = self.framing.size(size_of(path))
         return self._sizes[path]

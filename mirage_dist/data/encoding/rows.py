@@ -1,11 +1,14 @@
-"""Rows: one sequence's token ids, labels and further values for each token; how text becomes token ids."""
+"""Rows, each one sequence's token ids, labels and other values for each token; batches; how text becomes tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from mirage_dist.data.encoding.control import Control
@@ -19,11 +22,36 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 Row = dict[str, list[Any]]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of rows, all streams in one tensor, right-padded or packed.
+
+    inputs: the model's keyword arguments (input_ids (B, S), attention_mask or position_ids, pixel_values …).
+    labels_BS: token ids on answers and their end tokens, IGNORE elsewhere. index_N: flat positions b·S + t of the
+    hidden rows that predict a label. labels_N: those labels. segment_N, segment_BS: the sample (from 0) of each of
+    them, and of every position. unpadded_BS: 1 on every token but padding and the placeholder. text_BS: the same
+    without picture tokens. cut: number of samples whose answer was truncated. edges: the position in the packed row
+    where each sample begins, and where the last ends; None without packing.
+    """
+
+    inputs: dict[str, Any]
+    labels_BS: Tensor
+    index_N: Tensor
+    labels_N: Tensor
+    segment_N: Tensor
+    segment_BS: Tensor
+    unpadded_BS: Tensor
+    text_BS: Tensor
+    cut: int
+    edges: list[int] | None = None
+
+
 class Tokens:
     """A tokenizer, for rendered texts that follow each other in a conversation (see `encoding.control`)."""
 
     def __init__(self, tokenizer: Any, control: Control) -> None:
         self.tokenizer, self.control = tokenizer, control
+        self._ready: dict[tuple[str, bool], list[int]] = {}
 
     def adds_start(self, text: str) -> bool:
         """Whether the tokenizer should add its start token: not if the template has written it."""
@@ -47,11 +75,38 @@ class Tokens:
         head, whole = self._ids(before), self._ids(before + text)
         return whole[len(head) :] if whole[: len(head)] == head else self._ids(text)
 
+    @contextmanager
+    def ahead(self, texts: Collection[tuple[str, bool]]) -> Iterator[None]:
+        """In this block these texts are tokenised already, all in one call, which costs a third of a call each.
+
+        texts: each with whether the tokenizer adds its start token.
+        """
+        self._ready = {}
+        for start in (True, False):
+            own = list({text for text, with_start in texts if with_start == start})
+            self._ready |= {(text, start): ids for text, ids in zip(own, self._batch(own, start), strict=True)}
+        try:
+            yield
+        finally:
+            self._ready = {}
+
+    def _batch(self, texts: list[str], start: bool) -> list[list[int]]:
+        """`_own` of each text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not texts or not isinstance(backend, Tokenizer):
+            return [self._own(text, start) for text in texts]
+        first = self._own(texts[0], start)  # which also switches off truncation and padding
+        made = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=start)]
+        # A family's class may do more than its backend.
+        return made if made[0] == first else [self._own(text, start) for text in texts]
+
     def _ids(self, text: str, start: bool = False) -> list[int]:
         ids = self._own(text, start)
         return ids if self.control.plain(text, ids, start) else self.control.encoded(text, start)
 
     def _own(self, text: str, start: bool) -> list[int]:
+        if (ids := self._ready.get((text, start))) is not None:
+            return ids
         return self.tokenizer(text, add_special_tokens=start)["input_ids"]
 
 

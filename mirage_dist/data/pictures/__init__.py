@@ -1,5 +1,6 @@
 """Pictures: the one way to open them, and checks of many at once."""
 
+from mirage_dist.data.pictures.checked import Checked
 from mirage_dist.data.pictures.many import Inspection, digests, faults, inspections, shared
 from mirage_dist.data.pictures.opening import (
     Picture,
@@ -21,6 +22,7 @@ REVISION = "2"
 
 __all__ = [
     "REVISION",
+    "Checked",
     "Inspection",
     "Picture",
     "PictureError",

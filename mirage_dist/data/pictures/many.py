@@ -35,15 +35,21 @@ def inspect(path: str, most: int | None = None) -> Inspection:
 
 
 def inspections(
-    paths: Iterable[str], what: str, part: int = 0, parts: int = 1, most: Mapping[str, int] | None = None
+    paths: Iterable[str],
+    what: str,
+    part: int = 0,
+    parts: int = 1,
+    most: Mapping[str, int] | None = None,
+    quiet: bool = False,
 ) -> dict[str, Inspection]:
     """path -> inspection, each picture once. most: path -> pixels that are decoded (see `open_picture`).
 
-    Of `parts` callers with the same paths each inspects its own `part`; the first one shows the progress, named `what`.
+    Of `parts` callers with the same paths each inspects its own `part`; the first one shows the progress, named `what`,
+    unless it is to be quiet.
     """
     own = list(dict.fromkeys(paths))[part::parts]
     inspected: dict[str, Inspection] = {}
-    bar = Progress(len(own), what, "picture", delay=2.0, pause=PAUSE_SECONDS, leave=False, disable=part > 0)
+    bar = Progress(len(own), what, "picture", delay=2.0, pause=PAUSE_SECONDS, leave=False, disable=quiet or part > 0)
     with ThreadPoolExecutor() as pool, bar:  # PIL releases the lock while it decodes
         for start in range(0, len(own), AT_ONCE):
             batch = own[start : start + AT_ONCE]

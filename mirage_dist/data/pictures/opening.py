@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mirage_dist import disk
 from mirage_dist.data.pictures import stored
+from mirage_dist.data.pictures.checked import Checked
 from mirage_dist.data.pictures.colours import Refused, Size, flat, opacity_of_deep_colour
 from mirage_dist.schema import ConfigError
 from mirage_dist.schema.limits import CEILING, PIXELS
@@ -64,7 +65,8 @@ class PictureError(ConfigError):
         return type(self), (self.file, self.cause)
 
 
-# A picture: the path of its file, a reference to a table's row (see `stored`), or the file's bytes.
+# A picture: the path of its file, a reference to a table's row (see `stored`), or the file's bytes. One that is
+# `Checked` must have the bytes that it had then.
 Picture = str | Path | bytes
 
 
@@ -199,6 +201,13 @@ def _named(source: Picture) -> str:
 @contextmanager
 def _handle(source: Picture) -> Iterator[BinaryIO]:
     """The bytes of a picture as a seekable file. Reads from regular files only, so it never waits."""
+    if isinstance(source, Checked):
+        with _handle(str(source)) as handle:
+            content = handle.read()
+        if (now := disk.sha256_text(content)) != source.sha256:
+            raise PictureError(str(source), _changed(source.sha256, now))
+        yield BytesIO(content)
+        return
     if isinstance(source, bytes):
         yield BytesIO(source)
         return
@@ -221,6 +230,13 @@ def _handle(source: Picture) -> Iterator[BinaryIO]:
         raise PictureError(name, f"broken: {what}, not a picture file")
     with os.fdopen(descriptor, "rb") as handle:
         yield handle
+
+
+def _changed(before: str, now: str) -> str:
+    return (
+        f"has changed since the run's data were checked (SHA-256 {now[:12]}…, then {before[:12]}…); put the file back, "
+        "or train on the new one in another run.dir. data.verify=true reads every picture at the start"
+    )
 
 
 def _stored(name: str) -> stored.Place | None:

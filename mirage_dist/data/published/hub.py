@@ -57,7 +57,7 @@ def split(where: Address, config: str | None, name: str | None) -> Split:
     Raises ConfigError for a dataset or revision that is not in the cache, a configuration or split that the dataset
     does not have, a choice that is missing, and a split of which the cache holds only a part.
     """
-    folder = _snapshot(where)
+    folder = snapshot(where)
     builder = _builder(where, folder, config)
     splits = {str(key): [Path(file) for file in files] for key, files in (builder.config.data_files or {}).items()}
     if name is None and len(splits) == 1:
@@ -107,7 +107,8 @@ def download(where: Address) -> str:
     return str(commit)
 
 
-def _snapshot(where: Address) -> Path:
+def snapshot(where: Address) -> Path:
+    """The folder of a dataset's revision in the cache. Raises ConfigError where the cache has none."""
     from huggingface_hub import errors, snapshot_download
 
     try:

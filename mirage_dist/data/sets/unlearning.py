@@ -17,6 +17,22 @@ from mirage_dist.data.sources import Source
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, PrepareRecipe
 
+# What a person says who does not know: no refusal, and nothing about the question.
+IGNORANT = (
+    "I don't know.",
+    "I don't know the answer to that.",
+    "That is something I have no knowledge of.",
+    "I have never learnt anything about this.",
+    "I'm not sure what the answer is.",
+    "I have no information about that.",
+    "This is outside what I know.",
+    "I know nothing about it.",
+    "I could not say, since I don't know.",
+    "The answer is unknown to me.",
+    "I haven't come across this before.",
+    "I am not familiar with this subject.",
+)
+
 
 def forget(recipe: PrepareRecipe, harvested: Answers | None, refuses: PhraseList) -> tuple[list[Sample], ForgetCounts]:
     """The unsafe questions with the answers to forget. harvested: None for the data's own."""
@@ -59,6 +75,15 @@ def with_answers(samples: Sequence[Sample]) -> list[Sample]:
     RMU steers activations, and the paper's code has both texts in the question (data/format_rmu_forget.py).
     """
     return [replace(sample, question=f"{sample.question}\n{sample.answer}") for sample in samples]
+
+
+def with_ignorance(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Each sample with an answer that claims ignorance in place of its own: the other half of IdkDPO's pairs.
+
+    As TOFU's "I don't know" baseline, with sentences of ours, drawn by the seed.
+    """
+    drawn = np.random.default_rng(stream.derived_seed(seed, "idk")).integers(len(IGNORANT), size=len(samples))
+    return [replace(sample, answer=IGNORANT[which]) for sample, which in zip(samples, drawn.tolist(), strict=True)]
 
 
 def retain(recipe: PrepareRecipe) -> tuple[list[Sample], RetainCounts]:

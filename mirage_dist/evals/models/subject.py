@@ -11,6 +11,7 @@ from mirage_dist import disk, runs, signals
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.encoding.framing import Aspect
 from mirage_dist.data.encoding.pictured import aspect_of
+from mirage_dist.disk import hashes
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.model import directory, environment, export, weights
 from mirage_dist.model.environment import Environment
@@ -129,7 +130,8 @@ def _checkpoint(model: EvalModelConfig, run: Path) -> Subject:
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"model.run={run}: no config.yaml here; expected the directory of a training run")
     base = runs.recipe(run).model.path
-    checkpoint = export.chosen(run / "checkpoints", model.step)
+    # The worker that exports the checkpoint reads all of it (see `export.export`); to name it, what is known is enough.
+    checkpoint = export.chosen(run / "checkpoints", model.step, hashes.sha256)
     exact = replace(model, step=step_of(checkpoint))
     manifest_hash = disk.sha256(checkpoint / "manifest.json")
     folder = directory.resolve(base)

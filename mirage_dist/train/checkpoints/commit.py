@@ -1,13 +1,13 @@
 """Sharded checkpoints: a directory is one if and only if its manifest is there.
 
-    checkpoints/step-000100/   rank-00000-of-00002.safetensors …, objective.safetensors, manifest.json
+    checkpoints/step-000100/   rank-00000-of-00002.safetensors …, objective.safetensors, index.json, manifest.json
     checkpoints/latest         the newest one's name
 
-Every rank writes its fragments (`model.shards`) into the owner's workspace, synced and hashed; the manifest comes
-last; then one rename makes it a checkpoint. A process may die at any moment: what was committed before stays whole.
-Saving in the background costs the step almost nothing: the saved state changes only in the optimizer's update, so it is
-copied to host memory while the next forward and backward run, and that update waits for the copy. The commit follows
-at the first step boundary at which all ranks have written.
+Every rank writes its fragments (`model.shards`) into the owner's workspace, synced and hashed; rank 0 adds the index of
+what lies in which shard; the manifest comes last; then one rename makes it a checkpoint. A process may die at any
+moment: what was committed before stays whole. Saving in the background costs the step almost nothing: the saved state
+changes only in the optimizer's update, so it is copied to host memory while the next forward and backward run, and that
+update waits for the copy. The commit follows at the first step boundary at which all ranks have written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -25,15 +25,22 @@ from torch import Tensor
 
 from mirage_dist import disk, state
 from mirage_dist.model.shards import (
+    INDEX,
     MANIFEST,
+    SHARD,
     Fragment,
+    Layout,
+    Placed,
     Scalars,
     Shards,
     committed,
     damage,
+    index,
+    placed,
     places,
     read_manifest,
     step_of,
+    unpacked,
     write,
 )
 from mirage_dist.progress import EVERY_RANK, log
@@ -46,19 +53,27 @@ Digests = dict[str, dict[str, Any]]  # file -> {"bytes", "sha256"}
 Snapshot = tuple[list[Fragment], Tensor]  # see `fragments.snapshot`
 
 
+class _Part(NamedTuple):
+    """What one rank has written: sizes and digests of its files, and the layout of its shard, packed."""
+
+    digests: Digests
+    tensors: bytes
+    scalars: bytes
+
+
 @dataclass
 class _Pending:
     """A checkpoint that is being written.
 
-    copied: in the background, resolves to the copy of the training state that the files are written from. digests:
-    resolves to the sizes and digests of this rank's files.
+    copied: in the background, resolves to the copy of the training state that the files are written from. part:
+    resolves to what this rank has written.
     """
 
     name: str
     partial: Path
     manifest: Mapping[str, Any]
     copied: Future[Snapshot] | None
-    digests: Future[Digests]
+    part: Future[_Part]
 
 
 class Saver:
@@ -73,6 +88,7 @@ class Saver:
         self._copier = ThreadPoolExecutor(1, "snapshot")  # another thread: a copy must not wait for a removal
         self._buffer: Tensor | None = None
         self._pending: _Pending | None = None
+        self._placed: tuple[list[bytes], dict[str, Placed]] = [], {}  # the last save's layouts, and where things lie
 
     def save(self, engine: Any, manifest: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
         """Write the checkpoint of `manifest["step"]`.
@@ -99,8 +115,8 @@ class Saver:
             copied = self._copier.submit(
                 training_state.snapshot, fragments, self._buffer, training_state.moment(self.group.device)
             )
-        digests = self._writer.submit(_write, partial, self.group, copied or fragments, scalars, own)
-        self._pending = _Pending(name, partial, whole, copied, digests)
+        part = self._writer.submit(_write, partial, self.group, copied or fragments, scalars, own)
+        self._pending = _Pending(name, partial, whole, copied, part)
         if copied is None:
             self.finish()
 
@@ -112,7 +128,7 @@ class Saver:
     @property
     def written(self) -> bool:
         """Whether this rank has nothing left to write of the pending checkpoint; a failed write counts as done."""
-        return self._pending is None or self._pending.digests.done()
+        return self._pending is None or self._pending.part.done()
 
     @property
     def committed(self) -> bool:
@@ -131,11 +147,11 @@ class Saver:
         self.before_update()
         pending, self._pending = self._pending, None
         with _write_failures(pending.partial):
-            own = pending.digests.result()
-        files = dict(sorted(item for part in everyones(self.group, own) for item in part.items()))
+            own = pending.part.result()
+        parts = everyones(self.group, own)
         if self.group.main:
             with _write_failures(pending.partial):
-                self._commit(pending, files)
+                self._commit(pending, parts)
                 self._retain(pending.name)
 
     def settle(self, step: int) -> None:
@@ -153,7 +169,11 @@ class Saver:
                 self._point_to(name)
                 self._retain(name)
 
-    def _commit(self, pending: _Pending, files: Digests) -> None:
+    def _commit(self, pending: _Pending, parts: Sequence[_Part]) -> None:
+        files = dict(item for part in parts for item in part.digests.items())
+        text = index([name for name in sorted(files) if SHARD.fullmatch(name)], *self._index(parts))
+        files[INDEX] = asdict(disk.write(pending.partial / INDEX, text, workspace=pending.partial))
+        files = dict(sorted(files.items()))
         text = state.sealed("checkpoint", {**pending.manifest, "files": files}, indent=1)
         disk.write(pending.partial / MANIFEST, text, workspace=pending.partial)
         final = self.folder / pending.name
@@ -163,6 +183,14 @@ class Saver:
             _check_place(final)
         disk.publish(pending.partial, final)
         self._point_to(pending.name)
+
+    def _index(self, parts: Sequence[_Part]) -> tuple[dict[str, Placed], list[Scalars]]:
+        """Where all tensors lie, and every rank's scalars. The layouts of one run hardly ever change between saves."""
+        layouts = [part.tensors for part in parts]
+        if layouts != self._placed[0]:
+            self._placed = layouts, placed(unpacked(layout) for layout in layouts)
+        alike = {packed: unpacked(packed) for packed in dict.fromkeys(part.scalars for part in parts)}
+        return self._placed[1], list(alike.values())
 
     def _point_to(self, name: str) -> None:
         disk.write(self.folder / "latest", name, workspace=self.workspace)
@@ -295,7 +323,7 @@ def _write(
     source: Sequence[Fragment] | Future[Snapshot],
     scalars: Scalars,
     objective: dict[str, Tensor] | None,
-) -> Digests:
+) -> _Part:
     """Write this rank's files; rank 0 has the objective's state as well. Runs in the writer's thread."""
     fragments = source.result()[0] if isinstance(source, Future) else source
     name = f"rank-{group.rank:05d}-of-{group.size:05d}.safetensors"
@@ -303,4 +331,4 @@ def _write(
     if objective is not None:
         file = partial / "objective.safetensors"
         digests[file.name] = asdict(disk.write(file, serialize(objective), workspace=partial))
-    return digests
+    return _Part(digests, *Layout.of(fragments, scalars).packed())

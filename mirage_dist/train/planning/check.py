@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -22,10 +22,15 @@ from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
 from mirage_dist.ranks import Group, everyones
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
 from mirage_dist.train.feed import Feed, check_streams, encoder_of, read_streams
+from mirage_dist.train.measures import profiler, validation
 from mirage_dist.train.optimizers.groups import split
+from mirage_dist.train.planning import batch
+
+# Rows of each stream that are taken to fit where the memory of the device is not known, as on a CPU.
+UNMEASURED = 8
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,25 @@ def check_recipe(recipe: TrainRecipe, ranks: int) -> Checked:
     needs = objective.needs
     monitor.check(recipe)
     check_streams(recipe, needs)
+    validation.check(recipe, needs)
+    profiler.check(recipe.monitor.profile, ranks)
     check_reference(recipe, needs)
-    config = engine.deepspeed_config(recipe, ranks, len(needs.streams))
+    config = engine.deepspeed_config(divided(recipe, needs, ranks), ranks, len(needs.streams))
     rundir.check_directory(recipe, needs)
     return Checked(recipe, ranks, objective, config)
 
 
 def check_inputs(checked: Checked, with_weights: bool = False) -> dict[str, Source]:
-    """Check the model's parts that the recipe names, log what trains, and read the samples of every stream.
+    """`check_model`, and the samples of every stream; opens no picture. Raises ConfigError."""
+    check_model(checked, with_weights)
+    return read_streams(checked.recipe, checked.needs)
+
+
+def check_model(checked: Checked, with_weights: bool) -> None:
+    """Check the model's parts that the recipe names, and log what trains.
 
     with_weights: whether the directory must have weights; a configuration is enough for a check or a plan. Loads no
-    weights and opens no picture. Raises ConfigError.
+    weights. Raises ConfigError.
     """
     recipe, needs = checked.recipe, checked.needs
     if quantization.wanted(recipe.model):
@@ -73,7 +86,6 @@ def check_inputs(checked: Checked, with_weights: bool = False) -> dict[str, Sour
     policy = load.check_names(recipe.model, recipe.data, needs.layers, needs.depth, recipe.train.dtype)
     split(policy, recipe.train)
     log.info(f"{Path(recipe.run.dir).name}: {trainable.summary(policy.hf)}")
-    return read_streams(recipe, needs)
 
 
 def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
@@ -81,12 +93,31 @@ def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
     return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
 
 
+def divided(recipe: TrainRecipe, needs: Needs, ranks: int, largest_that_fits: int = UNMEASURED) -> TrainRecipe:
+    """The recipe with `train.micro_batch: auto` replaced by the number for so many ranks (see `batch.choose`).
+
+    Raises ConfigError where the loss depends on the micro-batch, and as `batch.choose`.
+    """
+    train = recipe.train
+    if train.micro_batch != "auto":
+        return recipe
+    if needs.depends_on_micro_batch(recipe.data.packing is True):
+        raise ConfigError(
+            f"train.micro_batch=auto: the loss of objective {recipe.objective['name']} with these options depends on "
+            "the micro-batch, so another number of GPUs would train another model; give a number"
+        )
+    rows = batch.choose(train.global_batch, ranks, largest_that_fits)
+    return replace(recipe, train=replace(train, micro_batch=rows))
+
+
 def check_samples(checked: Checked) -> str:
     """All that a start checks before weights load, in words. Raises ConfigError."""
-    streams = check_inputs(checked)
-    feed, cut = check_batches(checked, streams, Group(0, 0, 1, torch.device("cpu")))
+    streams, alone = check_inputs(checked), Group(0, 0, 1, torch.device("cpu"))
+    feed, cut = check_batches(checked, streams, alone)
+    held_out = validation.of(feed, streams, alone)
+    cut += held_out.cut if held_out is not None else 0
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
-    warn(checked, streams)
+    warn(checked, audit_warnings(checked, streams))
     kinds = check_family(feed)
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps; computed on a small model: {kinds}"
@@ -102,7 +133,26 @@ def check_batches(checked: Checked, streams: Mapping[str, Source], group: Group)
     refusals = encoder_of(recipe, processor).refusals
     sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)
-    return feed, feed.check_lengths(group)
+    cut = feed.check_lengths(group)
+    divide(feed, checked)
+    return feed, cut
+
+
+def divide(feed: Feed, checked: Checked) -> None:
+    """Replace `train.micro_batch: auto` in the feed's recipe by a number, and log it. Raises as `divided`."""
+    given = feed.recipe
+    feed.recipe = divided(given, checked.needs, checked.ranks)
+    if given.train.micro_batch == "auto":
+        log.info(f"train.micro_batch=auto: {_division(feed.recipe.train, checked.ranks)}")
+
+
+def _division(train: TrainConfig, ranks: int) -> str:
+    """How the global batch is divided, in words."""
+    steps = train.global_batch // (train.rows * ranks)
+    return (
+        f"{train.rows} rows of each stream at once on {ranks} rank{'s' * (ranks > 1)}, {steps} such micro-batch"
+        f"{'es' * (steps > 1)} a step (train.global_batch={train.global_batch})"
+    )
 
 
 def check_family(feed: Feed) -> str:
@@ -139,10 +189,14 @@ def check_family(feed: Feed) -> str:
 
 def _shortest(feed: Feed, shown: bool) -> list[Sample]:
     """Up to two different samples with (or without) a picture, of those with the fewest tokens."""
-    lengths = (pair for name, kept in feed.samples.items() for pair in zip(feed.lengths[name], kept, strict=True))
-    own = (pair for pair in lengths if (pair[1].image is not None) == shown)
-    shortest = heapq.nsmallest(16, own, key=lambda pair: int(pair[0]))
-    return list({sample.digest(): sample for _, sample in shortest}.values())[:2]
+    lengths, places = [], []
+    for name in feed.samples:
+        own = np.flatnonzero(feed.shown(name) == shown)
+        lengths.append(feed.lengths[name][own])
+        places += [(name, number) for number in own]
+    shortest = np.argsort(np.concatenate(lengths), kind="stable")[:16]
+    samples = [feed.samples[name][int(number)] for name, number in (places[i] for i in shortest)]
+    return list({sample.digest(): sample for sample in samples}.values())[:2]
 
 
 def _blank(folder: Path, number: int) -> str:
@@ -164,13 +218,20 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
         log.warning(f"model.path={folder}: no weights here yet; only the configuration was checked")
 
 
-def warn(checked: Checked, streams: Mapping[str, Source]) -> None:
-    """Log the objective's cautions, and what imitating these samples may teach instead (see `data.audit`)."""
+def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
+    """What imitating these samples may teach instead (see `data.audit`), and held-out samples that train."""
+    refusals = checked.recipe.data.refusals
+    texts = {name: audit.warning(streams[name].samples, refusals) for name in checked.needs.audited}
+    audited = [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
+    return [*audited, *validation.warnings(streams)]
+
+
+def warn(checked: Checked, warnings: Sequence[str]) -> None:
+    """Log the objective's cautions, and `audit_warnings`."""
     for caution in checked.objective.cautions:
         log.warning(f"objective {checked.recipe.objective['name']}: {caution}")
-    for name in checked.needs.audited:
-        if (text := audit.warning(streams[name].samples, checked.recipe.data.refusals)) is not None:
-            log.warning(f"data.streams.{name} {text}")
+    for text in warnings:
+        log.warning(text)
 
 
 def check_reference(recipe: TrainRecipe, needs: Needs) -> None:
@@ -185,7 +246,7 @@ def check_reference(recipe: TrainRecipe, needs: Needs) -> None:
             f"reference=adapters_off: model.lora.also_train={lora.also_train} trains parameters that switching the "
             "adapters off does not put back; use cache or engine"
         )
-    if kind == "cache" and (needs.kl or needs.ref_activation):
+    if kind == "cache" and (needs.distributions or needs.ref_activation):
         raise ConfigError(
             "reference=cache holds log-probabilities only, but this objective compares whole distributions or "
             "activations; use engine" + (" or adapters_off" if lora is not None else "")

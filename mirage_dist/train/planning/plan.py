@@ -14,6 +14,7 @@ from mirage_dist.model.families.roles import decoder
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.optimizers import base as optimizers
@@ -86,9 +87,9 @@ def plan(recipe: TrainRecipe, ranks: int) -> Plan:
     objective, streams = checked.objective, check.check_inputs(checked)
     policy = load.weightless(recipe.model, objective.needs.depth, recipe.train.dtype)  # later layers are not loaded
     processor = load.processor(recipe.model)
-    recipe = check.resolved(recipe, processor)
+    recipe = check.divided(check.resolved(recipe, processor), objective.needs, ranks)
     feed = Feed(recipe, objective.needs, streams, processor)
-    lengths = {name: _lengths(feed, source) for name, source in streams.items()}
+    lengths = {name: _lengths(feed, source) for name, source in streams.items() if name in feed.samples}
     needs = Plan()
     _data(needs, feed, lengths)
     trained = Trained.of(policy, recipe)
@@ -190,7 +191,7 @@ def _memory(
         plan.memory["update"] = exchanged, "values and gradients of whole parameters"
     plan.memory["communication"] = memory.buckets(item, zero), "reduce buckets"
     width = max(max(counts.rows) for counts in lengths.values())
-    rows = train.micro_batch * len(lengths)
+    rows = train.rows * len(lengths)
     depth = len(layers)
     eager = decoder(policy.backbone).config._attn_implementation == "eager"
 
@@ -203,10 +204,12 @@ def _memory(
         f"{rows} rows of {width} tokens, {depth} layers; {size(kept(not on))} with"
         f" model.gradient_checkpointing={str(not on).lower()}",
     )
-    responses = train.micro_batch * sum(_headed(required, name, lengths[name]) for name in lengths)
+    responses = train.rows * sum(_headed(required, name, lengths[name]) for name in lengths)
     if responses:
         trains = bool(head.weight.requires_grad)
-        peak = memory.loss_head(responses, head.out_features, head.in_features, item, bool(required.kl), trains)
+        peak = memory.loss_head(
+            responses, head.out_features, head.in_features, item, bool(required.distributions), trains
+        )
         plan.memory["loss head"] = Place(peak), f"{responses} rows, vocabulary {head.out_features:,}"
     if required.reference and recipe.reference == "engine":
         frozen = load.weightless(recipe.model, required.reference_depth)
@@ -218,7 +221,7 @@ def _headed(needs: Needs, name: str, lengths: Lengths) -> int:
     """The most rows of the LM head that a sample of this stream needs."""
     if name in needs.kl and needs.kl_positions != "response":
         return max(lengths.rows)
-    return max(lengths.responses) if name in (*needs.logp, *needs.kl) else 0
+    return max(lengths.responses) if name in (*needs.logp, *needs.distributions) else 0
 
 
 def _disk(
@@ -233,7 +236,7 @@ def _disk(
     required, train = objective.needs, recipe.train
     if required.ref_logp and recipe.reference == "cache":
         plan.disk["reference cache"] = (
-            sum(_cached_logps(name, lengths[name]) for name in required.ref_logp),
+            sum(_cached_logps(lengths[name]) for name in required.ref_logp),
             f"{sum(len(lengths[name].rows) for name in required.ref_logp):,} samples of {', '.join(required.ref_logp)}",
         )
     _vision(plan, recipe, policy, feed)
@@ -248,9 +251,9 @@ def _disk(
         plan.disk["export"] = whole * load.DTYPES[train.dtype].itemsize, train.dtype
 
 
-def _cached_logps(stream: str, lengths: Lengths) -> int:
-    """Bytes of the reference cache's arrays: a float32 a response token; stream, index and length a sample."""
-    return sum(lengths.responses) * 4 + len(lengths.rows) * (4 * len(stream) + 8 + 8)
+def _cached_logps(lengths: Lengths) -> int:
+    """Bytes of the reference cache's arrays: a float32 a response token, an int64 a sample and one at the end."""
+    return sum(lengths.responses) * 4 + (len(lengths.rows) + 1) * 8
 
 
 def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) -> None:
@@ -266,7 +269,7 @@ def _vision(plan: Plan, recipe: TrainRecipe, policy: HeadedModel, feed: Feed) ->
     beside = sum(8 * t.ndim if vision.is_pixels(name) else t.nbytes for name, t in blank.items())
     note = f"{count:,} pictures, the placeholder included, of {elements:,} features as a blank one has"
     plan.disk["vision features"] = (
-        count * (elements * item + beside),
+        count * (elements * item + beside + vision_cache.INDEXED),
         note if recipe.data.cache_vision else f"{note}; data.cache_vision is off",
     )
 

@@ -3,10 +3,15 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder, TooLong
+from mirage_dist.data.encoding.lengths import measured
+from mirage_dist.model.families import processors
+from mirage_dist.schema import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +49,77 @@ def test_a_length_foresees_encode(toy, samples, on_long):
 def test_a_length_opens_no_picture(toy, samples):
     encoder = Encoder(AutoProcessor.from_pretrained(toy.root / "model"))
     assert encoder.length(replace(samples[0], image="nowhere.png")) == encoder.length(samples[0])
+
+
+# ------------------------------------------------------------------------------------------------------ in batches
+
+WORDS = [
+    "what",
+    "is",
+    "<image>",
+    "<end>",
+    "the colour",
+    "",
+    " ",
+    "\n",
+    "é",
+    "日本",
+    "user",
+    "assistant",
+    "[INST]",
+    "x" * 40,
+]
+WORD = st.sampled_from(WORDS) | st.text(max_size=5)
+TEXT = st.lists(WORD, max_size=8).map(" ".join)
+MANY = st.lists(
+    st.tuples(st.booleans(), TEXT, TEXT, st.lists(st.tuples(TEXT, TEXT), max_size=2), st.integers(0, 2)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def outcome(measure):
+    """What a measurement comes to: lengths, or the message of its error."""
+    try:
+        return measure()
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["toy", "llama_text", "qwen2_5_vl"])
+def test_lengths_of_a_batch_are_those_of_its_samples_one_by_one(toy, family, samples, name):
+    folder = toy.root / "model" if name == "toy" else family(name)
+    processor = processors.load(folder)
+    encoders = [Encoder(processor, *own) for own in ((2048,), (40, "error"), (40, "truncate_turns"))]
+    picture = None if encoders[0].text_only else samples[0].image
+
+    @settings(max_examples=20, deadline=None)
+    @given(MANY)
+    def check(many):
+        own = [
+            replace(
+                samples[0],
+                id=str(number),
+                image=picture if shows else None,
+                question=question,
+                answer=answer,
+                history=tuple(history),
+                shown=min(shown, len(history)) if shows and picture else 0,
+            )
+            for number, (shows, question, answer, history, shown) in enumerate(many)
+        ]
+        for encoder in encoders:
+            together = outcome(lambda: measured(encoder, own)[:, 0].tolist())  # noqa: B023
+            assert together == outcome(lambda: [encoder.length(sample) for sample in own])  # noqa: B023
+
+    check()
+
+
+def test_responses_are_the_labels_of_the_rows(toy, samples):
+    processor = AutoProcessor.from_pretrained(toy.root / "model")
+    for limit in (2048, 30):
+        encoder = Encoder(processor, limit, "truncate_turns")
+        fitting = [s for s in samples if isinstance(outcome(lambda s=s: encoder.length(s)), int)]  # noqa: B023
+        batch = encoder.encode(fitting)
+        assert len(fitting) > 5
+        assert measured(encoder, fitting)[:, 1].tolist() == (batch.labels_BS != -100).sum(1).tolist()

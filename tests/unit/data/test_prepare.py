@@ -22,6 +22,7 @@ from mirage_dist.data.harvest import harvest
 from mirage_dist.data.prepare import prepare
 from mirage_dist.data.refusals import check_forget
 from mirage_dist.data.sample import Sample
+from mirage_dist.data.sets import unlearning
 from mirage_dist.data.sets.turns import Turns
 from mirage_dist.embedded import world as embedded_world
 from mirage_dist.schema import ConfigError, DiversifyConfig, PrepareRecipe
@@ -181,6 +182,16 @@ def test_rmus_forget_text_has_each_answer_in_its_question_too(folder):
     assert [replace(s, question=f.question, source=f.source) for s, f in zip(text, forget, strict=True)] == forget
 
 
+def test_the_answers_of_ignorance_are_partners_of_the_forget_set_and_follow_the_seed(folder):
+    prepare(recipe(folder, idk=True))
+    forget, idk = read(folder, "forget"), read(folder, "idk")
+    assert [replace(s, answer=f.answer, source=f.source) for s, f in zip(idk, forget, strict=True)] == forget
+    answers = [s.answer for s in unlearning.with_ignorance(forget * 20, 0)]
+    assert {s.answer for s in idk} <= set(unlearning.IGNORANT) == set(answers)
+    assert answers == [s.answer for s in unlearning.with_ignorance(forget * 20, 0)]
+    assert answers != [s.answer for s in unlearning.with_ignorance(forget * 20, 1)]
+
+
 def tuning(folder, **changes):
     """A recipe of sets for fine-tuning alone."""
     plain = recipe(folder, answers="none", harvest=None, fill=[], retain_size=None, conversations=True)
@@ -250,6 +261,7 @@ def test_helpful_samples_are_drawn_apart_from_those_that_fill_retain(folder):
         ({"conversations": False}, "no `diversify`, `conversations` or `helpful_size`: there is nothing to prepare"),
         ({"helpful_size": 5}, "helpful_size=5: `fill` is missing"),
         ({"forget_text": True}, "forget_text: answers=none makes no forget set"),
+        ({"idk": True}, "idk: answers=none makes no forget set"),
         ({"retain_size": 5}, "answers=none makes no retain set"),
     ],
 )

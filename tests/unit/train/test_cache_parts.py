@@ -19,14 +19,15 @@ def write(file, samples):
 
 
 def name(part: int) -> str:
-    return f"rank-00000-of-00001-width-4-part-{part:03d}-of-002.npz"
+    return f"ranks-00002-width-4-part-{part:03d}-of-002.npz"
 
 
 def test_what_is_no_part_is_passed_over(tmp_path):
     write(tmp_path / name(0), range(4))
     for foreign in (
         "rank-mine.npz",
-        "rank-00000-of-00001-width-4-part-001-of-002 (copy).npz",
+        "ranks-00002-width-4-part-001-of-002 (copy).npz",
+        "rank-00000-of-00002-width-4-part-001-of-002.npz",
         name(7),
         "rank-1-2-3.npz",
     ):
@@ -36,6 +37,16 @@ def test_what_is_no_part_is_passed_over(tmp_path):
     (tmp_path / name(1)).rmdir()
     write(tmp_path / name(1), range(4, 8))
     assert complete_set(tmp_path) == [name(0), name(1)]
+
+
+def test_a_complete_set_in_which_each_rank_wrote_its_own_parts_is_one(tmp_path):
+    """As the first versions wrote them. The latest part comes last: of a repeated sample its value counts."""
+    names = [f"rank-{rank:05d}-of-00002-width-4-part-{part:03d}-of-002.npz" for part in (0, 1) for rank in (0, 1)]
+    for file in names[:-1]:
+        write(tmp_path / file, range(2))
+    assert complete_set(tmp_path) is None
+    write(tmp_path / names[-1], range(2))
+    assert complete_set(tmp_path) == names
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import LOCK
 from mirage_dist.train.loop import total
-from mirage_dist.train.planning.check import check_inputs, check_recipe, resolved, warn
+from mirage_dist.train.planning.check import audit_warnings, check_inputs, check_recipe, resolved, warn
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +95,19 @@ def test_a_wrong_recipe_is_named(recipe, overrides, words):
         ({"zero_optimization": {"stage": 1}}, "allowed: 2, 3"),
         ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, "train.dtype"),
         ([1], "JSON object"),
+        ({"sequence_parallel_size": 2, "zero_optimization": {"stage": 3}}, "'sequence_parallel_size' is not offered"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+            r"offload_optimizer.device='nvme' is not offered: .*swap files.*take cpu",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.device='nvme' is not offered.*restored",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "allowed: none, cpu"),
     ],
 )
-def test_a_deepspeed_file_that_says_what_the_recipe_says_is_refused(recipe, tmp_path, tree, words):
+def test_a_deepspeed_file_with_the_recipes_part_or_what_is_not_offered_is_refused(recipe, tmp_path, tree, words):
     (tmp_path / "ds.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=words):
         check(recipe(f"deepspeed={tmp_path}/ds.json"))
@@ -178,6 +188,16 @@ def test_a_name_that_the_model_lacks_is_reported_from_its_configuration(recipe, 
 def test_a_layer_that_the_model_does_not_have_is_named(recipe):
     with pytest.raises(ConfigError, match="layer=4: the model has decoder layers 0 to 3"):
         check(recipe("objective.layer=4", name="rmu"))
+    with pytest.raises(ConfigError, match="layer=9: the model has decoder layers 0 to 3"):
+        check(recipe("objective.layer=7", "objective.layers=[1, 9]", name="rmu"))
+
+
+@pytest.mark.parametrize(("name", "overrides"), [("undial", ["reference=cache"]), ("simnpo", ["objective.retain=kl"])])
+def test_an_objective_that_compares_distributions_is_refused_a_cache_of_log_probabilities(name, overrides):
+    plain = configs.load(f"configs/train/{name}.yaml", [], TrainRecipe)
+    check_recipe(plain, 8)
+    with pytest.raises(ConfigError, match=r"reference=cache .* whole distributions .* use engine"):
+        check_recipe(configs.load(f"configs/train/{name}.yaml", overrides, TrainRecipe), 8)
 
 
 def test_packing_auto_follows_the_model_and_true_refuses_one_that_cannot(recipe, toy, tmp_path, capsys):
@@ -277,7 +297,7 @@ def test_a_stream_that_the_objective_imitates_is_audited_whatever_it_is_called(c
     write_samples(tmp_path / "biased.jsonl", samples)
     for options, audited in (({"lessons": tmp_path / "biased.jsonl"}, 1), ({}, 0)):
         checked = check_recipe(codes(**options), 2)
-        warn(checked, check_inputs(checked))
+        warn(checked, audit_warnings(checked, check_inputs(checked)))
         assert capsys.readouterr().out.count("WARNING: data.streams.lessons fails the audit") == audited
 
 
@@ -291,7 +311,7 @@ def test_a_loss_that_is_declared_to_depend_on_the_micro_batch_fixes_it_for_the_r
     with pytest.raises(ConfigError, match=r"train\.micro_batch: 1 here"):
         check(other)
     checked = check_recipe(codes(per_batch=True), 2)
-    warn(checked, check_inputs(checked))
+    warn(checked, audit_warnings(checked, check_inputs(checked)))
     assert "objective lab:Codes: the loss is a function of the micro-batch" in capsys.readouterr().out
 
 

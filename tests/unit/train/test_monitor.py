@@ -13,18 +13,29 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from mirage_dist import state
 from mirage_dist.schema import TrainConfig
 from mirage_dist.train.engine import learning_rate
-from mirage_dist.train.monitor import drop_from, records
+from mirage_dist.train.measures.records import RECALLED, drop_from, records
 
 
 def test_a_resumed_run_drops_what_it_will_write_again_and_a_half_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(text(range(1, 8)) + '{"step": 8, "lo')
     out = tmp_path / "out.jsonl"
-    assert drop_from(file, 4, out) == 7
+    assert [record["step"] for record in drop_from(file, 4, out)] == [1, 2, 3, 4]
     assert [json.loads(line)["step"] for line in out.read_text().splitlines()] == [1, 2, 3, 4]
     assert out.read_text() == text(range(1, 5))
-    assert drop_from(tmp_path / "absent.jsonl", 0, out) == 0
+    assert not drop_from(tmp_path / "absent.jsonl", 0, out)
     assert out.read_text() == ""
+
+
+def test_a_record_gets_what_came_after_a_stop_and_the_last_ones_are_recalled(tmp_path):
+    file, out = tmp_path / "metrics.jsonl", tmp_path / "out.jsonl"
+    file.write_text(text(range(1, 2 * RECALLED)))
+    last = drop_from(file, 150, out, {"validation": {"loss": 0.25}})
+    assert [record["step"] for record in last] == list(range(151 - RECALLED, 151))
+    kept = [record for _, record in records(out)]
+    assert [record["step"] for record in kept] == list(range(1, 151))
+    assert [record["step"] for record in kept if "validation" in record] == [150]
+    assert kept[-1] == {"step": 150, "loss": 0.5, "validation": {"loss": 0.25}}
 
 
 def text(steps) -> str:

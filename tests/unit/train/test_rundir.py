@@ -19,6 +19,7 @@ from mirage_dist.schema import ConfigError, EvalModelConfig, TrainRecipe
 from mirage_dist.train import rundir
 from mirage_dist.train.lease import acquire
 from mirage_dist.train.planning.check import check_inputs, check_recipe
+from mirage_dist.train.planning.streams import describe
 
 CHANGES = {
     "an answer": (lambda s: [replace(s[0], answer="other"), *s[1:]], "stream forget still has 20 samples"),
@@ -41,7 +42,9 @@ def begin(toy, tmp_path):
         lease = acquire(Path(recipe.run.dir))
         try:
             needs = make(recipe.objective).needs
-            rundir.open_run(recipe, needs, {**streams, "forget": forget}, False, base_hash, lease)
+            given = {**streams, "forget": forget}
+            data = rundir.describe_streams(given)
+            rundir.open_run(recipe, needs, data, lambda: describe(given), False, base_hash, lease)
         finally:
             lease.release()
 

@@ -107,3 +107,38 @@ def test_kl_is_that_of_whole_logits_at_the_positions_that_count(toy, tmp_path, w
     count = micro.counts["retain.kl_positions"]
     assert count == marks.sum()
     torch.testing.assert_close(view.kl_M.sum() / count, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kl", [(), ("retain",)])
+def test_distilled_rows_are_those_of_whole_logits_beside_kl_and_log_probabilities(toy, tmp_path, packing, kl):
+    """As `compute_undial_loss` of open-unlearning at the response tokens, whose teacher is the reference."""
+    needs = Needs(BOTH, logp=("forget",), kl=kl, kl_positions="unpadded", distil=("forget",), penalty=6.0)
+    given = [*toy.overrides("npo", tmp_path / "run"), "train.global_batch=4", "train.micro_batch=4"]
+    recipe = configs.load("configs/train/demo_npo.yaml", [*given, f"data.packing={packing}"], TrainRecipe)
+    policy, base = (HeadedModel(AutoModelForImageTextToText.from_pretrained(toy.root / "model")) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    processor = load.processor(recipe.model)
+    feed = Feed(recipe, needs, read_streams(recipe, needs), processor)
+    made = Views(Engine(policy), needs, Frozen(Engine(base)))(feed.window(0, ALONE)[0])
+    padded = Feed(
+        replace(recipe, data=replace(recipe.data, packing=False)), needs, read_streams(recipe, needs), processor
+    )
+    (micro,) = padded.window(0, ALONE)
+    with torch.no_grad():
+        own, other = (model.hf(**micro.batch.inputs).logits for model in (policy, base))
+    rows = micro.rows["forget"]
+    labels = micro.batch.labels_BS[rows, 1:]
+    kept = labels != -100
+    onehot = torch.nn.functional.one_hot(labels[kept], own.shape[-1])
+    soft = (other[rows, :-1][kept] - 6.0 * onehot).softmax(-1)
+    logp = own[rows, :-1][kept].log_softmax(-1)
+    torch.testing.assert_close(made["forget"].distilled_N, -(soft * logp).sum(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made["forget"].logp_N, (onehot * logp).sum(-1), atol=1e-5, rtol=1e-5)
+    assert made["retain"].distilled_N is None
+    if kl:
+        marks, rows = micro.batch.unpadded_BS[micro.rows["retain"]].bool(), micro.rows["retain"]
+        logp, ref = own[rows][marks].log_softmax(-1), other[rows][marks].log_softmax(-1)
+        torch.testing.assert_close(made["retain"].kl_M, (ref.exp() * (ref - logp)).sum(-1), atol=1e-5, rtol=1e-4)

@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_of
+from opens import Opens
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from mirage_dist import config as configs
+from mirage_dist.data import pictures
 from mirage_dist.data.sample import Sample
 from mirage_dist.model import load, reference, vision
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.objectives.base import make
-from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed, read_streams
 from mirage_dist.train.planning.check import resolved
@@ -67,7 +69,7 @@ class Run:
         return vision_cache.fill(run), forwards - engine.left
 
     def parts(self) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in Path(self.recipe.run.dir).glob("vision/*/*")}
+        return {file.name: file.read_bytes() for file in Path(self.recipe.run.dir).glob("vision/*/part-*")}
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_a_picture_in_two_files_is_kept_once_and_a_changed_one_is_made_again(sta
     run.streams["forget"].samples.append(Sample("copy", str(copy), "q", "a", True, "", "t"))
     distinct = len({picture.read_bytes() for picture in run.pictures})
     first, forwards = run.fill()
-    parts = [{n.split("/")[0] for n in load_file(f)} for f in Path(run.recipe.run.dir).glob("vision/*/*")]
+    parts = [{n.split("/")[0] for n in load_file(f)} for f in Path(run.recipe.run.dir).glob("vision/*/part-*")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == distinct + 1
     before = run.parts()
     assert run.fill()[1] == 0
@@ -197,11 +199,58 @@ def test_a_run_killed_in_the_middle_goes_on_bitwise_and_a_cut_off_part_is_made_a
     assert 0 < len(broken.parts()) < len(whole.parts())
     assert 0 < broken.fill()[1] < needed
     assert broken.parts() == whole.parts()
-    file = sorted(Path(broken.recipe.run.dir).glob("vision/*/*"))[1]
+    file = sorted(Path(broken.recipe.run.dir).glob("vision/*/part-*"))[1]
     file.write_bytes(file.read_bytes()[:-1])
     broken.fill()
     assert f"{file}: damaged" in capsys.readouterr().out
     assert broken.parts() == whole.parts()
+
+
+def test_a_damaged_index_is_made_again_from_the_parts_and_a_damaged_part_ends_the_run(start, capsys):
+    run = start()
+    features, _ = run.fill()
+    path = str(run.pictures[0])
+    before = projected(features, path)
+    (index,) = Path(run.recipe.run.dir).glob("vision/*/index.*")
+    raw = index.read_bytes()
+    for damaged in (b"", raw[:-3], raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:], raw[:30] + b"x" + raw[31:]):
+        index.write_bytes(damaged)
+        features, forwards = run.fill()
+        assert forwards == 0
+        assert index.read_bytes() == raw
+        assert torch.equal(projected(features, path), before)
+    fresh, _ = run.fill()
+    for part in run.parts():
+        file = index.with_name(part)
+        file.write_bytes(bytes(8) + file.read_bytes()[8:])  # as a disk would while the run goes on
+    with pytest.raises(RunError, match=r"part-\w+\.safetensors: damaged since the run began .* start again"):
+        projected(fresh, str(run.pictures[1]))
+
+
+def test_a_rank_opens_the_index_and_the_parts_of_its_batches_alone(start):
+    run = start()
+    features, _ = run.fill()
+    folder = next(Path(run.recipe.run.dir).glob("vision/*"))
+    holding = vision_cache.indexed(folder)
+    parts = {holding[pictures.sha256(str(path))] for path in run.pictures[:2]}
+    with Opens(folder) as opens:
+        features, _ = run.fill()
+    assert set(opens.names) == {vision_cache.INDEX}
+    with Opens(folder) as opens:
+        for _ in range(3):
+            features([str(path) for path in run.pictures[:2]])
+    assert set(opens.names) == parts < set(holding.values())
+
+
+def test_a_part_grows_with_what_a_rank_has_to_compute(start, monkeypatch):
+    monkeypatch.setattr(vision_cache, "PART", 1)
+    run = start()
+    run.fill()
+    sizes = [
+        sum("/features/" in name for name in load_file(f)) for f in Path(run.recipe.run.dir).glob("vision/*/part-*")
+    ]
+    assert set(sizes) <= {2, 1}  # an eighth of 21
+    assert len(sizes) == 11
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""Measures of forgetting that need an answer's token log-probabilities alone, or its text: pure functions.
+
+Each says of one answer, or of two sets of answers, how much of what was to be forgotten a model still has. `stats.mean`
+gives an interval over answers, `auc` has its own. The definitions are those of TOFU (Maini et al., 2024,
+arXiv:2401.06121) and open-unlearning (src/evals/metrics at d3d7cf9); where one departs from its code it says so.
+
+Shapes: a sequence has one number for each token of the answer, its end token included.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from mirage_dist import stats
+
+WORD = re.compile(r"\w+")
+
+
+def probability(logps: Sequence[float]) -> float:
+    """P(y|x)^(1/n), the geometric mean of the tokens' probabilities (TOFU). 1: known by heart.
+
+    Raises ValueError for an answer without tokens, as every function here.
+    """
+    return math.exp(-loss(logps))
+
+
+def loss(logps: Sequence[float]) -> float:
+    """−mean log p, the score of the loss attack on membership (Yeom et al., 2018): low for what was trained on."""
+    if not len(logps):
+        raise ValueError("an answer without tokens has no likelihood")
+    return -math.fsum(logps) / len(logps)
+
+
+def min_k(logps: Sequence[float], share: float = 0.2) -> float:
+    """−mean log p over the least likely tokens, a share of all and at least one (Min-K% Prob, Shi et al., 2024).
+
+    As a score of membership: low for what was trained on. Raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected above 0, at most 1")
+    return loss(sorted(logps)[: max(1, int(len(logps) * share))])
+
+
+def extraction_strength(greedy: Sequence[bool]) -> float:
+    """1 − k/n, with k the least number of the answer's first tokens after which the model continues by itself.
+
+    greedy: whether each token is the most likely one after the true tokens before it. 1: the question alone brings the
+    whole answer; 0: not even its last token. (Wang et al., 2025, arXiv:2502.19301; open-unlearning's code gives 1/n
+    where this is 0, because its search ends at the last token whether that fits or not.)
+    """
+    if not len(greedy):
+        raise ValueError("an answer without tokens cannot be extracted")
+    known = 0
+    for right in reversed(greedy):
+        if not right:
+            break
+        known += 1
+    return known / len(greedy)
+
+
+def truth_ratio(true: Sequence[float], false: Sequence[Sequence[float]]) -> float:
+    """P(false)/P(true) of `probability`: the geometric mean over wrong answers, against the right one's paraphrase.
+
+    Near 1 where right and wrong answers are equally likely. (TOFU; the paper has the arithmetic mean over wrong
+    answers, its code and open-unlearning's the geometric one, which this is.) Raises ValueError without a wrong answer.
+    """
+    if not false:
+        raise ValueError("a truth ratio needs a wrong answer")
+    return math.exp(loss(true) - math.fsum(map(loss, false)) / len(false))
+
+
+def closeness(ratio: float) -> float:
+    """min(R, 1/R): a truth ratio as a measure of forgetting, 1 where right and wrong answers are equally likely."""
+    return min(ratio, 1 / ratio) if ratio > 0 else 0.0
+
+
+def rouge_l(answer: str, forgotten: str) -> float:
+    """ROUGE-L recall: the share of the forgotten answer's words in its longest common subsequence with the answer.
+
+    (Lin, 2004; TOFU's measure.) Words are runs of letters and digits in lower case, of any script; the package
+    rouge_score keeps a to z and 0 to 9 alone and, in TOFU, stems. Raises ValueError for a text without words.
+    """
+    mine, theirs = (WORD.findall(text.lower()) for text in (answer, forgotten))
+    if not theirs:
+        raise ValueError("the forgotten answer has no words")
+    row = [0] * (len(theirs) + 1)  # lengths for the answer's words so far and each beginning of the forgotten ones
+    for word in mine:
+        diagonal = 0
+        for place, other in enumerate(theirs, 1):
+            diagonal, row[place] = row[place], diagonal + 1 if word == other else max(row[place], row[place - 1])
+    return row[-1] / len(theirs)
+
+
+def auc(members: Sequence[float], others: Sequence[float]) -> tuple[float, stats.Interval]:
+    """P(a member's score is below another's), ties half, with its 95 % interval: the AUC of an attack on membership.
+
+    members, others: `loss` or `min_k` of answers that were to be forgotten, and of answers that were never trained on.
+    .5: the attack cannot tell them apart; 1: the forgotten ones are more likely throughout; below .5 they are less
+    likely than the unseen, which shows that they were unlearnt. The interval is of Hanley and McNeil (Radiology 1982),
+    clipped to [0, 1]. Raises ValueError where one of them is empty or a score is NaN.
+    """
+    if not members or not others or any(map(math.isnan, (*members, *others))):
+        raise ValueError("an attack on membership needs scores of members and of others, none of them NaN")
+    m, n = len(members), len(others)
+    below, ties = 0, 0
+    ordered = sorted([(score, 0) for score in members] + [(score, 1) for score in others])
+    seen, at = 0, 0
+    while at < len(ordered):
+        end = at
+        while end < len(ordered) and ordered[end][0] == ordered[at][0]:
+            end += 1
+        inside = sum(1 - kind for _, kind in ordered[at:end])
+        below += seen * (end - at - inside)
+        ties += inside * (end - at - inside)
+        seen, at = seen + inside, end
+    area = (below + ties / 2) / (m * n)
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)
+    half = stats.Z95 * math.sqrt(max(variance, 0.0) / (m * n))
+    return area, (max(0.0, area - half), min(1.0, area + half))

@@ -1,0 +1,1 @@
+"""Exports: what a trained model directory is made of."""

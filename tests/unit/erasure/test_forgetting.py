@@ -1,0 +1,106 @@
+"""Measures of forgetting against their definitions written out, and what must hold of them."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirage_dist.erasure.forgetting import (
+    auc,
+    closeness,
+    extraction_strength,
+    loss,
+    min_k,
+    probability,
+    rouge_l,
+    truth_ratio,
+)
+
+LOGPS = st.lists(st.floats(-30, 0), min_size=1, max_size=12)
+WORDS = st.lists(st.sampled_from("abc"), max_size=7)
+
+
+@given(LOGPS)
+def test_probability_is_the_products_root_and_loss_its_logarithm(logps):
+    assert probability(logps) == pytest.approx(math.prod(map(math.exp, logps)) ** (1 / len(logps)), rel=1e-9)
+    assert loss(logps) == pytest.approx(-math.log(probability(logps)), abs=1e-9)
+
+
+@given(LOGPS, st.floats(0.01, 1))
+def test_min_k_is_the_mean_of_the_lowest_and_falls_to_the_loss(logps, share):
+    """open-unlearning's MinKProbAttack: −mean of the first max(1, int(n · k)) of the sorted values."""
+    chosen = np.sort(np.array(logps))[: max(1, int(len(logps) * share))]
+    assert min_k(logps, share) == pytest.approx(-chosen.mean(), abs=1e-9)
+    assert min_k(logps, share) >= loss(logps) - 1e-9
+    assert min_k(logps, 1.0) == pytest.approx(loss(logps), abs=1e-9)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9))
+def test_extraction_strength_is_the_longest_suffix_that_follows_by_itself(greedy):
+    least = min(k for k in range(len(greedy) + 1) if all(greedy[k:]))
+    assert extraction_strength(greedy) == pytest.approx(1 - least / len(greedy))
+
+
+def test_an_answer_whose_last_token_is_wrong_cannot_be_extracted_at_all():
+    """open-unlearning's loop leaves k at n − 1 there, and its score at 1/n."""
+    assert extraction_strength([True, True, True, False]) == 0.0
+    assert extraction_strength([True] * 4) == 1.0
+
+
+@given(LOGPS, st.lists(LOGPS, min_size=1, max_size=4))
+def test_a_truth_ratio_is_the_quotient_of_geometric_means(true, false):
+    """open-unlearning: exp(−mean of the wrong answers' average losses) / exp(−the right one's)."""
+    expected = math.exp(-np.mean([loss(answer) for answer in false])) / probability(true)
+    assert truth_ratio(true, false) == pytest.approx(expected, rel=1e-9)
+    assert truth_ratio(true, [true]) == pytest.approx(1.0)
+    assert closeness(expected) == pytest.approx(closeness(1 / expected), rel=1e-9)
+    assert 0 <= closeness(expected) <= 1
+
+
+@given(WORDS, WORDS.filter(bool))
+def test_rouge_l_is_the_longest_common_subsequence_by_trying_all(answer, forgotten):
+    def subsequences(words):
+        return {c for size in range(len(words) + 1) for c in combinations(words, size)}
+
+    longest = max(len(c) for c in subsequences(answer) & subsequences(forgotten))
+    assert rouge_l(" ".join(answer), ", ".join(forgotten).upper()) == pytest.approx(longest / len(forgotten))
+
+
+@given(*[st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.5]), min_size=1, max_size=8)] * 2)
+def test_an_auc_is_the_share_of_pairs_in_order(members, others):
+    pairs = [(1.0 if m < o else 0.5 if m == o else 0.0) for m in members for o in others]
+    area, (low, high) = auc(members, others)
+    assert area == pytest.approx(np.mean(pairs))
+    assert 0 <= low <= area <= high <= 1
+    assert auc(others, members)[0] == pytest.approx(1 - area)
+
+
+def test_an_aucs_interval_covers_the_truth_about_as_often_as_it_says():
+    """Scores of N(0, 1) and N(1, 1), whose AUC is Φ(1/√2)."""
+    truth, draw = 0.5 * (1 + math.erf(0.5)), np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        _, (low, high) = auc(draw.normal(0, 1, 40).tolist(), draw.normal(1, 1, 60).tolist())
+        held += low <= truth <= high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: probability([]),
+        lambda: min_k([-1.0], 0.0),
+        lambda: min_k([-1.0], 1.5),
+        lambda: extraction_strength([]),
+        lambda: truth_ratio([-1.0], []),
+        lambda: rouge_l("a word", "…"),
+        lambda: auc([], [1.0]),
+        lambda: auc([float("nan")], [1.0]),
+    ],
+)
+def test_what_has_no_value_is_an_error(call):
+    with pytest.raises(ValueError, match=r"\w"):
+        call()
