@@ -24,21 +24,22 @@ HOME = RESOURCES if INSTALLED else REPOSITORY  # holds configs/, launch/ and slu
 
 
 def find(path: str | Path) -> Path:
-    """A file as given, or relative to `HOME` (recipes name each other that way).
+    """A file as given, or relative to MIRAGE_HOME where that is set, or to `HOME` (recipes name each other that way).
 
-    The file here wins; where `HOME` has another one of that name, with other content, the log says so.
-    Raises ConfigError for a path that no file can have, and where no regular file is in either place.
+    The first one wins; where `HOME` has another one of that name, with other content, the log says so.
+    Raises ConfigError for a path that no file can have, and where no regular file is in any of these places.
     """
     PLACE(str(path), "a recipe's path")
-    shipped = HOME / path
-    for candidate in (Path(path), shipped):
+    own = os.environ.get("MIRAGE_HOME") or HOME  # as slurm/ has it, whose jobs may run in another folder
+    places = {Path(path): "here", Path(own, path): f"in {own}", HOME / path: f"in {HOME}"}
+    for candidate, place in places.items():
         if os.path.isfile(candidate):
-            if candidate != shipped and _differs(candidate, shipped):
-                log.warning(f"{path}: the file here is used; the one in {HOME} differs from it", extra=ON_STDERR)
+            if candidate != HOME / path and _differs(candidate, HOME / path):
+                log.warning(f"{path}: the file {place} is used; the one in {HOME} differs from it", extra=ON_STDERR)
             return candidate
         if os.path.exists(candidate):
             documents.open_file(candidate).close()  # says what it is
-    raise ConfigError(f"{path}: no such file (looked here and in {HOME})")
+    raise ConfigError(f"{path}: no such file (looked {' and '.join(dict.fromkeys(places.values()))})")
 
 
 def _differs(one: Path, other: Path) -> bool:

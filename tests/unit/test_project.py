@@ -15,6 +15,8 @@ from mirage_dist.config import HOME, REPOSITORY, home, provenance
 from mirage_dist.data import formats
 from mirage_dist.evals import attacks, judges
 from mirage_dist.objectives.base import REGISTRY as OBJECTIVES
+from mirage_dist.paper import steps
+from mirage_dist.paper.recipe import PaperRecipe
 from mirage_dist.project import directory, listing
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.train.optimizers.base import REGISTRY as OPTIMIZERS
@@ -111,6 +113,21 @@ def test_a_file_here_wins_over_one_of_the_package_and_the_log_names_both(tmp_pat
     recipe = configs.load("configs/train/npo.yaml", [], TrainRecipe)  # includes it
     assert recipe.model.path == "mine"
     assert f"{name}: the file here is used; the one in {HOME} differs from it" in capsys.readouterr().err
+
+
+def test_a_chain_in_a_folder_of_its_own_has_the_recipes_of_the_directory_it_was_started_in(tmp_path, monkeypatch):
+    monkeypatch.delenv("MIRAGE_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    name = "configs/train/npo.yaml"
+    Path(name).parent.mkdir(parents=True)
+    Path(name).write_text((HOME / name).read_text() + "\n# mine\n")
+    recipe = configs.load("configs/paper/tiny.yaml", [], PaperRecipe)
+    with steps.within(recipe):
+        assert configs.find(name).samefile(tmp_path / name)
+        assert configs.find("configs/train/rmu.yaml") == HOME / "configs/train/rmu.yaml"
+        with pytest.raises(ConfigError, match=rf"looked here and in {tmp_path} and in {HOME}"):
+            configs.find("no.yaml")
+    assert "MIRAGE_HOME" not in os.environ
 
 
 # ------------------------------------------------------------------------------------------------------------- show
