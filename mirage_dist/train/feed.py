@@ -280,7 +280,7 @@ class Feed:
     def only(self, rows: Mapping[str, stream.Indices], recipe: TrainRecipe) -> Feed:
         """The feed of these samples alone, in this order, for another resolved recipe of the same data."""
         part = copy(self)
-        part.recipe = recipe
+        part.recipe, part.table = recipe, None
         part.samples = {name: [self.samples[name][int(i)] for i in own] for name, own in rows.items()}
         part.lengths = {name: self.lengths[name][own] for name, own in rows.items()}
         part.pictured = {name: self.pictured[name][own] for name, own in rows.items() if name in self.pictured}

@@ -71,7 +71,7 @@ class Cluster:
         jobs = self.ask("scontrol", "--oneliner", "show", "job", job).stdout
         return set(re.findall(r" JobState=(\w+)", jobs)) <= set(ENDED)
 
-    def until(self, true: Callable[[], object], what: str, job: str, seconds: float = 150) -> None:
+    def until(self, true: Callable[[], object], what: str, job: str, seconds: float = 300) -> None:
         """Wait for something to become true; when the job is over, or it takes too long, its log says why not."""
         end = time.monotonic() + seconds
         while not true():
@@ -81,7 +81,7 @@ class Cluster:
                 pytest.fail(f"{problem}: {what}\n{self.log(job)}\n{self.daemons()}")
             time.sleep(0.1)
 
-    def ended(self, job: str, seconds: float = 150) -> dict[str, str]:
+    def ended(self, job: str, seconds: float = 300) -> dict[str, str]:
         """Wait for the job to be over; what Slurm says of it then."""
         self.until(lambda: self.over(job), "the job's end", job, seconds)
         return self.job(job)

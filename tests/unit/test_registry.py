@@ -79,7 +79,7 @@ def test_what_cannot_be_made_is_named_with_its_key(lab, options, words):
 
 def test_an_unknown_objective_or_attack_lists_all_there_are():
     with pytest.raises(ConfigError) as error:
-        make({"name": "dpo"}, "recipe.yaml")
+        make({"name": "wasserstein"}, "recipe.yaml")
     assert all(name in str(error.value) for name in REGISTRY)
     assert "did you mean" not in str(error.value)
     with pytest.raises(ConfigError) as error:

@@ -14,7 +14,6 @@ import torch
 
 from mirage_dist import disk, ranks, signals
 from mirage_dist.data import stream
-from mirage_dist.data.sources import Source
 from mirage_dist.disk import removal
 from mirage_dist.liveness import Owner
 from mirage_dist.progress import log, show
@@ -32,7 +31,8 @@ from mirage_dist.train.dry_run.report import Measured, Rank, rows, text
 from mirage_dist.train.feed import Feed, MicroBatch
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.loop import Loop
-from mirage_dist.train.planning.check import Checked, check_batches, check_inputs
+from mirage_dist.train.planning.check import Checked, check_model
+from mirage_dist.train.planning.start import prepared
 from mirage_dist.train.watchdog import Watchdog
 
 STEPS = 2
@@ -48,15 +48,20 @@ def dry_run(checked: Checked) -> None:
     Raises RunError when memory does not suffice, or when a checkpoint does not give back what was saved.
     """
     with signals.start_up():
-        streams = check_inputs(checked, with_weights=True)
-    whole.in_group(checked, lambda group: _dry_run(checked, streams, group))
+        check_model(checked, with_weights=True)
+    whole.in_group(checked, lambda group: _dry_run(checked, group))
 
 
-def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> None:
+def _dry_run(checked: Checked, group: Group) -> None:
     phases, root = Phases(group.device), Path(checked.recipe.run.dir)
     # Nothing is ever committed: a signal ends it at any point, and the folder goes.
-    with signals.start_up(), _temporary(root, group) as lease, phases.within_memory(checked.recipe, group.size):
-        feed, _ = check_batches(checked, streams, group)
+    with (
+        signals.start_up(),
+        _temporary(root, group) as lease,
+        phases.within_memory(checked.recipe, group.size),
+        prepared(_within(checked, lease.root), group) as data,  # as a first start checks them
+    ):
+        feed = data.feed
         parts = longest(feed)
         recipe = temporary_recipe(feed, lease.root)
         few = feed.only(parts, recipe)
@@ -79,6 +84,11 @@ def _dry_run(checked: Checked, streams: Mapping[str, Source], group: Group) -> N
         show(text(feed, measured, every, phases.total, group))
     if bad := next((f"rank {rank}: {names[0]}" for rank, names in enumerate(faults) if names), None):
         raise RunError(f"dry run: the checkpoint did not give back what was saved ({bad}); do not start this run")
+
+
+def _within(checked: Checked, folder: Path) -> Checked:
+    recipe = checked.recipe
+    return replace(checked, recipe=replace(recipe, run=replace(recipe.run, dir=str(folder))))
 
 
 def _measure(checked: Checked, feed: Feed, lease: Lease, phases: Phases, group: Group) -> Measured:

@@ -90,5 +90,5 @@ def test_afterwards_the_model_is_as_it_was_even_when_the_forward_failed(model, i
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(model):
     activations.check_layer(model.model, DEPTH - 1)
-    with pytest.raises(ConfigError, match=r"objective\.layer=4: the model has decoder layers 0 to 3"):
+    with pytest.raises(ConfigError, match=r"objective: layer=4: the model has decoder layers 0 to 3"):
         activations.check_layer(model.model, DEPTH)
