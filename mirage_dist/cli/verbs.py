@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from mirage_dist import config as configs
@@ -164,7 +166,9 @@ def plan(parsed: argparse.Namespace) -> None:
     data = lengths.described(parsed.samples, parsed.tokens, parsed.responses)
     if data is None and (missing := inputs.missing(recipe)):
         raise ConfigError(f"{missing[0]}: not there yet; its world is made by `mirage demo` or `mirage train`")
-    made = plan.plan(recipe, cluster.ranks, cluster, data, parsed.picture_tokens)
+    # Standard output holds one object then, and no line of the log.
+    with redirect_stdout(sys.stderr) if parsed.json else nullcontext():
+        made = plan.plan(recipe, cluster.ranks, cluster, data, parsed.picture_tokens)
     if parsed.json:
         put(json.dumps(table.as_json(made), indent=1) + "\n")
     else:

@@ -192,4 +192,5 @@ def weightless(model: ModelConfig, depth: int | None = None, dtype: str = "fp32"
         raise ConfigError(
             f"model.path={model.path}: no model can be made of its config.json: {configs.brief(error)}"
         ) from error
-    return trainable.prepare(hf, model, depth)
+    with torch.device("meta"):  # peft makes its adapters on the CPU and fills them: two seconds of a 7B model's
+        return trainable.prepare(hf, model, depth)

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mirage_dist import config as configs
 from mirage_dist.model import load
+from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.planning import check, fitting
@@ -20,7 +22,7 @@ def case(toy):
     recipe = configs.load("configs/train/demo_npo.yaml", overrides, TrainRecipe)
     checked = check.check_recipe(recipe, 2)
     feed = Feed(recipe, checked.needs, check.check_inputs(checked), load.processor(recipe.model))
-    feed.check_lengths(fitting.Group(0, 0, 1, None))
+    feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
     return fitting.case_of(checked, feed, checked.deepspeed["zero_optimization"])
 
 

@@ -62,12 +62,23 @@ def test_what_zero_cuts_and_what_it_offloads():
     sizes, stage2 = [100, 7], {"stage": 2}
     stage3 = {"stage": 3, "stage3_param_persistence_threshold": 10, "stage3_prefetch_bucket_size": 5}
     offload = {name: {"device": "cpu"} for name in ("offload_param", "offload_optimizer")}
-    assert memory.weights(sizes, 2, stage2, 2, 50) == Place(214)
-    assert memory.weights(sizes, 2, stage3, 2, 50) == Place(2 * (50 + 4 + 7 + 55))
-    assert memory.weights(sizes, 2, {**stage3, **offload}, 2, 50) == Place(2 * (7 + 55), 2 * (50 + 4))
+    assert memory.weights(sizes, 2, stage2, 2) == Place(214)
+    assert memory.weights(sizes, 2, stage3, 2) == Place(2 * (50 + 4))
+    assert memory.weights(sizes, 2, {**stage3, **offload}, 2) == Place(host=2 * (50 + 4))
+    assert memory.weights(sizes, 2, stage2, 2, quantized=100) == Place(2 * 7 + int(100 * memory.NF4))
     assert memory.optimizer([sizes], [800, 56], True, {**stage3, **offload}, 2) == Place(0, 12 * 54)
     assert memory.optimizer([sizes], [800, 56], False, stage3, 2) == Place(4 * 54 + 800)
     assert memory.gradients([sizes], stage2, 2) == Place(4 * 54)
+
+
+@pytest.mark.parametrize(("reuse", "checkpointing", "kept"), [(40, False, 20), (40, True, 13), (1000, False, 60)])
+def test_weights_used_again_within_the_reuse_distance_stay_gathered(reuse, checkpointing, kept):
+    """60 of 107 elements are differentiable; 7 are small and always whole; 30 run; 5 are fetched ahead."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 10, "stage3_prefetch_bucket_size": 5}
+    zero["stage3_max_reuse_distance"] = reuse
+    live = min(107, 7 + kept + 30 + 5)
+    assert memory.gathered([100, 7], 2, zero, 30, 60, checkpointing) == Place(2 * live)
+    assert memory.gathered([100, 7], 2, {"stage": 2}, 30, 60, checkpointing) == Place()
 
 
 def test_checkpointing_keeps_layer_inputs_and_one_layer():
