@@ -26,7 +26,8 @@ class Setting:
     """How a model is trained. gpus: ranks of a node. packed: whether rows are. zero: DeepSpeed's `zero_optimization`.
 
     reference: as in the recipe; None where the objective compares with none. fp32: the model's dtype. on_cpu: that it
-    runs on a CPU, whose loss head has a smaller workspace, and whose dropout keeps masks in the model's dtype.
+    runs on a CPU, whose loss head has a smaller workspace, whose dropout keeps masks in the model's dtype, and where a
+    page counts from when it is written.
     """
 
     ranks: int
@@ -107,7 +108,8 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
             held += min(CONVERTED_BYTES, size * memory.FP32)  # blocks of the weight, in float32
         made["loss head"] = Place(held), f"{responses:,} rows, vocabulary {facts.vocabulary:,}"
         if facts.head_trains and size > bucket:
-            made["its gradient"] = memory.reduction(size, item, zero, ranks, alone=True), "after the loss head"
+            own = memory.reduction(size, item, zero, ranks, alone=True, on_cpu=at.on_cpu)
+            made["its gradient"] = own, "after the loss head"
     wide = Place(memory.backward(facts.text, _tokens(at, lengths)[0], item))
     made["reduction"] = wide + memory.reduction(min(bucket, trained.elements), item, zero, ranks), REDUCED
     if at.reference == "engine":
@@ -153,14 +155,16 @@ def peak(made: Mapping[str, tuple[Place, str]], at: Setting) -> Place:
 
     always, gradients = part(*ALWAYS), part("gradients")
     passes = part("activations, about", "gathered weights", "buckets")
-    before = gradients
+    before = during = gradients
     if at.zero["stage"] != 3 and not gradients.host:
         # Before the first reduction of a step none is there, and of a float32 model the second one never is.
         before = Place() if at.accumulation == 1 else Place(gradients.device // (2 if at.fp32 else 1))
+        if at.on_cpu and at.accumulation == 1:
+            during = Place()  # it is allocated whole, but its pages are taken as layers are done with their activations
     moments = [
         before + passes + part("loss head"),
-        gradients + passes + part("its gradient"),
-        gradients + passes + part("reduction"),
+        during + passes + part("its gradient"),
+        during + passes + part("reduction"),
         gradients + part("update") + (part("buckets") if at.zero["stage"] == 3 else Place()),
     ]
     return always + max(moments, key=lambda place: place.device)

@@ -181,19 +181,22 @@ def buckets(itemsize: int, zero: Mapping[str, Any]) -> Place:
     return Place(number * bucket(zero, "reduce_bucket_size") * itemsize)
 
 
-def reduction(size: int, itemsize: int, zero: Mapping[str, Any], ranks: int, alone: bool = False) -> Place:
+def reduction(
+    size: int, itemsize: int, zero: Mapping[str, Any], ranks: int, alone: bool = False, on_cpu: bool = False
+) -> Place:
     """What reducing `size` elements of gradients takes beside the buckets.
 
     Stage 3 copies them into the order of the ranks, and this rank's part into float32; stage 2 copies them where
     several ranks have parts, and into float32. alone: one parameter that is larger than a bucket, whose gradient is
-    beside it.
+    beside it. on_cpu: pages of stage 2's part of the gradient count as they are written, which is after the copies.
     """
     whole = size if alone else 0
     if zero["stage"] == 3:
         copied = 0 if alone and size % ranks == 0 else size
         own = -(-size // ranks) * FP32 if itemsize != FP32 else 0
         return Place((whole + copied) * itemsize + own)
-    return Place((whole + (size if ranks > 1 else 0)) * itemsize + (size * FP32 if itemsize != FP32 else 0))
+    copies = (size if ranks > 1 else 0) * itemsize + (size * FP32 if itemsize != FP32 else 0)
+    return Place(whole * itemsize + (max(copies, size * FP32) if on_cpu else copies))
 
 
 def backward(text: Any, tokens: int, itemsize: int) -> int:
