@@ -1,3 +1,3 @@
 """Distributed safety fine-tuning and unlearning of vision-language models, and attacks on the result."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Starting a training run of several processes on this machine, from a process outside that run."""
+"""Starting a training run of several processes on this machine: beside this process, or in its place."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mirage_dist import liveness, signals
-from mirage_dist.config import REPOSITORY
+from mirage_dist.config import HOME
+from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, RunError
 
-LAUNCHER = REPOSITORY / "launch" / "local.sh"
+LAUNCHER = HOME / "launch" / "local.sh"
 # Variables that make a process a rank of a job; a run that such a process starts must not inherit them.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def replace(ranks: int, file: str, overrides: Sequence[str] = ()) -> NoReturn:
+    """Become `launch/local.sh RANKS train FILE …`: its signals, its exit status and its ranks are this process's.
+
+    Raises ConfigError in a process that is itself one of several ranks, and RunError where there is no bash.
+    """
+    if (size := place()[2]) > 1:
+        raise ConfigError(f"--ranks {ranks} starts processes, and this one is already one of {size}; leave --ranks out")
+    environment = {k: v for k, v in os.environ.items() if k not in (*LAUNCH_VARIABLES[:3], "MASTER_ADDR")}
+    environment["MIRAGE_PYTHON"] = sys.executable
+    try:
+        os.execvpe("bash", ["bash", str(LAUNCHER), str(ranks), "train", file, *overrides], environment)
+    except FileNotFoundError as error:
+        raise RunError("--ranks needs bash, which is not on PATH") from error
 
 
 def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
@@ -25,7 +42,7 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
     """
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
     environment.update(MIRAGE_PYTHON=sys.executable, **liveness.child_environment(), **_gpus_for(ranks))
-    command = [str(LAUNCHER), str(ranks), "train", file, *overrides]
+    command = ["bash", str(LAUNCHER), str(ranks), "train", file, *overrides]
     with signals.at_stop_points():
         process = subprocess.Popen(command, env=environment)
         while process.poll() is None:

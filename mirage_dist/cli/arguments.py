@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from mirage_dist.cli import project
 from mirage_dist.cli import verbs as run
+from mirage_dist.config import nearest
 from mirage_dist.progress import printable, put
+from mirage_dist.project.listing import KINDS
 from mirage_dist.schema import ConfigError, secrets
 from mirage_dist.schema.limits import COUNT, LOCAL, NGRAMS, RANKS, Limit
 from mirage_dist.schema.names import NAME, PLACE, Check, shown
@@ -29,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line; `run` of what it parses is the verb's function in `cli.verbs`."""
     parser = _Parser("mirage", description="Safety fine-tuning, unlearning, and attacks on the result.")
+    parser.add_argument("--version", action=project.Version, help="print the versions of mirage and of its libraries")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     demo = _verb(verbs, "demo", run.demo, "the whole story on the embedded world, or on a real language model")
@@ -88,14 +92,19 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--data", action="store_true", help="make the look-alike files and the model of a small scale")
     what.add_argument("--report", action="store_true", help="make the report of what was run")
 
-    train = _verb(verbs, "train", run.train, "one process of a training run; launch/local.sh starts N of them")
+    train = _verb(verbs, "train", run.train, "a training run: one process of it, or (--ranks N) all of them")
     _recipe(train)
     checks = train.add_mutually_exclusive_group()
     checks.add_argument("--check", action="store_true", help="check recipe, data and DeepSpeed JSON; load no weights")
     checks.add_argument(
         "--check-recipe", action="store_true", help="check recipe and DeepSpeed JSON; read neither data nor model"
     )
-    train.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="with a check: of a run of N processes")
+    train.add_argument(
+        "--ranks",
+        type=_whole(1, RANKS),
+        metavar="N",
+        help="start N processes here; with a check: of a run of N processes",
+    )
 
     plan = _verb(verbs, "plan", run.plan, "the memory and disk space that a training run will need; loads no weights")
     _recipe(plan)
@@ -175,7 +184,29 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "vectors", nargs="+", type=_vector, metavar="DIR=SCALE", help="a tuned model; a negative scale forgets its task"
     )
+
+    _own(verbs)
     return parser
+
+
+def _own(verbs: argparse._SubParsersAction) -> None:
+    """The verbs about the project itself."""
+    init = _verb(verbs, "init", project.init, "copy recipes, launchers and Slurm scripts into a directory to edit")
+    init.add_argument("folder", nargs="?", type=_path, default=Path(), metavar="DIR", help="default: this directory")
+
+    listed = _verb(verbs, "list", project.listing, "what recipes can name, and which recipes there are, a line each")
+    listed.add_argument("kind", nargs="?", type=_kind, choices=KINDS, metavar="WORD", help=", ".join(KINDS))
+
+    _recipe(_verb(verbs, "show", project.values, "print a resolved recipe, with where each of its values comes from"))
+
+    complete = _verb(verbs, "completion", project.completion(parser), "print a completion script for a shell")
+    complete.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+
+
+def _kind(text: str) -> str:
+    if text not in KINDS:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {nearest(text, KINDS)}")
+    return text
 
 
 def _place(text: str) -> tuple[int, int]:

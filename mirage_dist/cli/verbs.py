@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import launching, signals
 from mirage_dist.progress import put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
@@ -120,12 +120,13 @@ def data(parsed: argparse.Namespace) -> None:
 
 
 def train(parsed: argparse.Namespace) -> None:
+    if parsed.ranks and not (parsed.check or parsed.check_recipe):
+        configs.load(parsed.config, parsed.overrides, TrainRecipe)  # a typo is an error before any process starts
+        launching.replace(parsed.ranks, parsed.config, parsed.overrides)
     signals.install()
     with signals.start_up():
         recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
         if not (parsed.check or parsed.check_recipe):
-            if parsed.ranks:
-                raise ConfigError("--ranks belongs to a check; launch/local.sh N train … starts N processes")
             check_rendezvous()
         from mirage_dist import inputs
         from mirage_dist.train.planning import check

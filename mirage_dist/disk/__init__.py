@@ -391,7 +391,7 @@ def _settle(root: Path, mode: int, durable: bool) -> None:
         for name in files:
             file = Path(place, name)
             if not file.is_symlink():
-                file.chmod(mode & 0o666)
+                file.chmod(mode & (0o777 if file.stat().st_mode & 0o100 else 0o666))  # a script stays one
                 if durable:
                     _sync(file)
         Path(place).chmod(mode & 0o7777)

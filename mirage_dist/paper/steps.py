@@ -32,14 +32,22 @@ DATA = "data"  # the folder of published files, within the chain's
 
 @contextmanager
 def within(recipe: PaperRecipe) -> Iterator[None]:
-    """Relative paths of the chain's recipes are below its folder, which is made if needed."""
-    before = os.getcwd()
+    """Relative paths of the chain's recipes are below its folder, which is made if needed.
+
+    The recipes themselves are still those of the directory in which the command was given, where it has them.
+    """
+    before, home = os.getcwd(), os.environ.get("MIRAGE_HOME")
+    os.environ["MIRAGE_HOME"] = home or before
     Path(recipe.folder).mkdir(parents=True, exist_ok=True)
     os.chdir(recipe.folder)
     try:
         yield
     finally:
         os.chdir(before)
+        if home is None:
+            del os.environ["MIRAGE_HOME"]
+        else:
+            os.environ["MIRAGE_HOME"] = home
 
 
 def check(recipe: PaperRecipe) -> list[str]:

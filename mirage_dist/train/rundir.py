@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 
 from mirage_dist import __version__, runs, state
 from mirage_dist import config as configs
+from mirage_dist.config import home
 from mirage_dist.data.refusals import PhraseList
 from mirage_dist.data.sample import stream_digest
 from mirage_dist.data.sources import Source
@@ -277,7 +277,7 @@ def _manifest(
         "seed": recipe.seed,
         "wandb_id": new_wandb_id(),
         "command": [secrets.masked(word) for word in sys.argv],
-        "git_commit": _git_commit(),
+        "git_commit": home.commit(),
         "versions": versions(),
         "hardware": {
             "machine": platform.machine(),
@@ -285,12 +285,3 @@ def _manifest(
             "gpu": torch.cuda.get_device_name() if cuda else None,
         },
     }
-
-
-def _git_commit() -> str | None:
-    """The commit of this source tree; None where it is not a checkout."""
-    command = ["git", "-C", str(configs.REPOSITORY), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -34,17 +34,17 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "paper", "doctor", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "doctor", "project", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
     "ranks": {"progress"},
-    "launching": {"progress"},
+    "launching": {"progress", "ranks"},
     "inputs": {"embedded", "countries"},
     "demo": {"inputs", "countries"},
     "paper": {"inputs", "embedded"},
     "doctor": {"inputs"},
-    "cli": {"inputs", "demo", "paper", "doctor"},
+    "cli": {"inputs", "demo", "paper", "doctor", "project"},
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {

@@ -12,6 +12,7 @@ from typing import Any
 
 from mirage_dist import __version__, disk
 from mirage_dist import config as configs
+from mirage_dist.config.home import PACKAGE
 from mirage_dist.data import sources
 from mirage_dist.disk import hashes
 from mirage_dist.model import directory, environment, load
@@ -27,7 +28,7 @@ LIBRARIES = (
     *("datasets", "pyarrow", "huggingface-hub", "regex"),
 )
 # Code of this package that does so; what a checkout changes has no other version.
-CODE = ("data", "model", "objectives", "train")
+CODE = ("config", "data", "model", "objectives", "train")
 
 File = tuple[str, int, int, int, int]  # path, size, times of modification and change in ns, inode
 
@@ -93,6 +94,5 @@ def _version(name: str) -> str | None:
 
 def _code() -> str:
     """SHA-256 of the sources that read, check and measure samples."""
-    package = Path(configs.__file__).parent
-    files = [file for name in CODE for file in (package / name).rglob("*") if file.suffix in (".py", ".json")]
-    return disk.sha256_files([*files, package / "config.py"], package)
+    files = [file for name in CODE for file in (PACKAGE / name).rglob("*") if file.suffix in (".py", ".json")]
+    return disk.sha256_files(files, PACKAGE)

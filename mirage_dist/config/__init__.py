@@ -11,8 +11,6 @@ import dataclasses
 import difflib
 import importlib
 import itertools
-import json
-import os
 import re
 import types
 import typing
@@ -24,10 +22,19 @@ from typing import Annotated, Any, Literal, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
 
-from mirage_dist import disk
+from mirage_dist.config.home import HOME as HOME
+from mirage_dist.config.home import REPOSITORY as REPOSITORY
+from mirage_dist.config.home import find as find
+from mirage_dist.config.writing import config_hash as config_hash
+from mirage_dist.config.writing import differences as differences
+from mirage_dist.config.writing import literal as literal
+from mirage_dist.config.writing import override as override
+from mirage_dist.config.writing import to_dict as to_dict
+from mirage_dist.config.writing import to_yaml as to_yaml
+from mirage_dist.config.writing import write_yaml as write_yaml
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, numbers, secrets
 from mirage_dist.schema.limits import INCLUDES, OVERRIDE_KEY, RECIPE_FILE
-from mirage_dist.schema.names import PLACE, Check, shown
+from mirage_dist.schema.names import Check, shown
 from mirage_dist.schema.texts import fault_within, texts
 
 T = TypeVar("T")
@@ -39,7 +46,6 @@ for name in ("env", "create", "decode", "deprecated", "dict.keys", "dict.values"
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
 INCLUDE = "include"  # the key of a recipe that names files to merge it over
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 # ------------------------------------------------------------------------------------- merge and validate
@@ -53,16 +59,32 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
     Raises ConfigError for a file that does not exist or is not YAML, an override that is not `key=value`, an unknown
     key (naming the nearest known one) and a wrong value (naming the allowed ones).
     """
-    tree, files = _read(path, schema)
-    for override in (o for o in overrides if o.startswith(f"{INCLUDE}=")):
-        for name in _names(_item(override)[1], shown(override)):
-            own, more = _read(name, schema)
+    tree, source = merged(path, overrides, schema)
+    return from_tree(tree, _assignments(overrides), schema, source)
+
+
+def merged(
+    path: str | Path, overrides: Sequence[str], schema: Any, layers: list[Path] | None = None
+) -> tuple[Any, str]:
+    """The tree of a recipe with what it and the overrides include, without the other overrides; and how errors name it.
+
+    layers: gets the files in the order of merging, in which a later one wins. Raises ConfigError as `load` does.
+    """
+    tree, files = _read(path, schema, layers=layers)
+    for word in (o for o in overrides if o.startswith(f"{INCLUDE}=")):
+        for name in _names(item(word)[1], shown(word)):
+            own, more = _read(name, schema, layers=layers)
             tree, files = _merged(schema, tree, own, more[0]), files + more
-    source = str(files[0]) + (f" (with {', '.join(map(str, files[1:]))})" if files[1:] else "")
-    return from_tree(tree, [o for o in overrides if not o.startswith(f"{INCLUDE}=")], schema, source)
+    return tree, str(files[0]) + (f" (with {', '.join(map(str, files[1:]))})" if files[1:] else "")
 
 
-def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple[Any, list[Path]]:
+def _assignments(overrides: Sequence[str]) -> list[str]:
+    return [o for o in overrides if not o.startswith(f"{INCLUDE}=")]
+
+
+def _read(
+    path: str | Path, schema: Any, within: tuple[Path, ...] = (), layers: list[Path] | None = None
+) -> tuple[Any, list[Path]]:
     """The tree of a YAML file merged over the files that its `include` names, later ones over earlier ones.
 
     Returns it with the files read, `path`'s own first. Raises ConfigError as `load` does, and for a file that includes
@@ -71,7 +93,8 @@ def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple
     file = find(path)
     if file in within:
         raise ConfigError(f"{within[-1]}: {INCLUDE}: {path} includes this file in turn")
-    text = documents.decoded(documents.read_bytes(file, RECIPE_FILE), file)
+    layers = [] if layers is None else layers
+    text = text_of(file)
     try:
         documents.check_yaml(text)
         tree: Any = OmegaConf.load(StringIO(text))
@@ -80,15 +103,22 @@ def _read(path: str | Path, schema: Any, within: tuple[Path, ...] = ()) -> tuple
     except Exception as error:
         raise ConfigError(f"{file}: not readable as YAML: {_problem(error)}") from error
     if not isinstance(plain, dict) or INCLUDE not in plain:
+        layers.append(file)
         return tree, [file]
     del tree[INCLUDE]
     whole, files = OmegaConf.create({}), [file]
     for name in _names(plain[INCLUDE], str(file)):
-        other, more = _read(name, schema, (*within, file))
+        other, more = _read(name, schema, (*within, file), layers)
         whole, files = _merged(schema, whole, other, more[0]), files + more
         if len(files) > INCLUDES.value:
             raise ConfigError(f"{file}: {INCLUDE}: more than {INCLUDES} in all; a file counts each time it is included")
+    layers.append(file)
     return _merged(schema, whole, tree, file), files
+
+
+def text_of(file: Path) -> str:
+    """The text of a recipe's file. Raises ConfigError for one that is too large, or not UTF-8."""
+    return documents.decoded(documents.read_bytes(file, RECIPE_FILE), file)
 
 
 def _names(value: Any, source: str) -> list[str]:
@@ -110,14 +140,22 @@ def _merged(schema: Any, below: Any, above: Any, source: Path) -> Any:
 
 def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str) -> T:
     """`load` for a tree that is already in memory; `source` names it in errors."""
-    for override in overrides:
-        key, equals, _ = override.partition("=")
+    return _build(schema, resolved(tree, overrides, schema, source), source, "")
+
+
+def resolved(tree: Any, overrides: Sequence[str], schema: Any, source: str) -> dict[str, Any]:
+    """The tree with its overrides and without interpolations, as plain containers; not yet checked by the schema.
+
+    Changes `tree`. Raises ConfigError as `load` does.
+    """
+    for word in overrides:
+        key, equals, _ = word.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"override {shown(override)}: expected key=value, such as train.lr=5e-7")
+            raise ConfigError(f"override {shown(word)}: expected key=value, such as train.lr=5e-7")
         if len(key) > OVERRIDE_KEY.value:
-            raise ConfigError(f"override {shown(override)}: its key has {len(key)} characters; at most {OVERRIDE_KEY}")
+            raise ConfigError(f"override {shown(word)}: its key has {len(key)} characters; at most {OVERRIDE_KEY}")
     try:
-        items = [_item(override) for override in overrides]
+        items = [item(word) for word in overrides]
         # Classes are chosen first, so that their options may stand before the choice on the command line.
         for key, value in items:
             choice.choose(schema, tree, key, value)
@@ -138,7 +176,7 @@ def from_tree(tree: Any, overrides: Sequence[str], schema: type[T], source: str)
             f"{source}: {key} holds what looks like a key or a password; recipes are written to run directories and to "
             "W&B. Put it into an environment variable and give the variable's name (key_env)"
         )
-    return _build(schema, plain, source, "")
+    return typing.cast("dict[str, Any]", plain)
 
 
 def _update(tree: Any, key: str, value: Any) -> None:
@@ -162,7 +200,7 @@ def _secret(plain: Any) -> str | None:
     return next(itertools.chain(shaped, named), None)
 
 
-def _item(override: str) -> tuple[str, Any]:
+def item(override: str) -> tuple[str, Any]:
     """Key and value of an override. OmegaConf's own dot-list parser reads the value, so 5e-7 is a float here."""
     key, _, value = override.partition("=")
     try:
@@ -180,20 +218,6 @@ def _problem(error: Exception) -> str:
     """In one line. OmegaConf's further lines name its own objects."""
     lines = str(error).splitlines()
     return " ".join(" ".join(lines[:1] if isinstance(error, OmegaConfBaseException) else lines).split())
-
-
-def find(path: str | Path) -> Path:
-    """A path as given, or relative to the repository (recipes name each other that way).
-
-    Raises ConfigError for a path that no file can have, and where no regular file is in either place.
-    """
-    PLACE(str(path), "a recipe's path")
-    for candidate in (Path(path), REPOSITORY / path):
-        if os.path.isfile(candidate):
-            return candidate
-        if os.path.exists(candidate):
-            documents.open_file(candidate).close()  # says what it is
-    raise ConfigError(f"{path}: no such file (looked here and in {REPOSITORY})")
 
 
 def _build(schema: Any, value: Any, source: str, key: str) -> Any:
@@ -305,39 +329,6 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else str(name)
 
 
-# ------------------------------------------------------------------------------------------ write and hash
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The recipe as plain containers, defaults filled in."""
-    return dataclasses.asdict(config)
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved recipe as YAML; `load` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(literal(to_dict(config))))
-
-
-def override(key: str, value: Any) -> str:
-    """`key=value` as the command line takes it, quoted so that `load` reads exactly this value."""
-    return f"{key}={_flow(literal(value))}"
-
-
-def literal(value: Any) -> Any:
-    """Containers and scalars with every `${` in their texts escaped, which OmegaConf would otherwise interpolate."""
-    if isinstance(value, Mapping):
-        return {name: literal(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [literal(part) for part in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _flow(value: Any) -> str:
-    """JSON that YAML 1.1 reads alike: its escapes of characters beyond 16 bits differ."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in text)
-
-
 def value(recipe: Any, dotted: str) -> Any:
     """The value of a resolved recipe's key, such as `run.dir` or `data.streams.forget[0].path`, as plain containers.
 
@@ -357,6 +348,11 @@ def value(recipe: Any, dotted: str) -> Any:
 
 def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRecipe | PrepareRecipe:
     """`load` with the class that the recipe's own keys show. Raises ConfigError as `load`, and where they show none."""
+    return load(path, overrides, schema_of(path))
+
+
+def schema_of(path: str | Path) -> type[TrainRecipe] | type[EvalRecipe] | type[PrepareRecipe]:
+    """The class that a recipe's own keys show. Raises ConfigError where they show none, and for an unreadable file."""
     tree, _ = _read(path, Any)
     kinds = {"objective": TrainRecipe, "sets": EvalRecipe, "safety": PrepareRecipe}
     kind = next((schema for key, schema in kinds.items() if OmegaConf.is_dict(tree) and key in tree), None)
@@ -365,32 +361,4 @@ def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRe
         raise ConfigError(
             f"{path}: has none of the keys {keys}; expected a recipe of training, evaluation or preparation"
         )
-    return load(path, overrides, kind)
-
-
-def write_yaml(config: Any, path: Path) -> None:
-    """Write `to_yaml(config)`."""
-    path.write_text(to_yaml(config))
-
-
-def config_hash(config: Any, ignore: Sequence[str] = ()) -> str:
-    """SHA-256 of the resolved recipe without the dotted keys in `ignore`: equal recipes, equal hashes."""
-    tree = to_dict(config) if dataclasses.is_dataclass(config) else json.loads(json.dumps(config))
-    for dotted in ignore:
-        *parents, last = dotted.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = (node or {}).get(parent)
-        if node:
-            node.pop(last, None)
-    return disk.digest(tree)
-
-
-def differences(mine: Any, other: Any, key: str = "") -> list[str]:
-    """The dotted keys in which two resolved recipes differ, as `key: mine, other` lines; absent is null."""
-    if isinstance(mine, Mapping) and isinstance(other, Mapping):
-        names = sorted(set(mine) | set(other))
-        return [d for n in names for d in differences(mine.get(n), other.get(n), _join(key, str(n)))]
-    if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
-        return [d for i, (a, b) in enumerate(zip(mine, other, strict=True)) for d in differences(a, b, f"{key}[{i}]")]
-    return [] if mine == other else [f"{key}: {mine!r} here, {other!r} there"]
+    return kind
