@@ -47,8 +47,8 @@ class RMU(Objective):
 
     layer: Layer = 7  # decoder layer whose output is steered, from 0
     layers: list[Layer] | None = None  # several of them, in place of `layer`
-    coeff: Positive = 10.0
-    coeff_of: Literal["constant", "reference_norm"] = "constant"  # what `coeff` multiplies
+    coeff: Positive = 10.0  # length of the control vector c
+    coeff_of: Literal["constant", "reference_norm"] = "constant"
     retain_weight: Weight = 1.0  # factor of the squared error on retained samples
     ce_weight: Weight = 1.0  # factor of the cross entropy on retained answers; 0 leaves the later layers out
     kl_weight: Weight = 0.0  # factor of KL(reference ‖ policy), in place of the cross entropy

@@ -181,7 +181,7 @@ def _items(docstring: str, names: list[str]) -> dict[str, str]:
     """What a docstring says of names, in items "name: …" or "name, other: …" that begin a line or a sentence."""
     if not names:
         return {}
-    one = f"(?:{'|'.join(map(re.escape, names))})(?: \\([^()]*\\))?"
+    one = f"(?:{'|'.join(map(re.escape, names))})\\b(?: \\([^()]*\\))?"
     start = re.compile(rf"(?:^|(?<=[.;)] ))({one}(?:, {one})*): ")
     other = re.compile(r"(?:^|(?<=\. ))(?!default)[a-z_]+(?:, [a-z_]+)*: ")  # an item about what is no key
     meanings: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The package's sources as syntax trees: modules, classes and what names in them refer to, without importing anything."""
+"""The package's sources as syntax trees: modules, classes, and what names in them mean. Nothing is imported."""
 
 from __future__ import annotations
 
