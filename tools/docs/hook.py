@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ MORE = "Guides"  # the group of a page that mkdocs.yml does not name
 FOREIGN = re.compile(
     r"""<(?:script|img|iframe|source|link(?![^>]*rel=["']?canonical))\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>"""
 )
+# Code with a bar in a row of a table, `a\|b` on GitHub: Python's Markdown would show the backslash.
+BARRED = re.compile(r"`([^`]*\\\|[^`]*)`")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -47,7 +50,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for name, file in COPIES.items():
         markdown = markdown.replace(f"](../{file})", f"]({name})")
     titles = {file: title for file, title in _titles(config["nav"]) if "/" not in file}
-    return re.sub(r"\[(\w+\.md)\]\(", lambda link: f"[{titles.get(link[1], link[1])}](", markdown)
+    markdown = re.sub(r"\[(\w+\.md)\]\(", lambda link: f"[{titles.get(link[1], link[1])}](", markdown)
+    return re.sub(r"^\|.*\\\|.*$", lambda row: BARRED.sub(_code, row[0]), markdown, flags=re.MULTILINE)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
@@ -55,6 +59,10 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     if fetched := FOREIGN.search(output):
         raise PluginError(f"{page.file.src_uri}: {fetched[0]} is fetched from elsewhere; keep a copy under docs/assets")
     return output
+
+
+def _code(span: re.Match[str]) -> str:
+    return f"<code>{html.escape(span[1]).replace(chr(92) + '|', '&#124;')}</code>"
 
 
 def _titles(nav: list[Any]) -> Iterator[tuple[str, str]]:

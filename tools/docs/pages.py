@@ -222,7 +222,8 @@ def _prose(cls: Class) -> str:
     paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", cls.docstring)] if cls.docstring else []
     kept = [p for p in paragraphs if not (names and re.match(rf"(?:{names})\b[^:.]*: ", p))]
     text = "\n\n".join(_cell(re.sub(rf"(?<=\. )(?:{names})\b[^:.]*: .*$", "", p) if names else p) for p in kept)
-    return text.strip() or _cell(cls.summary)
+    begins = kept[:1] == paragraphs[:1]  # else the docstring begins with its keys, and the module's says what it is
+    return text.strip() if begins and text.strip() else f"{_cell(cls.module.summary)}\n\n{text}".strip()
 
 
 def _cell(text: str) -> str:

@@ -54,6 +54,11 @@ class Module:
             for alias in node.names
         }
 
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring in one line."""
+        return _paragraph(ast.get_docstring(self.tree) or "")
+
     def statement(self, name: str) -> ast.ClassDef | ast.Assign | None:
         """The class or the assignment of a name at the module's top."""
         for node in self.tree.body:
@@ -82,14 +87,17 @@ class Class:
     @property
     def summary(self) -> str:
         """The first paragraph of the docstring, else of the module's, in one line."""
-        text = self.docstring or ast.get_docstring(self.module.tree) or ""
-        return " ".join(re.split(r"\n\s*\n", text.strip())[0].split())
+        return _paragraph(self.docstring) or self.module.summary
 
     @property
     def bases(self) -> list[Class]:
         """Those of the package, first to last."""
         found = (resolve(self.module, ast.unparse(base)) for base in self.node.bases)
         return [base for base in found if isinstance(base, Class)]
+
+
+def _paragraph(docstring: str) -> str:
+    return " ".join(re.split(r"\n\s*\n", docstring.strip())[0].split())
 
 
 @cache
