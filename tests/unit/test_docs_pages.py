@@ -19,11 +19,11 @@ FILE = re.compile(r".*\.(json|jsonl|yaml|md|py)")
 
 def dotted() -> list[tuple[Path, str]]:
     """The dotted keys that pages write as code, alone or with a value."""
-    found = []
+    written = []
     for file in (file for file in PAGES if file.parent.name == "docs"):
         words = (WORD.fullmatch(word) for line in code(file) for word in line.split())
-        found += [(file, key) for key in dict.fromkeys(word[1] for word in words if word) if not FILE.fullmatch(key)]
-    return found
+        written += [(file, key) for key in dict.fromkeys(word[1] for word in words if word) if not FILE.fullmatch(key)]
+    return written
 
 
 def known() -> dict[str, set[str]]:

@@ -49,16 +49,16 @@ class Key:
 @cache
 def keys(cls: Class) -> tuple[Key, ...]:
     """The keys of a dataclass in the order of its fields, those of its bases first."""
-    found: dict[str, Key] = {}
+    fields: dict[str, Key] = {}
     for base in reversed(cls.bases):
-        found |= {key.name: key for key in keys(base)}
+        fields |= {key.name: key for key in keys(base)}
     for key in _declared(cls):
-        older = found.get(key.name)
-        found[key.name] = replace(key, meaning=key.meaning or (older.meaning if older else ""))
-    for name, text in _items(cls.docstring, list(found)).items():
-        comment = _comment(cls, found[name]) if found[name].owner == cls else ""
-        found[name] = replace(found[name], meaning=_joined(text, comment))
-    return tuple(key if key.meaning else replace(key, meaning=_of_class(key)) for key in found.values())
+        older = fields.get(key.name)
+        fields[key.name] = replace(key, meaning=key.meaning or (older.meaning if older else ""))
+    for name, text in _items(cls.docstring, list(fields)).items():
+        comment = _comment(cls, fields[name]) if fields[name].owner == cls else ""
+        fields[name] = replace(fields[name], meaning=_joined(text, comment))
+    return tuple(key if key.meaning else replace(key, meaning=_of_class(key)) for key in fields.values())
 
 
 def without_meaning(classes: list[Class]) -> list[str]:
@@ -102,8 +102,8 @@ def recipes() -> dict[str, Class]:
 
 def _targets(key: Key) -> list[Class]:
     names = [node.id for node in ast.walk(key.annotation) if isinstance(node, ast.Name) and node.id != "Choice"]
-    found = [resolve(key.owner.module, name) for name in names]
-    return [cls for cls in found if isinstance(cls, Class) and cls.node.decorator_list]
+    classes = [resolve(key.owner.module, name) for name in names]
+    return [cls for cls in classes if isinstance(cls, Class) and cls.node.decorator_list]
 
 
 def _of_class(key: Key) -> str:
@@ -187,9 +187,9 @@ def _items(docstring: str, names: list[str]) -> dict[str, str]:
     meanings: dict[str, str] = {}
     for paragraph in re.split(r"\n\s*\n", docstring):
         text = " ".join(line.strip() for line in paragraph.splitlines())
-        found = list(start.finditer(text))
-        ends = sorted({*(match.start() for match in [*found, *other.finditer(text)]), len(text)})
-        for match in found:
+        items = list(start.finditer(text))
+        ends = sorted({*(match.start() for match in [*items, *other.finditer(text)]), len(text)})
+        for match in items:
             end = next(place for place in ends if place > match.start())
             for item in re.finditer(one, match[1]):
                 name, _, aside = item[0].partition(" (")

@@ -41,11 +41,11 @@ def words(annotation: ast.expr, where: Module, field: str, link: Callable[[Class
             return check
     if name in ("Name", "Place"):
         return {"Name": "name (part of a file's name)", "Place": "path"}[name]
-    found = resolve(where, name)
-    if isinstance(found, Class):
-        return link(found)
-    assert found is not None, f"{where.name}: {field}: {name} has no meaning here"
-    return words(found, where, field, link)
+    target = resolve(where, name)
+    if isinstance(target, Class):
+        return link(target)
+    assert target is not None, f"{where.name}: {field}: {name} has no meaning here"
+    return words(target, where, field, link)
 
 
 def _subscript(annotation: ast.Subscript, where: Module, field: str, link: Callable[[Class], str]) -> str:

@@ -22,21 +22,16 @@ WIDER = "document.documentElement.scrollWidth - document.documentElement.clientW
 
 def faults(browser: Browser, site: Path) -> list[str]:
     """A line for whatever is wrong."""
-    found: list[str] = []
-    name = ""
-    page = browser.new_page()
-    page.on("console", lambda message: found.append(f"{name}: {message.text}"))
-    page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
-    page.on("request", lambda request: found.append(f"{name}: {request.url}") if _foreign(request.url, site) else None)
-    for file in sorted(site.rglob("*.html")):
-        name = str(file.relative_to(site))
-        page.goto(file.as_uri())
-        for view, (width, height) in VIEWS.items():
-            page.set_viewport_size({"width": width, "height": height})
+    wrong: list[str] = []
+    for view, (width, height) in VIEWS.items():
+        page = browser.new_page(viewport={"width": width, "height": height})
+        _listen(page, site, wrong)
+        for file in sorted(set(site.rglob("*.html")) - {site / "404.html"}):  # whose own files are at a server's root
+            page.goto(file.as_uri())
             if (pixels := page.evaluate(WIDER)) > 0:
-                found.append(f"{name} ({view}): {pixels} pixels wider than the screen")
-    page.close()
-    return found + searched(browser, site)
+                wrong.append(f"{page.url} ({view}): {pixels} pixels wider than the screen")
+        page.close()
+    return wrong + searched(browser, site)
 
 
 def searched(browser: Browser, site: Path) -> list[str]:
@@ -53,6 +48,12 @@ def results_of(page: Page, words: str) -> list[str]:
     page.keyboard.type(words)
     page.wait_for_selector("a.md-search-result__link", timeout=20_000)
     return [str(link.get_attribute("href")) for link in page.query_selector_all("a.md-search-result__link")]
+
+
+def _listen(page: Page, site: Path, wrong: list[str]) -> None:
+    page.on("console", lambda message: wrong.append(f"{page.url}: {message.text}"))
+    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
+    page.on("request", lambda sent: wrong.append(f"{page.url}: {sent.url}") if _foreign(sent.url, site) else None)
 
 
 def _foreign(url: str, site: Path) -> bool:

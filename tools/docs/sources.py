@@ -37,12 +37,12 @@ class Module:
     @cached_property
     def comments(self) -> dict[int, tuple[str, bool]]:
         """Line number -> the comment there, and whether the line has nothing else."""
-        found = {}
+        comments = {}
         for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
             if token.type == tokenize.COMMENT:
                 alone = not token.line[: token.start[1]].strip()
-                found[token.start[0]] = (token.string.lstrip("# "), alone)
-        return found
+                comments[token.start[0]] = (token.string.lstrip("# "), alone)
+        return comments
 
     @cached_property
     def imports(self) -> dict[str, tuple[str, str]]:
@@ -92,8 +92,8 @@ class Class:
     @property
     def bases(self) -> list[Class]:
         """Those of the package, first to last."""
-        found = (resolve(self.module, ast.unparse(base)) for base in self.node.bases)
-        return [base for base in found if isinstance(base, Class)]
+        bases = (resolve(self.module, ast.unparse(base)) for base in self.node.bases)
+        return [base for base in bases if isinstance(base, Class)]
 
 
 def _paragraph(docstring: str) -> str:
@@ -122,9 +122,9 @@ def resolve(where: Module, name: str) -> Class | ast.expr | None:
 def named(place: str) -> Class:
     """The class of "module:Class"."""
     owner, _, name = place.partition(":")
-    found = resolve(module(owner), name)
-    assert isinstance(found, Class), place
-    return found
+    target = resolve(module(owner), name)
+    assert isinstance(target, Class), place
+    return target
 
 
 def registry(place: str) -> dict[str, Class]:
