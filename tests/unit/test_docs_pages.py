@@ -1,9 +1,12 @@
 """Every page of the documentation says when to read it, and the keys, links and tests that it names exist."""
 
+import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from test_docs import PAGES, code
 
 from mirage_dist.config import REPOSITORY
@@ -24,6 +27,12 @@ def dotted() -> list[tuple[Path, str]]:
         words = (WORD.fullmatch(word) for line in code(file) for word in line.split())
         written += [(file, key) for key in dict.fromkeys(word[1] for word in words if word) if not FILE.fullmatch(key)]
     return written
+
+
+def blocks() -> list[tuple[Path, str, str]]:
+    """The examples of code with a language."""
+    fence = re.compile(r"^```(python|yaml|json)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(file, *match.groups()) for file in PAGES for match in fence.finditer(file.read_text())]
 
 
 def known() -> dict[str, set[str]]:
@@ -80,6 +89,12 @@ def test_every_page_is_in_the_navigation_and_every_link_between_pages_leads_some
     for file in PAGES[1:]:
         for link in re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", file.read_text()):
             assert link in known or (file.parent / link).is_file(), f"{file.name}: {link}"
+
+
+@pytest.mark.parametrize(("file", "language", "block"), blocks(), ids=lambda value: getattr(value, "name", None))
+def test_an_example_is_code_that_can_be_read(file: Path, language: str, block: str):
+    read = {"python": ast.parse, "yaml": yaml.safe_load, "json": json.loads}
+    assert read[language](block) is not None
 
 
 def test_each_of_the_fifteen_questions_has_threads_and_a_test_that_exists():

@@ -50,6 +50,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for name, file in COPIES.items():
         markdown = markdown.replace(f"](../{file})", f"]({name})")
     titles = {file: title for file, title in _titles(config["nav"]) if "/" not in file}
+    titles |= {file: titles[name] for name, file in COPIES.items()}
     markdown = re.sub(r"\[(\w+\.md)\]\(", lambda link: f"[{titles.get(link[1], link[1])}](", markdown)
     return re.sub(r"^\|.*\\\|.*$", lambda row: BARRED.sub(_code, row[0]), markdown, flags=re.MULTILINE)
 
