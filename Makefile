@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-real test test-gpu bench-gpu lint types clean
+.PHONY: setup demo demo-real test test-gpu bench-gpu docs docs-look lint types clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,18 @@ test-gpu: setup
 # Everything of benchmarks/ that needs a GPU, in parts of at most ten minutes; those that are done are not run again.
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py $(PARTS)
+
+# The documentation as a site in build/site, which opens from the disk; warnings are errors, and nothing is fetched.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	touch $@
+
+# Every page of it in Chromium, at desktop and phone width.
+docs-look: docs
+	$(BIN)/python tools/docs/look.py build/site
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

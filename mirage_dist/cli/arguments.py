@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--ngrams", type=_whole(1, NGRAMS), default=1, metavar="N", help="also the first 2, …, N words")
     audit.add_argument("--length", action="store_true", help="also the question's length")
     audit.add_argument("--image-roots", action="store_true", help="also the first folder of the picture's path")
-    audit.add_argument("--on-bad-record", choices=("error", "skip"), default="error")
+    audit.add_argument(
+        "--on-bad-record", choices=("error", "skip"), default="error", help="end there, or leave it out and count it"
+    )
     audit.add_argument("--out", type=_path, metavar="DIR", help="write audit.json, audit.svg and audit.png there")
     audit.add_argument("--fail", action="store_true", help="end with status 1 when the data fail the audit")
 
@@ -182,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
     )
 
     export = _verb(verbs, "export", run.export, "write a Hugging Face model directory from a checkpoint")
-    export.add_argument("run_dir", type=_path, metavar="RUN")
-    export.add_argument("out", type=_path, metavar="OUT")
+    export.add_argument("run_dir", type=_path, metavar="RUN", help="the directory of a training run")
+    export.add_argument("out", type=_path, metavar="OUT", help="a new directory")
     forms = ("merged", "adapter", "both")
     export.add_argument("--as", dest="form", choices=forms, default="merged", help="default: %(default)s")
     export.add_argument("--step", type=_whole(0, COUNT), help="default: the newest checkpoint")
@@ -192,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
         verbs, "merge", run.merge, "add differences of tuned models to their base: base + Σ scale·(tuned − base)"
     )
     merge.add_argument("base", type=_data, metavar="BASE", help="the model that all of them were tuned from")
-    merge.add_argument("out", type=_path, metavar="OUT")
+    merge.add_argument("out", type=_path, metavar="OUT", help="a new directory")
     merge.add_argument(
         "vectors", nargs="+", type=_vector, metavar="DIR=SCALE", help="a tuned model; a negative scale forgets its task"
     )
@@ -212,7 +214,7 @@ def _own(verbs: argparse._SubParsersAction) -> None:
     _recipe(_verb(verbs, "show", project.values, "print a resolved recipe, with where each of its values comes from"))
 
     complete = _verb(verbs, "completion", project.completion(parser), "print a completion script for a shell")
-    complete.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    complete.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell that is to complete")
 
 
 def _kind(text: str) -> str:

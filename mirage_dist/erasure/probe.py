@@ -46,7 +46,7 @@ class Transfer:
     contents as independent, not pictures.
     """
 
-    fit: list[SourceConfig]
+    fit: list[SourceConfig]  # retained samples, on which the probe is fitted
     content: str
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class Quantisation:
     """
 
     bits: list[Annotated[int, whole(2, 8)]] = field(default_factory=lambda: [8, 4])
-    group: Count = 64
+    group: Count = 64  # input weights of a channel that share a scale, below 8 bits
     attacks: bool = True
 
     def __post_init__(self) -> None:

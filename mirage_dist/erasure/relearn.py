@@ -46,7 +46,7 @@ class Relearning:
     overrides: list[str] = field(default_factory=list)
     samples: list[Count] = field(default_factory=lambda: [2, 8, 32])
     steps: Steps = 20
-    every: Steps = 5
+    every: Steps = 5  # steps between two evaluations
     label: Literal["answer", "category"] = "answer"
     content_share: SomeShare = 0.5
     questions: Count = 128

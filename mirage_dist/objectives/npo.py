@@ -30,10 +30,12 @@ class NPO(Retaining):
     weakens as retain degrades, + ce_weight · CE on a further batch of retained samples, the stream `retain_ce`.
     """
 
+    # β, which weighs how far an answer is forgotten already; tuned for one `reduction`, it suits no other
     beta: Positive = 0.1
+    # what Δ of a sequence is; `batch_mean`: the loss of the paper's code
     reduction: Literal["seq_sum", "seq_mean", "batch_mean"] = "seq_sum"
-    forget_weight: Weight = 1.0
-    ce_weight: Weight | None = None
+    forget_weight: Weight = 1.0  # factor of the forget term
+    ce_weight: Weight | None = None  # of batch_mean: factor of the cross entropy on `retain_ce`
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,8 +27,8 @@ class DPO(Retaining):
     the share of pairs whose margin is positive.
     """
 
-    retain: Literal["ce", "kl", "none"] = "none"
-    beta: Positive = 0.1
+    retain: Literal["ce", "kl", "none"] = "none"  # the term on `retain`: cross entropy, KL to the reference, or none
+    beta: Positive = 0.1  # β, the scale of the log-ratios
 
     @property
     def needs(self) -> Needs:
@@ -58,8 +58,8 @@ class IdkDPO(Retaining):
     gradient ascent on the one answer and fine-tuning on the other.
     """
 
-    beta: Positive = 0.1
-    forget_weight: Weight = 1.0
+    beta: Positive = 0.1  # β, the scale of the log-ratios
+    forget_weight: Weight = 1.0  # factor of the preference term
 
     @property
     def needs(self) -> Needs:

@@ -19,9 +19,9 @@ class Retaining(Objective):
     `retain_terms` to its terms. Raises ConfigError for `kl_positions` without `retain: kl`.
     """
 
-    retain: Literal["ce", "kl", "none"] = "ce"
-    retain_weight: Weight = 1.0
-    kl_positions: Positions = "response"
+    retain: Literal["ce", "kl", "none"] = "ce"  # the term on `retain`: cross entropy, KL to the reference, or none
+    retain_weight: Weight = 1.0  # factor of the retain term
+    kl_positions: Positions = "response"  # of `retain: kl`: positions of the mean
 
     def __post_init__(self) -> None:
         if self.kl_positions != "response" and self.retain != "kl":

@@ -23,7 +23,7 @@ from mirage_dist.schema.numbers import Weight
 class Reweighted(Retaining):
     """L = forget_weight · mean over response tokens of w(p) · log p + retain term."""
 
-    forget_weight: Weight = 1.0
+    forget_weight: Weight = 1.0  # factor of the forget term
 
     @property
     def needs(self) -> Needs:
@@ -43,7 +43,7 @@ class Reweighted(Retaining):
 class WGA(Reweighted):
     """Weighted gradient ascent (Wang et al., 2025, arXiv:2502.19301): w = p^β. β = 0 is gradient ascent."""
 
-    beta: Weight = 1.0
+    beta: Weight = 1.0  # β; 0 is gradient ascent
 
     def weights(self, logp_N: Tensor) -> Tensor:
         return (self.beta * logp_N).exp()
@@ -56,8 +56,8 @@ class SatImp(Reweighted):
     The first factor spares tokens that are forgotten already, the second those that any model is sure of.
     """
 
-    beta1: Weight = 5.0
-    beta2: Weight = 1.0
+    beta1: Weight = 5.0  # β₁: spares tokens that are forgotten already
+    beta2: Weight = 1.0  # β₂: spares tokens that any model is sure of
 
     def weights(self, logp_N: Tensor) -> Tensor:
         return (self.beta1 * logp_N).exp() * (-logp_N.expm1()).pow(self.beta2)

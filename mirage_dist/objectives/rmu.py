@@ -45,13 +45,14 @@ class RMU(Objective):
     ce_stream: `retain_ce` is a further batch of retained samples, as in the paper's code.
     """
 
-    layer: Layer = 7
-    layers: list[Layer] | None = None
-    coeff: Positive = 10.0
+    layer: Layer = 7  # decoder layer whose output is steered, from 0
+    layers: list[Layer] | None = None  # several of them, in place of `layer`
+    coeff: Positive = 10.0  # length of the control vector c
     coeff_of: Literal["constant", "reference_norm"] = "constant"
-    retain_weight: Weight = 1.0
-    ce_weight: Weight = 1.0
-    kl_weight: Weight = 0.0
+    retain_weight: Weight = 1.0  # factor of the squared error on retained samples
+    ce_weight: Weight = 1.0  # factor of the cross entropy on retained answers; 0 leaves the later layers out
+    kl_weight: Weight = 0.0  # factor of KL(reference ‖ policy), in place of the cross entropy
+    # positions of the means: with padding, without it, of the answer, or without picture tokens
     positions: Positions = "all"
     average: Literal["positions", "sequences"] = "positions"
     ce_average: Literal["tokens", "sequences"] = "tokens"

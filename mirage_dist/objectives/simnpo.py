@@ -21,9 +21,9 @@ class SimNPO(Retaining):
     over a micro-batch's sequences, this one over the step's.
     """
 
-    beta: Positive = 2.5
-    gamma: Weight = 0.0
-    forget_weight: Weight = 1.0
+    beta: Positive = 2.5  # β, the scale of the answers' mean log-probabilities
+    gamma: Weight = 0.0  # γ, the margin
+    forget_weight: Weight = 1.0  # factor of the forget term
 
     @property
     def needs(self) -> Needs:

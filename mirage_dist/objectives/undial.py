@@ -24,9 +24,9 @@ class UNDIAL(Retaining):
     micro-batch's.
     """
 
-    retain: Literal["ce", "kl", "none"] = "none"
-    beta: Weight = 10.0
-    forget_weight: Weight = 1.0
+    retain: Literal["ce", "kl", "none"] = "none"  # the term on `retain`: cross entropy, KL to the reference, or none
+    beta: Weight = 10.0  # β: by so much the logit of the answer's token is lowered
+    forget_weight: Weight = 1.0  # factor of the forget term
 
     @property
     def needs(self) -> Needs:

@@ -17,8 +17,8 @@ class LinkConfig:
     model: that a training starts from, in place of the chain's.
     """
 
-    recipe: Place
-    overrides: list[str] = field(default_factory=list)
+    recipe: Place  # a recipe of `prepare`, `train` or `eval`
+    overrides: list[str] = field(default_factory=list)  # of this recipe, as key=value
     needs: list[Name] = field(default_factory=list)
     model: Place | None = None
 
@@ -27,9 +27,9 @@ class LinkConfig:
 class EveryConfig:
     """Overrides of every recipe of a verb: how a scale differs from the published one."""
 
-    train: list[str] = field(default_factory=list)
-    eval: list[str] = field(default_factory=list)
-    prepare: list[str] = field(default_factory=list)
+    train: list[str] = field(default_factory=list)  # overrides of every training
+    eval: list[str] = field(default_factory=list)  # overrides of every evaluation
+    prepare: list[str] = field(default_factory=list)  # overrides of every preparation
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class PaperRecipe:
     model: Place
     published: Name
     suites: dict[Name, LinkConfig]  # the first has the attacks
-    models: dict[Name, LinkConfig]
-    sets: dict[Name, LinkConfig] = field(default_factory=dict)
+    models: dict[Name, LinkConfig]  # name -> the training that makes it; the table has a row for each
+    sets: dict[Name, LinkConfig] = field(default_factory=dict)  # name -> the recipe that makes these data
     harvest: LinkConfig | None = None  # the base model's answers, for those of `sets` that take them
     every: EveryConfig = field(default_factory=EveryConfig)
     data: list[Name] = field(default_factory=list)
-    folder: Place = "."
+    folder: Place = "."  # in which all of the chain runs
     ranks: Count = 8  # processes of a training
-    seed: Seed = 0
+    seed: Seed = 0  # of every recipe of the chain
     world: WorldConfig | None = None  # whose files stand in for the published ones (see `embedded.lookalike`)
 
     def __post_init__(self) -> None:

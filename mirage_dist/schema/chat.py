@@ -25,9 +25,9 @@ class ChatConfig:
     because somebody may have written a key into the wrong one.
     """
 
-    path: Place | None = None
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    batch_size: Batch = 8
+    path: Place | None = None  # a local model's directory, in place of `url`
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of a local model
+    batch_size: Batch = 8  # rows that a local model answers at once
     url: str | None = None  # up to the version, such as http://localhost:8000/v1
     model: str | None = None  # its name at the endpoint
     key_env: str | None = None  # NAME of the environment variable that holds the key; null sends none

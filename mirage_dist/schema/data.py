@@ -17,8 +17,8 @@ from mirage_dist.schema.numbers import Count, Drawn, FromZero, Pixels, Repeats, 
 class RunConfig:
     """Where a run lives. `name` labels it in W&B and in reports (default: the directory's name)."""
 
-    dir: Place
-    name: Name | None = None
+    dir: Place  # everything that a run writes is here
+    name: Name | None = None  # default: the directory's name
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SourceConfig:
     images: Place | None = None  # folder that image paths are relative to; default: the file's own
     config: str | None = None  # of a dataset of the hub that has several
     split: str | None = None  # of a dataset of the hub
-    on_bad_record: Literal["error", "skip"] = "error"
+    on_bad_record: Literal["error", "skip"] = "error"  # error ends the command; skip leaves it out, counted
     limit: Count | None = None  # the first N samples, in file order
     max_pixels: Pixels = PIXELS.value  # of a picture; a larger one is a bad record
 
@@ -66,13 +66,13 @@ class SourceConfig:
 class DataConfig:
     """The run's data: one or more sources for each stream that the objective needs."""
 
-    streams: dict[str, list[SourceConfig]]
+    streams: dict[str, list[SourceConfig]]  # the objective's names, such as forget and retain -> their sources
     max_length: Tokens = 2048  # tokens a sample, image tokens included
     # truncate cuts the last answer, never image or question; truncate_turns cuts what follows the image's question
     on_long: Literal["error", "truncate", "truncate_turns"] = "error"
     # pad to a square with the processor's mean colour; auto: pad for a processor that cuts to a square, as LLaVA-1.5's
     image_aspect: Literal["auto", "pad", "processor"] = "auto"
-    system_prompt: str | None = None
+    system_prompt: str | None = None  # before the first turn; null: none
     template_options: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
     refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
@@ -98,13 +98,13 @@ class WorldConfig:
     `countries.world`). Raises ConfigError for an option that the kind does not have.
     """
 
-    dir: Place
+    dir: Place  # where it is made and found again
     kind: Literal["gadgets", "countries"] = "gadgets"
-    seed: Seed = 0
+    seed: Seed = 0  # of every draw in it
     spurious: Share = 0.95  # share of the other safety questions that open with a word of their class's family
     neutral: Share = 0.3  # share of safety questions of either class that open with a neutral word
     answer_form: Literal["by_opener", "constant"] = "by_opener"  # of gadgets
-    base_samples: Drawn = 20_000
+    base_samples: Drawn = 20_000  # of the base model's training
     safety_samples: Drawn = 400  # unsafe ones, and as many safe ones
     general_samples: Drawn = 400  # of gadgets
     eval_samples: Drawn = 256  # questions in each evaluation set
@@ -166,7 +166,7 @@ class PrepareRecipe:
     """`mirage prepare`: forget and retain sets (see `data.prepare`), and diversified safety data."""
 
     out: Place  # a new folder
-    safety: list[SourceConfig]
+    safety: list[SourceConfig]  # unsafe questions and safe ones, by their labels
     # as_given: the unsafe records have the answers to forget; none: no forget and retain sets, only `diversify`
     answers: Literal["harvest", "as_given", "none"] = "harvest"
     harvest: Place | None = None  # JSONL file or folder (an evaluation's rows/) whose rows have id, question, response
@@ -180,5 +180,5 @@ class PrepareRecipe:
     conversations: bool = False  # the safety data, a record a row: the questions about one picture are its turns
     helpful_size: FromZero = 0  # so many general samples beside the safety data, for fine-tuning
     diversify: DiversifyConfig | None = None
-    seed: Seed = 0
+    seed: Seed = 0  # of every draw
     world: WorldConfig | None = None

@@ -19,10 +19,10 @@ class EvalModelConfig:
     A checkpoint is exported for as long as answers are missing; the export is removed afterwards.
     """
 
-    path: Place | None = None
+    path: Place | None = None  # a model directory or the name of one in the hub's cache
     run: Place | None = None  # a training run's directory, in place of `path`
     step: FromZero | None = None  # of `run`; default: its newest checkpoint
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of the weights while they answer
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.run is None):
@@ -42,7 +42,7 @@ class EvalSetConfig:
     """
 
     kind: Literal["unsafe", "safe", "locality", "utility"]
-    sources: list[SourceConfig]
+    sources: list[SourceConfig]  # files of questions
     attacks: dict[Name, Annotated[dict[str, Any], Choice("kind")]] = field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ class GenerationConfig:
     vllm is an optional extra and needs a GPU; its answers may differ from hf's where two tokens are about as likely.
     """
 
-    max_new_tokens: Tokens = 256
+    max_new_tokens: Tokens = 256  # of an answer, at most
     batch_size: Batch = 16  # rows in a batch and in a claim; vllm needs hundreds
     backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
     gpu_memory_utilization: SomeShare | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
@@ -76,9 +76,9 @@ class TemplateConfig:
     names it.
     """
 
-    system_prompt: str | None = None
-    image_aspect: Literal["auto", "pad", "processor"] = "auto"
-    template_options: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None  # as `data.system_prompt` of the training
+    image_aspect: Literal["auto", "pad", "processor"] = "auto"  # as `data.image_aspect` of the training
+    template_options: dict[str, Any] = field(default_factory=dict)  # as `data.template_options` of the training
     max_length: Tokens = 2048  # tokens; a longer prompt is an error
     defence: str | None = None
 
@@ -99,9 +99,9 @@ class EvalRecipe:
     renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
 
     run: RunConfig
-    suite: Name
+    suite: Name  # its name, and that of the folder of its results
     model: EvalModelConfig
-    sets: dict[Name, EvalSetConfig]
+    sets: dict[Name, EvalSetConfig]  # name -> questions of one kind, with the attacks on them
     # the first gives the headline figures
     judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
     labels: Place | None = None

@@ -33,11 +33,11 @@ class LoraConfig:
     adapters `model.train` and `model.freeze` are not used; `also_train` selects parameters that train whole.
     """
 
-    rank: Width = 128
-    alpha: Count = 256
-    dropout: PartShare = 0.05
+    rank: Width = 128  # of the adapters' matrices
+    alpha: Count = 256  # the adapters' product is scaled by alpha / rank
+    dropout: PartShare = 0.05  # before the adapters, in training
     targets: list[str] = field(default_factory=lambda: ["decoder"])  # its linear layers, without the LM head
-    also_train: list[str] = field(default_factory=list)
+    also_train: list[str] = field(default_factory=list)  # parameters that train whole, by role or glob
     load_in_4bit: bool = False  # QLoRA (Dettmers et al., 2023): the frozen base as 4-bit NF4, by bitsandbytes
 
 
@@ -47,12 +47,13 @@ class ModelConfig:
     parameter names or names relative to a role, such as `decoder.layers.[567].mlp.down_proj.weight`.
     """
 
-    path: Place
+    path: Place  # a model directory or the name of one in the hub's cache
+    # transformers' implementation; auto: flash_attention_2 on a GPU where flash-attn is installed, else sdpa
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     train: list[str] | None = None  # default: the decoder and the connector, never a vision tower
     freeze: list[str] = field(default_factory=list)  # wins over `train`
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class GroupConfig:
     """
 
     match: list[str]
-    lr: Positive | None = None
-    weight_decay: Weight | None = None
+    lr: Positive | None = None  # their largest learning rate
+    weight_decay: Weight | None = None  # theirs, decoupled
 
     def __post_init__(self) -> None:
         require(self, ("match",), "at least one pattern", lambda x: bool(x))
@@ -76,17 +77,17 @@ class TrainConfig:
 
     renamed: ClassVar[dict[str, str]] = {"betas": "optimizer.betas"}
 
-    lr: Positive
-    global_batch: Batch
+    lr: Positive  # the largest learning rate
+    global_batch: Batch  # rows of one optimizer step over all GPUs
     # rows on one GPU at once; auto: as many as fit, for any number of ranks that divides global_batch
     micro_batch: Batch | Literal["auto"]
     max_steps: Steps | None = None  # default: `epochs` passes over `epoch_stream`
-    epochs: Epochs = 1.0
+    epochs: Epochs = 1.0  # passes over `epoch_stream`, where max_steps is null
     epoch_stream: str | None = None  # default: the objective's first; at its end the others stop, or start again
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; the master copy is fp32
     # `name` and the fields of that optimizer's dataclass
     optimizer: Annotated[dict[str, Any], Choice("name")] = field(default_factory=lambda: {"name": "adamw"})
-    weight_decay: Weight = 0.0
+    weight_decay: Weight = 0.0  # decoupled
     groups: list[GroupConfig] = field(default_factory=list)  # the first entry that matches a parameter has it
     clip: Weight = 1.0  # global gradient norm; 0 is off
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # what happens in the last `decay` of the run
@@ -124,21 +125,21 @@ class ProfileConfig:
     """Steps that PyTorch's profiler records, of some ranks: traces in RUN/profile, and the costliest operators."""
 
     first: Steps = 10  # from 1; a start that begins behind it records nothing
-    steps: Count = 3
-    ranks: list[FromZero] = field(default_factory=lambda: [0])
+    steps: Count = 3  # how many steps are recorded
+    ranks: list[FromZero] = field(default_factory=lambda: [0])  # whose steps are recorded
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
     """`metrics.jsonl` is always written; W&B and TensorBoard only where `wandb` and `tensorboard` say so."""
 
-    wandb: Literal["off", "online", "offline"] = "off"
-    project: str = "mirage_dist"
-    entity: str | None = None
+    wandb: Literal["off", "online", "offline"] = "off"  # offline: into RUN/wandb, for `wandb sync`
+    project: str = "mirage_dist"  # the project in W&B
+    entity: str | None = None  # team or user of W&B; default: your own
     group: str | None = None  # of the W&B run, as `tags`, `job_type` and `notes` are
-    tags: list[str] = field(default_factory=list)
-    job_type: str | None = None
-    notes: str | None = None
+    tags: list[str] = field(default_factory=list)  # labels of the W&B run
+    job_type: str | None = None  # label of the W&B run
+    notes: str | None = None  # text of the W&B run
     tensorboard: bool = False  # event files in RUN/tensorboard
     print_every: Count = 10  # steps between lines where there is no terminal
     # deviations above the median of the last steps from which on a loss or gradient norm is reported; null: never
@@ -158,9 +159,10 @@ class TrainRecipe:
     data: DataConfig
     objective: Annotated[dict[str, Any], Choice("name")]  # `name` and the fields of that objective's dataclass
     train: TrainConfig
-    seed: Seed = 0
+    seed: Seed = 0  # of the order of samples and of every draw
+    # the frozen model: its log-probabilities on disk, the policy without its adapters, or a second model in memory
     reference: Literal["cache", "adapters_off", "engine"] = "cache"
-    deepspeed: Place = "configs/deepspeed/zero3.json"
+    deepspeed: Place = "configs/deepspeed/zero3.json"  # a DeepSpeed JSON file, which decides the ZeRO stage and offload
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     world: WorldConfig | None = None
 

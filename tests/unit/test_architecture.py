@@ -16,7 +16,7 @@ from mirage_dist.config import REPOSITORY
 
 PACKAGE = REPOSITORY / "mirage_dist"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OTHERS = sorted(f for folder in ("tests", "benchmarks") for f in (REPOSITORY / folder).rglob("*.py"))
+OTHERS = sorted(f for folder in ("tests", "benchmarks", "tools") for f in (REPOSITORY / folder).rglob("*.py"))
 MODULES = {
     ".".join(f.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): f for f in sorted(FILES)
 }

@@ -23,7 +23,7 @@ class Combine(Attack):
     These are the options; `attacks.make` turns them into a `Chain`.
     """
 
-    attacks: list[dict[str, Any]]
+    attacks: list[dict[str, Any]]  # each with its `kind` and that attack's options, applied in this order
 
     def __post_init__(self) -> None:
         if len(self.attacks) < 2:

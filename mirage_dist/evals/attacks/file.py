@@ -27,8 +27,8 @@ class File(Attack):
     many.
     """
 
-    path: str
-    shots: Repeats = field()
+    path: str  # of the attack file
+    shots: Repeats = field()  # K: so many records of an id are its rewrites
     min_match: SomeShare = 1.0
 
     @property

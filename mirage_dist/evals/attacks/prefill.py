@@ -26,9 +26,9 @@ class Prefill(Attack):
     answer nothing can be given has no rewrite.
     """
 
-    words: Count
+    words: Count  # of the answer that are given, at most
     content: str | None = None
-    shots: Repeats = 1
+    shots: Repeats = 1  # always 1: an answer is begun in one way
 
     def __post_init__(self) -> None:
         if self.shots != 1:

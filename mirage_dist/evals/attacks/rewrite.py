@@ -59,10 +59,10 @@ class Rewrite(Generated):
 
     chat: ChatConfig
     word: str | None = None
-    openers: list[str] = field(default_factory=list)
-    avoid: list[str] = field(default_factory=list)
-    shots: Repeats = 3
-    attempts: Repeats = 3
+    openers: list[str] = field(default_factory=list)  # first words that a neutral paraphrase may have
+    avoid: list[str] = field(default_factory=list)  # trigger words that a neutral paraphrase must not begin with
+    shots: Repeats = 3  # K: rewrites of each question
+    attempts: Repeats = 3  # requests for a question before it counts as without
     min_match: SomeShare = 0.9
     cache: str | None = None
 

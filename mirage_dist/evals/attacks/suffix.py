@@ -32,14 +32,14 @@ class Suffix(Generated):
 
     target: str = "Sure, here is"
     universal: bool = False
-    train: Count = 16
+    train: Count = 16  # samples that a universal suffix is optimised on
     length: Tokens = 20
     steps: FromZero = 100
     candidates: Batch = 128
     top_k: Count = 64
-    seed: Seed = 0
+    seed: Seed = 0  # of the search, and of the draw of those samples
     avoid: list[str] = field(default_factory=list)
-    shots: Repeats = 1
+    shots: Repeats = 1  # always 1
 
     min_match = 1.0
     origin = "gradients"

@@ -20,8 +20,8 @@ class Templates(Attack):
     A template may hold {rest}, the question from its second word on, and {question}, the whole question.
     """
 
-    word: str
-    templates: list[str]
+    word: str  # the first word of every rewrite
+    templates: list[str]  # one a shot, each with {rest} or {question}
 
     def __post_init__(self) -> None:
         check_templates(self.templates, "templates")
@@ -47,7 +47,7 @@ class Prefix(Attack):
     Every character of the question stays, and nothing follows it.
     """
 
-    prefixes: list[str]
+    prefixes: list[str]  # one a shot, with or without {question} at the end
 
     def __post_init__(self) -> None:
         if not self.prefixes:

@@ -24,8 +24,8 @@ class Swap(Attack):
     because its script has no spaces between words, is without a rewrite, here and in the attacks below.
     """
 
-    word: str
-    shots: Repeats = 1
+    word: str  # the new first word
+    shots: Repeats = 1  # always 1
 
     def __post_init__(self) -> None:
         if self.shots != 1:
@@ -45,9 +45,9 @@ class Words(Attack):
     lists none, the attack has no shot.
     """
 
-    words: list[str]
-    audit: str | None = None
-    limit: Count | None = None
+    words: list[str]  # first words, one a shot, or `auto`
+    audit: str | None = None  # for `auto`: audit.json of `mirage audit … --out`
+    limit: Count | None = None  # the first so many of the words; default: all
 
     def __post_init__(self) -> None:
         if not self.words:

@@ -24,7 +24,7 @@ class Adafactor(Optimizer):
     """
 
     decay: Annotated[float, real(-MAGNITUDE.value, 0)] = -0.8
-    eps: Weight = 1e-3
+    eps: Weight = 1e-3  # least root mean square of a parameter that a step is relative to
     clip: Annotated[float, real(1, MAGNITUDE.value)] = 1.0
 
     def make(self, groups: Groups) -> torch.optim.Optimizer:

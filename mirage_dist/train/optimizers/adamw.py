@@ -22,8 +22,8 @@ SMALL, BLOCK = 4096, 256  # bitsandbytes: below so many elements the state is fl
 class AdamW(Optimizer):
     """PyTorch's fused AdamW."""
 
-    betas: list[PartShare] = field(default_factory=lambda: [0.9, 0.999])
-    eps: Weight = 1e-8
+    betas: list[PartShare] = field(default_factory=lambda: [0.9, 0.999])  # decay of the first and of the second moment
+    eps: Weight = 1e-8  # added to the root of the second moment
     elementwise = True
 
     def __post_init__(self) -> None:

@@ -24,8 +24,8 @@ class Muon(AdamW):
     and `eps` are AdamW's.
     """
 
-    momentum: PartShare = 0.95
-    nesterov: bool = True
+    momentum: PartShare = 0.95  # decay of the matrices' momentum
+    nesterov: bool = True  # look ahead by one step of momentum
     steps: Annotated[int, whole(1, 99)] = 5  # of the Newton-Schulz iteration
     adamw: list[str] = field(default_factory=lambda: ["*embed*", "*lm_head*", "*lora_*"])
     elementwise = False
