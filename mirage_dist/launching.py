@@ -23,11 +23,9 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
 
     Raises StopRequested after a signal, ConfigError when the run ends for bad input, and RunError when it fails.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
-    environment.update(MIRAGE_PYTHON=sys.executable, **liveness.child_environment(), **_gpus_for(ranks))
-    command = [str(LAUNCHER), str(ranks), "train", file, *overrides]
+    words = command(ranks, file, overrides)
     with signals.at_stop_points():
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(words, env=environment(ranks))
         while process.poll() is None:
             if signals.received():
                 process.terminate()
@@ -37,7 +35,19 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
         raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
     if process.returncode:
         failed = ConfigError if process.returncode == ConfigError.status else RunError
-        raise failed(f"training stopped with an error (see above): {' '.join(command)}")
+        raise failed(f"training stopped with an error (see above): {' '.join(words)}")
+
+
+def command(ranks: int, file: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The command line of such a run."""
+    return [str(LAUNCHER), str(ranks), "train", file, *overrides]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """The variables that it starts with."""
+    variables = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
+    variables.update(MIRAGE_PYTHON=sys.executable, **liveness.child_environment(), **_gpus_for(ranks))
+    return variables
 
 
 def _gpus_for(ranks: int) -> dict[str, str]:
