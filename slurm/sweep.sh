@@ -27,8 +27,8 @@ if ((SLURM_ARRAY_TASK_ID >= ${#points[@]})); then
 fi
 IFS=$'\t' read -ra fields <<<"${points[SLURM_ARRAY_TASK_ID]}"
 say "point ${fields[0]}"
-# The tasks of this element are all workers of its evaluation; launch/node.sh would count those of the others too.
-unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_MIN SLURM_ARRAY_TASK_MAX SLURM_ARRAY_TASK_COUNT
+# The tasks of this element are all workers of its evaluation (see launch/node.sh).
+export MIRAGE_ELEMENT_ALONE=1
 for field in "${fields[@]:2}"; do
   # Quoted by mirage sweep for a shell.
   declare -a words="($field)"

@@ -135,7 +135,6 @@ def _plain(value: Any) -> str:
 
 def note(own: Frontier) -> str:
     """How to read the section, in sentences."""
-    better = {name: "less" if own[name]["measure"] in LOWER else "more" for name in ("forget", "retain")}
     seeds = len(own["seeds"])
     held_out = (
         "one half of the questions and of the seeds chooses a method's setting, the other measures it, and the reverse"
@@ -144,11 +143,19 @@ def note(own: Frontier) -> str:
         "one seed only, whose luck stays in both halves"
     )
     return (
-        f"Each setting is the mean over {seeds} seed{'s' * (seeds > 1)}; {better['forget']} of the forget measure "
-        f"({axis_title(own['forget'])}) and {better['retain']} of the retain measure ({axis_title(own['retain'])}) is "
-        f"better. Intervals hold 95 %, over questions and seeds. Methods are compared at {_level(own)}: {held_out}. "
-        "The best of many settings on the questions that chose it is flattered; that figure stands beside."
+        f"Each setting is the mean over {seeds} seed{'s' * (seeds > 1)}. Forget: {_titled(own['forget'])}. Retain: "
+        f"{_titled(own['retain'])}. Intervals hold 95 %, over questions and seeds. Methods are compared at "
+        f"{_level(own)}: {held_out}. The best of many settings is flattered by the questions that chose it; that "
+        "figure stands beside."
     )
+
+
+def _titled(axis: Axis) -> str:
+    return f"{axis_title(axis)} ({_better(axis)} is better)"
+
+
+def _better(axis: Axis) -> str:
+    return "less" if axis["measure"] in LOWER else "more"
 
 
 def _level(own: Frontier) -> str:
@@ -159,7 +166,8 @@ def _level(own: Frontier) -> str:
 def section(own: Frontier) -> tuple[str, str, str]:
     """Title, note and HTML of the page's section."""
     description = f"{TITLE} of the sweep {own['sweep']}"
-    drawn = drawing.svg(figure.frontier(own), "frontier", description, figure.SIZE)
+    titles = _titled(own["forget"]), _titled(own["retain"])
+    drawn = drawing.svg(figure.frontier(own, titles), "frontier", description, figure.SIZE)
     caption = (
         "Each marker is a setting, with its 95 % intervals; small ones are its seeds. Lines join the settings of a "
         "method that no other of its settings beats on both axes. The dashed line is the level; a ring marks the "

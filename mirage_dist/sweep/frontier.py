@@ -2,8 +2,9 @@
 
 Values are taken question by question, the same questions of every run. A setting's rate is the mean over its seeds and
 over questions. Its interval is a percentile bootstrap over both (questions drawn jointly for all settings, since they
-are the same; seeds for each setting), widened to the score interval over questions (`stats.scored`): a bootstrap of
-rates that are all 0 or 1 has no width, and one of two seeds too little.
+are the same; seeds for each setting, one fewer than there are, which makes the variance of few seeds unbiased:
+McCarthy and Snowden, 1985), widened to the score interval over questions (`stats.scored`): a bootstrap of
+rates that are all 0 or 1 has no width.
 
 Methods are compared at one level of the retain measure. To choose the best of many settings and to measure it on the
 same answers flatters it, the more the more settings there are. So one half of the questions (by the hash of their ids)
@@ -102,16 +103,20 @@ def _resampled(arrays: Sequence[Values], name: str) -> Values:
     """Means of arrays (S, Q) over questions drawn jointly and seeds drawn for each: (arrays, RESAMPLES)."""
     generator = np.random.default_rng(derived_seed("frontier", name))
     count, questions = RESAMPLES, arrays[0].shape[1]
-    of_seeds = [generator.multinomial(len(own), [1 / len(own)] * len(own), size=count) / len(own) for own in arrays]
+    of_seeds = [_weights(generator, len(own), max(1, len(own) - 1), count) for own in arrays]
     means = np.empty((len(arrays), count))
     step = max(1, AT_ONCE // questions)
     for start in range(0, count, step):
-        drawn = generator.multinomial(questions, [1 / questions] * questions, size=min(step, count - start))
-        weights = drawn / questions
+        weights = _weights(generator, questions, questions, min(step, count - start))
         for number, own in enumerate(arrays):
             part = slice(start, start + len(weights))
             means[number, part] = np.sum(of_seeds[number][part] * (weights @ own.T), axis=1)
     return means
+
+
+def _weights(generator: np.random.Generator, of: int, draws: int, size: int) -> Values:
+    """Weights (size, of), each row's sum 1, of `draws` draws with replacement."""
+    return generator.multinomial(draws, [1 / of] * of, size=size) / draws
 
 
 def pareto(forget: Values, retain: Values) -> NDArray[np.bool_]:

@@ -59,11 +59,11 @@ def test_an_estimate_is_the_mean_and_its_interval_holds_it_and_the_one_over_ques
 
 
 def test_the_bootstrap_varies_as_seeds_and_questions_do():
-    """Of values u + v, u by seed and v by question, the variance of the mean is var(u)/S + var(v)/Q of the sample."""
+    """Of values u + v, u by seed and v by question, the variance of the mean is var(u)/S + var(v)/Q."""
     drawn = np.random.default_rng(0)
     own = 0.5 + 0.05 * drawn.standard_normal((6, 1)) + 0.1 * drawn.standard_normal((1, 200))
     _, means = frontier.estimates([own], "test")
-    wanted = own.mean(axis=1).var() / 6 + own.mean(axis=0).var() / 200
+    wanted = own.mean(axis=1).var(ddof=1) / 6 + own.mean(axis=0).var() / 200
     assert means[0].std() == pytest.approx(math.sqrt(wanted), rel=0.1)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import shlex
 
 import pytest
@@ -62,6 +63,17 @@ def test_a_point_trains_what_its_name_and_values_say(tmp_path):
         assert recipe.world is not None
         assert recipe.world.seed == 0
         assert {key: configs.value(recipe, key) for key in point.values} == point.values
+
+
+def test_the_example_of_the_page_is_a_sweep_that_is_accepted(tmp_path):
+    page = (configs.REPOSITORY / "docs/sweeps.md").read_text()
+    file = tmp_path / "page.yaml"
+    file.write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    planned = points.plan(configs.load(file, [f"out={tmp_path}/sweep", "seeds=[3]"], SweepRecipe))
+    assert len(planned.points) == 6 + 8 + 1
+    assert planned.suites == ["vlguard", "vqav2"]
+    assert planned.places is not None
+    assert [place.set for place in planned.places] == ["unsafes", "vqav2"]
 
 
 def test_what_is_added_later_leaves_the_names_of_what_is_there(tmp_path):

@@ -12,13 +12,15 @@ from mirage_dist.report.figures.style import Palette
 if TYPE_CHECKING:
     from mirage_dist.report.frontier import Estimate, Frontier, Setting
 
-SIZE = (6.2, 4.6)  # inches
-LOWER = ("asr", "rr")
+SIZE = (4.9, 4.4)  # inches; at this width 10 pt text stays readable on a phone
 Point = tuple[float, float]
 
 
-def frontier(own: Frontier) -> Draw:
-    """Forget measure (up) against retain measure (right), in percent, one colour and marker for each method."""
+def frontier(own: Frontier, titles: tuple[str, str]) -> Draw:
+    """Forget measure (up) against retain measure (right), in percent, one colour and marker for each method.
+
+    titles: of the two measures.
+    """
     names = list(dict.fromkeys(["base", *(row["method"] for row in own["at_level"])]))
     rings = {(row["method"], row["of_all"]) for row in own["at_level"] if row["of_all"]}
 
@@ -27,6 +29,8 @@ def frontier(own: Frontier) -> Draw:
         percent_axis(ax.xaxis, palette)
         percent_axis(ax.yaxis, palette)
         ax.axvline(100 * own["level"], color=palette.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+        ax.annotate("level", (100 * own["level"], 1), **above, color=palette.muted, ha="center", fontsize=9)
         for name in names[1:]:
             settings = [one for one in own["settings"] if one["method"] == name]
             colour, marker = looks[name]
@@ -41,21 +45,15 @@ def frontier(own: Frontier) -> Draw:
             x, y = 100 * both[1]["rate"], 100 * both[0]["rate"]
             _whiskers(ax, colour, (x, y), both)
             ax.plot(x, y, marker, color=colour, markersize=7, zorder=4, linestyle="none", label="base")
-        ax.set_xlabel(f"retain: {_title(own, 'retain')}", color=palette.muted)
-        ax.set_ylabel(f"forget: {_title(own, 'forget')}", color=palette.muted)
+        ax.set_ylabel(f"forget: {titles[0]}", color=palette.muted)
+        ax.set_xlabel(f"retain: {titles[1]}", color=palette.muted)
         legend = ax.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, handletextpad=0.1, columnspacing=1
+            loc="lower left", bbox_to_anchor=(0, 1.03), ncols=4, frameon=False, handletextpad=0.1, columnspacing=1
         )
         for text in legend.get_texts():
             text.set_color(palette.ink)
 
     return draw
-
-
-def _title(own: Frontier, name: str) -> str:
-    axis = own["forget"] if name == "forget" else own["retain"]
-    better = "less" if axis["measure"] in LOWER else "more"
-    return f"{axis['measure']}, {axis['condition']} ({better} is better)"
 
 
 def _place(one: Setting) -> Point:
