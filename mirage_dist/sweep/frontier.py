@@ -127,7 +127,7 @@ def pareto(forget: Values, retain: Values) -> NDArray[np.bool_]:
     first, second = forget[:, None], retain[:, None]  # of whom it may be beaten: axis 1
     as_good = (forget[None] >= first - CLOSE) & (retain[None] >= second - CLOSE)
     better = (forget[None] > first + CLOSE) | (retain[None] > second + CLOSE)
-    return ~(as_good & better).any(axis=1)
+    return np.logical_not((as_good & better).any(axis=1))
 
 
 def settings(measured: Sequence[Measured], questions: Questions) -> list[Setting]:

@@ -95,8 +95,8 @@ def _check_condition(key: str, text: str, recipe: EvalRecipe, title: str) -> Non
         raise ConfigError(f"{key}={text}: set {title} has no such condition; {configs.nearest(text, known)}")
 
 
-def values(run: Run, place: Place) -> tuple[dict[str, float], int]:
-    """Question id -> the measure's value from 0 to 1; and the number of questions that have no verdict.
+def values(run: Run, place: Place) -> tuple[dict[str, float], set[str]]:
+    """Question id -> the measure's value from 0 to 1; and the questions that have none, for want of a verdict.
 
     Raises RunError when verdicts are missing or damaged.
     """
@@ -104,13 +104,14 @@ def values(run: Run, place: Place) -> tuple[dict[str, float], int]:
         raise RunError(run.problems[0])
     measure, condition = MEASURES[place.measure], Condition.parse(place.condition)
     judged = [one for one in _judged(run, place) if one.set == place.set]
+    rows = [one for one in judged if one.attack == condition.attack and one.shot <= condition.shots]
     if place.measure == "accuracy":
-        by_question = _scores(judged, condition)
-        return by_question, 0
-    outcomes = metrics.outcomes(judged, condition, measure.verdict, measure.over)
-    questions = {one.id for one in judged if one.attack == condition.attack}
-    open_ones = {one.id for one in judged if one.attack == condition.attack and one.verdict in UNJUDGED}
-    return {key: float(hit) for key, hit in outcomes.items()}, len(questions & open_ones)
+        own = _scores(rows, condition)
+    else:
+        outcomes = metrics.outcomes(judged, condition, measure.verdict, measure.over)
+        own = {key: float(hit) for key, hit in outcomes.items()}
+    unjudged = {one.id for one in rows if one.verdict in UNJUDGED}
+    return {key: value for key, value in own.items() if key not in unjudged}, unjudged
 
 
 def _judged(run: Run, place: Place) -> list[Judged]:
@@ -127,12 +128,11 @@ def _judged(run: Run, place: Place) -> list[Judged]:
     ]
 
 
-def _scores(judged: Iterable[Judged], condition: Condition) -> dict[str, float]:
+def _scores(rows: Iterable[Judged], condition: Condition) -> dict[str, float]:
     """Question id -> the mean score of its answers under the condition; questions with fewer rewrites are left out."""
     shots = range(1, condition.shots + 1) if condition.shots else [0]
     by_question: dict[str, dict[int, float]] = {}
-    for one in judged:
-        if one.attack == condition.attack:
-            by_question.setdefault(one.id, {})[one.shot] = one.score or 0.0
+    for one in rows:
+        by_question.setdefault(one.id, {})[one.shot] = one.score or 0.0
     whole = {key: own for key, own in by_question.items() if all(shot in own for shot in shots)}
     return {key: sum(own[shot] for shot in shots) / len(shots) for key, own in whole.items()}

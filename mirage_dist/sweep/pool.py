@@ -84,10 +84,13 @@ def run(plan: Plan, jobs: int) -> None:
             f"--jobs {jobs}: {jobs} points of {ranks} ranks need {jobs * ranks} GPUs, and this machine has "
             f"{len(gpus)}; at most --jobs {len(gpus) // ranks}"
         )
-    out = directory.claim(plan)
+    directory.check(plan)
+    out = Path(plan.sweep.out)
+    out.mkdir(parents=True, exist_ok=True)
     with disk.alone(out, wait=False) as free:
         if not free:
             raise RunError(f"{out}: another `mirage sweep` runs points there; wait for its end, or stop it")
+        directory.claim(plan)
         (out / "logs").mkdir(exist_ok=True)
         own = _Pool(plan, jobs, out, gpus if ranks <= len(gpus) else [])
         own.left.extend(plan.everything)
@@ -100,7 +103,10 @@ def run(plan: Plan, jobs: int) -> None:
         raise StopRequested(f"sweep {plan.sweep.name}: stopped by {name}; {kept}")
     if own.failed:
         listed = "\n".join(f"  {name}: {why}" for name, why in own.failed.items())
-        raise RunError(f"{len(own.failed)} of {len(plan.everything)} points failed, the others are done:\n{listed}")
+        rest = "" if plan.places is None else f"\nmirage report --sweep {out} reports the settings that are complete"
+        raise RunError(
+            f"{len(own.failed)} of {len(plan.everything)} points failed, the others are done:\n{listed}{rest}"
+        )
 
 
 def _work(own: _Pool) -> None:

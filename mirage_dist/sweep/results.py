@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mirage_dist import report
+from mirage_dist import runs as run_records
 from mirage_dist.report import frontier as formats
 from mirage_dist.report import load
 from mirage_dist.report.frontier import Axis, Frontier
@@ -24,9 +25,10 @@ ByQuestion = dict[str, float]
 
 @dataclass
 class _Answers:
-    """What the points say: name -> the values of both measures. unjudged: questions without verdict, by name."""
+    """What the points say: name -> the values of both measures. unjudged: of each, questions without a verdict."""
 
     both: dict[str, tuple[ByQuestion, ByQuestion]] = field(default_factory=dict)
+    unjudged: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
     incomplete: dict[str, str] = field(default_factory=dict)
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)  # suite -> point -> recipe_hash
 
@@ -42,6 +44,7 @@ def compute(out: Path) -> Frontier:
     if options is None:
         raise ConfigError(f"{out}: this sweep has no `frontier`; add it to its recipe and start it again")
     places = Place(**options["forget"]), Place(**options["retain"])
+    _check_starts(out, record)
     answers = _read(out, record, places)
     measured, base, questions, left_out = _aligned(record, answers, places)
     level, level_from = _level(options, base, places[1])
@@ -82,6 +85,22 @@ def _axis(place: Place, ids: Sequence[str], left_out: int) -> Axis:
     }
 
 
+def _check_starts(out: Path, record: SweepRecord) -> None:
+    """Raise ConfigError where points of one method were trained from different weights in the same place."""
+    firsts: dict[tuple[str, Any], tuple[str, str]] = {}
+    for point in record["points"]:
+        begun = run_records.manifest(out / "points" / point["name"])
+        if begun is None:
+            continue
+        key = point["method"], point["values"].get("model.path")
+        first, weights = firsts.setdefault(key, (point["name"], begun["base_hash"]))
+        if weights != begun["base_hash"]:
+            raise ConfigError(
+                f"{out}: points {first} and {point['name']} were trained from different weights: the model's folder "
+                "has changed in between. Move the points of the former weights away, and start `mirage sweep` again"
+            )
+
+
 def _read(out: Path, record: SweepRecord, places: tuple[Place, Place]) -> _Answers:
     answers = _Answers()
     names = [point["name"] for point in record["points"]] + ([record["base"]] if record["base"] else [])
@@ -89,11 +108,13 @@ def _read(out: Path, record: SweepRecord, places: tuple[Place, Place]) -> _Answe
         folder = out / "points" / name
         try:
             runs = {place.suite: load.read({name: folder}, place.suite)[0] for place in places}
-            own = [measures.values(runs[place.suite], place)[0] for place in places]
+            own = [measures.values(runs[place.suite], place) for place in places]
         except (ConfigError, RunError) as error:
             answers.incomplete[name] = str(error).splitlines()[0]
             continue
-        answers.both[name] = own[0], own[1]
+        answers.both[name] = own[0][0], own[1][0]
+        for known, (_, unjudged) in zip(answers.unjudged, own, strict=True):
+            known |= unjudged
         for suite, run in runs.items():
             answers.hashes.setdefault(suite, {})[name] = run.metrics["recipe_hash"]
     for suite, by_name in answers.hashes.items():
@@ -117,7 +138,7 @@ def _aligned(
     for axis in (0, 1):
         of_points = [own[axis] for own in answers.both.values()]
         common = set.intersection(*(set(own) for own in of_points))
-        every = set().union(*of_points)
+        every = answers.unjudged[axis].union(*of_points)
         if len(common) < 2:
             raise RunError(
                 f"{places[axis].suite}: {len(common)} questions have a verdict in all points; expected two at least"

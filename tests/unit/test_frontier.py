@@ -1,5 +1,6 @@
 """The frontier's arithmetic against the long way round, and what comparing at equal utility is protected from."""
 
+import hashlib
 import json
 import math
 
@@ -171,7 +172,33 @@ def test_the_mean_over_questions_is_the_suites_own_rate(place, measure, tmp_path
     leaf = run.rates(measure)[place.condition]
     assert leaf is not None
     assert (sum(own.values()), len(own)) == (leaf["k"], leaf["n"])
-    assert unjudged == leaf.get("unjudged", 0)
+    assert len(unjudged) == leaf.get("unjudged", 0)
+
+
+def test_the_accuracy_of_a_benchmark_is_the_mean_of_its_scores(tmp_path):
+    """Three questions: two with a score each, one whose only answer has no verdict."""
+    suite = tmp_path / "run/evals/vqa"
+    (suite / "rows").mkdir(parents=True)
+    (suite / "verdicts").mkdir()
+    scores, texts = {"a": 1.0, "b": 0.3, "c": None}, {"kind": "utility", "category": "", "question": "", "response": ""}
+    rows, lines = "", ""
+    for name, score in scores.items():
+        place = {
+            "key": hashlib.sha256(name.encode()).hexdigest(),
+            "set": "vqa",
+            "id": name,
+            "attack": "clean",
+            "shot": 0,
+        }
+        rows += state.sealed("row", {**place, **texts})
+        verdict = {"verdict": "unparsed"} if score is None else {"verdict": "scored", "detail": {"score": score}}
+        lines += state.sealed("verdict", {"key": place["key"], **verdict})
+    (suite / "rows/worker-1.jsonl").write_text(rows)
+    (suite / "verdicts/benchmark.jsonl").write_text(lines)
+    own = {"kind": "benchmark", "verdicts": {"vqa": {"clean": {"scored": 2, "unparsed": 1}}}}
+    (suite / "metrics.json").write_text(state.sealed("rates", {"headline": "benchmark", "judges": {"benchmark": own}}))
+    [run] = load.read({"run": tmp_path / "run"}, "vqa")
+    assert measures.values(run, Place("accuracy", "vqa", "vqa", "clean")) == ({"a": 1.0, "b": 0.3}, {"c"})
 
 
 def sweep_of(folder, patterns, **options):
@@ -244,6 +271,24 @@ def test_points_that_were_evaluated_differently_are_not_compared(tmp_path):
     folder = sweep_of(tmp_path / "sweep", {**POINTS, "rmu-c-s1": None})
     write_run(folder / "points/rmu-c-s1", HARMFUL, recipe_hash="other")
     with pytest.raises(ConfigError, match=r"npo-a-s0 and rmu-c-s1 were evaluated on demo with other questions"):
+        results.compute(folder)
+
+
+def test_questions_without_a_verdict_in_one_point_are_left_out_of_all_and_counted(tmp_path):
+    folder = sweep_of(
+        tmp_path / "sweep", {**POINTS, "rmu-c-s1": {"unsafe": ["unparsed", "refused"], "safe": ["correct"]}}
+    )
+    own = results.compute(folder)
+    assert (own["forget"]["questions"], own["forget"]["left_out"]) == (3, 3)
+    assert (own["retain"]["questions"], own["retain"]["left_out"]) == (6, 0)
+
+
+def test_points_that_were_trained_from_other_weights_are_not_compared(tmp_path):
+    folder = sweep_of(tmp_path / "sweep", POINTS)
+    for name in POINTS:
+        begun = {"base_hash": "new" if name.endswith("b-s1") else "old"}
+        (folder / "points" / name / "manifest.json").write_text(state.sealed("run", begun))
+    with pytest.raises(ConfigError, match=r"npo-a-s0 and npo-b-s1 were trained from different weights"):
         results.compute(folder)
 
 

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist import cli, state
+from mirage_dist import cli, disk, state
 from mirage_dist import config as configs
-from mirage_dist.schema import ConfigError, TrainRecipe
-from mirage_dist.sweep import directory, draws, points, slurm
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
+from mirage_dist.sweep import directory, draws, points, pool, slurm
 from mirage_dist.sweep.recipe import DrawConfig, MethodConfig, RandomConfig, SweepRecipe
 
 NPO, RMU = "configs/train/demo_npo.yaml", "configs/train/demo_rmu.yaml"
@@ -254,6 +254,14 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds files, and no sweep wrote them"):
         directory.claim(planned)
+
+
+def test_one_process_at_a_time_runs_points_in_a_directory(tmp_path):
+    planned = small(tmp_path, {"train.lr": [1e-3]})
+    (tmp_path / "sweep").mkdir()
+    with disk.alone(tmp_path / "sweep"), pytest.raises(RunError, match=r"another `mirage sweep` runs points there"):
+        pool.run(planned, 1)
+    assert not list((tmp_path / "sweep").iterdir())
 
 
 def test_a_damaged_sweep_json_is_named_with_its_remedy(tmp_path, capsys):
