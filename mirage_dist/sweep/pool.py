@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,8 +77,7 @@ def run(plan: Plan, jobs: int) -> None:
     directory; ConfigError when the machine's GPUs are too few for so many points; and StopRequested after a signal,
     which is passed on, when every process has stopped in order.
     """
-    gpus = workers.gpus()
-    ranks = plan.sweep.ranks
+    gpus, ranks = workers.gpus(), plan.sweep.ranks
     if ranks <= len(gpus) < jobs * ranks:
         raise ConfigError(
             f"--jobs {jobs}: {jobs} points of {ranks} ranks need {jobs * ranks} GPUs, and this machine has "
@@ -146,21 +145,29 @@ def _start(own: _Pool, place: int, active: _Active) -> None:
     active.step = step = active.steps.popleft()
     described = f" ({active.point.description})" if active.point.description else ""
     log.info(f"{active.point.name}{described}: {step.title}")
-    environment = workers.environment(place, own.jobs)
-    ranks = own.plan.sweep.ranks
-    if step.verb == "train":
-        command = launching.command(ranks, step.words[0], step.words[1:])
-        environment = launching.environment(ranks)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (ranks * own.jobs))))
-    else:
-        command = [sys.executable, "-m", "mirage_dist.cli", "eval", *step.words]
-    if own.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own.gpus[place * ranks : (place + 1) * ranks])
-        if step.verb == "eval" and ranks > 1:
-            command += ["--workers", str(ranks)]
+    words, variables = command(step, own.plan.sweep.ranks, (place, own.jobs), own.gpus)
     active.log.write(f"--- {step.title}\n".encode())
     active.log.flush()
-    active.process = subprocess.Popen(command, env=environment, stdout=active.log, stderr=subprocess.STDOUT)
+    active.process = subprocess.Popen(words, env=variables, stdout=active.log, stderr=subprocess.STDOUT)
+
+
+def command(step: Step, ranks: int, place: tuple[int, int], gpus: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line of a step, and the variables that it starts with.
+
+    place: (i, n): of the i-th of n points at once. gpus: the machine's, of which each place has `ranks`; none where
+    they are too few for one training.
+    """
+    number, jobs = place
+    own = gpus[number * ranks : (number + 1) * ranks]
+    if step.verb == "train":
+        variables = launching.environment(ranks)
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (ranks * jobs))))
+        words = launching.command(ranks, step.words[0], step.words[1:])
+    else:
+        variables = workers.environment(number, jobs)
+        words = [sys.executable, "-m", "mirage_dist.cli", "eval", *step.words]
+        words += ["--workers", str(ranks)] if len(own) > 1 else []
+    return words, variables | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
 
 
 def _next(own: _Pool, place: int, active: _Active) -> None:

@@ -226,6 +226,7 @@ def test_a_port_that_is_none_is_named(port, monkeypatch, capsys):
         ["plan", TRAIN, "--ranks"],
         ["eval", "configs/eval/vlguard.yaml", "--workers"],
         ["eval", "configs/eval/vlguard.yaml", "--worker"],
+        ["sweep", "configs/sweep/demo.yaml", "--jobs"],
     ],
     ids=lambda arguments: arguments[0] + arguments[-1],
 )

@@ -256,6 +256,21 @@ def test_a_directory_belongs_to_one_sweep(tmp_path):
         directory.claim(planned)
 
 
+def test_points_at_once_have_gpus_of_their_own_and_there_must_be_enough(tmp_path, monkeypatch):
+    train, suite = pool.Step("train", ("t.yaml", "a=1"), "train"), pool.Step("eval", ("e.yaml", "b=2"), "eval demo")
+    for number, own in ((0, "4,5"), (1, "6,7")):
+        words, variables = pool.command(train, 2, (number, 2), ["4", "5", "6", "7"])
+        assert words[-4:] == ["2", "train", "t.yaml", "a=1"]
+        assert variables["CUDA_VISIBLE_DEVICES"] == own
+        words, variables = pool.command(suite, 2, (number, 2), ["4", "5", "6", "7"])
+        assert words[-5:] == ["eval", "e.yaml", "b=2", "--workers", "2"]
+        assert variables["CUDA_VISIBLE_DEVICES"] == own
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    planned = small(tmp_path, {"train.lr": [1e-3]}, ranks=2)
+    with pytest.raises(ConfigError, match=r"2 points of 2 ranks need 4 GPUs, and this machine has 3; at most --jobs 1"):
+        pool.run(planned, 2)
+
+
 def test_one_process_at_a_time_runs_points_in_a_directory(tmp_path):
     planned = small(tmp_path, {"train.lr": [1e-3]})
     (tmp_path / "sweep").mkdir()
