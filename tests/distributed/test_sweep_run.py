@@ -13,7 +13,7 @@ from conftest import launch, losses, steps_done, until
 from safetensors.torch import load_file
 
 from mirage_dist import config as configs
-from mirage_dist import report
+from mirage_dist import liveness, report
 from mirage_dist.schema import RunError
 from mirage_dist.sweep import points, results
 from mirage_dist.sweep.recipe import SweepRecipe
@@ -53,12 +53,15 @@ def start(file: Path, *words: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def resumed(recipe, plain_environment) -> tuple[points.Plan, str]:
-    """Killed as the first point was done and the second one trained; then started again, two points at once."""
+    """Killed, with its training, when the second point trained; then started again at once, two points at a time."""
     planned = points.plan(configs.load(recipe, [], SweepRecipe))
     first, second, *_ = planned.points
     process = start(recipe)
     until(lambda: steps_done(second.run), process)
     process.send_signal(signal.SIGKILL)
+    owner = liveness.read(second.run / "owner.json")
+    assert owner is not None
+    os.kill(owner["pid"], signal.SIGKILL)
     process.communicate()
     kept = (first.run / "metrics.jsonl").stat().st_mtime_ns
     process = start(recipe, "--jobs", "2")

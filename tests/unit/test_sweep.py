@@ -4,14 +4,17 @@ import itertools
 import math
 import re
 import shlex
+import subprocess
+from dataclasses import replace
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirage_dist import cli, disk, state
+from mirage_dist import cli, disk, liveness, state
 from mirage_dist import config as configs
+from mirage_dist.liveness import Owner
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.sweep import directory, draws, points, pool, slurm
 from mirage_dist.sweep.recipe import DrawConfig, MethodConfig, RandomConfig, SweepRecipe
@@ -269,6 +272,21 @@ def test_points_at_once_have_gpus_of_their_own_and_there_must_be_enough(tmp_path
     planned = small(tmp_path, {"train.lr": [1e-3]}, ranks=2)
     with pytest.raises(ConfigError, match=r"2 points of 2 ranks need 4 GPUs, and this machine has 3; at most --jobs 1"):
         pool.run(planned, 2)
+
+
+def test_a_point_waits_for_the_process_that_a_killed_sweep_has_left_at_work_on_it(tmp_path, caplog):
+    planned = small(tmp_path, {"train.lr": [1e-3]})
+    directory.claim(planned)
+    [point] = planned.points
+    (point.run / "export").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "1"]) as left:
+        owner = replace(Owner.current(), pid=left.pid, process=liveness.process_start(left.pid))
+        (point.run / "owner.json").write_text(state.sealed("owner", owner.record()))
+        with caplog.at_level("INFO", "mirage_dist"):
+            pool.run(planned, 1)
+        assert left.poll() == 0
+    assert "is still at work on it; waiting for it" in caplog.text
+    assert caplog.text.endswith("done before\n")
 
 
 def test_one_process_at_a_time_runs_points_in_a_directory(tmp_path):
