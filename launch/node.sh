@@ -164,6 +164,8 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$extensions}
 # An evaluation has no process group: every task of every element of the job array is a worker that begins at a place
 # of its own in the work list.
 if [[ ${1:-} == eval ]]; then
+  # The elements of a sweep's array have an evaluation each (slurm/sweep.sh).
+  if [[ ${MIRAGE_ELEMENT_ALONE:-} ]]; then unset SLURM_ARRAY_TASK_ID SLURM_ARRAY_TASK_MIN SLURM_ARRAY_TASK_COUNT; fi
   tasks=${SLURM_NTASKS:-1}
   place=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks + SLURM_PROCID))
   set -- "$@" --worker "$place/$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))"

@@ -26,10 +26,10 @@ def replace(ranks: int, file: str, overrides: Sequence[str] = ()) -> NoReturn:
     """
     if (size := place()[2]) > 1:
         raise ConfigError(f"--ranks {ranks} starts processes, and this one is already one of {size}; leave --ranks out")
-    environment = {k: v for k, v in os.environ.items() if k not in (*LAUNCH_VARIABLES[:3], "MASTER_ADDR")}
-    environment["MIRAGE_PYTHON"] = sys.executable
+    variables = {k: v for k, v in os.environ.items() if k not in (*LAUNCH_VARIABLES[:3], "MASTER_ADDR")}
+    variables["MIRAGE_PYTHON"] = sys.executable
     try:
-        os.execvpe("bash", ["bash", str(LAUNCHER), str(ranks), "train", file, *overrides], environment)
+        os.execvpe("bash", command(ranks, file, overrides), variables)
     except FileNotFoundError as error:
         raise RunError("--ranks needs bash, which is not on PATH") from error
 
@@ -40,11 +40,9 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
 
     Raises StopRequested after a signal, ConfigError when the run ends for bad input, and RunError when it fails.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
-    environment.update(MIRAGE_PYTHON=sys.executable, **liveness.child_environment(), **_gpus_for(ranks))
-    command = ["bash", str(LAUNCHER), str(ranks), "train", file, *overrides]
+    words = command(ranks, file, overrides)
     with signals.at_stop_points():
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(words, env=environment(ranks))
         while process.poll() is None:
             if signals.received():
                 process.terminate()
@@ -54,7 +52,19 @@ def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
         raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
     if process.returncode:
         failed = ConfigError if process.returncode == ConfigError.status else RunError
-        raise failed(f"training stopped with an error (see above): {' '.join(command)}")
+        raise failed(f"training stopped with an error (see above): {' '.join(words)}")
+
+
+def command(ranks: int, file: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The command line of such a run."""
+    return ["bash", str(LAUNCHER), str(ranks), "train", file, *overrides]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """The variables that it starts with."""
+    variables = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and "ELASTIC" not in k}
+    variables.update(MIRAGE_PYTHON=sys.executable, **liveness.child_environment(), **_gpus_for(ranks))
+    return variables
 
 
 def _gpus_for(ranks: int) -> dict[str, str]:

@@ -47,6 +47,7 @@ VERSIONS = {
     "samples": 1,
     "start": 1,
     "suite": 1,
+    "sweep": 1,
     "verdict": 1,
     "world": 2,
 }

@@ -168,6 +168,19 @@ def parser() -> argparse.ArgumentParser:
         "--override", action="append", metavar="KEY", help="this value as KEY=VALUE, quoted for a command; repeatable"
     )
 
+    sweep = _verb(
+        verbs, "sweep", run.sweep, "a search over recipe keys and seeds, and the forget–retain frontier of its results"
+    )
+    _recipe(sweep)
+    sweep.add_argument(
+        "--jobs", type=_whole(1, LOCAL), default=1, metavar="N", help="points at once on this machine (default: 1)"
+    )
+    sweep.add_argument("--ranks", type=_whole(1, RANKS), metavar="N", help="processes of a training; default: `ranks`")
+    what = sweep.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="check every point and name it; run nothing")
+    what.add_argument("--status", action="store_true", help="how far each point is")
+    what.add_argument("--slurm", action="store_true", help="write the missing points for one job array, and print it")
+
     report = _verb(verbs, "report", run.report, "tables and figures over evaluated runs")
     report.add_argument("runs", nargs="*", type=_path, metavar="RUN", help="run directories")
     report.add_argument(
@@ -177,7 +190,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="in their place: results.json of `mirage paper`, side by side",
     )
-    report.add_argument("--out", type=_path, help="default: report/ in the first run")
+    report.add_argument(
+        "--sweep",
+        type=_path,
+        metavar="DIR",
+        help="the frontier of a sweep first; without RUN, its chosen points follow",
+    )
+    report.add_argument("--out", type=_path, help="default: report/ in the sweep, or else in the first run")
     report.add_argument("--suite", type=_name, help="required when the runs share several suites")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from mirage_dist import config as configs
@@ -247,13 +248,50 @@ def config(parsed: argparse.Namespace) -> None:
         put(f"{configs.override(key, configs.value(recipe, key))}\n")
 
 
+def sweep(parsed: argparse.Namespace) -> None:
+    signals.install()
+    from mirage_dist.sweep.recipe import SweepRecipe
+
+    recipe = configs.load(parsed.config, parsed.overrides, SweepRecipe)
+    if parsed.ranks:
+        recipe = replace(recipe, ranks=parsed.ranks)
+    from mirage_dist.sweep import directory, pool, results, slurm, status
+    from mirage_dist.sweep.points import plan
+
+    planned = plan(recipe)
+    directory.check(planned)
+    if parsed.check:
+        lines = [f"{point.name}  {point.description}".rstrip() for point in planned.everything]
+        show(*lines, f"{parsed.config}: {len(lines)} points are in order; neither data nor model were read")
+    elif parsed.status:
+        show(status.text(planned))
+    elif parsed.slurm:
+        show(slurm.text(planned))
+    else:
+        pool.run(planned, parsed.jobs)
+        if recipe.frontier is not None:
+            out = Path(recipe.out) / "report"
+            _, text = results.write(Path(recipe.out), out)
+            show(text, f"report: {out / 'index.html'}")
+
+
 def report(parsed: argparse.Namespace) -> None:
     from mirage_dist import report
 
-    if bool(parsed.runs) == bool(parsed.compare):
-        raise ConfigError("mirage report: name run directories, or files with --compare")
+    if bool(parsed.compare) == bool(parsed.runs or parsed.sweep):
+        raise ConfigError("mirage report: name run directories, a sweep with --sweep, or files with --compare")
     if parsed.compare:
         show(report.published.compare(parsed.compare))
+        return
+    if parsed.sweep:
+        if parsed.suite:
+            raise ConfigError("--suite: a sweep's report shows the suite of its forget measure; leave it out")
+        from mirage_dist.sweep import results
+
+        out, runs = parsed.out or parsed.sweep / "report", report.named(parsed.runs) if parsed.runs else None
+        own, text = results.write(parsed.sweep, out, runs, parsed.outputs)
+        show(text, out / "index.html")
+        results.require_whole(own)
         return
     out = parsed.out or parsed.runs[0] / "report"
     summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)

@@ -76,13 +76,13 @@ def environment(worker: int, workers: int) -> dict[str, str]:
     variables = {**os.environ, **liveness.child_environment()}
     variables.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(paths))
     variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
-    gpus = _gpus()
-    if gpus:
-        variables["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
+    own = gpus()
+    if own:
+        variables["CUDA_VISIBLE_DEVICES"] = own[worker % len(own)]
     return variables
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Names as in CUDA_VISIBLE_DEVICES. Without torch, whose import takes seconds."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name]

@@ -65,6 +65,7 @@ TOKENS = Limit("sample length", 10_000_000, "tokens", "positions of models are b
 MAGNITUDE = Limit("real number", 1_000_000, "", "rates, weights and coefficients; products stay far within float32")
 RANKS = Limit("ranks", 1_000_000, "processes", "GPUs of the largest clusters are an order of magnitude fewer")
 LOCAL = Limit("workers", 1024, "processes or requests", "each takes memory, descriptors and a connection")
+POINTS = Limit("sweep points", 10_000, "points", "each is a training; a grid of a few keys multiplies to billions")
 REPEATS = Limit("repeats", 1000, "times", "rewrites, attempts, retries and copies multiply the work")
 SECONDS = Limit("seconds", 30 * 86_400, "seconds", "30 days: timers and collectives count milliseconds in 64 bits")
 SEED = Limit("seed", (1 << 63) - 1, "", "generators of PyTorch and NumPy take as much")

@@ -1,6 +1,7 @@
 """What the scripts ask of Slurm and what they tell its processes; a stand-in takes the place of the training."""
 
 import os
+import shlex
 import shutil
 import sys
 
@@ -10,7 +11,7 @@ from cluster import HERE, cluster
 from mirage_dist.config import REPOSITORY
 
 pytestmark = pytest.mark.slurm
-TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "mirage", "doctor")
+TEMPLATES = ("sft", "unlearn_npo", "unlearn_rmu", "eval_attacks", "sweep", "mirage", "doctor")
 # A partition as sites have them whose preemption first asks, and waits.
 GRACE = "PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20"
 SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:0", "--cpus-per-task=1")
@@ -111,6 +112,26 @@ def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):
     }
     assert {start["env"]["CUDA_VISIBLE_DEVICES"] for start in starts} <= set("01234567")
     assert len({(start["env"]["SLURM_JOB_ID"], start["env"]["CUDA_VISIBLE_DEVICES"]) for start in starts}) == 6
+
+
+def test_an_element_of_a_sweep_trains_and_evaluates_its_point(slurm, tmp_path):
+    """The words arrive as they were; what is trained is not trained again, and its own tasks share an evaluation."""
+    words = ["configs/train/npo.yaml", "run.name='a  $b'", "seconds=0"]
+    train, suite = shlex.join(["train", *words]), shlex.join(["eval", "configs/eval/demo.yaml", "x=1"])
+    (tmp_path / "b/export").mkdir(parents=True)
+    file = tmp_path / "points.tsv"
+    rows = [["a", f"{tmp_path}/a", train, suite], ["b", f"{tmp_path}/b", train, suite], ["c", f"{tmp_path}/c", suite]]
+    file.write_text("".join("\t".join(row) + "\n" for row in rows))
+    options = ("--array=0-3", "--nodes=1", "--ntasks-per-node=2", "--gres=gpu:2", "--cpus-per-task=1")
+    job = slurm.submit("sweep", str(file), options=options)
+    slurm.ended(job)
+    starts = [start["words"] for start in slurm.starts(job)]
+    assert starts.count(["train", *words]) == 2  # two ranks of a
+    for place in ("0/2", "1/2"):
+        assert starts.count(["eval", "configs/eval/demo.yaml", "x=1", "--worker", place]) == 3
+    assert len(starts) == 8
+    log = slurm.log(f"{job}_3")
+    assert "has 3 points; --array=0-2 are all of them" in log
 
 
 def test_an_array_with_gaps_is_refused(slurm):

@@ -16,6 +16,8 @@ from mirage_dist.evals import worklist
 from mirage_dist.paper import chain as chains
 from mirage_dist.paper.recipe import PaperRecipe
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.sweep import points
+from mirage_dist.sweep.recipe import SweepRecipe
 from mirage_dist.train.planning import check
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -38,6 +40,7 @@ DEFAULTS = {
     "plan": "configs/train/npo.yaml",
     "prepare": "configs/prepare/vlguard.yaml",
     "paper": "configs/paper/llava_1_5_7b.yaml",
+    "sweep": "configs/sweep/demo.yaml",
 }
 EVALUATION = "configs/eval/vlguard.yaml"
 GLOBAL = "train.global_batch"
@@ -118,6 +121,9 @@ def verb(words: list[str], ranks: int | None) -> None:
         return
     if words[0] == "show":
         assert provenance.values(parsed.config, parsed.overrides)
+        return
+    if words[0] == "sweep":
+        points.plan(configs.load(parsed.config, parsed.overrides, SweepRecipe))
         return
     load = {"train": TrainRecipe, "plan": TrainRecipe, "prepare": PrepareRecipe}.get(words[0], EvalRecipe)
     recipe = configs.load(parsed.config, parsed.overrides, load)

@@ -20,11 +20,12 @@ from mirage_dist.objectives.base import REGISTRY as OBJECTIVES
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
 from mirage_dist.schema.limits import LIMITS
 from mirage_dist.schema.names import Check
+from mirage_dist.sweep.recipe import SweepRecipe
 from mirage_dist.train.optimizers.base import REGISTRY as OPTIMIZERS
 
 REGISTRIES = [FORMATS, ATTACKS, JUDGES, OBJECTIVES, OPTIMIZERS]
 CLASSES = [
-    *(TrainRecipe, EvalRecipe, PrepareRecipe, ErasureConfig),
+    *(TrainRecipe, EvalRecipe, PrepareRecipe, ErasureConfig, SweepRecipe),
     *(registry.load(name, "test", registry.key) for registry in REGISTRIES for name in registry),
 ]
 # Below, between and above all ranges, and what is no number.
@@ -225,6 +226,7 @@ def test_a_port_that_is_none_is_named(port, monkeypatch, capsys):
         ["plan", TRAIN, "--ranks"],
         ["eval", "configs/eval/vlguard.yaml", "--workers"],
         ["eval", "configs/eval/vlguard.yaml", "--worker"],
+        ["sweep", "configs/sweep/demo.yaml", "--jobs"],
     ],
     ids=lambda arguments: arguments[0] + arguments[-1],
 )
