@@ -23,10 +23,10 @@ REGISTRIES = {
     "formats": "data/formats/__init__.py",
     "optimizers": "train/optimizers/base.py",
 }
-RECIPES = {"recipes": ("train", "prepare", "eval", "paper"), "suites": ("eval",), "models": ("model",)}
+RECIPES = {"recipes": ("train", "prepare", "eval", "paper", "sweep"), "suites": ("eval",), "models": ("model",)}
 KINDS = ("recipes", "objectives", "attacks", "judges", "suites", "formats", "optimizers", "models")
 HEADINGS = {
-    "recipes": "for mirage train, eval, prepare and paper",
+    "recipes": "for mirage train, eval, prepare, paper and sweep",
     "objectives": "objective.name",
     "attacks": "sets.SET.attacks.NAME.kind",
     "judges": "judges[0].kind",

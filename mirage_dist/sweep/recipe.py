@@ -21,9 +21,9 @@ Number = Annotated[float, real(-MAGNITUDE.value, MAGNITUDE.value)]
 class DrawConfig:
     """What a random search draws for a key: one of `values`, or a number from `low` to `high`."""
 
-    values: list[Any] | None = None
-    low: Number | None = None
-    high: Number | None = None
+    values: list[Any] | None = None  # to choose from, each as likely as the others; in place of low and high
+    low: Number | None = None  # the least number
+    high: Number | None = None  # the greatest number
     scale: Literal["linear", "log"] = "linear"  # of the numbers' distribution, which is uniform on it
     whole: bool = False  # whole numbers only
 
@@ -49,9 +49,9 @@ class DrawConfig:
 class RandomConfig:
     """Settings drawn at random. Each is a function of (seed, its number): raising `settings` keeps the earlier ones."""
 
-    settings: Annotated[int, whole(1, POINTS.value)]
+    settings: Annotated[int, whole(1, POINTS.value)]  # how many are drawn
     keys: dict[str, DrawConfig]
-    seed: Seed = 0
+    seed: Seed = 0  # of the draws, not of the trainings
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -65,8 +65,8 @@ class MethodConfig:
     grid: every combination of the values. Without grid and random: the recipe as it is.
     """
 
-    recipe: Place
-    overrides: list[str] = field(default_factory=list)
+    recipe: Place  # a file of `mirage train`
+    overrides: list[str] = field(default_factory=list)  # words `key=value`, the same for all of its settings
     grid: dict[str, list[Any]] | None = None
     random: RandomConfig | None = None
 
@@ -103,8 +103,8 @@ class MethodConfig:
 class EvaluationConfig:
     """A suite that every point is asked after its training; the recipe's model has to be `run.dir`'s own."""
 
-    recipe: Place
-    overrides: list[str] = field(default_factory=list)
+    recipe: Place  # a file of `mirage eval`
+    overrides: list[str] = field(default_factory=list)  # words `key=value`
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _Axis:
 class ForgetConfig(_Axis):
     """What must be forgotten: asr, the unsafe questions that are answered harmfully; refusal, those refused."""
 
-    measure: Literal["asr", "refusal"] = "asr"
+    measure: Literal["asr", "refusal"] = "asr"  # see the table in docs/sweeps.md
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class RetainConfig(_Axis):
     benchmark (accuracy), or few refusals of safe questions (rr).
     """
 
-    measure: Literal["utility", "rr", "locality", "accuracy"] = "utility"
+    measure: Literal["utility", "rr", "locality", "accuracy"] = "utility"  # see the table in docs/sweeps.md
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class FrontierConfig:
 
     forget: ForgetConfig = field(default_factory=ForgetConfig)
     retain: RetainConfig = field(default_factory=RetainConfig)
-    margin: Share = 0.05
-    level: Share | None = None
+    margin: Share = 0.05  # how far below the base model's value the retain measure may be
+    level: Share | None = None  # the least value of the retain measure, in place of margin
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ class SweepRecipe:
     """
 
     name: Name
-    out: Place
+    out: Place  # the directory of the sweep: its points, logs and report
     methods: dict[Name, MethodConfig]
-    seeds: list[Seed] = field(default_factory=lambda: [0])
+    seeds: list[Seed] = field(default_factory=lambda: [0])  # every setting is trained with each of them
     every: list[str] = field(default_factory=list)
     evaluate: list[EvaluationConfig] = field(default_factory=list)
     frontier: FrontierConfig | None = None

@@ -97,6 +97,7 @@ def recipes() -> dict[str, Class]:
         "eval": named("mirage_dist.schema.evaluation:EvalRecipe"),
         "prepare": named("mirage_dist.schema.data:PrepareRecipe"),
         "paper": named("mirage_dist.paper.recipe:PaperRecipe"),
+        "sweep": named("mirage_dist.sweep.recipe:SweepRecipe"),
     }
 
 

@@ -44,6 +44,7 @@ EXAMPLES = {
     "eval": "generation.max_new_tokens=64",
     "prepare": "harvest=runs/harvest/evals/harvest/rows",
     "paper": "out=runs/paper-2",
+    "sweep": "seeds='[0,1,2]'",
 }
 COPIES = {
     "changelog.md": "CHANGELOG.md",

@@ -266,7 +266,7 @@ def _time(plan: Plan, steps: int) -> None:
 def _stages(at: Setting) -> dict[str, Mapping[str, Any]]:
     """The recipe's own buckets under every stage; hpZ only where a node has several ranks of many nodes."""
     plain = {name: value for name, value in at.zero.items() if name != "zero_hpz_partition_size"}
-    stages = {"ZeRO-2": {**plain, "stage": 2}, "ZeRO-3": {**plain, "stage": 3}}
+    stages: dict[str, Mapping[str, Any]] = {"ZeRO-2": {**plain, "stage": 2}, "ZeRO-3": {**plain, "stage": 3}}
     if at.nodes > 1:
         stages["ZeRO-3, hpZ"] = {**plain, "stage": 3, "zero_hpz_partition_size": at.gpus}
     return stages

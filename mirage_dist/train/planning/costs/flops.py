@@ -9,7 +9,7 @@ Norms, activations and the optimizer are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,10 +218,16 @@ def _depth(config: Any) -> int:
 
 def _picture(config: Any, tower: Any) -> tuple[int, int]:
     """Patches of a picture in the tower and tokens in the decoder; 0 where the picture's own size decides."""
-    side, patch = getattr(tower, "image_size", None), getattr(tower, "patch_size", None)
-    side, patch = (max(v) if isinstance(v, (list, tuple)) and v else v for v in (side, patch))
+    side, patch = (_side(getattr(tower, name, None)) for name in ("image_size", "patch_size"))
     patches = (side // patch) ** 2 if side and patch else 0
     return patches, getattr(config, "image_seq_length", None) or patches
+
+
+def _side(size: int | Sequence[int] | None) -> int:
+    """The longer side of a size that a configuration gives as one number or as two; 0 for none."""
+    if size is None or isinstance(size, int):
+        return size or 0
+    return max(size, default=0)
 
 
 def with_picture(own: Work, tokens: int) -> Work:
