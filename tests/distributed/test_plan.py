@@ -131,13 +131,21 @@ def test_tokens_of_an_epoch_are_what_the_steps_see(finished, plans):
 def test_the_command_prints_the_table(finished, capsys):
     assert main(["plan", str(finished["zero3"] / "config.yaml"), "--ranks", "2"]) == 0
     out = capsys.readouterr().out
-    trains, *titles = [line for line in out.splitlines() if not line.startswith(" ")]
+    trains, title, *rest = [line for line in out.splitlines() if line and not line.startswith(" ")]
     assert "trains: decoder" in trains
     assert "vision 0 of" in trains
-    assert titles == [
+    assert title == "NPO, full, ZeRO-3, on 2 × h100 (1 node)"
+    sections = [line for line in rest if not line.startswith(("Everything here", "CAUTION"))]
+    assert sections == [
+        "verdict",
+        "batch",
         "data",
         "parameters",
         "memory of one rank",
+        "one step",
+        "exchanged in a step, by each rank",
+        "the whole run",
         "disk",
+        "computed with",
     ]
     assert main(["plan", "configs/train/demo_npo.yaml", "world.dir=runs/nowhere"]) == 2

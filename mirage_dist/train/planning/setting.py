@@ -87,7 +87,7 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     dtype = {2: "bf16", 4: "fp32"}[item]
     made["weights"] = (
         weights,
-        f"{dtype}{', 4-bit base' if facts.quantized else ''}, ZeRO-{zero['stage']}, ranks: {ranks}",
+        f"{dtype}{', 4-bit base' if facts.quantized else ''}, ZeRO-{zero['stage']}, {ranks} rank{'s' * (ranks > 1)}",
     )
     gradients = memory.gradients(trained.groups, zero, ranks, item, at.accumulation > 1)
     made["gradients"] = gradients, "float32"

@@ -46,7 +46,8 @@ def text(plan: Plan) -> str:
     if nvme:
         sections["NVMe of one rank"] = nvme
     sections["one step"] = _step(plan)
-    sections["exchanged in a step, by each rank"] = _exchanged(plan)
+    if at.ranks > 1:
+        sections["exchanged in a step, by each rank"] = _exchanged(plan)
     sections["the whole run"] = _run(plan)
     sections["disk"] = {name: (size(number), note) for name, (number, note) in plan.disk.items() if number}
     if plan.changes:
@@ -115,7 +116,7 @@ def _verdict(plan: Plan) -> dict[str, tuple[str, str]]:
 
 def _batch(plan: Plan) -> str:
     at = plan.case.at
-    return f"= {at.ranks} ranks × micro-batch {at.micro_batch} × accumulation {at.accumulation}"
+    return f"= {at.ranks} rank{'s' * (at.ranks > 1)} × micro-batch {at.micro_batch} × accumulation {at.accumulation}"
 
 
 def _step(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -149,7 +150,10 @@ def _exchanged(plan: Plan) -> dict[str, tuple[str, str]]:
     for one in plan.step.transfers:
         kind = one.kind.replace("_", "-")
         time = seconds(one.seconds(on, at.gpus))
-        rows[one.name] = size(one.volume), f"{kind} over {one.ranks} ranks, {one.calls:,} calls, {time}"
+        rows[one.name] = (
+            size(one.volume),
+            f"{kind} over {one.ranks} ranks, {one.calls:,} call{'s' * (one.calls > 1)}, {time}",
+        )
     for name, step in plan.stages.items():
         volume = sum(one.volume for one in step.transfers)
         rows[f"in all, {name}"] = size(volume), f"{seconds(step.beside + step.after)}; a step of {_range(step)}"
