@@ -64,7 +64,7 @@ def judge(
             name: {
                 "kind": recipe.sets[name].kind,
                 "samples": work.samples(name),
-                "attacks": {a.name: {"shots": a.shots, "control": a.control} for a in applied},
+                "attacks": {a.name: formats.info(a) for a in applied},
             }
             for name, applied in work.attacks.items()
         },

@@ -21,7 +21,7 @@ from mirage_dist.schema import EvalRecipe
 
 
 class Settings(TypedDict):
-    """Everything besides its question that an answer depends on. All of it is part of each key.
+    """Everything besides its question, and how it is drawn, that an answer depends on. All of it is part of each key.
 
     image_processor: the class that turns pictures into tensors, None for a text-only model. It depends on the machine:
     transformers takes its torchvision classes where torchvision is installed, and PIL otherwise.
@@ -88,6 +88,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
         content["begun"] = sample.begun
     if sample.shown:
         content["shown"] = sample.shown
+    if sample.draw:
+        content["draw"] = asdict(sample.draw)
     return disk.digest(content)
 
 
@@ -108,6 +110,7 @@ def row(key: str, question: Question, response: str) -> Row:
         "expected": sample.answer,
         **({"references": list(sample.references)} if sample.references else {}),
         **({"begun": sample.begun} if sample.begun else {}),
+        **({"draw": asdict(sample.draw)} if sample.draw else {}),
         "response": response,
     }
     return cast(Row, fields)

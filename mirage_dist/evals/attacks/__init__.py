@@ -14,6 +14,7 @@ from typing import Any
 from mirage_dist.evals.attacks.base import Attack, Coverage, apply
 from mirage_dist.evals.attacks.combine import Chain, Combine
 from mirage_dist.registry import Registry
+from mirage_dist.schema import ConfigError
 
 __all__ = ["REGISTRY", "Attack", "Coverage", "apply", "make"]
 
@@ -29,6 +30,7 @@ REGISTRY = Registry(
         "prefill": "mirage_dist.evals.attacks.prefill:Prefill",
         "rewrite": "mirage_dist.evals.attacks.rewrite:Rewrite",
         "suffix": "mirage_dist.evals.attacks.suffix:Suffix",
+        "sampling": "mirage_dist.evals.attacks.sampling:Sampling",
         "combine": "mirage_dist.evals.attacks.combine:Combine",
     },
     base=Attack,
@@ -43,5 +45,11 @@ def make(options: Mapping[str, Any], source: str, key: str, kind: str | None = N
     attack: Attack = REGISTRY.make(options, source, key)
     if isinstance(attack, Combine):
         parts = [make(part, source, f"{key}.attacks[{i}]", kind) for i, part in enumerate(attack.attacks)]
+        for i, part in enumerate(parts[:-1]):
+            if part.draws:
+                raise ConfigError(
+                    f"{source}: {key}.attacks[{i}]: draws answers, which comes after every change of the question; put "
+                    "it last"
+                )
         return Chain(parts, control=attack.control)
     return attack if kind is None else attack.of(kind)

@@ -20,6 +20,7 @@ class Combine(Attack):
     """`attacks` in their order, each applied to every rewrite of the one before: a swap and then a prefix, say.
 
     K is the product of the parts' K; rewrites are ordered by the first part's shot, then by the second's, and so on.
+    Where the last part draws answers, they come in rounds: one to each rewrite, then the next.
     These are the options; `attacks.make` turns them into a `Chain`.
     """
 
@@ -50,6 +51,10 @@ class Chain(Attack):
         return math.prod(part.shots for part in self.parts)
 
     @property
+    def draws(self) -> int:
+        return self.parts[-1].draws
+
+    @property
     def origin(self) -> str:
         return ", ".join(part.origin for part in self.parts if part.origin)
 
@@ -63,5 +68,6 @@ class Chain(Attack):
             parted = [part(row) for row in rewrites]
             if not all(parted):
                 return []  # with a rewrite missing, this sample would have a smaller K than the others
-            rewrites = [row for rows in parted for row in rows]
+            rounds = zip(*parted, strict=True) if part.draws else parted
+            rewrites = [row for rows in rounds for row in rows]
         return rewrites
