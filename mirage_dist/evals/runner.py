@@ -26,7 +26,7 @@ from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.evals.models.subject import Subject
-from mirage_dist.evals.results import SuiteResult
+from mirage_dist.evals.results import CLEAN, SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
@@ -157,12 +157,19 @@ def _encoder(recipe: EvalRecipe, model: Subject) -> Encoder:
 def _check_pictures(work: WorkList, model: Subject) -> None:
     """Raise ConfigError when a text-only model would be asked about pictures."""
     pictured = [question for question in work.questions if question.sample.image is not None]
-    if pictured and model.text_only:
+    if not pictured or not model.text_only:
+        return
+    first = pictured[0]
+    if all(question.attack != CLEAN.attack for question in pictured):
         raise ConfigError(
-            f"model.path={model.folder} is a text-only model, but {len(pictured)} of {len(work.questions)} questions "
-            f"have a picture (the first: sets.{pictured[0].set}, id {pictured[0].sample.id!r}); choose sources without "
-            "pictures (such as variant: text_only)"
+            f"model.path={model.folder} is a text-only model, but sets.{first.set}.attacks.{first.attack} puts "
+            "questions into pictures; leave that attack out, or choose a vision-language model"
         )
+    raise ConfigError(
+        f"model.path={model.folder} is a text-only model, but {len(pictured)} of {len(work.questions)} questions "
+        f"have a picture (the first: sets.{first.set}, id {first.sample.id!r}); choose sources without pictures (such "
+        "as variant: text_only)"
+    )
 
 
 def _all_versions(engine: dict[str, str]) -> dict[str, str]:

@@ -30,6 +30,7 @@ REGISTRY = Registry(
         "prefill": "mirage_dist.evals.attacks.prefill:Prefill",
         "rewrite": "mirage_dist.evals.attacks.rewrite:Rewrite",
         "suffix": "mirage_dist.evals.attacks.suffix:Suffix",
+        "typographic": "mirage_dist.evals.attacks.pictured.typographic:Typographic",
         "sampling": "mirage_dist.evals.attacks.sampling:Sampling",
         "combine": "mirage_dist.evals.attacks.combine:Combine",
     },
