@@ -226,7 +226,8 @@ class Run:
         judged: list[Judged] = []
         by_word: dict[tuple[str, str], tuple[int, int]] = {}
         for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True):
-            judged.append(Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"]))
+            place = row["set"], row["id"], row["attack"], row["shot"]
+            judged.append(Judged(*place, verdict, row["category"], turns=row.get("turns", 0)))
             word = opening(row["question"])
             if word and word.measured and verdict not in UNJUDGED:
                 key = row["kind"], word.key

@@ -24,7 +24,8 @@ class Attack:
     shots: K, the number of rewrites of each question. min_match: the fraction of a set that must have rewrites.
     origin: where the rewrites come from, for messages. ids: of the samples that it has rewrites for, where these
     do not depend on the set. draws: how many answers to each changed question are drawn at random, in rounds: one of
-    each, then the next; 0: the answers are the likeliest ones.
+    each, then the next; 0: the answers are the likeliest ones. turns: its rewrites are the turns of a conversation, of
+    different lengths. with_history: it depends on the answers to earlier turns.
     """
 
     control: bool = False
@@ -34,6 +35,8 @@ class Attack:
     origin = ""
     ids: ClassVar[Collection[str]] = ()
     draws = 0
+    turns = False
+    with_history = False
 
     def __call__(self, sample: Sample) -> list[Sample]:
         """`shots` rewrites, or none when the attack cannot rewrite this sample."""
