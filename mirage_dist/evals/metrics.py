@@ -124,11 +124,11 @@ def best_of(rows: Sequence[Judged], attack: AppliedAttack, condition: Condition,
         misses = (attack.draws - sum(hits[place :: attack.rewrites]) for place in range(attack.rewrites))
         return 1 - math.prod(math.comb(missed, rounds) / ways for missed in misses)
 
-    scores = [(score(given, {verdict}), 1) for given in judged]
+    scores = [(score(given, [verdict]), 1) for given in judged]
     total, n = math.fsum(x for x, _ in scores), len(scores)
     made: Leaf = {"rate": total / n, "k": round(total, 2), "n": n, "ci95": list(stats.scored(scores))}
     if whole := len(by_question) - n and len(by_question):
-        ends = ({verdict}, {verdict, *UNJUDGED})
+        ends: list[list[Verdict]] = [[verdict], [verdict, *UNJUDGED]]
         made["unjudged"] = whole - n
         made["bounds"] = [math.fsum(score(given, end) for given in by_question) / whole for end in ends]
     return made

@@ -102,6 +102,8 @@ def _drawable(character: str) -> bool:
 
 
 @cache
-def _glyph(character: str) -> tuple[tuple[int, int], bytes]:
-    mask = ImageFont.truetype(font_file(), SIZE).getmask(character)
-    return mask.size, bytes(mask)
+def _glyph(character: str) -> bytes:
+    """How the font draws a character: the same for all that it has no glyph for."""
+    drawn = Image.new("L", (2 * SIZE, 2 * SIZE))
+    ImageDraw.Draw(drawn).text((0, 0), character, fill=255, font=ImageFont.truetype(font_file(), SIZE))
+    return drawn.tobytes()
