@@ -1,4 +1,4 @@
-"""Attacks: rewrites of a question that keep its picture and its meaning but not its wording.
+"""Attacks: rewrites of a question that keep its meaning but not its wording, its picture, or how it is answered.
 
 An attack is a pure function from a sample to its rewrites, one for each shot. The same functions make the over-prudence
 test (a safe question that opens with a word tied to refusals) and the neutral control. A new attack is one file with
