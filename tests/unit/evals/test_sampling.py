@@ -108,15 +108,15 @@ def defined(generator: HuggingFace, sample: Sample) -> str:
 def test_an_answer_is_the_same_draw_in_any_batch_beside_any_rows(toy, tmp_path):
     options = recipe(toy, tmp_path)
     generator = HuggingFace(options.model, options.template, options.generation)
-    asked = [q.sample for q in worklist.plan(options).questions if q.attack in ("clean", "drawn")]
+    questions = [q.sample for q in worklist.plan(options).questions if q.attack in ("clean", "drawn")]
     texts = {}
     for size, order in ((16, 1), (3, -1), (1, 1)):
         generator.batch_size = size
-        rows = asked[::order]
+        rows = questions[::order]
         answers = dict(pair for batch in generator(rows) for pair in batch)
         texts[size] = [answers[i] for i in range(len(rows))][::order]
     assert texts[16] == texts[3] == texts[1]
-    drawn = [(sample, text) for sample, text in zip(asked, texts[1], strict=True) if sample.draw]
+    drawn = [(sample, text) for sample, text in zip(questions, texts[1], strict=True) if sample.draw]
     assert [text for _, text in drawn] == [defined(generator, sample) for sample, _ in drawn]
     assert len({text for _, text in drawn}) > len(drawn) / 2
 

@@ -262,8 +262,8 @@ def test_a_turn_saw_the_models_own_answers_and_those_of_the_file(toy, finished):
     for (i, attack, _), row in rows.items():
         if attack == "talk":
             history = tuple((q, a) for q, a in row["history"])
-            asked = Sample(i, by_id[i].image, row["question"], "", False, "", "", history)
-            assert generator.answer([asked]) == [row["response"]]
+            question = Sample(i, by_id[i].image, row["question"], "", False, "", "", history)
+            assert generator.answer([question]) == [row["response"]]
     assert rows[fourth, "clean", 0]
     counted = results.read(finished / "run/evals/s")["judges"]["keyword"]["entry"]["asr"]
     assert set(counted) == {"clean", "talk_k1", "talk_k2", "talk_k3"}

@@ -164,7 +164,7 @@ def recipe(root: Path, run: Path, model: Path) -> EvalRecipe:
     return configs.from_tree(OmegaConf.create(tree), [], EvalRecipe, "a test")
 
 
-def asked(toy: Toy, root: Path, pictured: bool) -> None:
+def write_samples(toy: Toy, root: Path, pictured: bool) -> None:
     rows = [json.loads(line) for line in (toy.root / "forget.jsonl").read_text().splitlines()[:3]]
     lines = [json.dumps(row if pictured else {**row, "image": None}) + "\n" for row in rows]
     (root / "asked.jsonl").write_text("".join(lines))
@@ -172,7 +172,7 @@ def asked(toy: Toy, root: Path, pictured: bool) -> None:
 
 @pytest.mark.parametrize("pictured", [True, False])
 def test_a_suite_answers_pictures_and_its_rows_name_them(toy, tmp_path, pictured):
-    asked(toy, tmp_path, pictured)
+    write_samples(toy, tmp_path, pictured)
     result = runner.evaluate(recipe(tmp_path, tmp_path / "run", toy.root / "model"))
     assert result["sets"]["unsafe"]["attacks"] == {"typed": {"shots": 1, "control": False}}
     answers = Answers(tmp_path / "run/evals/s").refresh()
@@ -184,7 +184,7 @@ def test_a_suite_answers_pictures_and_its_rows_name_them(toy, tmp_path, pictured
 
 
 def test_a_text_only_model_is_refused_by_name_before_it_loads(toy, tmp_path, family):
-    asked(toy, tmp_path, pictured=False)
+    write_samples(toy, tmp_path, pictured=False)
     options = recipe(tmp_path, tmp_path / "run", family("llama_text"))
     with pytest.raises(ConfigError, match=r"text-only model, but sets\.unsafe\.attacks\.typed puts"):
         runner.evaluate(options)

@@ -101,9 +101,9 @@ def _messages(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 
 def _check_number(field: str, number: Any, first: Any, place: int, messages: list[Any]) -> None:
     """Turn numbers count either messages or the user's messages; the first of them is 0 or 1."""
-    asked = sum(m.get("role") == "user" for m in messages[: place + 1]) - 1
-    if first not in (0, 1) or number not in (first + place, first + asked):
-        expected = f"{first + asked} or {first + place}" if first in (0, 1) else "0 or 1"
+    of_user = sum(m.get("role") == "user" for m in messages[: place + 1]) - 1
+    if first not in (0, 1) or number not in (first + place, first + of_user):
+        expected = f"{first + of_user} or {first + place}" if first in (0, 1) else "0 or 1"
         raise BadRecord(f"field '{field}.turn': out of order, or one is missing: got {number!r}, expected {expected}")
 
 
