@@ -10,6 +10,37 @@ from mirage_dist import disk
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How an answer is drawn at random, token by token, in place of taking the likeliest tokens.
+
+    temperature: divides the logits. top_p: a token is drawn among the likeliest ones that together have at least this
+    probability (nucleus sampling; Holtzman et al., ICLR 2020, arXiv 1904.09751). seed: decides the draw, whatever else
+    is answered beside it.
+    """
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question within a conversation that the model under test has with a fixed user.
+
+    number: of the answers that it gives in the conversation, from 1; `turns` of them in all. own: the turns of the
+    history, from 0, whose answers are its own; they are "" until these exist.
+    """
+
+    number: int
+    turns: int
+    own: tuple[int, ...]
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.turns
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question about one picture, with the answer to learn or to forget.
 
@@ -18,8 +49,9 @@ class Sample:
     oldest first. references: the answer of each annotator, for benchmarks that score against several; `answer` is then
     the most frequent of them. begun: the text with which an attack begins the model's answer (see
     `evals.attacks.prefill`); "" in every file. shown: the turn whose question shows the picture, from 0, the oldest one
-    of the history. source: the file that the sample was read from, for messages. `id` is
-    unique within a source file and split.
+    of the history. draw: how an attack has the answer drawn; None in every file, and for the likeliest tokens.
+    turn: where it stands in an attack's conversation; None in every file.
+    source: the file that the sample was read from, for messages. `id` is unique within a source file and split.
     """
 
     id: str
@@ -33,6 +65,8 @@ class Sample:
     references: tuple[str, ...] = field(default=(), repr=False)
     begun: str = field(default="", repr=False)
     shown: int = 0
+    draw: Draw | None = field(default=None, repr=False)
+    turn: Turn | None = field(default=None, repr=False)
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the fields that decide what a run trains on.

@@ -64,7 +64,7 @@ def judge(
             name: {
                 "kind": recipe.sets[name].kind,
                 "samples": work.samples(name),
-                "attacks": {a.name: {"shots": a.shots, "control": a.control} for a in applied},
+                "attacks": {a.name: formats.info(a) for a in applied},
             }
             for name, applied in work.attacks.items()
         },
@@ -83,7 +83,7 @@ def judge(
 def _judged(row: Row, opinion: Opinion) -> Judged:
     """A suite may have a million of them: words that many rows share are kept once."""
     place = intern(row["set"]), intern(row["id"]), intern(row["attack"]), row["shot"]
-    return Judged(*place, opinion.verdict, intern(row["category"]), opinion.detail.get("score"))
+    return Judged(*place, opinion.verdict, intern(row["category"]), opinion.detail.get("score"), row.get("turns", 0))
 
 
 def _by_judge(

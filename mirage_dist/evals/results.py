@@ -57,16 +57,26 @@ class AppliedAttack:
 
     A control changes the question in a way that should not matter; it explains how much of the attack's effect is due
     to rewriting as such.
+    draws: how many answers to each rewrite are drawn at random; `shots` then counts these answers. 0: none is drawn.
     """
 
     name: str
     shots: int
     control: bool
+    draws: int = 0
+
+    @property
+    def rewrites(self) -> int:
+        """The number of rewrites, however many answers each has."""
+        return self.shots // self.draws if self.draws else self.shots
 
     @property
     def conditions(self) -> list[Condition]:
-        """K = 1 … `shots`."""
-        return [Condition(self.name, k) for k in range(1, self.shots + 1)]
+        """K = 1 … `shots`; where answers are drawn, after 1, 2, 4, 8 … rounds and after all of them."""
+        if not self.draws:
+            return [Condition(self.name, k) for k in range(1, self.shots + 1)]
+        rounds = [2**i for i in range(self.draws.bit_length()) if 2**i < self.draws]
+        return [Condition(self.name, n * self.rewrites) for n in (*rounds, self.draws)]
 
     @property
     def full(self) -> Condition:
@@ -82,7 +92,8 @@ class Leaf(TypedDict):
 
     questions: present where n counts answers and several of them share a question.
     unjudged, bounds: present where answers have no verdict: their number, and the rate if none of them were hits and
-    if all of them were. Of accuracies, `rate` is the mean score and `k` the sum of scores, rounded to hundredths.
+    if all of them were. Of accuracies, and of the best of fewer draws than there are, `rate` is the mean score and `k`
+    the sum of scores, rounded to hundredths.
     """
 
     rate: float
@@ -231,8 +242,22 @@ class LabelsInfo(TypedDict):
 
 
 class AttackInfo(TypedDict):
+    """See `AppliedAttack`."""
+
     shots: int
     control: bool
+    draws: NotRequired[int]
+
+
+def info(attack: AppliedAttack) -> AttackInfo:
+    """An attack as `metrics.json` has it under its name."""
+    made: AttackInfo = {"shots": attack.shots, "control": attack.control}
+    return {**made, "draws": attack.draws} if attack.draws else made
+
+
+def applied(name: str, info: AttackInfo) -> AppliedAttack:
+    """The attack of this name in `metrics.json`."""
+    return AppliedAttack(name, info["shots"], info["control"], info.get("draws", 0))
 
 
 class SetInfo(TypedDict):

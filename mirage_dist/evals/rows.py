@@ -6,8 +6,8 @@ where rows are stored).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict, cast
 
 from mirage_dist import disk
@@ -21,7 +21,7 @@ from mirage_dist.schema import EvalRecipe
 
 
 class Settings(TypedDict):
-    """Everything besides its question that an answer depends on. All of it is part of each key.
+    """Everything besides its question, and how it is drawn, that an answer depends on. All of it is part of each key.
 
     image_processor: the class that turns pictures into tensors, None for a text-only model. It depends on the machine:
     transformers takes its torchvision classes where torchvision is installed, and PIL otherwise.
@@ -88,6 +88,10 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
         content["begun"] = sample.begun
     if sample.shown:
         content["shown"] = sample.shown
+    if sample.draw:
+        content["draw"] = asdict(sample.draw)
+    if sample.turn:
+        content["turn"] = [sample.turn.number, sample.turn.turns]
     return disk.digest(content)
 
 
@@ -108,9 +112,44 @@ def row(key: str, question: Question, response: str) -> Row:
         "expected": sample.answer,
         **({"references": list(sample.references)} if sample.references else {}),
         **({"begun": sample.begun} if sample.begun else {}),
+        **({"draw": asdict(sample.draw)} if sample.draw else {}),
+        **({"turns": sample.turn.turns, "history": [list(turn) for turn in sample.history]} if sample.turn else {}),
         "response": response,
     }
     return cast(Row, fields)
+
+
+Place = tuple[str, str, str, int]  # set, id, attack, shot
+
+
+def place(question: Question) -> Place:
+    """Where a question stands in its work list."""
+    return question.set, question.sample.id, question.attack, question.shot
+
+
+def rounds(questions: Iterable[Question]) -> list[list[Question]]:
+    """The questions by the number of own answers that they wait for: those of a round need those of earlier rounds."""
+    parts: dict[int, list[Question]] = {0: []}
+    for question in questions:
+        parts.setdefault(len(question.sample.turn.own) if question.sample.turn else 0, []).append(question)
+    return [parts[depth] for depth in sorted(parts)]
+
+
+def resumed(question: Question, responses: Mapping[Place, str]) -> Question:
+    """A turn with the model's own answers to the turns before it. responses: to all of them, by place."""
+    sample = question.sample
+    if sample.turn is None:
+        return question
+    history = list(sample.history)
+    for shot, turn in enumerate(sample.turn.own, start=1):
+        history[turn] = history[turn][0], responses[question.set, sample.id, question.attack, shot]
+    return replace(question, sample=replace(sample, history=tuple(history)))
+
+
+def ordered(keyed: Mapping[str, Question], work: Sequence[Question]) -> dict[str, Question]:
+    """The same in the order of the work list."""
+    keys = {place(question): key for key, question in keyed.items()}
+    return {keys[place(question)]: keyed[keys[place(question)]] for question in work}
 
 
 @dataclass(frozen=True)

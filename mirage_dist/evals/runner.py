@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -26,11 +26,11 @@ from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.evals.models.subject import Subject
-from mirage_dist.evals.results import SuiteResult
+from mirage_dist.evals.results import CLEAN, SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
-from mirage_dist.evals.worklist import Question, WorkList
+from mirage_dist.evals.worklist import WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
@@ -68,14 +68,26 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
     worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
-    questions = rows.keyed(work.questions, settings)
-    matched = labelled and labelled.matched({key: _place(question) for key, question in questions.items()})
+    rounds = rows.rounds(work.questions)
+    questions = rows.keyed(rounds[0], settings)
+    matched = None
+    if len(rounds) == 1:
+        matched = labelled and labelled.matched({key: rows.place(q) for key, q in questions.items()})
     manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
     files.write(suite / "config.yaml", configs.to_yaml(recipe))
+    size = manifest.get("chunk_rows", recipe.generation.batch_size)
     with Claims(suite) as claims:
-        chunks = rows.chunks(questions, manifest.get("chunk_rows", recipe.generation.batch_size))
         with _loader(engine, recipe, model, suite, claims) as load:
-            answers = worker.work(suite, questions, chunks, claims, load, place)
+            answers = worker.work(suite, questions, rows.chunks(questions, size), claims, load, place)
+            for turn in rounds[1:]:  # of conversations, whose keys contain the answers to earlier turns
+                earlier = {key: rows.place(question) for key, question in questions.items() if question.sample.turn}
+                responses = {earlier[row["key"]]: row["response"] for row in answers.of(earlier)}
+                own = rows.keyed([rows.resumed(question, responses) for question in turn], settings)
+                answers = worker.work(suite, own, rows.chunks(own, size), claims, load, place)
+                questions |= own
+        if len(rounds) > 1:
+            questions = rows.ordered(questions, work.questions)
+            matched = labelled and labelled.matched({key: rows.place(q) for key, q in questions.items()})
         model.check_unchanged()
         _report_repeated(recipe, answers)
         if (claim := claims.take_unless_alive("judging", partial(_stop_if_requested, recipe))) is None:
@@ -96,7 +108,7 @@ def _loader(
 ) -> Iterator[Callable[[], Generator]]:
     """A function that loads the model when there is something to answer. The GPU is free again after the block."""
     with ExitStack() as loaded:
-        yield lambda: loaded.enter_context(_load(engine, recipe, model, suite, claims))
+        yield cache(lambda: loaded.enter_context(_load(engine, recipe, model, suite, claims)))
 
 
 def _load(engine: type[G], recipe: EvalRecipe, model: Subject, suite: Path, claims: Claims) -> G:
@@ -117,10 +129,6 @@ def _report_repeated(recipe: EvalRecipe, answers: Answers) -> None:
             f"with another text; the first answer counts{_first(answers.differing)}",
             extra=EVERY_RANK,
         )
-
-
-def _place(question: Question) -> tuple[str, str, str, int]:
-    return question.set, question.sample.id, question.attack, question.shot
 
 
 def _first(keys: Collection[str]) -> str:
@@ -157,12 +165,19 @@ def _encoder(recipe: EvalRecipe, model: Subject) -> Encoder:
 def _check_pictures(work: WorkList, model: Subject) -> None:
     """Raise ConfigError when a text-only model would be asked about pictures."""
     pictured = [question for question in work.questions if question.sample.image is not None]
-    if pictured and model.text_only:
+    if not pictured or not model.text_only:
+        return
+    first = pictured[0]
+    if all(question.attack != CLEAN.attack for question in pictured):
         raise ConfigError(
-            f"model.path={model.folder} is a text-only model, but {len(pictured)} of {len(work.questions)} questions "
-            f"have a picture (the first: sets.{pictured[0].set}, id {pictured[0].sample.id!r}); choose sources without "
-            "pictures (such as variant: text_only)"
+            f"model.path={model.folder} is a text-only model, but sets.{first.set}.attacks.{first.attack} puts "
+            "questions into pictures; leave that attack out, or choose a vision-language model"
         )
+    raise ConfigError(
+        f"model.path={model.folder} is a text-only model, but {len(pictured)} of {len(work.questions)} questions "
+        f"have a picture (the first: sets.{first.set}, id {first.sample.id!r}); choose sources without pictures (such "
+        "as variant: text_only)"
+    )
 
 
 def _all_versions(engine: dict[str, str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
 MAX_RESTARTS = 3
+ENDED = {"stopped", "answered"}  # what is recorded at the end of a start that does not count
 FIRST_WAIT, LONGEST_WAIT = 0.02, 2.0  # seconds between two looks at the claims of other workers; doubles each time
 
 # Yields batches of (index into the samples, answer); see `evals.models.base.Generator`.
@@ -47,6 +48,7 @@ def work(
     name = f"eval {suite.name}" if place[1] == 1 else f"eval {suite.name}, worker {place[0]} of {place[1]}"
     answers = Answers(suite).refresh()
     done = sum(key in answers for key in questions)
+    others = len(answers) - done  # of earlier turns of conversations
     if answers.cut:
         log.info(f"{name}: {answers.cut} half-written lines ignored", extra=EVERY_RANK)
     if answers.damage:
@@ -85,7 +87,7 @@ def work(
             finally:
                 claims.release(claim)
             turn.put_back(chunk)
-            progress.show(len(answers.refresh()))
+            progress.show(min(len(answers.refresh()) - others, len(questions)))
         _check_signal(name)
     return answers
 
@@ -139,7 +141,8 @@ class _Turn:
 def _bounded_starts(suite: Path, missing: int) -> Iterator[None]:
     """Raise RunError when the same task of a Slurm job keeps starting without any new answer in between.
 
-    A start that is stopped on request does not count: the next one may get further.
+    A start that is stopped on request does not count: the next one may get further. Nor does one that got all of its
+    answers.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
@@ -148,7 +151,7 @@ def _bounded_starts(suite: Path, missing: int) -> Iterator[None]:
     file = suite / "starts" / f"{job}-{os.environ.get('SLURM_PROCID', '0')}.jsonl"
     records = list(whole_objects("attempt", file))  # others were cut by a kill; they count as no start
     starts = [
-        start["missing"] for start, after in pairwise([*records, {}]) if "missing" in start and "stopped" not in after
+        start["missing"] for start, after in pairwise([*records, {}]) if "missing" in start and not after.keys() & ENDED
     ]
     if missing and starts[-MAX_RESTARTS:] == [missing] * MAX_RESTARTS:
         raise RunError(
@@ -161,6 +164,7 @@ def _bounded_starts(suite: Path, missing: int) -> Iterator[None]:
     except StopRequested:
         _record(file, {"stopped": True})
         raise
+    _record(file, {"answered": True})
 
 
 def _record(file: Path, line: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Refusals, Source
 from mirage_dist.evals import attacks, judges, models
 from mirage_dist.evals.attacks import Attack, Coverage
+from mirage_dist.evals.attacks.sampling import seeded
 from mirage_dist.evals.results import CLEAN, AppliedAttack
 from mirage_dist.progress import log
 from mirage_dist.schema import ConfigError, EvalRecipe
@@ -66,9 +67,14 @@ def check(recipe: EvalRecipe) -> None:
     attacks read.
     """
     judges.read(recipe)
-    _check_sets(recipe, made=recipe.world is None)
-    if recipe.generation.backend not in models.BACKENDS:
-        models.backend(recipe.generation.backend)
+    made = _check_sets(recipe, made=recipe.world is None)
+    drawn = [f"sets.{name}.attacks.{title}" for name, own in made.items() for title, a in own.items() if a.draws]
+    name = recipe.generation.backend
+    if (drawn or name not in models.BACKENDS) and not models.backend(name).seeded and drawn:
+        raise ConfigError(
+            f"{drawn[0]}: draws answers at random, and generation.backend={name} cannot draw one by its seed, so that "
+            "no start could repeat another's answers; use hf or vllm, or leave this attack out"
+        )
 
 
 def plan(
@@ -93,9 +99,9 @@ def plan(
             attack = ready(attack, samples, f"{name}-{title}")
             rewrites, work.coverage[name][title] = attacks.apply(attack, samples, title)
             if attack.shots:
-                work.attacks[name].append(AppliedAttack(title, attack.shots, attack.control))
+                work.attacks[name].append(AppliedAttack(title, attack.shots, attack.control, attack.draws))
             for sample, own in zip(samples, rewrites, strict=True):
-                shots = enumerate(own, start=1)
+                shots = [(k, seeded(row, sample.question, k)) for k, row in enumerate(own, start=1)]
                 work.questions.extend(Question(name, kind, title, k, row, sample.question) for k, row in shots)
     return work
 

@@ -119,7 +119,7 @@ class Run:
         """The first attack, or the first control, on the headline set of a kind."""
         own = self.headline_set(kind)
         attacks = self.metrics["sets"][own]["attacks"] if own else {}
-        applied = (AppliedAttack(name, a["shots"], a["control"]) for name, a in attacks.items())
+        applied = (results.applied(name, info) for name, info in attacks.items())
         return next((attack for attack in applied if attack.control == control), None)
 
     def attacked(self, kind: str) -> Condition | None:
@@ -130,7 +130,7 @@ class Run:
     def controlled(self, kind: str) -> Condition | None:
         """The condition of the first control with one rewrite, such as "neutral_k1"."""
         control = self.attack(kind, control=True)
-        return control and Condition(control.name, 1)
+        return control and control.conditions[0]
 
     @property
     def controls(self) -> set[str]:
@@ -226,7 +226,8 @@ class Run:
         judged: list[Judged] = []
         by_word: dict[tuple[str, str], tuple[int, int]] = {}
         for row, verdict in zip(self._rows, self.verdicts[self.judge].values(), strict=True):
-            judged.append(Judged(row["set"], row["id"], row["attack"], row["shot"], verdict, row["category"]))
+            place = row["set"], row["id"], row["attack"], row["shot"]
+            judged.append(Judged(*place, verdict, row["category"], turns=row.get("turns", 0)))
             word = opening(row["question"])
             if word and word.measured and verdict not in UNJUDGED:
                 key = row["kind"], word.key

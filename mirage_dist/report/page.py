@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.evals.results import of_set
 from mirage_dist.report import examples, judges, tables, text
+from mirage_dist.report.budgets import Budget
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
 from mirage_dist.report.figures import judges as judge_figures
@@ -33,7 +34,7 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples, lead: tuple[s
         _section("The language model before and after", text.UNTRAINED_NOTE, _language_model(runs, summary)),
         _effect(runs),
         _methods(runs),
-        _attacks(runs),
+        _attacks(runs, summary["budgets"]),
         _cause(runs),
         _erasure(runs),
         _categories(runs),
@@ -112,8 +113,8 @@ def _effect(runs: Sequence[Run]) -> str:
     return _figures("What one word does", text.CURVES_NOTE, parts)
 
 
-def _attacks(runs: Sequence[Run]) -> str:
-    """Of a suite with several attacks on one kind of question."""
+def _attacks(runs: Sequence[Run], budgets: Sequence[Budget]) -> str:
+    """Of a suite with several attacks on one kind of question, or with one that draws answers."""
     parts = []
     for measure in ("asr", "rr"):
         rates = {run.name: run.rates(measure) for run in runs}
@@ -121,7 +122,18 @@ def _attacks(runs: Sequence[Run]) -> str:
         if len([c for c in attacks.conditions(rates) if c.attack not in controls]) > 2:
             draw, size = attacks.by_attack(rates, sorted(controls)), attacks.size(rates)
             parts.append(_figure(f"attacks-{measure}", draw, text.every_attack(measure), size))
+    for number, curves in enumerate(_by_attack(budgets)):
+        draw = attacks.budget(curves, [run.name for run in runs])
+        parts.append(_figure(f"budget-{number}", draw, text.budget(curves)))
     return _figures("Every attack", text.ATTACKS_NOTE, parts)
+
+
+def _by_attack(budgets: Sequence[Budget]) -> list[list[Budget]]:
+    """The curves of the models under one attack, together."""
+    parts: dict[tuple[str, str], list[Budget]] = {}
+    for budget in budgets:
+        parts.setdefault((budget["measure"], budget["attack"]), []).append(budget)
+    return list(parts.values())
 
 
 def _erasure(runs: Sequence[Run]) -> str:

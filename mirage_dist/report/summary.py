@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 from mirage_dist.evals.results import Entry
+from mirage_dist.report.budgets import Budget
 from mirage_dist.report.compare import Comparison
 
 
@@ -27,13 +28,15 @@ class Provenance(TypedDict, total=False):
 class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
-    models: model -> its headline judge's entry. judges: model -> its headline judge. seed, world, wall_seconds,
-    config_hash, raw, perplexity: see `Provenance`; by default seed and world are the first run's. problems: what the
-    report lacks, in sentences; empty for a whole one. cautions: what a reader must know before its rates, in sentences.
+    models: model -> its headline judge's entry. budgets: success against draws, of every attack that draws answers.
+    judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
+    default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
+    cautions: what a reader must know before its rates, in sentences.
     """
 
     models: dict[str, Entry]
     comparisons: list[Comparison]
+    budgets: list[Budget]
     seed: int
     world: dict[str, Any] | None
     wall_seconds: float | None

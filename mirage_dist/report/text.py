@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN, Leaf, of_set
+from mirage_dist.report.budgets import Budget
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
 from mirage_dist.report.summary import Summary
@@ -226,6 +227,19 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str, number: str = "") -> 
     return (
         f"{f'Fig. {number}: ' if number else ''}{name}",
         f"{what[:1].upper()}{what[1:]} ({under}{counted}), in percent.",
+    )
+
+
+def budget(curves: Sequence[Budget]) -> tuple[str, str]:
+    """Title and caption of the figure of one attack that draws answers. curves: those of the models."""
+    first, name = curves[0], MEASURES[curves[0]["measure"]][0]
+    ends = [(c["model"], *(100 * c["points"][end]["rate"] for end in (0, -1))) for c in curves]
+    most = max(point["answers"] for curve in curves for point in curve["points"])
+    least = min(point["answers"] for curve in curves for point in curve["points"])
+    changes = "; ".join(f"{model} {low:.1f} → {high:.1f}" for model, low, high in ends)
+    return f"{name} against draws: {first['attack']}", (
+        f"The best of so many answers to a question, in percent, with 95 % intervals over questions. From {least} to "
+        f"{most}: {changes}."
     )
 
 

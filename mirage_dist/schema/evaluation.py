@@ -48,7 +48,8 @@ class EvalSetConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Decoding is greedy; an answer ends with the end token or after `max_new_tokens`.
+    """Decoding is greedy but for attacks that draw answers (`sampling`). An answer ends with the end token or after
+    `max_new_tokens`.
 
     vllm is an optional extra and needs a GPU; its answers may differ from hf's where two tokens are about as likely.
     """
@@ -107,7 +108,7 @@ class EvalRecipe:
     labels: Place | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
-    seed: Seed = 0  # of the run under test, written to metrics.json; greedy decoding draws nothing
+    seed: Seed = 0  # of the run under test, written to metrics.json; an attack that draws answers has its own
     world: WorldConfig | None = None
     follow: Place | None = None  # a training run whose checkpoints are evaluated in place of `model` (`evals.follow`)
     wandb_outputs: FromZero = 0  # with `follow`: how many answers of each checkpoint go to W&B as text

@@ -90,6 +90,7 @@ Pixels = Annotated[int, whole(1, CEILING.value)]
 
 Positive = Annotated[float, real(0, MAGNITUDE.value, above=True)]
 Weight = Annotated[float, real(0, MAGNITUDE.value)]  # also a coefficient that may be 0
+Temperature = Annotated[float, real(0.01, 100, "a temperature")]  # vLLM takes one below .01 for .01
 Epochs = Annotated[float, real(0, EPOCHS.value, above=True)]
 Seconds = Annotated[float, real(0, SECONDS.value, "a number of seconds", above=True)]
 Timeout = Annotated[float, real(0, DAY, "a number of seconds", above=True)]

@@ -51,7 +51,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def lines_of(samples: Iterable[Sample]) -> Iterator[str]:
-    """One object a line, pictures by absolute path; `begun`, which no file has, is left out."""
+    """One object a line, pictures by absolute path; what attacks add is left out."""
     for sample in samples:
         row = dataclasses.asdict(sample)
         if not sample.references:
@@ -59,5 +59,5 @@ def lines_of(samples: Iterable[Sample]) -> Iterator[str]:
         if not sample.shown:
             del row["shown"]
         row["image"] = os.path.realpath(sample.image) if sample.image else None
-        del row["begun"]
+        del row["begun"], row["draw"], row["turn"]
         yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -52,7 +52,7 @@ def draw(instruction: str) -> Image.Image:
     text, image = wrapped(instruction), Image.new("RGB", (SIDE, SIDE), "white")
     page = ImageDraw.Draw(image)
     for size in range(SIZE, SMALLEST - 1, -4):
-        font = ImageFont.truetype(_font(), size)
+        font = ImageFont.truetype(font_file(), size)
         right, bottom = page.multiline_textbbox(PLACE, text, font=font, spacing=SPACING)[2:]
         if max(right, bottom) <= SIDE:
             page.multiline_text(PLACE, text, fill="black", font=font, spacing=SPACING)
@@ -63,17 +63,19 @@ def draw(instruction: str) -> Image.Image:
 
 
 def _digest(instruction: str) -> str:
-    layout = [SIDE, PLACE, SPACING, SIZE, SMALLEST, _font_digest()]
+    layout = [SIDE, PLACE, SPACING, SIZE, SMALLEST, font_digest()]
     return disk.sha256_text(json.dumps([wrapped(instruction), layout]))[:32]
 
 
 @cache
-def _font_digest() -> str:
-    return disk.sha256(_font())
+def font_digest() -> str:
+    """SHA-256, in hexadecimal, of the font."""
+    return disk.sha256(font_file())
 
 
 @cache
-def _font() -> str:
+def font_file() -> str:
+    """The path of the font, which comes with matplotlib: no system has to have it."""
     import matplotlib  # for its fonts; it takes a moment to import
 
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / FONT)

@@ -23,7 +23,9 @@ class Attack:
     control: it changes the wording but brings no trigger word; figures draw it apart from the others.
     shots: K, the number of rewrites of each question. min_match: the fraction of a set that must have rewrites.
     origin: where the rewrites come from, for messages. ids: of the samples that it has rewrites for, where these
-    do not depend on the set.
+    do not depend on the set. draws: how many answers to each changed question are drawn at random, in rounds: one of
+    each, then the next; 0: the answers are the likeliest ones. turns: its rewrites are the turns of a conversation, of
+    different lengths. with_history: it depends on the answers to earlier turns.
     """
 
     control: bool = False
@@ -32,6 +34,9 @@ class Attack:
     min_match = 0.0
     origin = ""
     ids: ClassVar[Collection[str]] = ()
+    draws = 0
+    turns = False
+    with_history = False
 
     def __call__(self, sample: Sample) -> list[Sample]:
         """`shots` rewrites, or none when the attack cannot rewrite this sample."""

@@ -20,6 +20,8 @@ class Combine(Attack):
     """`attacks` in their order, each applied to every rewrite of the one before: a swap and then a prefix, say.
 
     K is the product of the parts' K; rewrites are ordered by the first part's shot, then by the second's, and so on.
+    Where the last part draws answers, they come in rounds: one to each rewrite, then the next. After a part that makes
+    conversations, the others rewrite the last turn of each, once.
     These are the options; `attacks.make` turns them into a `Chain`.
     """
 
@@ -42,12 +44,20 @@ class Chain(Attack):
         for number, part in enumerate(self.parts, start=1):
             parts.append(part.prepared(samples, f"{name}-{number}", rewriter))
             rewrites, _ = apply(parts[-1], samples, f"{name}, part {number}")
-            samples = [row for rows in rewrites for row in rows]
+            samples = [row for rows in rewrites for row in rows if _is_last(row)]
         return Chain(parts, control=self.control)
 
     @property
     def shots(self) -> int:
         return math.prod(part.shots for part in self.parts)
+
+    @property
+    def turns(self) -> bool:
+        return self.parts[0].turns
+
+    @property
+    def draws(self) -> int:
+        return self.parts[-1].draws
 
     @property
     def origin(self) -> str:
@@ -60,8 +70,14 @@ class Chain(Attack):
     def __call__(self, sample: Sample) -> list[Sample]:
         rewrites = [sample]
         for part in self.parts:
-            parted = [part(row) for row in rewrites]
+            parted = [part(row) if _is_last(row) else [row] for row in rewrites]
             if not all(parted):
                 return []  # with a rewrite missing, this sample would have a smaller K than the others
-            rewrites = [row for rows in parted for row in rows]
+            rounds = zip(*parted, strict=True) if part.draws else parted
+            rewrites = [row for rows in rounds for row in rows]
         return rewrites
+
+
+def _is_last(row: Sample) -> bool:
+    """Whether a row is no earlier turn of a conversation, which stays as it is."""
+    return row.turn is None or row.turn.last

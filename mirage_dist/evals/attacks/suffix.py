@@ -42,6 +42,7 @@ class Suffix(Generated):
     shots: Repeats = 1  # always 1
 
     min_match = 1.0
+    with_history = True
     origin = "gradients"
 
     def __post_init__(self) -> None:

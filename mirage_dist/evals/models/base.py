@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import EvalModelConfig, GenerationConfig, TemplateConfig
 
 
 class Generator(ABC):
-    """Answers samples greedily, in batches, with one model. Leaving it as a context releases the device's memory.
+    """Answers samples in batches with one model: each greedily, or as its `draw` says.
+
+    Leaving it as a context releases the device's memory.
 
     A subclass loads the model in its constructor, which takes `model` (a directory as `path`), `template` and
     `generation`, and raises ConfigError when the model cannot be loaded. It implements `answer`.
+
+    seeded: whether `answer` follows a sample's `draw`, so that its seed gives the same answer in any batch. Attacks
+    that draw answers are refused where it is False.
     """
+
+    seeded: ClassVar[bool] = False
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         self.path, self.batch_size = str(model.path), generation.batch_size

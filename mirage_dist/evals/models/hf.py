@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.encoding.conversation import Assessed, Conversation, called, tokenizer_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
+from mirage_dist.evals.models.drawing import Drawing
 from mirage_dist.model import weights
 from mirage_dist.model.families import by_row, configs, processors, roles
 from mirage_dist.model.load import DTYPES
@@ -28,6 +30,7 @@ class HuggingFace(Generator):
     """
 
     conversation: ClassVar[type[Conversation]] = Conversation
+    seeded = True
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         super().__init__(model, template, generation)
@@ -94,7 +97,8 @@ class HuggingFace(Generator):
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """Generation ends as soon as every row of the batch has produced an end token."""
         inputs = self.prompts(samples)
-        sequences = self.model.generate(**inputs, **self.options)
+        drawing = LogitsProcessorList([Drawing([sample.draw for sample in samples])])
+        sequences = self.model.generate(**inputs, **self.options, logits_processor=drawing)
         new = sequences[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

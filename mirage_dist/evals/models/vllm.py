@@ -1,9 +1,9 @@
 """`generation.backend: vllm`: vLLM in place of transformers, for GPUs (pip install 'mirage-dist[vllm]').
 
 vLLM gets the same input as transformers in `evals.models.hf`: the token ids of the same chat template, the picture
-padded in the same way, the same end tokens, greedy decoding. It runs the model's own processor and schedules rows
-itself. For the first prompt with a picture and the first one without, the tokens that vLLM used are compared with those
-of `data.encoding.collate`.
+padded in the same way, the same end tokens; and it decodes greedily, or draws by the same seeds. It runs the model's
+own processor and schedules rows itself. For the first prompt with a picture and the first one without, the tokens that
+vLLM used are compared with those of `data.encoding.collate`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from mirage_dist.data.encoding.conversation import tokenizer_of
-from mirage_dist.data.sample import Sample
+from mirage_dist.data.sample import Draw, Sample
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import encoder, greedy, out_of_memory
 from mirage_dist.model.families import configs, processors
@@ -51,8 +52,11 @@ class VLLM(Generator):
     """Runs all rows of a chunk at once. Leaving it as a context releases the GPU.
 
     Raises ConfigError when vLLM is not installed or does not support the model, and RunError when the GPU has too
-    little free memory, or when vLLM used other prompt tokens than training does.
+    little free memory, or when vLLM used other prompt tokens than training does. What it draws by a seed is not what
+    transformers draws by it.
     """
+
+    seeded = True
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -77,8 +81,8 @@ class VLLM(Generator):
         self.tokenizer = tokenizer_of(processor)
         self.encoder = encoder(processor, template, config)
         eos = greedy(defaults, self.tokenizer, generation.max_new_tokens)["eos_token_id"]
-        self.sampling = vllm.SamplingParams(
-            temperature=0,
+        self.sampling: Any = partial(
+            vllm.SamplingParams,
             max_tokens=generation.max_new_tokens,
             repetition_penalty=defaults.repetition_penalty or 1.0,
             # Only these end an answer, as with transformers; vLLM would add the tokenizer's own end token.
@@ -102,7 +106,7 @@ class VLLM(Generator):
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         prompts = [_prompt(*self.encoder.prompt(sample)) for sample in samples]
         try:
-            outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
+            outputs = self.engine.generate(prompts, [self._sampling(s.draw) for s in samples], use_tqdm=False)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -111,6 +115,12 @@ class VLLM(Generator):
             self._compare(sample, list(output.prompt_token_ids))
         ids = [list(output.outputs[0].token_ids) for output in outputs]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def _sampling(self, draw: Draw | None) -> Any:
+        """vLLM's parameters of one answer."""
+        if draw is None:
+            return self.sampling(temperature=0)
+        return self.sampling(temperature=draw.temperature, top_p=draw.top_p, seed=draw.seed)
 
     def _compare(self, sample: Sample, used: list[int]) -> None:
         """Compare the prompt tokens that vLLM used with those of training, once with a picture and once without."""

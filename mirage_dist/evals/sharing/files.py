@@ -33,7 +33,9 @@ class Row(TypedDict):
 
     image: the picture's path. question: as asked; original_question: as the data have it. shot: 0 for the question
     itself, k for the k-th rewrite. references: answers that a benchmark accepts. begun: where an attack began the
-    answer, its first words; `response` is then the continuation.
+    answer, its first words; `response` is then the continuation. draw: temperature, top_p and seed of an answer that
+    was drawn at random. turns: how many answers its conversation has, of which `shot` counts this one; history: the
+    (question, answer) turns before it.
     """
 
     key: str
@@ -49,6 +51,9 @@ class Row(TypedDict):
     expected: str
     references: NotRequired[list[str]]
     begun: NotRequired[str]
+    draw: NotRequired[dict[str, float]]
+    turns: NotRequired[int]
+    history: NotRequired[list[list[str]]]
     response: str
 
 

@@ -7,13 +7,40 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from mirage_dist.evals.results import Condition, Leaf
-from mirage_dist.report.figures.drawing import Draw, interval, looks_of
+from mirage_dist.report.budgets import Budget
+from mirage_dist.report.figures.drawing import Draw, interval, looks_of, name_lines, percent_axis
 from mirage_dist.report.figures.style import Palette
 
 SPREAD = 0.66  # fraction of a row's height over which its models are spread
 ROW_INCHES, HEAD_INCHES = 0.46, 0.6
 IN_A_LINE, LINE_INCHES = 4, 0.22  # of the legend
 Rates = Mapping[str, Mapping[str, Leaf | None]]  # model -> condition -> rate
+
+
+def budget(curves: Sequence[Budget], models: Sequence[str]) -> Draw:
+    """Success against the number of answers to a question, on a logarithmic axis: one line for each curve.
+
+    curves: of one measure and one attack. models: all of the report, which decide the colours.
+    """
+
+    def draw(ax: Axes, palette: Palette) -> None:
+        percent_axis(ax.yaxis, palette)
+        own, labels = looks_of(models, palette), []
+        answers = sorted({point["answers"] for curve in curves for point in curve["points"]})
+        for curve in curves:
+            colour, marker = own[curve["model"]]
+            x = [answers.index(point["answers"]) for point in curve["points"]]
+            y = [100 * point["rate"] for point in curve["points"]]
+            low, high = ([100 * point["ci95"][end] for point in curve["points"]] for end in (0, 1))
+            ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+            ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
+            labels.append((y[-1], x[-1], curve["model"], colour))
+        name_lines(ax, labels, len(answers) - 0.83)
+        ax.set_xticks(range(len(answers)), [str(n) for n in answers], color=palette.ink)
+        ax.set_xlim(-0.3, len(answers) - 0.7 + 0.36 * len(answers))
+        ax.set_xlabel("answers drawn to each question", color=palette.muted)
+
+    return draw
 
 
 def conditions(rates: Rates) -> list[Condition]:

@@ -52,14 +52,16 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette, grid=False)
         own, labels, shots, control = looks(runs, palette), [], 0, None
+        attacks = [attack for run in runs if (attack := run.attack(kind))]
+        every = sorted({0, *(c.shots for attack in attacks for c in attack.conditions)})
         for place, run in enumerate(runs):
             attack, steady = run.attack(kind), run.controlled(kind)
             colour, marker = own[run.name]
             conditions = [CLEAN, *(attack.conditions if attack else [])]
-            points = [(k, leaf) for k, condition in enumerate(conditions) if (leaf := run.leaf(measure, condition))]
+            points = [(every.index(c.shots), leaf) for c in conditions if (leaf := run.leaf(measure, c))]
             if not points:
                 continue
-            shots = max(shots, len(conditions) - 1)
+            shots = len(every) - 1
             shift = (place - (len(runs) - 1) / 2) * 0.045
             x = [k + shift for k, _ in points]
             y = [100 * leaf["rate"] for _, leaf in points]
@@ -75,7 +77,7 @@ def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
                 ax.vlines(at, *interval(neutral), color=colour, linewidth=1.1, alpha=0.75)
                 ax.plot(at, 100 * neutral["rate"], marker, color=palette.paper, markeredgecolor=colour, zorder=3)
         name_lines(ax, labels, shots + 0.17)
-        ticks: dict[float, str] = {k: "clean" if k == 0 else f"K = {k}" for k in range(shots + 1)}
+        ticks: dict[float, str] = {k: "clean" if k == 0 else f"K = {every[k]}" for k in range(shots + 1)}
         if control:
             ticks[CONTROL_AT] = f"{control}\n(control)"
             ax.axvline(CONTROL_AT / 2 - 0.03, color=palette.grid, linewidth=0.8)

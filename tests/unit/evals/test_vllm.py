@@ -16,7 +16,7 @@ from widened import widen
 
 from mirage_dist import config as configs
 from mirage_dist.data import formats, sources
-from mirage_dist.data.sample import Sample
+from mirage_dist.data.sample import Draw, Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import rows, runner
 from mirage_dist.evals.models.hf import HuggingFace
@@ -122,6 +122,17 @@ def test_vllm_says_what_transformers_says(toy, wide, tmp_path):
         with pytest.raises(RunError, match="too little memory for 3 rows"):
             generator.answer(samples[:3])
     assert answers == spoken(HuggingFace(options.model, options.template, options.generation), samples)
+
+
+@needs_vllm
+def test_vllm_draws_an_answer_by_its_seed_whatever_is_beside_it(toy, wide, tmp_path):
+    options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.3)
+    samples = [replace(s, draw=Draw(1.5, 0.9, seed)) for seed, s in enumerate(various(toy))]
+    with VLLM(options.model, options.template, options.generation) as generator:
+        together, backwards = spoken(generator, samples), spoken(generator, samples[::-1])[::-1]
+        other = spoken(generator, [replace(s, draw=Draw(1.5, 0.9, 99)) for s in samples])
+    assert together == backwards
+    assert together != other
 
 
 @needs_vllm

@@ -41,10 +41,9 @@ def corrected(measures: Measures, labelled: Labelled) -> dict[str, dict[str, Cor
     made: dict[str, dict[str, Corrected]] = {}
     for measure, (verdict, by_question) in COUNTED.items():
         rates: Rates = measures.get(measure) or {}
-        for condition in (Condition.parse(key) for key, leaf in rates.items() if leaf is not None):
+        for condition, leaf in ((Condition.parse(key), leaf) for key, leaf in rates.items() if leaf is not None):
             if by_question:
-                hits = metrics.outcomes(judged, condition, verdict)
-                apparent = sum(hits.values()) / len(hits), float(len(hits))
+                apparent = leaf["rate"], float(leaf["n"])
             else:
                 apparent = stats.effective(metrics.clusters(judged, condition, verdict))
             several = by_question and condition.shots > 1
