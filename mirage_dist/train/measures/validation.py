@@ -108,10 +108,10 @@ class HeldOut:
         return step > 0 and (step == self.steps or (self.every is not None and step % self.every == 0))
 
     def lacking(self, file: Path, step: int) -> bool:
-        """Whether metrics.jsonl has a record of this step without its held-out loss: a stop came before it."""
-        if not self.due(step) or not file.exists():
+        """Whether the record of this step in metrics.jsonl still waits for its held-out loss (see `Record`)."""
+        if step == 0 or not file.exists():
             return False
-        return any(r["step"] == step and "validation" not in r for _, r in records(file, step))
+        return any(r["step"] == step and r.get("validation", {}) is None for _, r in records(file, step))
 
     def __enter__(self) -> HeldOut:
         return self
