@@ -97,6 +97,7 @@ class HeldOut:
         """feed: of training. Every rank calls this. Raises ConfigError as `Feed` and `Feed.check_lengths` do."""
         self.group, self.every, self.steps = group, feed.recipe.train.validate_every, feed.steps
         self.feed = Feed(feed.recipe, NEEDS, streams, feed.encoder.processor)
+        self.feed.encoder = feed.encoder  # the very one: where it recalls features of pictures, it does so here too
         self.cut = self.feed.check_lengths(group)
         rows, self.counting = share(len(self.feed.samples[STREAM]), feed.recipe.train.rows, group.rank, group.size)
         self.rows = [{STREAM: own} for own in rows]
