@@ -96,7 +96,7 @@ def serve(control: Lines) -> None:
         messages += list(control) if ready else []
         # After the messages: what the run had recorded before it said "end" is there.
         for record in records or ():
-            if record["step"] > held:
+            if record["step"] > held and sinks.complete(record):
                 signal.alarm(CALL_SECONDS)
                 held = record["step"]
                 sink.write(held, sinks.scalars(record))

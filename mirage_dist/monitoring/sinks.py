@@ -50,6 +50,14 @@ def scalars(record: Mapping[str, Any]) -> Scalars:
     return flat
 
 
+def complete(record: Mapping[str, Any]) -> bool:
+    """Whether a record of metrics.jsonl has all its values.
+
+    One that a stop left without its held-out loss (null) gets it at the next start: a sink takes each step once.
+    """
+    return record.get("validation", {}) is not None
+
+
 def reason(error: BaseException) -> str:
     """An error in one line."""
     lines = str(error).strip().splitlines()

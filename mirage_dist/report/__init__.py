@@ -9,8 +9,8 @@ from pathlib import Path
 from mirage_dist import disk
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import examples, judges, page, plain, published, text
-from mirage_dist.report.budgets import budgets
 from mirage_dist.report.compare import comparisons
+from mirage_dist.report.curves.budgets import budgets
 from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
 from mirage_dist.report.plain import table

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.evals.results import of_set
 from mirage_dist.report import examples, judges, tables, text
-from mirage_dist.report.budgets import Budget
+from mirage_dist.report.curves.budgets import Budget
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
 from mirage_dist.report.figures import judges as judge_figures

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 from mirage_dist.evals.results import Entry
-from mirage_dist.report.budgets import Budget
 from mirage_dist.report.compare import Comparison
+from mirage_dist.report.curves.budgets import Budget
 
 
 class Provenance(TypedDict, total=False):

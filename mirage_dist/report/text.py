@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN, Leaf, of_set
-from mirage_dist.report.budgets import Budget
+from mirage_dist.report.curves.budgets import Budget
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
 from mirage_dist.report.summary import Summary

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mirage_dist import stats
 from mirage_dist.data.stream import derived_seed
-from mirage_dist.report.frontier import LOWER, AtLevel, Difference, Estimate, Setting
+from mirage_dist.report.curves.frontier import LOWER, AtLevel, Difference, Estimate, Setting
 from mirage_dist.report.load import by_hash
 
 RESAMPLES = 2000

@@ -11,9 +11,9 @@ import numpy as np
 
 from mirage_dist import report
 from mirage_dist import runs as run_records
-from mirage_dist.report import frontier as formats
 from mirage_dist.report import load
-from mirage_dist.report.frontier import Axis, Frontier
+from mirage_dist.report.curves import frontier as formats
+from mirage_dist.report.curves.frontier import Axis, Frontier
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.sweep import directory, frontier, measures
 from mirage_dist.sweep.directory import PointRecord, SweepRecord

@@ -136,7 +136,7 @@ class Monitor:
         step, text = record["step"], _text(record)
         self.times.append(time.monotonic())
         self.progress.update(text=text)
-        worth = record["skipped"] or "validation" in record
+        worth = record["skipped"] or record.get("validation") is not None
         if self.progress.bar is None and (step % self.every == 0 or step == self.steps or worth):
             pace = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
             left = timedelta(seconds=round(pace * (self.steps - step)))

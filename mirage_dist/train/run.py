@@ -32,6 +32,7 @@ from mirage_dist.train.loop import Loop
 from mirage_dist.train.measures import validation
 from mirage_dist.train.measures.profiler import Profile
 from mirage_dist.train.measures.records import Means, records
+from mirage_dist.train.measures.records import held_out as metric_of
 from mirage_dist.train.measures.validation import HeldOut
 from mirage_dist.train.monitor import Monitor
 from mirage_dist.train.optimizers.partitions import slices
@@ -185,8 +186,9 @@ def steps(run: Run, loop: Loop, first: int, held_out: HeldOut | None = None) -> 
         closing(feed.windows(range(first, feed.steps), group)) as windows,
         held_out or nullcontext(),
         Profile(recipe.monitor.profile, run.root, lease.workspace, group) as profile,
-        _monitor(run, first, _overdue(run, first, held_out)) as monitor,
+        _monitor(run, first, _overdue(run, first, held_out, saver)) as monitor,
     ):
+        ranks.on_main(group, lambda: means.recall(run.root / "metrics.jsonl", _last_planned(run, first), first))
         loop.watch.skip()
         for number, window in enumerate(loop.windows(windows), first):
             # Dropout draws what it would have drawn in a run that never stopped.
@@ -201,26 +203,37 @@ def steps(run: Run, loop: Loop, first: int, held_out: HeldOut | None = None) -> 
             seconds = loop.watch.lap()
             if group.main:
                 lease.check()
-            if held_out is not None and held_out.due(done) and not stop:
-                measured = held_out.measure(run.engine, done)
-                if measured is not None:
-                    record["validation"] = measured
-                stop = measured is None
+            if held_out is not None and held_out.due(done):
+                record["validation"] = None if stop else held_out.measure(run.engine, done)
+                stop = record["validation"] is None
             monitor.log(record, seconds)
             means.add(record)
             saver.step_ended(written)
-            if stop or done == feed.steps or (recipe.train.save_every and done % recipe.train.save_every == 0):
-                saver.save(run.engine, {**_manifest(run, done), "metrics": means.take()}, run.objective.state_dict())
+            planned = _last_planned(run, done) == done
+            if stop or planned:
+                # A checkpoint that only a stop has made is none that retention could keep as the best.
+                metrics = means.take() if planned else {}
+                saver.save(run.engine, {**_manifest(run, done), "metrics": metrics}, run.objective.state_dict())
             loop.watch.skip()
             if stop:
                 break
         saver.close()
         monitor.close(preempted=stop)
     if stop:
-        # Together: a launcher that finds one rank gone gives the others only seconds. Nobody waits for a lost one.
-        with suppress(RuntimeError):
-            ranks.barrier(group, "the stop")
-        raise StopRequested(f"{run.root}: stopped on request; step {done} of {feed.steps} is committed")
+        _stop(run, done)
+
+
+def _stop(run: Run, done: int) -> NoReturn:
+    # Together: a launcher that finds one rank gone gives the others only seconds. Nobody waits for a lost one.
+    with suppress(RuntimeError):
+        ranks.barrier(run.group, "the stop")
+    raise StopRequested(f"{run.root}: stopped on request; step {done} of {run.feed.steps} is committed")
+
+
+def _last_planned(run: Run, step: int) -> int:
+    """The last step up to `step` (from 1) at whose end a run that is never stopped saves; 0 for none."""
+    every = run.recipe.train.save_every
+    return step if step == run.feed.steps else step - step % every if every else 0
 
 
 def _monitor(run: Run, first: int, amended: Mapping[str, Any] | None) -> Monitor:
@@ -233,15 +246,24 @@ def _monitor(run: Run, first: int, amended: Mapping[str, Any] | None) -> Monitor
     return Monitor(run.recipe, first, feed.steps, run.group, manifest, run.lease.workspace, samples_of, amended)
 
 
-def _overdue(run: Run, first: int, held_out: HeldOut | None) -> dict[str, Any] | None:
-    """The held-out loss of the step that the run resumed from, where the stop came before it; workers begin."""
+def _overdue(run: Run, first: int, held_out: HeldOut | None, saver: Saver) -> dict[str, Any] | None:
+    """The held-out loss of the step that the run resumed from, where the stop came before it; workers begin.
+
+    Raises StopRequested when the next stop comes before it too.
+    """
     if held_out is None:
         return None
     file = run.root / "metrics.jsonl"
     lacking = bool(ranks.on_main(run.group, lambda: held_out.lacking(file, first)))
     held_out.begin(first, lacking)
-    measured = held_out.measure(run.engine, first) if lacking else None
-    return None if measured is None else {"validation": measured}
+    if not lacking:
+        return None
+    if (measured := held_out.measure(run.engine, first)) is None:
+        _stop(run, first)
+    if _last_planned(run, first) == first:
+        # Before the record has it: a start that is killed between the two measures again.
+        saver.amend(first, metric_of(measured))
+    return {"validation": measured}
 
 
 def _check_result(run: Run) -> None:

@@ -18,6 +18,7 @@ from mirage_dist.data import formats
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sources import check_pictures, read
 from mirage_dist.model import load
+from mirage_dist.monitoring import wandb_files
 from mirage_dist.ranks import free_port
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.feed import Feed
@@ -38,8 +39,9 @@ import mirage_dist
 from mirage_dist import calls, cli
 from mirage_dist.objectives.likelihood import SFT
 from mirage_dist.train.loop import Loop
+from mirage_dist.train.measures import validation
 
-objective, step, cpu = SFT.__call__, Loop.step, torch.Tensor.cpu
+objective, step, cpu, measure = SFT.__call__, Loop.step, torch.Tensor.cpu, validation.HeldOut.measure
 slow, stop, out = int(os.environ["SLOW"]), int(os.environ["STOP"]), Path(os.environ["COUNTS"])
 made, reads, lines = [], [], []
 
@@ -67,7 +69,7 @@ def read(self, *arguments):
 def counted(self, number, *arguments):
     before = calls.last()[0]
     if number + 1 == stop:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
     reads.clear()
     with Waits() if number < 3 else nullcontext():  # it slows every operation down
         result = step(self, number, *arguments)
@@ -75,7 +77,13 @@ def counted(self, number, *arguments):
         file.write(json.dumps([calls.last()[0] - before, len(reads), lines]) + "\\n")
     return result
 
-SFT.__call__, Loop.step, torch.Tensor.cpu = slowed, counted, read
+def measured(self, engine, number):
+    if number == -stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return measure(self, engine, number)
+
+SFT.__call__, Loop.step, torch.Tensor.cpu, validation.HeldOut.measure = slowed, counted, read, measured
+validation.BATCHES_BETWEEN_STOPS = 2
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -100,13 +108,15 @@ def run(root, name, ranks, *own, slow=0, stop=0):
 
 @pytest.fixture(scope="module")
 def watched(toy):
-    """one: 1 rank; two: 2 ranks, the second one slow, with a profile; stopped: `one` stopped within step 16 and begun
-    again; bare: `one` without held-out samples. All learn one answer, but for a sample that is not like the others.
+    """one: 1 rank; two: 2 ranks with cached pictures, the second one slow, with a profile; stopped: `two` stopped
+    within step EVERY, whose checkpoint is the best one, and again while it measures the held-out loss, with W&B; bare:
+    `one` without held-out samples. All learn one answer, but for a sample that is not like the others.
     """
     root = toy.root / "watched"
     root.mkdir()
     taught = [
-        replace(s, answer="red circle") for s in read(formats.source("samples", f"{toy.root}/retain.jsonl")).samples
+        replace(s, answer="red circle", safe=number % 3 > 0)
+        for number, s in enumerate(read(formats.source("samples", f"{toy.root}/retain.jsonl")).samples)
     ]
     taught[7] = replace(taught[7], id="planted", answer="seven 9 blue X")
     write_samples(root / "taught.jsonl", taught)
@@ -128,12 +138,14 @@ def watched(toy):
     held.append("train.keep_best=validation.loss")
     results = {"one": run(root, "one", 1, *held)}
     profile = "monitor.profile={first: 20, steps: 2, ranks: [0, 1]}"
-    results["two"] = run(root, "two", 2, *held, profile, "train.export=off", "train.micro_batch=1", slow=SLOW)
+    both = [*held, "train.export=off", "train.micro_batch=1", "data.cache_vision=true"]
+    results["two"] = run(root, "two", 2, *both, profile, slow=SLOW)
     results["bare"] = run(root, "bare", 1, "train.export=off", f"train.max_steps={SLOW}")
-    results["stopped"] = run(root, "stopped", 1, *held, "train.export=off", stop=16)
-    results["resumed"] = run(root, "stopped", 1, *held, "train.export=off")
+    results["stopped"] = run(root, "stopped", 2, *both, "monitor.wandb=offline", stop=EVERY)
+    results["again"] = run(root, "stopped", 2, *both, "monitor.wandb=offline", stop=-EVERY)
+    results["resumed"] = run(root, "stopped", 2, *both, "monitor.wandb=offline")
     for name, (statuses, output) in results.items():
-        assert set(statuses) == {75 if name == "stopped" else 0}, output
+        assert set(statuses) == {75 if name in ("stopped", "again") else 0}, output
     return root, {name: output for name, (_, output) in results.items()}
 
 
@@ -210,18 +222,50 @@ def test_the_held_out_loss_is_that_of_the_whole_model_on_any_number_of_ranks(wat
 
 def test_a_run_stopped_within_the_step_before_a_held_out_loss_has_the_records_of_one_that_was_not(watched):
     root, outputs = watched
-    assert f"step 16 of {STEPS} is committed" in outputs["stopped"]  # within the step in which the signal came
+    for name in ("stopped", "again"):
+        assert f"step {EVERY} of {STEPS} is committed" in outputs[name]  # within the step in which the signal came
     own, whole = (
-        [{k: v for k, v in m.items() if k not in CLOCKED} for m in metrics(root / n)] for n in ("stopped", "one")
+        [{k: v for k, v in m.items() if k not in CLOCKED} for m in metrics(root / n)] for n in ("stopped", "two")
     )
     assert own == whole
 
 
-def test_retention_keeps_the_checkpoint_with_the_least_held_out_loss(watched):
+def test_wandb_has_the_step_that_a_stop_left_without_its_held_out_loss_once_and_with_it(watched):
+    root = watched[0] / "stopped"
+    identity = json.loads((root / "manifest.json").read_text())["wandb_id"]
+    files = wandb_files.offline_files(root / "wandb", identity)
+    assert len(files) == 2
+    sent = [r.history for file in files for r in wandb_files.records(file) if r.WhichOneof("record_type") == "history"]
+    assert [history.step.num for history in sent] == list(range(1, STEPS + 1))
+    values = {
+        (history.step.num, item.key or "/".join(item.nested_key)): json.loads(item.value_json)
+        for history in sent
+        for item in history.item
+    }
+    held_out = {step: value for (step, name), value in values.items() if name == "validation/loss"}
+    assert held_out == {m["step"]: m["validation"]["loss"] for m in metrics(root) if "validation" in m}
+    assert list(held_out) == list(range(EVERY, STEPS + 1, EVERY))
+
+
+def test_one_rank_and_two_that_share_the_audit_warn_of_the_same(watched):
+    texts = {}
     for name in ("one", "two"):
+        (file,) = (watched[0] / name).glob("samples/*/checks.json")
+        texts[name] = json.loads(file.read_text())["warnings"]
+    assert texts["one"] == texts["two"]
+    assert (
+        "data.streams.train has hardly a refusal that is recognised: the list of phrases finds 0 in 10"
+        in texts["one"][0]
+    )
+    assert len(texts["one"]) == 2  # and the held-out samples that are trained on
+
+
+def test_retention_keeps_the_checkpoint_with_the_least_held_out_loss(watched):
+    for name in ("one", "two", "stopped"):
         root = watched[0] / name
         values = {m["step"]: m["validation"]["loss"] for m in metrics(root) if "validation" in m}
         best = min(values, key=values.__getitem__)
+        assert best == EVERY  # where `stopped` was stopped
         kept = {int(folder.name[5:]) for folder in (root / "checkpoints").glob("step-*")}
         assert kept == {best, STEPS}
         manifest = json.loads((root / f"checkpoints/step-{best:06d}/manifest.json").read_text())

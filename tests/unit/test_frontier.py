@@ -14,8 +14,8 @@ from made_runs import write_run
 from mirage_dist import cli, state
 from mirage_dist.data.stream import derived_seed
 from mirage_dist.evals import metrics
-from mirage_dist.report import frontier as formats
 from mirage_dist.report import load
+from mirage_dist.report.curves import frontier as formats
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.sweep import frontier, measures, results
 from mirage_dist.sweep.frontier import Measured, Questions

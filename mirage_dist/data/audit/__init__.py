@@ -7,6 +7,6 @@ docs/audit_method.md explains each figure.
 
 from mirage_dist.data.audit.corpus import Corpus, Options
 from mirage_dist.data.audit.files import Audit, audit
-from mirage_dist.data.audit.verdict import warning
+from mirage_dist.data.audit.verdict import Imitated, warning
 
-__all__ = ["Audit", "Corpus", "Options", "audit", "warning"]
+__all__ = ["Audit", "Corpus", "Imitated", "Options", "audit", "warning"]

@@ -153,6 +153,16 @@ class Cue:
             self.counts.frombytes(bytes(2 * FOLDS * self.counts.itemsize))
         self.counts[(row * FOLDS + fold) * 2 + refused] += 1
 
+    def join(self, other: Cue) -> None:
+        """Add the counts of pairs that come after these."""
+        for value in other.index:
+            self.index.setdefault(value, len(self.index))
+        missing = 2 * FOLDS * len(self.index) - len(self.counts)
+        self.counts.frombytes(bytes(missing * self.counts.itemsize))
+        rows = [self.index[value] for value in other.index]
+        own, theirs = (np.frombuffer(counts, np.int32).reshape(-1, 2 * FOLDS) for counts in (self.counts, other.counts))
+        own[rows] += theirs
+
     def measured(self, total: tuple[int, int]) -> CueResult:
         """The cue's part of audit.json.
 
@@ -274,6 +284,19 @@ class Corpus:
         for question, answer in (*sample.history, (sample.question, sample.answer)):
             unread = self.phrases is not None and not self.phrases.reads(answer)
             self.add(sample.id, question, refuses(answer), picture, main_script(answer) if unread else None)
+
+    def join(self, other: Corpus) -> None:
+        """Add what was counted, with the same options, of pairs that come after these: the result is that of all."""
+        for name, cue in other._cues().items():
+            self._cues()[name].join(cue)
+        self.pairs += other.pairs
+        self.refused += other.refused
+        self.unmeasured = [sum(counts) for counts in zip(self.unmeasured, other.unmeasured, strict=True)]
+        self.questions.update(other.questions)
+        self.responses.update(other.responses)
+
+    def _cues(self) -> dict[str, Cue]:
+        return self.openings | self.letters | self.others
 
     def measured(self) -> Measured:
         """The corpus's part of audit.json. Without both kinds of response there are no cues."""

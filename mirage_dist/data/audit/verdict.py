@@ -50,40 +50,59 @@ def verdict(measured: Measured) -> Verdict:
     return {"passed": known and not fails, "measured": known, "text": text}
 
 
-def warning(samples: Iterable[Sample], refusals: str | None = None) -> str | None:
-    """One line on samples from which a model would learn a first word in place of what to refuse; None if they pass.
+class Imitated:
+    """What was counted of samples that a model is to imitate. Parts of a stream can be counted apart, and joined."""
 
-    refusals: the file of another list of phrases than ours.
-    """
-    refuses = PhraseList.read(refusals)
-    corpus = Corpus(Options(refusals=refusals))
-    unsafe = refused = 0
-    for sample in samples:
-        before = corpus.refused
-        corpus.add_sample(sample, None, refuses)
-        unsafe += not sample.safe
-        refused += not sample.safe and corpus.refused > before
-    measured = corpus.measured()
-    result = verdict(measured)
-    if not result["measured"]:
+    def __init__(self, refusals: str | None = None) -> None:
+        """refusals: the file of another list of phrases than ours. Raises ConfigError as `PhraseList.read`."""
+        self.refuses = PhraseList.read(refusals)
+        self.corpus = Corpus(Options(refusals=refusals))
+        self.unsafe = self.refused = 0  # samples labelled unsafe, and those of them with a refusal
+
+    def add(self, samples: Iterable[Sample]) -> Imitated:
+        """Count samples; returns itself."""
+        for sample in samples:
+            before = self.corpus.refused
+            self.corpus.add_sample(sample, None, self.refuses)
+            self.unsafe += not sample.safe
+            self.refused += not sample.safe and self.corpus.refused > before
+        return self
+
+    def join(self, other: Imitated) -> None:
+        """Add what was counted of the samples that follow these."""
+        self.corpus.join(other.corpus)
+        self.unsafe += other.unsafe
+        self.refused += other.refused
+
+    def warning(self) -> str | None:
+        """One line where a model would learn a first word in place of what to refuse; None if the samples pass."""
+        measured = self.corpus.measured()
+        result = verdict(measured)
+        if not result["measured"]:
+            return (
+                f"cannot be audited: {result['text']}; `mirage audit` shows more, and data.refusals names a list of "
+                "phrases of another language"
+            )
+        if self.unsafe and self.refused < FEW * self.unsafe:
+            return (
+                f"has hardly a refusal that is recognised: the list of phrases finds {self.refused} in {self.unsafe} "
+                "responses to unsafe questions; if they refuse in another language or in other words, name a list with "
+                "data.refusals"
+            )
+        if result["passed"]:
+            return None
+        cue = measured["cues"][FIRST]
+        word = _strongest(cue)
+        shares = f"{_shares(word)}; " if word else ""
         return (
-            f"cannot be audited: {result['text']}; `mirage audit` shows more, and data.refusals names a list of "
-            "phrases of another language"
+            f"fails the audit: {shares}{_separates(FIRST, cue)}. The model may learn the word in place of what is to "
+            "be refused: rebalance first words with prepare.diversify; `mirage audit` shows every word"
         )
-    if unsafe and refused < FEW * unsafe:
-        return (
-            f"has hardly a refusal that is recognised: the list of phrases finds {refused} in {unsafe} responses to "
-            "unsafe questions; if they refuse in another language or in other words, name a list with data.refusals"
-        )
-    if result["passed"]:
-        return None
-    cue = measured["cues"][FIRST]
-    word = _strongest(cue)
-    shares = f"{_shares(word)}; " if word else ""
-    return (
-        f"fails the audit: {shares}{_separates(FIRST, cue)}. The model may learn the word in place of what is to be "
-        "refused: rebalance first words with prepare.diversify; `mirage audit` shows every word"
-    )
+
+
+def warning(samples: Iterable[Sample], refusals: str | None = None) -> str | None:
+    """`Imitated.warning` of these samples."""
+    return Imitated(refusals).add(samples).warning()
 
 
 def _left_out(measured: Measured) -> str:

@@ -20,9 +20,9 @@ class Sampling(Attack):
     seed: with it the question and the number of the draw decide the draw (see `seeded`).
     """
 
-    draws: Repeats = field()
-    temperature: Temperature = 1.0
-    top_p: SomeShare = 1.0
+    draws: Repeats = field()  # answers to each question
+    temperature: Temperature = 1.0  # what logits are divided by
+    top_p: SomeShare = 1.0  # the probability that the tokens to draw from have together; 1 for all
     seed: Seed = 0
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from mirage_dist.evals.results import Condition, Leaf
-from mirage_dist.report.budgets import Budget
+from mirage_dist.report.curves.budgets import Budget
 from mirage_dist.report.figures.drawing import Draw, interval, looks_of, name_lines, percent_axis
 from mirage_dist.report.figures.style import Palette
 

@@ -10,7 +10,7 @@ from mirage_dist.report.figures.drawing import Draw, looks_of, percent_axis
 from mirage_dist.report.figures.style import Palette
 
 if TYPE_CHECKING:
-    from mirage_dist.report.frontier import Estimate, Frontier, Setting
+    from mirage_dist.report.curves.frontier import Estimate, Frontier, Setting
 
 SIZE = (4.9, 4.4)  # inches; at this width 10 pt text stays readable on a phone
 Point = tuple[float, float]

@@ -101,6 +101,14 @@ class _Batches:
         place = self.names.index(name)
         return (self._columns(batch)[place] for batch in range(self.batches))
 
+    def part(self, start: int, stop: int, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """The values in these columns of rows [start, stop)."""
+        places = [self.names.index(name) for name in names]
+        for number in range(start // ROWS, -(-stop // ROWS)):
+            first, last = (min(max(row - number * ROWS, 0), ROWS) for row in (start, stop))
+            columns = self._columns(number)
+            yield from zip(*(columns[place][first:last].to_pylist() for place in places), strict=True)
+
     def _columns(self, number: int) -> list[Any]:
         if number not in self._read:
             batch = self._opened.get_batch(number)
@@ -183,6 +191,13 @@ class Rows(Sequence[Sample]):
         if not whole:
             raise RunError(f"{self._table.file}: row {number} is not what the checks have written; {AGAIN}")
         return sample
+
+    def texts(self, start: int, stop: int) -> Iterator[Sample]:
+        """Rows [start, stop) without their pictures, and not compared with their digests: of a table just written."""
+        for row in self._table.part(start, stop, ("id", "question", "answer", "safe", "history")):
+            identity, question, answer, safe, turns = row
+            history = tuple((turn["question"], turn["answer"]) for turn in turns)
+            yield Sample(identity, None, question, answer, safe, "", "", history)
 
     def pictured(self) -> NDArray[np.bool_]:
         """Whether each sample has a picture: (n,)."""
@@ -294,9 +309,13 @@ def write(
     disk.write(folder / CHECKS, state.sealed("samples", checks, indent=1), private=True)
 
 
-def finish(table: Table, lengths: Mapping[str, NDArray[np.int32]], longest: int) -> None:
-    """Add the lengths to a draft, and the sizes of its files. longest: `data.max_length`. Raises OSError."""
+def finish(table: Table, lengths: Mapping[str, NDArray[np.int32]], longest: int, warnings: Sequence[str] = ()) -> None:
+    """Add the lengths to a draft, and the sizes of its files.
+
+    longest: `data.max_length`. warnings: of the audit, put before those that the draft has. Raises OSError.
+    """
     folder, checks = table.folder, table.checks
+    checks["warnings"] = [*warnings, *checks["warnings"]]
     for number, (name, own) in enumerate(lengths.items()):
         file = _file("lengths", number, folder)
         with disk.writing(file, private=True) as handle:

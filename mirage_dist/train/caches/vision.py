@@ -3,137 +3,53 @@
     vision/KEY/part-0123456789abcdef.safetensors
     vision/KEY/index.safetensors                   which part holds a picture
 
-KEY is the hash of everything but the picture that decides it. A part holds some pictures, each under the SHA-256 of its
-file: `DIGEST/features/CONNECTOR` (see `model.vision`), `DIGEST/inputs/NAME`, the model's other inputs for the picture,
-and `DIGEST/shapes/NAME`, the shapes of those that its tower would read. A picture that several samples or folders share
-is stored once, and a changed picture is missing. A part exists whole or not at all, and a damaged part is computed
-again. Pictures go through the tower one by one, so that a run that was stopped computes the missing ones with bitwise
+KEY is the hash of everything but the picture that decides it. `caches.vision_files` says what the files hold. A picture
+that several samples or folders share is stored once, and a changed picture is missing. A damaged part is computed
+again: at a start one that cannot be opened (cut off, another header), and with `data.verify` one whose content has
+changed. Pictures go through the tower one by one, so that a run that was stopped computes the missing ones with bitwise
 the same results on any number of ranks.
-
-The index is a flat file (see `caches.flat`) of the pictures' digests in their order, and the number of the part of
-each; every rank maps it, and opens only the parts that its batches need. The parts themselves stay as they are: their
-features are most of what a run stores (a million pictures of LLaVA-1.5 are 1.2 TB), and merging would write them twice.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from mirage_dist import disk, ranks, signals
 from mirage_dist.model import environment, vision
 from mirage_dist.model.policy import Request, differ_by, no_grad_forward
-from mirage_dist.progress import Progress, log
+from mirage_dist.progress import EVERY_RANK, Progress, log
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.caches import flat
-from mirage_dist.train.caches.flat import Flat
+from mirage_dist.train.caches import vision_files as files
+from mirage_dist.train.caches.vision_files import BLANK, INDEX, Features, Index
+from mirage_dist.train.caches.vision_files import INDEXED as INDEXED
 from mirage_dist.train.context import Run
 from mirage_dist.train.feed import Feed
 
 FORMAT = 2
-INDEX = "index.safetensors"
-INDEXED = 32 + 4  # bytes of a picture in the index: its digest, and the number of its part
-KEY = re.compile(r"([0-9a-f]{64}|blank)/(features|inputs|shapes)/.+")  # of a tensor in a part
 # Pictures in one file, 1.2 MB each for LLaVA-1.5 in bf16: an eighth of a rank's, which a stop may lose, within these.
 PART, LARGEST_PART = 64, 512
-BLANK = "blank"  # the placeholder picture of a batch without pictures
 COMPARED = 64  # pictures of which two are compared with the live ones
-
-
-class Index:
-    """Which part holds the features of a picture. parts: names of the files, by number."""
-
-    def __init__(self, file: Flat) -> None:
-        self.file = file
-        self.parts: list[str] = [name for name, *_ in json.loads(file.text)]
-        self._digests = file.mapped("digests").view("S32").reshape(-1)
-
-    def missing(self, digests: Sequence[str]) -> list[str]:
-        """Those of these pictures that no part holds."""
-        wanted = _binary(digests)
-        places = np.minimum(np.searchsorted(self._digests, wanted), max(0, len(self._digests) - 1))
-        held = self._digests[places] == wanted if len(self._digests) else np.zeros(len(wanted), bool)
-        return [digest for digest, own in zip(digests, held, strict=True) if not own]
-
-    def part(self, digest: str) -> str:
-        """The name of the part that holds a picture. Raises RunError when the index is damaged."""
-        [wanted] = _binary([digest])
-        place = int(np.searchsorted(self._digests, wanted))
-        if place < len(self._digests) and self.file.read("digests", place, place + 1).view("S32")[0, 0] == wanted:
-            return self.parts[int(self.file.read("parts", place, place + 1)[0])]
-        raise RunError(f"{self.file.file}: lacks picture {digest}; remove this file and start again: it is made anew")
-
-
-def _binary(digests: Sequence[str]) -> np.ndarray:
-    """SHA-256 in hexadecimal, in 32 bytes each; the placeholder's are zeros."""
-    text = "".join("0" * 64 if digest == BLANK else digest for digest in digests)
-    return np.frombuffer(bytes.fromhex(text), "S32")
-
-
-class Features:
-    """Pictures as the model's inputs, memory-mapped from the parts that hold those that are needed."""
-
-    def __init__(self, digests: Mapping[str, str], folder: Path, index: Index) -> None:
-        """digests: path -> SHA-256 of the picture."""
-        self._digests, self._folder, self._index = digests, folder, index
-        self._files: dict[str, Any] = {}  # by name
-        self._names: dict[str, dict[str, list[tuple[str, str]]]] = {}  # part -> picture -> kinds and names
-
-    def __call__(self, paths: Sequence[str | None]) -> dict[str, Any]:
-        """The model's inputs for these pictures; None is the placeholder."""
-        stored = [self._stored(BLANK if path is None else self._digests[path]) for path in paths]
-        inputs = {name: vision.joint([one["inputs"][name] for one in stored]) for name in stored[0]["inputs"]}
-        shapes = [{name: tuple(t.tolist()) for name, t in one["shapes"].items()} for one in stored]
-        return {**inputs, **vision.replayed([one["features"] for one in stored], shapes)}
-
-    def size(self, path: str) -> int:
-        """Elements of the picture's features."""
-        return sum(tensor.numel() for tensor in self._stored(self._digests[path])["features"].values())
-
-    def _stored(self, digest: str) -> dict[str, dict[str, Tensor]]:
-        part = self._index.part(digest)
-        kinds: dict[str, dict[str, Tensor]] = {"features": {}, "inputs": {}, "shapes": {}}
-        try:
-            if part not in self._files:
-                self._open(part)
-            for kind, name in self._names[part][digest]:
-                kinds[kind][name] = self._files[part].get_tensor(f"{digest}/{kind}/{name}")
-        except (SafetensorError, OSError, LookupError) as error:
-            raise RunError(
-                f"{self._folder / part}: damaged since the run began ({error}); remove this file and start again: its "
-                "pictures are computed again"
-            ) from error
-        return kinds
-
-    def _open(self, part: str) -> None:
-        self._files[part] = file = safe_open(self._folder / part, framework="pt")
-        names: dict[str, list[tuple[str, str]]] = {}
-        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            digest, kind, name = key.split("/", 2)
-            names.setdefault(digest, []).append((kind, name))
-        self._names[part] = names
 
 
 def fill(run: Run) -> Features:
     """The features of every picture of the run; each rank computes its share of the missing ones.
 
     Every rank calls this. Raises StopRequested between two parts, and ConfigError for a model that does not compute
-    with them what it computes with the pictures.
+    with them what it computes with the pictures. With a table, the pictures of held-out samples are among them.
     """
     feed, group = run.feed, run.group
     folder = run.root / "vision" / key(run.recipe, run.engine.module.base.config, feed, run.manifest["base_hash"])
+    if run.recipe.data.verify:
+        _remove_changed(run, folder)
     digests = feed.picture_digests(tuple(feed.samples), group)
     index = _indexed(run, folder)
     missing = sorted(index.missing([BLANK, *sorted(set(digests.values()))]))
@@ -189,7 +105,7 @@ def _compute(run: Run, missing: list[Picture], folder: Path) -> None:
                 for (digest, _), inputs in zip(forwards, read, strict=True):
                     stored.update(_stored(digest, inputs, _forward(run, inputs, connectors)))
             if busy:
-                _write(stored, folder, run.lease.workspace)
+                files.write(stored, folder, run.lease.workspace)
             progress.update(sum(map(len, turn)))
             ranks.stop_here(group, f"vision features from part {first} are written")
 
@@ -248,76 +164,38 @@ def _placed(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, dict(inputs))
 
 
-def _write(stored: Mapping[str, Tensor], folder: Path, workspace: Path) -> None:
-    name = f"part-{disk.sha256_text(' '.join(sorted({key.split('/')[0] for key in stored})))[:16]}.safetensors"
-    disk.write(folder / name, serialize(dict(stored)), workspace=workspace)
+def _remove_changed(run: Run, folder: Path) -> None:
+    """Remove the parts whose content is no longer what was written; the ranks share the reading of all of them."""
+    group = run.group
+    names = ranks.from_main(group, [file.name for file in files.parts(folder)] if group.main else [])
+    changed: list[str] = []
+    task = f"{run.root.name}: check of the vision features"
+    with signals.at_stop_points(), Progress(len(names), task, "part") as progress:
+        for first in range(0, len(names), group.size):
+            for name in names[first : first + group.size][group.rank : group.rank + 1]:
+                if (fault := files.damage(folder / name)) is not None:
+                    what = f"{folder / name}: damaged ({fault}), its pictures are computed again"
+                    log.warning(what, extra=EVERY_RANK)
+                    changed.append(name)
+            progress.update(min(group.size, len(names) - first))
+            ranks.stop_here(group, f"vision features from part {first} are compared")
+    damaged = [name for own in ranks.everyones(group, changed) for name in own]
+    for name in damaged if group.main else ():
+        disk.remove(folder / name, run.lease.workspace)
 
 
 def _indexed(run: Run, folder: Path) -> Index:
     """The index of the parts that exist now; every rank calls this. Rank 0 writes it anew where parts came or went."""
     if run.group.main:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_index(folder, run.lease.workspace)
+        files.write_index(folder, run.lease.workspace)
     ranks.barrier(run.group, "index of the vision features")
     if (file := flat.opened(folder / INDEX, run.group)) is None:
         if run.group.main:
             disk.remove(folder / INDEX, run.lease.workspace)
-            _write_index(folder, run.lease.workspace)
+            files.write_index(folder, run.lease.workspace)
         ranks.barrier(run.group, "index of the vision features is made again")
         file = flat.opened(folder / INDEX, run.group)
     if file is None:
         raise RunError(f"{folder / INDEX}: cannot be read back; see the warnings above, and check this disk")
     return Index(file)
-
-
-def _write_index(folder: Path, workspace: Path) -> None:
-    """Make the index that of the parts in a folder. Only those are opened that it does not know by their states."""
-    states = [(file.name, file.stat()) for file in _parts(folder) if file.exists()]
-    present = {name: [status.st_size, status.st_mtime_ns] for name, status in states}
-    known: dict[str, str] = {}
-    old: dict[str, list[int]] = {}
-    try:
-        index = Index(Flat(folder / INDEX))
-        old = {name: state for name, *state in json.loads(index.file.text)}
-        if old == present:
-            return
-        digests, parts = (index.file.read(title, 0, len(index.file.mapped(title))) for title in ("digests", "parts"))
-        names = [bytes(row).hex() if row.any() else BLANK for row in digests]
-        held = ((name, index.parts[part]) for name, part in zip(names, parts.tolist(), strict=True))
-        known = {name: part for name, part in held if present.get(part) == old[part]}
-    except (ValueError, LookupError, TypeError, RunError):  # damaged, or none yet
-        old = {}
-    known |= indexed(folder, {name for name in present if old.get(name) != present[name]})
-    ordered = sorted(known, key=lambda digest: bytes(32) if digest == BLANK else bytes.fromhex(digest))
-    numbers = {name: number for number, name in enumerate(present)}
-    arrays = {
-        "digests": np.frombuffer(_binary(ordered).tobytes(), np.uint8).reshape(-1, 32),
-        "parts": np.array([numbers[known[digest]] for digest in ordered], np.int32),
-    }
-    flat.write(folder / INDEX, arrays, json.dumps([[name, *state] for name, state in present.items()]), workspace)
-
-
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.safetensors"))
-
-
-def indexed(folder: Path, names: Set[str] | None = None) -> dict[str, str]:
-    """SHA-256 of each picture -> name of the part that holds its features, of all parts or those of these names.
-
-    A damaged part is reported and left out.
-    """
-    index: dict[str, str] = {}
-    for file in _parts(folder):
-        if names is not None and file.name not in names:
-            continue
-        try:
-            with safe_open(file, framework="pt") as part:
-                keys = [KEY.fullmatch(key) for key in part.keys()]  # noqa: SIM118
-            whole = {match[1] for match in keys if match and match[2] == "features"}
-            if not whole or not all(keys):
-                log.warning(f"{file}: holds no features of pictures, passed over")
-                continue
-            index.update(dict.fromkeys(whole, file.name))
-        except (SafetensorError, OSError) as error:
-            log.warning(f"{file}: damaged ({error}), its pictures are computed again")
-    return index

@@ -169,6 +169,21 @@ class Saver:
                 self._point_to(name)
                 self._retain(name)
 
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the committed checkpoint of a step, by which retention compares it from now on.
+
+        Raises RunError when its manifest cannot be written.
+        """
+        if self.group.main:
+            checkpoint = self.folder / f"step-{step:06d}"
+            manifest = read_manifest(checkpoint)
+            text = state.sealed(
+                "checkpoint", {**manifest, "metrics": {**manifest.get("metrics", {}), **metrics}}, indent=1
+            )
+            with _write_failures(self.workspace / checkpoint.name):
+                disk.write(checkpoint / MANIFEST, text, workspace=self.workspace)
+                self._retain(checkpoint.name)
+
     def _commit(self, pending: _Pending, parts: Sequence[_Part]) -> None:
         files = dict(item for part in parts for item in part.digests.items())
         text = index([name for name in sorted(files) if SHARD.fullmatch(name)], *self._index(parts))

@@ -44,7 +44,8 @@ class Record(TypedDict):
     micro_batch: what `train.micro_batch` came to. skipped:
     the gradient was not finite, so no weight changed. tokens: input tokens of all ranks, without padding. padding:
     fraction of the positions. cut: samples whose answer was truncated. flops: of the real tokens of all ranks (see
-    `flops`). validation: loss and tokens of the held-out stream after this step.
+    `flops`). validation: loss and tokens of the held-out stream after this step; null where a stop came before they
+    were measured, until the next start adds them.
 
     By the clock: seconds: means over ranks by part, and `waiting`, the mean wait for the slowest one. memory: MiB, each
     the most of any rank.
@@ -71,7 +72,7 @@ class Record(TypedDict):
     tokens_per_s: NotRequired[float]
     tokens_per_s_gpu: NotRequired[float]
     mfu: NotRequired[float]
-    validation: NotRequired[dict[str, float | None]]
+    validation: NotRequired[dict[str, float | None] | None]
     spike: NotRequired[Spike]
 
 
@@ -116,6 +117,12 @@ def records(file: Path, needed: int | None = None) -> Iterator[tuple[bytes, dict
         yield line, record
 
 
+def held_out(measured: Mapping[str, float | None] | None) -> dict[str, float]:
+    """The metric by which retention compares a record's `validation`; none where it was not measured or not finite."""
+    loss = None if measured is None else measured["loss"]
+    return {} if loss is None else {HELD_OUT: loss}
+
+
 class Means:
     """Means of loss, terms and logged values over the steps since the last checkpoint; retention compares them.
 
@@ -136,8 +143,17 @@ class Means:
         for name, value in metrics.items():
             if value is not None:  # None in a skipped step
                 self.values.setdefault(name, []).append(value)
-        loss = record.get("validation", {}).get("loss")
-        self.held_out = {} if loss is None else {HELD_OUT: loss}
+        self.held_out = held_out(record.get("validation"))
+
+    def recall(self, file: Path, since: int, step: int) -> None:
+        """Add what metrics.jsonl has of the steps after `since` up to `step`, which an earlier start made.
+
+        Raises as `add` and `records`.
+        """
+        if since < step and file.exists():
+            for _, record in records(file, step):
+                if since < record["step"] <= step:
+                    self.add(record)
 
     def take(self) -> dict[str, float]:
         """The means so far, and the held-out loss of the last step; the next ones start anew."""

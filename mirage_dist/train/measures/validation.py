@@ -97,6 +97,7 @@ class HeldOut:
         """feed: of training. Every rank calls this. Raises ConfigError as `Feed` and `Feed.check_lengths` do."""
         self.group, self.every, self.steps = group, feed.recipe.train.validate_every, feed.steps
         self.feed = Feed(feed.recipe, NEEDS, streams, feed.encoder.processor)
+        self.feed.encoder = feed.encoder  # the very one: where it recalls features of pictures, it does so here too
         self.cut = self.feed.check_lengths(group)
         rows, self.counting = share(len(self.feed.samples[STREAM]), feed.recipe.train.rows, group.rank, group.size)
         self.rows = [{STREAM: own} for own in rows]
@@ -108,10 +109,10 @@ class HeldOut:
         return step > 0 and (step == self.steps or (self.every is not None and step % self.every == 0))
 
     def lacking(self, file: Path, step: int) -> bool:
-        """Whether metrics.jsonl has a record of this step without its held-out loss: a stop came before it."""
-        if not self.due(step) or not file.exists():
+        """Whether the record of this step in metrics.jsonl still waits for its held-out loss (see `Record`)."""
+        if step == 0 or not file.exists():
             return False
-        return any(r["step"] == step and "validation" not in r for _, r in records(file, step))
+        return any(r["step"] == step and r.get("validation", {}) is None for _, r in records(file, step))
 
     def __enter__(self) -> HeldOut:
         return self

@@ -177,8 +177,8 @@ def _steps(
         )
 
     def more(c: Case) -> Case | None:
-        found = smallest(c, on)
-        return None if found is None or found.at.ranks <= c.at.ranks else found
+        least = smallest(c, on)
+        return None if least is None or least.at.ranks <= c.at.ranks else least
 
     if (larger := more(case)) is not None:
         name = f"more GPUs: {larger.at.ranks}"

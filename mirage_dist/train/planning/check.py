@@ -231,9 +231,14 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
 def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
     """What imitating these samples may teach instead (see `data.audit`), and held-out samples that train."""
     refusals = checked.recipe.data.refusals
-    texts = {name: audit.warning(streams[name].samples, refusals) for name in checked.needs.audited}
-    audited = [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
-    return [*audited, *validation.warnings(streams)]
+    counted = {name: audit.Imitated(refusals).add(streams[name].samples) for name in checked.needs.audited}
+    return [*imitated_warnings(counted), *validation.warnings(streams)]
+
+
+def imitated_warnings(counted: Mapping[str, audit.Imitated]) -> list[str]:
+    """What imitating the samples of these streams may teach instead. counted: stream -> counts of all its samples."""
+    texts = {name: counts.warning() for name, counts in counted.items()}
+    return [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
 
 
 def warn(checked: Checked, warnings: Sequence[str]) -> None:

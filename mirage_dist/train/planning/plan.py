@@ -116,7 +116,7 @@ def plan(
     checked = check.check_recipe(recipe, ranks)
     objective = checked.objective
     recipe = check.divided(recipe, objective.needs, ranks)
-    feed: Feed | None = None
+    feed, streams = None, dict[str, Source]()
     if data is None:
         streams = _streams(checked)
         processor = load.processor(recipe.model)
@@ -139,7 +139,7 @@ def plan(
     _data(needs, steps, epoch)
     _parameters(needs)
     needs.memory = needs.case.parts
-    _disk(needs, steps, feed)
+    _disk(needs, steps, feed, streams)
     _time(needs, steps)
     _cautions(needs, feed, data)
     needs.smallest = advice.smallest(needs.case, cluster.on)
@@ -272,7 +272,7 @@ def _stages(at: Setting) -> dict[str, Mapping[str, Any]]:
     return stages
 
 
-def _disk(plan: Plan, steps: int, feed: Feed | None) -> None:
+def _disk(plan: Plan, steps: int, feed: Feed | None, streams: Mapping[str, Source]) -> None:
     recipe, sizes = plan.case.recipe, plan.case.sizes
     required, train, lengths = plan.case.objective.needs, recipe.train, plan.case.lengths
     if required.ref_logp and recipe.reference == "cache":
@@ -281,7 +281,7 @@ def _disk(plan: Plan, steps: int, feed: Feed | None) -> None:
             f"{sum(lengths[name].samples for name in required.ref_logp):,} samples of {', '.join(required.ref_logp)}",
         )
     if feed is not None:
-        _vision(plan, feed)
+        _vision(plan, feed, streams)
     one = sizes.trained.elements * memory.FP32 + sum(sizes.trained.states)
     plan.disk["a checkpoint"] = one, f"float32 master copy and the state of {train.optimizer['name']}"
     plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, steps), "and one more while it is written"
@@ -295,11 +295,12 @@ def _cached_logps(lengths: Lengths) -> int:
     return round(lengths.response * lengths.samples) * 4 + (lengths.samples + 1) * 8
 
 
-def _vision(plan: Plan, feed: Feed) -> None:
+def _vision(plan: Plan, feed: Feed, streams: Mapping[str, Source]) -> None:
+    """Of the pictures of all streams, those held out among them."""
     policy = plan.case.sizes.policy
     if not caches_vision(policy):
         return  # not offered for this model; a recipe that asks for it did not come so far
-    digests = pictures.digests(s.image for samples in feed.samples.values() for s in samples)
+    digests = pictures.digests(sample.image for source in streams.values() for sample in source.samples)
     count = len(set(digests.values())) + 1  # and the placeholder
     blank = feed.encoder.picture(None)
     elements = vision.elements(policy.base, blank, len(feed.encoder.placeholder["input_ids"]))

@@ -1,8 +1,9 @@
 """The samples of a start: from the table that an earlier start has made, or read and checked by all ranks, and kept.
 
 The first start reads the data on rank 0 into a draft beside the run directory, or in it where it exists already; the
-ranks share its pictures and lengths. The draft becomes `samples/KEY` once the directory is this job's. A later start
-with the same KEY reads no data. Errors are the same on every rank, and come before anything of the run is written.
+ranks share its pictures, its audit and its lengths. The draft becomes `samples/KEY` once the directory is this job's. A
+later start with the same KEY reads no data. Errors are the same on every rank, and come before anything of the run is
+written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_dist import disk, state
-from mirage_dist.data import sources
+from mirage_dist.data import audit, sources
 from mirage_dist.data.sources import Source
 from mirage_dist.disk import removal
 from mirage_dist.model import load
@@ -27,7 +28,8 @@ from mirage_dist.train.caches.identity import File
 from mirage_dist.train.caches.samples import FOLDER, Table
 from mirage_dist.train.feed import Feed, encoder_of
 from mirage_dist.train.lease import Lease
-from mirage_dist.train.planning.check import Checked, audit_warnings, divide, resolved
+from mirage_dist.train.measures import validation
+from mirage_dist.train.planning.check import Checked, divide, imitated_warnings, resolved
 from mirage_dist.train.planning.fitting import rows_that_fit
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs, describe, read_streams
 
@@ -83,13 +85,14 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
         _check(checked, recipe, processor, group, folder)
         # Of every stream, those that no step trains on too.
         every, draft = replace(needs, streams=tuple(checked.recipe.data.streams)), samples.opened(folder, whole=False)
+        warnings = _audited(checked, draft, group)
         feed = Feed(recipe, every, draft, processor)
         feed.check_lengths(group)
 
         def seal() -> None:
             if (path := identity.changed(files, identity.inputs(checked.recipe))) is not None:
                 raise ConfigError(f"{path}: changed while the data were checked; start again when it is whole")
-            samples.finish(draft, feed.measured, recipe.data.max_length)
+            samples.finish(draft, feed.measured, recipe.data.max_length, warnings)
 
         with disk.refusals(folder, "nothing of the run was written"):
             together(group, seal)
@@ -140,7 +143,7 @@ def _draft(root: Path, key: str, group: Group) -> Iterator[Path]:
 
 
 def _check(checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, folder: Path) -> None:
-    """Read and check all data, and write all of the table but its lengths. recipe: resolved."""
+    """Read and check all data, and write all of the table but its lengths and the audit. recipe: resolved."""
     needs, encoder, streams = checked.needs, encoder_of(recipe, processor), dict[str, Source]()
 
     def read() -> None:
@@ -159,7 +162,7 @@ def _check(checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, 
             kept,
             inspected,
             {name: streams[name].left_out() for name in kept},
-            audit_warnings(checked, streams),
+            validation.warnings(streams),
             describe(streams, recipe.data.refusals),
         )
         streams.clear()
@@ -169,3 +172,22 @@ def _check(checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, 
         own = samples.unchecked(folder, group.rank, group.size)
         parts = gathered(group, sources.inspect(own, encoder.refusals, quiet=not group.main))
         together(group, settle)
+
+
+def _audited(checked: Checked, draft: Table, group: Group) -> list[str]:
+    """On rank 0 the warnings of the audit (see `data.audit`); each rank counts its share of the rows of a draft.
+
+    The shares are joined in the order of the rows, so that the result is that of one rank, ties included.
+    """
+    refusals, names = checked.recipe.data.refusals, checked.needs.audited
+    # Rank 0 alone needs the file of phrases, as it alone reads the data.
+    counted = together(group, lambda: {name: audit.Imitated(refusals) for name in names})
+    for name, counts in counted.items():
+        size = len(draft.rows[name])
+        start, stop = (size * rank // group.size for rank in (group.rank, group.rank + 1))
+        counts.add(draft.rows[name].texts(start, stop))
+    whole, *others = gathered(group, counted) or [{}]
+    for part in others:
+        for name, counts in part.items():
+            whole[name].join(counts)
+    return imitated_warnings(whole)

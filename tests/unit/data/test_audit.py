@@ -1,10 +1,14 @@
 """The audit counts what training reads, finds the words that a corpus ties to refusal, and finds none where none is."""
 
+import itertools
 import json
+import pickle
 import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mirage_dist.cli import main
 from mirage_dist.data import audit, formats, sources
@@ -124,6 +128,29 @@ def test_order_and_division_into_files_do_not_matter(worlds, tmp_path):
         audit.audit([tmp_path / "a.json", tmp_path / "b.json"], options),
     )
     assert {**whole, "files": []} == {**parts, "files": []}
+
+
+PAIRS = st.tuples(
+    st.sampled_from(["What is it?", "Share it.", "what else", "仕事は何ですか", "ภาพนี้", "これは", "?", "How many"]),
+    st.sampled_from([REFUSAL, "Red.", "Да.", "はい", "ได้"]),
+    st.booleans(),
+)
+
+
+@given(st.lists(PAIRS, max_size=40), st.integers(1, 7))
+def test_counts_of_shares_of_the_samples_join_to_those_of_all(pairs, ranks):
+    samples = [
+        Sample(str(i % 9), None, question, answer, safe, "", "t", ((question, answer),) * (i % 3))
+        for i, (question, answer, safe) in enumerate(pairs)
+    ]
+    whole = audit.Imitated().add(samples)
+    bounds = [len(samples) * rank // ranks for rank in range(ranks + 1)]
+    first, *others = (audit.Imitated().add(samples[a:b]) for a, b in itertools.pairwise(bounds))
+    for other in others:
+        first.join(pickle.loads(pickle.dumps(other)))
+    # The text too, in which scripts that are equally frequent come in the order of the samples.
+    assert json.dumps(first.corpus.measured()) == json.dumps(whole.corpus.measured())
+    assert first.warning() == whole.warning()
 
 
 def test_rewrites_of_one_question_are_no_evidence_for_each_other():

@@ -43,14 +43,17 @@ class Metrics:
             self.file.write(state.sealed("metrics", record))
         self.file.flush()
 
-    def sent(self) -> list[int]:
-        """Steps in the offline files, as W&B's own program reads them."""
+    def sent(self, name: str = "") -> list:
+        """Steps in the offline files, or the values of this name, as W&B's own program reads them."""
         steps = []
         for file in wandb_files.offline_files(self.folder / "wandb", IDENTITY):
             command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(file), str(file.parent)]
             for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
                 history = json.loads(line).get("history")
-                steps += [int(history["step"]["num"])] if history else []
+                if history and name:
+                    steps += [value for key, value in history["item"].items() if key == name]
+                elif history:
+                    steps.append(int(history["step"]["num"]))
         return steps
 
 
@@ -62,6 +65,25 @@ def metrics(tmp_path) -> Metrics:
 def close(sender: Sender, seconds: float = 60.0) -> None:
     sender.ending("finished")
     sender.close(seconds)
+
+
+def test_a_step_that_waits_for_its_held_out_loss_is_sent_when_it_has_it(metrics):
+    metrics.add(1, 2)
+    waiting = {"step": 3, "loss": 0.5, "terms": {}, "tokens_per_s": 9.0, "validation": None}
+    metrics.file.write(state.sealed("metrics", waiting))
+    metrics.file.flush()
+    sender = metrics.sender()
+    sender.ending("stopped")
+    sender.close(60.0)
+    assert metrics.sent() == [1, 2]
+    other = Metrics(metrics.folder)  # the next start, which has added the loss
+    (metrics.folder / "metrics.jsonl").write_text("")
+    other.add(1, 2)
+    other.file.write(state.sealed("metrics", {**waiting, "validation": {"loss": 0.25, "tokens": 3.0}}))
+    other.add(4)
+    close(other.sender())
+    assert metrics.sent() == [1, 2, 3, 4]
+    assert metrics.sent("validation/loss") == [0.25]
 
 
 FAULTS = {

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from mirage_dist import calls
+from mirage_dist import calls, state
 from mirage_dist import config as configs
 from mirage_dist.data import formats
 from mirage_dist.data.formats.samples import write_samples
@@ -266,8 +266,35 @@ def test_the_held_out_loss_of_a_checkpoint_is_that_of_its_own_step():
     assert means.take() == {"loss": 2.0}
     means.add({"loss": 4.0, "terms": {"ce": 4.0}, "validation": {"loss": 0.25, "tokens": 9}})
     assert means.take() == {"loss": 4.0, "terms.ce": 4.0, "validation.loss": 0.25}
+    means.add({"loss": 4.0, "terms": {}, "validation": None})  # of a stop
+    assert means.take() == {"loss": 4.0}
     with pytest.raises(ConfigError, match=r"train.keep_best=validation.los: did you mean 'validation.loss'"):
         Means("validation.los").add({"loss": 1.0, "terms": {}})
+
+
+@given(st.integers(1, 12), st.integers(0, 12), st.integers(0, 12))
+def test_means_of_a_checkpoint_are_those_of_a_run_that_was_not_stopped_between(tmp_path_factory, steps, since, stop):
+    file = tmp_path_factory.mktemp("means") / "metrics.jsonl"
+    made = [{"step": n, "loss": n / 7, "terms": {"ce": 1 / n}, "validation": {"loss": 3 / n}} for n in range(1, 21)]
+    file.write_text("".join(state.sealed("metrics", record) for record in made))
+    since, stop = min(since, steps), min(max(since, stop), steps)
+    whole, again = Means("terms.ce"), Means("terms.ce")
+    for record in made[since:steps]:
+        whole.add(record)
+    again.recall(file, since, stop)
+    for record in made[stop:steps]:
+        again.add(record)
+    assert again.take() == whole.take()
+
+
+def test_a_record_that_waits_for_its_held_out_loss_is_known(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    waits = {"step": 4, "loss": 1.0, "validation": None}
+    file.write_text("".join(state.sealed("metrics", r) for r in ({"step": 3, "loss": 1.0}, waits)))
+    lacking = {step: validation.HeldOut.lacking(SimpleNamespace(), file, step) for step in (0, 3, 4, 5)}
+    assert lacking == {0: False, 3: False, 4: True, 5: False}
+    assert not sinks.complete(waits)
+    assert sinks.complete({"step": 3, "validation": {"loss": None, "tokens": 9.0}})
 
 
 def test_samples_and_hosts_stay_on_this_machine():

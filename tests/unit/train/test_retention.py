@@ -95,6 +95,17 @@ def test_a_checkpoint_without_a_readable_manifest_ends_no_save_and_takes_no_plac
     assert steps(folder) == [4, 6, 8]
 
 
+def test_a_metric_that_comes_after_the_commit_decides_what_is_kept(folder):
+    own = saver(folder, keep_last=1, keep_best="held")
+    for step, value in ((2, 0.5), (4, 0.25), (6, 0.75)):
+        Saver(folder, own.workspace, config(keep_last=None), ALONE).amend(step, {"held": value})
+    own.settle(8)
+    assert steps(folder) == [4, 8]
+    assert read_manifest(folder / "step-000004") == {"step": 4, "files": {}, "metrics": {"loss": 4.0, "held": 0.25}}
+    own.amend(8, {"held": 0.125})
+    assert steps(folder) == [8]
+
+
 def test_what_cannot_be_removed_is_reported(folder, monkeypatch, capsys):
     def refused(*_):
         raise PermissionError("not yours")

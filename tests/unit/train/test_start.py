@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Engine, run_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -19,12 +20,16 @@ from mirage_dist.cli import main
 from mirage_dist.data import sources
 from mirage_dist.data.pictures import Checked, Inspection, open_picture
 from mirage_dist.data.sample import Sample, digest_of, stream_digest
+from mirage_dist.model import load
+from mirage_dist.objectives.base import make
 from mirage_dist.ranks import Group
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train import rundir
 from mirage_dist.train.caches import identity, samples
+from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.lease import acquire
+from mirage_dist.train.measures import validation
 from mirage_dist.train.planning import start
 from mirage_dist.train.planning.check import check_recipe
 from mirage_dist.train.planning.streams import read_streams
@@ -126,6 +131,28 @@ def test_a_later_start_opens_no_data_file_and_no_picture(begin, data):
         assert not [path for path in OPENED if path.endswith((".jsonl", ".png")) and "/run/" not in path]
         windows(second.feed)  # and the steps open the pictures of their samples
         assert any(path.endswith(".png") for path in OPENED)
+
+
+def test_held_out_pictures_are_computed_once_too_and_the_held_out_loss_takes_their_features(begin, data):
+    held = f"data.streams.validation=[{{format: samples, path: {data}/forget.jsonl, limit: 9}}]"
+    with begin(held, "data.cache_vision=true", "data.workers=0", name="sft") as prepared:
+        feed = prepared.feed
+        policy = load.policy(feed.recipe.model, "fp32", {})
+        run = run_of(feed.recipe, make(feed.recipe.objective), feed, Engine(policy))
+        run.lease.workspace.mkdir(parents=True, exist_ok=True)
+
+        def measured():
+            held_out = validation.of(feed, prepared.table, ALONE)
+            with held_out:
+                held_out.begin(0, True)
+                return held_out.measure(run.engine, feed.steps)
+
+        live = measured()
+        feed.encoder.recall(vision_cache.fill(run))
+        for name, parameter in policy.named_parameters():
+            if "vision_tower" in name:
+                parameter.data.fill_(torch.nan)
+        assert measured() == {"loss": pytest.approx(live["loss"], rel=1e-6), "tokens": live["tokens"]}
 
 
 def touched(file):
@@ -355,6 +382,9 @@ def test_a_sample_comes_back_from_a_table_as_it_was(tmp_path_factory, kept, rows
         table = samples.opened(folder, whole=False)
         assert list(table.rows["a"]) == many
         assert list(table.rows["b"]) == kept
+        for start, stop in ((0, len(many)), (1, 3), (2, 2), (len(many) - 1, len(many))):
+            for text, own in zip(table.rows["a"].texts(start, stop), many[start:stop], strict=True):
+                assert text == replace(own, image=None, category="", source="", references=(), begun="", shown=0)
         assert table.rows["a"][-1] == many[-1]
         assert table.rows["a"][1:3] == many[1:3]
         assert table.rows["a"].pictured().tolist() == [s.image is not None for s in many]

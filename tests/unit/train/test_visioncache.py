@@ -1,5 +1,6 @@
 """With cached features the same rows, losses and gradients, and no picture opened; only what changed is made again."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
+from mirage_dist.train.caches import vision_files
 from mirage_dist.train.feed import Feed
 from mirage_dist.train.planning.check import resolved
 from mirage_dist.train.planning.streams import read_streams
@@ -62,7 +64,7 @@ class Run:
         self.pictures = sorted(root.glob("*.png"))
         self.policy = load.policy(self.recipe.model, "fp32", {})
 
-    def fill(self, forwards: int = 1000, base: str = "base") -> tuple[vision_cache.Features, int]:
+    def fill(self, forwards: int = 1000, base: str = "base") -> tuple[vision_files.Features, int]:
         """The features, and how many forwards they took."""
         engine = Engine(self.policy, forwards)
         run = run_of(self.recipe, self.objective, self.feed, engine, base)
@@ -87,7 +89,7 @@ def start(toy, tmp_path, monkeypatch):
 ASIDE = 3  # forwards that show where the tower ends, and compare a batch with pictures and one with features
 
 
-def projected(features: vision_cache.Features, path: str) -> torch.Tensor:
+def projected(features: vision_files.Features, path: str) -> torch.Tensor:
     """The projector's input for a picture."""
     return features([path])["vision_features"]["features"]["model.multi_modal_projector"][0]
 
@@ -224,19 +226,44 @@ def test_a_damaged_index_is_made_again_from_the_parts_and_a_damaged_part_ends_th
     for part in run.parts():
         file = index.with_name(part)
         file.write_bytes(bytes(8) + file.read_bytes()[8:])  # as a disk would while the run goes on
-    with pytest.raises(RunError, match=r"part-\w+\.safetensors: damaged since the run began .* start again"):
+    with pytest.raises(RunError, match=r"part-\w+\.safetensors: damaged since it was written .* start again"):
         projected(fresh, str(run.pictures[1]))
+
+
+def test_verifying_computes_changed_features_again_and_a_start_that_does_not_ends_at_them(start, capsys):
+    run = start()
+    features, _ = run.fill()
+    path, whole = str(run.pictures[0]), run.parts()
+    before = projected(features, path)
+    part = vision_files.indexed(folder := next(Path(run.recipe.run.dir).glob("vision/*")))[pictures.sha256(path)]
+    file = folder / part
+    state = file.stat()
+    file.write_bytes(whole[part][:-2] + bytes([whole[part][-2] ^ 1]) + whole[part][-1:])
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # as a disk would
+    features, forwards = run.fill()
+    assert forwards == 0
+    with pytest.raises(
+        RunError, match=r"does not have its checksum\); remove this file and start again, or start with"
+    ):
+        features([None, *map(str, run.pictures)])
+    run.recipe = replace(run.recipe, data=replace(run.recipe.data, verify=True))
+    features, forwards = run.fill()
+    assert forwards > ASIDE
+    assert run.parts() == whole
+    assert torch.equal(projected(features, path), before)
+    assert f"{file}: damaged (picture" in capsys.readouterr().out
+    assert run.fill()[1] == 0
 
 
 def test_a_rank_opens_the_index_and_the_parts_of_its_batches_alone(start):
     run = start()
     features, _ = run.fill()
     folder = next(Path(run.recipe.run.dir).glob("vision/*"))
-    holding = vision_cache.indexed(folder)
+    holding = vision_files.indexed(folder)
     parts = {holding[pictures.sha256(str(path))] for path in run.pictures[:2]}
     with Opens(folder) as opens:
         features, _ = run.fill()
-    assert set(opens.names) == {vision_cache.INDEX}
+    assert set(opens.names) == {vision_files.INDEX}
     with Opens(folder) as opens:
         for _ in range(3):
             features([str(path) for path in run.pictures[:2]])

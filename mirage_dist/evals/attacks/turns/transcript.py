@@ -25,8 +25,8 @@ class Transcript(Attack):
     lengths; K = k counts the first k answers of each, or all that it has.
     """
 
-    path: str
-    key: str = "id"
+    path: str  # a JSON, JSONL or CSV file of conversations
+    key: str = "id"  # the field with the id of the question that a conversation replaces
     min_match: SomeShare = 1.0
 
     turns = True

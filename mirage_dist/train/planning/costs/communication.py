@@ -66,25 +66,25 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
     prefetch = memory.bucket(zero, "stage3_prefetch_bucket_size")
     large = [size for size in facts.sizes if size > threshold]
     again = min(sum(large), max(0, facts.differentiable - kept(facts, at)))
-    found = []
+    collectives = []
     if at.partition > 1:  # a step's first forward gathers what trains from all ranks, all else stays in the group
         first = min(trained, sum(large))
         rest = times * (sum(large) + again) - first
-        found.append(made("weights, first forward", "all_gather", first, prefetch, 1, at.ranks, True))
-        found.append(made("weights, in the node", "all_gather", rest, prefetch, 1, at.partition, True))
+        collectives.append(made("weights, first forward", "all_gather", first, prefetch, 1, at.ranks, True))
+        collectives.append(made("weights, in the node", "all_gather", rest, prefetch, 1, at.partition, True))
     else:
-        found.append(made("weights, forward", "all_gather", sum(large), prefetch, times, at.ranks, True))
-        found.append(made("weights, backward", "all_gather", again, prefetch, times, at.ranks, True))
-    found += [
+        collectives.append(made("weights, forward", "all_gather", sum(large), prefetch, times, at.ranks, True))
+        collectives.append(made("weights, backward", "all_gather", again, prefetch, times, at.ranks, True))
+    collectives += [
         made("gradients", "reduce_scatter", trained, bucket, times, at.ranks, overlap),
         made("small weights", "all_gather", _small(facts.sizes, threshold), bucket, 1, at.ranks, False),
     ]
     if at.reference == "engine":
         other = [size for size in facts.reference if size > threshold]
-        found.append(made("weights, reference", "all_gather", sum(other), prefetch, times, at.ranks, True))
+        collectives.append(made("weights, reference", "all_gather", sum(other), prefetch, times, at.ranks, True))
     if at.reference == "adapters_off":
-        found.append(made("weights, reference", "all_gather", sum(large), prefetch, times, at.ranks, True))
-    return [one for one in found if one.payload]
+        collectives.append(made("weights, reference", "all_gather", sum(large), prefetch, times, at.ranks, True))
+    return [one for one in collectives if one.payload]
 
 
 def kept(facts: Facts, at: Setting) -> int:
