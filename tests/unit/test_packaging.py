@@ -112,7 +112,7 @@ def test_an_installed_package_has_its_version_commit_and_recipes(mirage, install
     assert lines[1] == f"recipes and scripts: {packages_of(installed)}/resources"
     assert {line.split()[0] for line in lines[2:]} >= {"python", "torch", "transformers", "deepspeed", "peft"}
     listed = {line.split()[0] for line in mirage("list", "recipes").splitlines()}
-    kinds = ("train", "prepare", "eval", "paper")
+    kinds = ("train", "prepare", "eval", "paper", "sweep")
     assert listed == {str(file) for file in SHIPPED if file.suffix == ".yaml" and file.parts[1] in kinds}
     assert "in order for 1 process" in mirage("train", "configs/train/demo_npo.yaml", "--check-recipe")
     assert "model.path=" in mirage("show", "configs/eval/pope.yaml", "run.dir=runs/npo")
