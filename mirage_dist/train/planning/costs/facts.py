@@ -52,7 +52,7 @@ class Facts:
     """Sizes of one recipe's model.
 
     sizes: elements of every parameter in the order of the forward. differentiable: elements of those that the backward
-    pass goes through. largest: elements of the largest module that is gathered at once. item: bytes of an element.
+    pass goes through, so not of frozen embeddings. largest: elements of the largest module that is gathered at once. item: bytes of an element.
     merged, adapter: elements of the two forms of an export. quantized: elements that are loaded in 4 bits. reference:
     sizes of a second, frozen model; empty without one. connector: elements that a picture's token leaves in the
     connector for the backward pass. adapted: inputs and ranks of one layer's adapted matrices, summed, and whether they
@@ -93,6 +93,8 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
     role_of = {name: parts.role_of[name] for name in named}
     tower_trains = any(p.requires_grad for name, p in named.items() if role_of[name] == "vision")
     passed = {"decoder", "head", "connector", "vision"} if tower_trains else {"decoder", "head", "connector"}
+    embedding = policy.base.get_input_embeddings().weight
+    idle = {id(embedding)} if not embedding.requires_grad and embedding is not head.weight else set()
     quantized = 0
     if quantization.wanted(recipe.model):
         wide = (p for name, p in named.items() if role_of[name] == "decoder" and ".layers." in name and p.ndim == 2)
@@ -108,7 +110,7 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
     return Facts(
         sizes=[p.numel() for p in policy.parameters()],
         trained=Trained.of(policy, recipe),
-        differentiable=sum(p.numel() for name, p in named.items() if role_of[name] in passed),
+        differentiable=sum(p.numel() for name, p in named.items() if role_of[name] in passed and id(p) not in idle),
         largest=max(sum(p.numel() for p in module.parameters()) for module in (*text.layers, head)),
         item=item,
         depth=len(text.layers),
