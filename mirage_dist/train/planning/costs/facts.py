@@ -52,11 +52,11 @@ class Facts:
     """Sizes of one recipe's model.
 
     sizes: elements of every parameter in the order of the forward. differentiable: elements of those that the backward
-    pass goes through, so not of frozen embeddings. largest: elements of the largest module that is gathered at once. item: bytes of an element.
-    merged, adapter: elements of the two forms of an export. quantized: elements that are loaded in 4 bits. reference:
-    sizes of a second, frozen model; empty without one. connector: elements that a picture's token leaves in the
-    connector for the backward pass. adapted: inputs and ranks of one layer's adapted matrices, summed, and whether they
-    have dropout; None where the layers themselves train.
+    pass goes through, so not of frozen embeddings. largest: elements of the largest module that is gathered at once.
+    item: bytes of an element. merged, adapter: elements of the two forms of an export. quantized: elements that are
+    loaded in 4 bits. reference: sizes of a second, frozen model; empty without one. connector: elements that a
+    picture's token leaves in the connector for the backward pass. adapted: inputs and ranks of one layer's adapted
+    matrices, summed, and whether they have dropout; None where the layers themselves train.
     """
 
     sizes: list[int]
