@@ -92,7 +92,8 @@ def gathered(
     if zero["stage"] != 3:
         return Place()
     small = sum(size for size in sizes if size <= bucket(zero, "stage3_param_persistence_threshold"))
-    kept = min(differentiable, bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2))
+    distance = bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2)
+    kept = min(max(0, differentiable - largest), distance)
     live = kept + largest + bucket(zero, "stage3_prefetch_bucket_size")
     return Place(min(sum(sizes), small + live) * itemsize)
 
