@@ -146,12 +146,17 @@ run_recipe() {
     recipe=$1
     shift
   fi
-  if [[ $verb == train && ${MIRAGE_DRY_RUN:-0} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
-    perform "$verb" "$recipe" "$@" train.dry_run=true
+  rehearse "$verb" "$recipe" "$@"
+  run "$verb" "$recipe" "$@"
+}
+
+# rehearse COMMAND …: a dry run of a training, where MIRAGE_DRY_RUN asks for it; the job ends when it fails.
+rehearse() {
+  if [[ $1 == train && ${MIRAGE_DRY_RUN:-0} != 0 && ${SLURM_RESTART_COUNT:-0} == 0 ]]; then
+    perform "$@" train.dry_run=true
     if ((status)); then conclude; fi
     say "the dry run has passed"
   fi
-  run "$verb" "$recipe" "$@"
 }
 
 # run COMMAND …: the step, to its end, and what follows from its status. Does not return.

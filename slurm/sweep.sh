@@ -33,6 +33,7 @@ for field in "${fields[@]:2}"; do
   # Quoted by mirage sweep for a shell.
   declare -a words="($field)"
   if [[ ${words[0]} == train && -d ${fields[1]}/export ]]; then continue; fi
+  rehearse "${words[@]}"
   perform "${words[@]}"
   if ((status)); then conclude; fi
 done

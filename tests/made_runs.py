@@ -16,7 +16,7 @@ CONDITIONS = {
 }
 
 
-def write_run(folder, pattern, judge="world", verdicts=EXACT, suite="demo", recipe_hash="same"):
+def write_run(folder, pattern, judge="world", verdicts=EXACT, suite="demo", recipe_hash="same", rules="same"):
     """A run directory whose verdicts repeat `pattern` (set -> verdicts of its questions, in turn).
 
     verdicts: those that the judge can give.
@@ -73,6 +73,6 @@ def write_run(folder, pattern, judge="world", verdicts=EXACT, suite="demo", reci
     (base / "metrics.json").write_text(results.text(result))
     half = '{"key": "cut off in the midd'
     (base / "rows" / "worker-1.jsonl").write_text("".join(state.sealed("row", row) for row in rows) + half)
-    lines = [{"key": r["key"], "verdict": j.verdict} for r, j in zip(rows, judged, strict=True)]
+    lines = [{"key": r["key"], "verdict": j.verdict, "rules": rules} for r, j in zip(rows, judged, strict=True)]
     (base / "verdicts" / f"{judge}.jsonl").write_text("".join(state.sealed("verdict", line) for line in lines))
     return folder

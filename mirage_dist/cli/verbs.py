@@ -271,8 +271,9 @@ def sweep(parsed: argparse.Namespace) -> None:
         pool.run(planned, parsed.jobs)
         if recipe.frontier is not None:
             out = Path(recipe.out) / "report"
-            _, text = results.write(Path(recipe.out), out)
+            own, text = results.write(Path(recipe.out), out)
             show(text, f"report: {out / 'index.html'}")
+            results.require_whole(own)
 
 
 def report(parsed: argparse.Namespace) -> None:

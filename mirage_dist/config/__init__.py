@@ -354,6 +354,9 @@ def load_any(path: str | Path, overrides: Sequence[str]) -> TrainRecipe | EvalRe
 def schema_of(path: str | Path) -> type[TrainRecipe] | type[EvalRecipe] | type[PrepareRecipe]:
     """The class that a recipe's own keys show. Raises ConfigError where they show none, and for an unreadable file."""
     tree, _ = _read(path, Any)
+    others = {"methods": "mirage sweep CONFIG --check", "published": "mirage paper CONFIG --plan"}
+    if command := next((command for key, command in others.items() if OmegaConf.is_dict(tree) and key in tree), None):
+        raise ConfigError(f"{path}: no recipe of training, evaluation or preparation; `{command}` shows what it does")
     kinds = {"objective": TrainRecipe, "sets": EvalRecipe, "safety": PrepareRecipe}
     kind = next((schema for key, schema in kinds.items() if OmegaConf.is_dict(tree) and key in tree), None)
     if kind is None:

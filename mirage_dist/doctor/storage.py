@@ -97,9 +97,10 @@ def space(context: Context) -> Verdict:
         if free < LITTLE:
             return warning(text, "free space; --recipe CONFIG compares it with what the run will write", **values)
         return ok(f"{text}; --recipe CONFIG compares it with what a run will write", **values)
-    from mirage_dist.train.planning import plan
+    from mirage_dist.train.planning import check, plan
 
     try:
+        check.check_recipe(context.recipe, context.group.size)  # which a plan would bend to suit the ranks
         planned = {name: size for name, (size, _) in plan.plan(context.recipe, context.group.size).disk.items()}
     except ConfigError as error:
         return failed(f"{text}; what the run will write is unknown: {error}", "mend the recipe, or prepare its data")

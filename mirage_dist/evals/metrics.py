@@ -113,25 +113,35 @@ def best_of(rows: Sequence[Judged], attack: AppliedAttack, condition: Condition,
     A question of which a draw has no verdict is left out, as in `question_level`.
     """
     by_question = list(_by_question(rows, attack.full).values())
-    judged = [given for given in by_question if UNJUDGED.isdisjoint(given)]
-    if not judged:
+    scores = [(score, 1) for score in best_scores(rows, attack, condition, verdict).values()]
+    if not scores:
         return None
-    rounds = condition.shots // attack.rewrites
-    ways = math.comb(attack.draws, rounds)
-
-    def score(given: Sequence[Verdict], counted: Collection[Verdict]) -> float:
-        hits = [own in counted for own in given]
-        misses = (attack.draws - sum(hits[place :: attack.rewrites]) for place in range(attack.rewrites))
-        return 1 - math.prod(math.comb(missed, rounds) / ways for missed in misses)
-
-    scores = [(score(given, [verdict]), 1) for given in judged]
     total, n = math.fsum(x for x, _ in scores), len(scores)
     made: Leaf = {"rate": total / n, "k": round(total, 2), "n": n, "ci95": list(stats.scored(scores))}
     if whole := len(by_question) - n and len(by_question):
         ends: list[list[Verdict]] = [[verdict], [verdict, *UNJUDGED]]
         made["unjudged"] = whole - n
-        made["bounds"] = [math.fsum(score(given, end) for given in by_question) / whole for end in ends]
+        made["bounds"] = [
+            math.fsum(_best(given, attack, condition, end) for given in by_question) / whole for end in ends
+        ]
     return made
+
+
+def best_scores(
+    rows: Sequence[Judged], attack: AppliedAttack, condition: Condition, verdict: Verdict
+) -> dict[str, float]:
+    """Question id -> the probability that any of the condition's draws got this verdict (see this module)."""
+    by_question = _by_question(rows, attack.full)
+    judged = {key: given for key, given in by_question.items() if UNJUDGED.isdisjoint(given)}
+    return {key: _best(given, attack, condition, [verdict]) for key, given in judged.items()}
+
+
+def _best(given: Sequence[Verdict], attack: AppliedAttack, condition: Condition, counted: Collection[Verdict]) -> float:
+    rounds = condition.shots // attack.rewrites
+    ways = math.comb(attack.draws, rounds)
+    hits = [own in counted for own in given]
+    misses = (attack.draws - sum(hits[place :: attack.rewrites]) for place in range(attack.rewrites))
+    return 1 - math.prod(math.comb(missed, rounds) / ways for missed in misses)
 
 
 def per_shot(rows: Sequence[Judged], condition: Condition, verdict: Verdict) -> Leaf | None:
@@ -149,13 +159,18 @@ def clusters(rows: Sequence[Judged], condition: Condition, verdict: Verdict) -> 
 
 def mean_score(rows: Sequence[Judged], condition: Condition) -> Leaf | None:
     """Mean score of the answers under the condition."""
-    scores = [[row.score or 0.0 for row in answers] for answers in _answers(rows, condition).values()]
-    by_question = [(sum(given), len(given)) for given in scores]
+    by_question = list(scores(rows, condition).values())
     if not by_question:
         return None
     total, n = sum(k for k, _ in by_question), sum(n for _, n in by_question)
     made: Leaf = {"rate": total / n, "k": round(total, 2), "n": n, "ci95": list(stats.scored(by_question))}
     return made if n == len(by_question) else {**made, "questions": len(by_question)}
+
+
+def scores(rows: Sequence[Judged], condition: Condition) -> dict[str, tuple[float, int]]:
+    """Question id -> the sum of its answers' scores under the condition, and their number."""
+    given = {key: [row.score or 0.0 for row in answers] for key, answers in _answers(rows, condition).items()}
+    return {key: (sum(own), len(own)) for key, own in given.items()}
 
 
 def _by_question(rows: Sequence[Judged], condition: Condition) -> dict[str, list[Verdict]]:

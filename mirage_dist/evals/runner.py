@@ -74,7 +74,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     if len(rounds) == 1:
         matched = labelled and labelled.matched({key: rows.place(q) for key, q in questions.items()})
     manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
-    files.write(suite / "config.yaml", configs.to_yaml(recipe))
+    _begin(suite, configs.to_yaml(recipe))
     size = manifest.get("chunk_rows", recipe.generation.batch_size)
     with Claims(suite) as claims:
         with _loader(engine, recipe, model, suite, claims) as load:
@@ -100,6 +100,17 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
         finally:
             claims.release(claim)
     return result
+
+
+def _begin(suite: Path, settings: str) -> None:
+    """Write config.yaml, and remove the rates of other settings, such as another judge's.
+
+    A stop before the new rates are there must not leave the old ones beside a recipe that did not make them.
+    """
+    file = suite / "config.yaml"
+    if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != settings:
+        (suite / "metrics.json").unlink(missing_ok=True)
+    files.write(file, settings)
 
 
 @contextmanager

@@ -98,8 +98,9 @@ def plan(
         for title, attack in made[name].items():
             attack = ready(attack, samples, f"{name}-{title}")
             rewrites, work.coverage[name][title] = attacks.apply(attack, samples, title)
-            if attack.shots:
-                work.attacks[name].append(AppliedAttack(title, attack.shots, attack.control, attack.draws))
+            # Of conversations, the file may have longer ones than this set's.
+            if shots := max(map(len, rewrites), default=0) if attack.turns else attack.shots:
+                work.attacks[name].append(AppliedAttack(title, shots, attack.control, attack.draws))
             for sample, own in zip(samples, rewrites, strict=True):
                 shots = [(k, seeded(row, sample.question, k)) for k, row in enumerate(own, start=1)]
                 work.questions.extend(Question(name, kind, title, k, row, sample.question) for k, row in shots)

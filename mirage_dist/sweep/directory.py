@@ -17,7 +17,7 @@ from typing import Any, TypedDict, cast
 
 from mirage_dist import config as configs
 from mirage_dist import disk, state
-from mirage_dist.evals import results
+from mirage_dist.report import load
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
 from mirage_dist.sweep.points import Plan, Point, evaluation
 
@@ -120,7 +120,8 @@ def evaluated(plan: Plan, number: int, point: Point) -> bool:
         return False
     recipe = configs.load(own.recipe, evaluation(plan.sweep, own, point), EvalRecipe)
     try:
-        results.read(suite)
+        if load.read({point.name: point.run}, plan.suites[number])[0].problems:
+            return False
         there = configs.load(suite / "config.yaml", [], EvalRecipe)
     except (FileNotFoundError, ConfigError, RunError):
         return False  # the evaluation itself says what is wrong with it, and mends it where it can

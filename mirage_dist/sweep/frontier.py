@@ -99,11 +99,15 @@ def _bounds(rate: float, drawn: Values, clusters: Sequence[tuple[float, int]]) -
     return [max(0.0, min(rate, low, of_questions[0])), min(1.0, max(rate, high, of_questions[1]))]
 
 
-def _resampled(arrays: Sequence[Values], name: str) -> Values:
-    """Means of arrays (S, Q) over questions drawn jointly and seeds drawn for each: (arrays, RESAMPLES)."""
+def _resampled(arrays: Sequence[Values], name: str, seeds: str = "seeds") -> Values:
+    """Means of arrays (S, Q) over questions drawn jointly and seeds drawn for each: (arrays, RESAMPLES).
+
+    seeds: decides the draws of seeds, which both measures share: a resample has the same trainings on both axes.
+    """
     generator = np.random.default_rng(derived_seed("frontier", name))
+    of_trainings = np.random.default_rng(derived_seed("frontier", seeds))
     count, questions = RESAMPLES, arrays[0].shape[1]
-    of_seeds = [_weights(generator, len(own), max(1, len(own) - 1), count) for own in arrays]
+    of_seeds = [_weights(of_trainings, len(own), max(1, len(own) - 1), count) for own in arrays]
     means = np.empty((len(arrays), count))
     step = max(1, AT_ONCE // questions)
     for start in range(0, count, step):
@@ -225,7 +229,8 @@ def at_level(measured: Sequence[Measured], questions: Questions, level: float) -
 
 def _of_halves(arrays: Sequence[Values], name: str) -> Estimate:
     """The mean of the two halves' rates, each of its own questions and seeds."""
-    drawn = np.mean([_resampled([own], f"{name} {half}")[0] for half, own in enumerate(arrays)], axis=0)
+    halves = [_resampled([own], f"{name} {half}", f"seeds {half}")[0] for half, own in enumerate(arrays)]
+    drawn = np.mean(halves, axis=0)
     by_half = [float(own.mean()) for own in arrays]
     clusters = [cluster for own in arrays for cluster in _clusters(own)]
     rate = sum(by_half) / 2

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mirage_dist import config as configs
-from mirage_dist.evals import attacks, judges, metrics
+from mirage_dist.evals import attacks, judges, metrics, results
 from mirage_dist.evals.judges import cache
 from mirage_dist.evals.metrics import Judged
-from mirage_dist.evals.results import CLEAN, UNJUDGED, Condition, Verdict
+from mirage_dist.evals.results import CLEAN, UNJUDGED, AppliedAttack, Condition, Verdict
 from mirage_dist.evals.sharing.files import Answers
 from mirage_dist.report.load import Run
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
@@ -84,15 +84,20 @@ def _place(name: str, own: ForgetConfig | RetainConfig, recipes: Mapping[str, Ev
 
 
 def _check_condition(key: str, text: str, recipe: EvalRecipe, title: str) -> None:
-    condition, options = Condition.parse(text), recipe.sets[title].attacks
-    made = {
-        name: attacks.make(fields, "the recipe", f"sets.{title}.attacks.{name}") for name, fields in options.items()
-    }
-    known = [str(CLEAN), *(f"{name}_k{max(1, attack.shots)}" for name, attack in made.items())]
+    condition, own = Condition.parse(text), recipe.sets[title]
     if condition == CLEAN:
         return
-    if condition.attack not in made or not 1 <= condition.shots <= max(1, made[condition.attack].shots):
-        raise ConfigError(f"{key}={text}: set {title} has no such condition; {configs.nearest(text, known)}")
+    known = [str(CLEAN), *own.attacks]
+    if fields := own.attacks.get(condition.attack):
+        attack = attacks.make(fields, "the recipe", f"sets.{title}.attacks.{condition.attack}", own.kind)
+        try:
+            applied = AppliedAttack(condition.attack, max(1, attack.shots), attack.control, attack.draws)
+        except ConfigError:  # a file that the world has yet to make; the evaluation itself will say so
+            return
+        if condition in applied.conditions:
+            return
+        known = [str(CLEAN), *map(str, applied.conditions)]
+    raise ConfigError(f"{key}={text}: set {title} has no such condition; {configs.nearest(text, known)}")
 
 
 def values(run: Run, place: Place) -> tuple[dict[str, float], set[str]]:
@@ -104,12 +109,18 @@ def values(run: Run, place: Place) -> tuple[dict[str, float], set[str]]:
         raise RunError(run.problems[0])
     measure, condition = MEASURES[place.measure], Condition.parse(place.condition)
     judged = [one for one in _judged(run, place) if one.set == place.set]
-    rows = [one for one in judged if one.attack == condition.attack and one.shot <= condition.shots]
+    info = run.metrics["sets"][place.set]["attacks"].get(condition.attack)
+    attack = None if info is None else results.applied(condition.attack, info)
+    shots = condition.shots
     if place.measure == "accuracy":
-        own = _scores(rows, condition)
+        own = {key: total / n for key, (total, n) in metrics.scores(judged, condition).items()}
+    elif attack is not None and attack.draws and measure.over is any:
+        own = metrics.best_scores(judged, attack, condition, measure.verdict)
+        shots = attack.shots
     else:
         outcomes = metrics.outcomes(judged, condition, measure.verdict, measure.over)
         own = {key: float(hit) for key, hit in outcomes.items()}
+    rows = [one for one in judged if one.attack == condition.attack and one.shot <= shots]
     unjudged = {one.id for one in rows if one.verdict in UNJUDGED}
     return {key: value for key, value in own.items() if key not in unjudged}, unjudged
 
@@ -118,21 +129,30 @@ def _judged(run: Run, place: Place) -> list[Judged]:
     """The verdicts of the judge that decides the measure, with the scores of a benchmark's."""
     if place.measure != "accuracy":
         return run.judged
-    name = next(title for title, own in run.metrics["judges"].items() if own["kind"] == "benchmark")
+    name = _benchmark(run)
     lines = {line["key"]: line for line in cache.verdicts(run.folder / "verdicts" / f"{name}.jsonl")}
     rows = Answers(run.folder).refresh().of(lines)
     return [
-        Judged(row["set"], row["id"], row["attack"], row["shot"], line["verdict"], row["category"], score)
+        Judged(
+            row["set"],
+            row["id"],
+            row["attack"],
+            row["shot"],
+            line["verdict"],
+            row["category"],
+            line.get("detail", {}).get("score"),
+            row.get("turns", 0),
+        )
         for row, line in zip(rows, lines.values(), strict=True)
-        for score in [line.get("detail", {}).get("score")]
     ]
 
 
-def _scores(rows: Iterable[Judged], condition: Condition) -> dict[str, float]:
-    """Question id -> the mean score of its answers under the condition; questions with fewer rewrites are left out."""
-    shots = range(1, condition.shots + 1) if condition.shots else [0]
-    by_question: dict[str, dict[int, float]] = {}
-    for one in rows:
-        by_question.setdefault(one.id, {})[one.shot] = one.score or 0.0
-    whole = {key: own for key, own in by_question.items() if all(shot in own for shot in shots)}
-    return {key: sum(own[shot] for shot in shots) / len(shots) for key, own in whole.items()}
+def judged_by(run: Run, place: Place) -> tuple[str, str]:
+    """The judge that decides the measure, and the rules by which it did (its fingerprint)."""
+    name = run.judge if place.measure != "accuracy" else _benchmark(run)
+    rules = {line["rules"] for line in cache.verdicts(run.folder / "verdicts" / f"{name}.jsonl")}
+    return name, ", ".join(sorted(rules))
+
+
+def _benchmark(run: Run) -> str:
+    return next(title for title, own in run.metrics["judges"].items() if own["kind"] == "benchmark")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mirage_dist import config as configs
-from mirage_dist.evals import worklist
+from mirage_dist.evals import manifest, worklist
 from mirage_dist.schema import ConfigError, EvalRecipe, TrainRecipe
 from mirage_dist.schema.limits import POINTS
 from mirage_dist.sweep import draws, measures
@@ -24,6 +24,7 @@ from mirage_dist.train import rundir
 from mirage_dist.train.planning import check
 
 HASH_DIGITS = 8  # hexadecimal, of a setting's hash in the names of its points
+EVALUATED = {field.name for field in fields(EvalRecipe)} - {"model"}  # sections of `every` that evaluations have
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def plan(sweep: SweepRecipe) -> Plan:
         for setting, values in own.items()
     ]
     trained = {point.name: _checked(sweep, point) for point in points}
-    base = _base(sweep, {point.method: trained[point.name].model.path for point in points})
+    base = _base(sweep, {trained[point.name].model.path: point.name for point in reversed(points)})
     evaluated = _evaluations(sweep, points, base)
     _check_worlds({**trained, **evaluated})
     of_first = [recipe for name, recipe in evaluated.items() if name.endswith(f" {points[0].name}")]
@@ -161,6 +162,8 @@ def _checked(sweep: SweepRecipe, point: Point) -> TrainRecipe:
     with _naming(point.method, point.values, point.seed):
         recipe = configs.load(point.recipe, point.overrides, TrainRecipe)
         check.check_recipe(recipe, sweep.ranks)
+        if recipe.train.export == "off":
+            raise ConfigError("train.export=off: a point is done when its model is exported; expected another form")
         if sweep.evaluate and recipe.train.export not in ("merged", "both"):
             raise ConfigError(
                 f"train.export={recipe.train.export}: an evaluation reads the exported model; expected merged or both"
@@ -168,16 +171,19 @@ def _checked(sweep: SweepRecipe, point: Point) -> TrainRecipe:
     return recipe
 
 
-def _base(sweep: SweepRecipe, by_method: Mapping[str, str]) -> Point | None:
-    """The point of the base model; None when nothing is evaluated, or nothing names it and nothing needs it."""
+def _base(sweep: SweepRecipe, starts: dict[str, str]) -> Point | None:
+    """The point of the base model; None when nothing is evaluated, or nothing names it and nothing needs it.
+
+    starts: the models that points start from -> the first point of each.
+    """
     if not sweep.evaluate:
         return None
     model = sweep.base
     if model is None:
-        if len(starts := set(by_method.values())) > 1:
+        if len(starts) > 1:
             if sweep.frontier is None or sweep.frontier.level is not None:
                 return None
-            listed = "; ".join(f"{name}: {path}" for name, path in by_method.items())
+            listed = "; ".join(f"{name}: {path}" for path, name in reversed(starts.items()))
             raise ConfigError(
                 f"base: the points start from different models ({listed}); name the one whose retain measure sets the "
                 "level, or give frontier.level"
@@ -188,12 +194,17 @@ def _base(sweep: SweepRecipe, by_method: Mapping[str, str]) -> Point | None:
 
 
 def evaluation(sweep: SweepRecipe, own: EvaluationConfig, point: Point) -> list[str]:
-    """The overrides of an evaluation's recipe for a point."""
-    words = [*sweep.every, *own.overrides]
+    """The overrides of an evaluation's recipe for a point. Of `every`, those of the model and of training are not."""
+    words = [*(word for word in sweep.every if _key(word) in EVALUATED), *own.overrides]
     if point.seed is not None:
         words.append(f"seed={point.seed}")
     words += [configs.override("run.dir", str(point.run)), f"run.name={point.name}"]
     return [*words, *(point.overrides if point.recipe is None else ())]
+
+
+def _key(word: str) -> str:
+    """The section of a recipe that a word `key=value` is about."""
+    return word.partition("=")[0].partition(".")[0].strip()
 
 
 def _evaluations(sweep: SweepRecipe, points: Sequence[Point], base: Point | None) -> dict[str, EvalRecipe]:
@@ -211,15 +222,22 @@ def _evaluations(sweep: SweepRecipe, points: Sequence[Point], base: Point | None
                 worklist.check(recipe)
                 if recipe.follow is not None:
                     raise ConfigError(f"follow={recipe.follow}: a sweep evaluates what is trained; leave it out")
-                export = str(point.run / "export")
-                if point.recipe is not None and recipe.model.path != export and recipe.model.run != str(point.run):
+                if point.recipe is not None and recipe.model.path != str(point.run / "export"):
+                    given = f"path={recipe.model.path}" if recipe.model.run is None else f"run={recipe.model.run}"
                     raise ConfigError(
-                        f"model.path={recipe.model.path}: every point would be the same model; expected "
-                        "model.path: ${run.dir}/export in the recipe"
+                        f"model.{given}: not the model of each point; expected model.path: ${{run.dir}}/export in the "
+                        "recipe"
+                    )
+                first = recipes.setdefault(f"evaluate[{number}]", recipe)
+                if manifest.recipe_hash(recipe) != manifest.recipe_hash(first):
+                    raise ConfigError(
+                        f"other questions or settings than of point {firsts[0].name}: the recipe takes something from "
+                        "the seed or the run, and points could not be compared; write it as a number"
                     )
             except ConfigError as error:
                 raise ConfigError(f"{place}: {error}") from error
             recipes[place] = recipe
+        del recipes[f"evaluate[{number}]"]
     return recipes
 
 

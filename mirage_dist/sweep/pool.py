@@ -181,7 +181,10 @@ def _next(own: _Pool, place: int, active: _Active) -> None:
     active.log.close()
     del own.places[place]
     own.done += 1
-    if status == 0:
+    if status == 0 and (left := next(iter(steps(own.plan, active.point)), None)) is not None:
+        missing = f"{active.step.title} ended with status 0, and {left.title} is still to be done"
+        _fail(own, active.point, f"{missing}; see {directory.log_file(own.out, active.point)}")
+    elif status == 0:
         log.info(f"{_count(own)} {active.point.name}: done")
     elif not signals.received():
         _fail(

@@ -32,6 +32,8 @@ class DrawConfig:
         if self.values is not None:
             if bounds != (None, None):
                 raise ConfigError("values: stand in place of low and high; leave one of the two out")
+            if self.scale != "linear" or self.whole:
+                raise ConfigError("scale and whole: say how numbers from low to high are drawn; leave them out")
             if not self.values:
                 raise ConfigError("values: empty; expected one at least")
             return

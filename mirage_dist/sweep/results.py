@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mirage_dist import config as configs
 from mirage_dist import report
 from mirage_dist import runs as run_records
 from mirage_dist.report import load
 from mirage_dist.report.curves import frontier as formats
 from mirage_dist.report.curves.frontier import Axis, Frontier
-from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.sweep import directory, frontier, measures
 from mirage_dist.sweep.directory import PointRecord, SweepRecord
 from mirage_dist.sweep.frontier import Measured, Questions
@@ -30,7 +31,8 @@ class _Answers:
     both: dict[str, tuple[ByQuestion, ByQuestion]] = field(default_factory=dict)
     unjudged: tuple[set[str], set[str]] = field(default_factory=lambda: (set(), set()))
     incomplete: dict[str, str] = field(default_factory=dict)
-    hashes: dict[str, dict[str, str]] = field(default_factory=dict)  # suite -> point -> recipe_hash
+    # measure -> point -> recipe_hash, judge and its rules
+    comparable: dict[Place, dict[str, tuple[str, str, str]]] = field(default_factory=dict)
 
 
 def compute(out: Path) -> Frontier:
@@ -86,14 +88,15 @@ def _axis(place: Place, ids: Sequence[str], left_out: int) -> Axis:
 
 
 def _check_starts(out: Path, record: SweepRecord) -> None:
-    """Raise ConfigError where points of one method were trained from different weights in the same place."""
-    firsts: dict[tuple[str, Any], tuple[str, str]] = {}
+    """Raise ConfigError where points were trained from different weights in the same place."""
+    firsts: dict[str, tuple[str, str]] = {}
     for point in record["points"]:
-        begun = run_records.manifest(out / "points" / point["name"])
+        folder = out / "points" / point["name"]
+        begun = run_records.manifest(folder)
         if begun is None:
             continue
-        key = point["method"], point["values"].get("model.path")
-        first, weights = firsts.setdefault(key, (point["name"], begun["base_hash"]))
+        model = configs.load(folder / "config.yaml", [], TrainRecipe).model.path
+        first, weights = firsts.setdefault(model, (point["name"], begun["base_hash"]))
         if weights != begun["base_hash"]:
             raise ConfigError(
                 f"{out}: points {first} and {point['name']} were trained from different weights: the model's folder "
@@ -115,13 +118,16 @@ def _read(out: Path, record: SweepRecord, places: tuple[Place, Place]) -> _Answe
         answers.both[name] = own[0][0], own[1][0]
         for known, (_, unjudged) in zip(answers.unjudged, own, strict=True):
             known |= unjudged
-        for suite, run in runs.items():
-            answers.hashes.setdefault(suite, {})[name] = run.metrics["recipe_hash"]
-    for suite, by_name in answers.hashes.items():
+        for place in places:
+            run = runs[place.suite]
+            settings = run.metrics["recipe_hash"], *measures.judged_by(run, place)
+            answers.comparable.setdefault(place, {})[name] = settings
+    for place, by_name in answers.comparable.items():
         first, *others = by_name
         if other := next((name for name in others if by_name[name] != by_name[first]), None):
+            what = "judges or rules" if by_name[other][0] == by_name[first][0] else "questions or settings"
             raise ConfigError(
-                f"{out}: points {first} and {other} were evaluated on {suite} with other questions or settings; start "
+                f"{out}: points {first} and {other} were evaluated on {place.suite} with other {what}; start "
                 "`mirage sweep` again, which evaluates what is not up to date"
             )
     return answers

@@ -32,7 +32,8 @@ def _state(plan: Plan, point: Point) -> str:
     missing = [suite for n, suite in enumerate(plan.suites) if not directory.evaluated(plan, n, point)]
     if directory.trained(point) and not missing:
         return "done"
-    if failure := _failure(plan, point):
+    failure = _failure(plan, point)
+    if failure and not _alive(point.run):  # it may be tried again, by a job that does not know of the failure
         return f"failed: {failure}"
     if not point.run.exists():
         return "not begun"
@@ -54,8 +55,12 @@ def _owner(run: Path) -> str:
     if record is None:
         return ", stopped"
     owner = Owner.from_record(record)
-    alive = owner.alive()
-    return ", stopped" if alive is False else f", by {owner}"
+    return ", stopped" if owner.alive() is False else f", by {owner}"
+
+
+def _alive(run: Path) -> bool:
+    record = liveness.read(run / "owner.json")
+    return record is not None and bool(Owner.from_record(record).alive())
 
 
 def _last_step(run: Path) -> int | None:

@@ -12,11 +12,12 @@ from hypothesis.extra import numpy as arrays
 from made_runs import write_run
 
 from mirage_dist import cli, state
+from mirage_dist import config as configs
 from mirage_dist.data.stream import derived_seed
 from mirage_dist.evals import metrics
 from mirage_dist.report import load
 from mirage_dist.report.curves import frontier as formats
-from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema import ConfigError, RunError, TrainRecipe
 from mirage_dist.sweep import frontier, measures, results
 from mirage_dist.sweep.frontier import Measured, Questions
 from mirage_dist.sweep.measures import Place
@@ -72,6 +73,14 @@ def test_settings_share_the_draws_of_questions_so_that_equal_ones_tie():
     one = (np.random.default_rng(1).random((1, 50)) < 0.5).astype(float)
     _, means = frontier.estimates([one, one.copy()], "test")
     assert np.array_equal(means[0], means[1])
+
+
+def test_a_resample_has_the_same_trainings_on_both_measures():
+    """Of y, one seed forgets all and keeps nothing, the other the reverse; neither is beaten by z, nor beats it."""
+    ones = np.ones((1, len(IDS)))
+    y = Measured("m", "y", {}, [0, 1], [], *(np.concatenate([a * ones, b * ones]) for a, b in ((1, 0), (1, 0))))
+    z = Measured("m", "z", {}, [0, 1], [], *(np.full((2, len(IDS)), value) for value in (0.45, 0.55)))
+    assert [one["pareto_share"] for one in frontier.settings([y, z], QUESTIONS)] == [1.0, 1.0]
 
 
 def test_halves_are_of_equal_size_and_do_not_change_with_the_order():
@@ -191,12 +200,14 @@ def test_the_accuracy_of_a_benchmark_is_the_mean_of_its_scores(tmp_path):
             "shot": 0,
         }
         rows += state.sealed("row", {**place, **texts})
-        verdict = {"verdict": "unparsed"} if score is None else {"verdict": "scored", "detail": {"score": score}}
+        verdict: dict = {"verdict": "unparsed"} if score is None else {"verdict": "scored", "detail": {"score": score}}
         lines += state.sealed("verdict", {"key": place["key"], **verdict})
     (suite / "rows/worker-1.jsonl").write_text(rows)
     (suite / "verdicts/benchmark.jsonl").write_text(lines)
     own = {"kind": "benchmark", "verdicts": {"vqa": {"clean": {"scored": 2, "unparsed": 1}}}}
-    (suite / "metrics.json").write_text(state.sealed("rates", {"headline": "benchmark", "judges": {"benchmark": own}}))
+    sets = {"vqa": {"kind": "utility", "samples": 3, "attacks": {}}}
+    rates = {"headline": "benchmark", "judges": {"benchmark": own}, "sets": sets}
+    (suite / "metrics.json").write_text(state.sealed("rates", rates))
     [run] = load.read({"run": tmp_path / "run"}, "vqa")
     assert measures.values(run, Place("accuracy", "vqa", "vqa", "clean")) == ({"a": 1.0, "b": 0.3}, {"c"})
 
@@ -272,6 +283,10 @@ def test_points_that_were_evaluated_differently_are_not_compared(tmp_path):
     write_run(folder / "points/rmu-c-s1", HARMFUL, recipe_hash="other")
     with pytest.raises(ConfigError, match=r"npo-a-s0 and rmu-c-s1 were evaluated on demo with other questions"):
         results.compute(folder)
+    folder = sweep_of(tmp_path / "judged", {**POINTS, "rmu-c-s1": None})
+    write_run(folder / "points/rmu-c-s1", HARMFUL, rules="other")
+    with pytest.raises(ConfigError, match=r"npo-a-s0 and rmu-c-s1 were evaluated on demo with other judges or rules"):
+        results.compute(folder)
 
 
 def test_questions_without_a_verdict_in_one_point_are_left_out_of_all_and_counted(tmp_path):
@@ -286,9 +301,11 @@ def test_questions_without_a_verdict_in_one_point_are_left_out_of_all_and_counte
 def test_points_that_were_trained_from_other_weights_are_not_compared(tmp_path):
     folder = sweep_of(tmp_path / "sweep", POINTS)
     for name in POINTS:
-        begun = {"base_hash": "new" if name.endswith("b-s1") else "old"}
+        begun = {"base_hash": "new" if name.startswith("rmu") else "old"}
         (folder / "points" / name / "manifest.json").write_text(state.sealed("run", begun))
-    with pytest.raises(ConfigError, match=r"npo-a-s0 and npo-b-s1 were trained from different weights"):
+        recipe = configs.load("configs/train/demo_npo.yaml", ["model.path=models/base"], TrainRecipe)
+        (folder / "points" / name / "config.yaml").write_text(configs.to_yaml(recipe))
+    with pytest.raises(ConfigError, match=r"npo-a-s0 and rmu-c-s0 were trained from different weights"):
         results.compute(folder)
 
 

@@ -197,12 +197,12 @@ MISTAKES = {
     ),
     "an evaluation of one model": (
         {"evaluate": [evaluated("model.path=models/x")]},
-        ["evaluate[0], point npo-", "model.path=models/x: every point would be the same model"],
+        ["evaluate[0], point npo-", "model.path=models/x: not the model of each point"],
     ),
     "a suite twice": ({"evaluate": [evaluated(), evaluated()]}, ["evaluate: two recipes have the suite 'demo'"]),
     "a training without export": (
         {"every": ["world.seed=0", "train.export=off"]},
-        ["methods.npo, point", "train.export=off", "expected merged or both"],
+        ["methods.npo, point", "train.export=off: a point is done when its model is exported"],
     ),
     "a condition of no attack": (
         frontier({"condition": "what_k4"}),
@@ -229,9 +229,20 @@ MISTAKES = {
         ["frontier.forget.suite: name one of the suites (demo, other)"],
     ),
     "a frontier of nothing": ({"evaluate": []}, ["frontier: there is nothing to measure"]),
+    "two base models of one method": (
+        npo(grid={"model.path": ["models/a", "models/b"]}),
+        ["base: the points start from different models (npo-", "-s0: models/a; npo-", "-s0: models/b)"],
+    ),
+    "questions that follow the seed": (
+        {
+            "seeds": [0, 1],
+            "evaluate": [evaluated("sets.unsafe.attacks.s={kind: sampling, draws: 2, seed: '\\${seed}'}")],
+        },
+        ["evaluate[0], point npo-", "-s1: other questions or settings than of point npo-"],
+    ),
     "two base models": (
         {"methods": {"npo": {"recipe": NPO, "overrides": ["model.path=models/x"]}, "rmu": {"recipe": RMU}}},
-        ["base: the points start from different models (npo: models/x; rmu: runs/demo/world/base/export)"],
+        ["base: the points start from different models (npo-", "-s0: models/x; rmu-", "runs/demo/world/base/export)"],
     ),
 }
 

@@ -56,6 +56,10 @@ class Chain(Attack):
         return self.parts[0].turns
 
     @property
+    def with_history(self) -> bool:
+        return any(part.with_history for part in self.parts)
+
+    @property
     def draws(self) -> int:
         return self.parts[-1].draws
 

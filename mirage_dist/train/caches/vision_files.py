@@ -162,14 +162,16 @@ def write(stored: Mapping[str, Tensor], folder: Path, workspace: Path) -> None:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with the content of a part that can be opened; None when it is whole."""
+    """What is wrong with a part; None when it is whole, or no longer there."""
     try:
         part = _Part(file)
-        for digest in part.pictures if part.checks is not None else ():
+        if part.checks is None:
+            return "it has no checksums"
+        for digest in part.pictures:
             part.tensors(digest)
-    except (SafetensorError, OSError):  # named when the index is made
+    except FileNotFoundError:
         return None
-    except (ValueError, LookupError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
         return str(error)
     return None
 

@@ -10,6 +10,7 @@ from mirage_dist.model.adapters import quantization
 from mirage_dist.objectives.base import Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.schema.training import LoraConfig
+from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.planning import batch, setting
 from mirage_dist.train.planning.check import check_reference
 from mirage_dist.train.planning.costs import memory
@@ -155,7 +156,8 @@ def _steps(
             "packing",
             ("data.packing=true",),
             lambda c: replace(c, at=replace(c.at, packed=True)),
-            "where the model keeps packed sequences apart; the same loss",
+            "where the model keeps packed sequences apart; "
+            + ("another loss" if case.objective.needs.depends_on_micro_batch(False) else "the same loss"),
         )
     if at.reference == "engine":
         yield "reference from a cache", ("reference=cache",), lambda c: _reference(c, "cache"), "the same loss"
@@ -172,7 +174,7 @@ def _steps(
         yield (
             "offload optimizer and weights",
             (f"deepspeed={file}",),
-            lambda c: replace(c, at=replace(c.at, zero=zero(file))) if c.at.zero["stage"] == 3 else None,
+            lambda c: _offloaded(c, zero(file)),
             "slower: the host's memory and PCIe",
         )
 
@@ -183,22 +185,47 @@ def _steps(
     if (larger := more(case)) is not None:
         name = f"more GPUs: {larger.at.ranks}"
         keys = (f"--nodes {larger.at.nodes}", f"--gpus {min(larger.at.gpus, larger.at.ranks)}")
-        yield name, keys, lambda c: c.on(larger.at.ranks, larger.at.gpus) or larger, ""
+        if larger.at.global_batch != at.global_batch:
+            keys += (f"train.global_batch={larger.at.global_batch}",)
+        if at.micro_batch > larger.at.micro_batch:
+            keys += (f"train.micro_batch={larger.at.micro_batch}",)
+        yield name, keys, lambda c: _spread(c, larger.at), ""
     if not quantization.wanted(recipe.model):
         keys = ("model.lora.load_in_4bit=true", "deepspeed=configs/deepspeed/zero2.json")
         yield "QLoRA", keys, lambda c: _quantized(c, zero("configs/deepspeed/zero2.json")), "another method; ZeRO-2"
 
 
+def _spread(case: Case, larger: Setting) -> Case:
+    """The case on the ranks of a larger setting, with its batch."""
+    micro = batch.choose(larger.global_batch, larger.ranks, min(case.at.micro_batch, larger.micro_batch))
+    sizes = {"ranks": larger.ranks, "gpus": larger.gpus, "global_batch": larger.global_batch, "micro_batch": micro}
+    return replace(case, at=replace(case.at, **sizes))
+
+
+def _offloaded(case: Case, zero: Mapping[str, Any]) -> Case | None:
+    """Raises ConfigError for an optimizer that cannot be offloaded."""
+    if case.at.zero["stage"] != 3:
+        return None
+    optimizers.make(case.recipe.train.optimizer).check(zero)
+    return replace(case, at=replace(case.at, zero=zero))
+
+
+def _facts(recipe: TrainRecipe, case: Case) -> Facts:
+    """Those of a changed recipe, with the pictures of the case."""
+    made, work = facts(recipe, case.objective), case.sizes.work
+    return replace(made, work=replace(made.work, patches=work.patches, picture_tokens=work.picture_tokens))
+
+
 def _model(case: Case, **fields: Any) -> Case:
     recipe = replace(case.recipe, model=replace(case.recipe.model, **fields))
     at = replace(case.at, checkpointing=recipe.model.gradient_checkpointing)
-    return replace(case, recipe=recipe, sizes=facts(recipe, case.objective), at=at)
+    return replace(case, recipe=recipe, sizes=_facts(recipe, case), at=at)
 
 
 def _reference(case: Case, kind: Any) -> Case:
     recipe = replace(case.recipe, reference=kind)
     check_reference(recipe, case.objective.needs)
-    return replace(case, recipe=recipe, sizes=facts(recipe, case.objective), at=replace(case.at, reference=kind))
+    return replace(case, recipe=recipe, sizes=_facts(recipe, case), at=replace(case.at, reference=kind))
 
 
 def _quantized(case: Case, zero: Mapping[str, Any]) -> Case:

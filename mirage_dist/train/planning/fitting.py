@@ -15,9 +15,9 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.planning import advice, check, sharding
 from mirage_dist.train.planning.advice import Case
 from mirage_dist.train.planning.check import Checked
-from mirage_dist.train.planning.costs.facts import facts
+from mirage_dist.train.planning.costs.facts import facts, with_pictures
 from mirage_dist.train.planning.costs.hardware import GIB, Hardware, hardware
-from mirage_dist.train.planning.costs.lengths import Lengths
+from mirage_dist.train.planning.costs.lengths import measured
 from mirage_dist.train.planning.setting import Setting
 
 
@@ -37,14 +37,12 @@ def rows_that_fit(checked: Checked, feed: Feed, group: Group) -> int:
 
 
 def case_of(checked: Checked, feed: Feed, zero: Mapping[str, Any]) -> Case:
-    """The run as a plan has it, at one row of each stream at once.
-
-    Every token of a row counts as one of its response: the lengths of responses would have to be measured again.
-    """
+    """The run as a plan has it, at one row of each stream at once."""
     recipe, needs = feed.recipe, checked.needs
-    lengths = {name: Lengths(rows, rows, len(rows)) for name, rows in feed.lengths.items()}
+    longest = feed.encoder.max_length
+    lengths = {name: measured(own, longest, feed.shown(name)) for name, own in feed.measured.items()}
     at = Setting.of(recipe, needs, checked.ranks, checked.ranks, zero)
-    return Case(recipe, checked.objective, facts(recipe, checked.objective), at, lengths)
+    return Case(recipe, checked.objective, with_pictures(facts(recipe, checked.objective), feed), at, lengths)
 
 
 def largest(case: Case, memory: int) -> int:

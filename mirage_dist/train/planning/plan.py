@@ -21,11 +21,11 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.caches import vision as vision_cache
 from mirage_dist.train.checkpoints import commit as checkpoint
 from mirage_dist.train.feed import Feed, steps_of
-from mirage_dist.train.planning import advice, batch, check, setting
+from mirage_dist.train.planning import advice, batch, check, setting, sharding
 from mirage_dist.train.planning.advice import Case, Change
-from mirage_dist.train.planning.costs import duration, flops, memory
+from mirage_dist.train.planning.costs import duration, memory
 from mirage_dist.train.planning.costs.duration import Run, Step
-from mirage_dist.train.planning.costs.facts import Facts, Trained, caches_vision, facts
+from mirage_dist.train.planning.costs.facts import Trained, caches_vision, facts, with_pictures
 from mirage_dist.train.planning.costs.hardware import Hardware, hardware
 from mirage_dist.train.planning.costs.lengths import Described, Lengths, measured
 from mirage_dist.train.planning.costs.memory import Place
@@ -55,6 +55,8 @@ def cluster(
 
     Raises ConfigError for numbers that contradict each other.
     """
+    if gpus is not None:
+        on = replace(on, gpus_per_node=gpus)
     if ranks is None:
         gpus = gpus or on.gpus_per_node
         return Cluster(gpus * (nodes or 1), gpus, on, price)
@@ -113,8 +115,8 @@ def plan(
     """
     cluster = cluster or Cluster(ranks, 8, hardware("h100"))
     recipe, given = suited(recipe, ranks)
-    checked = check.check_recipe(recipe, ranks)
-    objective = checked.objective
+    checked = check.check_recipe(recipe, ranks, min(cluster.gpus, ranks))
+    objective, chooses = checked.objective, recipe.train.micro_batch == "auto"
     recipe = check.divided(recipe, objective.needs, ranks)
     feed, streams = None, dict[str, Source]()
     if data is None:
@@ -130,10 +132,17 @@ def plan(
         load.check_names(recipe.model, recipe.data, objective.needs.layers, objective.needs.depth, recipe.train.dtype)
         recipe = _without_processor(recipe)
         lengths = {name: data.of(recipe.data.max_length) for name in objective.needs.streams}
-    sizes = _with_pictures(facts(recipe, objective), feed, picture)
-    zero = checked.deepspeed["zero_optimization"]
+    sizes = with_pictures(facts(recipe, objective), feed, picture)
+    # What the JSON says of hpZ, which means another number of ranks on another cluster.
+    written = {name: value for name, value in zero_of(recipe.deepspeed).items() if name == sharding.KEY}
+    zero = {**checked.deepspeed["zero_optimization"], **written}
     at = Setting.of(recipe, objective.needs, ranks, cluster.gpus, zero)
-    needs = Plan(Case(recipe, objective, sizes, at, lengths), cluster, given)
+    case = Case(recipe, objective, sizes, at, lengths)
+    if chooses:
+        rows = advice.largest_micro_batch(case, cluster.on) or 1
+        recipe = replace(recipe, train=replace(recipe.train, micro_batch=rows))
+        case = replace(case, recipe=recipe, at=replace(at, micro_batch=rows))
+    needs = Plan(case, cluster, given)
     epoch = recipe.train.epoch_stream or objective.needs.streams[0]
     steps = steps_of(recipe.train, lengths[epoch].samples)
     _data(needs, steps, epoch)
@@ -194,13 +203,6 @@ def _without_processor(recipe: TrainRecipe) -> TrainRecipe:
         return replace(recipe, data=replace(recipe.data, packing=False))
 
 
-def _with_pictures(sizes: Facts, feed: Feed | None, picture: int) -> Facts:
-    """picture: tokens; 0: those of the processor's blank picture, where there is one."""
-    if not picture and feed is not None and feed.encoder.picture_token is not None:
-        picture = list(feed.encoder.placeholder["input_ids"]).count(feed.encoder.picture_token)
-    return replace(sizes, work=flops.with_picture(sizes.work, picture))
-
-
 def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
     """What the numbers do not hold for."""
     at, recipe = plan.case.at, plan.case.recipe
@@ -216,6 +218,18 @@ def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
         plan.cautions.append(
             "config.json has no size of pictures, so the vision tower is not in the time; give --picture-tokens N"
         )
+    if at.fp32:
+        plan.cautions.append(
+            "train.dtype=fp32: the time is computed with the GPU's bf16 operations a second, of which float32 reaches "
+            "a half (TF32) to a fifteenth; give --hardware tflops=N"
+        )
+    if at.packed and not plan.case.sizes.flash:
+        plan.cautions.append(
+            "packed rows without flash-attention: every token of a micro-batch is compared with every other; where the "
+            "GPUs have flash-attention, a step is shorter"
+        )
+    if recipe.data.group_by_length and not at.packed:
+        plan.cautions.append("data.group_by_length: rows stand beside rows of their length; padding is less than here")
     if quantization.wanted(recipe.model) and at.zero["stage"] == 3:
         plan.cautions.append(
             "a 4-bit base is not partitioned; `mirage train` wants configs/deepspeed/zero2.json for it"
@@ -267,7 +281,7 @@ def _stages(at: Setting) -> dict[str, Mapping[str, Any]]:
     """The recipe's own buckets under every stage; hpZ only where a node has several ranks of many nodes."""
     plain = {name: value for name, value in at.zero.items() if name != "zero_hpz_partition_size"}
     stages: dict[str, Mapping[str, Any]] = {"ZeRO-2": {**plain, "stage": 2}, "ZeRO-3": {**plain, "stage": 3}}
-    if at.nodes > 1:
+    if at.nodes > 1 and at.ranks % at.gpus == 0:
         stages["ZeRO-3, hpZ"] = {**plain, "stage": 3, "zero_hpz_partition_size": at.gpus}
     return stages
 

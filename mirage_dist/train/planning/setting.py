@@ -10,6 +10,7 @@ from mirage_dist.kernels.logprob import WORKSPACE_MB
 from mirage_dist.kernels.projection import CONVERTED_BYTES
 from mirage_dist.objectives.base import Needs
 from mirage_dist.schema import TrainRecipe
+from mirage_dist.train.planning import sharding
 from mirage_dist.train.planning.costs import memory
 from mirage_dist.train.planning.costs.facts import Facts, head_rows
 from mirage_dist.train.planning.costs.lengths import Lengths, padded
@@ -70,8 +71,9 @@ class Setting:
     @property
     def partition(self) -> int:
         """Ranks that hold hpZ's second copy of the weights together; 1 without hpZ."""
-        given = self.zero.get("zero_hpz_partition_size", 1)
-        return min(self.gpus, self.ranks) if given == "auto" else int(given)
+        given = self.zero.get(sharding.KEY, 1)
+        size = min(self.gpus, self.ranks) if given == "auto" else int(given)
+        return size if size < self.ranks and self.ranks % size == 0 else 1
 
     def width(self, lengths: Mapping[str, Lengths]) -> float | None:
         """Tokens of a row as it is computed on average: padded to the longest of its micro-batch; None where packed."""
@@ -101,9 +103,11 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     made["buckets"] = memory.buckets(item, zero), "reduce buckets"
     made["activations, about"] = _activations(facts, at, lengths)
     if responses := at.micro_batch * head_rows(needs, lengths):
-        kl = bool(needs.distributions)
+        kl = bool(needs.kl)
         size, space = facts.vocabulary * facts.width, WORKSPACE_MB["cpu" if at.on_cpu else "cuda"] << 20
         held = memory.loss_head(responses, facts.vocabulary, facts.width, item, kl, facts.head_trains, space)
+        if needs.distributions and not kl:  # the teacher's logits
+            held += responses * facts.vocabulary * memory.FP32
         if at.on_cpu and item != memory.FP32:
             held += min(CONVERTED_BYTES, size * memory.FP32)  # blocks of the weight, in float32
         made["loss head"] = Place(held), f"{responses:,} rows, vocabulary {facts.vocabulary:,}"
@@ -113,7 +117,8 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     wide = Place(memory.backward(facts.text, _tokens(at, lengths)[0], item))
     made["reduction"] = wide + memory.reduction(min(bucket, trained.elements), item, zero, ranks), REDUCED
     if at.reference == "engine":
-        made["reference"] = memory.weights(facts.reference, item, zero, ranks), "a second, frozen model"
+        frozen = memory.weights(facts.reference, item, zero, ranks)
+        made["reference"] = frozen + memory.secondary(facts.reference, item, at.partition), "a second, frozen model"
     flat = memory.update(trained.groups, zero, ranks, item)
     if not trained.elementwise:
         flat += memory.exchange(trained.groups, zero["stage"], ranks)
@@ -136,10 +141,12 @@ def _activations(facts: Facts, at: Setting, lengths: Mapping[str, Lengths]) -> t
 
 
 def _tokens(at: Setting, lengths: Mapping[str, Lengths]) -> tuple[int, int, str]:
-    """Tokens of a micro-batch of the longest rows, the longest, and how the rows stand, in words."""
+    """Tokens of a micro-batch of the longest rows, with how many one is compared, and how the rows stand, in words."""
     longest = [own.longest for own in lengths.values()]
     if at.packed:
-        return at.micro_batch * sum(longest), max(longest), "packed"
+        tokens = at.micro_batch * sum(longest)
+        # On a GPU the probabilities of eager attention are those of all tokens of a packed row with each other.
+        return tokens, max(longest) if at.on_cpu else tokens, "packed"
     rows = at.micro_batch * len(longest)
     return rows * max(longest), max(longest), f"{rows} rows of {max(longest)}"
 

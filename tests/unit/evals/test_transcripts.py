@@ -173,6 +173,10 @@ def test_a_rewrite_changes_the_last_turn_only(tmp_path):
     [
         ({"kind": "sampling", "draws": 2}, r"attacks\.x\.attacks\[1\]: needs the answers to earlier turns"),
         ({"kind": "suffix"}, r"attacks\[1\]: needs the answers to earlier turns"),
+        (
+            {"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}, {"kind": "suffix"}]},
+            r"attacks\[1\]: needs the answers to earlier turns",
+        ),
         ({"kind": "prefix", "prefixes": ["a", "b"]}, r"attacks\[1\]: K = 2; the last turn of a conversation has one"),
     ],
 )

@@ -12,12 +12,13 @@ from mirage_dist import config as configs
 from mirage_dist.cli import main
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.train.planning import advice, plan, table
-from mirage_dist.train.planning.costs import hardware
+from mirage_dist.train.planning.costs import duration, hardware
 from mirage_dist.train.planning.costs.hardware import GIB
 from mirage_dist.train.planning.costs.lengths import Described
 
 VOCABULARY = 32_064  # llava-hf/llava-1.5-7b-hf, config.json
 DATA = Described(2000, (700, 1100), (60, 250))
+SMALL = hardware.hardware("h100", ["memory_gib=12", "host_memory_gib=64"])
 DESCRIBED = ("--samples", "2000", "--tokens", "700,1100", "--responses", "60,250")
 
 
@@ -138,6 +139,47 @@ def test_a_gpu_hour_has_the_price_that_was_given_and_numbers_can_be_replaced(rec
     assert tree["total"]["cost"] == pytest.approx(2 * tree["total"]["gpu_hours"])
     assert tree["cluster"] == {"gpu": "a100", "gpus": 16, "nodes": 2, "gpus_per_node": 8}
     assert "ZeRO-3, hpZ" in tree["communication"]["stages"]
+
+
+def test_hpz_of_the_recipe_is_planned_for_each_cluster(recipe_of):
+    """Of 16 GPUs on two nodes each node has a second copy of the weights; on one node it would be the first."""
+    on = hardware.hardware("h100")
+    recipe = recipe_of("deepspeed=configs/deepspeed/zero3_hpz.json", "train.global_batch=32")
+    two, one = (plan.plan(recipe, n, plan.cluster(on, ranks=n), DATA) for n in (16, 8))
+    assert two.memory["secondary weights"][0].device == pytest.approx(2 * two.case.sizes.elements / 8, rel=1e-3)
+    assert "secondary weights" not in one.memory
+    assert {"weights, first forward", "weights, in the node"} <= {t.name for t in two.step.transfers}
+    assert "secondary weights" not in two.smallest.parts  # it fits on one node
+
+
+def test_a_micro_batch_of_auto_is_planned_as_what_fits(recipe_of):
+    on = hardware.hardware("h100")
+    made = plan.plan(recipe_of("train.micro_batch=auto", "train.global_batch=256"), 8, plan.cluster(on, ranks=8), DATA)
+    assert made.case.at.micro_batch == advice.largest_micro_batch(made.case, on) > 8
+    assert made.given is None
+
+
+def test_what_packed_rows_cost_depends_on_the_attention(plans):
+    """Without flash-attention every token of a micro-batch meets every other one."""
+    case = plans[8].case
+    on, needs = plans[8].cluster.on, case.objective.needs
+    packed = replace(case.at, packed=True)
+    apart, whole = (
+        duration.step(replace(case.sizes, flash=flash), packed, on, needs, case.lengths) for flash in (True, False)
+    )
+    tokens = packed.micro_batch * sum(own.mean for own in case.lengths.values())
+    own = case.lengths["forget"]
+    more = 12 * (own.mean * tokens - own.square) * case.sizes.work.attention * packed.global_batch * len(case.lengths)
+    assert whole.policy.model - apart.policy.model == pytest.approx(more)
+
+
+def test_offloading_is_no_advice_for_an_optimizer_that_cannot(recipe_of):
+    names = {
+        name: [c.name for c in plan.plan(recipe_of(*words), 1, plan.cluster(SMALL, ranks=1), DATA).changes]
+        for name, words in {"adamw": [], "adafactor": ["train.optimizer={name: adafactor}"]}.items()
+    }
+    assert "offload optimizer and weights" in names["adamw"]
+    assert "offload optimizer and weights" not in names["adafactor"]
 
 
 WRONG = {

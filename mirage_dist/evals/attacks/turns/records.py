@@ -120,7 +120,7 @@ def _columns(record: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRecord(f"field {field!r}: no JSON: {error}") from error
         yield field, *_message(field, value)
 

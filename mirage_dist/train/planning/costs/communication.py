@@ -60,9 +60,7 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
         reduced = made("gradients", "all_reduce", trained, bucket, times, at.ranks, overlap)
         each = memory.bucket(zero, "allgather_bucket_size")
         return [reduced, made("updated weights", "all_gather", trained, each, 1, at.ranks, False)]
-    threshold = int(
-        zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"])
-    )
+    threshold = memory.bucket(zero, "stage3_param_persistence_threshold")
     prefetch = memory.bucket(zero, "stage3_prefetch_bucket_size")
     large = [size for size in facts.sizes if size > threshold]
     again = min(sum(large), max(0, facts.differentiable - kept(facts, at)))
@@ -79,11 +77,12 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
         made("gradients", "reduce_scatter", trained, bucket, times, at.ranks, overlap),
         made("small weights", "all_gather", _small(facts.sizes, threshold), bucket, 1, at.ranks, False),
     ]
+    near = at.partition if at.partition > 1 else at.ranks  # frozen weights are gathered within a group of hpZ
     if at.reference == "engine":
         other = [size for size in facts.reference if size > threshold]
-        collectives.append(made("weights, reference", "all_gather", sum(other), prefetch, times, at.ranks, True))
+        collectives.append(made("weights, reference", "all_gather", sum(other), prefetch, times, near, True))
     if at.reference == "adapters_off":
-        collectives.append(made("weights, reference", "all_gather", sum(large), prefetch, times, at.ranks, True))
+        collectives.append(made("weights, reference", "all_gather", sum(large), prefetch, times, near, True))
     return [one for one in collectives if one.payload]
 
 

@@ -56,8 +56,9 @@ def step(facts: Facts, at: Setting, on: Hardware, needs: Needs, lengths: Mapping
     """Of mean rows; every rank is taken to have as much as any other."""
     width = at.width(lengths)
     computed = at.reference in ("engine", "adapters_off")
+    together = None if facts.flash else at.micro_batch * sum(own.mean for own in lengths.values())
     policy, reference = flops.step(
-        facts.work, lengths, needs, at.global_batch, width, at.checkpointing, computed, at.cached_vision
+        facts.work, lengths, needs, at.global_batch, width, at.checkpointing, computed, at.cached_vision, together
     )
     rate = on.tflops * TERA * on.utilization
     own = memory.largest_share(facts.trained.groups, at.zero["stage"], at.ranks)
@@ -71,7 +72,7 @@ def step(facts: Facts, at: Setting, on: Hardware, needs: Needs, lengths: Mapping
     if offloaded:
         update = own * 28 / (on.host_gb_s * GB / min(at.gpus, at.ranks))
         host += own * (memory.FP32 + facts.item) / (on.pcie_gb_s * GB)
-    if memory.place_of(at.zero, "offload_param") != "none":
+    if at.zero["stage"] == 3 and memory.place_of(at.zero, "offload_param") != "none":
         host += 2 * at.accumulation * facts.elements * facts.item / at.ranks / (on.pcie_gb_s * GB)
     return Step(
         policy=policy,
@@ -127,7 +128,8 @@ def run(
     if at.reference == "cache":
         width = at.width(lengths)
         for name in needs.ref_logp:
-            each = flops.reference_row(facts.work, lengths[name], width, True, at.cached_vision)
+            own = lengths[name]
+            each = flops.reference_row(facts.work, own, width, own.response, at.cached_vision)
             operations += each.all * lengths[name].samples
     rate = on.tflops * TERA * on.utilization * at.ranks
     return Run(steps, steps * one.least, operations / rate, save, waiting, saves, export / write)  # all ranks export

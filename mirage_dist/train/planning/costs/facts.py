@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from mirage_dist.model import load, vision
 from mirage_dist.model.adapters import quantization
 from mirage_dist.model.families.roles import Parts, decoder
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.train.feed import Feed
 from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.planning.costs import flops
 from mirage_dist.train.planning.costs.flops import Work
 from mirage_dist.train.planning.costs.lengths import Lengths
+
+PICTURES = 64  # of the data, whose mean size stands for all
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Facts:
     depth: int
     text: Any
     eager: bool
+    flash: bool
     vocabulary: int
     width: int
     head_trains: bool
@@ -116,6 +122,7 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         depth=len(text.layers),
         text=text.config,
         eager=text.config._attn_implementation == "eager",
+        flash=text.config._attn_implementation.startswith("flash"),
         vocabulary=head.out_features,
         width=head.in_features,
         head_trains=bool(head.weight.requires_grad),
@@ -124,17 +131,40 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         quantized=quantized,
         reference=reference,
         connector=sum(shape[1] for shape in connector[:1]) + sum(2 * shape[0] for shape in connector[:-1]),
-        adapted=_adapted(recipe, policy.hf, len(text.layers)),
+        adapted=_adapted(recipe, text.layers),
         work=flops.work(policy, needs, recipe.model.gradient_checkpointing),
         policy=policy,
     )
 
 
-def _adapted(recipe: TrainRecipe, hf: Any, depth: int) -> tuple[int, int, bool] | None:
-    if recipe.model.lora is None:
+def _adapted(recipe: TrainRecipe, layers: Any) -> tuple[int, int, bool] | None:
+    named = list(layers.named_parameters())
+    if recipe.model.lora is None or any(p.requires_grad and "lora_" not in name for name, p in named):
         return None
-    inner = [p.shape for name, p in hf.named_parameters() if ".layers." in name and "lora_A" in name]
+    inner, depth = [p.shape for name, p in named if "lora_A" in name], len(layers)
     return sum(s[1] for s in inner) // depth, sum(s[0] for s in inner) // depth, recipe.model.lora.dropout > 0
+
+
+def with_pictures(sizes: Facts, feed: Feed | None, picture: int = 0) -> Facts:
+    """The same with the decoder's tokens of a picture.
+
+    picture: their number; 0: the processor's, where there is one: of any picture where all take as many, else the mean
+    over some pictures of the data, of which only headers are read.
+    """
+    if not picture and feed is not None and feed.encoder.picture_token is not None:
+        if sizes.work.patches:
+            picture = list(feed.encoder.placeholder["input_ids"]).count(feed.encoder.picture_token)
+        else:
+            picture = _mean_picture(feed)
+    return replace(sizes, work=flops.with_picture(sizes.work, picture))
+
+
+def _mean_picture(feed: Feed) -> int:
+    """Tokens that a picture adds to a row, on average."""
+    shown = [(name, int(number)) for name in feed.samples for number in np.flatnonzero(feed.shown(name))]
+    some = [feed.samples[name][number] for name, number in shown[:: -(-len(shown) // PICTURES) or 1]]
+    lengths = [feed.encoder.length(one) - feed.encoder.length(replace(one, image=None)) for one in some]
+    return round(sum(lengths) / len(lengths)) if lengths else 0
 
 
 def head_rows(needs: Needs, lengths: Mapping[str, Lengths]) -> int:

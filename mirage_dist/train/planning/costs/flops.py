@@ -135,13 +135,20 @@ def work(policy: Any, needs: Needs, checkpointing: bool) -> Work:
 
 
 def row(
-    own: Work, lengths: Lengths, width: float | None, logits: bool, checkpointing: bool, cached: bool
+    own: Work,
+    lengths: Lengths,
+    width: float | None,
+    rows: float,
+    checkpointing: bool,
+    cached: bool,
+    together: float | None = None,
 ) -> Operations:
-    """Of the policy, for a mean row of a stream. logits: whether the loss head computes its responses.
+    """Of the policy, for a mean row of a stream. rows: of the loss head.
 
     width: of a padded row; None where rows are packed. cached: the tower's features come from `data.cache_vision`.
+    together: see `step`.
     """
-    tokens, square = (lengths.mean, lengths.square) if width is None else (width, width**2)
+    tokens, square = _extent(lengths, width, together)
     scores = 4 * square
     pictures = lengths.pictured * own.picture_tokens
     forward = own.decoder.forward(tokens) + scores * own.attention + own.connector.forward(pictures)
@@ -153,20 +160,28 @@ def row(
         if own.tower.trained:
             tower += own.tower.backward(patches) + 8 * own.patches * patches * own.tower_attention
     again = own.decoder.forward(tokens) + scores * own.attention if checkpointing else 0.0
-    head = own.head.forward(lengths.response) + own.head.backward(lengths.response) if logits else 0.0
-    return Operations(forward, backward, again, head, tower)
+    return Operations(forward, backward, again, own.head.forward(rows) + own.head.backward(rows), tower)
 
 
-def reference_row(own: Work, lengths: Lengths, width: float | None, logits: bool, cached: bool) -> Operations:
-    """Of the reference, for a mean row of a stream that is compared with it."""
-    tokens, square = (lengths.mean, lengths.square) if width is None else (width, width**2)
+def _extent(lengths: Lengths, width: float | None, together: float | None) -> tuple[float, float]:
+    """Tokens of a mean row, and products of tokens that its attention computes."""
+    if width is not None:
+        return width, width**2
+    return lengths.mean, lengths.square if together is None else lengths.mean * together
+
+
+def reference_row(
+    own: Work, lengths: Lengths, width: float | None, rows: float, cached: bool, together: float | None = None
+) -> Operations:
+    """Of the reference, for a mean row of a stream that is compared with it; see `row`."""
+    tokens, square = _extent(lengths, width, together)
     forward = own.reference * (own.decoder.forward(tokens) + 4 * square * own.attention)
     tower = 0.0
     if own.reference == 1.0:  # else it starts from the policy's hidden states, or nearly so
         forward += own.connector.forward(lengths.pictured * own.picture_tokens)
         patches = lengths.pictured * own.patches
         tower = 0.0 if cached else own.tower.forward(patches) + 4 * own.patches * patches * own.tower_attention
-    return Operations(forward, 0.0, 0.0, own.head.forward(lengths.response) if logits else 0.0, tower)
+    return Operations(forward, 0.0, 0.0, own.head.forward(rows), tower)
 
 
 def _matrices(base: Any, head: nn.Module, embeddings: set[int], share: float) -> Iterator[tuple[int, int]]:
@@ -208,7 +223,8 @@ def _attention(config: Any) -> int:
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 0
     if not heads:
         return 0
-    width = getattr(config, "hidden_size", None) or getattr(config, "embed_dim", 0)
+    # The `hidden_size` of Qwen2-VL's tower is that of its output.
+    width = getattr(config, "embed_dim", None) or getattr(config, "hidden_size", 0)
     return heads * (getattr(config, "head_dim", None) or width // heads)
 
 
@@ -248,13 +264,19 @@ def step(
     checkpointing: bool,
     reference: bool,
     cached: bool,
+    together: float | None = None,
 ) -> tuple[Operations, Operations]:
-    """Of policy and reference for `rows` rows of every stream. reference: whether it is computed in the step."""
+    """Of policy and reference for `rows` rows of every stream. reference: whether it is computed in the step.
+
+    together: tokens of a packed micro-batch whose attention computes all products of them, as without flash-attention.
+    """
     policy, other = Operations(), Operations()
     for name, of_stream in lengths.items():
-        logits = name in (*needs.logp, *needs.distributions)
-        policy += row(own, of_stream, width, logits, checkpointing, cached) * rows
+        everywhere = name in needs.kl and needs.kl_positions != "response"
+        headed = of_stream.mean if everywhere else of_stream.response
+        logits = headed if name in (*needs.logp, *needs.distributions) else 0.0
+        policy += row(own, of_stream, width, logits, checkpointing, cached, together) * rows
         if reference and name in (*needs.ref_logp, *needs.distributions, *needs.ref_activation):
-            headed = name in (*needs.ref_logp, *needs.distributions)
-            other += reference_row(own, of_stream, width, headed, cached) * rows
+            logits = headed if name in (*needs.ref_logp, *needs.distributions) else 0.0
+            other += reference_row(own, of_stream, width, logits, cached, together) * rows
     return policy, other

@@ -125,7 +125,11 @@ def optimizer(
     groups: Sequence[Sequence[int]], states: Sequence[int], elementwise: bool, zero: Mapping[str, Any], ranks: int
 ) -> Place:
     """Master copy and optimizer state of the rank that has most (see `optimizer_bytes`)."""
-    most = max(optimizer_bytes(groups, states, elementwise, zero["stage"], ranks))
+    if elementwise:  # no rank has more elements than the first, and each element as many bytes
+        elements = largest_share(groups, zero["stage"], ranks)
+        most = elements * FP32 + elements * sum(states) // sum(map(sum, groups))
+    else:
+        most = max(optimizer_bytes(groups, states, elementwise, zero["stage"], ranks))
     return _offloaded(Place(most), zero, "offload_optimizer")
 
 
