@@ -38,6 +38,7 @@ from mirage_dist.train.caches.flat import Flat
 INDEX, INDEX_FORMAT = "index.safetensors", 2  # the format is raised when the index says something else of a part
 INDEXED = 32 + 4  # bytes of a picture in the index: its digest, and the number of its part
 KEY = re.compile(r"([0-9a-f]{64}|blank)/(features|inputs|shapes)/.+")  # of a tensor in a part
+NAME = re.compile(r"part-[0-9a-f]{16}\.safetensors")  # of a part that `write` has written
 CHECKS = "checks"  # in a part's metadata: digest -> checksum, as JSON
 BLANK = "blank"  # the placeholder picture of a batch without pictures
 
@@ -162,7 +163,9 @@ def write(stored: Mapping[str, Tensor], folder: Path, workspace: Path) -> None:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with a part; None when it is whole, or no longer there."""
+    """What is wrong with a part; None when it is whole or no longer there, and for a file of another name than ours."""
+    if not NAME.fullmatch(file.name):
+        return None
     try:
         part = _Part(file)
         if part.checks is None:
