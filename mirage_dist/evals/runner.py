@@ -74,7 +74,7 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     if len(rounds) == 1:
         matched = labelled and labelled.matched({key: rows.place(q) for key, q in questions.items()})
     manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
-    _begin(suite, configs.to_yaml(recipe))
+    _begin(suite, recipe)
     size = manifest.get("chunk_rows", recipe.generation.batch_size)
     with Claims(suite) as claims:
         with _loader(engine, recipe, model, suite, claims) as load:
@@ -102,15 +102,24 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     return result
 
 
-def _begin(suite: Path, settings: str) -> None:
+def _begin(suite: Path, recipe: EvalRecipe) -> None:
     """Write config.yaml, and remove the rates of other settings, such as another judge's.
 
     A stop before the new rates are there must not leave the old ones beside a recipe that did not make them.
     """
     file = suite / "config.yaml"
-    if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != settings:
+    if file.is_file() and not _same(file, recipe):
         (suite / "metrics.json").unlink(missing_ok=True)
-    files.write(file, settings)
+    files.write(file, configs.to_yaml(recipe))
+
+
+def _same(file: Path, recipe: EvalRecipe) -> bool:
+    """Whether a config.yaml is of this recipe, wherever its run directory has been moved."""
+    moved = ["run", "model.path", "model.run"]
+    try:
+        return configs.config_hash(configs.load(file, [], EvalRecipe), moved) == configs.config_hash(recipe, moved)
+    except ConfigError:
+        return False
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     if at.partition > 1:
         second = memory.secondary(facts.sizes, item, at.partition)
         made["secondary weights"] = second, f"hpZ, among {at.partition} ranks of a node"
-    gathered = memory.gathered(facts.sizes, item, zero, facts.largest, facts.differentiable, at.checkpointing)
+    gathered = memory.gathered(facts.sizes, item, zero, ranks, facts.largest, facts.differentiable, at.checkpointing)
     made["gathered weights"] = gathered, "whole parameters between forward and backward"
     made["buckets"] = memory.buckets(item, zero), "reduce buckets"
     made["activations, about"] = _activations(facts, at, lengths)

@@ -22,7 +22,7 @@ from mirage_dist import cli, inputs, report, signals, state
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals import judges, manifest, results, rows, runner, status, worklist
+from mirage_dist.evals import judges, judging, manifest, results, rows, runner, status, worklist
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.sharing import files
@@ -157,6 +157,23 @@ def test_how_it_is_judged_and_batched_may_change(copied):
     result = runner.evaluate(again("judges=[keyword]", "generation.batch_size=3"))
     assert result["headline"] == "keyword"
     assert len(lines(root)) == ROWS
+
+
+def test_a_stop_before_others_have_judged_leaves_no_rates_of_the_former_judge(copied, monkeypatch):
+    root, again = copied
+    rates = suite(root) / "metrics.json"
+    assert rates.is_file()
+
+    def stopped(*_: object) -> None:
+        raise RunError("stopped")
+
+    monkeypatch.setattr(judging, "judge", stopped)
+    with pytest.raises(RunError, match="stopped"):
+        runner.evaluate(again())
+    assert rates.is_file()  # the same judges would write the same
+    with pytest.raises(RunError, match="stopped"):
+        runner.evaluate(again("judges=[keyword]"))
+    assert not rates.exists()
 
 
 def test_a_key_follows_the_pictures_bytes_and_the_question(finished):

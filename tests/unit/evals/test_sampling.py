@@ -27,7 +27,10 @@ from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.drawing import Drawing, gumbel, nucleus
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.results import AppliedAttack, Condition
+from mirage_dist.report import load
 from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.sweep import measures
+from mirage_dist.sweep.measures import Place
 
 ATTACKS = {
     "drawn": {"kind": "sampling", "draws": 4, "temperature": 2.0, "top_p": 0.95, "seed": 5},
@@ -315,6 +318,16 @@ def test_the_report_has_success_against_draws(finished, tmp_path):
     assert json.loads((tmp_path / "out/summary.json").read_text())["budgets"] == summary["budgets"]
     page = (tmp_path / "out/index.html").read_text()
     assert page.count("Attack success rate against draws") == 2 * 2  # heading and description of each figure
+
+
+def test_a_sweeps_frontier_counts_draws_as_the_suite_does(finished):
+    [run] = load.read({"m": finished}, "s")
+    conditions = [key for key in run.rates("asr") if key != "clean"]
+    assert conditions == ["drawn_k1", "drawn_k2", "drawn_k4", "so_drawn_k2", "so_drawn_k4", "so_drawn_k6"]
+    for key in conditions:
+        own, unjudged = measures.values(run, Place("asr", "s", "unsafe", key))
+        assert sum(own.values()) / len(own) == pytest.approx(run.rates("asr")[key]["rate"])
+        assert not unjudged
 
 
 def test_samples_of_a_file_are_never_drawn(tmp_path):

@@ -77,8 +77,12 @@ def test_weights_used_again_within_the_reuse_distance_stay_gathered(reuse, check
     zero = {"stage": 3, "stage3_param_persistence_threshold": 10, "stage3_prefetch_bucket_size": 5}
     zero["stage3_max_reuse_distance"] = reuse
     live = min(107, 7 + kept + 30 + 5)
-    assert memory.gathered([100, 7], 2, zero, 30, 60, checkpointing) == Place(2 * live)
-    assert memory.gathered([100, 7], 2, {"stage": 2}, 30, 60, checkpointing) == Place()
+    assert memory.gathered([100, 7], 2, zero, 2, 30, 60, checkpointing) == Place(2 * live)
+    assert memory.gathered([100, 7], 2, {"stage": 2}, 2, 30, 60, checkpointing) == Place()
+    # A single rank has every parameter whole already; in host memory it has them there.
+    assert memory.gathered([100, 7], 2, zero, 1, 30, 60, checkpointing) == Place()
+    there = {**zero, "offload_param": {"device": "cpu"}}
+    assert memory.gathered([100, 7], 2, there, 1, 30, 60, checkpointing) == Place(2 * live)
 
 
 def test_checkpointing_keeps_layer_inputs_and_one_layer():

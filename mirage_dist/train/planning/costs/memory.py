@@ -80,16 +80,22 @@ def weights(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks:
 
 
 def gathered(
-    sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], largest: int, differentiable: int, checkpointing: bool
+    sizes: Sequence[int],
+    itemsize: int,
+    zero: Mapping[str, Any],
+    ranks: int,
+    largest: int,
+    differentiable: int,
+    checkpointing: bool,
 ) -> Place:
     """Whole parameters of stage 3 at the end of the forward pass, when most of them are there.
 
     Small ones always. Of the others a module's stay after its forward where they are used again within
     `stage3_max_reuse_distance` elements: a module is used again after all that lies above it has run forward and
-    backward (with checkpointing once more forward). largest: elements of the module that runs; differentiable: of all
-    that the backward pass goes through.
+    backward (with checkpointing once more forward). A single rank uses its own part, which is whole, unless that is in
+    host memory. largest: elements of the module that runs; differentiable: of all that the backward pass goes through.
     """
-    if zero["stage"] != 3:
+    if zero["stage"] != 3 or (ranks == 1 and place_of(zero, "offload_param") == "none"):
         return Place()
     small = sum(size for size in sizes if size <= bucket(zero, "stage3_param_persistence_threshold"))
     distance = bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2)
