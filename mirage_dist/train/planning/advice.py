@@ -165,7 +165,7 @@ def _steps(
     if recipe.model.lora is None:
         yield (
             "LoRA",
-            ("model.lora.rank=128", "model.lora.alpha=256"),
+            ("model.lora.rank=128", "model.lora.alpha=256", *_untrained(recipe)),
             lambda c: _model(c, lora=LoraConfig(), train=None, freeze=[]),
             "another method: adapters train, not the model",
         )
@@ -191,8 +191,14 @@ def _steps(
             keys += (f"train.micro_batch={larger.at.micro_batch}",)
         yield name, keys, lambda c: _spread(c, larger.at), ""
     if not quantization.wanted(recipe.model):
-        keys = ("model.lora.load_in_4bit=true", "deepspeed=configs/deepspeed/zero2.json")
+        keys = ("model.lora.load_in_4bit=true", "deepspeed=configs/deepspeed/zero2.json", *_untrained(recipe))
         yield "QLoRA", keys, lambda c: _quantized(c, zero("configs/deepspeed/zero2.json")), "another method; ZeRO-2"
+
+
+def _untrained(recipe: TrainRecipe) -> list[str]:
+    """Keys that leave it to the adapters what trains."""
+    given = {"model.train=null": recipe.model.train is not None, "model.freeze=[]": bool(recipe.model.freeze)}
+    return [key for key, needed in given.items() if needed]
 
 
 def _spread(case: Case, larger: Setting) -> Case:

@@ -98,8 +98,8 @@ def parts(facts: Facts, at: Setting, needs: Needs, lengths: Mapping[str, Lengths
     if at.partition > 1:
         second = memory.secondary(facts.sizes, item, at.partition)
         made["secondary weights"] = second, f"hpZ, among {at.partition} ranks of a node"
-    gathered = memory.gathered(facts.sizes, item, zero, ranks, facts.largest, facts.differentiable, at.checkpointing)
-    made["gathered weights"] = gathered, "whole parameters between forward and backward"
+    gathered = memory.gathered(facts.sizes, item, zero, ranks, facts.largest)
+    made["gathered weights"] = gathered, "whole parameters of the module that runs, and ahead"
     made["buckets"] = memory.buckets(item, zero), "reduce buckets"
     made["activations, about"] = _activations(facts, at, lengths)
     if responses := at.micro_batch * head_rows(needs, lengths):

@@ -71,18 +71,16 @@ def test_what_zero_cuts_and_what_it_offloads():
     assert memory.gradients([sizes], stage2, 2) == Place(4 * 54)
 
 
-@pytest.mark.parametrize(("reuse", "checkpointing", "kept"), [(40, False, 20), (40, True, 13), (1000, False, 30)])
-def test_weights_used_again_within_the_reuse_distance_stay_gathered(reuse, checkpointing, kept):
-    """60 of 107 elements are differentiable, 30 of these run; 7 are small and always whole; 5 are fetched ahead."""
+def test_the_running_module_and_what_is_fetched_ahead_are_whole():
+    """7 elements are small and always whole; 30 run; 5 are fetched ahead."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": 10, "stage3_prefetch_bucket_size": 5}
-    zero["stage3_max_reuse_distance"] = reuse
-    live = min(107, 7 + kept + 30 + 5)
-    assert memory.gathered([100, 7], 2, zero, 2, 30, 60, checkpointing) == Place(2 * live)
-    assert memory.gathered([100, 7], 2, {"stage": 2}, 2, 30, 60, checkpointing) == Place()
+    assert memory.gathered([100, 7], 2, zero, 2, 30) == Place(2 * (7 + 30 + 5))
+    assert memory.gathered([100, 7], 2, zero, 2, 100) == Place(2 * 107)
+    assert memory.gathered([100, 7], 2, {"stage": 2}, 2, 30) == Place()
     # A single rank has every parameter whole already; in host memory it has them there.
-    assert memory.gathered([100, 7], 2, zero, 1, 30, 60, checkpointing) == Place()
+    assert memory.gathered([100, 7], 2, zero, 1, 30) == Place()
     there = {**zero, "offload_param": {"device": "cpu"}}
-    assert memory.gathered([100, 7], 2, there, 1, 30, 60, checkpointing) == Place(2 * live)
+    assert memory.gathered([100, 7], 2, there, 1, 30) == Place(2 * (7 + 30 + 5))
 
 
 def test_checkpointing_keeps_layer_inputs_and_one_layer():

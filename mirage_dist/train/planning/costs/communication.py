@@ -1,8 +1,8 @@
 """What the ranks exchange in a step, and how long it takes on given links.
 
 A ring moves (n − 1)/n of the payload through each rank in an all-gather or a reduce-scatter, twice that in an
-all-reduce. ZeRO-3 gathers weights for the forward and, what was released meanwhile, for the backward pass of every
-micro-batch, and reduce-scatters gradients; ZeRO-2 all-reduces gradients (DeepSpeed 0.19.8 does so by default although
+all-reduce. ZeRO-3 gathers weights for the forward and again for the backward pass of every micro-batch, and
+reduce-scatters gradients; ZeRO-2 all-reduces gradients (DeepSpeed 0.19.8 does so by default although
 each rank keeps a part only) and gathers updated weights once a step. With hpZ (see `planning.sharding`) only a step's
 first forward gathers from all ranks, and frozen weights never do.
 """
@@ -63,7 +63,7 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
     threshold = memory.bucket(zero, "stage3_param_persistence_threshold")
     prefetch = memory.bucket(zero, "stage3_prefetch_bucket_size")
     large = [size for size in facts.sizes if size > threshold]
-    again = min(sum(large), max(0, facts.differentiable - kept(facts, at)))
+    again = min(sum(large), facts.differentiable)
     collectives = []
     if at.partition > 1:  # a step's first forward gathers what trains from all ranks, all else stays in the group
         first = min(trained, sum(large))
@@ -84,12 +84,6 @@ def transfers(facts: Facts, at: Setting) -> list[Transfer]:
     if at.reference == "adapters_off":
         collectives.append(made("weights, reference", "all_gather", sum(large), prefetch, times, near, True))
     return [one for one in collectives if one.payload]
-
-
-def kept(facts: Facts, at: Setting) -> int:
-    """Elements that stay whole from the forward to the backward pass (see `memory.gathered`)."""
-    reuse = memory.bucket(at.zero, "stage3_max_reuse_distance")
-    return min(facts.differentiable, reuse // (3 if at.checkpointing else 2))
 
 
 def _small(sizes: Sequence[int], threshold: int) -> int:

@@ -24,7 +24,6 @@ BUCKETS = {
     "reduce_bucket_size": 5e8,
     "stage3_prefetch_bucket_size": 5e7,
     "stage3_param_persistence_threshold": 1e5,
-    "stage3_max_reuse_distance": 1e9,
     "sub_group_size": 1e9,
     "allgather_bucket_size": 5e8,
 }
@@ -79,28 +78,17 @@ def weights(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks:
     return _offloaded(Place(sum(-(-size // ranks) for size in sizes) * itemsize), zero, "offload_param")
 
 
-def gathered(
-    sizes: Sequence[int],
-    itemsize: int,
-    zero: Mapping[str, Any],
-    ranks: int,
-    largest: int,
-    differentiable: int,
-    checkpointing: bool,
-) -> Place:
-    """Whole parameters of stage 3 at the end of the forward pass, when most of them are there.
+def gathered(sizes: Sequence[int], itemsize: int, zero: Mapping[str, Any], ranks: int, largest: int) -> Place:
+    """Whole parameters of stage 3: small ones, those of the module that runs, and what is fetched ahead of it.
 
-    Small ones always. Of the others a module's stay after its forward where they are used again within
-    `stage3_max_reuse_distance` elements: a module is used again after all that lies above it has run forward and
-    backward (with checkpointing once more forward). A single rank uses its own part, which is whole, unless that is in
-    host memory. largest: elements of the module that runs; differentiable: of all that the backward pass goes through.
+    DeepSpeed's trace ends with the forward pass, so that a module's weights are released after it, and gathered again
+    for the backward pass. A single rank uses its own part, which is whole, unless that is in host memory. largest:
+    elements of the largest module.
     """
     if zero["stage"] != 3 or (ranks == 1 and place_of(zero, "offload_param") == "none"):
         return Place()
     small = sum(size for size in sizes if size <= bucket(zero, "stage3_param_persistence_threshold"))
-    distance = bucket(zero, "stage3_max_reuse_distance") // (3 if checkpointing else 2)
-    kept = min(max(0, differentiable - largest), distance)
-    live = kept + largest + bucket(zero, "stage3_prefetch_bucket_size")
+    live = largest + bucket(zero, "stage3_prefetch_bucket_size")
     return Place(min(sum(sizes), small + live) * itemsize)
 
 
@@ -203,9 +191,8 @@ def reduction(
     """
     whole = size if alone else 0
     if zero["stage"] == 3:
-        copied = 0 if alone and size % ranks == 0 else size
         own = -(-size // ranks) * FP32 if itemsize != FP32 else 0
-        return Place((whole + copied) * itemsize + own)
+        return Place((whole + size) * itemsize + own)
     copies = (size if ranks > 1 else 0) * itemsize + (size * FP32 if itemsize != FP32 else 0)
     return Place(whole * itemsize + (max(copies, size * FP32) if on_cpu else copies))
 
