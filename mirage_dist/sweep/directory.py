@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from mirage_dist import config as configs
-from mirage_dist import disk, state
+from mirage_dist import disk, liveness, state
+from mirage_dist.liveness import Owner
 from mirage_dist.report import load
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
 from mirage_dist.sweep.points import Plan, Point, evaluation
@@ -120,15 +121,21 @@ def evaluated(plan: Plan, number: int, point: Point) -> bool:
         return False
     recipe = configs.load(own.recipe, evaluation(plan.sweep, own, point), EvalRecipe)
     try:
-        if load.read({point.name: point.run}, plan.suites[number])[0].problems:
-            return False
         there = configs.load(suite / "config.yaml", [], EvalRecipe)
+        if recipe.template.image_aspect == "auto":  # which the evaluation has resolved
+            aspect = there.template.image_aspect
+            recipe = replace(recipe, template=replace(recipe.template, image_aspect=aspect))
+        if configs.config_hash(recipe) != configs.config_hash(there):
+            return False
+        return not load.read({point.name: point.run}, plan.suites[number])[0].problems
     except (FileNotFoundError, ConfigError, RunError):
         return False  # the evaluation itself says what is wrong with it, and mends it where it can
-    if recipe.template.image_aspect == "auto":  # which the evaluation has resolved
-        aspect = there.template.image_aspect
-        recipe = replace(recipe, template=replace(recipe.template, image_aspect=aspect))
-    return configs.config_hash(recipe) == configs.config_hash(there)
+
+
+def owner(point: Point) -> Owner | None:
+    """The process that trains in a point's directory, or did so last; it may have ended."""
+    record = liveness.read(point.run / "owner.json")
+    return None if record is None else Owner.from_record(record)
 
 
 def log_file(out: Path, point: Point) -> Path:

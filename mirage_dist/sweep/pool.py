@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from mirage_dist import disk, launching, liveness, signals
+from mirage_dist import disk, launching, signals
 from mirage_dist.evals import pool as workers
 from mirage_dist.liveness import Owner
 from mirage_dist.progress import ON_STDERR, log
@@ -217,11 +217,8 @@ def _at_work(point: Point) -> Owner | None:
 
     None for one that this machine does not show: the training itself looks at its heartbeat.
     """
-    record = liveness.read(point.run / "owner.json")
-    if record is None:
-        return None
-    owner = Owner.from_record(record)
-    return owner if owner.alive() else None
+    owner = directory.owner(point)
+    return owner if owner is not None and owner.alive() else None
 
 
 def _ending(status: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from mirage_dist import liveness, state
+from mirage_dist import state
 from mirage_dist.liveness import Owner
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.sweep import directory
@@ -32,14 +32,14 @@ def _state(plan: Plan, point: Point) -> str:
     missing = [suite for n, suite in enumerate(plan.suites) if not directory.evaluated(plan, n, point)]
     if directory.trained(point) and not missing:
         return "done"
-    failure = _failure(plan, point)
-    if failure and not _alive(point.run):  # it may be tried again, by a job that does not know of the failure
+    failure, owner = _failure(plan, point), directory.owner(point)
+    if failure and not (owner and owner.alive()):  # it may be tried again, by a job that does not know of the failure
         return f"failed: {failure}"
     if not point.run.exists():
         return "not begun"
     if not directory.trained(point):
         step = _last_step(point.run)
-        return f"training{'' if step is None else f', step {step}'}{_owner(point.run)}"
+        return f"training{'' if step is None else f', step {step}'}{_named(owner)}"
     return f"{'evaluating' if point.recipe is None else 'trained'}, without {', '.join(missing)}"
 
 
@@ -50,17 +50,8 @@ def _failure(plan: Plan, point: Point) -> str | None:
         return None
 
 
-def _owner(run: Path) -> str:
-    record = liveness.read(run / "owner.json")
-    if record is None:
-        return ", stopped"
-    owner = Owner.from_record(record)
-    return ", stopped" if owner.alive() is False else f", by {owner}"
-
-
-def _alive(run: Path) -> bool:
-    record = liveness.read(run / "owner.json")
-    return record is not None and bool(Owner.from_record(record).alive())
+def _named(owner: Owner | None) -> str:
+    return ", stopped" if owner is None or owner.alive() is False else f", by {owner}"
 
 
 def _last_step(run: Path) -> int | None:

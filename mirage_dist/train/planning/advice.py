@@ -47,13 +47,6 @@ class Case:
         host = held.host * min(self.at.gpus, self.at.ranks)
         return held.device <= on.usable and host <= on.host_memory_gib * GIB
 
-    def on(self, ranks: int, gpus: int) -> Case | None:
-        """The same on another number of ranks; None where the global batch does not divide."""
-        if self.at.global_batch % ranks:
-            return None
-        micro = batch.choose(self.at.global_batch, ranks, self.at.micro_batch)
-        return replace(self, at=replace(self.at, ranks=ranks, gpus=gpus, micro_batch=micro))
-
 
 @dataclass(frozen=True)
 class Change:
@@ -84,8 +77,7 @@ def smallest(case: Case, on: Hardware) -> Case | None:
     multiple of their number stands for it.
     """
     for ranks in numbers(on.gpus_per_node):
-        size = case.at.global_batch
-        size = size if size % ranks == 0 else -(-size // ranks) * ranks
+        size = batch.rounded(case.at.global_batch, ranks)
         tried = replace(case, at=replace(case.at, ranks=ranks, gpus=on.gpus_per_node, global_batch=size, micro_batch=1))
         largest = largest_micro_batch(tried, on)
         if largest:

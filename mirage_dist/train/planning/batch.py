@@ -23,6 +23,11 @@ def choose(global_batch: int, ranks: int, largest_that_fits: int) -> int:
     return max(size for size in divisors(share) if size <= largest_that_fits)
 
 
+def rounded(global_batch: int, ranks: int) -> int:
+    """The least global batch from this one on that divides by the ranks."""
+    return -(-global_batch // ranks) * ranks
+
+
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, in order."""
     low = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]

@@ -15,9 +15,8 @@ from mirage_dist.train.feed import Feed
 from mirage_dist.train.planning import advice, check, sharding
 from mirage_dist.train.planning.advice import Case
 from mirage_dist.train.planning.check import Checked
-from mirage_dist.train.planning.costs.facts import facts, with_pictures
+from mirage_dist.train.planning.costs.facts import facts, lengths_of, with_pictures
 from mirage_dist.train.planning.costs.hardware import GIB, Hardware, hardware
-from mirage_dist.train.planning.costs.lengths import measured
 from mirage_dist.train.planning.setting import Setting
 
 
@@ -39,10 +38,8 @@ def rows_that_fit(checked: Checked, feed: Feed, group: Group) -> int:
 def case_of(checked: Checked, feed: Feed, zero: Mapping[str, Any]) -> Case:
     """The run as a plan has it, at one row of each stream at once."""
     recipe, needs = feed.recipe, checked.needs
-    longest = feed.encoder.max_length
-    lengths = {name: measured(own, longest, feed.shown(name)) for name, own in feed.measured.items()}
     at = Setting.of(recipe, needs, checked.ranks, checked.ranks, zero)
-    return Case(recipe, checked.objective, with_pictures(facts(recipe, checked.objective), feed), at, lengths)
+    return Case(recipe, checked.objective, with_pictures(facts(recipe, checked.objective), feed), at, lengths_of(feed))
 
 
 def largest(case: Case, memory: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,11 @@ from mirage_dist.train.planning import advice, batch, check, setting, sharding
 from mirage_dist.train.planning.advice import Case, Change
 from mirage_dist.train.planning.costs import duration, memory
 from mirage_dist.train.planning.costs.duration import Run, Step
-from mirage_dist.train.planning.costs.facts import Trained, caches_vision, facts, with_pictures
+from mirage_dist.train.planning.costs.facts import caches_vision, facts, lengths_of, with_pictures
 from mirage_dist.train.planning.costs.hardware import Hardware, hardware
-from mirage_dist.train.planning.costs.lengths import Described, Lengths, measured
+from mirage_dist.train.planning.costs.lengths import Described, Lengths
 from mirage_dist.train.planning.costs.memory import Place
 from mirage_dist.train.planning.setting import Setting
-
-__all__ = ["Cluster", "Plan", "Trained", "plan"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,61 @@ class Plan:
 
     case: Case
     cluster: Cluster
+    steps: int
     given: tuple[int, int | str] | None = None
     cautions: list[str] = field(default_factory=list)
     data: dict[str, tuple[int | str, str]] = field(default_factory=dict)
     parameters: dict[str, tuple[int | str, str]] = field(default_factory=dict)
-    memory: dict[str, tuple[Place, str]] = field(default_factory=dict)
     disk: dict[str, tuple[int, str]] = field(default_factory=dict)
-    step: Step | None = None
-    run: Run | None = None
-    stages: dict[str, Step] = field(default_factory=dict)
-    smallest: Case | None = None
-    changes: list[Change] = field(default_factory=list)
+
+    @cached_property
+    def memory(self) -> dict[str, tuple[Place, str]]:
+        return self.case.parts
+
+    @cached_property
+    def step(self) -> Step:
+        return self._step_of(self.case.at)
+
+    @cached_property
+    def stages(self) -> dict[str, Step]:
+        """The recipe's own buckets under every stage; hpZ only where a node has several ranks of many nodes."""
+        at = self.case.at
+        plain = {name: value for name, value in at.zero.items() if name != sharding.KEY}
+        stages: dict[str, Mapping[str, Any]] = {"ZeRO-2": {**plain, "stage": 2}, "ZeRO-3": {**plain, "stage": 3}}
+        if at.nodes > 1 and at.ranks % at.gpus == 0:
+            stages["ZeRO-3, hpZ"] = {**plain, "stage": 3, sharding.KEY: at.gpus}
+        return {name: self._step_of(replace(at, zero=zero)) for name, zero in stages.items()}
+
+    def _step_of(self, at: Setting) -> Step:
+        case = self.case
+        return duration.step(case.sizes, at, self.cluster.on, case.objective.needs, case.lengths)
+
+    @cached_property
+    def run(self) -> Run:
+        case = self.case
+        saves = len(saved_steps(case.recipe, self.steps))
+        export = self.disk["export"][0] if "export" in self.disk else 0
+        return duration.run(
+            case.sizes,
+            case.at,
+            self.cluster.on,
+            case.objective.needs,
+            case.lengths,
+            self.step,
+            self.steps,
+            saves,
+            self.disk["a checkpoint"][0],
+            export,
+            case.recipe.train.save_in_background,
+        )
+
+    @cached_property
+    def smallest(self) -> Case | None:
+        return advice.smallest(self.case, self.cluster.on)
+
+    @cached_property
+    def changes(self) -> list[Change]:
+        return [] if self.fits else advice.changes(self.case, self.cluster.on, zero_of)
 
     @property
     def peak(self) -> Place:
@@ -99,7 +142,6 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        assert self.run is not None
         return self.run.seconds * self.cluster.ranks / 3600
 
 
@@ -125,8 +167,7 @@ def plan(
         recipe = check.resolved(recipe, processor)
         feed = Feed(recipe, objective.needs, streams, processor)
         feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
-        longest = feed.encoder.max_length
-        lengths = {name: measured(own, longest, feed.shown(name)) for name, own in feed.measured.items()}
+        lengths = lengths_of(feed)
     else:
         check.check_weights(recipe, objective.needs, False)
         load.check_names(recipe.model, recipe.data, objective.needs.layers, objective.needs.depth, recipe.train.dtype)
@@ -142,18 +183,12 @@ def plan(
         rows = advice.largest_micro_batch(case, cluster.on) or 1
         recipe = replace(recipe, train=replace(recipe.train, micro_batch=rows))
         case = replace(case, recipe=recipe, at=replace(at, micro_batch=rows))
-    needs = Plan(case, cluster, given)
     epoch = recipe.train.epoch_stream or objective.needs.streams[0]
-    steps = steps_of(recipe.train, lengths[epoch].samples)
-    _data(needs, steps, epoch)
+    needs = Plan(case, cluster, steps_of(recipe.train, lengths[epoch].samples), given)
+    _data(needs, epoch)
     _parameters(needs)
-    needs.memory = needs.case.parts
-    _disk(needs, steps, feed, streams)
-    _time(needs, steps)
-    _cautions(needs, feed, data)
-    needs.smallest = advice.smallest(needs.case, cluster.on)
-    if not needs.fits:
-        needs.changes = advice.changes(needs.case, cluster.on, zero_of)
+    _disk(needs, feed, streams)
+    _cautions(needs, data)
     return needs
 
 
@@ -162,7 +197,7 @@ def suited(recipe: TrainRecipe, ranks: int) -> tuple[TrainRecipe, tuple[int, int
     rows, micro = recipe.train.global_batch, recipe.train.micro_batch
     if rows % (ranks if micro == "auto" else micro * ranks) == 0:
         return recipe, None
-    size = rows if rows % ranks == 0 else -(-rows // ranks) * ranks
+    size = batch.rounded(rows, ranks)
     own = micro if micro == "auto" else batch.choose(size, ranks, micro)
     return replace(recipe, train=replace(recipe.train, global_batch=size, micro_batch=own)), (rows, micro)
 
@@ -203,7 +238,7 @@ def _without_processor(recipe: TrainRecipe) -> TrainRecipe:
         return replace(recipe, data=replace(recipe.data, packing=False))
 
 
-def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
+def _cautions(plan: Plan, data: Described | None) -> None:
     """What the numbers do not hold for."""
     at, recipe = plan.case.at, plan.case.recipe
     if plan.given is not None:
@@ -236,10 +271,10 @@ def _cautions(plan: Plan, feed: Feed | None, data: Described | None) -> None:
         )
 
 
-def _data(plan: Plan, steps: int, epoch: str) -> None:
+def _data(plan: Plan, epoch: str) -> None:
     recipe, needs, lengths = plan.case.recipe, plan.case.objective.needs, plan.case.lengths
     size = recipe.train.global_batch
-    plan.data["steps"] = steps, f"{steps * size / lengths[epoch].samples:.2f} epochs of {epoch}"
+    plan.data["steps"] = plan.steps, f"{plan.steps * size / lengths[epoch].samples:.2f} epochs of {epoch}"
     if needs.reference:
         kind = recipe.reference
         once = f"one forward over {', '.join(needs.ref_logp)} before the first step; no second model"
@@ -264,29 +299,7 @@ def _parameters(plan: Plan) -> None:
             plan.parameters[f"group {'the rest' if match is None else '+'.join(match)}"[:28]] = sum(group), ""
 
 
-def _time(plan: Plan, steps: int) -> None:
-    case, on = plan.case, plan.cluster.on
-    arguments = case.sizes, case.at, on, case.objective.needs, case.lengths
-    plan.step = duration.step(*arguments)
-    every = case.recipe.train.save_every or steps
-    saves = len({*range(every, steps + 1, every), steps})
-    export = plan.disk["export"][0] if "export" in plan.disk else 0
-    background = case.recipe.train.save_in_background
-    plan.run = duration.run(*arguments, plan.step, steps, saves, plan.disk["a checkpoint"][0], export, background)
-    for name, zero in _stages(case.at).items():
-        plan.stages[name] = duration.step(arguments[0], replace(case.at, zero=zero), *arguments[2:])
-
-
-def _stages(at: Setting) -> dict[str, Mapping[str, Any]]:
-    """The recipe's own buckets under every stage; hpZ only where a node has several ranks of many nodes."""
-    plain = {name: value for name, value in at.zero.items() if name != "zero_hpz_partition_size"}
-    stages: dict[str, Mapping[str, Any]] = {"ZeRO-2": {**plain, "stage": 2}, "ZeRO-3": {**plain, "stage": 3}}
-    if at.nodes > 1 and at.ranks % at.gpus == 0:
-        stages["ZeRO-3, hpZ"] = {**plain, "stage": 3, "zero_hpz_partition_size": at.gpus}
-    return stages
-
-
-def _disk(plan: Plan, steps: int, feed: Feed | None, streams: Mapping[str, Source]) -> None:
+def _disk(plan: Plan, feed: Feed | None, streams: Mapping[str, Source]) -> None:
     recipe, sizes = plan.case.recipe, plan.case.sizes
     required, train, lengths = plan.case.objective.needs, recipe.train, plan.case.lengths
     if required.ref_logp and recipe.reference == "cache":
@@ -298,7 +311,7 @@ def _disk(plan: Plan, steps: int, feed: Feed | None, streams: Mapping[str, Sourc
         _vision(plan, feed, streams)
     one = sizes.trained.elements * memory.FP32 + sum(sizes.trained.states)
     plan.disk["a checkpoint"] = one, f"float32 master copy and the state of {train.optimizer['name']}"
-    plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, steps), "and one more while it is written"
+    plan.disk["checkpoints kept"] = one * kept_checkpoints(recipe, plan.steps), "and one more while it is written"
     if train.export != "off":
         whole = {"merged": sizes.merged, "adapter": sizes.adapter}.get(train.export, sizes.merged + sizes.adapter)
         plan.disk["export"] = whole * sizes.item, train.dtype
@@ -326,9 +339,14 @@ def _vision(plan: Plan, feed: Feed, streams: Mapping[str, Source]) -> None:
     )
 
 
+def saved_steps(recipe: TrainRecipe, steps: int) -> set[int]:
+    """The steps after which a run of so many saves."""
+    every = recipe.train.save_every or steps
+    return {*range(every, steps + 1, every), steps}
+
+
 def kept_checkpoints(recipe: TrainRecipe, steps: int) -> int:
     """How many checkpoints retention leaves at the end, if `keep_best` keeps one that the other rules would not."""
-    every = recipe.train.save_every or steps
-    saved = {*range(every, steps + 1, every), steps}
+    saved = saved_steps(recipe, steps)
     left = checkpoint.kept({step: {} for step in saved}, recipe.train)
     return min(len(saved), len(left) + (recipe.train.keep_best is not None and recipe.train.keep_last is not None))

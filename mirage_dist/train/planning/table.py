@@ -105,8 +105,6 @@ def _verdict(plan: Plan) -> dict[str, tuple[str, str]]:
             f"{least.at.nodes} node{'s' if least.at.nodes > 1 else ''}; train.micro_batch={least.at.micro_batch}{batch}"
             f"; {size(least.peak)} a GPU",
         )
-    assert plan.step is not None
-    assert plan.run is not None
     rows["time"] = span(plan.run.seconds), f"{plan.run.steps:,} steps of {_range(plan.step)} and what is around them"
     price = plan.cluster.price
     cost = "give --price for a cost" if price is None else f"cost {plan.gpu_hours * price:,.2f} at {price:g} a GPU-hour"
@@ -121,7 +119,6 @@ def _batch(plan: Plan) -> str:
 
 def _step(plan: Plan) -> dict[str, tuple[str, str]]:
     step, on, at = plan.step, plan.cluster.on, plan.case.at
-    assert step is not None
     policy, share = step.policy, f"at {on.utilization:.0%} of {on.tflops:g} TFLOP/s"
     rows = {
         "forward and backward": (flop(policy.forward + policy.backward), "of the decoder and the connector, all ranks"),
@@ -144,7 +141,6 @@ def _step(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def _exchanged(plan: Plan) -> dict[str, tuple[str, str]]:
-    assert plan.step is not None
     at, on = plan.case.at, plan.cluster.on
     rows = {}
     for one in plan.step.transfers:
@@ -162,8 +158,7 @@ def _exchanged(plan: Plan) -> dict[str, tuple[str, str]]:
 
 def _run(plan: Plan) -> dict[str, tuple[str, str]]:
     run, on, at = plan.run, plan.cluster.on, plan.case.at
-    assert run is not None
-    written = min(at.nodes * on.node_write_gb_s, on.write_gb_s)
+    written = on.written_gb_s(at.nodes)
     rows = {
         "steps": (span(run.training), f"{run.steps:,} steps"),
         "reference cache": (span(run.caching), "once, before the first step"),
@@ -199,8 +194,6 @@ def _assumptions(plan: Plan) -> dict[str, tuple[str, str]]:
 def as_json(plan: Plan) -> dict[str, Any]:
     """One object, described in docs/planning.md; seconds, bytes and GiB as the names say."""
     case, at, on, step, run = plan.case, plan.case.at, plan.cluster.on, plan.step, plan.run
-    assert step is not None
-    assert run is not None
     peak, recipe = plan.peak, plan.case.recipe
     price = plan.cluster.price
     return {

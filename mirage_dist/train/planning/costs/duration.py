@@ -60,7 +60,6 @@ def step(facts: Facts, at: Setting, on: Hardware, needs: Needs, lengths: Mapping
     policy, reference = flops.step(
         facts.work, lengths, needs, at.global_batch, width, at.checkpointing, computed, at.cached_vision, together
     )
-    rate = on.tflops * TERA * on.utilization
     own = memory.largest_share(facts.trained.groups, at.zero["stage"], at.ranks)
     transfers = communication.transfers(facts, at)
     seconds = [(one.overlaps, one.seconds(on, at.gpus)) for one in transfers]
@@ -77,7 +76,7 @@ def step(facts: Facts, at: Setting, on: Hardware, needs: Needs, lengths: Mapping
     return Step(
         policy=policy,
         reference=reference,
-        compute=(policy.all + reference.all) / at.ranks / rate,
+        compute=(policy.all + reference.all) / at.ranks / on.rate,
         update=update,
         host=host,
         beside=sum(time for overlaps, time in seconds if overlaps),
@@ -121,7 +120,7 @@ def run(
     background: bool,
 ) -> Run:
     """checkpoint, export: bytes. background: whether a save only waits for the copy to host memory."""
-    write = min(at.nodes * on.node_write_gb_s, on.write_gb_s) * GB
+    write = on.written_gb_s(at.nodes) * GB
     save = checkpoint / write
     waiting = checkpoint / at.ranks / (on.pcie_gb_s * GB) if background else save
     operations = 0.0
@@ -130,6 +129,6 @@ def run(
         for name in needs.ref_logp:
             own = lengths[name]
             each = flops.reference_row(facts.work, own, width, own.response, at.cached_vision)
-            operations += each.all * lengths[name].samples
-    rate = on.tflops * TERA * on.utilization * at.ranks
-    return Run(steps, steps * one.least, operations / rate, save, waiting, saves, export / write)  # all ranks export
+            operations += each.all * own.samples
+    caching, exporting = operations / at.ranks / on.rate, export / write  # by all ranks
+    return Run(steps, steps * one.least, caching, save, waiting, saves, exporting)

@@ -19,7 +19,7 @@ from mirage_dist.train.optimizers import base as optimizers
 from mirage_dist.train.optimizers.groups import split
 from mirage_dist.train.planning.costs import flops
 from mirage_dist.train.planning.costs.flops import Work
-from mirage_dist.train.planning.costs.lengths import Lengths
+from mirage_dist.train.planning.costs.lengths import Lengths, measured
 
 PICTURES = 64  # of the data, whose mean size stands for all
 
@@ -157,6 +157,12 @@ def with_pictures(sizes: Facts, feed: Feed | None, picture: int = 0) -> Facts:
         else:
             picture = _mean_picture(feed)
     return replace(sizes, work=flops.with_picture(sizes.work, picture))
+
+
+def lengths_of(feed: Feed) -> dict[str, Lengths]:
+    """Of each stream. Call `Feed.check_lengths` first."""
+    longest = feed.encoder.max_length
+    return {name: measured(own, longest, feed.shown(name)) for name, own in feed.measured.items()}
 
 
 def _mean_picture(feed: Feed) -> int:

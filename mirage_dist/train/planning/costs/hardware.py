@@ -55,6 +55,15 @@ class Hardware:
         """Bytes of a GPU's memory that tensors can use."""
         return int((self.memory_gib - self.reserved_gib) * GIB)
 
+    @property
+    def rate(self) -> float:
+        """Operations a second that a step reaches on one GPU."""
+        return self.tflops * TERA * self.utilization
+
+    def written_gb_s(self, nodes: int) -> float:
+        """What so many nodes write to the file system together."""
+        return min(nodes * self.node_write_gb_s, self.write_gb_s)
+
     def link(self, ranks: int, gpus: int) -> float:
         """Bytes a second that each rank of a collective moves: over NVLink, or all of a node's network links together.
 
