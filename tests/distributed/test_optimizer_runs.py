@@ -47,7 +47,8 @@ from mirage_dist.liveness import Owner
 from mirage_dist.model import load
 from mirage_dist.train import context, engine, feed, lease, loop
 from mirage_dist.train.checkpoints import commit
-from mirage_dist.train.planning import check, plan
+from mirage_dist.train.planning import check
+from mirage_dist.train.planning.costs import facts
 import json
 root, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 group = ranks.start()
@@ -68,7 +69,7 @@ for job in jobs:
     work = folder / "work"
     if group.main:
         work.mkdir(parents=True)
-        trained = plan.Trained.of(load.weightless(recipe.model), recipe)
+        trained = facts.Trained.of(load.weightless(recipe.model), recipe)
         (folder / "trained.json").write_text(json.dumps([trained.groups, trained.states, trained.elementwise]))
     ranks.barrier(group, "work")
     saver = commit.Saver(folder / "checkpoints", work, recipe.train, group)
