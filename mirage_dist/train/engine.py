@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
@@ -136,7 +138,7 @@ def build(recipe: TrainRecipe, config: dict[str, Any], group: Group, depth: int 
     options = optimizers.make(recipe.train.optimizer)
     trained = split(policy, recipe.train)
     optimizer = options.make(trained) if options.elementwise else WholeParameters(trained, options.make)
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config, dist_init_required=False)
+    engine = _initialize(model=policy, optimizer=optimizer, config=config)
     _wait_as_long(recipe.train.hang_seconds)
     if isinstance(optimizer, WholeParameters):
         optimizer.attach(slices(engine), group)
@@ -185,7 +187,23 @@ def build_reference(recipe: TrainRecipe, config: dict[str, Any], depth: int | No
     own = {name: config[name] for name in names}
     if config["zero_optimization"]["stage"] == 3:
         own["zero_optimization"] = config["zero_optimization"]
-    engine, *_ = deepspeed.initialize(model=policy, config=own, dist_init_required=False)
+    return _initialize(model=policy, config=own)
+
+
+def _initialize(**options: Any) -> Any:
+    """A DeepSpeed engine in the process group that there is, without the seconds that its own Muon costs.
+
+    To see whether the optimizer is its Muon, DeepSpeed imports that, which decorates functions with torch.compile and
+    so loads the whole compiler (1.5 s of a start of 10 s). Its Muon is never used here, so that module is imported
+    with the stand-in that DeepSpeed has for a torch without a compiler.
+    """
+    compile_decorator = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_decorator
+    engine, *_ = deepspeed.initialize(**options, dist_init_required=False)
     return engine
 
 

@@ -32,7 +32,6 @@ IMPORTED = (
     "transformers.models.llava.modeling_llava",
     "transformers.models.llava.processing_llava",
     "transformers.models.clip.image_processing_pil_clip",
-    "torch._inductor.compile_fx",
     "peft",
     "wandb",
 )
