@@ -37,6 +37,7 @@ VERSIONS = {
     "index": 1,
     "kept": 1,
     "metrics": 1,
+    "openers": 1,
     "owner": 1,
     "perplexity": 1,
     "prepared": 1,

@@ -7,11 +7,14 @@ once an epoch, and a resumed run needs only its step. World size and micro-batch
 Grouped by modality, the samples of an epoch change places so that a step has samples with a picture only, or without
 one only; the order then depends on G as well. Grouped by length, they change places within a window of `WINDOW` steps,
 so that a step's samples are of similar length. Everything else holds.
+
+With a `Draw`, an epoch of n positions has some samples several times and others not at all; see there.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +28,33 @@ MIXED, PICTURED, TEXT = 0, 1, 2  # kinds of step
 WINDOW = 8  # steps whose samples are sorted together: few enough that every epoch has different batches
 
 
-def batch(seed: int, stream: str, size: int, step: int, global_batch: int, pictured: Flags | None = None) -> Indices:
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """How often an epoch has the samples of each class.
+
+    classes: (n,), the class of each sample, from 0. counts: (k,), how many positions of an epoch each class has; at
+    least one, n in all. The positions of a class are filled by its own passes: epoch e takes numbers e·m … (e+1)·m - 1
+    of its samples' permutations one after the other. At the end of any epoch the samples of a class have been drawn
+    equally often, or once more.
+    """
+
+    classes: Indices
+    counts: Indices
+
+    def epoch(self, seed: int, stream: str, epoch: int) -> Indices:
+        """The samples (n,) of an epoch, class after class."""
+        return _drawn(self, seed, stream, epoch)
+
+
+def batch(
+    seed: int,
+    stream: str,
+    size: int,
+    step: int,
+    global_batch: int,
+    pictured: Flags | None = None,
+    draw: Draw | None = None,
+) -> Indices:
     """Indices (global_batch,) of the samples of one step, each in [0, size).
 
     size: samples in the stream. pictured: (size,), whether each has a picture, to group by modality: in an epoch as
@@ -33,11 +62,17 @@ def batch(seed: int, stream: str, size: int, step: int, global_batch: int, pictu
     the others. Raises ConfigError for an empty stream.
     """
     positions = np.arange(step * global_batch, (step + 1) * global_batch)
-    return _samples(seed, stream, size, positions, global_batch, pictured)[0]
+    return _samples(seed, stream, size, positions, global_batch, pictured, draw)[0]
 
 
 def grouped(
-    seed: int, stream: str, lengths: Indices, step: int, global_batch: int, pictured: Flags | None = None
+    seed: int,
+    stream: str,
+    lengths: Indices,
+    step: int,
+    global_batch: int,
+    pictured: Flags | None = None,
+    draw: Draw | None = None,
 ) -> Indices:
     """`batch` with the step's samples of similar length, the longest first.
 
@@ -47,7 +82,7 @@ def grouped(
     """
     first = step - step % WINDOW
     positions = np.arange(first * global_batch, (first + WINDOW) * global_batch)
-    samples, kinds = _samples(seed, stream, len(lengths), positions, global_batch, pictured)
+    samples, kinds = _samples(seed, stream, len(lengths), positions, global_batch, pictured, draw)
     epochs, steps = positions // len(lengths), positions // global_batch
     drawn = np.array([derived_seed(seed, "length", number) for number in range(first, first + WINDOW)])
     # Both orders keep the positions of an epoch and kind in one block, so that no sample leaves its epoch or modality.
@@ -87,22 +122,45 @@ def derived_seed(*parts: int | str) -> int:
 
 
 def _samples(
-    seed: int, stream: str, size: int, positions: Indices, global_batch: int, pictured: Flags | None
+    seed: int,
+    stream: str,
+    size: int,
+    positions: Indices,
+    global_batch: int,
+    pictured: Flags | None,
+    draw: Draw | None,
 ) -> tuple[Indices, Indices]:
     """The samples at these positions, and of what kind the step of each is: `PICTURED`, `TEXT` or `MIXED`."""
     if size < 1:
         raise ConfigError(f"data.streams.{stream}: no sample")
     samples, kinds = np.empty_like(positions), np.full_like(positions, MIXED)
     epochs, places = positions // size, positions % size
-    flags = None if pictured is None else pictured.tobytes()
-    for epoch in np.unique(epochs):
+    for epoch in map(int, np.unique(epochs)):
         own = epochs == epoch
-        order = _permutation(seed, stream, size, int(epoch))
-        if flags is not None:
-            order, kind = _by_modality(seed, stream, int(epoch), global_batch, flags)
+        drawn = None if draw is None else draw.epoch(seed, stream, epoch)
+        order = _permutation(seed, stream, size, epoch)
+        if pictured is not None:
+            flags = pictured if drawn is None else pictured[drawn]
+            order, kind = _by_modality(seed, stream, epoch, global_batch, flags.tobytes())
             kinds[own] = kind[places[own]]
-        samples[own] = order[places[own]]
+        chosen = order[places[own]]
+        samples[own] = chosen if drawn is None else drawn[chosen]
     return samples, kinds
+
+
+@lru_cache(maxsize=16)
+def _drawn(draw: Draw, seed: int, stream: str, epoch: int) -> Indices:
+    parts = []
+    for number, count in enumerate(draw.counts.tolist()):
+        members = np.flatnonzero(draw.classes == number)
+        positions = np.arange(epoch * count, (epoch + 1) * count)
+        passes, places = positions // len(members), positions % len(members)
+        for turn in range(int(passes[0]), int(passes[-1]) + 1):
+            order = np.random.default_rng(derived_seed(seed, stream, "class", number, turn)).permutation(len(members))
+            parts.append(members[order[places[passes == turn]]])
+    drawn = np.concatenate(parts)
+    drawn.setflags(write=False)
+    return drawn
 
 
 @lru_cache(maxsize=16)  # a batch touches two epochs at most unless the stream is smaller than it

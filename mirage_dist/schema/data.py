@@ -76,6 +76,8 @@ class DataConfig:
     template_options: dict[str, Any] = field(default_factory=dict)  # of the chat template, such as enable_thinking
     refusals_in_forget: Literal["error", "allow"] = "error"  # "harmful" answers that are in fact refusals
     refusals: str | None = None  # JSON file of phrases of refusal, for answers in another language; default: ours
+    # openers: draw samples so that every first word is as frequent in each stream (one stream: refusals and answers)
+    balance: Literal["openers"] | None = None
     group_by_length: bool = False  # samples of similar length in one batch
     group_by_modality: bool = False  # batches of samples with a picture, and batches of samples without one
     # a micro-batch's samples concatenated into one row, without padding; auto: where the model keeps them apart

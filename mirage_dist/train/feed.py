@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from mirage_dist.ranks import Group, everyones
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.limits import STEPS
 from mirage_dist.train.caches.samples import Digests, Table
+from mirage_dist.train.planning import openers
+from mirage_dist.train.planning.openers import Balance
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs
 from mirage_dist.train.prefetch import made
 
@@ -254,10 +257,19 @@ class Feed:
         """Optimizer steps of the whole run (see `steps_of`)."""
         return steps_of(self.recipe.train, len(self.samples[self.epoch_stream]))
 
+    @cached_property
+    def balance(self) -> Balance | None:
+        """How `data.balance` draws the samples; None in the plain order. Raises ConfigError as `openers.balance`."""
+        if self.recipe.data.balance is None:
+            return None
+        if self.table is not None:
+            return openers.balance(openers.read(self.table.folder), self.needs)
+        return openers.balance(openers.of(self.samples, self.recipe.data.refusals), self.needs)
+
     def only(self, rows: Mapping[str, stream.Indices], recipe: TrainRecipe) -> Feed:
-        """The feed of these samples alone, in this order, for another resolved recipe of the same data."""
+        """The feed of these samples alone, each once an epoch, for another resolved recipe of the same data."""
         part = copy(self)
-        part.recipe, part.table = recipe, None
+        part.recipe, part.table, part.balance = recipe, None, None
         part.samples = {name: [self.samples[name][int(i)] for i in own] for name, own in rows.items()}
         part.lengths = {name: self.lengths[name][own] for name, own in rows.items()}
         part.pictured = {name: self.pictured[name][own] for name, own in rows.items() if name in self.pictured}
@@ -286,11 +298,12 @@ class Feed:
         seed, batch, paired = self.recipe.seed, self.recipe.train.global_batch, self.needs.paired
         order = paired[0] if name in paired else name  # the stream whose name and lengths decide the order
         pictured = self.pictured.get(name)
+        draw = None if self.balance is None else self.balance.draws[order]
         if self.recipe.data.group_by_length:
             same = paired if name in paired else (name,)
             lengths = np.maximum.reduce([self.lengths[other] for other in same])
-            return stream.grouped(seed, order, lengths, step, batch, pictured)
-        return stream.batch(seed, order, len(self.samples[name]), step, batch, pictured)
+            return stream.grouped(seed, order, lengths, step, batch, pictured, draw)
+        return stream.batch(seed, order, len(self.samples[name]), step, batch, pictured, draw)
 
     def collate(self, rows: Mapping[str, np.ndarray]) -> MicroBatch:
         """One batch on the CPU of the samples at these indices, by stream."""

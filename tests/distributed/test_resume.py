@@ -34,6 +34,7 @@ ZERO2 = "deepspeed=configs/deepspeed/zero2.json"
 PUBLISHED = (
     "data.streams.retain=[{format: samples, path: {mixed}}]",
     "data.group_by_modality=true",
+    "data.balance=openers",
     "train.epoch_stream=retain",
     "train.warmup_from_zero=true",
     "train.schedule_steps=12",

@@ -42,6 +42,7 @@ ZERO2 = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
 PUBLISHED = (
     "data.streams.retain=[{{format: samples, path: {mixed}}}]",
     "data.group_by_modality=true",
+    "data.balance=openers",
     "data.group_by_length=true",
     "train.warmup=0.5",
     "train.warmup_from_zero=true",

@@ -142,8 +142,15 @@ def check_batches(
     sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)
     cut = feed.check_lengths(group)
+    check_balance(feed)
     divide(feed, checked, largest_that_fits)
     return feed, cut
+
+
+def check_balance(feed: Feed) -> None:
+    """Log how `data.balance` draws the samples. Raises ConfigError where it cannot."""
+    if feed.balance is not None:
+        log.info(feed.balance.text)
 
 
 def divide(feed: Feed, checked: Checked, largest_that_fits: Callable[[Feed], int] = lambda feed: UNMEASURED) -> None:
@@ -231,8 +238,13 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
 def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
     """What imitating these samples may teach instead (see `data.audit`), and held-out samples that train."""
     refusals = checked.recipe.data.refusals
-    counted = {name: audit.Imitated(refusals).add(streams[name].samples) for name in checked.needs.audited}
+    counted = {name: audit.Imitated(refusals).add(streams[name].samples) for name in audited(checked)}
     return [*imitated_warnings(counted), *validation.warnings(streams)]
+
+
+def audited(checked: Checked) -> tuple[str, ...]:
+    """The streams to audit: none whose openers are balanced, since the audit counts samples, not draws."""
+    return () if checked.recipe.data.balance else checked.needs.audited
 
 
 def imitated_warnings(counted: Mapping[str, audit.Imitated]) -> list[str]:

@@ -167,6 +167,7 @@ def plan(
         recipe = check.resolved(recipe, processor)
         feed = Feed(recipe, objective.needs, streams, processor)
         feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
+        check.check_balance(feed)
         lengths = lengths_of(feed)
     else:
         check.check_weights(recipe, objective.needs, False)

@@ -29,7 +29,15 @@ from mirage_dist.train.caches.samples import FOLDER, Table
 from mirage_dist.train.feed import Feed, encoder_of
 from mirage_dist.train.lease import Lease
 from mirage_dist.train.measures import validation
-from mirage_dist.train.planning.check import Checked, divide, imitated_warnings, resolved
+from mirage_dist.train.planning import openers
+from mirage_dist.train.planning.check import (
+    Checked,
+    audited,
+    check_balance,
+    divide,
+    imitated_warnings,
+    resolved,
+)
 from mirage_dist.train.planning.fitting import rows_that_fit
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs, describe, read_streams
 
@@ -75,7 +83,7 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
     def look() -> tuple[str, Path | None]:
         key = identity.key(recipe, needs, processor, files)
         folder = Path(recipe.run.dir) / FOLDER / key
-        return key, None if recipe.data.verify or not _usable(folder) else folder
+        return key, None if recipe.data.verify or not _usable(folder, recipe) else folder
 
     key, folder = together(group, look)
     if folder is not None:
@@ -103,13 +111,16 @@ def _prepared(checked: Checked, recipe: TrainRecipe, folder: Path, processor: An
     table = samples.opened(folder)
     feed = Feed(recipe, checked.needs, table, processor)
     cut = feed.check_lengths(group)
+    check_balance(feed)
     divide(feed, checked, lambda feed: rows_that_fit(checked, feed, group))
     return Prepared(feed, table, cut, new)
 
 
-def _usable(folder: Path) -> bool:
+def _usable(folder: Path, recipe: TrainRecipe) -> bool:
     try:
         samples.opened(folder)
+        if recipe.data.balance is not None:
+            openers.read(folder)
     except FileNotFoundError:
         return False
     except (state.Damaged, ConfigError, OSError) as error:
@@ -165,6 +176,10 @@ def _check(checked: Checked, recipe: TrainRecipe, processor: Any, group: Group, 
             validation.warnings(streams),
             describe(streams, recipe.data.refusals),
         )
+        if recipe.data.balance is not None:
+            own = openers.of({name: kept[name] for name in needs.streams}, recipe.data.refusals)
+            openers.balance(own, needs)  # an error comes before the lengths are measured
+            openers.write(folder, own)
         streams.clear()
 
     with disk.refusals(folder, "nothing of the run was written"), disk.private_umask():
@@ -179,7 +194,7 @@ def _audited(checked: Checked, draft: Table, group: Group) -> list[str]:
 
     The shares are joined in the order of the rows, so that the result is that of one rank, ties included.
     """
-    refusals, names = checked.recipe.data.refusals, checked.needs.audited
+    refusals, names = checked.recipe.data.refusals, audited(checked)
     # Rank 0 alone needs the file of phrases, as it alone reads the data.
     counted = together(group, lambda: {name: audit.Imitated(refusals) for name in names})
     for name, counts in counted.items():

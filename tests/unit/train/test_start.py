@@ -92,7 +92,14 @@ def equal(one, other):
     assert torch.equal(one.batch.labels_BS, other.batch.labels_BS)
 
 
-@pytest.mark.parametrize("own", [(), ("data.group_by_length=true", "data.group_by_modality=true")])
+@pytest.mark.parametrize(
+    "own",
+    [
+        (),
+        ("data.group_by_length=true", "data.group_by_modality=true"),
+        ("data.group_by_length=true", "data.balance=openers"),
+    ],
+)
 def test_batches_are_those_of_the_data_themselves_at_the_first_start_and_at_later_ones(begin, own):
     with begin(*own) as first:
         recipe = first.feed.recipe
@@ -109,6 +116,20 @@ def test_batches_are_those_of_the_data_themselves_at_the_first_start_and_at_late
     for name, kept in feed.samples.items():
         assert list(second.feed.samples[name]) == list(kept)
         assert second.feed.lengths[name].tolist() == [feed.encoder.length(sample) for sample in kept]
+
+
+def test_damaged_openers_are_counted_again(begin, caplog):
+    with begin("data.balance=openers") as first:
+        expected, file = windows(first.feed), first.feed.recipe.run.dir
+    (file,) = Path(file).glob("samples/*/openers.json")
+    file.write_text(file.read_text().replace("[0, ", "[1, ", 1))
+    with begin("data.balance=openers") as second:
+        assert second.new
+        again = windows(second.feed)
+    assert "openers.json" in caplog.text
+    for one, other in zip(expected, again, strict=True):
+        for mine, later in zip(one, other, strict=True):
+            equal(mine, later)
 
 
 def test_what_the_run_records_is_what_reading_the_data_gives(begin, data):
