@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mirage_dist import config as configs
@@ -309,7 +310,17 @@ def merge(parsed: argparse.Namespace) -> None:
 
 
 def export(parsed: argparse.Namespace) -> None:
+    for flag, given in (("--public", parsed.public), ("--dry-run", parsed.dry_run)):
+        if given and parsed.push is None:
+            raise ConfigError(f"{flag}: belongs to an upload; give --push OWNER/NAME")
+    from mirage_dist.hub import measured, push, remote
     from mirage_dist.model import export
 
-    export.export(parsed.run_dir, parsed.out, parsed.step, form=parsed.form)
+    base = None if parsed.base is None else remote.check_name(parsed.base, "--base")
+    if parsed.push is not None:
+        target = push.Target(parsed.push, parsed.public, parsed.dry_run)
+        show(*push.push(parsed.run_dir, parsed.out, parsed.step, parsed.form, target, base))
+        return
+    own = partial(measured.evaluations, parsed.run_dir)
+    export.export(parsed.run_dir, parsed.out, parsed.step, form=parsed.form, base=base, evaluations=own)
     show(parsed.out)

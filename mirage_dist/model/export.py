@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from mirage_dist import config as configs
 from mirage_dist import disk, ranks, runs
 from mirage_dist.model import directory, load, weights
 from mirage_dist.model.adapters import files
 from mirage_dist.model.adapters.quantization import unquantized
-from mirage_dist.model.exports import merged, whole
+from mirage_dist.model.exports import card, merged, whole
+from mirage_dist.model.exports.card import Evaluation
+from mirage_dist.model.families import roles
 from mirage_dist.model.shards import MANIFEST, Shards, committed, damage, read_manifest, step_of
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import Group, no_bars_in_logs
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe, check_form
-from mirage_dist.schema.texts import fill
 
 Form = Literal["merged", "adapter", "both"]
-CARD = """---
-library_name: {library}
-base_model: {base}
-base_model_hash: {base_hash}
----
-# {name}
-
-`{base}` after `{objective}` training with mirage_dist: step {step}, recipe hash `{hash}`.
-Attack success and rejection rates belong beside this model; a low rate is behaviour, not proof of erasure.
-"""
-
-
 ALONE = Group(0, 0, 1, torch.device("cpu"))
 
 
@@ -45,6 +35,8 @@ def export(
     workspace: Path | None = None,
     form: Form = "merged",
     group: Group = ALONE,
+    base: str | None = None,
+    evaluations: Callable[[Path, Path], Sequence[Evaluation]] | None = None,
 ) -> None:
     """Write the model of a run's checkpoint (the newest, or of `step`) to `out`; every rank of `group` calls this.
 
@@ -52,7 +44,10 @@ def export(
     training for it); `adapter`, a peft adapter, without the base model; `both`, the whole model and `out`/adapter.
     Weights have the dtype of training; each file of them is written by one rank, which holds one tensor at a time. The
     files of processor, tokenizer and chat template are copies of the base model's. The result loads with
-    `from_pretrained` of the base's auto class. It is written in `workspace` (default: beside `out`) and renamed.
+    `from_pretrained` of the base's auto class. Its card, README.md, says how it was made. The base model's licence
+    files go with its weights. It is written in `workspace` (default: beside `out`) and renamed.
+    base: the base model's name on the hub, by which card and adapter name it in place of its path. evaluations: those
+    for the card, of (the folder under way, the checkpoint); rank 0 calls it last.
     Raises ConfigError when the checkpoint does not exist or is damaged, the base weights have changed or are not whole,
     `out` exists, or when the run has no adapter to write, or trained parameters that an adapter does not hold; RunError
     when a rank cannot write its part.
@@ -65,12 +60,15 @@ def export(
     with disk.folder(out, workspace=workspace) if group.main else nullcontext() as own:
         partial = ranks.from_main(group, own)
         assert partial is not None
-        if group.main:
-            (partial / "README.md").write_text(_card(run, recipe, checkpoint, form))
         if form != "adapter":
             _write_merged(partial, recipe, checkpoint, out, group)
         if form != "merged" and group.main:
-            _write_adapter(partial if form == "adapter" else partial / "adapter", recipe, checkpoint)
+            _write_adapter(partial if form == "adapter" else partial / "adapter", recipe, checkpoint, base)
+        if group.main:
+            subject = _subject(run, recipe, checkpoint, form, base)
+            if evaluations is not None:
+                subject = replace(subject, evaluations=evaluations(partial, checkpoint))
+            (partial / card.FILE).write_text(card.text(subject), encoding="utf-8")
 
 
 def _checked(run: Path, out: Path, form: Form) -> TrainRecipe:
@@ -92,15 +90,18 @@ def _check_base(run: Path, recipe: TrainRecipe, checkpoint: Path) -> None:
         raise ConfigError(f"{recipe.model.path}: its files changed since {run} was trained on them")
 
 
-def _card(run: Path, recipe: TrainRecipe, checkpoint: Path, form: Form) -> str:
-    facts = {"base": recipe.model.path, "name": recipe.run.name or run.name, "objective": recipe.objective["name"]}
-    return fill(
-        CARD,
-        **facts,
-        library="peft" if form == "adapter" else "transformers",
-        step=str(step_of(checkpoint)),
-        hash=configs.config_hash(recipe)[:16],
-        base_hash=read_manifest(checkpoint)["base_hash"],
+def _subject(run: Path, recipe: TrainRecipe, checkpoint: Path, form: Form, base: str | None) -> card.Subject:
+    """What the card is about."""
+    text_only = roles.text_only(load.configuration(unquantized(recipe.model)))
+    return card.Subject(
+        run,
+        recipe,
+        step_of(checkpoint),
+        disk.sha256(checkpoint / MANIFEST),
+        read_manifest(checkpoint)["base_hash"],
+        form,
+        "text-generation" if text_only else "image-text-to-text",
+        base or card.hub_name(recipe.model.path),
     )
 
 
@@ -112,9 +113,13 @@ def _write_merged(folder: Path, recipe: TrainRecipe, checkpoint: Path, out: Path
             _write_planned(folder, plan, shards, out, group)
         elif group.main:
             whole.write(folder, model, recipe.train.dtype, depth, shards)
+            merged.sums(folder)
     if group.main:
         _check_written(folder, load.configuration(model), out)
-        directory.copy_processing(directory.resolve(recipe.model.path), folder)
+        start = directory.resolve(recipe.model.path)
+        directory.copy_processing(start, folder)
+        for file in (file for pattern in card.TERMS for file in start.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write_planned(folder: Path, plan: merged.Merged, shards: Shards, out: Path, group: Group) -> None:
@@ -133,12 +138,13 @@ def _write_planned(folder: Path, plan: merged.Merged, shards: Shards, out: Path,
         merged.index(folder, plan, files, {file: own for part, _ in parts for file, own in part.items()})
 
 
-def _write_adapter(folder: Path, recipe: TrainRecipe, checkpoint: Path) -> None:
+def _write_adapter(folder: Path, recipe: TrainRecipe, checkpoint: Path, base: str | None) -> None:
     assert recipe.model.lora is not None
     folder.mkdir(exist_ok=True)
     with Shards(checkpoint) as shards:
         own = {name: shards.whole(name).to(load.DTYPES[recipe.train.dtype]) for name in shards.shapes}
-    files.write(folder, recipe.model.path, recipe.model.lora, own)
+    files.write(folder, base or files.place(recipe.model.path), recipe.model.lora, own)
+    merged.sums(folder)
 
 
 def _check_written(folder: Path, config: Any, out: Path) -> None:

@@ -34,7 +34,7 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "paper", "sweep", "doctor", "project", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "sweep", "doctor", "project", "hub", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
@@ -44,7 +44,7 @@ BESIDE = {
     "demo": {"inputs", "countries"},
     "paper": {"inputs", "embedded"},
     "doctor": {"inputs"},
-    "cli": {"inputs", "demo", "paper", "sweep", "doctor", "project"},
+    "cli": {"inputs", "demo", "paper", "sweep", "doctor", "project", "hub"},
 }
 # Parts that these do not import although they lie below.
 WITHOUT = {

@@ -18,8 +18,8 @@ NAME = ".default"  # of the adapter, in the names of its parameters in memory; n
 def write(folder: Path, base: str, options: LoraConfig, weights: Mapping[str, torch.Tensor]) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
-    base: path or hub name of the base model, written absolute where it is a directory. weights: adapter parameters by
-    their names in the peft model. `target_modules` lists whole layer names: short ones, such as q_proj, would also
+    base: what the adapter names as its base model (see `place`). weights: adapter parameters by their names in the peft
+    model. `target_modules` lists whole layer names: short ones, such as q_proj, would also
     select layers of the vision tower.
     """
     import peft
@@ -30,9 +30,14 @@ def write(folder: Path, base: str, options: LoraConfig, weights: Mapping[str, to
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=layers,
-        base_model_name_or_path=os.path.realpath(base) if Path(base).is_dir() else base,
+        base_model_name_or_path=base,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
     named = {name.replace(f"{NAME}.", "."): tensor.contiguous() for name, tensor in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def place(base: str) -> str:
+    """A base model's path, absolute, or its name in the hub's cache as it is."""
+    return os.path.realpath(base) if Path(base).is_dir() else base

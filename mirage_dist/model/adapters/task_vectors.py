@@ -35,7 +35,7 @@ PROVENANCE = "merge.yaml"  # no name that `directory.files` counts: it decides n
 BLOCK = 1 << 22  # elements that are computed at a time, in float64
 # Of a configuration, what may differ between a model and one that was tuned from it.
 OF_A_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-BASE_HASH = re.compile(r"^base_model_hash: ([0-9a-f]{64})$", re.MULTILINE)  # in the card that `model.export` writes
+BASE_HASH = re.compile(r"^base_model_hash: '?([0-9a-f]{64})'?$", re.MULTILINE)  # in the card of an export
 CARD = """---
 library_name: transformers
 base_model: {base}

@@ -247,3 +247,22 @@ def index(folder: Path, merged: Merged, files: Files, written: Mapping[str, Mapp
         }
         (folder / directory.INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     (folder / SUMS).write_text("".join(f"{written[file]['sha256']}  {file}\n" for file in sorted(written)))
+
+
+def sums(folder: Path) -> None:
+    """Write the SHA-256 of files of weights that a library wrote."""
+    files = sorted(folder.glob(directory.WEIGHTS))
+    (folder / SUMS).write_text("".join(f"{disk.sha256(file)}  {file.name}\n" for file in files))
+
+
+def changed(folder: Path) -> str | None:
+    """The first file of weights that is not what SHA256SUMS says, or that it does not list; None where all are."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        listed = {name: own for own, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError):
+        return SUMS
+    names = {file.name for file in folder.glob(directory.WEIGHTS)} | listed.keys()
+    return next(
+        (n for n in sorted(names) if not (folder / n).is_file() or disk.sha256(folder / n) != listed.get(n)), None
+    )
