@@ -12,7 +12,6 @@ and 12.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from statistics import mean
 import common
 import torch
 
+from mirage_dist import report
 from mirage_dist.evals.results import Entry
 from mirage_dist.report.load import rates
 
@@ -168,7 +168,7 @@ def main() -> None:
     folders = {seed: parsed.out / f"seed-{seed}" for seed in parsed.seeds}
     with ThreadPoolExecutor(parsed.jobs) as pool:
         list(pool.map(lambda seed: demo(story, seed, folders[seed]), folders))
-    summaries = {seed: json.loads((place / "report/summary.json").read_text()) for seed, place in folders.items()}
+    summaries = {seed: report.read_summary(place / "report/summary.json") for seed, place in folders.items()}
     by_model = {}
     for model in story.models:
         entries = [summary["models"][model] for summary in summaries.values()]

@@ -111,10 +111,10 @@ def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
 
 
 def student(freedom: int) -> float:
-    """Student's .975 quantile, expanded around the normal one (Abramowitz and Stegun 26.7.5); 5 % too low at 2."""
+    """Student's .975 quantile: exact up to 2, above expanded around the normal one (Abramowitz and Stegun 26.7.5)."""
     z = Z95
-    if freedom == 1:
-        return 12.706204736432095
+    if freedom <= 2:  # tan(.475 π), and .95 / √(2 · .975 · .025)
+        return 12.706204736432095 if freedom == 1 else 4.302652729749464
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

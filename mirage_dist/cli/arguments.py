@@ -198,6 +198,7 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--out", type=_path, help="default: report/ in the sweep, or else in the first run")
     report.add_argument("--suite", type=_name, help="required when the runs share several suites")
+    report.add_argument("--pdf", action="store_true", help="write each figure of the page as a PDF too")
     report.add_argument(
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )

@@ -282,6 +282,8 @@ def report(parsed: argparse.Namespace) -> None:
 
     if bool(parsed.compare) == bool(parsed.runs or parsed.sweep):
         raise ConfigError("mirage report: name run directories, a sweep with --sweep, or files with --compare")
+    if parsed.pdf and (parsed.compare or parsed.sweep):
+        raise ConfigError("--pdf: is for a report of runs; leave --compare and --sweep out")
     if parsed.compare:
         show(report.published.compare(parsed.compare))
         return
@@ -296,7 +298,7 @@ def report(parsed: argparse.Namespace) -> None:
         results.require_whole(own)
         return
     out = parsed.out or parsed.runs[0] / "report"
-    summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs)
+    summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs, pdf=parsed.pdf)
     show(report.table(summary), out / "index.html")
     report.require_whole(summary)
 

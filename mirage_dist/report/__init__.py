@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from mirage_dist import disk
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import examples, judges, page, plain, published, text
+from mirage_dist.report import summary as summaries
 from mirage_dist.report.compare import comparisons
 from mirage_dist.report.curves.budgets import budgets
-from mirage_dist.report.figures import paper
+from mirage_dist.report.figures import drawing, paper
 from mirage_dist.report.load import named, read
-from mirage_dist.report.plain import table
-from mirage_dist.report.summary import Provenance, Summary
-from mirage_dist.schema import RunError
+from mirage_dist.report.methods import methods
+from mirage_dist.report.summary import SCHEMA_VERSION, Provenance, Summary
+from mirage_dist.report.summary import read as read_summary
+from mirage_dist.report.writing import latex
+from mirage_dist.report.writing.terminal import table
+from mirage_dist.schema import ConfigError, RunError
 
-__all__ = ["Provenance", "Summary", "named", "overview", "published", "report", "require_whole", "table"]
+__all__ = [
+    "Provenance",
+    "Summary",
+    "named",
+    "overview",
+    "published",
+    "read_summary",
+    "report",
+    "require_whole",
+    "table",
+]
 
+METHODS = "methods.csv"
 EXAMPLES = 100  # questions of each set that the page shows, with all of their rewrites
 
 
@@ -30,15 +46,17 @@ def report(
     outputs: bool = False,
     lead: tuple[str, str, str] | None = None,
     files: Mapping[str, str] | None = None,
+    pdf: bool = False,
 ) -> Summary:
     """Write the report of the runs (name -> run directory) into `out` and return its summary.
 
-    Writes index.html, report.md, rates.csv and summary.json (see `Summary`), all of them or none (see `disk.files`) and
-    private (mode 0600), and logs warnings where a comparison may be invalid or results are left out.
+    Writes index.html, report.md, rates.csv, table.tex and summary.json (see `Summary`), of runs that differ in their
+    seeds methods.csv too, all of them or none (see `disk.files`) and private (mode 0600), and logs warnings where a
+    comparison may be invalid or results are left out.
     provenance: top-level values of the summary that the runs' files do not hold; those that are missing are None.
     outputs: include model outputs on real data in the page, hidden until clicked. Outputs on embedded worlds are always
     included. lead: title, note and HTML of a section before all others. files: name ->
-    content of further files in `out`.
+    content of further files in `out`. pdf: each figure of the page as a PDF too.
 
     A run with missing or damaged verdicts is reported with what is there, and the summary's `problems` say what is not.
     Raises RunError for missing answers, damaged rates and a disk that accepts no more, before it has changed a file;
@@ -49,6 +67,8 @@ def report(
         log.warning(warning, extra=ON_STDERR)
     summary: Summary = {
         "models": {run.name: run.entry for run in loaded},
+        "schema_version": SCHEMA_VERSION,
+        "methods": methods(loaded),
         "comparisons": comparisons(loaded),
         "budgets": budgets(loaded),
         "seed": loaded[0].metrics["seed"],
@@ -59,23 +79,41 @@ def report(
         "judges": {run.name: run.judge for run in loaded},
         "problems": text.problems(loaded),
         "cautions": judges.cautions(loaded),
+        "figures": [],
         **(provenance or {}),
     }
     benign = all(run.metrics["world"] for run in loaded)
     shown = examples.gather(loaded, EXAMPLES, outputs or benign)
-    contents = {
-        "summary.json": json.dumps(summary, indent=1) + "\n",
+    with drawing.kept() as drawn:
+        html = page.render(loaded, summary, shown, lead)
+    figures = {f"{name}.pdf": drawing.pdf(*own) for name, own in drawn.items()} if pdf else {}
+    summary["figures"] = list(figures)
+    contents: dict[str, str | bytes] = {
+        summaries.FILE: json.dumps(summary, indent=1) + "\n",
         "report.md": plain.markdown(loaded, summary),
         "rates.csv": plain.csv_of_rates(loaded),
-        "index.html": page.render(loaded, summary, shown, lead),
+        latex.FILE: latex.table(loaded, summary),
+        "index.html": html,
+        **({METHODS: plain.csv_of_methods(summary["methods"])} if summary["methods"] else {}),
+        **figures,
         **(files or {}),
     }
     unharmed = "the runs and an earlier report are unharmed; make the report again, or elsewhere with --out"
-    mark = ("summary.json", '{\n "models": {')
-    with disk.refusals(out, unharmed), disk.files(out, mark, private=True) as folder:
+    mark = (summaries.FILE, '{\n "models": {')
+    others = [METHODS, *_figures(out)]  # of an earlier report of other runs
+    with disk.refusals(out, unharmed), disk.files(out, mark, others, private=True) as folder:
         for name, content in contents.items():
             disk.write(folder / name, content, private=True, durable=False, workspace=folder)
     return summary
+
+
+def _figures(out: Path) -> list[str]:
+    """The figures that an earlier report wrote into `out` as files."""
+    try:
+        names = read_summary(out / summaries.FILE).get("figures", [])
+    except ConfigError:  # there is none, or it is somebody else's, or a newer version's: its files stay
+        return []
+    return [name for name in names if re.fullmatch(r"[\w-]+\.pdf", str(name))]
 
 
 def require_whole(summary: Summary) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from mirage_dist.report.examples import Examples
 from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
 from mirage_dist.report.figures import judges as judge_figures
 from mirage_dist.report.figures.drawing import SIZE, Draw
-from mirage_dist.report.figures.style import DARK, LIGHT
+from mirage_dist.report.figures.style import DARK, LIGHT, SLOTS
 from mirage_dist.report.load import HELD_OUT, Run
 from mirage_dist.report.summary import Summary
 
@@ -31,18 +31,19 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples, lead: tuple[s
         _head(runs),
         _section(*lead) if lead else "",
         _section("In one table", text.MAIN_NOTE, tables.main(runs)),
+        _section(text.METHODS_TITLE, text.SEEDS_NOTE, tables.methods(summary)),
         _section("The language model before and after", text.UNTRAINED_NOTE, _language_model(runs, summary)),
-        _effect(runs),
-        _methods(runs),
-        _attacks(runs, summary["budgets"]),
-        _cause(runs),
-        _erasure(runs),
-        _categories(runs),
+        *_many(runs, summary, _effect),
+        *_many(runs, summary, _methods),
+        *_many(runs, summary, lambda part, prefix: _attacks(part, summary["budgets"], prefix)),
+        *_many(runs, summary, _cause),
+        *_many(runs, summary, _erasure),
+        *_many(runs, summary, _categories),
         _examples(shown),
         _judges(runs),
         _section("Do the judges agree?", text.JUDGES_NOTE, tables.agreement(runs) + judges.table_of_errors(runs)),
         _section("Pairs of models, the same questions", text.PAIRS_NOTE, tables.pairs(runs, summary["comparisons"])),
-        _section("All rates", text.TABLE_NOTE, tables.rates(runs)),
+        _section("All rates", text.TABLE_NOTE, "".join(_rates(runs, summary))),
         _reading(runs),
     ]
     return (
@@ -98,22 +99,68 @@ def _figure(name: str, draw: Draw, words: tuple[str, str], size: tuple[float, fl
     return f"<figure><h3>{escape(title)}</h3>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _effect(runs: Sequence[Run]) -> str:
+def _many(runs: Sequence[Run], summary: Summary, section: Callable[[Sequence[Run], str], str]) -> Iterator[str]:
+    """A section of figures. Of more runs than there are colours one for every few of them, folded but for the first.
+
+    section: makes it of some runs, with a prefix for the names of its figures.
+    """
+    parts = list(_parts(runs, summary))
+    for number, part in enumerate(parts):
+        prefix = f"part{number + 1}-" if len(parts) > 1 else ""
+        inner = section(part, prefix)
+        if len(parts) == 1 or not inner:
+            yield inner
+            continue
+        title = f"Figures {number + 1} of {len(parts)}: {', '.join(run.name for run in part)}"
+        opened = "" if number else " open"
+        yield f"<details{opened}><summary>{escape(title)}</summary>{inner}</details>\n"
+
+
+def _rates(runs: Sequence[Run], summary: Summary) -> Iterator[str]:
+    """The tables of all rates, of a few runs each."""
+    for part in _parts(runs, summary):
+        yield tables.rates(part)
+
+
+def _parts(runs: Sequence[Run], summary: Summary) -> Iterator[list[Run]]:
+    """The runs in groups of at most as many as there are colours, seeds of a method together where they fit."""
+    of = {run: name for name, method in summary["methods"].items() for run in method["runs"]}
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(of.get(run.name, run.name), []).append(run)
+    if len(runs) <= len(SLOTS):
+        yield list(runs)
+        return
+    part: list[Run] = []
+    for members in methods.values():
+        if part and len(part) + len(members) > len(SLOTS):
+            yield part
+            part = []
+        for start in range(0, len(members), len(SLOTS)):
+            piece = members[start : start + len(SLOTS)]
+            if start:
+                yield part
+                part = []
+            part = [*part, *piece]
+    yield part
+
+
+def _effect(runs: Sequence[Run], prefix: str) -> str:
     size = paper.dumbbell_size(runs)
     parts = []
     held_out = of_set("asr", HELD_OUT)
     for number, measure, kind in (("1a", "asr", "unsafe"), ("1b", "rr", "safe"), ("", held_out, "unsafe")):
         if any(run.leaf(measure) for run in runs):
             words = text.dumbbell(runs, measure, kind, number)
-            parts.append(_figure(f"fig{number or measure}", paper.dumbbell(runs, measure, kind), words, size))
+            parts.append(_figure(f"{prefix}fig{number or measure}", paper.dumbbell(runs, measure, kind), words, size))
     for number, measure, kind in (("4", "asr", "unsafe"), ("5", "rr", "safe")):
         if any(run.leaf(measure) for run in runs):
             words = text.curve(runs, measure, kind, number)
-            parts.append(_figure(f"fig{number}", paper.curve(runs, measure, kind), words))
+            parts.append(_figure(f"{prefix}fig{number}", paper.curve(runs, measure, kind), words))
     return _figures("What one word does", text.CURVES_NOTE, parts)
 
 
-def _attacks(runs: Sequence[Run], budgets: Sequence[Budget]) -> str:
+def _attacks(runs: Sequence[Run], budgets: Sequence[Budget], prefix: str) -> str:
     """Of a suite with several attacks on one kind of question, or with one that draws answers."""
     parts = []
     for measure in ("asr", "rr"):
@@ -121,10 +168,11 @@ def _attacks(runs: Sequence[Run], budgets: Sequence[Budget]) -> str:
         controls = {name for run in runs for name in run.controls}
         if len([c for c in attacks.conditions(rates) if c.attack not in controls]) > 2:
             draw, size = attacks.by_attack(rates, sorted(controls)), attacks.size(rates)
-            parts.append(_figure(f"attacks-{measure}", draw, text.every_attack(measure), size))
-    for number, curves in enumerate(_by_attack(budgets)):
+            parts.append(_figure(f"{prefix}attacks-{measure}", draw, text.every_attack(measure), size))
+    own = {run.name for run in runs}
+    for number, curves in enumerate(_by_attack([budget for budget in budgets if budget["model"] in own])):
         draw = attacks.budget(curves, [run.name for run in runs])
-        parts.append(_figure(f"budget-{number}", draw, text.budget(curves)))
+        parts.append(_figure(f"{prefix}budget-{number}", draw, text.budget(curves)))
     return _figures("Every attack", text.ATTACKS_NOTE, parts)
 
 
@@ -136,23 +184,23 @@ def _by_attack(budgets: Sequence[Budget]) -> list[list[Budget]]:
     return list(parts.values())
 
 
-def _erasure(runs: Sequence[Run]) -> str:
+def _erasure(runs: Sequence[Run], prefix: str) -> str:
     """Of runs whose erasure was tested (`mirage erasure CONFIG`)."""
     tested = _tested(runs)
     parts = []
     for samples in erasure.sizes(tested):
         draw = erasure.relearning(tested, samples, "other")
-        parts.append(_figure(f"relearn-{samples}", draw, text.relearning(samples), (SIZE[0], 3.6)))
+        parts.append(_figure(f"{prefix}relearn-{samples}", draw, text.relearning(samples), (SIZE[0], 3.6)))
     if any("quantisation" in result for result in tested.values()):
         size = (SIZE[0], 1.2 + 0.75 * len(tested))
-        parts.append(_figure("quantised", erasure.quantised(tested), text.QUANTISED, size))
+        parts.append(_figure(f"{prefix}quantised", erasure.quantised(tested), text.QUANTISED, size))
     probes = [result["probe"] for result in tested.values() if "probe" in result]
     if probes:
         transfer = any(probe["transfer"] for probe in probes)
         draw = erasure.probed(tested, "last", transfer)
-        parts.append(_figure("probed", draw, text.probed(transfer), (SIZE[0], 3.6)))
+        parts.append(_figure(f"{prefix}probed", draw, text.probed(transfer), (SIZE[0], 3.6)))
     if any("completion" in result for result in tested.values()):
-        parts.append(_figure("completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
+        parts.append(_figure(f"{prefix}completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
     return _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
 
 
@@ -160,42 +208,44 @@ def _tested(runs: Sequence[Run]) -> dict[str, ErasureResult]:
     return {run.name: result for run in runs if (result := run.erasure)}
 
 
-def _methods(runs: Sequence[Run]) -> str:
+def _methods(runs: Sequence[Run], prefix: str) -> str:
     parts = []
     if any(run.attacked("unsafe") and run.attacked("safe") for run in runs):
-        parts.append(_figure("fig1d", paper.trade(runs), text.trade(runs), (SIZE[0], 4.2)))
+        parts.append(_figure(f"{prefix}fig1d", paper.trade(runs), text.trade(runs), (SIZE[0], 4.2)))
     if any(run.headline_set("unsafe") for run in runs):
         size = charts.kinds_size(runs, "unsafe")
-        parts.append(_figure("kinds", charts.kinds_of_answer(runs, "unsafe"), text.kinds(runs), size))
+        parts.append(_figure(f"{prefix}kinds", charts.kinds_of_answer(runs, "unsafe"), text.kinds(runs), size))
     for measure, kind in (("ir", "unsafe"), ("utility", "safe")):
         if any(run.leaf(measure) for run in runs):
             draw, words = paper.dumbbell(runs, measure, kind), text.dumbbell(runs, measure, kind)
-            parts.append(_figure(measure, draw, words, paper.dumbbell_size(runs)))
+            parts.append(_figure(prefix + measure, draw, words, paper.dumbbell_size(runs)))
     return _figures("Methods compared, before and after", text.METHODS_NOTE, parts)
 
 
-def _cause(runs: Sequence[Run]) -> str:
+def _cause(runs: Sequence[Run], prefix: str) -> str:
     trained = [run for run in runs if run.first_words]
     shares = [share for run in trained for pair in paper.shares(run.first_words).values() for share in pair]
     parts = []
     for number, run in enumerate(trained):
         size = paper.words_size(run.first_words)
         draw = paper.first_words(run.first_words, max(shares))
-        parts.append(_figure(f"fig3-{number}", draw, text.words(run), size))
-        parts.append(_figure(f"fig1c-{number}", paper.association(run, runs), text.association(run), size))
+        parts.append(_figure(f"{prefix}fig3-{number}", draw, text.words(run), size))
+        parts.append(_figure(f"{prefix}fig1c-{number}", paper.association(run, runs), text.association(run), size))
     tested = _tested(runs)
     for kind in ("unsafe", "safe"):
         attributions = [result["attribution"]["sets"] for result in tested.values() if "attribution" in result]
         words = [word for sets in attributions if kind in sets for word in sets[kind]["words"]]
         for number, word in enumerate(dict.fromkeys(words)):
             draw = charts.attribution(tested, kind, word)
-            parts.append(_figure(f"words-{kind}-{number}", draw, text.attribution(tested, kind, word)))
+            parts.append(_figure(f"{prefix}words-{kind}-{number}", draw, text.attribution(tested, kind, word)))
     return _figures("What safety training sees: the first word", text.WORDS_NOTE, parts)
 
 
-def _categories(runs: Sequence[Run]) -> str:
+def _categories(runs: Sequence[Run], prefix: str) -> str:
     parts = [
-        _figure(f"heat-{m}", charts.heat(runs, m, kind), text.heat(runs, m, kind), charts.heat_size(runs, m, kind))
+        _figure(
+            f"{prefix}heat-{m}", charts.heat(runs, m, kind), text.heat(runs, m, kind), charts.heat_size(runs, m, kind)
+        )
         for m, kind in (("asr", "unsafe"), ("rr", "safe"))
         if charts.categories(runs, m, kind)
     ]

@@ -1,16 +1,17 @@
-"""The report as plain text: Markdown, CSV, and the table for a terminal."""
+"""The report as plain text: Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from mirage_dist.evals.results import CLEAN, Condition, Leaf, Measures, of_set
+from mirage_dist.evals.results import Condition, Leaf, Measures
 from mirage_dist.report import judges, text
 from mirage_dist.report.compare import Comparison
-from mirage_dist.report.load import HELD_OUT, Run, rates, row_label
+from mirage_dist.report.load import Run, rates, row_label
+from mirage_dist.report.methods import Method, Spread
 from mirage_dist.report.summary import Summary
 
 FORMULA = "=+-@\t\r"  # a spreadsheet reads a cell that begins so as a formula (OWASP, CSV injection)
@@ -26,6 +27,9 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
             cells = [_cell(run.rates(measure).get(key)) for run in runs]
             rows.append([title if number == 0 else "", label, *cells])
     parts += ["## All rates", _table(rows), text.TABLE_NOTE]
+    if summary["methods"]:
+        parts += [f"## {text.METHODS_TITLE}", text.SEEDS_NOTE]
+        parts += [_table(_by_method(summary["methods"]))]
     if by_judge := _by_judge(runs):
         parts += [f"## {judges.TITLE}", judges.note(runs)]
         parts += ["\n".join(f"- {_inert(line)}" for line in judges.descriptions(runs)), by_judge]
@@ -39,6 +43,48 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
         parts += [text.PAIRS_NOTE]
     parts += ["## How to read these numbers", "\n".join(f"- {point}" for point in text.caveats(runs))]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_method(methods: Mapping[str, Method]) -> list[list[str]]:
+    head = ["", "", *(f"{name} ({len(own['seeds'])} seeds)" for name, own in methods.items())]
+    lines = [head, ["-"] * len(head)]
+    for measure, condition in spreads(methods):
+        own = [method["rates"].get(measure, {}).get(condition) for method in methods.values()]
+        lines.append([text.meaning(measure)[0], row_label(measure, condition), *map(_spread, own)])
+    return lines
+
+
+def spreads(methods: Mapping[str, Method]) -> list[tuple[str, str]]:
+    """(measure, condition) of every rate that a method has."""
+    places = ((m, key) for own in methods.values() for m, by_key in own["rates"].items() for key in by_key)
+    return list(dict.fromkeys(places))
+
+
+def _spread(own: Spread | None) -> str:
+    if own is None:
+        return "–"
+    values = (100 * value for value in (own["mean"], own["lowest"], own["highest"], *own["ci95"]))
+    return "{:.1f} ({:.1f} to {:.1f}; {:.1f}–{:.1f})".format(*values)
+
+
+def csv_of_methods(methods: Mapping[str, Method]) -> str:
+    """One line for each rate of each method. No cell is a formula."""
+    buffer = io.StringIO()
+    sheet = csv.writer(buffer, lineterminator="\n")
+    sheet.writerow(("method", "seeds", "measure", "condition", "mean", "lowest", "highest", "low", "high", "rates"))
+    for name, own in methods.items():
+        seeds = " ".join(map(str, own["seeds"]))
+        for measure, by_condition in own["rates"].items():
+            for condition, rate in by_condition.items():
+                values = (
+                    rate["mean"],
+                    rate["lowest"],
+                    rate["highest"],
+                    *rate["ci95"],
+                    " ".join(map(str, rate["rates"])),
+                )
+                sheet.writerow((*map(_no_formula, (name, seeds, measure, condition)), *values))
+    return buffer.getvalue()
 
 
 def _by_judge(runs: Sequence[Run]) -> str:
@@ -108,24 +154,3 @@ def _leaves(measures: Measures) -> Iterator[tuple[str, str, Leaf]]:
 
 def _no_formula(cell: str) -> str:
     return f"'{cell}" if cell.startswith(tuple(FORMULA)) else cell
-
-
-def table(summary: Summary) -> str:
-    """The main table for a terminal: a row for each measure and condition, a column for each model: `percent k/n`.
-
-    The report's problems come first, and what its rates must not be taken for.
-    """
-    models = summary["models"]
-    lines = [("", "", *models)]
-    held_out = of_set("asr", HELD_OUT)
-    for measure in (name for own in text.MEASURES for name in ((own, held_out) if own == "asr" else (own,))):
-        title, _ = text.meaning(measure)
-        own = [rates(entry, measure) for entry in models.values()]
-        keys = dict.fromkeys([str(CLEAN)] if measure == "locality" else [key for by_key in own for key in by_key])
-        for row, key in enumerate(keys):
-            leaves = [by_key.get(key) for by_key in own]
-            cells = [f"{100 * x['rate']:5.1f} {x['k']}/{x['n']}" if x else "    –" for x in leaves]
-            lines.append(("" if row else title, row_label(measure, key), *cells))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-    return "\n".join([*summary["problems"], *summary["cautions"], *rows])

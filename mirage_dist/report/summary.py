@@ -1,12 +1,20 @@
-"""The content of `summary.json`, as types."""
+"""The content of `summary.json`, as types; summary.schema.json beside this file is the same as a JSON Schema."""
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
 
 from mirage_dist.evals.results import Entry
 from mirage_dist.report.compare import Comparison
 from mirage_dist.report.curves.budgets import Budget
+from mirage_dist.report.methods import Method
+from mirage_dist.schema import ConfigError, documents
+
+FILE = "summary.json"
+# Raised by whatever makes an earlier reader misread the file: a member that goes or changes its meaning. A new member
+# does not: readers pass over what they do not know.
+SCHEMA_VERSION = 1
 
 
 class Provenance(TypedDict, total=False):
@@ -28,13 +36,17 @@ class Provenance(TypedDict, total=False):
 class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
-    models: model -> its headline judge's entry. budgets: success against draws, of every attack that draws answers.
+    schema_version: SCHEMA_VERSION of the package that wrote it; a file without it is of an earlier one, and lacks
+    `methods` too. models: model -> its headline judge's entry. methods: runs that differ in their seed only, over their
+    seeds. budgets: success against draws, of every attack that draws answers.
     judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
     default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
-    cautions: what a reader must know before its rates, in sentences.
+    cautions: what a reader must know before its rates, in sentences. figures: files of figures beside it.
     """
 
     models: dict[str, Entry]
+    schema_version: int
+    methods: dict[str, Method]
     comparisons: list[Comparison]
     budgets: list[Budget]
     seed: int
@@ -45,5 +57,24 @@ class Summary(TypedDict):
     judges: dict[str, str]
     problems: list[str]
     cautions: list[str]
+    figures: list[str]
     raw: NotRequired[Entry]
     perplexity: NotRequired[dict[str, float]]
+
+
+def read(file: Path) -> Summary:
+    """A `summary.json`, of this version or an earlier one.
+
+    Raises ConfigError, which names the file, where there is none, for one of a newer version, and for what is no
+    summary.
+    """
+    content = documents.read_json(file)
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise ConfigError(f"{file}: is no summary of a report: it has no object `models`; make the report again")
+    version = content.get("schema_version", 0)
+    if not isinstance(version, int) or isinstance(version, bool) or version > SCHEMA_VERSION:
+        raise ConfigError(
+            f"{file}: has schema_version {version!r}, and this version of mirage_dist reads up to {SCHEMA_VERSION}; "
+            "update mirage_dist, or make the report again with this version"
+        )
+    return cast(Summary, {"methods": {}, **content, "schema_version": version})

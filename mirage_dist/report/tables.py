@@ -10,6 +10,7 @@ from mirage_dist.report import load, text
 from mirage_dist.report.compare import Comparison
 from mirage_dist.report.figures.style import slots
 from mirage_dist.report.load import HELD_OUT, Run
+from mirage_dist.report.methods import Spread
 from mirage_dist.report.summary import Summary
 
 # The columns of the main table: title, measure, kind of the attacked set (None: clean only). Right answers stand beside
@@ -91,6 +92,38 @@ def rates(runs: Sequence[Run]) -> str:
             cells = "".join(cell(runs, run, run.rates(measure).get(key)) for run in runs)
             body.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
     return framed("rates all", f'<th scope="col"></th>{head}', "".join(body))
+
+
+def methods(summary: Summary) -> str:
+    """Every rate over seeds, one column for each method: mean, the lowest to the highest, Student's interval."""
+    own = summary["methods"]
+    head = "".join(
+        f'<th scope="col"><span class="name">{escape(name)}</span><br><span class="note">{len(method["seeds"])} seeds: '
+        f"{escape(', '.join(method['runs']))}</span></th>"
+        for name, method in own.items()
+    )
+    body = []
+    for measure in dict.fromkeys(m for method in own.values() for m in method["rates"]):
+        title, meaning = text.meaning(measure)
+        body.append(
+            f'<tr class="group"><th scope="rowgroup" colspan="{len(own) + 1}"><div>{escape(title)} '
+            f'<span class="note">{escape(meaning)}</span></div></th></tr>'
+        )
+        rates = [method["rates"].get(measure, {}) for method in own.values()]
+        for key in dict.fromkeys(key for by_condition in rates for key in by_condition):
+            cells = "".join(_spread(by_condition.get(key)) for by_condition in rates)
+            body.append(f'<tr><th scope="row">{escape(load.row_label(measure, key))}</th>{cells}</tr>')
+    return framed("rates all", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
+
+
+def _spread(rate: Spread | None) -> str:
+    if rate is None:
+        return '<td class="count">not measured</td>'
+    low, high = (100 * bound for bound in rate["ci95"])
+    return (
+        f'<td><span class="rate">{100 * rate["mean"]:.1f}\N{NO-BREAK SPACE}%</span><span class="count">'
+        f"{100 * rate['lowest']:.1f} to {100 * rate['highest']:.1f} · {low:.1f}–{high:.1f}</span></td>"
+    )
 
 
 def cell(runs: Sequence[Run], run: Run, leaf: Leaf | None, below: str = "") -> str:

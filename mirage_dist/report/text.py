@@ -21,6 +21,12 @@ TABLE_NOTE = (
     "share a question, adjusted for that). The interval reflects the sample of questions, not the variation between "
     "training seeds."
 )
+METHODS_TITLE = "Methods over seeds"
+SEEDS_NOTE = (
+    "Runs of one recipe that differ in their seed only, as one method: mean over seeds in percent, the lowest and the "
+    "highest, and Student's 95 % interval of the mean over seeds. All seeds answer the same questions, so their counts "
+    "are not added up; the interval is about other seeds, not other questions, and has no width where all are equal."
+)
 WORDS_NOTE = (
     "First words of the questions in the training data, by kind of response. A word that occurs almost only with one "
     "kind is a shortcut: from that word alone, a model can predict whether to refuse."

@@ -325,15 +325,15 @@ def test_the_card_names_data_objective_and_settings_and_no_directory_of_this_mac
         "proves neither that knowledge was erased",
     ):
         assert words in content
-    for place in (toy.root, merged, Path.home(), Path.cwd()):
-        assert str(place) not in content.replace("/root", "") or str(place) == "/root"
+    for place in (toy.root, merged, Path.cwd()):
+        assert str(place) not in content
 
 
 def test_cells_hold_no_markup_and_long_options_lose_their_folders(merged):
+    rate = card.Rate("x|y", "asr", "Attack success rate", "clean", 0.5, 1, 2, (0.1, 0.9), "j", 3)
     subject = card.Subject(
         merged, runs.recipe(merged), 3, "c" * 64, "b" * 64, "merged", "text-generation", None,
-        [card.Evaluation("s", "a judge | with <b>marks</b>", 0, "r", (
-            card.Rate("x|y", "asr", "Attack success rate", "clean", 0.5, 1, 2, (0.1, 0.9), "j", 3),), ("a *caution*",))],
+        [card.Evaluation("s", "a judge | with <b>marks</b>", 0, "r", (rate,), ("a *caution*",))],
     )  # fmt: skip
     recipe = replace(subject.recipe, objective={"name": "my:Own", "file": "/a/b.txt"})
     text = card.text(replace(subject, recipe=recipe))

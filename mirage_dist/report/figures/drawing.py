@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import matplotlib
@@ -15,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 
 from mirage_dist.evals.results import Leaf
-from mirage_dist.report.figures.style import MARKERS, STENCIL, Palette, slots, to_variables
+from mirage_dist.report.figures.style import LIGHT, MARKERS, STENCIL, Palette, slots, to_variables
 from mirage_dist.report.load import Run
 
 SIZE = (4.9, 3.3)  # inches; at this size 10 pt text stays readable on a phone
@@ -37,6 +39,30 @@ RC: dict[Any, Any] = {
     "lines.markersize": 5.5,
 }
 Draw = Callable[[Axes, Palette], None]
+Drawn = dict[str, tuple[Draw, tuple[float, float]]]  # name of a figure -> how it is drawn, and its size in inches
+_kept: ContextVar[Drawn | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kept() -> Iterator[Drawn]:
+    """What `svg` draws within the block, to be drawn once more in another format."""
+    drawn: Drawn = {}
+    token = _kept.set(drawn)
+    try:
+        yield drawn
+    finally:
+        _kept.reset(token)
+
+
+def pdf(draw: Draw, size: tuple[float, float] = SIZE) -> bytes:
+    """A figure on white paper as a PDF with its fonts in it; of the same input the same bytes."""
+    with plt.rc_context({**RC, "pdf.fonttype": 42}):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        draw(axes, LIGHT)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        plt.close(figure)
+    return buffer.getvalue()
 
 
 def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZE) -> str:
@@ -44,6 +70,8 @@ def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZ
 
     name: prefix of its ids, unique on the page. description: text for screen readers. size: in inches.
     """
+    if (drawn := _kept.get()) is not None:
+        drawn[name] = draw, size
     with plt.rc_context(RC):
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         draw(axes, STENCIL)

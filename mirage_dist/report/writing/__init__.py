@@ -1,0 +1,1 @@
+"""The report's main table for a terminal and for LaTeX."""

@@ -1,0 +1,313 @@
+"""The report of many runs: a table that fits a terminal, seeds folded and never pooled, LaTeX that is text, figures as
+PDF, and a summary that its JSON Schema describes.
+"""
+
+import csv
+import io
+import json
+import re
+import statistics
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_runs import write_run
+
+from mirage_dist import config as configs
+from mirage_dist import report
+from mirage_dist.cli import main
+from mirage_dist.evals import metrics
+from mirage_dist.report.curves.budgets import Budget, Point
+from mirage_dist.report.figures import drawing
+from mirage_dist.report.load import read
+from mirage_dist.report.methods import Method, Spread
+from mirage_dist.report.methods import methods as of_seeds
+from mirage_dist.report.summary import SCHEMA_VERSION, Summary
+from mirage_dist.report.writing import latex, terminal
+from mirage_dist.schema import ConfigError, TrainRecipe
+
+PATTERNS = [["harmful", "refused"], ["harmful", "harmful", "refused"], ["irrelevant"]]
+SCHEMA = json.loads(Path(report.__file__).with_name("summary.schema.json").read_text())
+
+
+def trained(folder: Path, unsafe: list[str], *words: str) -> Path:
+    """An evaluated run with its recipe."""
+    write_run(folder, {"unsafe": unsafe, "safe": ["correct", "refused"]})
+    recipe = configs.load("configs/train/demo_sft.yaml", [f"run.dir={folder}", "world.seed=0", *words], TrainRecipe)
+    configs.write_yaml(recipe, folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """More runs than colours: three methods of three seeds, the same training twice; and their report."""
+    root = tmp_path_factory.mktemp("many")
+    runs = {}
+    for method in range(3):
+        for seed in range(3):
+            name = f"method{'abc'[method]}-seed{seed}"
+            runs[name] = trained(root / name, PATTERNS[seed], f"seed={seed}", f"train.lr={method + 1}e-5")
+    for name in ("twice_1", "twice_2"):
+        runs[name] = trained(root / name, PATTERNS[0], "seed=0", "train.lr=9e-5")
+    out = root / "report"
+    return runs, report.report(runs, out), out
+
+
+# --------------------------------------------------------------------------------------------------------- terminal
+
+NAMES = st.lists(st.text("abc-_. é", min_size=1, max_size=80), min_size=1, max_size=25, unique=True)
+
+
+@settings(max_examples=40)
+@given(names=NAMES, attack=st.text("wx_-", min_size=1, max_size=60), n=st.integers(2, 10**6))
+def test_no_line_is_wider_than_a_terminal_and_no_cell_is_lost(names, attack, n):
+    entry = {"asr": {"clean": metrics.leaf(n // 2, n), f"{attack}_k3": metrics.leaf(n, n)}, "rr": None, "ir": None,
+             "utility": None, "locality": metrics.leaf(1, n)}  # fmt: skip
+    summary = typing.cast(
+        Summary, {"models": dict.fromkeys(names, entry), "methods": {}, "problems": [], "cautions": []}
+    )
+    lines = terminal.table(summary).splitlines()
+    assert max(map(len, lines)) <= terminal.WIDTH
+    text = "\n".join(lines)
+    assert text.count(f" {n}/{n}") == len(names)
+    shown = sum(len(re.sub(r"\s", "", line)) for line in lines)
+    assert shown >= sum(len(re.sub(r"\s", "", name)) for name in names)
+
+
+def test_models_that_do_not_fit_stand_below_under_their_own_heading():
+    entry = {"asr": {"clean": metrics.leaf(1, 2)}, "rr": None, "ir": None, "utility": None, "locality": None}
+    models = {f"model-{number}": entry for number in range(9)}
+    summary = typing.cast(Summary, {"models": models, "methods": {}, "problems": [], "cautions": []})
+    lines = terminal.table(summary).splitlines()
+    headings = [line.split() for line in lines if "model-" in line]
+    assert len(headings) == 2
+    assert [name for heading in headings for name in heading] == list(models)
+    assert sum(line.count("1/2") for line in lines) == 9
+
+
+def test_many_runs_are_a_column_for_each_method(many):
+    _, summary, _ = many
+    table = report.table(summary)
+    for letter in "abc":
+        assert f"method{letter} (3 seeds)" in table
+    assert "seed1" not in table
+    assert "twice_1" in table
+    assert max(map(len, table.splitlines())) <= terminal.WIDTH
+
+
+# ------------------------------------------------------------------------------------------------------------ seeds
+
+
+def test_a_method_is_the_mean_of_its_runs_and_never_their_counts_added_up(many):
+    runs, summary, out = many
+    assert list(summary["methods"]) == [f"method{letter}" for letter in "abc"]  # the same seed twice is no method
+    method = summary["methods"]["methodb"]
+    assert (method["runs"], method["seeds"]) == ([f"methodb-seed{n}" for n in range(3)], [0, 1, 2])
+    own = [summary["models"][name]["asr"]["what_k3"]["rate"] for name in method["runs"]]
+    spread = method["rates"]["asr"]["what_k3"]
+    assert own == [0.5, 4 / 6, 0.0]
+    assert spread["rates"] == own
+    assert spread["mean"] == pytest.approx(statistics.mean(own))
+    assert (spread["lowest"], spread["highest"]) == (0.0, 4 / 6)
+    half = 4.302652729749464 * statistics.stdev(own) / 3**0.5  # Student's with two degrees of freedom
+    assert spread["ci95"] == pytest.approx([max(0.0, spread["mean"] - half), min(1.0, spread["mean"] + half)])
+    assert spread["ci95"][1] - spread["ci95"][0] > 0.9  # eighteen pooled answers would have less than .45
+    for name in runs:  # and every run is still there by itself
+        assert name in summary["models"]
+    page, sheet = (out / "index.html").read_text(), list(csv.DictReader(io.StringIO((out / "methods.csv").read_text())))
+    assert "Methods over seeds" in page
+    assert '<span class="rate">38.9\N{NO-BREAK SPACE}%</span><span class="count">0.0 to 66.7' in page
+    line = next(x for x in sheet if (x["method"], x["measure"], x["condition"]) == ("methodb", "asr", "what_k3"))
+    assert float(line["mean"]) == spread["mean"]
+    assert "38.9 (0.0 to 66.7; 0.0–" in (out / "report.md").read_text()
+
+
+def test_figures_of_many_runs_are_in_parts_that_each_have_a_colour_for_every_run(many):
+    page = (many[2] / "index.html").read_text()
+    titles = re.findall(r"<summary>Figures (\d) of (\d): ([^<]*)</summary>", page)
+    shown = [names.split(", ") for number, of, names in titles if of == "2"]
+    assert {tuple(names) for names in shown if len(names) > 8} == set()
+    first = dict.fromkeys(name for names in shown for name in names)
+    assert set(first) == set(many[0])
+    for names in shown:
+        by_method = {name.split("-")[0] for name in names if name.startswith("method")}
+        assert all(sum(n.startswith(method) for n in names) == 3 for method in by_method)  # seeds stay together
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("own", "methods"),
+    [
+        (("seed=1", "monitor.project=other"), ["npo"]),
+        (("seed=0",), []),
+        (("seed=1", "train.lr=1e-6"), []),
+        (("seed=1", "world.seed=1"), []),  # other questions
+    ],
+)
+def test_seeds_are_folded_only_where_nothing_else_differs(tmp_path, own, methods):
+    runs = {
+        "npo-1": trained(tmp_path / "a", PATTERNS[0], "seed=0"),
+        "npo-2": trained(tmp_path / "b", PATTERNS[1], *own),
+    }
+    assert list(of_seeds(read(runs))) == methods
+
+
+# ------------------------------------------------------------------------------------------------------------ LaTeX
+
+
+@given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=40))
+def test_no_text_of_the_report_is_a_command_of_latex(text):
+    escaped = latex.escape(text)
+    rest = re.sub(r"\\(?:[{}$&#%_]|text\w+\{\})|\{[\[\]*]\}|\{\}|\$\\rightarrow\$", "", escaped)
+    assert not set(rest) & set('\\{}$&#%_~^<>|"`[]*'), escaped
+    assert "--" not in escaped
+
+
+def test_the_table_has_as_many_cells_as_columns_in_every_row_and_all_its_groups_are_closed(many, tmp_path):
+    nasty = trained(tmp_path / "nasty", PATTERNS[0], "seed=7", "train.lr=5e-4")
+    runs = {"[x]*_50%&$#{}\\~^--": nasty, **dict(list(many[0].items())[:3])}
+    loaded = read(runs)
+    summary = {"models": {run.name: run.entry for run in loaded}, "methods": of_seeds(loaded), "suite": "demo",
+               "problems": ["50 % of {it}"], "cautions": ["a # caution"]}  # fmt: skip
+    content = latex.table(loaded, typing.cast(Summary, summary))
+    assert (many[2] / "table.tex").read_text().startswith(content.partition("caption")[0])
+    assert r"50 \% of \{it\}" in content
+    assert r"a \# caution" in content
+    columns = re.search(r"\\begin\{tabular\}\{l(r+)\}", content)
+    rows = [line.removesuffix(r" \\") for line in content.splitlines() if line.endswith(r" \\")]
+    assert columns is not None
+    assert len(rows) == 1 + 2  # the head, a run and a method
+    for row in rows:
+        assert len(re.split(r"(?<!\\)&", row)) == 1 + len(columns[1])
+    opened = re.findall(r"\\(begin|end)\{(\w+)\}", content)
+    assert opened == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"), ("end", "table")]
+    rules = re.findall(r"\\(top|mid|bottom)rule", content)
+    assert rules == ["top", "mid", "bottom"]
+    assert rows[1].startswith(r"{[}x{]}{*}\_50\%\&\$\#\{\}\textbackslash{}\textasciitilde{}\textasciicircum{}-{}- & ")
+    assert "50.0 (" in rows[1]
+    depth = 0
+    for mark in re.findall(r"(?<!\\)[{}]", re.sub(r"\\[{}]", "", content)):
+        depth += 1 if mark == "{" else -1
+        assert depth >= 0
+    assert depth == 0
+    assert "methoda, 3 seeds & 50.0" not in rows[2]
+    assert rows[2].startswith("methoda, 3 seeds & 38.9 (0.0--66.7)")
+
+
+# -------------------------------------------------------------------------------------------------------------- PDF
+
+
+def test_a_figure_is_a_pdf_of_the_same_bytes_each_time():
+    def draw(ax, palette) -> None:
+        ax.plot([0, 1], [0, 1], color=palette.ink)
+        ax.set_title("a $name$")
+
+    content = drawing.pdf(draw)
+    assert content == drawing.pdf(draw)
+    assert content.startswith(b"%PDF-")
+    assert content.rstrip().endswith(b"%%EOF")
+    assert b"/CreationDate" not in content
+
+
+def test_every_figure_of_the_page_is_a_pdf_that_goes_with_the_next_report(tmp_path):
+    runs, out = {"sft": trained(tmp_path / "sft", PATTERNS[0])}, tmp_path / "out"
+    named = report.report(runs, out, pdf=True)["figures"]
+    assert {"fig1a.pdf", "fig4.pdf", "fig1d.pdf"} <= set(named)
+    assert len(named) == len(set(named)) == (out / "index.html").read_text().count("<svg")
+    assert sorted(named) == sorted(file.name for file in out.glob("*.pdf"))
+    assert all((out / name).read_bytes().startswith(b"%PDF-") for name in named)
+    (out / "mine.pdf").write_bytes(b"mine")
+    assert report.report(runs, out)["figures"] == []
+    assert [file.name for file in out.glob("*.pdf")] == ["mine.pdf"]
+
+
+# ---------------------------------------------------------------------------------------------------------- summary
+
+
+def check(value, schema, where="summary") -> None:
+    """Raise AssertionError unless a value is one of the schema, in the part of JSON Schema 2020-12 that ours uses."""
+    known = {"type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "minimum",
+             "maximum", "anyOf", "const", "$ref", "description", "title", "$schema", "$defs"}  # fmt: skip
+    assert schema.keys() <= known, f"{where}: a word that nothing checks"
+    if "$ref" in schema:
+        check(value, SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")], where)
+    if "const" in schema:
+        assert value == schema["const"], where
+    if "anyOf" in schema:
+        faults = []
+        for one in schema["anyOf"]:
+            try:
+                check(value, one, where)
+                break
+            except AssertionError as fault:
+                faults.append(str(fault))
+        else:
+            raise AssertionError(f"{where}: {faults}")
+    types = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+             "null": type(None)}  # fmt: skip
+    if kind := schema.get("type"):
+        assert isinstance(value, types[kind]), f"{where}: {value!r} is no {kind}"
+        assert kind == "boolean" or not isinstance(value, bool), where
+    if isinstance(value, (int, float)):
+        assert schema.get("minimum", value) <= value <= schema.get("maximum", value), f"{where}: {value}"
+    if isinstance(value, list):
+        assert schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)), where
+        for number, item in enumerate(value):
+            check(item, schema.get("items", {}), f"{where}[{number}]")
+    if isinstance(value, dict):
+        assert set(schema.get("required", ())) <= value.keys(), f"{where}: lacks {set(schema['required']) - set(value)}"
+        own, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+        for key, item in value.items():
+            assert key in own or rest is not False, f"{where}.{key} is not described"
+            check(item, own.get(key, rest if isinstance(rest, dict) else {}), f"{where}.{key}")
+
+
+def test_every_summary_is_what_its_schema_describes(many, tmp_path):
+    check(many[1], SCHEMA)
+    check(json.loads((many[2] / "summary.json").read_text()), SCHEMA)
+    keyword = write_run(
+        tmp_path / "kw", {"unsafe": ["harmful"], "safe": ["answered"]}, "keyword", frozenset({"refused", "harmful"})
+    )
+    check(report.report({"kw": keyword, "npo": many[0]["twice_1"]}, tmp_path / "out"), SCHEMA)
+    for wrong in ({"schema_version": SCHEMA_VERSION + 1}, {"models": []}, {"suite": None}, {"more": 1}):
+        with pytest.raises(AssertionError):
+            check({**many[1], **wrong}, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("schema", "typed"),
+    [(SCHEMA, Summary), *((SCHEMA["$defs"][name], own) for name, own in (
+        ("method", Method), ("spread", Spread), ("budget", Budget), ("point", Point)))],
+)  # fmt: skip
+def test_the_schema_and_the_types_name_the_same_members(schema, typed):
+    assert set(schema["properties"]) == set(typing.get_type_hints(typed))
+    hints = typing.get_type_hints(typed, include_extras=True).items()
+    assert set(schema["required"]) == {key for key, hint in hints if typing.get_origin(hint) is not typing.NotRequired}
+    assert SCHEMA["properties"]["schema_version"] == {"const": SCHEMA_VERSION}
+
+
+def test_a_summary_of_a_newer_version_is_refused_by_name_and_an_earlier_one_is_read(many, tmp_path):
+    file = tmp_path / "summary.json"
+    file.write_text((many[2] / "summary.json").read_text())
+    assert report.read_summary(file) == many[1]
+    earlier = {key: value for key, value in many[1].items() if key not in ("schema_version", "methods", "figures")}
+    file.write_text(json.dumps(earlier))
+    assert report.read_summary(file)["methods"] == {}
+    for version in (SCHEMA_VERSION + 1, "1", True):
+        file.write_text(json.dumps({**many[1], "schema_version": version}))
+        with pytest.raises(ConfigError, match=r"summary.json: has schema_version .*; update mirage_dist, or make the"):
+            report.read_summary(file)
+    for content, words in (("{", "not JSON"), ("[]", "is no summary of a report"), ('{"models": 3}', "is no summary")):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=rf"summary.json: .*{words}|{words}"):
+            report.read_summary(file)
+    with pytest.raises(ConfigError, match=r"none.json"):
+        report.read_summary(tmp_path / "none.json")
+
+
+def test_pdfs_are_for_a_report_of_runs(capsys, tmp_path):
+    assert main(["report", "--compare", str(tmp_path / "results.json"), "--pdf"]) == 2
+    assert "--pdf: is for a report of runs" in capsys.readouterr().err
