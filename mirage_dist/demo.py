@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_dist import config as configs
 from mirage_dist import disk, inputs, launching, state
-from mirage_dist.progress import log
+from mirage_dist.progress import kept_in, log
 from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
 if TYPE_CHECKING:
     from mirage_dist.report import Provenance, Summary
 
+LOGS = "logs"  # the folder of the stages' logs in a demo's
 Stages = Mapping[str, tuple[str, tuple[str, ...]]]  # model -> its recipe, and the overrides of its stage
 
 
@@ -124,22 +126,30 @@ class _Driver:
         return [*shared(self.overrides), *self.here]
 
     def log(self, text: str) -> None:
+        """Begin a stage: its number, the time since the start, and what it is."""
         self.step += 1
-        log.info(f"[{self.step}/{len(self.story.models(self.full)) + 2}] {text}")
+        seconds = f"{time.monotonic() - self.start:.0f} s"
+        log.info(f"[{self.step}/{len(self.story.models(self.full)) + 2}] {seconds:>6}  {text}")
+
+    def kept(self, name: str) -> AbstractContextManager[None]:
+        """Keep the log of a stage in a file; on the screen are the stages, and each warning and note once."""
+        return kept_in(self.out / LOGS / f"{name}.log")
 
     def train(self) -> None:
         self.log("base: world, base model and its answers")
         self.runs["base"] = Path(self.base.run.dir)
         self.recipes.append(self.base)
-        inputs.make(self.stage("npo")[0])  # reads the base model and its answers
+        with self.kept("base"):
+            inputs.make(self.stage("npo")[0])  # reads the base model and its answers
         for name in self.story.models(self.full):
             recipe, overrides = self.stage(name)
-            inputs.make(recipe)
             self.log(f"{name}: {recipe.run.dir}")
             self.runs[name] = Path(recipe.run.dir)
             self.recipes.append(recipe)
-            if not (self.runs[name] / "export").is_dir():
-                launching.train(self.story.ranks, self.story.models(self.full)[name][0], overrides)
+            with self.kept(name):
+                inputs.make(recipe)
+                if not (self.runs[name] / "export").is_dir():
+                    launching.train(self.story.ranks, self.story.models(self.full)[name][0], overrides)
 
     def stage(self, name: str) -> tuple[TrainRecipe, list[str]]:
         """The recipe of a stage, with its run directory named by the recipe's hash, and the overrides that make it."""
@@ -162,11 +172,12 @@ class _Driver:
         self.log(f"evaluation of every model, clean and attacked{', and tests of erasure' if self.full else ''}")
         for name, folder in self.runs.items():
             own = [*self.shared, configs.override("run.dir", str(folder)), f"run.name={name}"]
-            if self.full:
-                evaluate(self.story.every_attack, own)
-                _test_erasure(self.story.suite, own)
-            else:
-                evaluate(self.story.suite, own)
+            with self.kept(f"eval-{name}"):
+                if self.full:
+                    evaluate(self.story.every_attack, own)
+                    _test_erasure(self.story.suite, own)
+                else:
+                    evaluate(self.story.suite, own)
 
     def language_model(self, raw: str) -> Provenance:
         """What the initial model answers before anything is trained, and every model's perplexity on plain English.
@@ -195,7 +206,8 @@ class _Driver:
             "config_hash": configs.config_hash([configs.config_hash(r, ("run", "monitor")) for r in self.recipes]),
         }
         if self.story.raw is not None:
-            provenance |= self.language_model(self.story.raw)
+            with self.kept("language-model"):
+                provenance |= self.language_model(self.story.raw)
         provenance["wall_seconds"] = round(time.monotonic() - self.start, 1)
         suite = self.story.every_attack if self.full else self.story.suite
         return report.report(self.runs, self.out / "report", provenance, suite=Path(suite).stem)
@@ -207,7 +219,7 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story =
     full: train the story's further models, evaluate every attack and every test of erasure (DeepSpeed then runs in this
     process: see `exit_well`).
     The folder of a stage is named by the hash of its resolved recipe, which names the stages before it. A changed
-    setting therefore makes the stages anew that depend on it, and no others.
+    setting therefore makes the stages anew that depend on it, and no others. `out`/logs has the log of each stage.
     Raises RunError while another process makes a demo in `out`, and ConfigError where what a stage needs cannot be had.
     """
     if story.source is not None:
@@ -222,6 +234,21 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story =
         driver.train()
         driver.evaluate()
         return driver.report()
+
+
+def ending(out: Path, summary: Summary, full: bool, real: bool, overrides: Sequence[str]) -> list[str]:
+    """What follows the table: where the page and the logs are, and three commands that may come next."""
+    kind = ["--real"] if real else []
+    more = shlex.join(["mirage", "demo", *kind, "--out", str(out), *([] if full else ["--full"]), *overrides])
+    then = "every stage is there: changed settings make anew what depends on them" if full else "every attack, erasure"
+    return [
+        "",
+        f"{summary['wall_seconds']} s; the page: {out / 'report' / 'index.html'}; each stage's log: {out / LOGS}/",
+        "next:",
+        f"  {more}  # {then}",
+        "  mirage audit DATA  # do first words give refusals away in your data?",
+        "  mirage train configs/train/npo.yaml --check model.path=DIR  # your model",
+    ]
 
 
 def evaluate(file: str, overrides: Sequence[str]) -> EvalRecipe:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from mirage_dist import liveness, signals
 from mirage_dist.config import HOME
+from mirage_dist.progress import handler, show_warnings
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, RunError
 
@@ -36,23 +38,27 @@ def replace(ranks: int, file: str, overrides: Sequence[str] = ()) -> NoReturn:
 
 def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
     """Run `launch/local.sh RANKS train FILE …` to its end; a signal is passed on to it, and its ranks end with this
-    process.
+    process. Where the log is kept in a file, its standard output goes there, and its warnings are shown at its end.
 
     Raises StopRequested after a signal, ConfigError when the run ends for bad input, and RunError when it fails.
     """
-    words = command(ranks, file, overrides)
+    words, kept = command(ranks, file, overrides), handler.kept
+    start = 0 if kept is None else os.path.getsize(kept.name)
     with signals.at_stop_points():
-        process = subprocess.Popen(words, env=environment(ranks))
+        process = subprocess.Popen(words, env=environment(ranks), stdout=kept)
         while process.poll() is None:
             if signals.received():
                 process.terminate()
                 process.wait()
             time.sleep(0.1)
+    if kept is not None:
+        show_warnings(Path(kept.name), start)
     if name := signals.received():
         raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
     if process.returncode:
         failed = ConfigError if process.returncode == ConfigError.status else RunError
-        raise failed(f"training stopped with an error (see above): {' '.join(words)}")
+        where = "above" if kept is None else f"above and {kept.name}"
+        raise failed(f"training stopped with an error (see {where}): {' '.join(words)}")
 
 
 def command(ranks: int, file: str, overrides: Sequence[str] = ()) -> list[str]:

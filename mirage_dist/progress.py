@@ -14,6 +14,9 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -23,9 +26,11 @@ from mirage_dist.schema import secrets
 from mirage_dist.schema.documents import whole_number
 from mirage_dist.schema.errors import RunError
 
+_WARNING = "WARNING: "  # how `LogHandler` begins its line
 LONGEST = 4000  # characters of a line on standard error
 LINES = 10  # at most, of one task in a log
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank only, whichever it is
+NOTE = {"note": True}  # `extra` of a record that is shown once, also where others go to a file alone (see `kept_in`)
 ON_STDERR = {"on_stderr": True}  # `extra` of a record of a command whose standard output is its result
 
 log = logging.getLogger("mirage_dist")
@@ -111,6 +116,7 @@ class LogHandler(logging.Handler):
         super().__init__()
         self.warnings: set[str] = set()
         self.lost: OSError | None = None  # why the standard output takes no more lines
+        self.kept: TextIO | None = None  # see `kept_in`
 
     def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
         """Whether the record is written: see the module's rules on ranks and on repeated warnings."""
@@ -133,6 +139,8 @@ class LogHandler(logging.Handler):
             return
         try:
             text = self.format(record) + "\n"
+            if self.kept is not None and not self._keep(record, text):
+                return
             if Progress.bars:  # a bar on the terminal is cleared first and drawn again below the line
                 tqdm.write(text, file=stream, end="")
             else:
@@ -145,6 +153,48 @@ class LogHandler(logging.Handler):
                 show(f"mirage: the log cannot be written any more ({error.strerror}); the work goes on", error=True)
         except Exception:  # as every handler of the standard library does
             self.handleError(record)
+
+    def _keep(self, record: logging.LogRecord, text: str) -> bool:
+        """Write a line into the file of `kept_in`; whether it is shown too."""
+        assert self.kept is not None
+        try:
+            self.kept.write(text)
+            self.kept.flush()
+        except OSError:  # a full disk: what it cannot hold is shown
+            return True
+        if not getattr(record, "note", False):
+            return record.levelno >= logging.WARNING
+        repeated = text in self.warnings
+        self.warnings.add(text)
+        return not repeated
+
+
+@contextmanager
+def kept_in(file: Path) -> Iterator[None]:
+    """Within the block the log goes to the end of `file`; warnings, and each NOTE once, are shown as well.
+
+    The standard output of processes that `launching` starts goes there too (see `show_warnings`). Raises OSError when
+    the file cannot be opened.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        before, handler.kept = handler.kept, stream
+        try:
+            yield
+        finally:
+            handler.kept = before
+
+
+def show_warnings(file: Path, start: int) -> None:
+    """Show the warnings that another process wrote to a log from byte `start` on, each once a process."""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        lines = stream.read().decode(errors="replace").splitlines()
+    for line in lines:
+        text = line.removeprefix(_WARNING)
+        if line.startswith(_WARNING) and text not in handler.warnings:
+            handler.warnings.add(text)
+            show(line)
 
 
 class Progress:

@@ -22,7 +22,8 @@ def demo(parsed: argparse.Namespace) -> None:
 
     story, place = (demo.REAL, "runs/real") if parsed.real else (demo.EMBEDDED, "runs/demo")
     summary = demo.demo(out := parsed.out or Path(place), parsed.overrides, parsed.full, story)
-    show(report.table(summary), f"{summary['wall_seconds']} s; report: {out / 'report' / 'index.html'}")
+    lines = demo.ending(out, summary, parsed.full, parsed.real, parsed.overrides)
+    show(report.table(summary), *lines)
     report.require_whole(summary)
     exit_well()
 

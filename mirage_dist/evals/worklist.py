@@ -15,7 +15,7 @@ from mirage_dist.evals import attacks, judges, models
 from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.attacks.sampling import seeded
 from mirage_dist.evals.results import CLEAN, AppliedAttack
-from mirage_dist.progress import log
+from mirage_dist.progress import NOTE, log
 from mirage_dist.schema import ConfigError, EvalRecipe
 
 # (attack, samples, its name in messages and file names) -> the attack, ready to be called
@@ -113,14 +113,17 @@ def log_coverage(suite: str, work: WorkList) -> None:
         changes = {**source.dropped, "bad records": source.skipped, "ids renamed": source.renamed}
         if any(changes.values()):
             listed = ", ".join(f"{reason} × {count}" for reason, count in changes.items() if count)
-            log.info(f"eval {suite}: {name}: {len(source.samples)} questions; left out or changed: {listed}")
+            log.info(
+                f"eval {suite}: {name}: {len(source.samples)} questions; left out or changed: {listed}", extra=NOTE
+            )
     for name, by_title in work.coverage.items():
         for title, coverage in by_title.items():
             if coverage.without or coverage.unknown or coverage.unchanged:
                 log.info(
                     f"eval {suite}: {title} on {name}: {len(coverage.without)} samples without rewrites, "
                     f"{len(coverage.unknown)} ids of the file unknown, {coverage.unchanged} rewrites equal to the "
-                    "question"
+                    "question",
+                    extra=NOTE,
                 )
 
 

@@ -1,13 +1,15 @@
 """The demo in a few steps: every stage runs, a second call runs none, and a recipe alone makes its inputs."""
 
 import json
+import re
+import shlex
 import sys
 
 import forkserver
 import pytest
 from conftest import launch, metrics
 
-from mirage_dist import demo
+from mirage_dist import cli, demo
 
 SMALL = [
     "seed=12",
@@ -76,10 +78,17 @@ def test_a_second_call_starts_no_training(finished, small, capfd):
     out, summary = finished
     starts = {file: file.read_text() for file in out.glob("*/starts.jsonl")}
     assert len(starts) == len(demo.EMBEDDED.stages)
+    steps = {file.name: file.read_text().count("step 4/4") for file in out.glob("logs/*.log")}
+    assert {name for name, count in steps.items() if count} == {f"{name}.log" for name in demo.EMBEDDED.stages}
     again = demo.demo(out, small)
     assert again["models"] == summary["models"]
     assert {file: file.read_text() for file in out.glob("*/starts.jsonl")} == starts
-    assert "step 4/4" not in capfd.readouterr().out
+    assert {file.name: file.read_text().count("step 4/4") for file in out.glob("logs/*.log")} == steps
+    shown = capfd.readouterr().out
+    assert re.findall(r"^\[(\d)/8\]", shown, re.MULTILINE) == list("12345678")
+    assert not re.search("step|trains:|are answered|stream", shown)  # the stages' own lines are in their logs
+    notes = [line for line in shown.splitlines() if not line.startswith("[")]
+    assert len(notes) == len(set(notes))
 
 
 def test_a_recipe_of_the_world_alone_makes_the_world_the_base_and_the_sets(tmp_path, small):
@@ -88,3 +97,18 @@ def test_a_recipe_of_the_world_alone_makes_the_world_the_base_and_the_sets(tmp_p
     assert len(metrics(tmp_path / "npo")) == 4
     assert len(metrics(tmp_path / "world/base")) == 6
     assert (tmp_path / "world/safety-0.95/prepared/prepare.json").is_file()
+
+
+def test_after_the_table_come_the_page_and_three_commands_that_work(finished, small):
+    out, summary = finished
+    lines = demo.ending(out, summary, False, False, small)
+    assert str(out / "report/index.html") in lines[1]
+    assert f"{out / 'logs'}/" in lines[1]
+    commands = [line.strip().partition("  # ")[0] for line in lines if line.startswith("  ")]
+    assert len(commands) == 3
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "mirage"
+        assert cli.parse(words).run
+    parsed = cli.parse(shlex.split(commands[0])[1:])
+    assert (parsed.out, parsed.full, parsed.overrides) == (out, True, small)

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import termios
 import unicodedata
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirage_dist import progress
-from mirage_dist.progress import EVERY_RANK, ON_STDERR, Progress, log
+from mirage_dist import launching, progress
+from mirage_dist.progress import EVERY_RANK, NOTE, ON_STDERR, Progress, log
+from mirage_dist.schema import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +230,53 @@ def test_a_fault_that_repeats_a_long_value_is_a_sentence_and_a_traceback_stays_w
     lines = "".join(f"  File 'x', line {n}\n" for n in range(1000))
     progress.show(lines, error=True)
     assert capsys.readouterr().err == f"{lines}\n"
+
+
+def test_a_kept_log_is_whole_in_its_file_and_shows_warnings_and_notes_once(capsys, tmp_path):
+    for name in ("first", "second"):
+        with progress.kept_in(tmp_path / "logs" / f"{name}.log"):
+            log.info("a line")
+            log.info("a note", extra=NOTE)
+            log.info(f"a note of {name}", extra=NOTE)
+            log.warning("a warning")
+    log.info("after")
+    log.info("a note", extra=NOTE)  # nothing is kept any more: shown as ever
+    shown = ["a note", "a note of first", "WARNING: a warning", "a note of second", "after", "a note"]
+    assert capsys.readouterr().out.splitlines() == shown
+    kept = {file.name: file.read_text().splitlines() for file in (tmp_path / "logs").iterdir()}
+    assert kept["first.log"] == ["a line", "a note", "a note of first", "WARNING: a warning"]
+    assert kept["second.log"] == ["a line", "a note", "a note of second"]  # a warning is given once a process
+
+
+def test_a_line_that_the_kept_log_cannot_hold_is_shown(capsys, tmp_path):
+    with progress.kept_in(tmp_path / "stage.log"), open("/dev/full", "w") as full:
+        progress.handler.kept = full
+        log.info("a line")
+        progress.handler.kept = None
+        with suppress(OSError):
+            full.close()
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_the_warnings_of_a_process_whose_output_was_kept_are_shown_once(capsys, tmp_path):
+    file = tmp_path / "stage.log"
+    file.write_text("WARNING: of an earlier start\n")
+    start = file.stat().st_size
+    with file.open("a") as stream:
+        stream.write("a line\nWARNING: look here\nan end\nWARNING: look here\n")
+    progress.show_warnings(file, start)
+    progress.show_warnings(file, start)
+    assert capsys.readouterr().out == "WARNING: look here\n"
+    log.warning("look here")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_training_whose_log_is_kept_writes_into_it_and_its_failure_names_it(tmp_path, capfd):
+    """A recipe with a wrong key: the fault stays on standard error, where it is seen."""
+    file = tmp_path / "logs/sft.log"
+    with progress.kept_in(file), pytest.raises(ConfigError, match=rf"see above and {file}"):
+        launching.train(1, "configs/train/demo_sft.yaml", [f"run.dir={tmp_path / 'run'}", "train.lrr=1"])
+    printed = capfd.readouterr()
+    assert "train.lrr" in printed.err
+    assert printed.out == ""
+    assert not (tmp_path / "run").exists()
