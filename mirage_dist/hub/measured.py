@@ -21,25 +21,29 @@ from mirage_dist.model.shards import MANIFEST
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import text
 from mirage_dist.report.load import Run, rates
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, RunError
 
 SHOWN = ("asr", "ir", "rr", "utility", "accuracy", "locality")
 
 
 def evaluations(run: Path, folder: Path, checkpoint: Path) -> list[Evaluation]:
-    """Those of the checkpoint's model, by suite. folder: its export. Raises RunError for damaged results."""
+    """Those of the checkpoint's model, by suite. folder: its export. Damaged results are left out with a warning."""
     of_checkpoint, made, listed = disk.sha256(checkpoint / MANIFEST), _Hash(folder), []
     for file in sorted([*run.glob("evals/*/metrics.json"), *run.glob("evals/*/step-*/metrics.json")]):
-        result = results.read(file.parent)
-        own = result["model_hash"]
-        if own == of_checkpoint or own == made.value or _of_export(file.parent, own, of_checkpoint):
-            listed.append(_evaluation(Run(checkpoint.name, run, str(file.parent.relative_to(run / "evals")), result)))
-        else:
-            log.info(
-                f"{file.parent}: measured another model than {checkpoint.name} (hash {own[:12]}…); its rates are not "
-                "in the card",
-                extra=ON_STDERR,
-            )
+        try:
+            result = results.read(file.parent)
+            own = result["model_hash"]
+            if own == of_checkpoint or own == made.value or _of_export(file.parent, own, of_checkpoint):
+                suite = str(file.parent.relative_to(run / "evals"))
+                listed.append(_evaluation(Run(checkpoint.name, run, suite, result)))
+            else:
+                log.info(
+                    f"{file.parent}: measured another model than {checkpoint.name} (hash {own[:12]}…); its rates are "
+                    "not in the card",
+                    extra=ON_STDERR,
+                )
+        except RunError as error:
+            log.warning(f"{error}. Its rates are not in the card", extra=ON_STDERR)
     return listed
 
 
@@ -61,13 +65,13 @@ class _Hash:
 
 def _of_export(suite: Path, model_hash: str, checkpoint_hash: str) -> bool:
     """Whether a suite measured a model directory, unchanged since, whose card names the checkpoint."""
-    path = manifest.read(suite).get("model", {}).get("path") if (suite / "manifest.json").is_file() else None
-    if not path or not (Path(path) / card.FILE).is_file():
-        return False
     try:
+        path = manifest.read(suite).get("model", {}).get("path") if (suite / "manifest.json").is_file() else None
+        if not path or not (Path(path) / card.FILE).is_file():
+            return False
         head = card.read((Path(path) / card.FILE).read_text(encoding="utf-8", errors="replace"), path)
         return head.get("checkpoint_hash") == checkpoint_hash and directory.model_hash(Path(path)) == model_hash
-    except (ConfigError, OSError):  # somebody else's card, or weights that are gone
+    except (ConfigError, RunError, OSError):  # somebody else's card, or files that are gone or damaged
         return False
 
 

@@ -22,6 +22,8 @@ from mirage_dist.model.exports import card, merged
 from mirage_dist.model.shards import MANIFEST
 from mirage_dist.schema import ConfigError
 
+LARGEST = 1 << 20  # bytes of a file that is searched for names of directories; a vocabulary is larger
+
 
 @dataclass(frozen=True)
 class Target:
@@ -58,7 +60,8 @@ def push(run: Path, out: Path, step: int | None, form: Form, target: Target, bas
     head = card.read_file(out / card.FILE)  # which may have been edited
     _check_places(run, out)
     files = {path: (out / path).stat().st_size for path in remote.contents(out)}
-    whole = f"{len(files)} files, {sum(files.values()):,} bytes"
+    rates = len(head.eval_results or [])
+    whole = f"{len(files)} files, {sum(files.values()):,} bytes, {rates or 'no'} rates in the card"
     seen = "public" if target.public else "private"
     if repository is None:
         yield from (f"{size:>15,}  {path}" for path, size in files.items())
@@ -93,17 +96,14 @@ def _check_export(run: Path, out: Path, step: int | None, form: Form) -> None:
 
 def _check_places(run: Path, out: Path) -> None:
     """Raise ConfigError where a file that describes the export names a directory of this machine."""
-    own = {os.path.realpath(runs.recipe(run).model.path), os.path.realpath(run), os.path.realpath(out)}
-    own |= {os.path.realpath(Path.home()), os.path.realpath(Path.cwd())}
-    places = [place for place in own if place.count("/") > 1 and os.path.isdir(place)]
-    for path in (*directory.OF_THE_MODEL, card.FILE):
-        for file in (out / path, out / "adapter" / path):
-            if not file.is_file():
-                continue
-            content = file.read_text(encoding="utf-8", errors="replace")
-            for place in places:
-                if place in content or json.dumps(place)[1:-1] in content:
-                    raise ConfigError(
-                        f"{file}: names {place}, a directory of this machine; export to another OUT with --base "
-                        "OWNER/NAME, or change the file"
-                    )
+    own = (runs.recipe(run).model.path, run, out, Path.home(), Path.cwd())
+    places = {made(place) for place in own for made in (os.path.realpath, os.path.abspath) if os.path.isdir(place)}
+    files = (file for pattern in (card.FILE, "*.json", "adapter/*.json") for file in sorted(out.glob(pattern)))
+    for file in (file for file in files if file.stat().st_size <= LARGEST):
+        content = file.read_text(encoding="utf-8", errors="replace")
+        for place in sorted(place for place in places if place.count("/") > 1):
+            if place in content or json.dumps(place)[1:-1] in content:
+                raise ConfigError(
+                    f"{file}: names {place}, a directory of this machine; export to another OUT with --base "
+                    "OWNER/NAME, or change the file"
+                )

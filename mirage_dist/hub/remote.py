@@ -53,7 +53,8 @@ class Repository:
         """Whether the token may write under the owner's name, as far as the hub says so beforehand."""
         with self._explained():
             account = self.api.whoami()
-        owner, names = self.name.split("/")[0], [account["name"], *(own["name"] for own in account.get("orgs", []))]
+            names = [account["name"], *(own["name"] for own in account.get("orgs", []))]
+        owner = self.name.split("/")[0]
         if owner.lower() not in (name.lower() for name in names):
             raise ConfigError(
                 f"--push {self.name}: the token belongs to {names[0]}, who may not write as {owner}; expected one of "

@@ -26,6 +26,7 @@ from mirage_dist import config as configs
 from mirage_dist import disk, runs, state
 from mirage_dist.cli import main
 from mirage_dist.evals import results
+from mirage_dist.hub import measured
 from mirage_dist.model import directory, load
 from mirage_dist.model.exports import card
 from mirage_dist.model.shards import PARAM, Fragment, write
@@ -369,6 +370,9 @@ def test_rates_of_an_export_that_was_evaluated_belong_to_its_checkpoint(toy, tmp
     assert main(["export", str(run), str(tmp_path / "fourth")]) == 0
     assert "same: measured another model than step-000003" in capsys.readouterr().err
     assert ModelCard.load(tmp_path / "fourth/README.md").data.eval_results is None
+    file.write_bytes(file.read_bytes().replace(b"demo", b"dema").replace(b"same", b"sane"))
+    assert measured.evaluations(run, tmp_path / "fourth", run / "checkpoints/step-000003") == []
+    assert "Its rates are not in the card" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ upload
@@ -401,6 +405,7 @@ def test_what_is_uploaded_is_the_export_byte_for_byte_in_one_commit_and_private(
     assert "README.md" not in own["stored"] or len(edited) >= hub.large
     printed = capsys.readouterr()
     assert f"{hub.address}/lab/gadget: {len(tree(out))} files" in printed.out
+    assert "9 rates in the card" in printed.out
     assert ("public, one commit" if public else "private, one commit") in printed.out
     assert TOKEN not in printed.out + printed.err
     assert not any(TOKEN.encode() in content for content in tree(out).values())
@@ -538,6 +543,11 @@ def test_only_an_unchanged_export_of_the_checkpoint_is_uploaded(hub, merged, ada
     kept = (out / "README.md").read_text()
     (out / "README.md").write_text(kept.replace("# gadget-npo", f"# of {merged}"))
     refused(f"README.md: names {os.path.realpath(merged)}, a directory of this machine")
+    (out / "README.md").write_text(kept)
+    tokenizer = (out / "tokenizer_config.json").read_text()
+    (out / "tokenizer_config.json").write_text(json.dumps({**json.loads(tokenizer), "name_or_path": str(Path.cwd())}))
+    refused(f"tokenizer_config.json: names {Path.cwd()}, a directory of this machine")
+    (out / "tokenizer_config.json").write_text(tokenizer)
     (out / "README.md").write_text(kept.replace("model-index:", "model-index: 3\nother:"))
     refused("README.md: is no model card")
     (out / "README.md").write_text(kept)
