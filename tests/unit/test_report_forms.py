@@ -179,22 +179,29 @@ def test_the_table_has_as_many_cells_as_columns_in_every_row_and_all_its_groups_
     columns = re.search(r"\\begin\{tabular\}\{l(r+)\}", content)
     rows = [line.removesuffix(r" \\") for line in content.splitlines() if line.endswith(r" \\")]
     assert columns is not None
-    assert len(rows) == 1 + 2  # the head, a run and a method
-    for row in rows:
+    assert len(rows) == 2 + 2 * 2  # the head, and a run and a method of two lines each
+    groups = [int(width) for width in re.findall(r"\\multicolumn\{(\d)\}\{c\}", rows[0])]
+    assert sum(groups) == len(columns[1])
+    spans = [(int(a), int(b)) for a, b in re.findall(r"\\cmidrule\(lr\)\{(\d+)-(\d+)\}", content)]
+    assert [b - a + 1 for a, b in spans] == groups
+    assert [n for a, b in spans for n in range(a, b + 1)] == list(range(2, 2 + len(columns[1])))
+    for row in rows[1:]:
         assert len(re.split(r"(?<!\\)&", row)) == 1 + len(columns[1])
     opened = re.findall(r"\\(begin|end)\{(\w+)\}", content)
     assert opened == [("begin", "table"), ("begin", "tabular"), ("end", "tabular"), ("end", "table")]
     rules = re.findall(r"\\(top|mid|bottom)rule", content)
     assert rules == ["top", "mid", "bottom"]
-    assert rows[1].startswith(r"{[}x{]}{*}\_50\%\&\$\#\{\}\textbackslash{}\textasciitilde{}\textasciicircum{}-{}- & ")
-    assert "50.0 (" in rows[1]
+    assert rows[2].startswith(
+        r"{[}x{]}{*}\_50\%\&\$\#\{\}\textbackslash{}\textasciitilde{}\textasciicircum{}-{}- & 50.0 & "
+    )
+    assert rows[3].startswith(r" & {\footnotesize (18.8--81.2)} & ")
     depth = 0
     for mark in re.findall(r"(?<!\\)[{}]", re.sub(r"\\[{}]", "", content)):
         depth += 1 if mark == "{" else -1
         assert depth >= 0
     assert depth == 0
-    assert "methoda, 3 seeds & 50.0" not in rows[2]
-    assert rows[2].startswith("methoda, 3 seeds & 38.9 (0.0--66.7)")
+    assert rows[4].startswith("methoda, 3 seeds & 38.9 & ")
+    assert rows[5].startswith(r" & {\footnotesize (0.0--66.7)} & ")
 
 
 # -------------------------------------------------------------------------------------------------------------- PDF
