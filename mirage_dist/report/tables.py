@@ -8,7 +8,7 @@ from html import escape
 from mirage_dist.evals.results import Condition, Leaf, PairAgreement, of_set
 from mirage_dist.report import load, text
 from mirage_dist.report.compare import Comparison
-from mirage_dist.report.figures.style import slots
+from mirage_dist.report.figures.style import SLOTS, slots
 from mirage_dist.report.load import HELD_OUT, Run
 from mirage_dist.report.methods import Spread
 from mirage_dist.report.summary import Summary
@@ -98,7 +98,7 @@ def methods(summary: Summary) -> str:
     """Every rate over seeds, one column for each method: mean, the lowest to the highest, Student's interval."""
     own = summary["methods"]
     head = "".join(
-        f'<th scope="col"><span class="name">{escape(name)}</span><br><span class="note">{len(method["seeds"])} seeds: '
+        f'<th scope="col">{escape(name)}<br><span class="note">{len(method["seeds"])} seeds: '
         f"{escape(', '.join(method['runs']))}</span></th>"
         for name, method in own.items()
     )
@@ -215,5 +215,9 @@ def name(runs: Sequence[Run], run: Run) -> str:
 
 
 def colour(runs: Sequence[Run], run: Run) -> str:
-    """Inline style that sets the model's colour as the CSS variable --c."""
+    """Inline style that sets the model's colour as the CSS variable --c: grey for more models than there are colours,
+    whose figures come in parts, each with the colours anew.
+    """
+    if len(runs) > len(SLOTS):
+        return "--c:var(--muted)"
     return f"--c:var(--slot{slots([r.name for r in runs])[run.name]})"

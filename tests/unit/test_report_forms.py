@@ -134,6 +134,9 @@ def test_figures_of_many_runs_are_in_parts_that_each_have_a_colour_for_every_run
     for names in shown:
         by_method = {name.split("-")[0] for name in names if name.startswith("method")}
         assert all(sum(n.startswith(method) for n in names) == 3 for method in by_method)  # seeds stay together
+    main = re.search('<table class="rates main">.*?</table>', page, re.DOTALL)
+    assert main is not None
+    assert "--slot" not in main[0]  # a colour would be that of another run in the figures
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
