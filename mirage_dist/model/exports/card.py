@@ -140,9 +140,8 @@ def read(content: str, file: object) -> ModelCardData:
             raise ValueError("it does not begin with --- and metadata")
         return ModelCard(content).data  # pyright: ignore[reportReturnType]
     except Exception as error:  # YAML's errors and those of the library's checks have no common class
-        raise ConfigError(
-            f"{file}: is no model card: {str(error).splitlines()[0]}; export to a new directory"
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file}: is no model card: {why}; export to a new directory") from error
 
 
 def read_file(file: Path) -> ModelCardData:
