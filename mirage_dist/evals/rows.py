@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from mirage_dist import disk
 from mirage_dist.data import pictures
@@ -17,12 +17,13 @@ from mirage_dist.disk import hashes
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import Question
 from mirage_dist.model.environment import Environment
-from mirage_dist.schema import EvalRecipe
+from mirage_dist.schema import EvalRecipe, TemplateConfig
 
 
 class Settings(TypedDict):
     """Everything besides its question, and how it is drawn, that an answer depends on. All of it is part of each key.
 
+    template: with the system prompt of a defence that has one. defence: its name and options; present with one.
     image_processor: the class that turns pictures into tensors, None for a text-only model. It depends on the machine:
     transformers takes its torchvision classes where torchvision is installed, and PIL otherwise.
     libraries: versions of the libraries that compute the answers.
@@ -35,6 +36,7 @@ class Settings(TypedDict):
     dtype: str
     template: dict[str, Any]
     generation: dict[str, Any]
+    defence: NotRequired[dict[str, Any]]
 
 
 def settings(
@@ -67,6 +69,12 @@ def settings(
     }
 
 
+def defended(own: Settings, template: TemplateConfig, defence: Mapping[str, Any]) -> Settings:
+    """The settings under a defence. template: as it leaves it. defence: see `defences.info`."""
+    written = {**own["template"], "system_prompt": template.system_prompt}
+    return {**own, "template": written, "defence": dict(defence)}
+
+
 def keyed(questions: Iterable[Question], decided_by: Mapping[str, Any]) -> dict[str, Question]:
     """Questions by their keys: the SHA-256 of settings, question as asked, picture's bytes, set, attack and shot."""
     questions = list(questions)
@@ -92,6 +100,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
         content["draw"] = asdict(sample.draw)
     if sample.turn:
         content["turn"] = [sample.turn.number, sample.turn.turns]
+    if question.sent:
+        content["sent"] = [question.sent.question, question.sent.history]
     return disk.digest(content)
 
 
@@ -114,6 +124,7 @@ def row(key: str, question: Question, response: str) -> Row:
         **({"begun": sample.begun} if sample.begun else {}),
         **({"draw": asdict(sample.draw)} if sample.draw else {}),
         **({"turns": sample.turn.turns, "history": [list(turn) for turn in sample.history]} if sample.turn else {}),
+        **({"sent": question.sent.question} if question.sent else {}),
         "response": response,
     }
     return cast(Row, fields)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mirage_dist import disk
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import examples, judges, page, plain, published, text
-from mirage_dist.report.compare import comparisons
+from mirage_dist.report.compare import comparisons, defended
 from mirage_dist.report.curves.budgets import budgets
 from mirage_dist.report.figures import paper
 from mirage_dist.report.load import named, read
@@ -51,6 +51,7 @@ def report(
         "models": {run.name: run.entry for run in loaded},
         "comparisons": comparisons(loaded),
         "budgets": budgets(loaded),
+        "defences": defended(loaded),
         "seed": loaded[0].metrics["seed"],
         "world": loaded[0].metrics["world"],
         "wall_seconds": None,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from mirage_dist.evals.results import CLEAN, Condition, Leaf, Measures, of_set
-from mirage_dist.report import judges, text
+from mirage_dist.report import defences, judges, text
 from mirage_dist.report.compare import Comparison
 from mirage_dist.report.load import HELD_OUT, Run, rates, row_label
 from mirage_dist.report.summary import Summary
@@ -26,6 +26,10 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
             cells = [_cell(run.rates(measure).get(key)) for run in runs]
             rows.append([title if number == 0 else "", label, *cells])
     parts += ["## All rates", _table(rows), text.TABLE_NOTE]
+    if defended := summary["defences"]:
+        first, *others = defences.grid(defended)
+        parts += [f"## {defences.TITLE}", defences.NOTE, _table([first, ["-"] * len(first), *others])]
+        parts += ["\n".join(f"- {_inert(line)}" for line in defences.descriptions(defended))]
     if by_judge := _by_judge(runs):
         parts += [f"## {judges.TITLE}", judges.note(runs)]
         parts += ["\n".join(f"- {_inert(line)}" for line in judges.descriptions(runs)), by_judge]
@@ -113,7 +117,7 @@ def _no_formula(cell: str) -> str:
 def table(summary: Summary) -> str:
     """The main table for a terminal: a row for each measure and condition, a column for each model: `percent k/n`.
 
-    The report's problems come first, and what its rates must not be taken for.
+    The report's problems come first, and what its rates must not be taken for; defences beside none come last.
     """
     models = summary["models"]
     lines = [("", "", *models)]
@@ -126,6 +130,14 @@ def table(summary: Summary) -> str:
             leaves = [by_key.get(key) for by_key in own]
             cells = [f"{100 * x['rate']:5.1f} {x['k']}/{x['n']}" if x else "    –" for x in leaves]
             lines.append(("" if row else title, row_label(measure, key), *cells))
+    blocks = [*summary["problems"], *summary["cautions"], _aligned(lines)]
+    if defended := summary["defences"]:
+        blocks += ["", f"{defences.TITLE}: rate, counts, difference in points (95 %), p corrected"]
+        blocks += [_aligned(defences.grid(defended)), *defences.descriptions(defended)]
+    return "\n".join(blocks)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-    return "\n".join([*summary["problems"], *summary["cautions"], *rows])
+    return "\n".join(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 from mirage_dist.evals.results import Entry
-from mirage_dist.report.compare import Comparison
+from mirage_dist.report.compare import Comparison, Defended
 from mirage_dist.report.curves.budgets import Budget
 
 
@@ -29,6 +29,7 @@ class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
     models: model -> its headline judge's entry. budgets: success against draws, of every attack that draws answers.
+    defences: what each defence does to each model, on the same questions.
     judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
     default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
     cautions: what a reader must know before its rates, in sentences.
@@ -37,6 +38,7 @@ class Summary(TypedDict):
     models: dict[str, Entry]
     comparisons: list[Comparison]
     budgets: list[Budget]
+    defences: list[Defended]
     seed: int
     world: dict[str, Any] | None
     wall_seconds: float | None
