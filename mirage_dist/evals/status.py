@@ -69,7 +69,7 @@ class Status:
 
 
 def report(recipe: EvalRecipe) -> str:
-    """The progress of a suite as text, with that of each defence; of each checkpoint's where the recipe follows a run."""
+    """The progress of a suite as text, and of each defence; of each checkpoint's where the recipe follows a run."""
     suite = suite_dir(recipe)
     if recipe.follow is None:
         texts = [status(suite).text()]

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from mirage_dist import cli, report, state, stats
 from mirage_dist import config as configs
+from mirage_dist.config import REPOSITORY
 from mirage_dist.data import harvest
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
@@ -243,7 +244,7 @@ def test_a_filter_withholds_what_its_guard_finds_harmful_and_asks_the_model_noth
 
 
 def test_without_its_guard_nothing_is_passed_on_and_the_next_start_goes_on(place, engine, serve, tmp_path, capsys):
-    """Three answers are lost after all attempts; one is blocked for good, and one reply is no verdict: both are withheld."""
+    """Three answers are lost after all attempts. Three are blocked for good, three replies are no verdict: withheld."""
     down = [True]
 
     def script(text, times):
@@ -401,6 +402,19 @@ def test_the_guard_presets_can_filter(preset):
     made = defences.make({"kind": "output_filter", "judge": judge}, "the recipe", "defences.f")
     assert made.guard is not None
     assert "harmful" in made.guard.verdicts
+
+
+def test_the_pages_example_is_a_defence():
+    page = (REPOSITORY / "docs/defences.md").read_text()
+    example, scope = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL), {"__name__": "test_example"}
+    exec(example[0], scope)
+    sent = scope["Quoted"](mark="'").sent(Sample("a", None, "two ?", "", True, "", "", (("one ?", "1"),)))
+    assert (sent.question, sent.history) == ("'two ?'", (("'one ?'", "1"),))
+    for block in re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        listed = OmegaConf.to_container(OmegaConf.create(block))["defences"]
+        assert set(listed) == {"prompt", "reminder", "filter"}
+        for name, options in listed.items():
+            defences.make(options, "the page", f"defences.{name}")
 
 
 def test_the_status_has_every_defence(place, engine, tmp_path, capsys):
