@@ -39,6 +39,7 @@ PUBLIC = {
     "mirage_dist.config": "recipes: read, checked, printed",
     "mirage_dist.erasure.forgetting": "measures of forgetting",
     "mirage_dist.stats": "intervals and tests of rates",
+    "mirage_dist.stats.power": "how many questions a difference needs",
 }
 # An override of each verb's recipes.
 EXAMPLES = {
