@@ -23,7 +23,7 @@ from mirage_dist.schema import EvalRecipe, TemplateConfig
 class Settings(TypedDict):
     """Everything besides its question, and how it is drawn, that an answer depends on. All of it is part of each key.
 
-    template: with the system prompt of a defence that has one. defence: its name and options; present with one.
+    template: as a defence leaves it, where there is one. defence: its name and options; present with one.
     image_processor: the class that turns pictures into tensors, None for a text-only model. It depends on the machine:
     transformers takes its torchvision classes where torchvision is installed, and PIL otherwise.
     libraries: versions of the libraries that compute the answers.
@@ -49,18 +49,13 @@ def settings(
     """recipe: with what `template.image_aspect: auto` comes to. engine: versions of the generation backend's own
     libraries.
     """
-    template = asdict(recipe.template)
-    if not template["template_options"]:
-        del template["template_options"]  # as before there were any
-    if template["defence"] is None:
-        del template["defence"]
     return {
         "model_hash": model_hash,
         "chat_template_hash": chat_template_hash,
         "image_processor": environment.image_processor,
         "libraries": {**environment.libraries, **engine},
         "dtype": recipe.model.dtype,
-        "template": template,
+        "template": _written(recipe.template),
         "generation": {
             "decoding": "greedy",
             "max_new_tokens": recipe.generation.max_new_tokens,
@@ -71,8 +66,17 @@ def settings(
 
 def defended(own: Settings, template: TemplateConfig, defence: Mapping[str, Any]) -> Settings:
     """The settings under a defence. template: as it leaves it. defence: see `defences.info`."""
-    written = {**own["template"], "system_prompt": template.system_prompt}
-    return {**own, "template": written, "defence": dict(defence)}
+    return {**own, "template": _written(template), "defence": dict(defence)}
+
+
+def _written(template: TemplateConfig) -> dict[str, Any]:
+    """A template as keys have it: without what earlier versions did not have, where it is not used."""
+    written = asdict(template)
+    if not written["template_options"]:
+        del written["template_options"]
+    if written["defence"] is None:
+        del written["defence"]
+    return written
 
 
 def keyed(questions: Iterable[Question], decided_by: Mapping[str, Any]) -> dict[str, Question]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, final
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.judges.base import Judge
@@ -51,6 +51,7 @@ class Defence:
         """One turn of the user, as the defended model gets it."""
         return question
 
+    @final
     def sent(self, sample: Sample) -> Sample:
         """A sample as the defended model gets it: each turn of the user through `turn`, the earlier ones too."""
         history = tuple((self.turn(question), answer) for question, answer in sample.history)

@@ -21,7 +21,7 @@ class SystemPrompt(Defence):
     replaces: in place of that one, which a model that was trained with it may need. The default text is our own.
     """
 
-    text: str = DEFAULT
+    text: str = DEFAULT  # the instructions
     replaces: bool = False
 
     def __post_init__(self) -> None:

@@ -23,12 +23,12 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.data import harvest
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
-from mirage_dist.evals import defences, manifest, results, runner, worklist
+from mirage_dist.evals import defences, follow, manifest, results, runner, worklist
 from mirage_dist.evals.defences import output_filter, self_reminder, system_prompt
 from mirage_dist.report import compare, text
 from mirage_dist.report import defences as written
 from mirage_dist.report.load import Run
-from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TemplateConfig, TrainRecipe
 
 # Refuses what the prompt forbids and, where it is reminded, every question; else it answers.
 ENGINE = """
@@ -388,6 +388,35 @@ def test_a_wrong_defence_is_named_before_anything_is_read(place, tmp_path, wrong
     (tmp_path / "r.yaml").write_text(json.dumps({**tree, "generation": {"backend": "hf"}}))
     with pytest.raises(ConfigError, match=words):
         worklist.check(configs.load(tmp_path / "r.yaml", ["model.path=nowhere"], EvalRecipe))
+
+
+def test_a_runs_own_export_is_asked_with_a_safety_prompt_by_name(place, engine, tmp_path):
+    """A system prompt that training did not have is refused, unless it is a defence."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "model", run / "export")
+    trained = configs.load("configs/train/demo_sft.yaml", ["run.dir=x"], TrainRecipe)
+    configs.write_yaml(trained, run / "config.yaml")
+    own = [f"model.path={run}/export", "template.image_aspect=pad"]
+    with pytest.raises(ConfigError, match=r"template\.system_prompt='no harm', but .* data\.system_prompt=None"):
+        runner.evaluate(recipe(place, run, {}, *own, "template.system_prompt=no harm"))
+    runner.evaluate(recipe(place, run, {"prompt": PROMPT}, *own))
+    bare, prompted = (manifest.read(run / "evals/s" / where)["settings"] for where in ("", "defences/prompt"))
+    assert (bare["template"]["system_prompt"], prompted["template"]["system_prompt"]) == (None, PROMPT["text"])
+    assert engine.loads == [None, PROMPT["text"]]
+
+
+def test_a_checkpoint_that_lacks_a_defence_is_not_done(place, engine, tmp_path):
+    """`follow` goes on with it, although its rates without the defence are there."""
+    options = recipe(place, tmp_path / "run", {"reminder": REMINDER})
+    step, followed = (
+        tmp_path / "run/evals/s/step-000007",
+        dataclasses.replace(options, follow=str(tmp_path / "trained")),
+    )
+    runner.evaluate(dataclasses.replace(options, suite="s/step-000007"))
+    assert follow.measured(followed, 7)
+    (step / "defences/reminder/metrics.json").unlink()
+    assert not follow.measured(followed, 7)
+    assert follow.measured(dataclasses.replace(followed, defences={}), 7)
 
 
 def test_a_defence_in_the_template_and_others_beside_it_are_refused(place, tmp_path):
