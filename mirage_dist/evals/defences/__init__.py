@@ -64,9 +64,8 @@ def read(recipe: EvalRecipe) -> dict[str, Defence]:
 
 
 def info(recipe: EvalRecipe, name: str, defence: Defence) -> dict[str, Any]:
-    """What decides a defended answer beside the question as it is sent and the template: the recipe's options.
+    """What decides a defended answer beside the question as it is sent and the template (see `Defence.decided_by`).
 
-    Of a filter also the fingerprint of its guard, which has to be ready.
+    defence: ready for the recipe.
     """
-    own = {"name": name, **configs.to_dict(recipe)["defences"][name]}
-    return own if defence.guard is None else {**own, "guard": defence.guard.fingerprint}
+    return {"name": name, **defence.decided_by(configs.to_dict(recipe)["defences"][name])}

@@ -27,7 +27,7 @@ from mirage_dist.evals.sharing.files import DEFENCES, Answers, Merged, Row, Writ
 from mirage_dist.evals.worker import Generate
 from mirage_dist.evals.worklist import Question
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import EvalRecipe, RunError, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TemplateConfig
 
 BATCH = 256  # rows that a filter appends at once
 
@@ -67,6 +67,8 @@ def of(recipe: EvalRecipe, suite: Path, settings: Settings, panel: Sequence[Judg
     for name, described in defences.read(recipe).items():
         defence = described.of(recipe)
         template = defence.template(recipe.template)
+        if defence.guard is not None and template != recipe.template:
+            raise _both(name)
         own = rows.defended(settings, template, defences.info(recipe, name, defence))
         alone = replace(recipe, defences={name: recipe.defences[name]})
         made.append(Arm(suite / DEFENCES / name, alone, own, template, name, defence))
@@ -110,10 +112,14 @@ def filtered(arm: Arm, guard: Judge, questions: Mapping[str, Question], given: S
 
     questions: of the arm without a defence, by key. given: its answers, in the same order. claims: this worker's in the
     arm's folder, who holds `judging`.
-    Raises RunError when the guard was not reached for some answers: none of them is passed on or withheld then.
+    Raises RunError when the guard was not reached for some answers: none of them is passed on or withheld then; and
+    ConfigError for a defence that has a guard and changes the question too.
     """
     opinions = judges.judged(arm.folder / "guard", guard, Seen(given), claims)
-    judges.require_verdicts(guard, opinions)
+    try:
+        judges.require_verdicts(guard, opinions)
+    except RunError as error:
+        raise RunError(f"eval {title(arm.folder)}: its guard: {error}") from error
     if lost := [opinion for opinion in opinions if opinion.verdict == "failed" and not opinion.detail.get("final")]:
         reasons = ", ".join(f"{why} × {n}" for why, n in sorted(Counter(o.detail["reason"] for o in lost).items()))
         raise RunError(
@@ -121,6 +127,8 @@ def filtered(arm: Arm, guard: Judge, questions: Mapping[str, Question], given: S
             f"answers ({reasons}); every verdict so far is on disk, and the next start requests the others"
         )
     own = arm.keyed(questions.values())
+    if any(question.sent != question.sample for question in own.values()):
+        raise _both(arm.name)
     written, keys, batch = Answers(arm.folder).refresh(), list[str](), list[Row]()
     with Writer(arm.folder) as writer:
         for key, question, row, opinion in zip(own, own.values(), given, opinions, strict=True):
@@ -138,6 +146,13 @@ def filtered(arm: Arm, guard: Judge, questions: Mapping[str, Question], given: S
             extra=EVERY_RANK,
         )
     return written.refresh().of(keys)
+
+
+def _both(name: str) -> ConfigError:
+    return ConfigError(
+        f"defences.{name}: has a guard and changes what the model gets, and a guard reads the answers that the model "
+        "gives without a defence; make two defences of it"
+    )
 
 
 def _row(key: str, question: Question, response: str, opinion: Opinion) -> Row:

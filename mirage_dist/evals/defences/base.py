@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.judges.base import Judge
@@ -15,8 +16,8 @@ class Defence:
     """A defence, as a recipe describes it: the fields of its dataclass are its options.
 
     It stands between the user, who may attack, and the model: it sees a question as the attack has left it. A subclass
-    changes the template (`template`) or the user's turns (`turn`), or names a `guard` that reads the answers. What it
-    does must depend on its options and its arguments alone.
+    changes the template (`template`) or the user's turns (`turn`), or else names a `guard` that reads the model's own
+    answers. What it does must depend on its options and its arguments alone.
 
     guard: the judge that decides which answers are withheld; None of a defence that withholds none.
     """
@@ -42,6 +43,10 @@ class Defence:
         Raises ConfigError when the recipe or this machine lacks something that the defence needs.
         """
         return self
+
+    def decided_by(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What is part of each answer's key: all of the recipe's `options`, unless some decide no answer."""
+        return dict(options)
 
     def template(self, template: TemplateConfig) -> TemplateConfig:
         """The template with which the defended model is asked."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, overload
 
@@ -46,6 +46,10 @@ class Guarded(OutputFilter):
     @property
     def about(self) -> str:
         return f"behind a filter that withholds answers, by the verdicts of {self.guard.about}"
+
+    def decided_by(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The guard by its fingerprint: not every option of a judge decides a verdict, and its files may move."""
+        return {**{name: own for name, own in options.items() if name != "judge"}, "guard": self.guard.fingerprint}
 
     def of(self, recipe: EvalRecipe) -> Guarded:
         """Raises ConfigError as the guard's `of`."""

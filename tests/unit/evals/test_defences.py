@@ -236,9 +236,11 @@ def test_a_filter_withholds_what_its_guard_finds_harmful_and_asks_the_model_noth
     # The guard knows nothing of the sets: it got each answer once, with the question as the user asks it.
     assert len(server.seen) == ASKED
     assert all("unsafe1" not in request["text"] for request in server.seen)
-    runner.evaluate(options)
+    runner.evaluate(recipe(place, tmp_path / "run", {"filter": guard(server, retries=7)}))  # which decides no verdict
     assert len(server.seen) == ASKED
     assert len(rows(suite / "defences/filter")) == ASKED
+    with pytest.raises(ConfigError, match=r"defences/filter holds answers of another evaluation: defence\.guard: "):
+        runner.evaluate(recipe(place, tmp_path / "run", {"filter": guard(server, max_tokens=9)}))
     (sentence,) = written.descriptions(compare.defended([loaded(tmp_path / "run")]))
     assert "The filter withheld 12 of 24 answers to unsafe. The filter withheld 12 of 24 answers to safe." in sentence
 
@@ -467,6 +469,31 @@ class Shout(Defence):
     def turn(self, question):
         return question.upper() + "!" * self.louder
 """
+
+
+@pytest.mark.parametrize("change", ["turn(self, question): return question.upper()", "template(self, t): return T"])
+def test_a_guard_beside_another_change_is_refused(place, engine, serve, tmp_path, monkeypatch, change):
+    """It would read the answers of the model without the change."""
+    head = (
+        "from dataclasses import dataclass\nfrom mirage_dist.evals.defences.output_filter import Guarded, OutputFilter"
+    )
+    both = f"""{head}
+from mirage_dist.schema import TemplateConfig
+T = TemplateConfig(system_prompt="x")
+@dataclass(frozen=True, kw_only=True)
+class Both(Guarded):
+    def {change}
+@dataclass(frozen=True, kw_only=True)
+class Described(OutputFilter):
+    def whole(self, source, key):
+        return Both(judge=self.judge, guard=super().whole(source, key).guard)
+"""
+    module = f"lab_both_{change[:4]}"
+    (tmp_path / f"{module}.py").write_text(both)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {**guard(serve(harmful_if("red"))), "kind": f"{module}:Described"}
+    with pytest.raises(ConfigError, match=r"defences\.b: has a guard and changes what the model gets"):
+        runner.evaluate(recipe(place, tmp_path / "run", {"b": own}))
 
 
 def test_a_defence_from_outside_the_package_has_its_own_name_and_keys(place, engine, tmp_path, monkeypatch):
