@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 LEFT_OUT = 1e-12  # of the probability of all outcomes, at most, at each end of a sum
+TIE = 1 + 1e-9  # a p that is the level but for rounding counts as at it
 MOST = 10_000_000  # questions
 AHEAD = 100  # larger numbers of questions that are looked at: exact power falls a little before it rises again
 FINEST = 1e-4  # of a difference of rates
@@ -49,6 +50,7 @@ class Paired:
         if discordance <= 0:
             return 0.0
         q = min(1.0, max(0.0, (discordance + self.after - self.before) / (2 * discordance)))
+        level *= TIE
         low, pairs = _window(n, discordance)
         # So far below the fair mean that the test rejects; from there on c rises to the bound.
         c = max(-1, math.floor(low / 2 - 10 * math.sqrt(low)) - 1)
@@ -81,6 +83,7 @@ class Unpaired:
         Given b, the test rejects when the other group's hits are at most a bound below b, or at least one above it;
         both bounds rise with b.
         """
+        level *= TIE
         start, first = _window(n, self.before)
         low, second = _window(n, self.after)
         below = [0.0]  # P(the first group has fewer than `start` + i hits)

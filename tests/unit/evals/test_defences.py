@@ -117,7 +117,7 @@ def loaded(run: Path) -> Run:
     return Run("m", run, "s", results.read(run / "evals/s"))
 
 
-ASKED = 2 * 8 * (1 + 2)
+QUESTIONS = 2 * 8 * (1 + 2)
 
 
 def test_each_defence_answers_the_same_questions_and_stands_beside_none(place, engine, tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_each_defence_answers_the_same_questions_and_stands_beside_none(place, e
     assert engine.loads == [None, "say no to red"]  # the reminder needs no other template
     bare = rows(suite)
     own = {name: rows(suite / "defences" / name) for name in ("prompt", "reminder")}
-    assert len(bare) == ASKED
+    assert len(bare) == QUESTIONS
     assert not any({"sent", "withheld", "filtered"} & row.keys() for row in bare.values())
     for name, answered in own.items():
         assert answered.keys() == bare.keys()
@@ -193,7 +193,7 @@ def test_a_defence_that_comes_later_costs_its_own_answers_only(place, engine, tm
     kept = results.read(suite / "defences/reminder")
     runner.evaluate(recipe(place, tmp_path / "run", {"reminder": REMINDER}))
     assert results.read(suite / "defences/reminder") == kept
-    assert len(rows_of_both(suite / "defences/reminder")) == ASKED
+    assert len(rows_of_both(suite / "defences/reminder")) == QUESTIONS
     with pytest.raises(ConfigError, match=r"defences/reminder holds answers of another.*defence\.after: 'other' here"):
         runner.evaluate(recipe(place, tmp_path / "run", {"reminder": {**REMINDER, "after": "other"}}))
 
@@ -232,13 +232,15 @@ def test_a_filter_withholds_what_its_guard_finds_harmful_and_asks_the_model_noth
     assert (entry["asr"]["clean"]["k"], entry["rr"]["clean"]["k"]) == (4, 4)
     # A judge that knows no such phrase counts them all the same: they are refusals by the filter.
     lines = [state.parse("verdict", line, "") for line in (suite / "defences/filter/verdicts/keyword.jsonl").open("rb")]
-    assert sum(line.get("detail") == {"by": "filter"} and line["verdict"] == "refused" for line in lines) == ASKED // 2
+    assert (
+        sum(line.get("detail") == {"by": "filter"} and line["verdict"] == "refused" for line in lines) == QUESTIONS // 2
+    )
     # The guard knows nothing of the sets: it got each answer once, with the question as the user asks it.
-    assert len(server.seen) == ASKED
+    assert len(server.seen) == QUESTIONS
     assert all("unsafe1" not in request["text"] for request in server.seen)
     runner.evaluate(recipe(place, tmp_path / "run", {"filter": guard(server, retries=7)}))  # which decides no verdict
-    assert len(server.seen) == ASKED
-    assert len(rows(suite / "defences/filter")) == ASKED
+    assert len(server.seen) == QUESTIONS
+    assert len(rows(suite / "defences/filter")) == QUESTIONS
     with pytest.raises(ConfigError, match=r"defences/filter holds answers of another evaluation: defence\.guard: "):
         runner.evaluate(recipe(place, tmp_path / "run", {"filter": guard(server, max_tokens=9)}))
     (sentence,) = written.descriptions(compare.defended([loaded(tmp_path / "run")]))
@@ -306,7 +308,7 @@ def test_defended_answers_are_no_harvest(place, engine, tmp_path):
     suite = tmp_path / "run/evals/s"
     assert harvest.harvest(suite / "rows").count == 16
     defended = harvest.harvest(suite / "defences/prompt/rows")
-    assert (defended.count, defended.left_out) == (0, {"defended": ASKED})
+    assert (defended.count, defended.left_out) == (0, {"defended": QUESTIONS})
 
 
 TALK = {"kind": "transcript", "min_match": 0.1}
@@ -453,7 +455,7 @@ def test_the_status_has_every_defence(place, engine, tmp_path, capsys):
     configs.write_yaml(recipe(place, tmp_path / "run", {"reminder": REMINDER, "prompt": PROMPT}), tmp_path / "r.yaml")
     assert cli.main(["eval", str(tmp_path / "r.yaml"), "--status"]) == 0
     shown = capsys.readouterr().out
-    assert f"{ASKED} of {ASKED} answers (100.0%)" in shown.partition("defence reminder\n")[2]
+    assert f"{QUESTIONS} of {QUESTIONS} answers (100.0%)" in shown.partition("defence reminder\n")[2]
     assert "defence prompt\nnot started yet" in shown
 
 
