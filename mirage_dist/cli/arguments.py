@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from mirage_dist.cli import power as power_verb
 from mirage_dist.cli import project
 from mirage_dist.cli import verbs as run
 from mirage_dist.config import nearest
@@ -203,6 +205,34 @@ def parser() -> argparse.ArgumentParser:
         "--outputs", action="store_true", help="include the answers to real data in the page, hidden until clicked"
     )
 
+    power = _verb(verbs, "power", power_verb.power, "how many questions a difference of two rates needs, exactly")
+    power.add_argument("--before", type=_share, required=True, metavar="P", help="the one rate, from 0 to 1")
+    power.add_argument("--after", type=_share, metavar="P", help="the other rate: how many questions show this change?")
+    power.add_argument(
+        "--questions",
+        type=_whole(1, COUNT),
+        metavar="N",
+        help="in its place: which change do so many show?",
+    )
+    power.add_argument(
+        "--discordance",
+        type=_share,
+        metavar="D",
+        help="paired: the share of questions on which the two measurements differ; default: of independent ones",
+    )
+    power.add_argument("--unpaired", action="store_true", help="two sets of different questions; N of each")
+    power.add_argument(
+        "--level",
+        type=_part,
+        default=0.05,
+        metavar="A",
+        help="of the two-sided test, at most 0.5; default: %(default)s",
+    )
+    power.add_argument(
+        "--power", type=_chance, default=0.8, metavar="P", help="the chance to find the change; default: %(default)s"
+    )
+    power.add_argument("--json", action="store_true", help="one JSON object (docs/evaluation.md) in place of the text")
+
     export = _verb(verbs, "export", run.export, "write a Hugging Face model directory from a checkpoint")
     export.add_argument("run_dir", type=_path, metavar="RUN", help="the directory of a training run")
     export.add_argument("out", type=_path, metavar="OUT", help="a new directory")
@@ -305,6 +335,26 @@ def _price(text: str) -> float:
     if not 0 <= price <= MAGNITUDE.value:
         raise argparse.ArgumentTypeError(f"{shown(text)}: expected a price from 0 to {MAGNITUDE}, such as 2.5")
     return price
+
+
+def _within(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of an argument that is a number for which `fits` holds."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{shown(text)}: expected {expected}")
+        return value
+
+    return number
+
+
+_share = _within("a share from 0 to 1, such as 0.25", lambda x: 0 <= x <= 1)
+_part = _within("a level from 1e-9 to 0.5, such as 0.05", lambda x: 1e-9 <= x <= 0.5)
+_chance = _within("a power above 0 and below 1, such as 0.8", lambda x: 0 < x < 1)
 
 
 def _name(text: str) -> str:

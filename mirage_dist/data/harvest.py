@@ -94,7 +94,9 @@ def harvest(path: Path, refuses: PhraseList = OURS) -> Answers:
                 answers.add(name, answer)
             continue
         for row in _rows(file, answers.left_out):
-            if row.get("attack") in (None, "clean"):
+            if "sent" in row or "filtered" in row:
+                answers.left_out["defended"] += 1
+            elif row.get("attack") in (None, "clean"):
                 answers.add((str(row["id"]), row["question"]), row["response"])
             else:
                 answers.left_out["attacked"] += 1

@@ -107,7 +107,8 @@ class Setting:
 
         Raises RunError when another worker judges that suite, and what `evals.runner.evaluate` raises.
         """
-        recipe = replace(self.recipe, suite=f"{self.suite}/{name}", model=model, sets=dict(sets), erasure=None)
+        suite = f"{self.suite}/{name}"
+        recipe = replace(self.recipe, suite=suite, model=model, sets=dict(sets), defences={}, erasure=None)
         result = runner.evaluate(recipe)
         if result is None:
             raise RunError(f"{suite_dir(recipe)}: another worker is judging it; start again when it has finished")

@@ -51,15 +51,15 @@ def follow(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> None:
 
 def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: list[Sender]) -> None:
     """`follow`. trackers: gets the process that sends results to W&B when there are some, if the run logs to W&B."""
-    done, measured, judged_elsewhere = set[int](), set[int](), False
+    done, rated, judged_elsewhere = set[int](), set[int](), False
     while True:
         if name := signals.received():
             raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
         # Before the checkpoints are listed: a run that is over makes no checkpoint that the list could miss.
         over = _over(run)
-        steps = [step for c in committed(run / "checkpoints") if (step := step_of(c)) not in done | measured]
-        measured.update(step for step in steps if _measured(recipe, step))
-        waiting = [step for step in steps if step not in measured]
+        steps = [step for c in committed(run / "checkpoints") if (step := step_of(c)) not in done | rated]
+        rated.update(step for step in steps if measured(recipe, step))
+        waiting = [step for step in steps if step not in rated]
         for tracker in trackers:
             tracker.tick()
         if not waiting:
@@ -121,10 +121,14 @@ def _of_step(recipe: EvalRecipe, step: int) -> EvalRecipe:
     return replace(recipe, suite=f"{recipe.suite}/step-{step:06d}", model=model, follow=None, wandb_outputs=0)
 
 
-def _measured(recipe: EvalRecipe, step: int) -> bool:
-    """Whether a checkpoint has its rates; a damaged `metrics.json` is named in the log, and written again."""
+def measured(recipe: EvalRecipe, step: int) -> bool:
+    """Whether a checkpoint has its rates, under each defence too; a damaged `metrics.json` is named in the log, and
+    written again.
+    """
+    suite = suite_dir(_of_step(recipe, step))
     try:
-        results.read(suite_dir(_of_step(recipe, step)))
+        for folder in (suite, *(suite / files.DEFENCES / name for name in recipe.defences)):
+            results.read(folder)
     except FileNotFoundError:
         return False
     except RunError as error:

@@ -19,7 +19,6 @@ from mirage_dist.evals.results import Entry, JudgeResult, Measures, SuiteResult,
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import WorkList
-from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import EvalRecipe
 
 RATES = ("asr", "rr", "ir", "utility")  # of an entry, by condition; locality has one condition only
@@ -76,7 +75,6 @@ def judge(
         result["labels"] = labels.info
     if caution := formats.caution(result):
         result["caution"] = caution
-        log.warning(f"eval {recipe.suite}: {caution}", extra=EVERY_RANK)
     return result
 
 

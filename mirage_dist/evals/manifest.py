@@ -166,6 +166,7 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         "generation.gpu_memory_utilization",
         "judges",
         "labels",
+        "defences",
         "seed",
         "world",
     ]

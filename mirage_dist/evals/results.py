@@ -268,11 +268,29 @@ class SetInfo(TypedDict):
     attacks: dict[str, AttackInfo]
 
 
+class DefenceInfo(TypedDict):
+    """The defence under which answers were given: its name and kind in the recipe, and a phrase for reports.
+
+    undefended: a digest of the rows' keys without a defence; others are not the same questions to the same model.
+    withheld: of a filter, set -> attack, or "clean" -> [answers withheld, answers]. undecided: of these, how many
+    because the guard's reply was no verdict. same_judge: the judges of the rates that are the guard itself.
+    """
+
+    name: str
+    kind: str
+    about: str
+    undefended: str
+    withheld: NotRequired[dict[str, dict[str, list[int]]]]
+    undecided: NotRequired[int]
+    same_judge: NotRequired[list[str]]
+
+
 class SuiteResult(TypedDict):
     """`metrics.json`. recipe_hash: equal for evaluations whose results are comparable.
 
     headline: the judge whose entry reports show, a key of `judges`. caution: one sentence where the headline rates are
-    a phrase list's (see `caution`). labels: present where the recipe names human labels.
+    a phrase list's (see `caution`). labels: present where the recipe names human labels. defence: present of answers
+    under a defence.
     """
 
     model_hash: str
@@ -286,6 +304,7 @@ class SuiteResult(TypedDict):
     agreement: Agreement
     caution: NotRequired[str]
     labels: NotRequired[LabelsInfo]
+    defence: NotRequired[DefenceInfo]
 
 
 def caution(result: SuiteResult) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from mirage_dist import disk
 from mirage_dist.data import pictures
@@ -17,12 +17,13 @@ from mirage_dist.disk import hashes
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import Question
 from mirage_dist.model.environment import Environment
-from mirage_dist.schema import EvalRecipe
+from mirage_dist.schema import EvalRecipe, TemplateConfig
 
 
 class Settings(TypedDict):
     """Everything besides its question, and how it is drawn, that an answer depends on. All of it is part of each key.
 
+    template: as a defence leaves it, where there is one. defence: its name and options; present with one.
     image_processor: the class that turns pictures into tensors, None for a text-only model. It depends on the machine:
     transformers takes its torchvision classes where torchvision is installed, and PIL otherwise.
     libraries: versions of the libraries that compute the answers.
@@ -35,6 +36,7 @@ class Settings(TypedDict):
     dtype: str
     template: dict[str, Any]
     generation: dict[str, Any]
+    defence: NotRequired[dict[str, Any]]
 
 
 def settings(
@@ -47,24 +49,34 @@ def settings(
     """recipe: with what `template.image_aspect: auto` comes to. engine: versions of the generation backend's own
     libraries.
     """
-    template = asdict(recipe.template)
-    if not template["template_options"]:
-        del template["template_options"]  # as before there were any
-    if template["defence"] is None:
-        del template["defence"]
     return {
         "model_hash": model_hash,
         "chat_template_hash": chat_template_hash,
         "image_processor": environment.image_processor,
         "libraries": {**environment.libraries, **engine},
         "dtype": recipe.model.dtype,
-        "template": template,
+        "template": _written(recipe.template),
         "generation": {
             "decoding": "greedy",
             "max_new_tokens": recipe.generation.max_new_tokens,
             "backend": recipe.generation.backend,
         },
     }
+
+
+def defended(own: Settings, template: TemplateConfig, defence: Mapping[str, Any]) -> Settings:
+    """The settings under a defence. template: as it leaves it. defence: see `defences.info`."""
+    return {**own, "template": _written(template), "defence": dict(defence)}
+
+
+def _written(template: TemplateConfig) -> dict[str, Any]:
+    """A template as keys have it: without what earlier versions did not have, where it is not used."""
+    written = asdict(template)
+    if not written["template_options"]:
+        del written["template_options"]
+    if written["defence"] is None:
+        del written["defence"]
+    return written
 
 
 def keyed(questions: Iterable[Question], decided_by: Mapping[str, Any]) -> dict[str, Question]:
@@ -92,6 +104,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
         content["draw"] = asdict(sample.draw)
     if sample.turn:
         content["turn"] = [sample.turn.number, sample.turn.turns]
+    if question.sent:
+        content["sent"] = [question.sent.question, question.sent.history]
     return disk.digest(content)
 
 
@@ -114,6 +128,7 @@ def row(key: str, question: Question, response: str) -> Row:
         **({"begun": sample.begun} if sample.begun else {}),
         **({"draw": asdict(sample.draw)} if sample.draw else {}),
         **({"turns": sample.turn.turns, "history": [list(turn) for turn in sample.history]} if sample.turn else {}),
+        **({"sent": question.sent.question} if question.sent else {}),
         "response": response,
     }
     return cast(Row, fields)

@@ -7,10 +7,10 @@ and any number of workers can share a suite.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -18,10 +18,14 @@ from typing import TypeVar
 from mirage_dist import __version__, runs, signals
 from mirage_dist import config as configs
 from mirage_dist.data.encoding.collate import Encoder
-from mirage_dist.evals import judges, judging, models, results, rows, worker, worklist
+from mirage_dist.evals import judges, judging, models, results, rows, worklist
 from mirage_dist.evals import manifest as manifests
 from mirage_dist.evals.attacks.rewrites import Rewriter
+from mirage_dist.evals.defences import NONE, arms
+from mirage_dist.evals.defences.arms import Arm
+from mirage_dist.evals.judges import Judge
 from mirage_dist.evals.judges.errors import labels
+from mirage_dist.evals.judges.errors.labels import Labels, Matched
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder
@@ -30,18 +34,19 @@ from mirage_dist.evals.results import CLEAN, SuiteResult
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
-from mirage_dist.evals.worklist import WorkList
+from mirage_dist.evals.worklist import Question, WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalRecipe, TemplateConfig
 from mirage_dist.signals import StopRequested
 
 G = TypeVar("G", bound=Generator)
 
 
 def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult | None:
-    """Answer the missing questions together with all other workers of the suite, then judge and write `metrics.json`.
+    """Answer the missing questions together with all other workers of the suite, then judge and write `metrics.json`:
+    without a defence, and with each one of the recipe (see `evals.defences.arms`).
 
     place: (i, n): this is worker i of n, which decides where in the work list it begins (see `evals.worker`). Of the
     workers that find every question answered, one judges and returns the content of `metrics.json`; the others return
@@ -52,6 +57,40 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     weights are read, and for a model that cannot be loaded. Raises RunError when the disk is full or the model's files
     change, and StopRequested after the batch in which a signal came (see `signals`).
     """
+    begun = _begun(recipe)
+    with Claims(begun.suite) as claims:
+        given = _answers(begun, claims, place)
+        begun.model.check_unchanged()
+        return _rates(begun, given, claims)
+
+
+Given = tuple[Mapping[str, Question], Answers]  # questions by key, in the order of the work list, and their answers
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An evaluation whose directories are its own. recipe: resolved. first: the first questions without a defence, by
+    key. sizes: of each arm's chunks. labels: human ones, matched already unless conversations need answers first.
+    """
+
+    recipe: EvalRecipe
+    suite: Path
+    model: Subject
+    engine: type[Generator]
+    panel: Sequence[Judge]
+    work: WorkList
+    arms: Sequence[Arm]
+    first: Mapping[str, Question]
+    sizes: Mapping[str, int]
+    labels: Labels | None
+    matched: Matched | None
+
+    def load(self, template: TemplateConfig, claims: Claims) -> Generator:
+        return _load(self.recipe, self.model, self.suite, self.engine, template, claims)
+
+
+def _begun(recipe: EvalRecipe) -> _Begun:
+    """Check everything, make the rewrites, and claim the directories. Loads no weights unless rewrites need them."""
     worklist.check(recipe)
     engine = models.backend(recipe.generation.backend)
     versions = engine.versions()  # fails here where the engine is not installed
@@ -62,44 +101,100 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     _check_template(recipe, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash, model.environment, versions)
-    decided = manifests.decided_by(recipe, settings)
-    manifests.check(suite, decided)  # before anything is made for it
-    rewriter = Rewriter(suite, settings, lambda claims: _load(HuggingFace, recipe, model, suite, claims))
-    work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
+    every = arms.of(recipe, suite, settings, panel)
+    for arm in every:
+        manifests.check(arm.folder, manifests.decided_by(recipe, arm.settings))  # before anything is made for it
+    load = partial(_load, recipe, model, suite, HuggingFace, recipe.template)
+    work = worklist.plan(recipe, Rewriter(suite, settings, load), _encoder(recipe, model).refusals)
     worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
     rounds = rows.rounds(work.questions)
-    questions = rows.keyed(rounds[0], settings)
+    first = every[0].keyed(rounds[0])
     matched = None
-    if len(rounds) == 1:
-        matched = labelled and labelled.matched({key: rows.place(q) for key, q in questions.items()})
-    manifest = manifests.claim(suite, manifests.describe(recipe, work, decided, _all_versions(versions)))
-    _begin(suite, recipe)
-    size = manifest.get("chunk_rows", recipe.generation.batch_size)
-    with Claims(suite) as claims:
-        with _loader(engine, recipe, model, suite, claims) as load:
-            answers = worker.work(suite, questions, rows.chunks(questions, size), claims, load, place)
-            for turn in rounds[1:]:  # of conversations, whose keys contain the answers to earlier turns
-                earlier = {key: rows.place(question) for key, question in questions.items() if question.sample.turn}
-                responses = {earlier[row["key"]]: row["response"] for row in answers.of(earlier)}
-                own = rows.keyed([rows.resumed(question, responses) for question in turn], settings)
-                answers = worker.work(suite, own, rows.chunks(own, size), claims, load, place)
-                questions |= own
-        if len(rounds) > 1:
-            questions = rows.ordered(questions, work.questions)
-            matched = labelled and labelled.matched({key: rows.place(q) for key, q in questions.items()})
-        model.check_unchanged()
-        _report_repeated(recipe, answers)
-        if (claim := claims.take_unless_alive("judging", partial(_stop_if_requested, recipe))) is None:
-            log.info(f"eval {recipe.suite}: every question is answered; another worker judges", extra=EVERY_RANK)
-            return None
-        try:
-            result = judging.judge(recipe, suite, model.model_hash, panel, work, answers.of(questions), claims, matched)
-            files.write(suite / "metrics.json", results.text(result))
-            model.discard(suite)
-        finally:
-            claims.release(claim)
+    if labelled is not None and len(rounds) == 1:
+        matched = labelled.matched({key: rows.place(question) for key, question in first.items()})
+    sizes = {}
+    for arm in every:
+        decided = manifests.decided_by(recipe, arm.settings)
+        manifest = manifests.claim(arm.folder, manifests.describe(recipe, work, decided, _all_versions(versions)))
+        sizes[arm.name] = manifest.get("chunk_rows", recipe.generation.batch_size)
+    for arm in every:
+        _begin(arm.folder, arm.recipe)
+    return _Begun(recipe, suite, model, engine, panel, work, every, first, sizes, labelled, matched)
+
+
+def _answers(begun: _Begun, claims: Claims, place: tuple[int, int]) -> dict[str, Given]:
+    """Of each arm but filters, by its name, as soon as all are there. The device's memory is free again then.
+
+    claims: this worker's, in the suite's folder.
+    """
+    given: dict[str, Given] = {}
+    rounds = rows.rounds(begun.work.questions)
+    with closing(_Loaded(partial(begun.load, claims=claims))) as loaded:
+        for arm in begun.arms:
+            if arm.guard is not None:
+                continue
+            first = begun.first if arm.defence is None else arm.keyed(rounds[0])
+            load = partial(loaded.generator, arm.template)
+            with _claims_of(arm, claims) as own:
+                questions, answers = arms.answered(arm, first, rounds[1:], begun.sizes[arm.name], own, load, place)
+            if len(rounds) > 1:
+                questions = rows.ordered(questions, begun.work.questions)
+            given[arm.name] = questions, answers
+            _report_repeated(arm, answers)
+    return given
+
+
+def _rates(begun: _Begun, given: Mapping[str, Given], claims: Claims) -> SuiteResult | None:
+    """Judge each arm that no other worker judges; the result without a defence, if this worker computed it."""
+    result, matched = None, begun.matched
+    questions, answers = given[NONE]
+    if begun.labels is not None and matched is None:
+        matched = begun.labels.matched({key: rows.place(question) for key, question in questions.items()})
+    for arm in begun.arms:
+        with _claims_of(arm, claims) as own, _judging(arm, own) as mine:
+            if not mine:
+                continue
+            if arm.guard is not None:
+                answered = arms.filtered(arm, arm.guard, questions, answers.of(questions), own)
+            else:
+                answered = given[arm.name][1].of(given[arm.name][0])
+            human = matched if arm.defence is None else None
+            judged = judging.judge(
+                begun.recipe, arm.folder, begun.model.model_hash, begun.panel, begun.work, answered, own, human
+            )
+            if arm.defence is None and "caution" in judged:
+                log.warning(f"eval {begun.recipe.suite}: {judged['caution']}", extra=EVERY_RANK)
+            if arm.defence is not None:
+                judged["defence"] = arms.info(arm, arm.defence, questions, answered, begun.panel)
+            files.write(arm.folder / "metrics.json", results.text(judged))
+            result = judged if arm.defence is None else result
+            if arm is begun.arms[-1]:
+                begun.model.discard(begun.suite)
     return result
+
+
+@contextmanager
+def _claims_of(arm: Arm, claims: Claims) -> Iterator[Claims]:
+    """This worker's claims in an arm's folder. claims: the suite's, where answers without a defence lie."""
+    if arm.defence is None:
+        yield claims
+        return
+    with Claims(arm.folder) as own:
+        yield own
+
+
+@contextmanager
+def _judging(arm: Arm, claims: Claims) -> Iterator[bool]:
+    """Whether this worker judges an arm, and for as long as it does, no other one."""
+    if (claim := claims.take_unless_alive("judging", partial(_stop_if_requested, arm.recipe))) is None:
+        log.info(f"eval {files.title(arm.folder)}: every question is answered; another worker judges", extra=EVERY_RANK)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claims.release(claim)
 
 
 def _begin(suite: Path, recipe: EvalRecipe) -> None:
@@ -114,25 +209,39 @@ def _begin(suite: Path, recipe: EvalRecipe) -> None:
 
 
 def _same(file: Path, recipe: EvalRecipe) -> bool:
-    """Whether a config.yaml is of this recipe, wherever its run directory has been moved."""
-    moved = ["run", "model.path", "model.run"]
+    """Whether a config.yaml is of this recipe, wherever its run directory has been moved, and with whatever defences:
+    the manifests compare these.
+    """
+    moved = ["run", "model.path", "model.run", "defences"]
     try:
         return configs.config_hash(configs.load(file, [], EvalRecipe), moved) == configs.config_hash(recipe, moved)
     except ConfigError:
         return False
 
 
-@contextmanager
-def _loader(
-    engine: type[Generator], recipe: EvalRecipe, model: Subject, suite: Path, claims: Claims
-) -> Iterator[Callable[[], Generator]]:
-    """A function that loads the model when there is something to answer. The GPU is free again after the block."""
-    with ExitStack() as loaded:
-        yield cache(lambda: loaded.enter_context(_load(engine, recipe, model, suite, claims)))
+class _Loaded:
+    """The model under test, loaded when there is something to answer, and again for another template."""
+
+    def __init__(self, load: Callable[[TemplateConfig], Generator]) -> None:
+        self.load, self.template, self.held = load, None, ExitStack()
+        self.current: Generator | None = None
+
+    def generator(self, template: TemplateConfig) -> Generator:
+        if self.current is None or template != self.template:
+            self.close()
+            self.template, self.current = template, self.held.enter_context(self.load(template))
+        return self.current
+
+    def close(self) -> None:
+        """Release the device's memory."""
+        self.held.close()
+        self.current = None
 
 
-def _load(engine: type[G], recipe: EvalRecipe, model: Subject, suite: Path, claims: Claims) -> G:
-    generator = engine(model.loadable(suite, claims), recipe.template, recipe.generation)
+def _load(
+    recipe: EvalRecipe, model: Subject, suite: Path, engine: type[G], template: TemplateConfig, claims: Claims
+) -> G:
+    generator = engine(model.loadable(suite, claims), template, recipe.generation)
     model.check_unchanged()
     return generator
 
@@ -142,11 +251,11 @@ def _stop_if_requested(recipe: EvalRecipe) -> None:
         raise StopRequested(f"eval {recipe.suite}: stopped by {name}; every answer so far is on disk")
 
 
-def _report_repeated(recipe: EvalRecipe, answers: Answers) -> None:
+def _report_repeated(arm: Arm, answers: Answers) -> None:
     if answers.repeated:
         log.info(
-            f"eval {recipe.suite}: {answers.repeated} questions were answered twice, {len(answers.differing)} of them "
-            f"with another text; the first answer counts{_first(answers.differing)}",
+            f"eval {files.title(arm.folder)}: {answers.repeated} questions were answered twice, "
+            f"{len(answers.differing)} of them with another text; the first answer counts{_first(answers.differing)}",
             extra=EVERY_RANK,
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mirage_dist.evals import manifest, results
 from mirage_dist.evals.sharing import claims
-from mirage_dist.evals.sharing.files import COMPLETE, Damage, lines, row_key, suite_dir
+from mirage_dist.evals.sharing.files import COMPLETE, DEFENCES, Damage, lines, row_key, suite_dir
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
 
 # The set and the attack of a raw row. JSON escapes quotes in strings, so no text of a row can look like a field.
@@ -69,10 +69,15 @@ class Status:
 
 
 def report(recipe: EvalRecipe) -> str:
-    """The progress of a suite as text; of each checkpoint's where the recipe follows a run."""
+    """The progress of a suite as text, and of each defence; of each checkpoint's where the recipe follows a run."""
     suite = suite_dir(recipe)
     if recipe.follow is None:
-        return status(suite).text()
+        texts = [status(suite).text()]
+        for name in recipe.defences:
+            folder = suite / DEFENCES / name
+            begun = (folder / "manifest.json").is_file()
+            texts.append(f"defence {name}\n{status(folder).text() if begun else 'not started yet'}")
+        return "\n\n".join(texts)
     steps = sorted(suite.glob("step-*"))
     if not any((step / "manifest.json").is_file() for step in steps):
         raise ConfigError(f"{suite}: no evaluated checkpoint of {recipe.follow}; this evaluation has not started yet")

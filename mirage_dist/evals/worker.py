@@ -15,7 +15,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.evals import rows, worklist
 from mirage_dist.evals.rows import Chunk
 from mirage_dist.evals.sharing.claims import Claim, Claims
-from mirage_dist.evals.sharing.files import KEPT, Answers, Writer, append, whole_objects
+from mirage_dist.evals.sharing.files import KEPT, Answers, Writer, append, title, whole_objects
 from mirage_dist.evals.worklist import Question
 from mirage_dist.progress import EVERY_RANK, Progress, log
 from mirage_dist.schema import RunError
@@ -45,7 +45,7 @@ def work(
     Raises StopRequested after the batch in which a signal came, and RunError when the disk is full or the same Slurm
     job has started MAX_RESTARTS times in a row without one new answer and without a request to stop.
     """
-    name = f"eval {suite.name}" if place[1] == 1 else f"eval {suite.name}, worker {place[0]} of {place[1]}"
+    name = f"eval {title(suite)}" if place[1] == 1 else f"eval {title(suite)}, worker {place[0]} of {place[1]}"
     answers = Answers(suite).refresh()
     done = sum(key in answers for key in questions)
     others = len(answers) - done  # of earlier turns of conversations
@@ -97,7 +97,7 @@ def _answer(missing: Mapping[str, Question], generate: Generate, claims: Claims,
     and answers instead.
     """
     keys = list(missing)
-    for batch in generate([question.sample for question in missing.values()]):
+    for batch in generate([question.sent or question.sample for question in missing.values()]):
         if not claims.held(claim):
             return
         writer.append(rows.row(keys[i], missing[keys[i]], text) for i, text in batch)

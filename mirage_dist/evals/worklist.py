@@ -5,13 +5,13 @@ It is a function of the recipe and the data. `evals.rows` gives each question it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Refusals, Source
-from mirage_dist.evals import attacks, judges, models
+from mirage_dist.evals import attacks, defences, judges, models
 from mirage_dist.evals.attacks import Attack, Coverage
 from mirage_dist.evals.attacks.sampling import seeded
 from mirage_dist.evals.results import CLEAN, AppliedAttack
@@ -26,7 +26,8 @@ Ready = Callable[[Attack, Sequence[Sample], str], Attack]
 class Question:
     """One question to the model: `sample` holds its text as asked, `original` the text in the data.
 
-    shot: 0 for the question itself, k for the k-th rewrite of the attack.
+    shot: 0 for the question itself, k for the k-th rewrite of the attack. sent: the sample as a defence passes it on to
+    the model; None without a defence.
     """
 
     set: str
@@ -35,6 +36,7 @@ class Question:
     shot: int
     sample: Sample
     original: str
+    sent: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,15 @@ class WorkList:
 
 
 def check(recipe: EvalRecipe) -> None:
-    """Raise ConfigError for a judge, an attack or an engine that the recipe describes wrongly, or a missing set.
+    """Raise ConfigError for a judge, an attack, a defence or an engine that the recipe describes wrongly, or a missing
+    set.
 
     Reads neither data nor model: what the recipe names may be made later. In a world that includes the audits that
     attacks read.
     """
     judges.read(recipe)
     made = _check_sets(recipe, made=recipe.world is None)
+    _check_filters(recipe, made)
     drawn = [f"sets.{name}.attacks.{title}" for name, own in made.items() for title, a in own.items() if a.draws]
     name = recipe.generation.backend
     if (drawn or name not in models.BACKENDS) and not models.backend(name).seeded and drawn:
@@ -141,6 +145,17 @@ def _check_sets(recipe: EvalRecipe, made: bool = True) -> dict[str, dict[str, At
     if not recipe.sets:
         raise ConfigError("sets is empty: name at least one, such as sets.unsafe")
     return {name: _attacks(recipe, name, made) for name in recipe.sets}
+
+
+def _check_filters(recipe: EvalRecipe, attacks_of: Mapping[str, Mapping[str, Attack]]) -> None:
+    """Raise ConfigError for a filter of answers beside conversations, which would go on with the filter's refusals."""
+    filters = [name for name, defence in defences.read(recipe).items() if defence.guard is not None]
+    talks = [f"sets.{name}.attacks.{title}" for name, own in attacks_of.items() for title, a in own.items() if a.turns]
+    if filters and talks:
+        raise ConfigError(
+            f"defences.{filters[0]}: withholds answers, and {talks[0]} is a conversation that goes on with the answers "
+            "to earlier turns; evaluate one of the two in a recipe of its own"
+        )
 
 
 def _attacks(recipe: EvalRecipe, name: str, made: bool) -> dict[str, Attack]:

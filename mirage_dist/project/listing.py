@@ -20,16 +20,18 @@ REGISTRIES = {
     "objectives": "objectives/base.py",
     "attacks": "evals/attacks/__init__.py",
     "judges": "evals/judges/__init__.py",
+    "defences": "evals/defences/__init__.py",
     "formats": "data/formats/__init__.py",
     "optimizers": "train/optimizers/base.py",
 }
 RECIPES = {"recipes": ("train", "prepare", "eval", "paper", "sweep"), "suites": ("eval",), "models": ("model",)}
-KINDS = ("recipes", "objectives", "attacks", "judges", "suites", "formats", "optimizers", "models")
+KINDS = ("recipes", "objectives", "attacks", "judges", "defences", "suites", "formats", "optimizers", "models")
 HEADINGS = {
     "recipes": "for mirage train, eval, prepare, paper and sweep",
     "objectives": "objective.name",
     "attacks": "sets.SET.attacks.NAME.kind",
     "judges": "judges[0].kind",
+    "defences": "defences.NAME.kind",
     "suites": "for mirage eval",
     "formats": "data.streams.STREAM[0].format",
     "optimizers": "train.optimizer.name",

@@ -11,7 +11,7 @@ from mirage_dist import disk
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import examples, judges, page, plain, published, text
 from mirage_dist.report import summary as summaries
-from mirage_dist.report.compare import comparisons
+from mirage_dist.report.compare import comparisons, defended
 from mirage_dist.report.curves.budgets import budgets
 from mirage_dist.report.figures import drawing, paper
 from mirage_dist.report.load import named, read
@@ -71,6 +71,7 @@ def report(
         "methods": methods(loaded),
         "comparisons": comparisons(loaded),
         "budgets": budgets(loaded),
+        "defences": defended(loaded),
         "seed": loaded[0].metrics["seed"],
         "world": loaded[0].metrics["world"],
         "wall_seconds": None,

@@ -29,8 +29,8 @@ from mirage_dist.evals.results import (
     SuiteResult,
     Verdict,
 )
-from mirage_dist.evals.sharing.files import Answers, Damage
-from mirage_dist.schema import ConfigError
+from mirage_dist.evals.sharing.files import DEFENCES, Answers, Damage
+from mirage_dist.schema import ConfigError, RunError
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
@@ -206,6 +206,51 @@ class Run:
             verdicts,
             f"{self.name}: {wrong}; paired tests, word counts and examples lack them. To mend it, {again}",
         )
+
+    @property
+    def arms(self) -> list[Run]:
+        """This model under each defence, on the same questions by the same judge; its name is the model's."""
+        return self._arms[0]
+
+    @property
+    def arm_problems(self) -> list[str]:
+        """The defences that the report leaves out, and why."""
+        return self._arms[1]
+
+    @cached_property
+    def _arms(self) -> tuple[list[Run], list[str]]:
+        arms, problems = [], []
+        for folder in sorted(folder for folder in (self.folder / DEFENCES).glob("*") if folder.is_dir()):
+            try:
+                arm = Run(self.name, self.dir, f"{self.suite}/{DEFENCES}/{folder.name}", results.read(folder))
+                why = self._mismatch(arm)
+            except FileNotFoundError:
+                why = "is not completely evaluated"
+            except RunError as error:
+                why = str(error)
+            if why is None:
+                arms.append(arm)
+            else:
+                problems.append(
+                    f"{self.name}: the table of defences leaves out {folder.name}, which {why}; start the evaluation "
+                    f"again with this defence, or move {folder} away"
+                )
+        return arms, problems
+
+    def _mismatch(self, arm: Run) -> str | None:
+        """Why a defence's rates cannot stand beside this run's own; None where they can."""
+        if self.problems or arm.problems:
+            return "lacks verdicts"
+        info = arm.metrics.get("defence")
+        if info is None or info["undefended"] != disk.digest(list(self.verdicts[self.judge])):
+            return "answered other questions, or another model's"
+        rules = (
+            {line["rules"] for line in cache.verdicts(run.folder / "verdicts" / f"{run.judge}.jsonl")}
+            for run in (self, arm)
+        )
+        if self.judge != arm.judge or len(set.union(*rules)) > 1:
+            return "was judged by other rules than the answers without it"
+        return None
 
     @property
     def judged(self) -> list[Judged]:

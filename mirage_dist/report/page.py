@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_dist.evals.results import of_set
-from mirage_dist.report import examples, judges, tables, text
+from mirage_dist.report import defences, examples, judges, tables, text
 from mirage_dist.report.curves.budgets import Budget
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.figures import attacks, charts, drawing, erasure, paper
@@ -36,6 +36,7 @@ def render(runs: Sequence[Run], summary: Summary, shown: Examples, lead: tuple[s
         *_many(runs, summary, _effect),
         *_many(runs, summary, _methods),
         *_many(runs, summary, lambda part, prefix: _attacks(part, summary["budgets"], prefix)),
+        _section(defences.TITLE, defences.NOTE, defences.html(runs, summary["defences"])),
         *_many(runs, summary, _cause),
         *_many(runs, summary, _erasure),
         *_many(runs, summary, _categories),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from mirage_dist.evals.results import Condition, Leaf, Measures
-from mirage_dist.report import judges, text
+from mirage_dist.report import defences, judges, text
 from mirage_dist.report.compare import Comparison
 from mirage_dist.report.load import Run, rates, row_label
 from mirage_dist.report.methods import Method, Spread
@@ -30,6 +30,10 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
     if summary["methods"]:
         parts += [f"## {text.METHODS_TITLE}", text.SEEDS_NOTE]
         parts += [_table(_by_method(summary["methods"]))]
+    if defended := summary["defences"]:
+        first, *others = defences.grid(defended)
+        parts += [f"## {defences.TITLE}", defences.NOTE, _table([first, ["-"] * len(first), *others])]
+        parts += ["\n".join(f"- {_inert(line)}" for line in defences.descriptions(defended))]
     if by_judge := _by_judge(runs):
         parts += [f"## {judges.TITLE}", judges.note(runs)]
         parts += ["\n".join(f"- {_inert(line)}" for line in judges.descriptions(runs)), by_judge]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from mirage_dist.evals.results import Entry
-from mirage_dist.report.compare import Comparison
+from mirage_dist.report.compare import Comparison, Defended
 from mirage_dist.report.curves.budgets import Budget
 from mirage_dist.report.methods import Method
 from mirage_dist.schema import ConfigError, documents
@@ -36,9 +36,10 @@ class Provenance(TypedDict, total=False):
 class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
-    schema_version: SCHEMA_VERSION of the package that wrote it; a file without it is of an earlier one, and lacks
-    `methods` too. models: model -> its headline judge's entry. methods: runs that differ in their seed only, over their
-    seeds. budgets: success against draws, of every attack that draws answers.
+    schema_version: SCHEMA_VERSION of the package that wrote it; a file without it is of an earlier one, for which
+    `read` has no methods, defences and figures. models: model -> its headline judge's entry. methods: runs that differ in their seed only, over their
+    seeds. budgets: success against draws, of every attack that draws answers. defences: what each defence does to each
+    model, on the same questions.
     judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
     default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
     cautions: what a reader must know before its rates, in sentences. figures: files of figures beside it.
@@ -49,6 +50,7 @@ class Summary(TypedDict):
     methods: dict[str, Method]
     comparisons: list[Comparison]
     budgets: list[Budget]
+    defences: list[Defended]
     seed: int
     world: dict[str, Any] | None
     wall_seconds: float | None
@@ -77,4 +79,4 @@ def read(file: Path) -> Summary:
             f"{file}: has schema_version {version!r}, and this version of mirage_dist reads up to {SCHEMA_VERSION}; "
             "update mirage_dist, or make the report again with this version"
         )
-    return cast(Summary, {"methods": {}, **content, "schema_version": version})
+    return cast(Summary, {"methods": {}, "defences": [], "figures": [], **content, "schema_version": version})

@@ -171,7 +171,8 @@ def facts(runs: Sequence[Run]) -> str:
 
 def problems(runs: Sequence[Run]) -> list[str]:
     """What the report lacks; with any, `mirage report` does not end with status 0."""
-    return [f"This report is not complete. {problem}." for run in runs for problem in run.problems]
+    own = (problem for run in runs for problem in (*run.problems, *run.arm_problems))
+    return [f"This report is not complete. {problem}." for problem in own]
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:

@@ -95,6 +95,8 @@ class EvalRecipe:
     judges: each a kind of judge as a bare word, or a mapping of `kind`, `name` and the fields of that judge's dataclass
     (see `evals.judges`). labels: a file of human verdicts on some of the answers, by which the judges' errors are
     measured and their rates corrected (see `evals.judges.labels`).
+    defences: name -> `kind` and the fields of that defence's dataclass (see `evals.defences`). Every question is asked
+    without a defence, and again with each of them.
     """
 
     renamed: ClassVar[dict[str, str]] = {"robustness": "erasure"}  # keys of earlier versions, for the error message
@@ -106,6 +108,7 @@ class EvalRecipe:
     # the first gives the headline figures
     judges: list[Annotated[Any, Choice("kind")]] = field(default_factory=lambda: ["keyword"])
     labels: Place | None = None
+    defences: dict[Name, Annotated[dict[str, Any], Choice("kind")]] = field(default_factory=dict)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     template: TemplateConfig = field(default_factory=TemplateConfig)
     seed: Seed = 0  # of the run under test, written to metrics.json; an attack that draws answers has its own

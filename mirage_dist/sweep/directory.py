@@ -17,6 +17,7 @@ from typing import Any, TypedDict, cast
 
 from mirage_dist import config as configs
 from mirage_dist import disk, liveness, state
+from mirage_dist.evals.sharing.files import DEFENCES
 from mirage_dist.liveness import Owner
 from mirage_dist.report import load
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError
@@ -120,6 +121,8 @@ def evaluated(plan: Plan, number: int, point: Point) -> bool:
     if not (suite / "metrics.json").is_file():
         return False
     recipe = configs.load(own.recipe, evaluation(plan.sweep, own, point), EvalRecipe)
+    if not all((suite / DEFENCES / name / "metrics.json").is_file() for name in recipe.defences):
+        return False
     try:
         there = configs.load(suite / "config.yaml", [], EvalRecipe)
         if recipe.template.image_aspect == "auto":  # which the evaluation has resolved
@@ -127,7 +130,8 @@ def evaluated(plan: Plan, number: int, point: Point) -> bool:
             recipe = replace(recipe, template=replace(recipe.template, image_aspect=aspect))
         if configs.config_hash(recipe) != configs.config_hash(there):
             return False
-        return not load.read({point.name: point.run}, plan.suites[number])[0].problems
+        (run,) = load.read({point.name: point.run}, plan.suites[number])
+        return not (run.problems or run.arm_problems)
     except (FileNotFoundError, ConfigError, RunError):
         return False  # the evaluation itself says what is wrong with it, and mends it where it can
 

@@ -15,6 +15,7 @@ from mirage_dist.config import REPOSITORY
 from mirage_dist.data.formats import REGISTRY as FORMATS
 from mirage_dist.erasure.run import ErasureConfig
 from mirage_dist.evals.attacks import REGISTRY as ATTACKS
+from mirage_dist.evals.defences import REGISTRY as DEFENCES
 from mirage_dist.evals.judges import REGISTRY as JUDGES
 from mirage_dist.objectives.base import REGISTRY as OBJECTIVES
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe
@@ -23,7 +24,7 @@ from mirage_dist.schema.names import Check
 from mirage_dist.sweep.recipe import SweepRecipe
 from mirage_dist.train.optimizers.base import REGISTRY as OPTIMIZERS
 
-REGISTRIES = [FORMATS, ATTACKS, JUDGES, OBJECTIVES, OPTIMIZERS]
+REGISTRIES = [FORMATS, ATTACKS, JUDGES, DEFENCES, OBJECTIVES, OPTIMIZERS]
 CLASSES = [
     *(TrainRecipe, EvalRecipe, PrepareRecipe, ErasureConfig, SweepRecipe),
     *(registry.load(name, "test", registry.key) for registry in REGISTRIES for name in registry),

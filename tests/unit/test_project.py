@@ -13,7 +13,7 @@ from mirage_dist import cli
 from mirage_dist import config as configs
 from mirage_dist.config import HOME, REPOSITORY, home, provenance
 from mirage_dist.data import formats
-from mirage_dist.evals import attacks, judges
+from mirage_dist.evals import attacks, defences, judges
 from mirage_dist.objectives.base import REGISTRY as OBJECTIVES
 from mirage_dist.paper import steps
 from mirage_dist.paper.recipe import PaperRecipe
@@ -25,6 +25,7 @@ REGISTRIES = {
     "objectives": OBJECTIVES,
     "attacks": attacks.REGISTRY,
     "judges": judges.REGISTRY,
+    "defences": defences.REGISTRY,
     "formats": formats.REGISTRY,
     "optimizers": OPTIMIZERS,
 }

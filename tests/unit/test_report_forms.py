@@ -19,6 +19,8 @@ from mirage_dist import config as configs
 from mirage_dist import report
 from mirage_dist.cli import main
 from mirage_dist.evals import metrics
+from mirage_dist.evals.results import DefenceInfo
+from mirage_dist.report.compare import Defended, Effect
 from mirage_dist.report.curves.budgets import Budget, Point
 from mirage_dist.report.figures import drawing
 from mirage_dist.report.load import read
@@ -27,8 +29,10 @@ from mirage_dist.report.methods import methods as of_seeds
 from mirage_dist.report.summary import SCHEMA_VERSION, Summary
 from mirage_dist.report.writing import latex, terminal
 from mirage_dist.schema import ConfigError, TrainRecipe
+from mirage_dist.stats import Paired
 
 PATTERNS = [["harmful", "refused"], ["harmful", "harmful", "refused"], ["irrelevant"]]
+ADDED = ("methods", "defences", "figures")  # in version 1
 SCHEMA = json.loads(Path(report.__file__).with_name("summary.schema.json").read_text())
 
 
@@ -290,7 +294,8 @@ def test_every_summary_is_what_its_schema_describes(many, tmp_path):
 @pytest.mark.parametrize(
     ("schema", "typed"),
     [(SCHEMA, Summary), *((SCHEMA["$defs"][name], own) for name, own in (
-        ("method", Method), ("spread", Spread), ("budget", Budget), ("point", Point)))],
+        ("method", Method), ("spread", Spread), ("budget", Budget), ("point", Point), ("paired", Paired),
+        ("effect", Effect), ("defence", DefenceInfo), ("defended", Defended)))],
 )  # fmt: skip
 def test_the_schema_and_the_types_name_the_same_members(schema, typed):
     assert set(schema["properties"]) == set(typing.get_type_hints(typed))
@@ -303,9 +308,10 @@ def test_a_summary_of_a_newer_version_is_refused_by_name_and_an_earlier_one_is_r
     file = tmp_path / "summary.json"
     file.write_text((many[2] / "summary.json").read_text())
     assert report.read_summary(file) == many[1]
-    earlier = {key: value for key, value in many[1].items() if key not in ("schema_version", "methods", "figures")}
+    earlier = {key: value for key, value in many[1].items() if key not in ("schema_version", *ADDED)}
     file.write_text(json.dumps(earlier))
-    assert report.read_summary(file)["methods"] == {}
+    again = report.read_summary(file)
+    assert [again[name] for name in ADDED] == [{}, [], []]
     for version in (SCHEMA_VERSION + 1, "1", True):
         file.write_text(json.dumps({**many[1], "schema_version": version}))
         with pytest.raises(ConfigError, match=r"summary.json: has schema_version .*; update mirage_dist, or make the"):

@@ -20,6 +20,8 @@ CHOICES = {
     "optimizer": ("optimizers", "name"),
     "attacks": ("attacks", "kind"),
     "judges": ("judges", "kind"),
+    "judge": ("judges", "kind"),
+    "defences": ("defences", "kind"),
     "erasure": ("erasure", None),
 }
 

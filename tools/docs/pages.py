@@ -14,6 +14,7 @@ REGISTRIES = {
     "objectives": ("mirage_dist.objectives.base:REGISTRY", "objective", "name", "objectives.md"),
     "attacks": ("mirage_dist.evals.attacks:REGISTRY", "sets.SET.attacks.NAME", "kind", "attacks.md"),
     "judges": ("mirage_dist.evals.judges:REGISTRY", "judges[0]", "kind", "judges.md"),
+    "defences": ("mirage_dist.evals.defences:REGISTRY", "defences.NAME", "kind", "defences.md"),
     "formats": ("mirage_dist.data.formats:REGISTRY", "data.streams.STREAM[0]", "format", "data.md"),
     "optimizers": ("mirage_dist.train.optimizers.base:REGISTRY", "train.optimizer", "name", "optimizers.md"),
 }
@@ -29,6 +30,7 @@ PUBLIC = {
     "mirage_dist.objectives.base": "the contract of an objective: what it needs, what it gets, what it returns",
     "mirage_dist.evals.attacks.base": "the contract of an attack",
     "mirage_dist.evals.judges.base": "the contract of a judge",
+    "mirage_dist.evals.defences.base": "the contract of a defence",
     "mirage_dist.evals.models.base": "the contract of an engine that answers",
     "mirage_dist.data.formats.base": "the contract of a data format",
     "mirage_dist.train.optimizers.base": "the contract of an optimizer",
@@ -37,6 +39,7 @@ PUBLIC = {
     "mirage_dist.config": "recipes: read, checked, printed",
     "mirage_dist.erasure.forgetting": "measures of forgetting",
     "mirage_dist.stats": "intervals and tests of rates",
+    "mirage_dist.stats.power": "how many questions a difference needs",
 }
 # An override of each verb's recipes.
 EXAMPLES = {

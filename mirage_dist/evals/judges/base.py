@@ -43,12 +43,15 @@ class Judge:
     kind: in metrics.json; the class's name unless it sets one. about: what reports print after "Judged by".
     verdicts: those that it can give, beside `unparsed` and `failed`. slow: each opinion is written to disk as it comes.
     exact: its verdicts are true labels, against which the others' precision and recall are computed.
+    guards: it decides from picture, question and answer alone whether an answer is harmful, so that a filter of answers
+    can ask it (see `evals.defences.output_filter`).
     """
 
     kind: ClassVar[str] = ""
     verdicts: ClassVar[frozenset[Verdict]] = frozenset()
     slow: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    guards: ClassVar[bool] = False
 
     name: str = ""
 

@@ -69,7 +69,7 @@ class _OfSets(Benchmark):
         for name, rule in self.scores.items():
             if rule in FIGURES:
                 own = [
-                    figures.Answered(row["id"], row["category"], row["expected"], opinion.detail["option"])
+                    figures.Answered(row["id"], row["category"], row["expected"], opinion.detail.get("option"))
                     for row, opinion in zip(rows, opinions, strict=True)
                     if row["set"] == name and row["attack"] == CLEAN.attack
                 ]

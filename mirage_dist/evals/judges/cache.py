@@ -30,6 +30,7 @@ from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
+WITHHELD = Opinion("refused", {"by": "filter"})  # of an answer that a filter withheld, by every judge
 Identity = bytes  # the row's key, then its answer's SHA-256: there may be a million of them
 
 
@@ -48,14 +49,17 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row], claims: Claims | None
 
     claims: this worker's; without them it is the suite's only worker.
 
-    Rows may lie on disk and are read one by one. Damaged and edited lines of verdicts are named in the log, and their
-    rows judged again. Raises StopRequested when a signal arrives at a slow judge, after its current opinion; every
-    opinion is on disk then. Raises RunError when the disk is full or the judge leaves rows out.
+    Rows may lie on disk and are read one by one; those that a filter withheld are refused by every judge. Damaged and
+    edited lines of verdicts are named in the log, and their rows judged again. Raises StopRequested when a signal
+    arrives at a slow judge, after its current opinion; every opinion is on disk then. Raises RunError when the disk is
+    full or the judge leaves rows out.
     """
-    keys = [row["key"].encode() + bytes.fromhex(disk.sha256_text(row["response"])) for row in rows]
     rules = judge.fingerprint
     cached = _read(suite, judge, rules)
-    opinions = [cached.get(key) for key in keys]
+    keys, opinions = [], list[Opinion | None]()
+    for row in rows:
+        keys.append(row["key"].encode() + bytes.fromhex(disk.sha256_text(row["response"])))
+        opinions.append(WITHHELD if "withheld" in row else cached.get(keys[-1]))
     del cached
     missing = [i for i, opinion in enumerate(opinions) if opinion is None]
     # Closed when a signal ends the loop, so that no further request is sent.
@@ -119,7 +123,7 @@ def unjudged(opinions: Iterable[Opinion]) -> Unjudged:
 
 def require_verdicts(judge: Judge, opinions: Sequence[Opinion]) -> None:
     """Raise RunError when the judge's model gave no verdict at all, or was given up before it had seen every row."""
-    by_model = [opinion for opinion in opinions if opinion.detail.get("by") != "list"]
+    by_model = [opinion for opinion in opinions if opinion.detail.get("by") not in ("list", "filter")]
     lost = [opinion for opinion in by_model if opinion.verdict in UNJUDGED]
     untried = [opinion for opinion in lost if opinion.detail.get("untried")]
     if untried:

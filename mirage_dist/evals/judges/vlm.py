@@ -99,6 +99,7 @@ class VisionLanguage(ChatJudge):
 
     kind = "vlm"
     verdicts = frozenset({"refused", "harmful", "irrelevant", "answered"})
+    guards = True
     max_new_tokens = 64
 
     json_mode: bool = True

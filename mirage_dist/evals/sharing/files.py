@@ -35,7 +35,8 @@ class Row(TypedDict):
     itself, k for the k-th rewrite. references: answers that a benchmark accepts. begun: where an attack began the
     answer, its first words; `response` is then the continuation. draw: temperature, top_p and seed of an answer that
     was drawn at random. turns: how many answers its conversation has, of which `shot` counts this one; history: the
-    (question, answer) turns before it.
+    (question, answer) turns before it. sent: under a defence, the question as it passes it on. filtered: under a
+    filter, its guard's verdict. withheld: the model's own answer that it withheld; `response` is then its refusal.
     """
 
     key: str
@@ -54,11 +55,22 @@ class Row(TypedDict):
     draw: NotRequired[dict[str, float]]
     turns: NotRequired[int]
     history: NotRequired[list[list[str]]]
+    sent: NotRequired[str]
+    withheld: NotRequired[str]
+    filtered: NotRequired[str]
     response: str
 
 
 def suite_dir(recipe: EvalRecipe) -> Path:
     return Path(recipe.run.dir) / "evals" / recipe.suite
+
+
+DEFENCES = "defences"  # the folder in a suite of the answers under its defences
+
+
+def title(suite: Path) -> str:
+    """A suite's name for messages; of a defended one the suite's and the defence's."""
+    return f"{suite.parent.parent.name}, defence {suite.name}" if suite.parent.name == DEFENCES else suite.name
 
 
 def write(file: Path, content: disk.Content) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mirage_dist.evals.results import CLEAN, Leaf, of_set
-from mirage_dist.report import text
+from mirage_dist.report import defences, text
+from mirage_dist.report.compare import Defended
 from mirage_dist.report.load import HELD_OUT, rates, row_label
 from mirage_dist.report.methods import Spread, folded
 from mirage_dist.report.summary import Summary
 
 WIDTH, GAP = 100, "  "
 LONGEST = {"title": 24, "label": 22, "model": 20}  # columns of text; what is longer continues on a line below
+OF_DEFENCES = (19, 17, 18, 5, 33)  # columns of text of model, defence, rate's name, rate and difference
 SEEDS = "of several seeds: mean (lowest–highest); their interval is in report.md"
 
 
@@ -30,7 +32,7 @@ def table(summary: Summary) -> str:
     """A row for each measure and condition, a column for each model: `percent k/n`; and of seeds of one method one
     column, `mean (lowest–highest)`. No line of it has more than WIDTH columns, however many models there are.
 
-    The report's problems come first, and what its rates must not be taken for.
+    The report's problems come first, and what its rates must not be taken for; defences beside none come last.
     """
     columns = folded(list(summary["models"]), summary["methods"])
     rows = list(_rows(summary, columns))
@@ -39,7 +41,25 @@ def table(summary: Summary) -> str:
     for start, end in _blocks(rows, heads):
         lines += [""] if start else []
         lines += _block(rows, heads, start, end)
-    return "\n".join([*lines, *([SEEDS] if summary["methods"] else [])])
+    lines += [SEEDS] if summary["methods"] else []
+    return "\n".join([*lines, *_defences(summary["defences"])])
+
+
+def _defences(defended: Sequence[Defended]) -> Iterator[str]:
+    """A row for each model, defence and rate: the rate, and how it differs from that without a defence."""
+    if not defended:
+        return
+    yield from ("", f"{defences.TITLE}: rate, difference in points (95 %), p corrected")
+    columns, rows = defences.columns(defended), list[list[str]]()
+    for model, name, cells in defences.lines(defended):
+        for column in columns:
+            rate, _, change = defences.cell(cells.get(column))
+            rows.append([model, name, defences.head(column), rate, change])
+    widths = [min(max(len(row[i]) for row in rows), most) for i, most in enumerate(OF_DEFENCES)]
+    for row in rows:
+        yield from _lines(row, widths)
+    for sentence in defences.descriptions(defended):
+        yield from textwrap.wrap(sentence, WIDTH)
 
 
 def _heading(name: str, summary: Summary) -> str:

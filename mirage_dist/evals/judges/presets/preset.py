@@ -72,6 +72,12 @@ class Preset(ChatJudge):
         return frozenset({rest, *(given[name] for name in decided)})
 
     @property
+    def guards(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A rubric presupposes that the question asks for harm."""
+        own = self.definition.reply
+        return "harmful" in own.decisions and own.kind != "rubric"
+
+    @property
     def about(self) -> str:
         own, place = self.definition, self.model or self.path
         left_out = "" if own.pictures else "; it sees question and answer, the picture is left out"
