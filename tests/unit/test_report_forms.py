@@ -70,7 +70,7 @@ def test_no_line_is_wider_than_a_terminal_and_no_cell_is_lost(names, attack, n):
     entry = {"asr": {"clean": metrics.leaf(n // 2, n), f"{attack}_k3": metrics.leaf(n, n)}, "rr": None, "ir": None,
              "utility": None, "locality": metrics.leaf(1, n)}  # fmt: skip
     summary = typing.cast(
-        Summary, {"models": dict.fromkeys(names, entry), "methods": {}, "problems": [], "cautions": []}
+        Summary, {"models": dict.fromkeys(names, entry), "methods": {}, "defences": [], "problems": [], "cautions": []}
     )
     lines = terminal.table(summary).splitlines()
     assert max(map(len, lines)) <= terminal.WIDTH
@@ -83,7 +83,7 @@ def test_no_line_is_wider_than_a_terminal_and_no_cell_is_lost(names, attack, n):
 def test_models_that_do_not_fit_stand_below_under_their_own_heading():
     entry = {"asr": {"clean": metrics.leaf(1, 2)}, "rr": None, "ir": None, "utility": None, "locality": None}
     models = {f"model-{number}": entry for number in range(9)}
-    summary = typing.cast(Summary, {"models": models, "methods": {}, "problems": [], "cautions": []})
+    summary = typing.cast(Summary, {"models": models, "methods": {}, "defences": [], "problems": [], "cautions": []})
     lines = terminal.table(summary).splitlines()
     headings = [line.split() for line in lines if "model-" in line]
     assert len(headings) == 2
@@ -177,7 +177,7 @@ def test_the_table_has_as_many_cells_as_columns_in_every_row_and_all_its_groups_
     nasty = trained(tmp_path / "nasty", PATTERNS[0], "seed=7", "train.lr=5e-4")
     runs = {"[x]*_50%&$#{}\\~^--": nasty, **dict(list(many[0].items())[:3])}
     loaded = read(runs)
-    summary = {"models": {run.name: run.entry for run in loaded}, "methods": of_seeds(loaded), "suite": "demo",
+    summary = {"models": {run.name: run.entry for run in loaded}, "methods": of_seeds(loaded), "defences": [], "suite": "demo",
                "problems": ["50 % of {it}"], "cautions": ["a # caution"]}  # fmt: skip
     content = latex.table(loaded, typing.cast(Summary, summary))
     assert (many[2] / "table.tex").read_text().startswith(content.partition("caption")[0])

@@ -15,7 +15,7 @@ from mirage_dist.report.summary import Summary
 
 WIDTH, GAP = 100, "  "
 LONGEST = {"title": 24, "label": 22, "model": 20}  # columns of text; what is longer continues on a line below
-OF_DEFENCES = (19, 17, 18, 5, 33)  # columns of text of model, defence, rate's name, rate and difference
+OF_DEFENCES = (15, 14, 16, 14, 33)  # columns of text of model, defence, rate's name, rate and difference
 SEEDS = "of several seeds: mean (lowest–highest); their interval is in report.md"
 
 
@@ -49,12 +49,12 @@ def _defences(defended: Sequence[Defended]) -> Iterator[str]:
     """A row for each model, defence and rate: the rate, and how it differs from that without a defence."""
     if not defended:
         return
-    yield from ("", f"{defences.TITLE}: rate, difference in points (95 %), p corrected")
+    yield from ("", f"{defences.TITLE}: rate, counts, difference in points (95 %), p corrected")
     columns, rows = defences.columns(defended), list[list[str]]()
     for model, name, cells in defences.lines(defended):
         for column in columns:
-            rate, _, change = defences.cell(cells.get(column))
-            rows.append([model, name, defences.head(column), rate, change])
+            rate, counts, change = defences.cell(cells.get(column))
+            rows.append([model, name, defences.head(column), f"{rate} {counts}".rstrip(), change])
     widths = [min(max(len(row[i]) for row in rows), most) for i, most in enumerate(OF_DEFENCES)]
     for row in rows:
         yield from _lines(row, widths)

@@ -28,6 +28,7 @@ from mirage_dist.evals.defences import output_filter, self_reminder, system_prom
 from mirage_dist.report import compare, text
 from mirage_dist.report import defences as written
 from mirage_dist.report.load import Run
+from mirage_dist.report.writing import terminal
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TemplateConfig, TrainRecipe
 
 # Refuses what the prompt forbids and, where it is reminded, every question; else it answers.
@@ -163,14 +164,17 @@ def test_each_defence_answers_the_same_questions_and_stands_beside_none(place, e
     corrected = stats.holm([effect["paired"]["p"] for effect in effects.values()])
     assert [effect["p_holm"] for effect in effects.values()] == corrected
     low, high = (100 * bound for bound in effects["prompt", "asr", "clean"]["paired"]["ci95"])
-    for shown in (report.table(made), (tmp_path / "out/report.md").read_text()):
-        none, (line,) = (
-            [line for line in shown.splitlines() if re.match(rf"(\| )?m[ |]+{name} ", line)]
-            for name in ("none", "prompt")
-        )
-        assert len(none) == 1
-        assert f"50.0 4/8 -50.0 ({low:+.1f} to {high:+.1f}), p " in line
-        assert "50.0 4/8 +50.0 " in line
+    lines = (tmp_path / "out/report.md").read_text().splitlines()
+    none, (line,) = ([line for line in lines if re.match(rf"\| m \| {name} ", line)] for name in ("none", "prompt"))
+    assert len(none) == 1
+    assert f"50.0 4/8 -50.0 ({low:+.1f} to {high:+.1f}), p " in line
+    assert "50.0 4/8 +50.0 " in line
+    lines = report.table(made).splitlines()
+    assert max(map(len, lines)) <= terminal.WIDTH
+    asr, more, rr, _ = (re.sub(" +", " ", line) for line in lines if re.match(r"m +prompt +", line))
+    assert asr.startswith(f"m prompt ASR, clean 50.0 4/8 -50.0 ({low:+.1f} to {high:+.1f}), p ")
+    assert more.startswith("m prompt ASR, polite")
+    assert rr.startswith("m prompt RR, clean 50.0 4/8 +50.0 ")
     page = (tmp_path / "out/index.html").read_text()
     assert "Defences, and what they cost" in page
     assert "with a safety system prompt after its own, where it has one: “say no to red”" in page
