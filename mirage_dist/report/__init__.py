@@ -1,12 +1,16 @@
-"""Tables, figures and one static page over evaluated runs. Reads files only."""
+"""Tables, figures and one static page over evaluated runs. Reads files only.
+
+Called, it is `mirage_dist.api.report`.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mirage_dist import disk
+from mirage_dist import Verb, disk
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import examples, judges, page, plain, published, text
 from mirage_dist.report.compare import comparisons
@@ -19,6 +23,7 @@ from mirage_dist.schema import RunError
 
 __all__ = ["Provenance", "Summary", "named", "overview", "published", "report", "require_whole", "table"]
 
+sys.modules[__name__].__class__ = Verb
 EXAMPLES = 100  # questions of each set that the page shows, with all of their rewrites
 
 
