@@ -1,4 +1,4 @@
-"""The package from Python: the tour's notebook runs as it stands, calls that are interrupted resume, errors are raised."""
+"""The package from Python: the notebook of the tour runs, an interrupted call resumes, errors are raised."""
 
 import json
 import os
