@@ -69,7 +69,7 @@ def test_the_own_objective_trained_and_the_own_attack_asked(executed):
     assert recipe.objective == {"name": "my_lab:Improbable"}
     assert [set(record["terms"]) for record in metrics(tour / "improbable")] == [{"probability", "retain_ce"}] * 3
     for run in ("sft", "improbable"):
-        files = (tour / run / "evals/demo/rows").glob("*.jsonl")
+        files = (tour / run / "evals/tour/rows").glob("*.jsonl")
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         own = [row for row in rows if row["attack"] == "preface"]
         assert len(own) == 8
@@ -80,23 +80,23 @@ def test_the_own_objective_trained_and_the_own_attack_asked(executed):
 
 def test_a_call_that_is_interrupted_commits_and_the_same_call_resumes(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", forkserver.python())
-    words = [*toy.overrides("sft", tmp_path / "run"), "train.max_steps=40", "monitor.print_every=1", "train.export=off"]
+    words = [*toy.overrides("sft", tmp_path / "run"), "train.max_steps=12", "monitor.print_every=1", "train.export=off"]
     recipe = configs.load("configs/train/demo_sft.yaml", words, TrainRecipe)
     lines: list[str] = []
 
     def interrupt(line: str) -> None:
         lines.append(line)
-        if "step 2/40" in line:
+        if "step 2/12" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         mirage_dist.train(recipe, ranks=2, log=interrupt)
     (newest,) = commit.committed(tmp_path / "run/checkpoints")
     saved = json.loads((newest / "manifest.json").read_text())["step"]
-    assert 2 <= saved < 40
+    assert 2 <= saved < 12
     result = mirage_dist.train(recipe, ranks=2, log=lines.append)
     assert any(f"resumed from {newest} at step {saved}" in line for line in lines)
-    assert result.steps == 40
+    assert result.steps == 12
     assert list(result.losses) == [record["loss"] for record in metrics(tmp_path / "run")]
     assert result.terms == {"ce": result.losses}
     assert result.export is None
@@ -108,7 +108,7 @@ def test_a_fault_of_a_started_process_is_the_error(toy, tmp_path, monkeypatch):
     lines: list[str] = []
     recipe = "configs/train/demo_sft.yaml"
     words = [*toy.overrides("sft", tmp_path / "run"), "data.max_length=2", "train.max_steps=1"]
-    with pytest.raises(ConfigError, match=r"data\.max_length=2") as error:
+    with pytest.raises(ConfigError, match=r"data\.max_length is 2") as error:
         mirage_dist.train(recipe, words, log=lines.append)
     assert "see above" not in str(error.value)
     assert f"mirage: {error.value}" in lines
