@@ -241,3 +241,19 @@ def test_the_api_is_documented_and_typed():
             assert parameter.annotation is not inspect.Parameter.empty
             if parameter.name not in ("recipe", "overrides", "runs", "data"):
                 assert re.search(rf"\b{parameter.name}\b", function.__doc__) or name == "audit"
+
+
+def test_drawing_leaves_the_backend_and_the_figures_of_the_caller_alone(data, tmp_path):
+    """A notebook's backend shows its figures inline; another one would show none, without a word."""
+    made_runs.write_run(tmp_path / "npo", {"unsafe": ["refused"], "safe": ["correct"]})
+    code = f"""
+import matplotlib, mirage_dist
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+figure = plt.figure()
+mirage_dist.audit({str(data)!r}, {str(tmp_path / "audit")!r})
+mirage_dist.report({str(tmp_path / "npo")!r}).figure({str(tmp_path / "overview.png")!r})
+print(matplotlib.get_backend(), plt.get_fignums(), plt.gcf() is figure, matplotlib.rcParams["font.size"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["svg [1] True 10.0"], done.stderr

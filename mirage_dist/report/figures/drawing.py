@@ -7,12 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 
 from mirage_dist.evals.results import Leaf
 from mirage_dist.report.figures.style import MARKERS, STENCIL, Palette, slots, to_variables
@@ -44,12 +42,12 @@ def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZ
 
     name: prefix of its ids, unique on the page. description: text for screen readers. size: in inches.
     """
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        draw(axes, STENCIL)
+    with rc_context(RC):
+        # A figure without pyplot, whose backend belongs to the process that draws, such as a notebook's.
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), STENCIL)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
