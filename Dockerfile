@@ -14,11 +14,12 @@ COPY launch launch/
 COPY slurm slurm/
 COPY docs docs/
 ARG COMMIT=
-RUN printf '%s\n' "$COMMIT" >commit.txt
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN printf '%s\n' "$COMMIT" >commit.txt \
+ && pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM ${BASE}
-# Triton compiles its launchers with a C compiler when a kernel first runs.
+# Triton compiles its launchers with a C compiler when a kernel first runs. Debian keeps one version of a package at a time.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/*
@@ -26,7 +27,7 @@ COPY --from=build /wheel /wheel
 ARG PIP_EXTRA_INDEX_URL=
 RUN pip install --no-cache-dir /wheel/*.whl
 RUN useradd --create-home --uid 1000 mirage && install --directory --owner=mirage /work
-USER mirage
+USER 1000
 WORKDIR /work
 # Nothing is kept in the image: models, data and compiled kernels are in what is mounted, or gone with the container.
 ENTRYPOINT ["mirage"]

@@ -2,7 +2,8 @@
 # Sourced by the scripts here. MIRAGE_CONTAINER names an image that `mirage` runs in (docs/containers.md):
 #   a file *.sif, or a directory that an image was unpacked to: by `apptainer exec`
 #   a file *.sqsh, or an image of a registry such as registry.example.org#lab/mirage:0.2.0: by pyxis, an extension of srun
-# It sees the working directory, this checkout, /tmp, TMPDIR, HF_HOME and the home directory at their own paths.
+# It sees the working directory, this checkout, /tmp, TMPDIR, HF_HOME, MIRAGE_CACHE and the home directory under their own
+# names.
 #   MIRAGE_BINDS=/data,/scratch           further directories: of data and models, and of run.dir outside the working directory
 #   MIRAGE_CONTAINER_PYTHON=python3       the image's Python that has mirage_dist
 # Sets `within`, the words before a command, and `of_srun`, options of srun; both are empty without MIRAGE_CONTAINER.
@@ -19,11 +20,11 @@ refuse() {
 directories() {
   local wanted=(/tmp) kept=() more one other
   IFS=, read -ra more <<<"${MIRAGE_BINDS:-}"
-  for one in "$1" "$PWD" "${TMPDIR:-}" "${SLURM_TMPDIR:-}" "${HF_HOME:-}" "${more[@]}"; do
+  for one in "$1" "$PWD" "${TMPDIR:-}" "${SLURM_TMPDIR:-}" "${HF_HOME:-}" "${MIRAGE_CACHE:-}" "${more[@]}"; do
     [[ ! $one ]] || wanted+=("${one%/}")
   done
   for one in "${wanted[@]}"; do
-    [[ $one == /* ]] || refuse "$one: expected an absolute path (MIRAGE_BINDS, HF_HOME, TMPDIR)"
+    [[ $one == /* ]] || refuse "$one: expected an absolute path (MIRAGE_BINDS, HF_HOME, MIRAGE_CACHE, TMPDIR)"
     [[ $one != *[,:]* ]] || refuse "$one: a path with a comma or a colon cannot be bound; work in another directory"
     for other in "${wanted[@]}"; do
       [[ $one != "$other"/* ]] || continue 2
