@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
 import forkserver
 import nbformat
@@ -21,7 +20,7 @@ from mirage_dist.train.checkpoints import commit
 TOUR = REPOSITORY / "docs/tour.ipynb"
 TINY = """
 WORLD = {"base_samples": 100, "safety_samples": 24, "general_samples": 24, "eval_samples": 4}
-BASE_STEPS, STEPS = 2, 3
+BASE_STEPS, STEPS = 20, 3
 """
 
 
@@ -112,7 +111,11 @@ def test_a_fault_of_a_started_process_is_the_error(toy, tmp_path, monkeypatch):
         mirage_dist.train(recipe, words, log=lines.append)
     assert "see above" not in str(error.value)
     assert f"mirage: {error.value}" in lines
+    world = {f"world.{size}": value for size, value in toy.sizes.items()} | {
+        "world.dir": toy.root / "world",
+        "seed": 21,
+    }
+    own = {"run.dir": tmp_path / "run", "model.path": tmp_path / "nowhere"}
     with pytest.raises(ConfigError, match="nowhere") as error:
-        mirage_dist.evaluate("configs/eval/demo.yaml", {"run.dir": tmp_path / "nowhere", "world": None}, log=None)
-    assert "worker" not in str(error.value)
-    assert not Path(tmp_path / "nowhere").exists()
+        mirage_dist.evaluate("configs/eval/demo.yaml", world | own, log=None)
+    assert "see above" not in str(error.value)
