@@ -50,6 +50,7 @@ docs-look: docs
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/shellcheck --external-sources .ci/run launch/*.sh slurm/*.sh tests/browser/*.sh tests/slurm/*.sh
+	$(BIN)/hadolint Dockerfile
 
 types: setup
 	$(BIN)/pyright

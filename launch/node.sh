@@ -36,9 +36,11 @@ export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
 # do not meet. Names of their own to override them, as MASTER_* may be left over from the shell that submitted. A
 # launcher's worker has them from the launcher.
 if [[ ${MIRAGE_LAUNCHER:-} != worker ]]; then
+  hosts=${MIRAGE_HOSTS:-} # of slurm/common.sh: an image has no scontrol
+  hosts=${hosts// /$'\n'}
   for _ in {1..10}; do
-    hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") && break
-    sleep 1
+    [[ ! $hosts ]] || break
+    hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST") || sleep 1
   done
   mapfile -t hosts <<<"${hosts:?scontrol does not name the hosts of $SLURM_STEP_NODELIST}"
   export MASTER_ADDR=${MIRAGE_MASTER_ADDR:-${hosts[0]}}

@@ -196,7 +196,7 @@ class _Driver:
         }
 
     def report(self) -> Summary:
-        from mirage_dist import report
+        from mirage_dist.report import report
 
         base, trained = self.recipes[0], self.recipes[1]
         spurious = trained.world and trained.world.spurious
@@ -210,7 +210,7 @@ class _Driver:
                 provenance |= self.language_model(self.story.raw)
         provenance["wall_seconds"] = round(time.monotonic() - self.start, 1)
         suite = self.story.every_attack if self.full else self.story.suite
-        return report.report(self.runs, self.out / "report", provenance, suite=Path(suite).stem)
+        return report(self.runs, self.out / "report", provenance, suite=Path(suite).stem)
 
 
 def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story = EMBEDDED) -> Summary:

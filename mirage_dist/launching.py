@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from mirage_dist import liveness, signals
 from mirage_dist.config import HOME
@@ -19,6 +20,58 @@ from mirage_dist.schema import ConfigError, RunError
 LAUNCHER = HOME / "launch" / "local.sh"
 # Variables that make a process a rank of a job; a run that such a process starts must not inherit them.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+POLL_SECONDS = 0.1
+# How a process of ours names its fault; the same word begins the line that says which signal has come.
+_FAULT = re.compile(r"mirage: (?!SIG\w+ received: )(.*)")
+
+
+class Relay:
+    """A process, and what it prints passed on to `log` line by line, standard error among standard output.
+
+    With `log` None there is nothing to pass on: the process prints where this one does, or its standard output goes to
+    the file `kept`.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        variables: Mapping[str, str],
+        log: Callable[[str], None] | None,
+        kept: TextIO | None = None,
+    ) -> None:
+        """Start `words` with these variables as its environment."""
+        out, error = (kept, None) if log is None else (subprocess.PIPE, subprocess.STDOUT)
+        self.process = subprocess.Popen(words, env=variables, bufsize=0, stdout=out, stderr=error)
+        self.log = log
+        self._rest = b""
+        self._faults: dict[str, None] = {}
+        if self.process.stdout is not None:
+            os.set_blocking(self.process.stdout.fileno(), False)
+
+    def take(self) -> None:
+        """Pass on the whole lines that there are now, and the last one of a process that has ended. Never waits."""
+        stream = self.process.stdout
+        if stream is None or stream.closed:
+            return
+        # Not to the stream's end: a process that this one has left behind may hold it open.
+        ended = self.process.poll() is not None
+        while block := stream.read(1 << 16):  # None where nothing is there yet
+            *lines, self._rest = (self._rest + block).split(b"\n")
+            self._pass_on(lines)
+        if ended:
+            self._pass_on([self._rest] if self._rest else [])
+            stream.close()
+
+    def _pass_on(self, lines: Sequence[bytes]) -> None:
+        assert self.log is not None
+        for line in (line.decode(errors="replace") for line in lines):
+            self.log(line)
+            if fault := _FAULT.match(line):
+                self._faults[fault[1]] = None
+
+    def fault(self, otherwise: str) -> str:
+        """What the process and those that it started named as their faults; `otherwise` where they named none."""
+        return "\n".join(self._faults) or otherwise
 
 
 def replace(ranks: int, file: str, overrides: Sequence[str] = ()) -> NoReturn:
@@ -36,29 +89,44 @@ def replace(ranks: int, file: str, overrides: Sequence[str] = ()) -> NoReturn:
         raise RunError("--ranks needs bash, which is not on PATH") from error
 
 
-def train(ranks: int, file: str, overrides: Sequence[str] = ()) -> None:
+def train(ranks: int, file: str, overrides: Sequence[str] = (), log: Callable[[str], None] | None = None) -> None:
     """Run `launch/local.sh RANKS train FILE …` to its end; a signal is passed on to it, and its ranks end with this
-    process. Where the log is kept in a file, its standard output goes there, and its warnings are shown at its end.
+    process. Where the log is kept in a file, its standard output goes there, and its warnings are shown at its end. An
+    exception here, such as an interrupt, stops the ranks in order first.
 
-    Raises StopRequested after a signal, ConfigError when the run ends for bad input, and RunError when it fails.
+    log: takes each line that the run prints; None: it prints where this process does.
+    Raises StopRequested after a signal to this process or to the run, ConfigError when the run ends for bad input, and
+    RunError when it fails; with `log` the errors say what the run named as its fault.
     """
     words, kept = command(ranks, file, overrides), handler.kept
     start = 0 if kept is None else os.path.getsize(kept.name)
     with signals.at_stop_points():
-        process = subprocess.Popen(words, env=environment(ranks), stdout=kept)
-        while process.poll() is None:
-            if signals.received():
+        relay = Relay(words, environment(ranks), log, kept)
+        process = relay.process
+        try:
+            _wait(relay, until_signal=True)
+        finally:
+            if process.poll() is None:
                 process.terminate()
-                process.wait()
-            time.sleep(0.1)
+                _wait(relay)
     if kept is not None:
         show_warnings(Path(kept.name), start)
     if name := signals.received():
         raise signals.StopRequested(f"{name} arrived during a training run; its committed checkpoints are kept")
+    if process.returncode == signals.STOPPED:
+        raise signals.StopRequested("the training run was stopped on request; its committed checkpoints are kept")
     if process.returncode:
         failed = ConfigError if process.returncode == ConfigError.status else RunError
         where = "above" if kept is None else f"above and {kept.name}"
-        raise failed(f"training stopped with an error (see {where}): {' '.join(words)}")
+        raise failed(relay.fault(f"training stopped with an error (see {where}): {' '.join(words)}"))
+
+
+def _wait(relay: Relay, until_signal: bool = False) -> None:
+    """Until the process has ended, or (until_signal) this one has received a signal."""
+    while relay.process.poll() is None and not (until_signal and signals.received()):
+        relay.take()
+        time.sleep(POLL_SECONDS)
+    relay.take()
 
 
 def command(ranks: int, file: str, overrides: Sequence[str] = ()) -> list[str]:

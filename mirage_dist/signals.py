@@ -117,7 +117,8 @@ def _end() -> None:
         with suppress(Exception):
             action()
     if rank() == 0:
-        os.write(1, f"mirage: {NOTHING_LOST}\n".encode())
+        with suppress(OSError):
+            os.write(1, f"mirage: {NOTHING_LOST}\n".encode())
     os._exit(STOPPED)
 
 
@@ -154,5 +155,6 @@ def clear() -> None:
 def handler(number: int, _frame: FrameType | None) -> None:
     """Record a signal. `print` may be the very thing that was interrupted; a plain write to the descriptor is safe."""
     if not _received and rank() == 0:  # a launcher signals all ranks
-        os.write(2, f"mirage: {signal.Signals(number).name} received: stopping in order\n".encode())
+        with suppress(OSError):  # whoever reads this may have ended, and the signal come for that; the stop is in order
+            os.write(2, f"mirage: {signal.Signals(number).name} received: stopping in order\n".encode())
     _received.append(signal.Signals(number).name)

@@ -6,7 +6,7 @@
 # A step's status: 0 finished; 75 stopped on request, state committed; 1 failed; 2 bad input. Failures are not requeued.
 # MIRAGE_DRY_RUN=1 makes a dry run first (train.dry_run), at the first start of a job; when it fails, the job ends with
 # its status and the run is not started.
-# launch/node.sh has the environment of the processes.
+# launch/node.sh has the environment of the processes, slurm/container.sh what it takes to run them in an image.
 set -euo pipefail
 
 home=${MIRAGE_HOME:-$SLURM_SUBMIT_DIR}
@@ -15,6 +15,21 @@ if [[ ! -x $home/launch/node.sh ]]; then
   exit 2
 fi
 home=$(cd "$home" && pwd)
+# shellcheck source=slurm/container.sh
+source "$home/slurm/container.sh"
+contain "$home"
+unset MIRAGE_HOSTS
+if [[ ${MIRAGE_CONTAINER:-} ]]; then
+  # The host's Python means nothing in the image, and packages in the home directory are for the host's.
+  export MIRAGE_PYTHON=${MIRAGE_CONTAINER_PYTHON:-python3} PYTHONNOUSERSITE=1
+  # The image has no scontrol, which launch/node.sh would ask.
+  for _ in {1..10}; do
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && break
+    sleep 1
+  done
+  : "${hosts:?scontrol does not name the hosts of $SLURM_JOB_NODELIST}"
+  export MIRAGE_HOSTS=${hosts//$'\n'/ }
+fi
 # An array element is signalled by this name; by SLURM_JOB_ID the last one would stand for the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
@@ -175,7 +190,7 @@ perform() {
   [[ ${1:-} != eval ]] || together=(--kill-on-bad-exit=0 --wait=0)
   say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST): mirage $*"
   # In the background, since a trap runs only when no foreground command does.
-  srun "${together[@]}" "$home/launch/node.sh" "$@" &
+  srun "${together[@]}" "${of_srun[@]}" "${within[@]}" "$home/launch/node.sh" "$@" &
   step=$!
   if [[ $request ]]; then send; fi
   while :; do

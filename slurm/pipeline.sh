@@ -30,8 +30,15 @@ die() {
 # The command `mirage` of this checkout. It prints what is wrong with a recipe itself.
 python=${MIRAGE_PYTHON:-$home/.venv/bin/python}
 [[ -x $python ]] || python=python3
+# shellcheck source=slurm/container.sh
+source "$home/slurm/container.sh"
+contain "$home"
+if ((${#within[@]})); then
+  python=${MIRAGE_CONTAINER_PYTHON:-python3}
+  export PYTHONNOUSERSITE=1
+fi
 mirage() {
-  PYTHONSAFEPATH=1 PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} "$python" -m mirage_dist.cli "$@" ||
+  PYTHONSAFEPATH=1 PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} "${within[@]}" "$python" -m mirage_dist.cli "$@" ||
     die "see the line above"
 }
 

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except signals.StopRequested as stop:
         if place()[0] == 0:
-            show(f"mirage: {stop}")
+            with suppress(RunError):  # that nobody reads it makes it no failure
+                show(f"mirage: {stop}")
         exit_well(signals.STOPPED)
     except KeyboardInterrupt:
         show("mirage: interrupted; the same command does what is missing", error=True)

@@ -18,13 +18,14 @@ from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError,
 
 
 def demo(parsed: argparse.Namespace) -> None:
-    from mirage_dist import demo, report
+    from mirage_dist import demo
+    from mirage_dist.report import require_whole, table
 
     story, place = (demo.REAL, "runs/real") if parsed.real else (demo.EMBEDDED, "runs/demo")
     summary = demo.demo(out := parsed.out or Path(place), parsed.overrides, parsed.full, story)
     lines = demo.ending(out, summary, parsed.full, parsed.real, parsed.overrides)
-    show(report.table(summary), *lines)
-    report.require_whole(summary)
+    show(table(summary), *lines)
+    require_whole(summary)
     exit_well()
 
 
@@ -86,9 +87,9 @@ def paper(parsed: argparse.Namespace) -> None:
                 steps.run(recipe)
             summary = steps.results(recipe)
             show(steps.table(recipe), f"report: {Path(recipe.folder) / recipe.out / 'report' / 'index.html'}")
-            from mirage_dist import report
+            from mirage_dist.report import require_whole
 
-            report.require_whole(summary)
+            require_whole(summary)
     if parsed.local:
         exit_well()
 
@@ -279,29 +280,30 @@ def sweep(parsed: argparse.Namespace) -> None:
 
 
 def report(parsed: argparse.Namespace) -> None:
-    from mirage_dist import report
+    import mirage_dist.report as reports
 
     if bool(parsed.compare) == bool(parsed.runs or parsed.sweep):
         raise ConfigError("mirage report: name run directories, a sweep with --sweep, or files with --compare")
     if parsed.pdf and (parsed.compare or parsed.sweep):
         raise ConfigError("--pdf: is for a report of runs; leave --compare and --sweep out")
     if parsed.compare:
-        show(report.published.compare(parsed.compare))
+        show(reports.published.compare(parsed.compare))
         return
     if parsed.sweep:
         if parsed.suite:
             raise ConfigError("--suite: a sweep's report shows the suite of its forget measure; leave it out")
         from mirage_dist.sweep import results
 
-        out, runs = parsed.out or parsed.sweep / "report", report.named(parsed.runs) if parsed.runs else None
+        out, runs = parsed.out or parsed.sweep / "report", reports.named(parsed.runs) if parsed.runs else None
         own, text = results.write(parsed.sweep, out, runs, parsed.outputs)
         show(text, out / "index.html")
         results.require_whole(own)
         return
     out = parsed.out or parsed.runs[0] / "report"
-    summary = report.report(report.named(parsed.runs), out, suite=parsed.suite, outputs=parsed.outputs, pdf=parsed.pdf)
-    show(report.table(summary), out / "index.html")
-    report.require_whole(summary)
+    named = reports.named(parsed.runs)
+    summary = reports.report(named, out, suite=parsed.suite, outputs=parsed.outputs, pdf=parsed.pdf)
+    show(reports.table(summary), out / "index.html")
+    reports.require_whole(summary)
 
 
 def merge(parsed: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from mirage_dist.config.writing import literal as literal
 from mirage_dist.config.writing import override as override
 from mirage_dist.config.writing import to_dict as to_dict
 from mirage_dist.config.writing import to_yaml as to_yaml
+from mirage_dist.config.writing import with_paths_as_text as with_paths_as_text
 from mirage_dist.config.writing import write_yaml as write_yaml
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, TrainRecipe, choice, documents, numbers, secrets
 from mirage_dist.schema.limits import INCLUDES, OVERRIDE_KEY, RECIPE_FILE
@@ -46,13 +47,14 @@ for name in ("env", "create", "decode", "deprecated", "dict.keys", "dict.values"
 OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
 OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
 INCLUDE = "include"  # the key of a recipe that names files to merge it over
+IN_MEMORY = Path("the recipe")  # what errors call one that is no file
 
 
 # ------------------------------------------------------------------------------------- merge and validate
 
 
-def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
-    """Read a YAML recipe, apply `key=value` overrides, check and freeze.
+def load(path: str | Path | Mapping[str, Any], overrides: Sequence[str], schema: type[T]) -> T:
+    """Read a YAML recipe, or a mapping of the same form, apply `key=value` overrides, check and freeze.
 
     `include`, in a file and among the overrides, names files of the same form (see `_read`): a recipe's own keys win
     over what it includes, and a file that an override includes wins over the recipe.
@@ -64,7 +66,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
 
 
 def merged(
-    path: str | Path, overrides: Sequence[str], schema: Any, layers: list[Path] | None = None
+    path: str | Path | Mapping[str, Any], overrides: Sequence[str], schema: Any, layers: list[Path] | None = None
 ) -> tuple[Any, str]:
     """The tree of a recipe with what it and the overrides include, without the other overrides; and how errors name it.
 
@@ -83,24 +85,27 @@ def _assignments(overrides: Sequence[str]) -> list[str]:
 
 
 def _read(
-    path: str | Path, schema: Any, within: tuple[Path, ...] = (), layers: list[Path] | None = None
+    path: str | Path | Mapping[str, Any],
+    schema: Any,
+    within: tuple[Path, ...] = (),
+    layers: list[Path] | None = None,
 ) -> tuple[Any, list[Path]]:
-    """The tree of a YAML file merged over the files that its `include` names, later ones over earlier ones.
+    """The tree of a file or mapping merged over the files that its `include` names, later ones over earlier ones.
 
-    Returns it with the files read, `path`'s own first. Raises ConfigError as `load` does, and for a file that includes
-    itself.
+    Returns it with the files read, `path`'s own first, IN_MEMORY for a mapping. Raises ConfigError as `load` does, and
+    for a file that includes itself.
     """
-    file = find(path)
+    layers = [] if layers is None else layers
+    file = IN_MEMORY if isinstance(path, Mapping) else find(path)
     if file in within:
         raise ConfigError(f"{within[-1]}: {INCLUDE}: {path} includes this file in turn")
-    layers = [] if layers is None else layers
-    text = text_of(file)
+    text = "" if isinstance(path, Mapping) else text_of(file)
     try:
         documents.check_yaml(text)
-        tree: Any = OmegaConf.load(StringIO(text))
+        tree: Any = OmegaConf.load(StringIO(text)) if file != IN_MEMORY else OmegaConf.create(with_paths_as_text(path))
         # As written: an interpolation names keys of the whole recipe, which is not there yet.
         plain: Any = OmegaConf.to_container(tree, resolve=False)
-    except Exception as error:
+    except Exception as error:  # also that of a mapping which holds itself
         raise ConfigError(f"{file}: not readable as YAML: {_problem(error)}") from error
     if not isinstance(plain, dict) or INCLUDE not in plain:
         layers.append(file)

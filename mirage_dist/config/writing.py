@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,15 @@ def literal(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [literal(part) for part in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def with_paths_as_text(value: Any) -> Any:
+    """Containers and scalars with every path as text, as a recipe has it."""
+    if isinstance(value, Mapping):
+        return {name: with_paths_as_text(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_paths_as_text(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _flow(value: Any) -> str:

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mirage_dist import liveness, signals
 from mirage_dist.config import REPOSITORY
+from mirage_dist.launching import Relay
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.signals import StopRequested
@@ -18,35 +19,41 @@ from mirage_dist.signals import StopRequested
 POLL_SECONDS = 0.1
 
 
-def run(config: str, overrides: Sequence[str], workers: int) -> None:
+def run(config: str, overrides: Sequence[str], workers: int, log: Callable[[str], None] | None = None) -> None:
     """Start N workers and wait until all have ended. Passes a signal on; when a worker fails, the others go on.
 
+    log: takes each line that a worker prints; None: they print where this process does.
     Raises StopRequested after a signal. Raises ConfigError when a worker reports bad input, which ends all of them, and
-    RunError when a worker failed otherwise; both name the first worker that failed.
+    RunError when a worker failed otherwise; both name the first worker that failed, or with `log` its fault.
     """
     command = [sys.executable, "-m", "mirage_dist.cli", "eval", config, *overrides]
-    started = [
-        subprocess.Popen([*command, "--worker", f"{i}/{workers}"], env=environment(i, workers)) for i in range(workers)
-    ]
+    relays = [Relay([*command, "--worker", f"{i}/{workers}"], environment(i, workers), log) for i in range(workers)]
+    started = [relay.process for relay in relays]
     try:
-        first = _wait(started)
+        first = _wait(relays)
     finally:
         for process in started:
             process.kill()  # does nothing to one that has ended
+        for relay in relays:
+            relay.take()
     if first is not None:
         failed = ConfigError if started[first].returncode == ConfigError.status else RunError
         raise failed(
-            f"worker {first} of {workers} {_ending(started[first].returncode)} (see above), the first to fail; every "
-            "answer so far is on disk, and the next start does what is missing"
+            relays[first].fault(
+                f"worker {first} of {workers} {_ending(started[first].returncode)} (see above), the first to fail; "
+                "every answer so far is on disk, and the next start does what is missing"
+            )
         )
     if name := signals.received():
         raise StopRequested(f"stopped by {name}; every answer so far is on disk")
 
 
-def _wait(started: Sequence[subprocess.Popen]) -> int | None:
+def _wait(relays: Sequence[Relay]) -> int | None:
     """Wait until all have ended; returns the number of the worker that failed first."""
-    well, first, terminated = {0, signals.STOPPED}, None, False
+    started, well, first, terminated = [relay.process for relay in relays], {0, signals.STOPPED}, None, False
     while True:
+        for relay in relays:
+            relay.take()
         running = any(process.poll() is None for process in started)
         failed = [i for i, process in enumerate(started) if process.returncode not in (None, *well)]
         if failed and first is None:

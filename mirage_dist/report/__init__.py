@@ -1,13 +1,17 @@
-"""Tables, figures and one static page over evaluated runs. Reads files only."""
+"""Tables, figures and one static page over evaluated runs. Reads files only.
+
+Called, it is `mirage_dist.api.report`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mirage_dist import disk
+from mirage_dist import Verb, disk
 from mirage_dist.progress import ON_STDERR, log
 from mirage_dist.report import examples, judges, page, plain, published, text
 from mirage_dist.report import summary as summaries
@@ -34,6 +38,7 @@ __all__ = [
     "table",
 ]
 
+sys.modules[__name__].__class__ = Verb
 METHODS = "methods.csv"
 EXAMPLES = 100  # questions of each set that the page shows, with all of their rewrites
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from mirage_dist import config as configs
-from mirage_dist import report
 from mirage_dist import runs as run_records
-from mirage_dist.report import load
+from mirage_dist.report import load, report
 from mirage_dist.report.curves import frontier as formats
 from mirage_dist.report.curves.frontier import Axis, Frontier
 from mirage_dist.schema import ConfigError, RunError, TrainRecipe
@@ -213,7 +212,7 @@ def write(
             " Below: of each method the first seed of the setting that all questions choose at the level; what chose "
             "it flatters it."
         )
-    report.report(runs, out, None, own["forget"]["suite"], outputs, (title, note, html), formats.dumped(own))
+    report(runs, out, None, own["forget"]["suite"], outputs, (title, note, html), formats.dumped(own))
     return own, formats.text(own)
 
 

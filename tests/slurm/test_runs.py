@@ -24,6 +24,22 @@ RECIPE = "configs/train/demo_npo.yaml"
 SHORT = (f"train.max_steps={STEPS}", "train.global_batch=8", "train.micro_batch=4", "train.save_every=1000")
 ONE_EACH = ("--ntasks-per-node=1", "--gres=gpu:0", "--cpus-per-task=1")
 TWO_NODES = ("--nodes=2", *ONE_EACH)
+# In place of Apptainer, whose process passes signals on to the container's, and ends with its status.
+APPTAINER = """#!/bin/bash
+[[ $1 == exec ]] || exit 255
+shift
+while [[ $1 == --* ]]; do case $1 in --nv) shift ;; *) shift 2 ;; esac; done
+[[ -e $1 ]] || exit 255
+shift
+"$@" &
+child=$!
+for name in USR1 TERM; do trap "kill -$name $child" $name; done
+while :; do
+  wait $child
+  status=$?
+  kill -0 $child 2>/dev/null || exit $status
+done
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +60,14 @@ class Run:
         *more: str,
         fresh: bool = False,
         options: tuple[str, ...] = TWO_NODES,
+        **environment: str,
     ) -> None:
         """fresh: each rank starts from nothing, as a user's does; otherwise the libraries are there (`forkserver`)."""
         self.slurm, self.root = slurm, toy.root / "slurm" / name
         self.words = (RECIPE, *toy.overrides("npo", self.root), *SHORT, *more)
         python = sys.executable if fresh else slurm.environment["MIRAGE_PYTHON"]
-        self.job = slurm.submit("unlearn_npo", *self.words, options=options, MIRAGE_PYTHON=python)
+        environment.setdefault("MIRAGE_PYTHON", python)
+        self.job = slurm.submit("unlearn_npo", *self.words, options=options, **environment)
 
     def steps(self) -> list[int]:
         return [line["step"] for line in metrics(self.root)] if (self.root / "metrics.jsonl").is_file() else []
@@ -158,7 +176,15 @@ def test_hpz_has_the_losses_of_zero3_which_goes_on_from_its_checkpoint(slurm, to
 
 
 def test_usr1_before_the_time_limit_saves_requeues_and_resumes(slurm, toy, whole):
-    run = Run(slurm, toy, "usr1")
+    """In a container, where Slurm's signals reach the process as they do without; `whole` ran without."""
+    folder = slurm.root / "bin"
+    folder.mkdir()
+    (folder / "apptainer").write_text(APPTAINER)
+    (folder / "apptainer").chmod(0o700)
+    (folder / "mirage.sif").touch()
+    within = {"MIRAGE_CONTAINER": str(folder / "mirage.sif"), "PATH": f"{folder}:{slurm.environment['PATH']}"}
+    within |= {"MIRAGE_CONTAINER_PYTHON": slurm.environment["MIRAGE_PYTHON"], "MIRAGE_PYTHON": "/no/python"}
+    run = Run(slurm, toy, "usr1", **within)
     run.reach(10)
     seen = len(run.steps())
     slurm.ask("scancel", "--batch", "--signal=USR1", run.job)

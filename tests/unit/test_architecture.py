@@ -34,7 +34,7 @@ FLOORS = [
     ["model", "objectives"],
     ["train", "evals"],
     ["erasure", "report"],
-    ["embedded", "countries", "inputs", "demo", "paper", "sweep", "doctor", "project", "hub", "cli"],
+    ["embedded", "countries", "inputs", "demo", "paper", "sweep", "doctor", "project", "hub", "api", "cli"],
 ]
 BESIDE = {
     "progress": {"schema"},
@@ -217,7 +217,15 @@ def test_no_folder_has_more_rooms_than_a_dozen():
 
 
 @pytest.mark.parametrize(
-    "module", ["mirage_dist.cli", "mirage_dist.config", "mirage_dist.ranks", "mirage_dist.inputs", "mirage_dist.demo"]
+    "module",
+    [
+        "mirage_dist.api",
+        "mirage_dist.cli",
+        "mirage_dist.config",
+        "mirage_dist.ranks",
+        "mirage_dist.inputs",
+        "mirage_dist.demo",
+    ],
 )
 def test_help_and_config_errors_load_no_heavy_library(module: str):
     heavy = "('torch', 'transformers', 'deepspeed', 'peft', 'matplotlib', 'wandb')"

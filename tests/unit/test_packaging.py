@@ -106,6 +106,24 @@ def test_the_archives_have_every_file_that_the_checkout_has(archives):
     assert {name for name in code if "__pycache__" not in name} <= set(modes)
 
 
+def test_an_image_is_built_from_files_that_make_the_whole_wheel(archives, tmp_path):
+    _, unpacked, wheel = archives
+    for line in re.findall(r"^COPY (?!--)(.+) \S+$", (unpacked / "Dockerfile").read_text(), re.MULTILINE):
+        for name in line.split():
+            copy = shutil.copytree if (unpacked / name).is_dir() else shutil.copy2
+            (tmp_path / "source").mkdir(exist_ok=True)
+            copy(unpacked / name, tmp_path / "source" / name)
+    (tmp_path / "source/commit.txt").write_text(f"{COMMIT}\n")  # as of --build-arg COMMIT
+    build(tmp_path / "source", "wheel", tmp_path)
+    (own,) = tmp_path.glob("*.whl")
+    contents = []
+    for file in (own, wheel):
+        with zipfile.ZipFile(file) as archive:
+            contents.append({name: archive.read(name) for name in archive.namelist()})
+    assert contents[0].keys() == contents[1].keys()
+    assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
+
+
 def test_an_installed_package_has_its_version_commit_and_recipes(mirage, installed):
     lines = mirage("--version").splitlines()
     assert lines[0] == f"mirage-dist {__version__}, commit {COMMIT}"

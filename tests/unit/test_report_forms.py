@@ -177,8 +177,8 @@ def test_the_table_has_as_many_cells_as_columns_in_every_row_and_all_its_groups_
     nasty = trained(tmp_path / "nasty", PATTERNS[0], "seed=7", "train.lr=5e-4")
     runs = {"[x]*_50%&$#{}\\~^--": nasty, **dict(list(many[0].items())[:3])}
     loaded = read(runs)
-    summary = {"models": {run.name: run.entry for run in loaded}, "methods": of_seeds(loaded), "defences": [], "suite": "demo",
-               "problems": ["50 % of {it}"], "cautions": ["a # caution"]}  # fmt: skip
+    summary = {"models": {run.name: run.entry for run in loaded}, "methods": of_seeds(loaded), "suite": "demo",
+               "defences": [], "problems": ["50 % of {it}"], "cautions": ["a # caution"]}  # fmt: skip
     content = latex.table(loaded, typing.cast(Summary, summary))
     assert (many[2] / "table.tex").read_text().startswith(content.partition("caption")[0])
     assert r"50 \% of \{it\}" in content

@@ -51,6 +51,18 @@ def test_work_that_commits_and_a_run_that_trains_are_not_cut_short():
     assert "SIGTERM" in output.splitlines()
 
 
+@pytest.mark.parametrize("block", ["signals.start_up()", "signals.at_stop_points()"])
+def test_a_stop_whose_output_nobody_reads_any_more_is_in_order(block):
+    """As of a run whose calling process was killed: the pipe that it read is broken."""
+    code = f"with {block}: busy(1)\nos._exit(signals.STOPPED if signals.received() == 'SIGTERM' else 1)"
+    process = subprocess.Popen([sys.executable, "-c", START + code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    process.terminate()
+    assert process.wait(60) == signals.STOPPED
+
+
 def test_a_forked_process_that_is_signalled_stops_alone():
     code = """
 import signal, time

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from mirage_dist import cli, signals
 from mirage_dist.schema import ConfigError, RunError
-from tools.docs import commands, keys, kinds
+from tools.docs import commands, keys, kinds, notebook
 from tools.docs.sources import ROOT, Class, Module, module, named, registry
 
 REGISTRIES = {
@@ -27,6 +27,7 @@ SHARED = {
 ERASURE = "mirage_dist.erasure.run:ErasureConfig"
 # What code of yours may import: the contracts of extensions, and what reads recipes and numbers.
 PUBLIC = {
+    "mirage_dist.api": "`mirage_dist.train`, `evaluate`, `report` and `audit`, as in [the tour](../tour.md)",
     "mirage_dist.objectives.base": "the contract of an objective: what it needs, what it gets, what it returns",
     "mirage_dist.evals.attacks.base": "the contract of an attack",
     "mirage_dist.evals.judges.base": "the contract of a judge",
@@ -49,6 +50,7 @@ EXAMPLES = {
     "paper": "out=runs/paper-2",
     "sweep": "seeds='[0,1,2]'",
 }
+NOTEBOOKS = {"tour.md": "docs/tour.ipynb"}
 COPIES = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
@@ -72,6 +74,7 @@ def every() -> dict[str, str]:
     pages |= {f"reference/{verb}_keys.md": recipe(verb, cls) for verb, cls in keys.recipes().items()}
     pages |= {f"reference/{name}.md": options(name) for name in REGISTRIES}
     pages |= {"reference/erasure.md": erasure(), "reference/api.md": api()}
+    pages |= {name: notebook.page(ROOT / file) for name, file in NOTEBOOKS.items()}
     return pages | {page: copied(file) for page, file in COPIES.items()}
 
 
@@ -172,7 +175,7 @@ def api() -> str:
     """Docstrings of what code of yours may import."""
     head = _head(
         "API",
-        "you write an objective, attack, judge, format, engine or optimizer of your own, or read recipes",
+        "you use the package from Python, or write an objective, attack, judge, format, engine or optimizer",
         "What is not here is internal and may change with any version.",
     )
     return "\n\n".join([head, *(f"## `{name}`\n\nFor: {why}.\n\n::: {name}" for name, why in PUBLIC.items())]) + "\n"

@@ -7,8 +7,9 @@ from math import ceil, log
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.report.figures import paper
@@ -88,8 +89,9 @@ def save(audit: Mapping[str, Any], files: Sequence[Path]) -> None:
     accuracy = audit["cues"]["first word"]["balanced_accuracy"]
     low, high = (100 * bound for bound in accuracy["ci95"])
     height = paper.words_size(counts(audit))[1] + 0.4
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(1, 2, figsize=(9.2, height), layout="constrained", width_ratios=(1.3, 1))
+    with rc_context(RC):
+        figure = Figure(figsize=(9.2, height), layout="constrained")
+        axes = figure.subplots(1, 2, width_ratios=(1.3, 1))
         figure.set_facecolor(LIGHT.paper)
         for ax, draw in zip(axes, (frequencies(audit), odds(audit)), strict=True):
             draw(ax, LIGHT)
@@ -104,4 +106,3 @@ def save(audit: Mapping[str, Any], files: Sequence[Path]) -> None:
         for file in files:
             metadata = {"Date": None, "Creator": None} if file.suffix == ".svg" else {}
             figure.savefig(file, dpi=130, facecolor=LIGHT.paper, metadata=metadata)
-        plt.close(figure)

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 
 from mirage_dist.evals.results import Leaf
 from mirage_dist.report.figures.style import LIGHT, MARKERS, STENCIL, Palette, slots, to_variables
@@ -56,12 +54,11 @@ def kept() -> Iterator[Drawn]:
 
 def pdf(draw: Draw, size: tuple[float, float] = SIZE) -> bytes:
     """A figure on white paper as a PDF with its fonts in it; of the same input the same bytes."""
-    with plt.rc_context({**RC, "pdf.fonttype": 42}):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        draw(axes, LIGHT)
+    with rc_context({**RC, "pdf.fonttype": 42}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), LIGHT)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
-        plt.close(figure)
     return buffer.getvalue()
 
 
@@ -72,12 +69,12 @@ def svg(draw: Draw, name: str, description: str, size: tuple[float, float] = SIZ
     """
     if (drawn := _kept.get()) is not None:
         drawn[name] = draw, size
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        draw(axes, STENCIL)
+    with rc_context(RC):
+        # A figure without pyplot, whose backend belongs to the process that draws, such as a notebook's.
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), STENCIL)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

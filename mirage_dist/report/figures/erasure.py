@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mirage_dist import disk
@@ -173,9 +174,10 @@ def overview(tested: Tested, file: Path) -> None:
     ]
     across = max(3, len(columns))
     down = -(-len(panels) // across)
-    with plt.rc_context(RC):
+    with rc_context(RC):
         layout = ConstrainedLayoutEngine(wspace=0.09, hspace=0.06)
-        figure, grid = plt.subplots(down, across, figsize=(4.9 * across, 3.9 * down), layout=layout)
+        figure = Figure(figsize=(4.9 * across, 3.9 * down), layout=layout)
+        grid = figure.subplots(down, across)
         figure.set_facecolor(LIGHT.paper)
         for ax, (title, draw) in zip(grid.flat, panels, strict=False):
             draw(ax, LIGHT)
@@ -184,7 +186,6 @@ def overview(tested: Tested, file: Path) -> None:
             ax.set_axis_off()
         with disk.writing(file) as handle:
             figure.savefig(handle, format="png", dpi=110, facecolor=LIGHT.paper)
-        plt.close(figure)
 
 
 def _probes(tested: Tested, transfer: bool) -> Iterator[tuple[str, Probed]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from mirage_dist import disk, stats
@@ -31,16 +32,16 @@ def overview(runs: Sequence[Run], file: Path) -> None:
         ("Rejection rate on harmless questions", curve(runs, "rr", "safe")),
         ("Correct answers to harmless questions", dumbbell(runs, "utility", "safe")),
     ]
-    with plt.rc_context(RC):
+    with rc_context(RC):
         layout = ConstrainedLayoutEngine(wspace=0.07)
-        figure, axes = plt.subplots(1, 3, figsize=(14.4, 4.0), layout=layout)
+        figure = Figure(figsize=(14.4, 4.0), layout=layout)
+        axes = figure.subplots(1, 3)
         figure.set_facecolor(LIGHT.paper)
         for ax, (title, draw) in zip(axes, panels, strict=True):
             draw(ax, LIGHT)
             ax.set_title(title, loc="left", color=LIGHT.ink, fontsize=11.5, fontweight="bold", pad=12)
         with disk.writing(file) as handle:
             figure.savefig(handle, format="png", dpi=130, facecolor=LIGHT.paper)
-        plt.close(figure)
 
 
 def curve(runs: Sequence[Run], measure: str, kind: str) -> Draw:
