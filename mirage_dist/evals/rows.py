@@ -84,6 +84,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
         "sample": [sample.id, sample.question, sample.history, question.original],
         "image": image_hash[sample.image] if sample.image else None,
     }
+    if question.optimised:
+        content["optimised"] = question.optimised
     if sample.begun:
         content["begun"] = sample.begun
     if sample.shown:

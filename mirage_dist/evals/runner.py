@@ -27,6 +27,7 @@ from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.evals.models.subject import Subject
 from mirage_dist.evals.results import CLEAN, SuiteResult
+from mirage_dist.evals.rows import Settings
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
@@ -34,7 +35,7 @@ from mirage_dist.evals.worklist import WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe
 from mirage_dist.signals import StopRequested
 
 G = TypeVar("G", bound=Generator)
@@ -58,13 +59,13 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     panel = judges.panel(recipe)
     labelled = None if recipe.labels is None else labels.read(recipe.labels)
     model = subject.find(recipe.model, Path(recipe.run.dir))
-    recipe = _resolved(recipe, model)
+    written, recipe = recipe, _resolved(recipe, model)
     _check_template(recipe, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash, model.environment, versions)
     decided = manifests.decided_by(recipe, settings)
     manifests.check(suite, decided)  # before anything is made for it
-    rewriter = Rewriter(suite, settings, lambda claims: _load(HuggingFace, recipe, model, suite, claims))
+    rewriter = _rewriter(recipe, model, settings, lambda other: _surrogate(written, other, versions))
     work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
     worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
@@ -100,6 +101,25 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
         finally:
             claims.release(claim)
     return result
+
+
+def _rewriter(
+    recipe: EvalRecipe, model: Subject, settings: Settings, other: Callable[[EvalModelConfig], Rewriter] | None = None
+) -> Rewriter:
+    suite = suite_dir(recipe)
+
+    def load(claims: Claims) -> HuggingFace:
+        return _load(HuggingFace, recipe, model, suite, claims)
+
+    return Rewriter(suite, settings, load, _encoder(recipe, model), other)
+
+
+def _surrogate(recipe: EvalRecipe, model: EvalModelConfig, versions: dict[str, str]) -> Rewriter:
+    """What makes rewrites on another model than the one under test. recipe: as written. Raises as `subject.find`."""
+    other = subject.find(model, Path(recipe.run.dir))
+    own = _resolved(replace(recipe, model=model), other)
+    settings = rows.settings(own, other.model_hash, other.template_hash, other.environment, versions)
+    return _rewriter(own, other, settings)
 
 
 def _begin(suite: Path, recipe: EvalRecipe) -> None:

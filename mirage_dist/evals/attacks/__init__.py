@@ -31,6 +31,8 @@ REGISTRY = Registry(
         "rewrite": "mirage_dist.evals.attacks.rewrite:Rewrite",
         "suffix": "mirage_dist.evals.attacks.suffix:Suffix",
         "typographic": "mirage_dist.evals.attacks.pictured.typographic:Typographic",
+        "pgd": "mirage_dist.evals.attacks.pixels.pgd:Pgd",
+        "noise": "mirage_dist.evals.attacks.pixels.noise:Noise",
         "sampling": "mirage_dist.evals.attacks.sampling:Sampling",
         "transcript": "mirage_dist.evals.attacks.turns.transcript:Transcript",
         "combine": "mirage_dist.evals.attacks.combine:Combine",

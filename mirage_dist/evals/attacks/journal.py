@@ -29,6 +29,7 @@ class SampleLine(TypedDict):
     id: str
     rewrites: list[str]
     why: NotRequired[str]  # there are none
+    result: NotRequired[dict[str, Any]]  # of the search for them: steps, losses, whether its target was reached
 
 
 class SearchState(TypedDict):
@@ -39,6 +40,7 @@ class SearchState(TypedDict):
     ids: list[int]  # the suffix's tokens
     loss: float
     text: str  # the suffix
+    rows: NotRequired[int]  # candidates that went through the model at once, where the memory had not sufficed for more
 
 
 class SearchLine(SearchState):
@@ -100,6 +102,11 @@ class Resources:
     ) -> None:
         self.name, self.samples, self.journal, self.key = name, samples, journal, key
         self.generator, self.held = generator, held
+
+    @property
+    def home(self) -> Path:
+        """The folder in which the attack's files are."""
+        return self.journal.file.parent.parent
 
     def state(self, search: str) -> SearchState | None:
         """The last saved state of a search, also of one that a killed process began."""
