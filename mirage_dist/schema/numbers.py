@@ -89,6 +89,7 @@ Seed = Annotated[int, whole(0, SEED.value)]
 Pixels = Annotated[int, whole(1, CEILING.value)]
 
 Shades = Annotated[int, whole(1, 255)]  # by which a value of a picture's pixel may change
+Side = Annotated[int, whole(1, 4096)]  # of a square of pixels
 
 Positive = Annotated[float, real(0, MAGNITUDE.value, above=True)]
 Weight = Annotated[float, real(0, MAGNITUDE.value)]  # also a coefficient that may be 0

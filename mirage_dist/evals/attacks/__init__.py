@@ -32,6 +32,7 @@ REGISTRY = Registry(
         "suffix": "mirage_dist.evals.attacks.suffix:Suffix",
         "typographic": "mirage_dist.evals.attacks.pictured.typographic:Typographic",
         "pgd": "mirage_dist.evals.attacks.pixels.pgd:Pgd",
+        "universal": "mirage_dist.evals.attacks.pixels.universal:Universal",
         "noise": "mirage_dist.evals.attacks.pixels.noise:Noise",
         "sampling": "mirage_dist.evals.attacks.sampling:Sampling",
         "transcript": "mirage_dist.evals.attacks.turns.transcript:Transcript",

@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mirage_dist.data.encoding.framing import Framing
+from mirage_dist.data.encoding.framing import LONG, Framing
 from mirage_dist.data.pictures import Size
 from mirage_dist.schema import ConfigError
 
 PRECISION = 22  # binary places of PIL's weights
 TOLERANCE = 1e-4  # between this function and the processor, in the tower's units
 # Pictures that are tried: larger and smaller than towers', both ways round, long, square.
-PROBES: tuple[Size, ...] = ((50, 37), (37, 50), (64, 64), (700, 300), (300, 701), (240, 24), (1400, 1000))
+PROBES: tuple[Size, ...] = ((50, 37), (37, 50), (64, 64), (700, 300), (300, 701), (240, 30), (1400, 1000))
 KEPT = 64  # weights of an axis that are kept, by its sizes
 COMPARED = 32  # rows and columns by which the order of two passes is known
 BLOCK = 512  # columns that are computed at once
@@ -110,12 +110,7 @@ class Preprocessing:
 
     def axes(self, size: Size) -> tuple[Axis, Axis, bool]:
         """How columns and rows of a picture of this size become the tower's, and whether columns do first."""
-        framed, side = self.framing.size(size), max(size)
-        scaled = framed[0] == framed[1] < side and framed == self._resized((side, side)) and framed != size
-        if scaled:  # while it is padded, along the columns' axis first, which gives what padding it first gives
-            framed = (side, side)
-        elif framed != (side, side) and any(laid > own for laid, own in zip(framed, size, strict=True)):
-            raise Inexact(f"a picture of {size[0]}x{size[1]} pixels is scaled before {self.kind} gets it")
+        framed, scaled = self.framed(size)
         resized = self._resized(framed)
         crops = self._cropped(resized)
         columns, rows = (
@@ -123,6 +118,20 @@ class Preprocessing:
             for own, laid, out, crop in zip(size, framed, resized, crops, strict=True)
         )
         return columns, rows, scaled or not self.resizes or _columns_first(framed, resized, self.resample)
+
+    def framed(self, size: Size) -> tuple[Size, bool]:
+        """The size of what is resized, of a picture of this size, and whether it is scaled while it is padded to that.
+
+        Raises Inexact for a picture that is laid out in a way that is not reproduced.
+        """
+        framed, side = self.framing.size(size), max(size)
+        if framed[0] == framed[1] < side and framed == self._resized((side, side)) and framed != size:
+            if side > LONG * min(size):
+                raise Inexact(f"a picture of {size[0]}x{size[1]} pixels is too long for its width")
+            return (side, side), True  # along the columns' axis first, which gives what padding it first gives
+        if framed != (side, side) and any(laid > own for laid, own in zip(framed, size, strict=True)):
+            raise Inexact(f"a picture of {size[0]}x{size[1]} pixels is scaled before {self.kind} gets it")
+        return framed, False
 
     def _resized(self, size: Size) -> Size:
         """(width, height) after resizing, by transformers' own rules for the settings of `size`."""

@@ -1,5 +1,6 @@
 """Attacks on pixels: within ε on the file that is read again, better than noise, the same in any batch."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -18,7 +19,7 @@ from mirage_dist.data import formats, pictures, sources
 from mirage_dist.data.encoding.collate import IGNORE
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import attacks, runner
-from mirage_dist.evals.attacks.pixels import files, search
+from mirage_dist.evals.attacks.pixels import files, search, shared
 from mirage_dist.evals.attacks.pixels.victim import Victim
 from mirage_dist.evals.attacks.rewrites import Rewriter
 from mirage_dist.evals.models.hf import HuggingFace, encoder
@@ -118,7 +119,7 @@ def test_a_batch_gives_what_one_question_at_a_time_does_and_questions_leave_it(t
 
 def made(home, generator, samples, **options):
     """The attack ready to be called, and its journal's lines by id."""
-    attack = attacks.make({**PGD, **options}, "r", "k")
+    attack = attacks.make(options if "kind" in options else {**PGD, **options}, "r", "k")
     rewriter = Rewriter(home / "suite", {}, lambda claims: generator, generator and generator.encoder)
     table = rewriter(attack, samples, "unsafe-pgd")
     folder = home / "suite/rewrites"
@@ -257,6 +258,96 @@ def test_a_family_whose_preprocessing_is_not_reproduced_is_refused_before_weight
         refused(family("llava_next"), questions, **PGD)
 
 
+# -------------------------------------------------------------------------------- one perturbation for several
+
+UNIVERSAL = {"kind": "universal", "target": TARGET, "epsilon": 24, "step_size": 6.0, "steps": 5, "side": 40}
+
+
+def spread(picture, best, epsilon):
+    """A picture with a perturbation that was scaled to it, by PIL."""
+    planes = [Image.fromarray(plane).resize(picture.size, Image.Resampling.BILINEAR) for plane in best]
+    added = np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    assert np.abs(added).max() <= epsilon + 1e-4
+    return np.asarray(picture) + added
+
+
+def test_one_perturbation_is_asked_on_other_samples_than_it_was_optimised_on(trained, questions, tmp_path):
+    generator, other = loaded(trained), replace(questions[0], id="other", question="tell me the code of the gadget ?")
+    samples = [*questions, other]
+    table, lines = made(tmp_path, generator, samples, **UNIVERSAL, train=3)
+    (file,) = (tmp_path / "suite/perturbations").iterdir()
+    with np.load(file, allow_pickle=False) as held:
+        ids, best, numbers = held["ids"].tolist(), held["best"], held["numbers"]
+    assert len(ids) == 3
+    assert np.abs(best).max() <= 24
+    assert numbers[2] < numbers[3]  # the mean loss on these samples, best and clean
+    fitted = {sample.image for sample in samples if sample.id in ids}
+    gains = []
+    for sample in samples:
+        rows = table(sample)
+        if sample.image in fitted:  # also another question about one of these pictures
+            assert rows == []
+            assert "optimised on its picture" in lines[sample.id]["why"]
+            continue
+        (row,) = rows
+        original, attacked = pictures.open_picture(sample.image), pictures.open_picture(row.image)
+        difference = np.asarray(attacked).astype(int) - np.asarray(original).astype(int)
+        assert np.abs(difference).max() <= 24
+        if original.size[0] > 40:  # PIL's bilinear filter has torch's values where it enlarges
+            free = (np.asarray(original) > 30) & (np.asarray(original) < 225)
+            expected = spread(original, best, 24)
+            assert np.abs(np.asarray(attacked) - expected)[free].max() <= 0.51 + 0.02 * 24
+        gains.append(loss_of(generator, sample) - loss_of(generator, sample, row.image))
+        assert lines[sample.id]["result"]["perturbation"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert len(gains) >= 3
+    assert np.mean(gains) > 0
+
+
+def test_a_perturbation_is_optimised_on_the_samples_of_a_file(toy, trained, questions, tmp_path):
+    source = {"format": "samples", "path": str(toy.root / "forget.jsonl")}
+    table, _ = made(tmp_path, loaded(trained), questions, **{**UNIVERSAL, "steps": 1}, train=4, sources=[source])
+    assert all(len(table(sample)) == 1 for sample in questions)
+    (file,) = (tmp_path / "suite/perturbations").iterdir()
+    known = {json.loads(line)["id"] for line in (toy.root / "forget.jsonl").read_text().splitlines()}
+    with np.load(file, allow_pickle=False) as held:
+        assert set(held["ids"].tolist()) <= known
+        assert len(held["ids"]) == 4
+
+
+def test_a_perturbation_that_was_stopped_at_any_step_ends_as_one_that_was_not(trained, questions, tmp_path, monkeypatch):
+    options = {**UNIVERSAL, "train": 3}
+    whole, _ = made(tmp_path / "whole", loaded(trained), questions, **options)
+    score, starts = shared.Search.run, 0
+
+    def interrupted(self, steps):
+        for state in score(self, steps):
+            signals.handler(signal.SIGTERM, None)
+            yield state
+
+    with monkeypatch.context() as during:
+        during.setattr(shared.Search, "run", interrupted)
+        while starts < 4:
+            monkeypatch.setattr(signals, "_received", [])
+            with pytest.raises(signals.StopRequested):
+                made(tmp_path / "cut", loaded(trained), questions, **options)
+            starts += any((tmp_path / "cut/suite").rglob("*.npz"))
+    monkeypatch.setattr(signals, "_received", [])
+    cut, _ = made(tmp_path / "cut", loaded(trained), questions, **options)
+    for sample in questions:
+        assert [Path(row.image).name for row in cut(sample)] == [Path(row.image).name for row in whole(sample)]
+
+
+def test_a_perturbation_without_samples_to_be_asked_on_is_refused_before_weights_load(toy, trained, questions):
+    with pytest.raises(ConfigError, match="train=7: the set has 7 samples with pictures, and a perturbation is not asked"):
+        refused(trained, questions, **UNIVERSAL, train=7)
+    text = toy.root / "text.jsonl"
+    text.write_text(json.dumps({**json.loads((toy.root / "forget.jsonl").read_text().splitlines()[0]), "image": None}) + "\n")
+    with pytest.raises(ConfigError, match="sources: none of their samples has a picture"):
+        refused(trained, questions, **UNIVERSAL, sources=[{"format": "samples", "path": str(text)}])
+    with pytest.raises(ConfigError, match="side=0; expected"):
+        attacks.make({**UNIVERSAL, "side": 0}, "r", "k")
+
+
 # ---------------------------------------------------------------------------------------- in an evaluation
 
 
@@ -294,3 +385,38 @@ def test_a_suite_asks_the_attacked_pictures_and_knows_what_each_had_cost(toy, tr
     before = {file: file.stat().st_mtime_ns for file in (suite / "pictures").iterdir()}
     assert runner.evaluate(recipe(toy, trained, tmp_path / "run")) == result
     assert before == {file: file.stat().st_mtime_ns for file in (suite / "pictures").iterdir()}
+
+
+def test_an_attack_optimised_on_another_model_is_pinned_to_its_hash(toy, trained, tmp_path):
+    """The pictures are the surrogate's own, and another surrogate's have other keys."""
+    own = runner.evaluate(recipe(toy, trained, tmp_path / "own"))
+    assert own is not None
+    transferred = []
+    for run, surrogate in (("a", trained), ("b", toy.root / "model")):
+        options = recipe(toy, toy.root / "model", tmp_path / run)
+        attack = {**PGD, "stages": [2], "surrogate": {"path": str(surrogate), "dtype": "fp32"}}
+        runner.evaluate(replace(options, sets={"unsafe": replace(options.sets["unsafe"], attacks={"pgd": attack})}))
+        transferred.append(rows_of(tmp_path / run, "pgd"))
+    direct = rows_of(tmp_path / "own", "pgd")
+    a, b = transferred
+    assert {place: Path(row["image"]).name for place, row in a.items()} == {
+        place: Path(row["image"]).name for place, row in direct.items()
+    }
+    assert all(a[place]["key"] != direct[place]["key"] for place in direct)
+    assert {Path(row["image"]).name for row in a.values()} != {Path(row["image"]).name for row in b.values()}
+    journals = [next((tmp_path / run / "evals/s/rewrites").glob("unsafe-pgd-*")).name for run in ("own", "a", "b")]
+    assert journals[0] == journals[1] != journals[2]
+
+
+def rows_of(run, attack):
+    rows = [json.loads(x) for f in (run / "evals/s/rows").iterdir() for x in f.read_text().splitlines()]
+    return {(row["id"], row["shot"]): row for row in rows if row["attack"] == attack}
+
+
+def test_a_surrogate_that_is_not_there_is_named(toy, trained, tmp_path):
+    options = recipe(toy, trained, tmp_path / "run")
+    attack = {**PGD, "surrogate": {"path": str(tmp_path / "none")}}
+    with pytest.raises(ConfigError, match=r"none"):
+        runner.evaluate(replace(options, sets={"unsafe": replace(options.sets["unsafe"], attacks={"pgd": attack})}))
+    with pytest.raises(ConfigError, match=r"k\.surrogate\.path=None, run=None; expected one of them"):
+        attacks.make({**PGD, "surrogate": {}}, "r", "k")

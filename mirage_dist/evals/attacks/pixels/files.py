@@ -16,6 +16,7 @@ from mirage_dist.evals.attacks.pictured.typographic import FOLDER
 from mirage_dist.evals.sharing import files
 from mirage_dist.schema import ConfigError, RunError
 
+NO_PICTURE = "it has no picture"  # why a sample has no rewrite
 DIGITS = 32  # of a hash, in a file's name
 
 

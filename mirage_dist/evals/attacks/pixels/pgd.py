@@ -89,26 +89,39 @@ class Pgd(Generated):
         from mirage_dist.evals.attacks.pixels import search
         from mirage_dist.evals.attacks.pixels.victim import Victim
 
-        for i, sample in enumerate(missing):
-            if sample.image is None:
-                yield Rewritten(i, [], "it has no picture")
-        pictured = [i for i, sample in enumerate(missing) if sample.image is not None]
-        if not pictured:
-            return
-        victim = Victim(resources.generator(), resources.name)
-        searches = self._searches(victim, [missing[i] for i in pictured], resources)
-        for place, result in search.searched(victim, searches):
-            i = pictured[place]
-            names = []
-            for picture_CHW in result.pictures:
-                names.append(files.saved(picture_CHW.permute(1, 2, 0).numpy(), resources.home))
-                victim.verify(self.changed(missing[i], names[-1], resources.home), picture_CHW)
-            yield Rewritten(i, names, search=result.record())
+        without, places = list[Rewritten](), list[int]()
+        if any(sample.image is not None for sample in missing):
+            victim = Victim(resources.generator(), resources.name)
+            searches = self._searches(victim, missing, resources, places, without)
+            for number, result in search.searched(victim, searches):
+                i, names = places[number], list[str]()
+                for picture_CHW in result.pictures:
+                    names.append(files.saved(picture_CHW.permute(1, 2, 0).numpy(), resources.home))
+                    victim.verify(self.changed(missing[i], names[-1], resources.home), picture_CHW)
+                yield Rewritten(i, names, search=result.record())
+        yield from without
+        yield from (Rewritten(i, [], files.NO_PICTURE) for i, own in enumerate(missing) if own.image is None)
 
-    def _searches(self, victim: Victim, samples: Sequence[Sample], resources: Resources) -> Iterator[Search]:
+    def _searches(
+        self,
+        victim: Victim,
+        samples: Sequence[Sample],
+        resources: Resources,
+        places: list[int],
+        without: list[Rewritten],
+    ) -> Iterator[Search]:
+        """A search for each sample with a picture, whose places are noted on the way; or why there can be none."""
         from mirage_dist.evals.attacks.pixels.search import Budget, Search
+        from mirage_dist.model.families.pixels import Inexact
 
         budget = Budget(self.epsilon, self.step_size, self.steps, self.restarts, tuple(self.stages))
-        for sample in samples:
-            shown = victim.shown(sample, fill(self.target, answer=sample.answer))
+        for i, sample in enumerate(samples):
+            if sample.image is None:
+                continue
+            try:
+                shown = victim.shown(sample, fill(self.target, answer=sample.answer))
+            except Inexact as error:
+                without.append(Rewritten(i, [], str(error)))
+                continue
+            places.append(i)
             yield Search(shown, budget, f"{self.seed} {resources.key(sample)}")

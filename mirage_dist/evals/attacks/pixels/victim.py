@@ -26,7 +26,7 @@ from mirage_dist.evals.attacks.gcg import last_answers
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.models.memory import RowsAtOnce
 from mirage_dist.model import vision
-from mirage_dist.model.families.pixels import TOLERANCE, Preprocessing
+from mirage_dist.model.families.pixels import TOLERANCE, Inexact, Preprocessing
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.schema import ConfigError, RunError
 from mirage_dist.schema.limits import CEILING
@@ -87,8 +87,8 @@ class Victim:
         self.rows = RowsAtOnce(generator.batch_size, self.device, "leave this sample out or use a larger GPU")
 
     def shown(self, sample: Sample, target: str) -> Shown:
-        """A sample with its picture and the target. Raises ConfigError for a picture that the model gets in a way that
-        is not reproduced.
+        """A sample with its picture and the target. Raises Inexact for a picture that the model gets in a way that is
+        not reproduced.
         """
         path = sample.image or ""
         bytes_HWC = np.asarray(pictures.open_picture(path, CEILING.value))
@@ -105,15 +105,11 @@ class Victim:
             raise RunError(f"the attacked picture {sample.image} is not what was optimised: {error}") from error
 
     def _compare(self, sample: Sample, picture_CHW: Tensor, inputs: dict[str, Tensor]) -> None:
-        try:
-            own = self.preprocessing(picture_CHW[None])
-        except ConfigError as error:
-            raise ConfigError(f"{called(sample)}: {error}") from error
-        values = inputs[PIXELS]
+        own, values = self.preprocessing(picture_CHW[None]), inputs[PIXELS]
         if values.shape != own.shape or not float((values - own).abs().max()) <= TOLERANCE:
-            raise ConfigError(
+            raise Inexact(
                 f"{called(sample)}: {self.preprocessing.kind} makes something else of this picture than its settings' "
-                "steps; attacks on pixels do not support it. Leave the sample out"
+                "steps"
             )
 
     # ------------------------------------------------------------------------------------------------ scores
