@@ -115,6 +115,7 @@ def row(key: str, question: Question, response: str) -> Row:
         **({"references": list(sample.references)} if sample.references else {}),
         **({"begun": sample.begun} if sample.begun else {}),
         **({"draw": asdict(sample.draw)} if sample.draw else {}),
+        **({"original_image": sample.original_image} if sample.original_image else {}),
         **({"turns": sample.turn.turns, "history": [list(turn) for turn in sample.history]} if sample.turn else {}),
         "response": response,
     }

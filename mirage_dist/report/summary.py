@@ -28,7 +28,7 @@ class Provenance(TypedDict, total=False):
 class Summary(TypedDict):
     """`summary.json`: the headline figures of every model, and the paired tests between every two.
 
-    models: model -> its headline judge's entry. budgets: success against draws, of every attack that draws answers.
+    models: model -> its headline judge's entry. budgets: success against draws or steps, of attacks that have a budget.
     judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
     default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
     cautions: what a reader must know before its rates, in sentences.

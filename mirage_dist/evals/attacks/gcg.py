@@ -281,7 +281,7 @@ class Problem:
 
 
 def last_answers(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Of each row, the flat positions that predict its target, and the target's tokens without the end token: (T,) each.
+    """Of each row, the flat positions that predict its target, and the target's tokens without its end token: (T,).
 
     Of several answers (of earlier turns) the last one is the target.
     """

@@ -61,7 +61,8 @@ class Preprocessing:
     """
 
     def __init__(self, framing: Framing) -> None:
-        self.framing, self.images = framing, framing.images
+        self.framing = framing
+        self.images: Any = framing.images
         self.kind = type(self.images).__name__
         for name in STEPS:
             if not isinstance(getattr(self.images, name, None), bool | None):
@@ -97,9 +98,9 @@ class Preprocessing:
 
     def _applied(self, x: Tensor, axis: Axis) -> Tensor:
         """Bytes along the last axis, made of those of the picture and of the ground around it."""
-        ground_C1O = torch.tensor(self.framing.colour, dtype=x.dtype, device=x.device)[:, None, None] * axis.ground_O.to(
-            x.device
-        )
+        ground_C1O = torch.tensor(self.framing.colour, dtype=x.dtype, device=x.device)[
+            :, None, None
+        ] * axis.ground_O.to(x.device)
         total = x @ axis.weight_OI.to(x.device).T + ground_C1O
         one = float(1 << PRECISION)
         exact = ((total.detach() + one / 2) / one).floor().clamp(0, 255)
@@ -145,7 +146,9 @@ class Preprocessing:
         if set(wanted) == {"shortest_edge"}:
             like = np.empty((3, size[1], size[0]), dtype=np.bool_)
             edge = wanted["shortest_edge"]
-            height, width = get_resize_output_image_size(like, edge, default_to_square=False, input_data_format="channels_first")
+            height, width = get_resize_output_image_size(
+                like, edge, default_to_square=False, input_data_format="channels_first"
+            )
             return width, height
         raise self._refusal(f"it resizes to {wanted}")
 
@@ -154,11 +157,10 @@ class Preprocessing:
         if not self.crops:
             return (0, size[0]), (0, size[1])
         wanted = dict(self.images.crop_size)
-        crop = wanted.get("width"), wanted.get("height")
-        if not all(isinstance(length, int) and length <= own for length, own in zip(crop, size, strict=True)):
+        width, height = (wanted.get(name) for name in ("width", "height"))
+        if not isinstance(width, int) or not isinstance(height, int) or width > size[0] or height > size[1]:
             raise self._refusal(f"it crops to {wanted} what is {size[0]}x{size[1]} pixels")
-        columns, rows = (((own - length) // 2, length) for own, length in zip(size, crop, strict=True))
-        return columns, rows
+        return ((size[0] - width) // 2, width), ((size[1] - height) // 2, height)
 
     # ------------------------------------------------------------------------------------------------ checks
 
@@ -187,9 +189,9 @@ class Preprocessing:
 
     def _refusal(self, cause: str) -> Inexact:
         return Inexact(
-            f"{self.kind} cannot be written as a differentiable function that equals it: {cause}; attacks on pixels are "
-            "supported for image processors of PIL that resize, crop, rescale and normalise (those of LLaVA-1.5 and "
-            "SigLIP, Gemma 3 without pan and scan)"
+            f"{self.kind} cannot be written as a differentiable function that equals it: {cause}; attacks on pixels "
+            "are supported for image processors of PIL that resize, crop, rescale and normalise (those of LLaVA-1.5 "
+            "and SigLIP, Gemma 3 without pan and scan)"
         )
 
 
@@ -247,7 +249,9 @@ def _columns_first(before: Size, after: Size, resample: int) -> bool:
     noise = np.random.default_rng(0).integers(0, 256, (before[1], before[0]), dtype=np.uint8)
     resized = np.asarray(Image.fromarray(noise).resize(after, Image.Resampling(resample)))
     places = [np.unique(np.linspace(0, length - 1, COMPARED).astype(int)) for length in after]
-    across, down = (weights(*axis, resample)[own] for *axis, own in zip(before, after, places, strict=True))
+    across, down = (
+        weights(inside, outside, resample)[own] for inside, outside, own in zip(before, after, places, strict=True)
+    )
     expected = resized[np.ix_(places[1], places[0])]
     blocks = [down @ noise[:, start : start + BLOCK] for start in range(0, before[0], BLOCK)]
     return not np.array_equal(_rounded(_rounded(np.concatenate(blocks, axis=1)) @ across.T), expected)

@@ -179,7 +179,9 @@ def narrow(module, most):
 
 
 def test_candidates_that_do_not_fit_into_memory_are_halved_recorded_and_give_the_same(toy, questions, tmp_path, capsys):
-    attack = attacks.make({"kind": "suffix", "target": TARGET, "length": 3, "steps": 3, "candidates": 12, "top_k": 8}, "r", "k")
+    attack = attacks.make(
+        {"kind": "suffix", "target": TARGET, "length": 3, "steps": 3, "candidates": 12, "top_k": 8}, "r", "k"
+    )
     ends, lines = [], []
     for most in (8, 3):
         own = generator(toy.root / "model")

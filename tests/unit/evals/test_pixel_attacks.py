@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mirage_dist import config as configs
-from mirage_dist import signals
+from mirage_dist import report, signals
 from mirage_dist.data import formats, pictures, sources
 from mirage_dist.data.encoding.collate import IGNORE
 from mirage_dist.data.sample import Sample
@@ -22,6 +22,7 @@ from mirage_dist.evals import attacks, runner
 from mirage_dist.evals.attacks.pixels import files, search, shared
 from mirage_dist.evals.attacks.pixels.victim import Victim
 from mirage_dist.evals.attacks.rewrites import Rewriter
+from mirage_dist.evals.judges.base import judged_picture
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
@@ -33,7 +34,9 @@ PGD = {"kind": "pgd", "target": TARGET, "epsilon": 12, "step_size": 3.0, "steps"
 
 
 def loaded(folder, batch_size=8) -> HuggingFace:
-    return HuggingFace(EvalModelConfig(path=str(folder), dtype="fp32"), TemplateConfig(), GenerationConfig(6, batch_size))
+    return HuggingFace(
+        EvalModelConfig(path=str(folder), dtype="fp32"), TemplateConfig(), GenerationConfig(6, batch_size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,9 @@ def questions(toy, tmp_path_factory) -> list[Sample]:
     folder = tmp_path_factory.mktemp("sizes")
     read = sources.read(formats.source("vlguard", str(toy.root / "world/test.json"), split="unsafes")).samples[:7]
     changed = []
-    for number, (sample, size) in enumerate(zip(read, [None, (48, 40), None, (20, 60), (48, 40), None, None], strict=True)):
+    for number, (sample, size) in enumerate(
+        zip(read, [None, (48, 40), None, (20, 60), (48, 40), None, None], strict=True)
+    ):
         image = sample.image
         if size is not None:
             image = str(folder / f"{number}.png")
@@ -80,7 +85,8 @@ def loss_of(generator, sample: Sample, image: str | None = None) -> float:
     asked = replace(sample, answer=TARGET, image=image or sample.image)
     batch = generator.encoder.encode([asked])
     (labels_S,) = batch.labels_BS
-    places = (labels_S != IGNORE).nonzero().flatten()[-1 - len(TARGET.split()) : -1]  # without the end token
+    length = len(generator.tokenizer(TARGET, add_special_tokens=False)["input_ids"])
+    places = (labels_S != IGNORE).nonzero().flatten()[-1 - length : -1]  # without the end token
     with torch.no_grad():
         logp = generator.model(**generator.placed(batch.inputs)).logits[0].log_softmax(-1)
     return float(-logp[places - 1, labels_S[places]].mean())
@@ -138,7 +144,11 @@ def test_the_file_that_is_asked_is_within_epsilon_and_better_than_noise(trained,
         stages, (random,) = table(sample), noise(sample)
         original = np.asarray(pictures.open_picture(sample.image)).astype(int)
         for row in (*stages, random):
-            assert (row.question, row.history, Path(row.image).parent) == (sample.question, sample.history, tmp_path / "suite/pictures")
+            assert (row.question, row.history, Path(row.image).parent) == (
+                sample.question,
+                sample.history,
+                tmp_path / "suite/pictures",
+            )
             difference = np.abs(np.asarray(pictures.open_picture(row.image)).astype(int) - original)
             assert difference.max() <= 12
         free = (original >= 12) & (original <= 243)
@@ -201,8 +211,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(trained, questio
     for number, whole in results[0].items():
         assert torch.equal(whole.pictures[0], results[1][number].pictures[0])
     narrow(generator.model.model, 0)
-    with pytest.raises(RunError, match="out of memory on one row alone: .*q0"):
+    with pytest.raises(RunError, match=r"out of memory on one row alone: .*q0"):
         list(search.searched(victim, searches(victim, questions, budget)))
+
+
+@pytest.mark.parametrize("name", ["llava_mistral", "llava_qwen2", "gemma3"])
+def test_every_supported_family_is_attacked_on_the_file_that_it_gets(family, questions, tmp_path, name):
+    generator = loaded(family(name))
+    victim = Victim(generator, "pgd")
+    samples = [replace(sample, answer=TARGET) for sample in questions[1:4]]
+    shown = [victim.shown(sample, TARGET) for sample in samples]
+    budget = search.Budget(epsilon=30, step_size=15.0, steps=2, restarts=1)
+    results = dict(search.searched(victim, [search.Search(own, budget, own.sample.id) for own in shown]))
+    for number, sample in enumerate(samples):
+        result = results[number]
+        file = files.saved(result.pictures[0].permute(1, 2, 0).numpy(), tmp_path)
+        losses = loss_of(generator, sample), loss_of(generator, sample, files.whole(file, tmp_path))
+        assert losses == pytest.approx((result.clean, result.loss), abs=2e-4)
+        assert losses[1] < losses[0]
 
 
 def narrow(module, most):
@@ -249,12 +275,14 @@ def test_a_set_or_a_model_without_pictures_is_refused_before_weights_load(traine
     text = [replace(sample, image=None) for sample in questions]
     with pytest.raises(ConfigError, match="unsafe-own: attacks the pixels of pictures, and none of the 7 samples has"):
         refused(trained, text, **options)
-    with pytest.raises(ConfigError, match="unsafe-own: .* the model under test is text-only"):
+    with pytest.raises(ConfigError, match=r"unsafe-own: .* the model under test is text-only"):
         refused(family("llama_text"), questions, **options)
 
 
 def test_a_family_whose_preprocessing_is_not_reproduced_is_refused_before_weights_load(family, questions):
-    with pytest.raises(ConfigError, match="unsafe-own: LlavaNextImageProcessor.* cannot be written as a differentiable"):
+    with pytest.raises(
+        ConfigError, match=r"unsafe-own: LlavaNextImageProcessor.* cannot be written as a differentiable"
+    ):
         refused(family("llava_next"), questions, **PGD)
 
 
@@ -314,7 +342,9 @@ def test_a_perturbation_is_optimised_on_the_samples_of_a_file(toy, trained, ques
         assert len(held["ids"]) == 4
 
 
-def test_a_perturbation_that_was_stopped_at_any_step_ends_as_one_that_was_not(trained, questions, tmp_path, monkeypatch):
+def test_a_perturbation_that_was_stopped_at_any_step_ends_as_one_that_was_not(
+    trained, questions, tmp_path, monkeypatch
+):
     options = {**UNIVERSAL, "train": 3}
     whole, _ = made(tmp_path / "whole", loaded(trained), questions, **options)
     score, starts = shared.Search.run, 0
@@ -338,10 +368,14 @@ def test_a_perturbation_that_was_stopped_at_any_step_ends_as_one_that_was_not(tr
 
 
 def test_a_perturbation_without_samples_to_be_asked_on_is_refused_before_weights_load(toy, trained, questions):
-    with pytest.raises(ConfigError, match="train=7: the set has 7 samples with pictures, and a perturbation is not asked"):
+    with pytest.raises(
+        ConfigError, match="train=7: the set has 7 samples with pictures, and a perturbation is not asked"
+    ):
         refused(trained, questions, **UNIVERSAL, train=7)
     text = toy.root / "text.jsonl"
-    text.write_text(json.dumps({**json.loads((toy.root / "forget.jsonl").read_text().splitlines()[0]), "image": None}) + "\n")
+    text.write_text(
+        json.dumps({**json.loads((toy.root / "forget.jsonl").read_text().splitlines()[0]), "image": None}) + "\n"
+    )
     with pytest.raises(ConfigError, match="sources: none of their samples has a picture"):
         refused(trained, questions, **UNIVERSAL, sources=[{"format": "samples", "path": str(text)}])
     with pytest.raises(ConfigError, match="side=0; expected"):
@@ -382,6 +416,13 @@ def test_a_suite_asks_the_attacked_pictures_and_knows_what_each_had_cost(toy, tr
         opened = pictures.open_picture(row["image"])
         assert isinstance(opened, Image.Image)
     assert all(row["question"].startswith("what") for row in rows if row["attack"] == "both")
+    originals = {row["id"]: row["image"] for row in rows if row["attack"] == "clean"}
+    assert all(judged_picture(row) == originals[row["id"]] for row in rows)
+    (curve,) = report.report({"m": tmp_path / "run"}, tmp_path / "out")["budgets"]
+    own = result["judges"]["keyword"]["entry"]["asr"]
+    assert (curve["attack"], [point["steps"] for point in curve["points"]]) == ("pgd", [2, 5])
+    assert [point["rate"] for point in curve["points"]] == [own["pgd_k1"]["rate"], own["pgd_k2"]["rate"]]
+    assert "Attack success rate against steps: pgd" in (tmp_path / "out/index.html").read_text()
     before = {file: file.stat().st_mtime_ns for file in (suite / "pictures").iterdir()}
     assert runner.evaluate(recipe(toy, trained, tmp_path / "run")) == result
     assert before == {file: file.stat().st_mtime_ns for file in (suite / "pictures").iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,11 @@ def whole(name: str, home: Path) -> str:
         f"{file}: {cause}; put it back, or remove this attack's file in {home / 'rewrites'}, and its pictures are made "
         "again"
     )
+
+
+def attacked(sample: Sample, name: str, home: Path) -> Sample:
+    """The sample with a saved picture in place of its own. Raises RunError as `whole`."""
+    return replace(sample, image=whole(name, home), original_image=sample.original_image or sample.image)
 
 
 def check_pictured(samples: Sequence[Sample], name: str, encoder: Encoder | None) -> None:

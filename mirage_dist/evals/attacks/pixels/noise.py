@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +69,7 @@ class Noisy(Attack):
             digest = pictures.sha256(sample.image)
             drawn = (self._pixels(original_HWC, f"{sample.id} {digest} {shot}") for shot in range(self.shots))
             self.names[place] = [files.saved(pixels_HWC, self.home) for pixels_HWC in drawn]
-        return [replace(sample, image=files.whole(name, self.home)) for name in self.names[place]]
+        return [files.attacked(sample, name, self.home) for name in self.names[place]]
 
     def _pixels(self, original_HWC: np.ndarray, part: str) -> np.ndarray:
         seed = int(disk.sha256_text(f"{self.noise.seed} {part}"), 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,8 @@ class Pgd(Generated):
         check_template(self.target, ("answer",), "target")
         if self.step_size > 2 * self.epsilon:
             raise ConfigError(
-                f"step_size={self.step_size:g}: a step would cross the whole range of ± epsilon={self.epsilon}; expected "
-                f"at most {2 * self.epsilon}"
+                f"step_size={self.step_size:g}: a step would cross the whole range of ± epsilon={self.epsilon}; "
+                f"expected at most {2 * self.epsilon}"
             )
         total = self.steps * self.restarts
         if self.stages != sorted(set(self.stages)) or (self.stages and self.stages[-1] >= total):
@@ -79,7 +79,7 @@ class Pgd(Generated):
             victim.preprocessing(attacked, name)
 
     def changed(self, sample: Sample, rewrite: str, home: Path) -> Sample:
-        return replace(sample, image=files.whole(rewrite, home))
+        return files.attacked(sample, rewrite, home)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         names = ("target", "epsilon", "steps", "step_size", "restarts", "stages", "seed")

@@ -1,7 +1,7 @@
 """One perturbation for several pictures, optimised step by step and kept on disk.
 
-A step adds the perturbation, scaled to each picture and rounded to whole values, to all of them, computes the gradient of
-the mean loss, and moves every value of the perturbation by `step_size` against its sign, within ± ε. The best
+A step adds the perturbation, scaled to each picture and rounded to whole values, to all of them, computes the gradient
+of the mean loss, and moves every value of the perturbation by `step_size` against its sign, within ± ε. The best
 perturbation so far is the result. The file holds the state after each step, so that a search that was killed goes on.
 
 Shapes: C = 3 × L × L, the perturbation; C × H × W, a picture.
@@ -138,7 +138,9 @@ class Search:
         try:
             with np.load(self.file, allow_pickle=False) as held:
                 step, loss, best, clean = (float(number) for number in held["numbers"])
-                moved_CLL, best_CLL = (torch.from_numpy(held[name]).to(self.victim.device) for name in ("moved", "best"))
+                moved_CLL, best_CLL = (
+                    torch.from_numpy(held[name]).to(self.victim.device) for name in ("moved", "best")
+                )
                 ids = held["ids"].tolist()
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             log.info(damaged, extra=EVERY_RANK)

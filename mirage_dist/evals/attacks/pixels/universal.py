@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ class Universal(Generated):
     """One perturbation of at most `epsilon` a value, added to every picture, so that the model under test begins its
     answers with `target` (Moosavi-Dezfooli et al. 2017, arXiv 1610.08401, with the steps of `pgd`). One shot.
 
-    It is optimised on `train` samples, drawn by `seed` from the set itself or from `sources`, all of them in each of the
-    `steps`; a question about one of their pictures is not asked. side: the perturbation is a square of so many pixels,
+    It is optimised on `train` samples, drawn by `seed` from the set itself or from `sources`, all of them in each of
+    the `steps`; a question about one of their pictures is not asked. side: the perturbation is a square of so many pixels,
     scaled to each picture. target, epsilon, step_size, surrogate, cache: as for `pgd`.
     """
 
@@ -55,8 +55,8 @@ class Universal(Generated):
         check_template(self.target, ("answer",), "target")
         if self.step_size > 2 * self.epsilon:
             raise ConfigError(
-                f"step_size={self.step_size:g}: a step would cross the whole range of ± epsilon={self.epsilon}; expected "
-                f"at most {2 * self.epsilon}"
+                f"step_size={self.step_size:g}: a step would cross the whole range of ± epsilon={self.epsilon}; "
+                f"expected at most {2 * self.epsilon}"
             )
 
     def check(self, samples: Sequence[Sample], name: str, answering: Encoder | None, attacked: Encoder | None) -> None:
@@ -88,7 +88,7 @@ class Universal(Generated):
         return sorted(self.pool(samples), key=drawn)[: self.train]
 
     def changed(self, sample: Sample, rewrite: str, home: Path) -> Sample:
-        return replace(sample, image=files.whole(rewrite, home))
+        return files.attacked(sample, rewrite, home)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         names = ("target", "epsilon", "steps", "step_size", "side", "seed")
