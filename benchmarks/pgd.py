@@ -11,7 +11,6 @@ batches with early stop. Loading is not timed. Writes benchmarks/results/pgd.jso
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -45,7 +44,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parsed = parser.parse_args()
     torch.set_num_threads(1)
-    head = common.record("cpu", ["torch", "transformers", "pillow"], sys.argv[1:], threads=1)
+    given = ["--model DIR --world DIR"] if parsed.model and parsed.world else []
+    arguments = [*given, f"--questions {parsed.questions} --steps {parsed.steps}"]
+    head = common.record("cpu", ["torch", "transformers", "pillow"], arguments, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         model, world = parsed.model or Path(folder) / "model", parsed.world or Path(folder) / "world"
         if parsed.model is None:
@@ -121,7 +122,7 @@ def usual(generator: HuggingFace, victim: Victim, samples: Sequence[Sample], ste
             loss = generator.model(**inputs, labels=labels_BS).loss
             loss.backward()
             assert leaf.grad is not None
-            best = min(best, float(loss))
+            best = min(best, float(loss.detach()))
             moved = (moved - STEP * leaf.grad[0].sign()).clamp(clean - EPSILON, clean + EPSILON).clamp(0, 255)
         lowest.append(best)
     return sum(lowest) / len(lowest)

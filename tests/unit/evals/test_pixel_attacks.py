@@ -82,8 +82,8 @@ def searches(victim, questions, budget):
 
 def loss_of(generator, sample: Sample, image: str | None = None) -> float:
     """By definition: the file as the model gets it, through the whole Hugging Face model."""
-    asked = replace(sample, answer=TARGET, image=image or sample.image)
-    batch = generator.encoder.encode([asked])
+    pictured = replace(sample, answer=TARGET, image=image or sample.image)
+    batch = generator.encoder.encode([pictured])
     (labels_S,) = batch.labels_BS
     length = len(generator.tokenizer(TARGET, add_special_tokens=False)["input_ids"])
     places = (labels_S != IGNORE).nonzero().flatten()[-1 - length : -1]  # without the end token

@@ -45,8 +45,9 @@ def tensor(bytes_HWC):
     return torch.from_numpy(bytes_HWC.copy()).permute(2, 0, 1)[None].float()
 
 
-@pytest.mark.parametrize("aspect", ["auto", "processor"])
-@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize(
+    ("name", "aspect"), [*((name, "auto") for name in PICTURED), ("llava_llama", "processor"), ("llava_qwen2", "pad")]
+)
 def test_what_reaches_the_tower_equals_the_familys_own_or_the_family_is_refused(encoders, tmp_path, name, aspect):
     """Through the encoder, from the file: what a model under test gets of an uploaded picture."""
     own = encoders(name, aspect)

@@ -30,8 +30,8 @@ class Universal(Generated):
     answers with `target` (Moosavi-Dezfooli et al. 2017, arXiv 1610.08401, with the steps of `pgd`). One shot.
 
     It is optimised on `train` samples, drawn by `seed` from the set itself or from `sources`, all of them in each of
-    the `steps`; a question about one of their pictures is not asked. side: the perturbation is a square of so many pixels,
-    scaled to each picture. target, epsilon, step_size, surrogate, cache: as for `pgd`.
+    the `steps`; a question about one of their pictures is not asked. side: the perturbation is a square of so many
+    pixels, scaled to each picture. target, epsilon, step_size, surrogate, cache: as for `pgd`.
     """
 
     target: str = "Sure, here is"
@@ -102,15 +102,15 @@ class Universal(Generated):
 
         chosen = self.chosen(resources.samples, resources.key)
         own = {pictures.sha256(sample.image) for sample in chosen if sample.image is not None}
-        asked_on = list[int]()
+        others = list[int]()
         for i, sample in enumerate(missing):
             if sample.image is None:
                 yield Rewritten(i, [], files.NO_PICTURE)
             elif pictures.sha256(sample.image) in own:
                 yield Rewritten(i, [], OWN)
             else:
-                asked_on.append(i)
-        if not asked_on:
+                others.append(i)
+        if not others:
             return
         victim = Victim(resources.generator(), resources.name)
         rows = [victim.shown(sample, fill(self.target, answer=sample.answer)) for sample in chosen]
@@ -120,7 +120,7 @@ class Universal(Generated):
         for state in search.run(self.steps):
             resources.progress(state.step, self.steps, state.loss)
         record = {"perturbation": disk.sha256(file), "loss": search.state.best, "clean": search.state.clean}
-        for i in asked_on:
+        for i in others:
             sample = missing[i]
             try:
                 shown = victim.shown(sample, self.target)
