@@ -24,7 +24,7 @@ from mirage_dist.evals.attacks.journal import Journal, Resources, SampleLine, Su
 from mirage_dist.evals.attacks.rewrite import Rewrite
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.progress import EVERY_RANK, Progress, log
-from mirage_dist.schema import EvalModelConfig, PrepareRecipe, RunError
+from mirage_dist.schema import ConfigError, EvalModelConfig, PrepareRecipe, RunError
 
 POLL_SECONDS = 0.5
 NOT_IN_NAMES = re.compile(r"[^\w-]")  # characters that a file's name does without
@@ -59,11 +59,11 @@ class Rewriter:
     def table(self, attack: Generated, samples: Sequence[Sample], name: str) -> Table:
         """The rewrites of these samples, generated unless they are on disk."""
         samples = list(dict.fromkeys(samples))
-        on = self if attack.surrogate is None or self.other is None else self.other(attack.surrogate)
+        on = self._on(attack.surrogate, name)
         attack.check(samples, name, self.encoder, on.encoder)
         home = self.suite if attack.cache is None else Path(attack.cache)
-        digest = disk.digest(attack.identity(samples, self.key, on.under_test))[:12]
-        journal = Journal(home / "rewrites" / f"{NOT_IN_NAMES.sub('_', name)}-{digest}.jsonl")
+        digest = disk.digest(attack.identity(samples, self.key, on.under_test))
+        journal = Journal(home / "rewrites" / f"{NOT_IN_NAMES.sub('_', name)}-{digest[:12]}.jsonl")
         with Claims(home) as claims:
             on.complete(attack, samples, f"rewrites {name}", journal, claims)
         return Table(
@@ -75,6 +75,14 @@ class Rewriter:
             spent=attack.spent,
             optimised=digest if attack.pinned else "",
         )
+
+    def _on(self, surrogate: EvalModelConfig | None, name: str) -> Rewriter:
+        """The rewriter of the model that an attack is optimised on."""
+        if surrogate is None:
+            return self
+        if self.other is None:
+            raise ConfigError(f"{name}: surrogate: no other model can be attacked here; take it out")
+        return self.other(surrogate)
 
     def complete(
         self, attack: Generated, samples: Sequence[Sample], name: str, journal: Journal, claims: Claims

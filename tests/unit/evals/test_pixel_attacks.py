@@ -459,5 +459,7 @@ def test_a_surrogate_that_is_not_there_is_named(toy, trained, tmp_path):
     attack = {**PGD, "surrogate": {"path": str(tmp_path / "none")}}
     with pytest.raises(ConfigError, match=r"none"):
         runner.evaluate(replace(options, sets={"unsafe": replace(options.sets["unsafe"], attacks={"pgd": attack})}))
+    with pytest.raises(ConfigError, match="unsafe-own: surrogate: no other model can be attacked here"):
+        refused(trained, [], **{**PGD, "surrogate": {"path": str(trained)}})
     with pytest.raises(ConfigError, match=r"k\.surrogate\.path=None, run=None; expected one of them"):
         attacks.make({**PGD, "surrogate": {}}, "r", "k")

@@ -33,7 +33,7 @@ class Noise(Attack):
 
     epsilon: Shades = 8  # of 255
     shots: Repeats = 1
-    seed: Seed = 0
+    seed: Seed = 0  # of the noise
     control: bool = True
 
     def __call__(self, sample: Sample) -> list[Sample]:

@@ -36,7 +36,7 @@ class Universal(Generated):
 
     target: str = "Sure, here is"
     epsilon: Shades = 16  # of 255
-    steps: Steps = 100
+    steps: Steps = 100  # each on all samples that it is optimised on
     step_size: ShadeStep = 1.0  # of 255
     train: Count = 16  # samples that it is optimised on
     sources: list[SourceConfig] = field(default_factory=list)  # of these samples; empty: the set itself
