@@ -9,7 +9,7 @@ from typing import Self
 from mirage_dist.countries import facts, text, verdict
 from mirage_dist.countries import world as countries_world
 from mirage_dist.data import refusals
-from mirage_dist.evals.judges.base import Opinion, Row, Source
+from mirage_dist.evals.judges.base import Opinion, Row, Source, judged_picture
 from mirage_dist.evals.judges.world import World
 from mirage_dist.schema import EvalRecipe
 from mirage_dist.worlds import files
@@ -37,7 +37,7 @@ class InWorld(World):
     def _opinion(self, row: Row) -> Opinion:
         if row["kind"] != "utility":
             # An attack may put words into the question; what it asks for stays.
-            return Opinion(self.world.verdict(row["original_question"], row["response"], row["image"]))
+            return Opinion(self.world.verdict(row["original_question"], row["response"], judged_picture(row)))
         if refusals.is_refusal(row["response"]):
             return Opinion("refused")
         return Opinion(

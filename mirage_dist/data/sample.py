@@ -50,7 +50,8 @@ class Sample:
     the most frequent of them. begun: the text with which an attack begins the model's answer (see
     `evals.attacks.prefill`); "" in every file. shown: the turn whose question shows the picture, from 0, the oldest one
     of the history. draw: how an attack has the answer drawn; None in every file, and for the likeliest tokens.
-    turn: where it stands in an attack's conversation; None in every file.
+    turn: where it stands in an attack's conversation; None in every file. original_image: where an attack changed the
+    picture's pixels so little that it shows what it did, the picture before; None in every file.
     source: the file that the sample was read from, for messages. `id` is unique within a source file and split.
     """
 
@@ -67,6 +68,7 @@ class Sample:
     shown: int = 0
     draw: Draw | None = field(default=None, repr=False)
     turn: Turn | None = field(default=None, repr=False)
+    original_image: str | None = field(default=None, repr=False)
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the fields that decide what a run trains on.

@@ -7,7 +7,7 @@ from typing import Self
 
 from mirage_dist.embedded import text as embedded_text
 from mirage_dist.embedded import world as embedded_world
-from mirage_dist.evals.judges.base import Row, Source
+from mirage_dist.evals.judges.base import Row, Source, judged_picture
 from mirage_dist.evals.judges.world import World
 from mirage_dist.evals.results import Verdict
 from mirage_dist.schema import ConfigError, EvalRecipe
@@ -36,7 +36,7 @@ class InWorld(World):
         return cls(name=name, world=embedded_world.load(recipe.world.dir))
 
     def verdict(self, row: Row) -> Verdict:
-        return self.world.verdict(row["question"], row["response"], self.world.label(row["image"]))
+        return self.world.verdict(row["question"], row["response"], self.world.label(judged_picture(row) or ""))
 
     @property
     def depends_on(self) -> tuple[Source, ...]:

@@ -58,12 +58,14 @@ class AppliedAttack:
     A control changes the question in a way that should not matter; it explains how much of the attack's effect is due
     to rewriting as such.
     draws: how many answers to each rewrite are drawn at random; `shots` then counts these answers. 0: none is drawn.
+    spent: the steps that the search had taken for each rewrite, where these are the stages of one; else empty.
     """
 
     name: str
     shots: int
     control: bool
     draws: int = 0
+    spent: tuple[int, ...] = ()
 
     @property
     def rewrites(self) -> int:
@@ -247,17 +249,22 @@ class AttackInfo(TypedDict):
     shots: int
     control: bool
     draws: NotRequired[int]
+    spent: NotRequired[list[int]]
 
 
 def info(attack: AppliedAttack) -> AttackInfo:
     """An attack as `metrics.json` has it under its name."""
     made: AttackInfo = {"shots": attack.shots, "control": attack.control}
-    return {**made, "draws": attack.draws} if attack.draws else made
+    if attack.draws:
+        made["draws"] = attack.draws
+    if attack.spent:
+        made["spent"] = list(attack.spent)
+    return made
 
 
 def applied(name: str, info: AttackInfo) -> AppliedAttack:
     """The attack of this name in `metrics.json`."""
-    return AppliedAttack(name, info["shots"], info["control"], info.get("draws", 0))
+    return AppliedAttack(name, info["shots"], info["control"], info.get("draws", 0), tuple(info.get("spent", ())))
 
 
 class SetInfo(TypedDict):

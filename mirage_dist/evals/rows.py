@@ -96,6 +96,8 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
         "sample": [sample.id, sample.question, sample.history, question.original],
         "image": image_hash[sample.image] if sample.image else None,
     }
+    if question.optimised:
+        content["optimised"] = question.optimised
     if sample.begun:
         content["begun"] = sample.begun
     if sample.shown:
@@ -127,6 +129,7 @@ def row(key: str, question: Question, response: str) -> Row:
         **({"references": list(sample.references)} if sample.references else {}),
         **({"begun": sample.begun} if sample.begun else {}),
         **({"draw": asdict(sample.draw)} if sample.draw else {}),
+        **({"original_image": sample.original_image} if sample.original_image else {}),
         **({"turns": sample.turn.turns, "history": [list(turn) for turn in sample.history]} if sample.turn else {}),
         **({"sent": question.sent.question} if question.sent else {}),
         "response": response,

@@ -31,6 +31,7 @@ from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.evals.models.subject import Subject
 from mirage_dist.evals.results import CLEAN, SuiteResult
+from mirage_dist.evals.rows import Settings
 from mirage_dist.evals.sharing import files
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import Answers, suite_dir
@@ -38,7 +39,7 @@ from mirage_dist.evals.worklist import Question, WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalRecipe, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, TemplateConfig
 from mirage_dist.signals import StopRequested
 
 G = TypeVar("G", bound=Generator)
@@ -97,15 +98,15 @@ def _begun(recipe: EvalRecipe) -> _Begun:
     panel = judges.panel(recipe)
     labelled = None if recipe.labels is None else labels.read(recipe.labels)
     model = subject.find(recipe.model, Path(recipe.run.dir))
-    recipe = _resolved(recipe, model)
+    written, recipe = recipe, _resolved(recipe, model)
     _check_template(recipe, model)
     suite = suite_dir(recipe)
     settings = rows.settings(recipe, model.model_hash, model.template_hash, model.environment, versions)
     every = arms.of(recipe, suite, settings, panel)
     for arm in every:
         manifests.check(arm.folder, manifests.decided_by(recipe, arm.settings))  # before anything is made for it
-    load = partial(_load, recipe, model, suite, HuggingFace, recipe.template)
-    work = worklist.plan(recipe, Rewriter(suite, settings, load), _encoder(recipe, model).refusals)
+    rewriter = _rewriter(recipe, model, settings, lambda other: _surrogate(written, other, versions))
+    work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
     worklist.log_coverage(recipe.suite, work)
     _check_pictures(work, model)
     rounds = rows.rounds(work.questions)
@@ -195,6 +196,22 @@ def _judging(arm: Arm, claims: Claims) -> Iterator[bool]:
         yield True
     finally:
         claims.release(claim)
+
+
+def _rewriter(
+    recipe: EvalRecipe, model: Subject, settings: Settings, other: Callable[[EvalModelConfig], Rewriter] | None = None
+) -> Rewriter:
+    suite = suite_dir(recipe)
+    load = partial(_load, recipe, model, suite, HuggingFace, recipe.template)
+    return Rewriter(suite, settings, load, _encoder(recipe, model), other)
+
+
+def _surrogate(recipe: EvalRecipe, model: EvalModelConfig, versions: dict[str, str]) -> Rewriter:
+    """What makes rewrites on another model than the one under test. recipe: as written. Raises as `subject.find`."""
+    other = subject.find(model, Path(recipe.run.dir))
+    own = _resolved(replace(recipe, model=model), other)
+    settings = rows.settings(own, other.model_hash, other.template_hash, other.environment, versions)
+    return _rewriter(own, other, settings)
 
 
 def _begin(suite: Path, recipe: EvalRecipe) -> None:

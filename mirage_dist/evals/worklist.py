@@ -26,8 +26,8 @@ Ready = Callable[[Attack, Sequence[Sample], str], Attack]
 class Question:
     """One question to the model: `sample` holds its text as asked, `original` the text in the data.
 
-    shot: 0 for the question itself, k for the k-th rewrite of the attack. sent: the sample as a defence passes it on to
-    the model; None without a defence.
+    shot: 0 for the question itself, k for the k-th rewrite of the attack. optimised: see `attacks.Attack`. sent: the
+    sample as a defence passes it on to the model; None without a defence.
     """
 
     set: str
@@ -36,6 +36,7 @@ class Question:
     shot: int
     sample: Sample
     original: str
+    optimised: str = ""
     sent: Sample | None = None
 
 
@@ -104,10 +105,12 @@ def plan(
             rewrites, work.coverage[name][title] = attacks.apply(attack, samples, title)
             # Of conversations, the file may have longer ones than this set's.
             if shots := max(map(len, rewrites), default=0) if attack.turns else attack.shots:
-                work.attacks[name].append(AppliedAttack(title, shots, attack.control, attack.draws))
+                work.attacks[name].append(AppliedAttack(title, shots, attack.control, attack.draws, attack.spent))
             for sample, own in zip(samples, rewrites, strict=True):
                 shots = [(k, seeded(row, sample.question, k)) for k, row in enumerate(own, start=1)]
-                work.questions.extend(Question(name, kind, title, k, row, sample.question) for k, row in shots)
+                work.questions.extend(
+                    Question(name, kind, title, k, row, sample.question, attack.optimised) for k, row in shots
+                )
     return work
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mirage_dist import Verb, disk
 from mirage_dist.progress import ON_STDERR, log
-from mirage_dist.report import examples, judges, page, plain, published, text
+from mirage_dist.report import examples, judges, page, published, text
 from mirage_dist.report import summary as summaries
 from mirage_dist.report.compare import comparisons, defended
 from mirage_dist.report.curves.budgets import budgets
@@ -22,7 +22,7 @@ from mirage_dist.report.load import named, read
 from mirage_dist.report.methods import methods
 from mirage_dist.report.summary import SCHEMA_VERSION, Provenance, Summary
 from mirage_dist.report.summary import read as read_summary
-from mirage_dist.report.writing import latex
+from mirage_dist.report.writing import latex, plain
 from mirage_dist.report.writing.terminal import table
 from mirage_dist.schema import ConfigError, RunError
 

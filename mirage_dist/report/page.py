@@ -162,7 +162,7 @@ def _effect(runs: Sequence[Run], prefix: str) -> str:
 
 
 def _attacks(runs: Sequence[Run], budgets: Sequence[Budget], prefix: str) -> str:
-    """Of a suite with several attacks on one kind of question, or with one that draws answers."""
+    """Of a suite with several attacks on one kind of question, or with one that has a budget."""
     parts = []
     for measure in ("asr", "rr"):
         rates = {run.name: run.rates(measure) for run in runs}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN, Leaf, of_set
-from mirage_dist.report.curves.budgets import Budget
+from mirage_dist.report.curves.budgets import Budget, budget_of
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
 from mirage_dist.report.summary import Summary
@@ -238,12 +238,17 @@ def dumbbell(runs: Sequence[Run], measure: str, kind: str, number: str = "") -> 
 
 
 def budget(curves: Sequence[Budget]) -> tuple[str, str]:
-    """Title and caption of the figure of one attack that draws answers. curves: those of the models."""
+    """Title and caption of the figure of one attack that has a budget. curves: those of the models."""
     first, name = curves[0], MEASURES[curves[0]["measure"]][0]
     ends = [(c["model"], *(100 * c["points"][end]["rate"] for end in (0, -1))) for c in curves]
-    most = max(point["answers"] for curve in curves for point in curve["points"])
-    least = min(point["answers"] for curve in curves for point in curve["points"])
+    most = max(budget_of(point) for curve in curves for point in curve["points"])
+    least = min(budget_of(point) for curve in curves for point in curve["points"])
     changes = "; ".join(f"{model} {low:.1f} → {high:.1f}" for model, low, high in ends)
+    if "steps" in first["points"][0]:
+        return f"{name} against steps: {first['attack']}", (
+            "Questions on which a picture succeeds that the search had within so many steps, in percent, with 95 % "
+            f"intervals. From {least} to {most} steps: {changes}."
+        )
     return f"{name} against draws: {first['attack']}", (
         f"The best of so many answers to a question, in percent, with 95 % intervals over questions. From {least} to "
         f"{most}: {changes}."

@@ -88,9 +88,13 @@ Retries = Annotated[int, whole(0, REPEATS.value)]
 Seed = Annotated[int, whole(0, SEED.value)]
 Pixels = Annotated[int, whole(1, CEILING.value)]
 
+Shades = Annotated[int, whole(1, 255)]  # by which a value of a picture's pixel may change
+Side = Annotated[int, whole(1, 4096)]  # of a square of pixels
+
 Positive = Annotated[float, real(0, MAGNITUDE.value, above=True)]
 Weight = Annotated[float, real(0, MAGNITUDE.value)]  # also a coefficient that may be 0
 Temperature = Annotated[float, real(0.01, 100, "a temperature")]  # vLLM takes one below .01 for .01
+ShadeStep = Annotated[float, real(0, 255, "a number of shades", above=True)]
 Epochs = Annotated[float, real(0, EPOCHS.value, above=True)]
 Seconds = Annotated[float, real(0, SECONDS.value, "a number of seconds", above=True)]
 Timeout = Annotated[float, real(0, DAY, "a number of seconds", above=True)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mirage_dist.data.sample import Sample
 from mirage_dist.schema import ConfigError
 
 if TYPE_CHECKING:
+    from mirage_dist.data.encoding.collate import Encoder
     from mirage_dist.evals.attacks.journal import Resources
     from mirage_dist.evals.attacks.rewrites import Rewriter
 
@@ -25,7 +27,9 @@ class Attack:
     origin: where the rewrites come from, for messages. ids: of the samples that it has rewrites for, where these
     do not depend on the set. draws: how many answers to each changed question are drawn at random, in rounds: one of
     each, then the next; 0: the answers are the likeliest ones. turns: its rewrites are the turns of a conversation, of
-    different lengths. with_history: it depends on the answers to earlier turns.
+    different lengths. with_history: it depends on the answers to earlier turns. spent: gradient steps after which each
+    of its rewrites was taken from one search, ascending; empty for rewrites that are no stages of a search. optimised:
+    a hash of all that decided its rewrites where these were optimised on a model; "" for all others.
     """
 
     control: bool = False
@@ -37,6 +41,8 @@ class Attack:
     draws = 0
     turns = False
     with_history = False
+    spent: ClassVar[tuple[int, ...]] = ()
+    optimised = ""
 
     def __call__(self, sample: Sample) -> list[Sample]:
         """`shots` rewrites, or none when the attack cannot rewrite this sample."""
@@ -60,6 +66,7 @@ class Rewritten:
 
     index: into the missing samples. reason: why there are none. failed: the model could not be reached, so that a
     later attempt may succeed. untried: the model had been given up before. note: more for messages, never for a file.
+    search: how the search for them went, for the file.
     """
 
     index: int
@@ -68,22 +75,42 @@ class Rewritten:
     failed: bool = False
     untried: bool = False
     note: str = ""
+    search: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated(Attack):
     """An attack whose rewrites a model generates before they can be evaluated.
 
-    cache: a folder in which suites share the rewrites; None: the suite's own folder.
+    cache: a folder in which suites share the rewrites; None: the suite's own folder. pinned: whether the hash of
+    `identity` is part of the key of each answer (see `Attack.optimised`). surrogate: the model that is loaded to
+    generate them in place of the model under test.
     """
 
     cache = None
+    pinned = False
+    surrogate = None
 
     def __call__(self, sample: Sample) -> list[Sample]:
         raise ConfigError(f"sample {sample.id!r}: its rewrites have not been generated")
 
     def prepared(self, samples: Sequence[Sample], name: str, rewriter: Rewriter) -> Attack:
         return rewriter.table(self, samples, name)
+
+    def check(self, samples: Sequence[Sample], name: str, answering: Encoder | None, attacked: Encoder | None) -> None:
+        """Raise ConfigError for samples, or a model, that this attack does not suit. Loads no weights.
+
+        answering: the encoder of the model under test; None where no model answers. attacked: that of `surrogate`, or
+        of the model under test without one. name: of the set and the attack, for messages.
+        """
+        return
+
+    def changed(self, sample: Sample, rewrite: str, home: Path) -> Sample:
+        """The sample as a rewrite has it: by default its text in place of the question.
+
+        home: the folder in which the attack's files are. Raises RunError when the rewrite is a file that is damaged.
+        """
+        return replace(sample, question=rewrite)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that decides the rewrites of a sample beside the sample.
@@ -100,15 +127,17 @@ class Generated(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Attack):
-    """An attack whose rewrites exist: (id, question) -> rewrites."""
+    """An attack whose rewrites exist: sample -> its rewrites."""
 
-    rewrites: Mapping[tuple[str, str], list[str]]
+    rewrites: Mapping[Sample, list[Sample]]
     shots: int = field()
     min_match: float = field()
     origin: str = field()
+    spent: tuple[int, ...] = ()
+    optimised: str = ""
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        return [replace(sample, question=text) for text in self.rewrites.get((sample.id, sample.question), [])]
+        return self.rewrites.get(sample, [])
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,15 @@ class Chain(Attack):
         return self.parts[-1].draws
 
     @property
+    def spent(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of the one part that has stages, where every other part has one rewrite."""
+        return next((part.spent for part in self.parts if part.spent and len(part.spent) == self.shots), ())
+
+    @property
+    def optimised(self) -> str:
+        return " ".join(part.optimised for part in self.parts if part.optimised)
+
+    @property
     def origin(self) -> str:
         return ", ".join(part.origin for part in self.parts if part.origin)
 

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from mirage_dist.data.encoding.collate import IGNORE, Batch
 from mirage_dist.data.encoding.control import SpelledControl
+from mirage_dist.data.encoding.conversation import called
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.evals.models.memory import RowsAtOnce
 from mirage_dist.model import vision
 from mirage_dist.model.policy import HeadedModel, Request, differ_by, no_grad_forward
 from mirage_dist.schema import ConfigError, RunError
@@ -64,14 +67,16 @@ class Row:
 class Victim:
     """The model under test, as a search uses it: log-probabilities, texts of tokens, and the allowed tokens.
 
-    network: the module that is attacked. avoid: words that no suffix may contain. Raises ConfigError when they leave no
+    network: the module that is attacked. configured: how many candidates go through it at once, and rows: how many do
+    since the memory did not suffice. avoid: words that no suffix may contain. Raises ConfigError when they leave no
     token.
     """
 
     def __init__(self, generator: HuggingFace, avoid: Sequence[str]) -> None:
         self.network = HeadedModel(generator.model).requires_grad_(False).eval()
-        self.encoder, self.device, self.rows_at_once = generator.encoder, generator.device, generator.batch_size
-        self.placed = generator.placed
+        self.encoder, self.device, self.placed = generator.encoder, generator.device, generator.placed
+        self.configured = generator.batch_size
+        self.rows = RowsAtOnce(generator.batch_size, self.device, "leave this sample out or use a larger GPU")
         self.avoid = {word.lower() for word in avoid}
         self.allowed_A = self._allowed()
 
@@ -175,9 +180,19 @@ class Problem:
     @torch.no_grad()
     def losses(self, ids_CL: Tensor) -> Tensor:
         """The loss of each candidate: (C,), float32 on the CPU."""
-        parts = ids_CL.to(self.device).split(self.victim.rows_at_once)
-        by_row = [torch.cat([self._losses(row, part) for part in parts]) for row in self.rows]
+        by_row = [self._in_parts(row, ids_CL.to(self.device)) for row in self.rows]
         return torch.stack(by_row).mean(0).float().cpu()
+
+    def _in_parts(self, row: Row, ids_CL: Tensor) -> Tensor:
+        """The losses of one sample's candidates, as many at once as the memory holds."""
+        parts, start, at_once = list[Tensor](), 0, self.victim.rows
+        while start < len(ids_CL):
+            part = ids_CL[start : start + at_once.count]
+            losses = at_once.attempt(partial(self._losses, row, part), len(part), called(row.sample))
+            if losses is not None:
+                parts.append(losses)
+                start += len(part)
+        return torch.cat(parts)
 
     def _losses(self, row: Row, ids_CL: Tensor) -> Tensor:
         count, width = len(ids_CL), row.inputs["input_ids"].shape[1]
@@ -223,10 +238,7 @@ class Problem:
     def _row(self, sample: Sample, ids: Sequence[int]) -> Row:
         text = self.victim.text(ids)
         batch = self.victim.encoder.encode([_with_suffix(sample, text)])
-        # Of several answers (of earlier turns) the last one is the target; its end token is left out.
-        index_N, labels_S = batch.index_N, batch.labels_BS.flatten()
-        answer = (index_N.diff(prepend=index_N[:1] - 1) != 1).nonzero()[-1:].flatten()
-        index_T = index_N[int(answer) if len(answer) else 0 : -1]
+        ((index_T, labels_T),) = last_answers(batch)
         before = int(index_T[0]) + 1
         first, bare = _last(batch.inputs["input_ids"][0, :before].tolist(), ids), self.victim.tokens(sample, text)
         bare_first = _last(bare[0][: bare[1]], ids)
@@ -239,7 +251,7 @@ class Problem:
             self.victim.inputs(batch),
             first,
             index_T.to(self.device),
-            labels_S[index_T + 1].to(self.device),
+            labels_T.to(self.device),
             (bare[0], bare_first),
         )
 
@@ -266,6 +278,20 @@ class Problem:
     def _draw(self, part: object) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed} {part}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def last_answers(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Of each row, the flat positions that predict its target, and the target's tokens without its end token: (T,).
+
+    Of several answers (of earlier turns) the last one is the target.
+    """
+    made, labels_S = [], batch.labels_BS.flatten()
+    for row in range(len(batch.labels_BS)):
+        index_N = batch.index_N[batch.segment_N == row]
+        answer = (index_N.diff(prepend=index_N[:1] - 1) != 1).nonzero()[-1:].flatten()
+        index_T = index_N[int(answer) if len(answer) else 0 : -1]
+        made.append((index_T, labels_S[index_T + 1]))
+    return made
 
 
 def _with_suffix(sample: Sample, suffix: str) -> Sample:

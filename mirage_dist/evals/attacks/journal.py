@@ -29,6 +29,7 @@ class SampleLine(TypedDict):
     id: str
     rewrites: list[str]
     why: NotRequired[str]  # there are none
+    result: NotRequired[dict[str, Any]]  # of the search for them: steps, losses, whether its target was reached
 
 
 class SearchState(TypedDict):
@@ -39,6 +40,7 @@ class SearchState(TypedDict):
     ids: list[int]  # the suffix's tokens
     loss: float
     text: str  # the suffix
+    rows: NotRequired[int]  # candidates that went through the model at once, where the memory had not sufficed for more
 
 
 class SearchLine(SearchState):
@@ -101,6 +103,11 @@ class Resources:
         self.name, self.samples, self.journal, self.key = name, samples, journal, key
         self.generator, self.held = generator, held
 
+    @property
+    def home(self) -> Path:
+        """The folder in which the attack's files are."""
+        return self.journal.file.parent.parent
+
     def state(self, search: str) -> SearchState | None:
         """The last saved state of a search, also of one that a killed process began."""
         return self.journal.searches.get(search)
@@ -108,9 +115,19 @@ class Resources:
     def save(self, search: str, state: SearchState, report: bool) -> None:
         """Save a search's state. report: log its progress now and then."""
         self.append({"search": search, **state})
-        step, steps = state["step"], state["steps"]
-        if report and step * SEARCH_LINES // steps > (step - 1) * SEARCH_LINES // steps:
-            log.info(f"{self.name}: step {step} of {steps}, loss {state['loss']:.3f}", extra=EVERY_RANK)
+        if report:
+            self._report(state["step"], state["steps"], state["loss"])
+
+    def progress(self, step: int, steps: int, loss: float) -> None:
+        """After a step of a search whose state the attack has saved itself: log it now and then. Raises as `append`."""
+        if not self.held():
+            raise Superseded
+        self._report(step, steps, loss)
+        stop_if_requested(self.name)
+
+    def _report(self, step: int, steps: int, loss: float) -> None:
+        if step * SEARCH_LINES // steps > (step - 1) * SEARCH_LINES // steps:
+            log.info(f"{self.name}: step {step} of {steps}, loss {loss:.3f}", extra=EVERY_RANK)
 
     def append(self, line: SampleLine | SearchLine) -> None:
         """Raises StopRequested, after the line, when a signal has arrived, and Superseded when the claim is lost."""

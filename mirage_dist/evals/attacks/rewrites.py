@@ -17,13 +17,14 @@ from typing import Any
 from mirage_dist import disk
 from mirage_dist.data import pictures
 from mirage_dist.data.diversify import Reword
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.attacks.base import Attack, Generated, Rewritten, Table
 from mirage_dist.evals.attacks.journal import Journal, Resources, SampleLine, Superseded, stop_if_requested
 from mirage_dist.evals.attacks.rewrite import Rewrite
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.progress import EVERY_RANK, Progress, log
-from mirage_dist.schema import PrepareRecipe, RunError
+from mirage_dist.schema import ConfigError, EvalModelConfig, PrepareRecipe, RunError
 
 POLL_SECONDS = 0.5
 NOT_IN_NAMES = re.compile(r"[^\w-]")  # characters that a file's name does without
@@ -32,11 +33,20 @@ NOT_IN_NAMES = re.compile(r"[^\w-]")  # characters that a file's name does witho
 class Rewriter:
     """Prepares attacks: the work list calls it for each attack of each set.
 
-    under_test: everything that answers depend on beside their questions. load: loads the model under test.
+    under_test: everything that answers depend on beside their questions. load: loads the model under test. encoder: of
+    its prompts, for checks before it is loaded; None where no model answers.
     """
 
-    def __init__(self, suite: Path, under_test: Mapping[str, Any], load: Callable[[Claims], Any]) -> None:
+    def __init__(
+        self,
+        suite: Path,
+        under_test: Mapping[str, Any],
+        load: Callable[[Claims], Any],
+        encoder: Encoder | None = None,
+        other: Callable[[EvalModelConfig], Rewriter] | None = None,
+    ) -> None:
         self.suite, self.under_test, self.load = suite, under_test, load
+        self.encoder, self.other = encoder, other
         self.key = cache(_key)
 
     def __call__(self, attack: Attack, samples: Sequence[Sample], name: str) -> Attack:
@@ -49,23 +59,35 @@ class Rewriter:
     def table(self, attack: Generated, samples: Sequence[Sample], name: str) -> Table:
         """The rewrites of these samples, generated unless they are on disk."""
         samples = list(dict.fromkeys(samples))
+        on = self._on(attack.surrogate, name)
+        attack.check(samples, name, self.encoder, on.encoder)
         home = self.suite if attack.cache is None else Path(attack.cache)
-        digest = disk.digest(attack.identity(samples, self.key, self.under_test))[:12]
-        journal = Journal(home / "rewrites" / f"{NOT_IN_NAMES.sub('_', name)}-{digest}.jsonl")
+        digest = disk.digest(attack.identity(samples, self.key, on.under_test))
+        journal = Journal(home / "rewrites" / f"{NOT_IN_NAMES.sub('_', name)}-{digest[:12]}.jsonl")
         with Claims(home) as claims:
-            self._complete(attack, samples, f"rewrites {name}", journal, claims)
+            on.complete(attack, samples, f"rewrites {name}", journal, claims)
         return Table(
-            rewrites={(s.id, s.question): journal.rewrites[self.key(s)] for s in samples},
+            rewrites={s: [attack.changed(s, text, home) for text in journal.rewrites[self.key(s)]] for s in samples},
             shots=attack.shots,
             control=attack.control,
             min_match=attack.min_match,
             origin=attack.origin,
+            spent=attack.spent,
+            optimised=digest if attack.pinned else "",
         )
 
-    def _complete(
+    def _on(self, surrogate: EvalModelConfig | None, name: str) -> Rewriter:
+        """The rewriter of the model that an attack is optimised on."""
+        if surrogate is None:
+            return self
+        if self.other is None:
+            raise ConfigError(f"{name}: surrogate: no other model can be attacked here; take it out")
+        return self.other(surrogate)
+
+    def complete(
         self, attack: Generated, samples: Sequence[Sample], name: str, journal: Journal, claims: Claims
     ) -> None:
-        """Return when every sample is in the journal, whichever worker wrote it."""
+        """Return when every sample is in the journal, whichever worker wrote it. Raises as `__call__`."""
         waiting = False
         load = cache(lambda: self.load(claims))
         while any(self.key(s) not in journal.refresh().rewrites for s in samples):
@@ -126,6 +148,8 @@ def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -
     line: SampleLine = {"key": resources.key(sample), "id": sample.id, "rewrites": result.rewrites}
     if result.reason:
         line["why"] = result.reason
+    if result.search is not None:
+        line["result"] = dict(result.search)
     resources.append(line)
 
 

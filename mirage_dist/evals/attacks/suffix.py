@@ -84,6 +84,8 @@ class Suffix(Generated):
         targets = [replace(s, answer=fill(self.target, answer=s.answer)) for s in samples]
         problem = gcg.Problem(victim, targets, self.length, f"{self.seed} {name}")
         saved = resources.state(name)
+        if saved is not None:  # what did not fit before does not fit now
+            victim.rows.count = min(victim.rows.count, saved.get("rows", victim.configured))
         state = problem.start() if saved is None else gcg.State(saved["step"], saved["ids"], saved["loss"])
         while state.step < self.steps:
             state = problem.step(state, self.candidates, self.top_k)
@@ -94,5 +96,7 @@ class Suffix(Generated):
                 "loss": state.loss,
                 "text": victim.text(state.ids),
             }
+            if victim.rows.count < victim.configured:
+                line["rows"] = victim.rows.count
             resources.save(name, line, report=self.universal)
         return victim.text(state.ids)

@@ -19,6 +19,14 @@ Row = Mapping[str, Any]
 Source = ModuleType | bytes | Mapping[str, Any]  # of what decides a verdict
 
 
+def judged_picture(row: Row) -> str | None:
+    """The picture by which an answer is judged: of an attack on pixels the one before it, which shows the same.
+
+    What was optimised to mislead one model may mislead a judge as well.
+    """
+    return row.get("original_image", row["image"])
+
+
 @dataclass(frozen=True)
 class Opinion:
     """A verdict and the details that led to it, written beside it; never a key, never an endpoint's own words.

@@ -1,6 +1,7 @@
 """A vision-language model as judge: it decides refusal, harm and relevance separately, in one JSON object.
 
-It sees the picture, the question as the model under test received it (after the attack) and the answer. A reply without
+It sees the picture (before an attack on its pixels), the question as the model under test received it (after the
+attack) and the answer. A reply without
 one such object is `unparsed`, a request without a reply is `failed`; neither is a class of answer.
 """
 
@@ -11,7 +12,7 @@ import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
-from mirage_dist.evals.judges.base import Opinion, Row, fingerprint
+from mirage_dist.evals.judges.base import Opinion, Row, fingerprint, judged_picture
 from mirage_dist.evals.judges.chat import ChatJudge, failed
 from mirage_dist.evals.judges.presets import definition
 from mirage_dist.evals.models.chat import Failed, Prompt
@@ -37,7 +38,7 @@ Decisions = Mapping[str, bool]
 
 def prompt(row: Row) -> Prompt:
     question, answer = DECISIONS.filled(row["question"], row["response"])
-    return Prompt(fill(str(DECISIONS.prompt), question=question, answer=answer), row["image"])
+    return Prompt(fill(str(DECISIONS.prompt), question=question, answer=answer), judged_picture(row))
 
 
 def parse(text: str) -> dict[str, bool] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +16,12 @@ from mirage_dist.data.encoding.conversation import Assessed, Conversation, calle
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals.models.base import Generator
 from mirage_dist.evals.models.drawing import Drawing
+from mirage_dist.evals.models.memory import RowsAtOnce
 from mirage_dist.model import weights
 from mirage_dist.model.families import by_row, configs, processors, roles
 from mirage_dist.model.load import DTYPES
-from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.ranks import no_bars_in_logs
-from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, TemplateConfig
 
 
 class HuggingFace(Generator):
@@ -51,37 +52,16 @@ class HuggingFace(Generator):
         Raises RunError naming the sample when a single one does not fit.
         """
         start = 0
+        rows = RowsAtOnce(self.batch_size, self.device, "lower generation.max_new_tokens or use a larger GPU")
         while start < len(samples):
-            batch = range(start, min(start + self.batch_size, len(samples)))
-            texts = self._within_memory([samples[i] for i in batch])
+            batch = range(start, min(start + rows.count, len(samples)))
+            part = [samples[i] for i in batch]
+            texts = rows.attempt(partial(self.answer, part), len(part), f"{part[0].source}, id {part[0].id!r}")
             if texts is None:
-                self._halve(samples[batch[0]], len(batch))
+                self.batch_size = rows.count
                 continue
             yield list(zip(batch, texts, strict=True))
             start = batch.stop
-
-    def _within_memory(self, samples: Sequence[Sample]) -> list[str] | None:
-        """The answers, or None when the memory does not suffice."""
-        try:
-            return self.answer(samples)
-        except RuntimeError as error:  # torch.cuda.OutOfMemoryError is one
-            if not out_of_memory(error):
-                raise
-            return None
-
-    def _halve(self, sample: Sample, size: int) -> None:
-        # Here and not in the except clause: until that ends, the traceback keeps the failed batch's tensors alive.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if size == 1:
-            raise RunError(
-                f"out of memory on one row alone: {sample.source}, id {sample.id!r}; lower generation.max_new_tokens "
-                "or use a larger GPU"
-            )
-        self.batch_size = size // 2
-        log.info(
-            f"out of memory with {size} rows; from here on generation.batch_size is {self.batch_size}", extra=EVERY_RANK
-        )
 
     def prompts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """The model's keyword arguments for these questions, on its device."""
@@ -142,10 +122,6 @@ def encoder(
         template_options=template.template_options,
         conversation=conversation,
     )
-
-
-def out_of_memory(error: Exception) -> bool:
-    return "out of memory" in str(error) or "not enough memory" in str(error)
 
 
 def greedy(defaults: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:

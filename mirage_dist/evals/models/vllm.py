@@ -22,7 +22,8 @@ import torch
 from mirage_dist.data.encoding.conversation import tokenizer_of
 from mirage_dist.data.sample import Draw, Sample
 from mirage_dist.evals.models.base import Generator
-from mirage_dist.evals.models.hf import encoder, greedy, out_of_memory
+from mirage_dist.evals.models.hf import encoder, greedy
+from mirage_dist.evals.models.memory import out_of_memory
 from mirage_dist.model.families import configs, processors
 from mirage_dist.schema import ConfigError, EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 

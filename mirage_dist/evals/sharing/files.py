@@ -34,7 +34,8 @@ class Row(TypedDict):
     image: the picture's path. question: as asked; original_question: as the data have it. shot: 0 for the question
     itself, k for the k-th rewrite. references: answers that a benchmark accepts. begun: where an attack began the
     answer, its first words; `response` is then the continuation. draw: temperature, top_p and seed of an answer that
-    was drawn at random. turns: how many answers its conversation has, of which `shot` counts this one; history: the
+    was drawn at random. original_image: where an attack changed the picture's pixels, the path of the picture before it
+    (see `judges.base`). turns: how many answers its conversation has, of which `shot` counts this one; history: the
     (question, answer) turns before it. sent: under a defence, the question as it passes it on. filtered: under a
     filter, its guard's verdict. withheld: the model's own answer that it withheld; `response` is then its refusal.
     """
@@ -53,6 +54,7 @@ class Row(TypedDict):
     references: NotRequired[list[str]]
     begun: NotRequired[str]
     draw: NotRequired[dict[str, float]]
+    original_image: NotRequired[str]
     turns: NotRequired[int]
     history: NotRequired[list[list[str]]]
     sent: NotRequired[str]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from mirage_dist.evals.results import Condition, Leaf
-from mirage_dist.report.curves.budgets import Budget
+from mirage_dist.report.curves.budgets import Budget, budget_of
 from mirage_dist.report.figures.drawing import Draw, interval, looks_of, name_lines, percent_axis
 from mirage_dist.report.figures.style import Palette
 
@@ -18,7 +18,7 @@ Rates = Mapping[str, Mapping[str, Leaf | None]]  # model -> condition -> rate
 
 
 def budget(curves: Sequence[Budget], models: Sequence[str]) -> Draw:
-    """Success against the number of answers to a question, on a logarithmic axis: one line for each curve.
+    """Success against the number of answers to a question, or of the steps of a search: one line for each curve.
 
     curves: of one measure and one attack. models: all of the report, which decide the colours.
     """
@@ -26,19 +26,21 @@ def budget(curves: Sequence[Budget], models: Sequence[str]) -> Draw:
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette)
         own, labels = looks_of(models, palette), []
-        answers = sorted({point["answers"] for curve in curves for point in curve["points"]})
+        spent = sorted({budget_of(point) for curve in curves for point in curve["points"]})
+        of_search = any("steps" in point for curve in curves for point in curve["points"])
         for curve in curves:
             colour, marker = own[curve["model"]]
-            x = [answers.index(point["answers"]) for point in curve["points"]]
+            x = [spent.index(budget_of(point)) for point in curve["points"]]
             y = [100 * point["rate"] for point in curve["points"]]
             low, high = ([100 * point["ci95"][end] for point in curve["points"]] for end in (0, 1))
             ax.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
             ax.plot(x, y, color=colour, marker=marker, markeredgecolor=palette.paper, markeredgewidth=0.7, zorder=3)
             labels.append((y[-1], x[-1], curve["model"], colour))
-        name_lines(ax, labels, len(answers) - 0.83)
-        ax.set_xticks(range(len(answers)), [str(n) for n in answers], color=palette.ink)
-        ax.set_xlim(-0.3, len(answers) - 0.7 + 0.36 * len(answers))
-        ax.set_xlabel("answers drawn to each question", color=palette.muted)
+        name_lines(ax, labels, len(spent) - 0.83)
+        ax.set_xticks(range(len(spent)), [str(n) for n in spent], color=palette.ink)
+        ax.set_xlim(-0.3, len(spent) - 0.7 + 0.36 * len(spent))
+        label = "steps of the search for each question" if of_search else "answers drawn to each question"
+        ax.set_xlabel(label, color=palette.muted)
 
     return draw
 

@@ -15,14 +15,16 @@ from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.embedded import text as embedded_text
-from mirage_dist.evals import runner
+from mirage_dist.evals import attacks, runner
 from mirage_dist.evals.attacks import gcg
+from mirage_dist.evals.attacks.rewrites import Rewriter
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import (
     ConfigError,
     EvalModelConfig,
     EvalRecipe,
     GenerationConfig,
+    RunError,
     TemplateConfig,
 )
 
@@ -164,6 +166,42 @@ def test_candidates_are_different_single_swaps_among_the_likeliest_tokens(world)
 def test_what_cannot_be_searched_is_said(toy):
     with pytest.raises(ConfigError, match="leaves no token"):
         gcg.Victim(generator(toy.root / "model"), embedded_text.vocabulary())
+
+
+def narrow(module, most):
+    """From now on the module's memory holds so many rows."""
+
+    def check(_module, _inputs, arguments):
+        if len(arguments["input_ids"]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def test_candidates_that_do_not_fit_into_memory_are_halved_recorded_and_give_the_same(toy, questions, tmp_path, capsys):
+    attack = attacks.make(
+        {"kind": "suffix", "target": TARGET, "length": 3, "steps": 3, "candidates": 12, "top_k": 8}, "r", "k"
+    )
+    ends, lines = [], []
+    for most in (8, 3):
+        own = generator(toy.root / "model")
+        own.model.double()  # where no sum over a batch changes the order of two candidates
+        narrow(own.model.model, most)
+        rewriter = Rewriter(tmp_path / str(most), {}, lambda claims, own=own: own, own.encoder)
+        ends.append([rewriter(attack, questions, "unsafe-suffix")(sample) for sample in questions])
+        (file,) = (tmp_path / str(most) / "rewrites").iterdir()
+        lines.append([json.loads(line) for line in file.read_text().splitlines()])
+    assert ends[0] == ends[1]
+    assert [line.get("rows") for line in lines[0]] == [None] * 12
+    assert [line.get("rows") for line in lines[1]] == [2, 2, 2, None] * 3
+    keys = ("step", "ids", "text")
+    assert [[line.get(key) for key in keys] for line in lines[0]] == [[x.get(key) for key in keys] for x in lines[1]]
+    assert "out of memory with 8 rows; from here on generation.batch_size is 4" in capsys.readouterr().out
+    own = generator(toy.root / "model")
+    problem = gcg.Problem(gcg.Victim(own, []), questions[:1], 3, "0")
+    narrow(own.model.model, 0)
+    with pytest.raises(RunError, match=f"out of memory on one row alone: .*{questions[0].id}"):
+        problem.losses(torch.tensor([problem.first_ids]))
 
 
 # ---------------------------------------------------------------------------------------- in an evaluation

@@ -495,7 +495,7 @@ def answered(root):
 
 
 WRONG = {
-    "attacks.what.kind=pgd": r"sets\.unsafe\.attacks\.what\.kind='pgd': unknown attack; expected one of swap, words",
+    "attacks.what.kind=blur": r"sets\.unsafe\.attacks\.what\.kind='blur': unknown attack; expected one of swap, words",
     "attacks.what.kind=swop": r"did you mean 'swap'\? Expected one of swap, words",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirage_dist.data.encoding.conversation import template_of, tokenizer_of
-from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint
+from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint, judged_picture
 from mirage_dist.evals.judges.chat import ChatJudge, failed
 from mirage_dist.evals.judges.presets import replies
 from mirage_dist.evals.judges.presets.definition import NAMES, Definition, named
@@ -130,7 +130,7 @@ class Preset(ChatJudge):
         own = self.definition
         question = row["original_question"] if self._question == "original" else row["question"]
         question, answer = own.filled(question, row["response"])
-        image = row["image"] if own.pictures else None
+        image = judged_picture(row) if own.pictures else None
         if own.prompt is None:
             return Prompt(question, image, answer)
         return Prompt(fill(own.prompt, question=question, answer=answer), image)
