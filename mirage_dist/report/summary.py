@@ -38,8 +38,8 @@ class Summary(TypedDict):
 
     schema_version: SCHEMA_VERSION of the package that wrote it; a file without it is of an earlier one, for which
     `read` has no methods, defences and figures. models: model -> its headline judge's entry. methods: runs that differ
-    in their seed only, over their seeds. budgets: success against draws or steps, of attacks that have a budget. defences:
-    what each defence does to each model, on the same questions.
+    in their seed only, over their seeds. budgets: success against draws or steps, of attacks that have a budget.
+    defences: what each defence does to each model, on the same questions.
     judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
     default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
     cautions: what a reader must know before its rates, in sentences. figures: files of figures beside it.

@@ -1,1 +1,1 @@
-"""The report's main table for a terminal and for LaTeX."""
+"""The report's tables as Markdown and CSV, for a terminal and for LaTeX."""
