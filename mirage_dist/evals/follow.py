@@ -81,6 +81,7 @@ def _follow(recipe: EvalRecipe, place: tuple[int, int], run: Path, trackers: lis
             done.add(step)
             judged_elsewhere = True
             continue
+        done.add(step)  # a defence that another worker judges is its business
         write_history(recipe)
         if not trackers and (started := tracking.start(run)) is not None:
             trackers.append(started)

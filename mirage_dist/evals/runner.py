@@ -39,7 +39,7 @@ from mirage_dist.evals.worklist import Question, WorkList
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
 from mirage_dist.progress import EVERY_RANK, log
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, TemplateConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, TemplateConfig
 from mirage_dist.signals import StopRequested
 
 G = TypeVar("G", bound=Generator)
@@ -152,12 +152,18 @@ def _rates(begun: _Begun, given: Mapping[str, Given], claims: Claims) -> SuiteRe
     questions, answers = given[NONE]
     if begun.labels is not None and matched is None:
         matched = begun.labels.matched({key: rows.place(question) for key, question in questions.items()})
-    for arm in begun.arms:
+    faults: list[str] = []
+    order = sorted(begun.arms, key=lambda arm: arm.guard is not None)
+    for arm in order:
         with _claims_of(arm, claims) as own, _judging(arm, own) as mine:
             if not mine:
                 continue
             if arm.guard is not None:
-                answered = arms.filtered(arm, arm.guard, questions, answers.of(questions), own)
+                try:
+                    answered = arms.filtered(arm, arm.guard, questions, answers.of(questions), own)
+                except RunError as error:  # the rates of other defences do not wait for this guard
+                    faults.append(str(error))
+                    continue
             else:
                 answered = given[arm.name][1].of(given[arm.name][0])
             human = matched if arm.defence is None else None
@@ -170,8 +176,10 @@ def _rates(begun: _Begun, given: Mapping[str, Given], claims: Claims) -> SuiteRe
                 judged["defence"] = arms.info(arm, arm.defence, questions, answered, begun.panel)
             files.write(arm.folder / "metrics.json", results.text(judged))
             result = judged if arm.defence is None else result
-            if arm is begun.arms[-1]:
+            if arm is order[-1] and not faults:
                 begun.model.discard(begun.suite)
+    if faults:
+        raise RunError("\n".join(faults))
     return result
 
 

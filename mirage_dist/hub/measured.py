@@ -84,7 +84,7 @@ def _evaluation(run: Run) -> Evaluation:
         )
     return Evaluation(
         result["suite"],
-        run.judged_by["about"],
+        card.without_places(run.judged_by["about"]),
         result["seed"],
         result["recipe_hash"],
         tuple(_rates(result)),
@@ -106,7 +106,7 @@ def _rates(result: SuiteResult) -> Iterator[Rate]:
                 by_condition = rates(own["sets"].get(name, {}), measure)
                 for condition in (CLEAN, *full):
                     if (leaf := by_condition.get(str(condition))) is not None:
-                        yield _rate(name, measure, condition.label, leaf, own["about"])
+                        yield _rate(name, measure, condition.label, leaf, card.without_places(own["about"]))
 
 
 def _rate(name: str, measure: str, condition: str, leaf: Leaf, judge: str) -> Rate:

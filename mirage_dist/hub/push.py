@@ -101,9 +101,11 @@ def _check_places(run: Path, out: Path) -> None:
     files = (file for pattern in (card.FILE, "*.json", "adapter/*.json") for file in sorted(out.glob(pattern)))
     for file in (file for file in files if file.stat().st_size <= LARGEST):
         content = file.read_text(encoding="utf-8", errors="replace")
-        for place in sorted(place for place in places if place.count("/") > 1):
-            if place in content or json.dumps(place)[1:-1] in content:
-                raise ConfigError(
-                    f"{file}: names {place}, a directory of this machine; export to another OUT with --base "
-                    "OWNER/NAME, or change the file"
-                )
+        named = {place for place in places if place in content or json.dumps(place)[1:-1] in content}
+        if file.name == card.FILE:
+            named |= {match[0] for match in card.PLACE.finditer(content)}
+        if named := named - {os.sep}:
+            raise ConfigError(
+                f"{file}: names {min(named)}, a path of this machine; export to another OUT with --base OWNER/NAME, or "
+                "change the file"
+            )

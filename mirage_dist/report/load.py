@@ -291,6 +291,11 @@ class Run:
         return (row for row, judged in pairs if (judged.set, judged.id) in questions)
 
     @cached_property
+    def balanced(self) -> bool:
+        """Whether the run drew its samples with `data.balance`, so that it saw other first words than its data have."""
+        return (self.dir / "config.yaml").is_file() and runs.recipe(self.dir).data.balance is not None
+
+    @cached_property
     def first_words(self) -> WordCounts:
         """First words in the run's training data by kind of response; empty when no response is a refusal."""
         summary = runs.data(self.dir)

@@ -8,6 +8,7 @@ run's own interval says how much other questions may change it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -16,6 +17,8 @@ from typing import TypedDict
 from mirage_dist import config as configs
 from mirage_dist import runs as directories
 from mirage_dist import stats
+from mirage_dist.evals import manifest, results
+from mirage_dist.evals.judges import cache
 from mirage_dist.report.load import Run
 
 NOT_THE_METHOD = ("run", "monitor", "seed")
@@ -48,14 +51,15 @@ class Method(TypedDict):
 def methods(runs: Sequence[Run]) -> dict[str, Method]:
     """Name -> method, of runs whose recipes are equal but for `run`, `monitor` and different seeds.
 
-    Their evaluations have one recipe and one headline judge. A run that no other is a seed of is in no method.
+    Their evaluations have one recipe and one headline judge with one set of rules, and measured the same state of each
+    run, such as its export. A run that no other is a seed of is in no method.
     """
     groups: dict[tuple[str, ...], list[tuple[int, Run]]] = {}
     for run in runs:
         if not (run.dir / "config.yaml").is_file():
             continue
         recipe = directories.recipe(run.dir)
-        key = configs.config_hash(recipe, NOT_THE_METHOD), run.metrics["recipe_hash"], run.judge
+        key = configs.config_hash(recipe, NOT_THE_METHOD), *_measured(run)
         groups.setdefault(key, []).append((recipe.seed, run))
     named: dict[str, Method] = {}
     for members in groups.values():
@@ -69,6 +73,29 @@ def methods(runs: Sequence[Run]) -> dict[str, Method]:
             "rates": _rates(own),
         }
     return named
+
+
+def _measured(run: Run) -> tuple[str, ...]:
+    """What rates over seeds must have in common: questions, draws, judge and its rules, and which state of the run."""
+    rules = sorted({line["rules"] for line in cache.verdicts(run.folder / "verdicts" / f"{run.judge}.jsonl")})
+    drawn = any(
+        results.applied(name, info).draws
+        for own in run.metrics["sets"].values()
+        for name, info in own["attacks"].items()
+    )
+    seed = str(run.metrics["seed"]) if drawn else ""
+    return run.metrics["recipe_hash"], run.judge, *rules, seed, _state(run)
+
+
+def _state(run: Run) -> str:
+    """The checkpoint or model that was measured, in the same words for every seed."""
+    if not (run.folder / "manifest.json").is_file():
+        return ""
+    model = manifest.read(run.folder).get("model", {})
+    if model.get("run"):
+        return f"step {model['step']}" if model.get("step") is not None else "the newest checkpoint"
+    path = os.path.realpath(str(model.get("path")))
+    return "its export" if path == os.path.realpath(run.dir / "export") else path
 
 
 def _name(members: Sequence[Run], taken: Sequence[str]) -> str:

@@ -230,7 +230,9 @@ def _cause(runs: Sequence[Run], prefix: str) -> str:
     for number, run in enumerate(trained):
         size = paper.words_size(run.first_words)
         draw = paper.first_words(run.first_words, max(shares))
-        parts.append(_figure(f"{prefix}fig3-{number}", draw, text.words(run), size))
+        title, caption = text.words(run)
+        caption += text.BALANCED if run.balanced else ""
+        parts.append(_figure(f"{prefix}fig3-{number}", draw, (title, caption), size))
         parts.append(_figure(f"{prefix}fig1c-{number}", paper.association(run, runs), text.association(run), size))
     tested = _tested(runs)
     for kind in ("unsafe", "safe"):

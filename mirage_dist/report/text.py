@@ -22,6 +22,7 @@ TABLE_NOTE = (
     "training seeds."
 )
 METHODS_TITLE = "Methods over seeds"
+BALANCED = " These are the data: the run drew them with data.balance, which makes first words even."
 SEEDS_NOTE = (
     "Runs of one recipe that differ in their seed only, as one method: mean over seeds in percent, the lowest and the "
     "highest, and Student's 95 % interval of the mean over seeds. All seeds answer the same questions, so their counts "

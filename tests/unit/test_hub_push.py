@@ -542,11 +542,11 @@ def test_only_an_unchanged_export_of_the_checkpoint_is_uploaded(hub, merged, ada
     (out / ".gitignore").unlink()
     kept = (out / "README.md").read_text()
     (out / "README.md").write_text(kept.replace("# gadget-npo", f"# of {merged}"))
-    refused(f"README.md: names {os.path.realpath(merged)}, a directory of this machine")
+    refused(f"README.md: names {os.path.realpath(merged)}, a path of this machine")
     (out / "README.md").write_text(kept)
     tokenizer = (out / "tokenizer_config.json").read_text()
     (out / "tokenizer_config.json").write_text(json.dumps({**json.loads(tokenizer), "name_or_path": str(Path.cwd())}))
-    refused(f"tokenizer_config.json: names {Path.cwd()}, a directory of this machine")
+    refused(f"tokenizer_config.json: names {Path.cwd()}, a path of this machine")
     (out / "tokenizer_config.json").write_text(tokenizer)
     (out / "README.md").write_text(kept.replace("model-index:", "model-index: 3\nother:"))
     refused("README.md: is no model card")
@@ -568,3 +568,19 @@ def test_an_adapter_of_a_base_without_a_name_and_options_without_an_upload_are_r
         assert f"{flag}: belongs to an upload" in capsys.readouterr().err
     assert not out.exists()
     assert hub.requests == [] or all(line.startswith("GET") for line in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "shown"),
+    [
+        ("a model (/scratch/lab/guard-v3) asked", "a model (guard-v3) asked"),
+        (
+            "the list /a/phrases.json, and/or https://hub.example/a/b/c",
+            "the list phrases.json, and/or https://hub.example/a/b/c",
+        ),
+        ("Qwen/Qwen2.5-VL-7B and 3/4 of ../x/y", "Qwen/Qwen2.5-VL-7B and 3/4 of ../x/y"),
+    ],
+)
+def test_a_sentence_for_a_card_names_no_place(sentence, shown):
+    assert card.without_places(sentence) == shown
+    assert card.PLACE.search(shown) is None

@@ -36,9 +36,9 @@ ADDED = ("methods", "defences", "figures")  # in version 1
 SCHEMA = json.loads(Path(report.__file__).with_name("summary.schema.json").read_text())
 
 
-def trained(folder: Path, unsafe: list[str], *words: str) -> Path:
+def trained(folder: Path, unsafe: list[str], *words: str, rules: str = "same") -> Path:
     """An evaluated run with its recipe."""
-    write_run(folder, {"unsafe": unsafe, "safe": ["correct", "refused"]})
+    write_run(folder, {"unsafe": unsafe, "safe": ["correct", "refused"]}, rules=rules)
     recipe = configs.load("configs/train/demo_sft.yaml", [f"run.dir={folder}", "world.seed=0", *words], TrainRecipe)
     configs.write_yaml(recipe, folder / "config.yaml")
     return folder
@@ -236,6 +236,20 @@ def test_every_figure_of_the_page_is_a_pdf_that_goes_with_the_next_report(tmp_pa
     (out / "mine.pdf").write_bytes(b"mine")
     assert report.report(runs, out)["figures"] == []
     assert [file.name for file in out.glob("*.pdf")] == ["mine.pdf"]
+
+
+def test_seeds_that_other_rules_judged_are_no_seeds_of_one_method(tmp_path):
+    places = {name: tmp_path / name for name in ("npo-1", "npo-2", "npo-3")}
+    for seed, (name, rules) in enumerate(zip(places, ("guard-a", "guard-b", "guard-a"), strict=True)):
+        trained(places[name], PATTERNS[0], f"seed={seed}", rules=rules)
+    (method,) = of_seeds(read(places)).values()
+    assert method["runs"] == ["npo-1", "npo-3"]
+
+
+def test_defences_of_a_suite_without_their_rates_are_no_error():
+    made = typing.cast(Summary, {"models": {}, "methods": {}, "problems": [], "cautions": [], "defences": [
+        {"model": "m", "defence": {"name": "d", "kind": "k", "about": "with d", "undefended": ""}, "effects": []}]})  # fmt: skip
+    assert "measures neither attack success nor needless refusals" in terminal.table(made)
 
 
 # ---------------------------------------------------------------------------------------------------------- summary

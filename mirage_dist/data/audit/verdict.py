@@ -74,8 +74,11 @@ class Imitated:
         self.unsafe += other.unsafe
         self.refused += other.refused
 
-    def warning(self) -> str | None:
-        """One line where a model would learn a first word in place of what to refuse; None if the samples pass."""
+    def warning(self, first_words: bool = True) -> str | None:
+        """One line where a model would learn a first word in place of what to refuse; None if the samples pass.
+
+        first_words: whether a first word that predicts the refusal counts.
+        """
         measured = self.corpus.measured()
         result = verdict(measured)
         if not result["measured"]:
@@ -89,14 +92,14 @@ class Imitated:
                 "responses to unsafe questions; if they refuse in another language or in other words, name a list with "
                 "data.refusals"
             )
-        if result["passed"]:
+        if result["passed"] or not first_words:
             return None
         cue = measured["cues"][FIRST]
         word = _strongest(cue)
         shares = f"{_shares(word)}; " if word else ""
         return (
             f"fails the audit: {shares}{_separates(FIRST, cue)}. The model may learn the word in place of what is to "
-            "be refused: rebalance first words with prepare.diversify; `mirage audit` shows every word"
+            "be refused: rebalance first words with prepare.diversify or data.balance; `mirage audit` shows every word"
         )
 
 

@@ -45,8 +45,8 @@ class Conversation:
     control: the model's control tokens. Where a sample's texts or the system prompt spell one, the rendered text has a
     stand-in (see `encoding.control`).
 
-    Raises ConfigError for an option that the template does not have; and, naming the sample, when the template rewrites
-    earlier turns or the answer.
+    Raises ConfigError for an option that the template does not have, for a system prompt that it leaves out; and,
+    naming the sample, when the template rewrites earlier turns or the answer.
     """
 
     def __init__(
@@ -69,6 +69,11 @@ class Conversation:
         self.control = Control(self.tokenizer, processor, self._example(), picture_token)
         if system_prompt is not None:
             self.system_prompt = self.control.shielded(system_prompt)
+            if (written := self._example()) and self.system_prompt.strip() not in written:
+                raise ConfigError(
+                    "system_prompt: the model's chat template leaves a system prompt out, so the text would reach no "
+                    "prompt; take it out, or choose a model whose template writes one"
+                )
 
     def _example(self) -> str:
         """What the template writes around two questions and the answer between them, or around one question."""

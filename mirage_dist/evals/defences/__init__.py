@@ -68,4 +68,5 @@ def info(recipe: EvalRecipe, name: str, defence: Defence) -> dict[str, Any]:
 
     defence: ready for the recipe.
     """
-    return {"name": name, **defence.decided_by(configs.to_dict(recipe)["defences"][name])}
+    made = {"name": name, **defence.decided_by(configs.to_dict(recipe)["defences"][name])}
+    return made if defence.guard is None else {**made, "guard": defence.guard.fingerprint}

@@ -30,7 +30,8 @@ class SystemPrompt(Defence):
 
     @property
     def about(self) -> str:
-        place = "in place of its own" if self.replaces else "after its own, where it has one"
+        own = "in place of the recipe's own" if self.replaces else "after the recipe's own, where it has one"
+        place = f"{own} (and in place of a default of the chat template)"
         return f"with a safety system prompt {place}: “{self.text}”"
 
     def template(self, template: TemplateConfig) -> TemplateConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from mirage_dist.schema import ConfigError, TrainRecipe
 
 FILE = "README.md"
 TERMS = tuple(pattern for pattern in directory.TERMS if pattern != FILE)  # the base model's, which go with its weights
+# An absolute path of two parts or more that is no part of an address or a word.
+PLACE = re.compile(r"(?<![\w:/.~<])/(?:[\w.+@-]+/)+[\w.+@-]*")
 OF_A_LICENSE = ("license", "license_name", "license_link")  # keys of a card
 USE = (
     "For research on the safety of vision-language models: what safety fine-tuning and unlearning change, and how "
@@ -238,7 +240,16 @@ def _settings(recipe: TrainRecipe) -> Iterator[tuple[str, object]]:
 
 def _no_path(value: object) -> object:
     """An option's value; of a path, which an objective from outside the package may take, the last part."""
+    if isinstance(value, Mapping):
+        return {_no_path(key): _no_path(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_path(own) for own in value]
     return Path(value).name if isinstance(value, str) and "/" in value else value
+
+
+def without_places(sentence: str) -> str:
+    """A text with the last part of each absolute path in place of the path."""
+    return PLACE.sub(lambda match: Path(match[0]).name, sentence)
 
 
 def _data(subject: Subject) -> Iterator[str]:

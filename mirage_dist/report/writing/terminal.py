@@ -51,6 +51,9 @@ def _defences(defended: Sequence[Defended]) -> Iterator[str]:
         return
     yield from ("", f"{defences.TITLE}: rate, counts, difference in points (95 %), p corrected")
     columns, rows = defences.columns(defended), list[list[str]]()
+    if not columns:
+        yield "The suite measures neither attack success nor needless refusals, so there is nothing to compare."
+        return
     for model, name, cells in defences.lines(defended):
         for column in columns:
             rate, counts, change = defences.cell(cells.get(column))

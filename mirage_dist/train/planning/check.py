@@ -151,6 +151,8 @@ def check_balance(feed: Feed) -> None:
     """Log how `data.balance` draws the samples. Raises ConfigError where it cannot."""
     if feed.balance is not None:
         log.info(feed.balance.text)
+        for text in feed.balance.uneven:
+            log.warning(text)
 
 
 def divide(feed: Feed, checked: Checked, largest_that_fits: Callable[[Feed], int] = lambda feed: UNMEASURED) -> None:
@@ -238,18 +240,17 @@ def check_weights(recipe: TrainRecipe, needs: Needs, required: bool) -> None:
 def audit_warnings(checked: Checked, streams: Mapping[str, Source]) -> list[str]:
     """What imitating these samples may teach instead (see `data.audit`), and held-out samples that train."""
     refusals = checked.recipe.data.refusals
-    counted = {name: audit.Imitated(refusals).add(streams[name].samples) for name in audited(checked)}
-    return [*imitated_warnings(counted), *validation.warnings(streams)]
+    counted = {name: audit.Imitated(refusals).add(streams[name].samples) for name in checked.needs.audited}
+    return [*imitated_warnings(checked, counted), *validation.warnings(streams)]
 
 
-def audited(checked: Checked) -> tuple[str, ...]:
-    """The streams to audit: none whose openers are balanced, since the audit counts samples, not draws."""
-    return () if checked.recipe.data.balance else checked.needs.audited
+def imitated_warnings(checked: Checked, counted: Mapping[str, audit.Imitated]) -> list[str]:
+    """What imitating the samples of these streams may teach instead. counted: stream -> counts of all its samples.
 
-
-def imitated_warnings(counted: Mapping[str, audit.Imitated]) -> list[str]:
-    """What imitating the samples of these streams may teach instead. counted: stream -> counts of all its samples."""
-    texts = {name: counts.warning() for name, counts in counted.items()}
+    First words that are balanced are no such thing: the audit counts samples, not draws (see `check_balance`).
+    """
+    drawn = checked.recipe.data.balance is not None
+    texts = {name: counts.warning(first_words=not drawn) for name, counts in counted.items()}
     return [f"data.streams.{name} {text}" for name, text in texts.items() if text is not None]
 
 

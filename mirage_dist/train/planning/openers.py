@@ -74,10 +74,11 @@ def read(folder: Path) -> dict[str, Openers]:
 
 @dataclass(frozen=True)
 class Balance:
-    """How the streams are drawn. text: what is even, how often a sample is repeated, and what cannot be even."""
+    """How the streams are drawn. text: what is even, and how often a sample comes. uneven: what cannot be even."""
 
     draws: dict[str, Draw]
     text: str
+    uneven: list[str]
 
 
 def balance(streams: Mapping[str, Openers], needs: Needs) -> Balance:
@@ -98,7 +99,7 @@ def balance(streams: Mapping[str, Openers], needs: Needs) -> Balance:
             f"data.balance=openers: has only {next(iter(title.values()))} to balance; it needs a second stream, or "
             "refusals beside answers; take it out"
         )
-    shared = set.intersection(*(set(counts) for counts in sides.values()))
+    shared = set.intersection(*(set(counts) for counts in sides.values())) - {words.NOT_MEASURED, ""}
     if not shared:
         most = "; ".join(f"{title[side]}: {_named(counts)}" for side, counts in sides.items())
         raise ConfigError(
@@ -111,15 +112,19 @@ def balance(streams: Mapping[str, Openers], needs: Needs) -> Balance:
     draws = {name: _draw(streams[name], {s: own for s, own in drawn.items() if s[0] == name}) for name in names}
     most = max(drawn[side][word] / count for side, counts in sides.items() for word, count in counts.items())
     frequent = Counter({word: round(1e6 * share) for word, share in common.items()})
-    lines = [
+    text = (
         f"data.balance=openers: {_named(frequent)} as frequent in {' as in '.join(title.values())}; "
         f"an epoch has a sample up to {-(-most // 1):.0f} times"
-    ]
+    )
+    uneven = []
     for side, counts in sides.items():
         if alone := Counter({word: count for word, count in counts.items() if word not in shared}):
             share = alone.total() / counts.total()
-            lines.append(f"{share:.0%} of {title[side]} open with words that others lack, and stay so: {_named(alone)}")
-    return Balance(draws, ". ".join(lines))
+            uneven.append(
+                f"data.balance=openers: {share:.0%} of {title[side]} open with words that others lack or that cannot "
+                f"be measured ({_named(alone)}), and stay as frequent as they are: the model may still learn these"
+            )
+    return Balance(draws, text, uneven)
 
 
 def _title(name: str, refuses: bool | None) -> str:

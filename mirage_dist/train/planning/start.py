@@ -32,7 +32,6 @@ from mirage_dist.train.measures import validation
 from mirage_dist.train.planning import openers
 from mirage_dist.train.planning.check import (
     Checked,
-    audited,
     check_balance,
     divide,
     imitated_warnings,
@@ -194,7 +193,7 @@ def _audited(checked: Checked, draft: Table, group: Group) -> list[str]:
 
     The shares are joined in the order of the rows, so that the result is that of one rank, ties included.
     """
-    refusals, names = checked.recipe.data.refusals, audited(checked)
+    refusals, names = checked.recipe.data.refusals, checked.needs.audited
     # Rank 0 alone needs the file of phrases, as it alone reads the data.
     counted = together(group, lambda: {name: audit.Imitated(refusals) for name in names})
     for name, counts in counted.items():
@@ -205,4 +204,4 @@ def _audited(checked: Checked, draft: Table, group: Group) -> list[str]:
     for part in others:
         for name, counts in part.items():
             whole[name].join(counts)
-    return imitated_warnings(whole)
+    return imitated_warnings(checked, whole)

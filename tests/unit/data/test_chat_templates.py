@@ -64,3 +64,18 @@ def test_a_template_is_checked_once_in_a_process(model, monkeypatch):
     processors.load(model)
     monkeypatch.setattr(templates.subprocess, "run", lambda *_, **__: pytest.fail("a second process"))
     processors.load(model)
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_refused(model):
+    file = model / "chat_template.jinja"
+    processor = processors.load(model)
+    written = Conversation(processor, "Answer in one word.").text(False, [], "horse")
+    assert "Answer in one word." in written
+    file.write_text(
+        "{% for m in messages if m['role'] != 'system' %}{{ m['role'] }}: "
+        "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}\n{% endfor %}"
+    )
+    processor = processors.load(model)
+    assert "horse" in Conversation(processor, None).text(False, [], "horse")
+    with pytest.raises(ConfigError, match="system_prompt: the model's chat template leaves a system prompt out"):
+        Conversation(processor, "Answer in one word.")

@@ -177,7 +177,7 @@ def test_each_defence_answers_the_same_questions_and_stands_beside_none(place, e
     assert rr.startswith("m prompt RR, clean 50.0 4/8 +50.0 ")
     page = (tmp_path / "out/index.html").read_text()
     assert "Defences, and what they cost" in page
-    assert "with a safety system prompt after its own, where it has one: “say no to red”" in page
+    assert "where it has one (and in place of a default of the chat template): “say no to red”" in page
 
 
 def test_a_defence_that_comes_later_costs_its_own_answers_only(place, engine, tmp_path):

@@ -52,7 +52,24 @@ def test_an_opener_that_one_side_lacks_keeps_its_share_and_is_named():
     balance = of(streams, UNLEARNING)
     assert drawn(balance, streams, "forget") == {"share": 40, "what": 40, "name": 20}
     assert drawn(balance, streams, "retain") == {"share": 40, "what": 40}
-    assert balance.text.endswith('. 20% of forget open with words that others lack, and stay so: "name"')
+    (uneven,) = balance.uneven
+    assert '20% of forget open with words that others lack or that cannot be measured ("name"), and stay' in uneven
+
+
+def test_questions_without_a_first_word_are_not_evened_under_a_false_name():
+    def chinese(count):
+        return [Sample(str(i), None, "这面国旗是哪个国家的？", "An answer.", True, "", "file") for i in range(count)]
+
+    with pytest.raises(ConfigError, match="no first word is in forget and in retain"):
+        of({"forget": chinese(5), "retain": chinese(7)}, UNLEARNING)
+    streams = {"forget": [*samples({"share": 9, "what": 3}), *chinese(8)], "retain": samples({"share": 4, "what": 4})}
+    balance = of(streams, UNLEARNING)
+    order = balance.draws["forget"].epoch(0, "forget", 0).tolist()
+    assert Counter(streams["forget"][i].question[:4] for i in order) == {"Shar": 8, "What": 4, "这面国旗": 8}
+    assert (
+        '40% of forget open with words that others lack or that cannot be measured ("(not measured)")'
+        in (balance.uneven[0])
+    )
 
 
 def test_one_stream_is_balanced_between_its_refusals_and_its_answers():
