@@ -247,9 +247,10 @@ def test_seeds_that_other_rules_judged_are_no_seeds_of_one_method(tmp_path):
 
 
 def test_defences_of_a_suite_without_their_rates_are_no_error():
-    made = typing.cast(Summary, {"models": {}, "methods": {}, "problems": [], "cautions": [], "defences": [
-        {"model": "m", "defence": {"name": "d", "kind": "k", "about": "with d", "undefended": ""}, "effects": []}]})  # fmt: skip
-    assert "measures neither attack success nor needless refusals" in terminal.table(made)
+    defence = {"name": "d", "kind": "k", "about": "with d", "undefended": ""}
+    made = {"models": {}, "methods": {}, "problems": [], "cautions": []}
+    made["defences"] = [{"model": "m", "defence": defence, "effects": []}]
+    assert "measures neither attack success nor needless refusals" in terminal.table(typing.cast(Summary, made))
 
 
 # ---------------------------------------------------------------------------------------------------------- summary
