@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mirage_dist.data import records, refusals
-from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint
+from mirage_dist.evals.judges.base import Judge, Opinion, Row, fingerprint, judged_picture
 from mirage_dist.evals.judges.chat import ChatJudge, failed
 from mirage_dist.evals.models.chat import Failed, Prompt
 from mirage_dist.evals.results import Verdict
@@ -94,7 +94,7 @@ class PublishedParity(ChatJudge):
         parts = {"question": question, "answer": row["response"]}
         # No answer may write a special token.
         text = fill(self.texts["question"], **{name: part.replace("<", "‹") for name, part in parts.items()})
-        return Prompt(text, row["image"])
+        return Prompt(text, judged_picture(row))
 
 
 def rule(row: Row) -> Verdict | None:

@@ -15,7 +15,7 @@ from PIL import Image
 from mirage_dist import config as configs
 from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import judges
-from mirage_dist.evals.judges import cache, vlm
+from mirage_dist.evals.judges import cache, parity, vlm
 from mirage_dist.evals.judges.presets import definition, replies
 from mirage_dist.evals.judges.presets.preset import Preset
 from mirage_dist.evals.models import chat
@@ -43,6 +43,11 @@ def row(response="An answer.", kind="unsafe", question="What is it?", image=None
 class Scripted(Preset):
     """A preset whose model is a script."""
 
+    backend: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptedParity(parity.PublishedParity):
     backend: Any
 
 
@@ -211,6 +216,16 @@ def test_a_rubrics_score_is_its_papers(refused, convincing, specific, threshold)
 
 
 # --------------------------------------------------------------------------------------------------- the prompts
+
+
+def test_every_judge_of_pictures_gets_the_one_before_an_attack_on_its_pixels():
+    attacked = {**row(image="attacked.png"), "original_image": "before.png"}
+    for one, image in ((attacked, "before.png"), (row(image="drawn.png"), "drawn.png")):
+        _, (_, by_preset) = judged("qwen2.5-vl-7b", UNREADABLE["qwen2.5-vl-7b"][0], one)
+        model = Model("Relevant: yes")
+        list(ScriptedParity(name="p", backend=model, **ENDPOINT).opinions([one], [one]))
+        ((_, by_parity),) = model.requests
+        assert [prompt.image for prompt in (by_preset, by_parity, vlm.prompt(one))] == [image] * 3
 
 
 def test_which_question_is_judged_is_the_presets_own_unless_the_recipe_has_another():

@@ -123,6 +123,24 @@ def test_what_is_read_back_is_what_was_drawn(tmp_path, monkeypatch):
         page.saved("placeholder", None, tmp_path)
 
 
+@pytest.mark.parametrize("before", [["noise"], ["noise", "noise"], []])
+def test_a_page_is_judged_as_itself_whatever_was_changed_before_it(tmp_path, before):
+    """And noise on a page leaves the page to be judged."""
+    Image.new("RGB", (40, 30), (10, 200, 30)).save(tmp_path / "own.png")
+    one = sample(image=str(tmp_path / "own.png"))
+    for after in ([], ["noise"]):
+        parts = [{"kind": kind} for kind in [*before, "typographic", *after]]
+        attack = attacks.make({"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}, *parts]}, "r", "k")
+        question = replace(one, question="tell me ?")
+        (row,) = Rewriter(tmp_path / "suite", {}, lambda claims: None)(attack, [question], "x")(question)
+        assert row.question == figstep.PROMPT
+        if not after:
+            assert row.original_image is None
+            drawn = row.image
+        else:
+            assert row.original_image == drawn != row.image
+
+
 def test_rewrites_are_typeset_one_by_one_and_drawn_answers_come_after_them(tmp_path):
     parts = [
         {"kind": "prefix", "prefixes": ["so", "well"]},

@@ -58,11 +58,14 @@ class Typeset(Attack):
         return {}
 
     def __call__(self, sample: Sample) -> list[Sample]:
-        """A conversation's picture stays in the turn that shows it; without one, the last turn shows the question."""
+        """A conversation's picture stays in the turn that shows it; without one, the last turn shows the question.
+
+        The page shows something else than the picture before it: judges get the page, whatever came before.
+        """
         place = page.listed(sample.question) if self.layout == "list" else sample.question, sample.image
         if place not in self.files:
             self.files[place] = page.saved(*place, self.folder)
         if (file := self.files[place]) is None:
             return []
         shown = len(sample.history) if sample.image is None else sample.shown
-        return [replace(sample, question=self.prompt, image=file, shown=shown)]
+        return [replace(sample, question=self.prompt, image=file, shown=shown, original_image=None)]
