@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mirage_dist.data.pictures import PictureError, as_png, open_picture
+from mirage_dist.evals.judges.base import judged_picture
 from mirage_dist.progress import log
 from mirage_dist.report.figures.style import slots
 from mirage_dist.report.load import Run, by_hash
@@ -31,7 +32,8 @@ class Question(TypedDict):
     """A question as the models got it, under one attack and shot, with the answers in the order of the models.
 
     original: its wording in the data. expected: the data's answer, of embedded worlds only. picture: index into
-    `Examples.pictures`. An answer is None when the model did not get the question.
+    `Examples.pictures`, of the one before an attack on its pixels, which is the same for all models. An answer is None
+    when the model did not get the question.
     """
 
     set: str
@@ -77,11 +79,12 @@ class _Pictures:
 
     def __init__(self) -> None:
         self.uris: list[str] = []
+        self.left_out: list[PictureError] = []
         self._index: dict[str, int | None] = {}
 
     def index(self, path: str | None, world: Path | None) -> int | None:
-        """The picture's index in `uris`; None without a path or a world, and, with a warning, for a file that lies
-        outside the world's folder or cannot be read as a picture.
+        """The picture's index in `uris`; None without a path or a world, and for a file that lies outside the world's
+        folder or cannot be read as a picture, which is noted in `left_out`.
         """
         if path is None or world is None:
             return None
@@ -92,11 +95,17 @@ class _Pictures:
                     raise PictureError(path, f"lies outside the world's folder {world}")
                 content = as_png(open_picture(path))
             except PictureError as error:
-                log.warning(f"examples: left out of the page: {error}")
+                self.left_out.append(error)
             else:
                 self._index[path] = len(self.uris)
                 self.uris.append(f"data:image/png;base64,{base64.b64encode(content).decode()}")
         return self._index[path]
+
+    def warn(self) -> None:
+        """One warning about all that were left out: an attack may have drawn a picture for every question."""
+        if self.left_out:
+            count, first = len(self.left_out), self.left_out[0]
+            log.warning(f"examples: {count} {'pictures' if count > 1 else 'picture'} left out of the page; {first}")
 
 
 def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
@@ -118,6 +127,7 @@ def gather(runs: Sequence[Run], count: int, outputs: bool) -> Examples:
             }
             response = row["response"] if outputs else None
             by_place[place]["answers"][number] = {"verdicts": verdicts, "response": response}
+    pictures.warn()
     order = {place: number for number, place in enumerate((own, i) for own, ids in chosen.items() for i in ids)}
     slot = slots([run.name for run in runs])
     return {
@@ -150,7 +160,7 @@ def _question(run: Run, row: Mapping[str, Any], pictures: _Pictures, models: int
         "question": row["question"],
         "original": row["original_question"],
         "expected": row["expected"] if run.metrics["world"] else None,
-        "picture": pictures.index(row["image"], run.world) if run.metrics["world"] else None,
+        "picture": pictures.index(judged_picture(row), run.world) if run.metrics["world"] else None,
         "answers": [None] * models,
     }
 

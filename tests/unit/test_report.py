@@ -283,8 +283,11 @@ def test_questions_without_a_measurable_first_word_are_no_evidence_of_evenness(r
     assert ("equally often" in caption) is measured
 
 
-def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_path):
-    """Not any file that a row names, nor a text file or a link inside the world's folder."""
+def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_path, capsys):
+    """Not any file that a row names, nor a text file or a link inside the world's folder; one warning for all these.
+
+    Of an attack on pixels it is the picture before it.
+    """
     run = write_run(tmp_path / "run", {"unsafe": ["refused"], "safe": ["correct"]})
     (tmp_path / "world").mkdir()
     for file in ("world/own.png", "private.png"):
@@ -297,6 +300,8 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
     own = json.loads(lines[0])
     for number, line in enumerate(lines[:-1]):
         row = {**state.parse("row", line.encode(), rows), "image": f"{tmp_path}/world/{names[number % len(names)]}"}
+        if number % 2:
+            row |= {"image": f"{tmp_path}/run/evals/demo/pictures/{number}.png", "original_image": row["image"]}
         lines[number] = state.sealed("row", row)
     rows.write_text("".join(lines))
     (loaded,) = read({"run": run})
@@ -307,6 +312,10 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
     shown = {q["id"] + q["attack"] + str(q["shot"]) for q in data["questions"] if q["picture"] == 0}
     assert 0 < len(shown) < len(data["questions"])
     assert own["id"] + own["attack"] + str(own["shot"]) in shown
+    (warning,) = (line for line in capsys.readouterr().out.splitlines() if "left out of the page" in line)
+    assert re.search(
+        r"examples: 4 pictures left out of the page; .*private\.png: lies outside the world's folder", warning
+    )
 
 
 def test_a_further_set_has_its_measures_name_and_its_own():
