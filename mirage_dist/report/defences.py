@@ -70,7 +70,9 @@ def descriptions(defended: Sequence[Defended]) -> list[str]:
         if undecided := info.get("undecided"):
             parts.append(f"{undecided} of them because the guard's reply was no verdict.")
         if same := info.get("same_judge"):
-            parts.append(f"Its guard is the judge {same[0]}, whose ASR behind the filter is therefore 0.")
+            parts.append(
+                f"Its guard is the judge {same[0]}, whose rates behind the filter are decided by its own verdicts."
+            )
         sentences.append(" ".join(parts))
     return sentences
 

@@ -74,8 +74,8 @@ def of(recipe: EvalRecipe, suite: Path, settings: Settings, panel: Sequence[Judg
         made.append(Arm(suite / DEFENCES / name, alone, own, template, name, defence))
         for judge in _same(panel, defence):
             log.warning(
-                f"eval {recipe.suite}: defences.{name}: its guard is the judge {judge}, whose ASR behind the filter is "
-                "therefore 0 whatever the answers are; let another judge give the headline",
+                f"eval {recipe.suite}: defences.{name}: its guard is the judge {judge}, whose rates behind the "
+                "filter are decided by its own verdicts; let another judge give the headline",
                 extra=EVERY_RANK,
             )
     templates = [arm.template for arm in made]

@@ -286,7 +286,7 @@ def test_a_guard_that_is_the_judge_is_named(place, engine, serve, tmp_path, capl
     runner.evaluate(recipe(place, tmp_path / "run", {"filter": own}, f"judges=[{json.dumps(own['judge'])}]"))
     assert results.read(tmp_path / "run/evals/s/defences/filter")["defence"]["same_judge"] == ["vlm"]
     (sentence,) = written.descriptions(compare.defended([loaded(tmp_path / "run")]))
-    assert "Its guard is the judge vlm, whose ASR behind the filter is therefore 0." in sentence
+    assert "Its guard is the judge vlm, whose rates behind the filter are decided by its own verdicts." in sentence
 
 
 def test_a_defence_of_other_answers_or_by_another_judge_is_left_out_by_name(place, engine, tmp_path):
