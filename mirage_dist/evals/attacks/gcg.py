@@ -76,7 +76,8 @@ class Victim:
         self.network = HeadedModel(generator.model).requires_grad_(False).eval()
         self.encoder, self.device, self.placed = generator.encoder, generator.device, generator.placed
         self.configured = generator.batch_size
-        self.rows = RowsAtOnce(generator.batch_size, self.device, "leave this sample out or use a larger GPU")
+        remedy = "leave this sample out or use a larger GPU"
+        self.rows = RowsAtOnce(generator.batch_size, self.device, "the number of candidates evaluated at once", remedy)
         self.avoid = {word.lower() for word in avoid}
         self.allowed_A = self._allowed()
 

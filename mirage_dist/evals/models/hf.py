@@ -52,7 +52,8 @@ class HuggingFace(Generator):
         Raises RunError naming the sample when a single one does not fit.
         """
         start = 0
-        rows = RowsAtOnce(self.batch_size, self.device, "lower generation.max_new_tokens or use a larger GPU")
+        remedy = "lower generation.max_new_tokens or use a larger GPU"
+        rows = RowsAtOnce(self.batch_size, self.device, "generation.batch_size", remedy)
         while start < len(samples):
             batch = range(start, min(start + rows.count, len(samples)))
             part = [samples[i] for i in batch]

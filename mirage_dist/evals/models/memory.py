@@ -18,10 +18,13 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class RowsAtOnce:
-    """How many rows fit, as far as is known: `count`. remedy: what to do when not even one does."""
+    """How many rows fit, as far as is known: `count`.
 
-    def __init__(self, count: int, device: torch.device, remedy: str) -> None:
-        self.count, self.device, self.remedy = count, device, remedy
+    counted: what this number is, for the log. remedy: what to do when not even one row fits.
+    """
+
+    def __init__(self, count: int, device: torch.device, counted: str, remedy: str) -> None:
+        self.count, self.device, self.counted, self.remedy = count, device, counted, remedy
 
     def attempt(self, function: Callable[[], T], rows: int, what: str) -> T | None:
         """The result, or None when the memory does not suffice for so many rows; `count` is then half of them.
@@ -39,7 +42,5 @@ class RowsAtOnce:
         if rows <= 1:
             raise RunError(f"out of memory on one row alone: {what}; {self.remedy}")
         self.count = rows // 2
-        log.info(
-            f"out of memory with {rows} rows; from here on generation.batch_size is {self.count}", extra=EVERY_RANK
-        )
+        log.info(f"out of memory with {rows} rows; from here on {self.counted} is {self.count}", extra=EVERY_RANK)
         return None

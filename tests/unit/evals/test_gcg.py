@@ -196,7 +196,10 @@ def test_candidates_that_do_not_fit_into_memory_are_halved_recorded_and_give_the
     assert [line.get("rows") for line in lines[1]] == [2, 2, 2, None] * 3
     keys = ("step", "ids", "text")
     assert [[line.get(key) for key in keys] for line in lines[0]] == [[x.get(key) for key in keys] for x in lines[1]]
-    assert "out of memory with 8 rows; from here on generation.batch_size is 4" in capsys.readouterr().out
+    assert (
+        "out of memory with 8 rows; from here on the number of candidates evaluated at once is 4"
+        in capsys.readouterr().out
+    )
     own = generator(toy.root / "model")
     problem = gcg.Problem(gcg.Victim(own, []), questions[:1], 3, "0")
     narrow(own.model.model, 0)

@@ -84,7 +84,8 @@ class Victim:
         self.encoder, self.device, self.placed = generator.encoder, generator.device, generator.placed
         self.preprocessing = preprocessing(self.encoder, where)
         self.network = HeadedModel(generator.model).requires_grad_(False).eval()
-        self.rows = RowsAtOnce(generator.batch_size, self.device, "leave this sample out or use a larger GPU")
+        remedy = "leave this sample out or use a larger GPU"
+        self.rows = RowsAtOnce(generator.batch_size, self.device, "the number of pictures searched at once", remedy)
 
     def shown(self, sample: Sample, target: str) -> Shown:
         """A sample with its picture and the target. Raises Inexact for a picture that the model gets in a way that is
