@@ -63,6 +63,11 @@ def _check_order(parts: Sequence[Attack], where: str, ready: bool) -> None:
             raise ConfigError(f"{here}: draws answers, which comes after every change of the question; put it last")
         if part.turns and i > 0:
             raise ConfigError(f"{here}: takes its questions from a file, whatever came before; put it first")
+        if part.targeted and any(before.begins for before in parts[:i]):
+            raise ConfigError(
+                f"{here}: optimises for the first tokens of an answer, and a part before it (prefill) has begun the "
+                "answer; put prefill after it, or leave one of the two out"
+            )
         if not parts[0].turns or i == 0:
             continue
         if part.draws or part.with_history:

@@ -29,7 +29,8 @@ class Attack:
     each, then the next; 0: the answers are the likeliest ones. turns: its rewrites are the turns of a conversation, of
     different lengths. with_history: it depends on the answers to earlier turns. spent: gradient steps after which each
     of its rewrites was taken from one search, ascending; empty for rewrites that are no stages of a search. optimised:
-    a hash of all that decided its rewrites where these were optimised on a model; "" for all others.
+    a hash of all that decided its rewrites where these were optimised on a model; "" for all others. begins: its
+    rewrites begin the model's answer (`Sample.begun`). targeted: it optimises for how the model's answer begins.
     """
 
     control: bool = False
@@ -43,6 +44,8 @@ class Attack:
     with_history = False
     spent: ClassVar[tuple[int, ...]] = ()
     optimised = ""
+    begins = False
+    targeted = False
 
     def __call__(self, sample: Sample) -> list[Sample]:
         """`shots` rewrites, or none when the attack cannot rewrite this sample."""
@@ -84,12 +87,14 @@ class Generated(Attack):
 
     cache: a folder in which suites share the rewrites; None: the suite's own folder. pinned: whether the hash of
     `identity` is part of the key of each answer (see `Attack.optimised`). surrogate: the model that is loaded to
-    generate them in place of the model under test.
+    generate them in place of the model under test. checks_stop: whether `generate` looks for a stop itself
+    (`Resources.check`), because a step may complete several results: none of them is lost to a stop after another.
     """
 
     cache = None
     pinned = False
     surrogate = None
+    checks_stop = False
 
     def __call__(self, sample: Sample) -> list[Sample]:
         raise ConfigError(f"sample {sample.id!r}: its rewrites have not been generated")

@@ -60,6 +60,14 @@ class Chain(Attack):
         return any(part.with_history for part in self.parts)
 
     @property
+    def begins(self) -> bool:  # type: ignore[override]
+        return any(part.begins for part in self.parts)
+
+    @property
+    def targeted(self) -> bool:  # type: ignore[override]
+        return any(part.targeted for part in self.parts)
+
+    @property
     def draws(self) -> int:
         return self.parts[-1].draws
 

@@ -119,22 +119,29 @@ class Resources:
             self._report(state["step"], state["steps"], state["loss"])
 
     def progress(self, step: int, steps: int, loss: float) -> None:
-        """After a step of a search whose state the attack has saved itself: log it now and then. Raises as `append`."""
+        """After a step of a search whose state the attack has saved itself: log it now and then. Raises as `check`."""
+        self._report(step, steps, loss)
+        self.check()
+
+    def check(self) -> None:
+        """Between steps: raises StopRequested when a signal has arrived, and Superseded when the claim is lost."""
         if not self.held():
             raise Superseded
-        self._report(step, steps, loss)
         stop_if_requested(self.name)
 
     def _report(self, step: int, steps: int, loss: float) -> None:
         if step * SEARCH_LINES // steps > (step - 1) * SEARCH_LINES // steps:
             log.info(f"{self.name}: step {step} of {steps}, loss {loss:.3f}", extra=EVERY_RANK)
 
-    def append(self, line: SampleLine | SearchLine) -> None:
-        """Raises StopRequested, after the line, when a signal has arrived, and Superseded when the claim is lost."""
+    def append(self, line: SampleLine | SearchLine, stops: bool = True) -> None:
+        """Raises Superseded when the claim is lost, and, if `stops`, StopRequested after the line, when a signal has
+        arrived.
+        """
         if not self.held():
             raise Superseded
         self.journal.append(line)
-        stop_if_requested(self.name)
+        if stops:
+            stop_if_requested(self.name)
 
 
 def stop_if_requested(name: str) -> None:

@@ -30,6 +30,8 @@ class Prefill(Attack):
     content: str | None = None
     shots: Repeats = 1  # always 1: an answer is begun in one way
 
+    begins = True
+
     def __post_init__(self) -> None:
         if self.shots != 1:
             raise ConfigError(f"shots={self.shots}: an answer is begun in one way")

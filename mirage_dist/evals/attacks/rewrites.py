@@ -126,7 +126,7 @@ def _generate(attack: Generated, resources: Resources) -> None:
             if result.failed:
                 failed.append(result)
                 continue
-            _write(result, missing, resources)
+            _write(result, missing, resources, stops=not attack.checks_stop)
             done += 1
             progress.show(done)
     reasons = ", ".join(f"{why} × {n}" for why, n in sorted(Counter(result.reason for result in failed).items()))
@@ -141,16 +141,17 @@ def _generate(attack: Generated, resources: Resources) -> None:
     if without:
         explained = f", {len(failed)} of them because their requests failed ({reasons})" if failed else ""
         log.info(f"{name}: {without} of {len(samples)} samples are without rewrites{explained}", extra=EVERY_RANK)
+    stop_if_requested(name)
 
 
-def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources) -> None:
+def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources, stops: bool = True) -> None:
     sample = samples[result.index]
     line: SampleLine = {"key": resources.key(sample), "id": sample.id, "rewrites": result.rewrites}
     if result.reason:
         line["why"] = result.reason
     if result.search is not None:
         line["result"] = dict(result.search)
-    resources.append(line)
+    resources.append(line, stops)
 
 
 def _key(sample: Sample) -> str:

@@ -19,6 +19,7 @@ from mirage_dist.data import formats, pictures, sources
 from mirage_dist.data.encoding.collate import IGNORE
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import attacks, runner
+from mirage_dist.evals.attacks import journal
 from mirage_dist.evals.attacks.pixels import files, search, shared
 from mirage_dist.evals.attacks.pixels.victim import Victim
 from mirage_dist.evals.attacks.rewrites import Rewriter
@@ -168,8 +169,10 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(trained, questions, 
     advance = search.Search.advance
 
     def interrupted(self, *arguments):
-        signals.handler(signal.SIGTERM, None)
-        return advance(self, *arguments)
+        going = advance(self, *arguments)
+        if not going:
+            signals.handler(signal.SIGTERM, None)
+        return going
 
     for start in range(3):  # one question a start
         monkeypatch.setattr(signals, "_received", [])
@@ -183,6 +186,53 @@ def test_a_search_that_was_stopped_ends_as_one_that_was_not(trained, questions, 
     cut, _ = made(tmp_path / "cut", None, questions[:3])
     for sample in questions[:3]:
         assert [Path(row.image).name for row in cut(sample)] == [Path(row.image).name for row in whole(sample)]
+
+
+@pytest.mark.parametrize(("passes", "written"), [(2, 0), (7, 3)])
+def test_a_stop_comes_before_the_next_step_and_after_every_search_that_has_ended(
+    trained, questions, tmp_path, monkeypatch, passes, written
+):
+    """Five steps are seven passes, with the unchanged picture and the random start; three searches end in the last."""
+    generator, score, scored = loaded(trained, 3), Victim.score, []
+
+    def interrupted(self, *arguments):
+        scored.append(len(arguments[1]))
+        if len(scored) == passes:
+            signals.handler(signal.SIGTERM, None)
+        return score(self, *arguments)
+
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(Victim, "score", interrupted)
+    with pytest.raises(signals.StopRequested):
+        made(tmp_path, generator, questions[:5])
+    assert scored == [3] * passes
+    lines = [x for f in (tmp_path / "suite/rewrites").glob("*") for x in f.read_text().splitlines()]
+    assert len(lines) == written
+
+
+def test_a_worker_whose_claim_was_taken_over_takes_no_further_step(trained, questions, tmp_path, monkeypatch):
+    victim, steps = Victim(loaded(trained), "pgd"), iter([True, True, False])
+    resources = journal.Resources(
+        "pgd", questions, journal.Journal(tmp_path / "j"), str, lambda: None, lambda: next(steps)
+    )
+    score, scored = victim.score, []
+    monkeypatch.setattr(victim, "score", lambda *own: (scored.append(1), score(*own))[1])
+    one = searches(victim, questions[:1], search.Budget(epsilon=12, step_size=3.0, steps=9, restarts=1))
+    with pytest.raises(journal.Superseded):
+        list(search.searched(victim, one, resources.check))
+    assert len(scored) == 2
+
+
+@pytest.mark.parametrize("kind", ["pgd", "universal", "suffix"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_search_for_an_answers_beginning_is_refused_after_one_that_has_begun_it(trained, questions, kind, nested):
+    prefill, own = {"kind": "prefill", "words": 2}, {"kind": kind}
+    if nested:
+        prefill, own = ({"kind": "combine", "attacks": [{"kind": "swap", "word": "what"}, x]} for x in (prefill, own))
+    words = r"k\.attacks\[1\]: optimises for the first tokens of an answer, .* put prefill after it"
+    with pytest.raises(ConfigError, match=words):
+        refused(trained, questions, kind="combine", attacks=[prefill, own])
+    assert attacks.make({"kind": "combine", "attacks": [own, prefill]}, "r", "k")
 
 
 def test_a_picture_that_was_changed_is_noticed(trained, questions, tmp_path):
@@ -207,7 +257,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(trained, questio
         rows = victim.rows
         results.append(dict(search.searched(victim, searches(victim, questions, budget))))
     assert rows.count == 3
-    assert "out of memory with 7 rows; from here on generation.batch_size is 3" in capsys.readouterr().out
+    assert (
+        "out of memory with 7 rows; from here on the number of pictures searched at once is 3"
+        in capsys.readouterr().out
+    )
     for number, whole in results[0].items():
         assert torch.equal(whole.pictures[0], results[1][number].pictures[0])
     narrow(generator.model.model, 0)

@@ -44,7 +44,9 @@ class Pgd(Generated):
     cache: str | None = None
 
     with_history = True
+    targeted = True
     pinned = True
+    checks_stop = True
     origin = "gradients"
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class Pgd(Generated):
         if any(sample.image is not None for sample in missing):
             victim = Victim(resources.generator(), resources.name)
             searches = self._searches(victim, missing, resources, places, without)
-            for number, result in search.searched(victim, searches):
+            for number, result in search.searched(victim, searches, resources.check):
                 i, names = places[number], list[str]()
                 for picture_CHW in result.pictures:
                     names.append(files.saved(picture_CHW.permute(1, 2, 0).numpy(), resources.home))

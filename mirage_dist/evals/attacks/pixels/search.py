@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -130,9 +130,14 @@ def generator(seed: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def searched(victim: Victim, searches: Iterable[Search]) -> Iterator[tuple[int, Result]]:
+def searched(
+    victim: Victim, searches: Iterable[Search], check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, Result]]:
     """Each search's result with its index, as soon as it is over. `victim.rows` of them go through the model at once;
     where the memory does not suffice it is halved, and the rows left out go on later from where they are.
+
+    check: called before each pass through the model, when every result of the one before has been yielded; raises to
+    stop, which loses the searches that go on.
     """
     source, left_out, active = enumerate(searches), deque[tuple[int, Search]](), list[tuple[int, Search]]()
     while True:
@@ -145,6 +150,7 @@ def searched(victim: Victim, searches: Iterable[Search]) -> Iterator[tuple[int, 
         batch = victim.encoded([search.shown for _, search in active])
         going = active
         while len(going) == len(active):
+            check()
             attacked = [search.picture_CHW for _, search in active]
             what = called(active[0][1].shown.sample)
             score = victim.rows.attempt(partial(victim.score, batch, attacked), len(active), what)

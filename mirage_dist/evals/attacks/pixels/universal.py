@@ -46,6 +46,7 @@ class Universal(Generated):
     cache: str | None = None
 
     with_history = True
+    targeted = True
     pinned = True
     origin = "gradients"
 
