@@ -69,6 +69,10 @@ class Relay:
             if fault := _FAULT.match(line):
                 self._faults[fault[1]] = None
 
+    def discard(self) -> None:
+        """From now on read what the process prints, so that no full pipe holds it, and pass on nothing."""
+        self.log = lambda line: None
+
     def fault(self, otherwise: str) -> str:
         """What the process and those that it started named as their faults; `otherwise` where they named none."""
         return "\n".join(self._faults) or otherwise
@@ -105,8 +109,13 @@ def train(ranks: int, file: str, overrides: Sequence[str] = (), log: Callable[[s
         process = relay.process
         try:
             _wait(relay, until_signal=True)
-        finally:
             if process.poll() is None:
+                process.terminate()
+                _wait(relay)
+        finally:
+            # Only after an exception, which may be one of `log`: it would raise here again, and leave ranks running.
+            if process.poll() is None:
+                relay.discard()
                 process.terminate()
                 _wait(relay)
     if kept is not None:

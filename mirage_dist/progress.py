@@ -26,7 +26,8 @@ from mirage_dist.schema import secrets
 from mirage_dist.schema.documents import whole_number
 from mirage_dist.schema.errors import RunError
 
-_WARNING = "WARNING: "  # how `LogHandler` begins its line
+# By the word with which `LogHandler` begins the lines of a level.
+_SHOWN = {logging.getLevelName(level): level for level in (logging.WARNING, logging.ERROR, logging.CRITICAL)}
 LONGEST = 4000  # characters of a line on standard error
 LINES = 10  # at most, of one task in a log
 EVERY_RANK = {"every_rank": True}  # `extra` of a record that concerns one rank only, whichever it is
@@ -186,15 +187,18 @@ def kept_in(file: Path) -> Iterator[None]:
 
 
 def show_warnings(file: Path, start: int) -> None:
-    """Show the warnings that another process wrote to a log from byte `start` on, each once a process."""
+    """Log what another process warned of in a log from byte `start` on, once a process, and each error there."""
     with file.open("rb") as stream:
         stream.seek(start)
         lines = stream.read().decode(errors="replace").splitlines()
-    for line in lines:
-        text = line.removeprefix(_WARNING)
-        if line.startswith(_WARNING) and text not in handler.warnings:
-            handler.warnings.add(text)
-            show(line)
+    before, handler.kept = handler.kept, None  # where they are already
+    try:
+        for line in lines:
+            level, colon, text = line.partition(": ")
+            if colon and level in _SHOWN:
+                log.log(_SHOWN[level], text)
+    finally:
+        handler.kept = before
 
 
 class Progress:

@@ -18,10 +18,16 @@ home=$(cd "$home" && pwd)
 # shellcheck source=slurm/container.sh
 source "$home/slurm/container.sh"
 contain "$home"
-unset MIRAGE_HOSTS
+unset MIRAGE_HOSTS MIRAGE_COMMIT # of another job, where that has submitted this one
 if [[ ${MIRAGE_CONTAINER:-} ]]; then
   # The host's Python means nothing in the image, and packages in the home directory are for the host's.
   export MIRAGE_PYTHON=${MIRAGE_CONTAINER_PYTHON:-python3} PYTHONNOUSERSITE=1
+  # The image has no git, and the manifest, W&B and the model's card name the commit of this checkout. A folder that
+  # `mirage init` made may lie in a repository of its own, whose commit says nothing about the code.
+  if [[ -e $home/.git && -d $home/mirage_dist ]]; then
+    MIRAGE_COMMIT=$(git -C "$home" rev-parse HEAD) || echo "the manifest of a run will name no commit: see above" >&2
+    export MIRAGE_COMMIT
+  fi
   # The image has no scontrol, which launch/node.sh would ask.
   for _ in {1..10}; do
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && break

@@ -52,14 +52,15 @@ def _differs(one: Path, other: Path) -> bool:
 def commit() -> str | None:
     """The commit of this source: the checkout's, or that which the package was built from; None where none is known.
 
-    `+changes` follows that of a package built from a checkout with changes of its own.
+    `+changes` follows that of a package built from a checkout with changes of its own. Where git does not answer for a
+    checkout, as in an image without git, it is MIRAGE_COMMIT, which slurm/common.sh takes from the host's git.
     """
     # Only of a checkout of ours: an environment may lie in somebody else's repository.
     if not INSTALLED and os.path.exists(REPOSITORY / ".git"):
         command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
         with suppress(OSError, subprocess.CalledProcessError):
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        return None
+        return os.environ.get("MIRAGE_COMMIT") or None
     with suppress(OSError):
         return (HOME / "commit.txt").read_text(encoding="utf-8").strip() or None
     return None

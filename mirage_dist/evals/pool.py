@@ -23,8 +23,9 @@ def run(config: str, overrides: Sequence[str], workers: int, log: Callable[[str]
     """Start N workers and wait until all have ended. Passes a signal on; when a worker fails, the others go on.
 
     log: takes each line that a worker prints; None: they print where this process does.
-    Raises StopRequested after a signal. Raises ConfigError when a worker reports bad input, which ends all of them, and
-    RunError when a worker failed otherwise; both name the first worker that failed, or with `log` its fault.
+    Raises StopRequested after a signal to this process or to a worker. Raises ConfigError when a worker reports bad
+    input, which ends all of them, and RunError when a worker failed otherwise; both name the first worker that failed,
+    or with `log` its fault.
     """
     command = [sys.executable, "-m", "mirage_dist.cli", "eval", config, *overrides]
     relays = [Relay([*command, "--worker", f"{i}/{workers}"], environment(i, workers), log) for i in range(workers)]
@@ -46,6 +47,11 @@ def run(config: str, overrides: Sequence[str], workers: int, log: Callable[[str]
         )
     if name := signals.received():
         raise StopRequested(f"stopped by {name}; every answer so far is on disk")
+    if stopped := [i for i, process in enumerate(started) if process.returncode == signals.STOPPED]:
+        raise StopRequested(
+            f"{len(stopped)} of {workers} workers stopped on request, the first of them worker {stopped[0]}; every "
+            "answer so far is on disk, and the next start does what is missing"
+        )
 
 
 def _wait(relays: Sequence[Relay]) -> int | None:

@@ -15,7 +15,9 @@ import mirage_dist
 from mirage_dist import api, cli, launching
 from mirage_dist import config as configs
 from mirage_dist.embedded import world as embedded_world
+from mirage_dist.evals import pool
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, TrainRecipe, WorldConfig
+from mirage_dist.signals import StopRequested
 
 SFT = "configs/train/demo_sft.yaml"
 EVAL = "configs/eval/demo.yaml"
@@ -230,6 +232,43 @@ def test_a_process_that_is_left_behind_does_not_hold_the_relay():
     _, lines = relayed("import subprocess; print('here', flush=True); subprocess.Popen(['sleep', '20'])")
     assert lines == ["here"]
     assert time.monotonic() - start < 15
+
+
+def test_a_log_that_raises_leaves_no_rank_running(tmp_path, monkeypatch):
+    """The launcher writes more than a pipe holds before it ends: it ends only if somebody still reads."""
+    ended = tmp_path / "ended"
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text(
+        f"trap 'yes end | head -c 300000; touch {ended}; exit 75' TERM\necho begun\nwhile :; do sleep 0.05; done\n"
+    )
+    monkeypatch.setattr(launching, "LAUNCHER", launcher)
+
+    def log(line: str) -> None:
+        raise OSError(f"no place for {line}")
+
+    with pytest.raises(OSError, match=r"^no place for begun$"):
+        launching.train(1, "a.yaml", log=log)
+    assert ended.exists()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "error", "message"),
+    [
+        ((0, 75), StopRequested, "1 of 2 workers stopped on request, the first of them worker 1"),
+        ((75, 75), StopRequested, "2 of 2 workers stopped on request, the first of them worker 0"),
+        ((75, 1), RunError, "worker 1 of 2 ended with status 1"),
+        ((75, 2), ConfigError, "worker 1 of 2 ended with status 2"),
+    ],
+)
+def test_workers_that_were_stopped_have_not_finished(tmp_path, monkeypatch, statuses, error, message):
+    """Stand-ins for the workers end with these statuses; nobody signals the process that started them."""
+    worker = tmp_path / "python"
+    own = " ".join(map(str, statuses))
+    worker.write_text(f'#!/bin/bash\nstatuses=({own}) place=${{*: -1}}\nexit "${{statuses[${{place%/*}}]}}"\n')
+    worker.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    with pytest.raises(error, match=message):
+        pool.run("a.yaml", [], len(statuses), log=lambda line: None)
 
 
 def test_the_api_is_documented_and_typed():

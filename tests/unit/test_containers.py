@@ -9,12 +9,13 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from mirage_dist.config import REPOSITORY
+from mirage_dist.config import REPOSITORY, home
 
 STUBS = {
     "scontrol": 'echo "scontrol $*" >>"$CALLS"\n'
@@ -23,7 +24,7 @@ STUBS = {
     "squeue": "echo 1.0",
     # Slurm signals every process of the step.
     "scancel": 'echo "scancel $*" >>"$CALLS"; kill "-${1#--signal=}" $(cat "$PIDS"/*)',
-    "srun": '[[ $1 != --help ]] || { echo "$SRUN_HELP"; exit; }\n'
+    "srun": '[[ $1 != --help ]] || { echo "$SRUN_HELP"; exit; }; echo $$ >"$PIDS/srun"\n'
     'printf "%s\\n" srun "$@" >>"$CALLS.srun"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
     # Like Apptainer's process that waits for the container, it passes signals on to it, and ends with its status.
     "apptainer": 'printf "%s\\n" apptainer "$@" >>"$CALLS.apptainer"; echo $$ >"$PIDS/apptainer"; shift\n'
@@ -115,10 +116,10 @@ def test_apptainer_gets_the_image_the_binds_and_the_whole_command(job, image):
 def test_pyxis_gets_the_image_the_mounts_and_the_whole_command(job):
     image = "registry.example.org#lab/mirage:0.2.0"
     status, output = job.run(
-        "train.lr=1e-5", MIRAGE_CONTAINER=image, HF_HOME="/srv/hub", MIRAGE_BINDS="/srv/hub/models"
+        "train.lr=1e-5", MIRAGE_CONTAINER=image, HF_HOME=str(job.root / "hub"), MIRAGE_BINDS=f"{job.root}/hub/models"
     )
     assert status == 0, output
-    options = [f"--container-image={image}", f"--container-mounts={mounts(REPOSITORY, job.work, '/srv/hub')}"]
+    options = [f"--container-image={image}", f"--container-mounts={mounts(REPOSITORY, job.work, job.root / 'hub')}"]
     options += [f"--container-workdir={job.work}", "--container-mount-home"]
     assert job.lines("srun") == ["srun", *TOGETHER, *options, NODE, "train", RECIPE, "train.lr=1e-5"]
     assert not Path(f"{job.calls}.apptainer").exists()
@@ -137,8 +138,61 @@ def test_the_process_has_the_environment_that_it_has_without_an_image(job, image
     bare = environments.pop("")
     assert "MASTER_ADDR=alpha" in bare
     for kind, variables in environments.items():
-        assert variables - bare == {"MIRAGE_HOSTS=alpha beta", "PYTHONNOUSERSITE=1", f"MIRAGE_CONTAINER={kind}"}
+        added = {"MIRAGE_HOSTS=alpha beta", "PYTHONNOUSERSITE=1", f"MIRAGE_CONTAINER={kind}"}
+        assert {line for line in variables - bare if not line.startswith("MIRAGE_COMMIT=")} == added
         assert bare - variables == set()
+
+
+@pytest.mark.parametrize("name", ["mirage.sif", "squash.sqsh", "unpacked"])
+def test_an_image_by_a_relative_name_is_that_of_the_folder_in_which_it_was_named(job, name):
+    """The jobs of a chain run in other folders, and pyxis takes a name for a file's only by its first letter."""
+    target = job.root / "blob-without-suffix"
+    target.mkdir() if name == "unpacked" else target.touch()
+    (job.work / name).symlink_to(target)
+    status, output = job.run(MIRAGE_CONTAINER=name)
+    assert status == 0, output
+    assert f"MIRAGE_CONTAINER={job.work}/{name}" in job.lines("env")
+    if name == "squash.sqsh":
+        assert f"--container-image={job.work}/{name}" in job.lines("srun")
+    else:
+        assert f"{job.work}/{name}" in job.lines("apptainer")
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_directories_that_variables_name_are_made_before_they_are_mounted(job, image, runtime):
+    """Apptainer and enroot fail on a source that does not exist; on bare nodes all of these are made on demand."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as elsewhere:  # /tmp is mounted in any case
+        variables = {name: f"{elsewhere}/{name}/new" for name in ("TMPDIR", "SLURM_TMPDIR", "HF_HOME", "MIRAGE_CACHE")}
+        status, output = job.run(MIRAGE_CONTAINER=image if runtime == "apptainer" else "lab/mirage", **variables)
+        assert status == 0, output
+        option = next(line for line in job.lines("srun") if f"{elsewhere}/HF_HOME/new:" in line)
+        mounted = {name for name, folder in variables.items() if f"{folder}:{folder}" in option}
+        assert mounted == set(variables) - ({"TMPDIR", "SLURM_TMPDIR"} if runtime == "pyxis" else set())
+        assert all(Path(variables[name]).is_dir() for name in mounted)
+        # Once it is there, pyxis mounts it too.
+        if runtime == "pyxis":
+            assert job.run(MIRAGE_CONTAINER="lab/mirage", **variables)[0] == 0
+            assert f"{variables['TMPDIR']}:{variables['TMPDIR']}" in "".join(job.lines("srun"))
+
+
+def test_scratch_that_a_node_cannot_make_is_bad_input_that_is_not_started_again(job, image):
+    status, output = job.run(MIRAGE_CONTAINER=image, TMPDIR="/dev/null/scratch")
+    assert status == 2, output
+    assert "/dev/null" in output
+    assert not Path(f"{job.calls}.apptainer").exists()
+
+
+def test_a_run_in_an_image_without_git_names_the_checkouts_commit(job, image, monkeypatch, tmp_path):
+    asked = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    commit = asked.stdout.strip()
+    assert job.run(MIRAGE_CONTAINER=image, MIRAGE_COMMIT="of another job")[0] == 0
+    assert [line for line in job.lines("env") if line.startswith("MIRAGE_COMMIT=")] == [f"MIRAGE_COMMIT={commit}"]
+    monkeypatch.setenv("MIRAGE_COMMIT", "from the variable")
+    assert home.commit.__wrapped__() == commit
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert home.commit.__wrapped__() == "from the variable"
+    monkeypatch.delenv("MIRAGE_COMMIT")
+    assert home.commit.__wrapped__() is None
 
 
 @pytest.mark.parametrize(("ending", "status"), [("0", 0), ("1", 1), ("2", 2), ("75", 75)])
@@ -150,7 +204,9 @@ def test_the_status_of_the_process_is_the_jobs(job, image, ending, status):
 @pytest.mark.parametrize("container", ["mirage.sif", "lab/mirage"])
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
 def test_a_request_to_stop_reaches_the_process_and_the_job_comes_back_as_without(job, image, name, container):
-    process = job.start(MIRAGE_CONTAINER=image if container == "mirage.sif" else container, WAIT="1")
+    """Scratch is still to be made: what makes it has become the container's process by then, or would die instead."""
+    variables = {"MIRAGE_CONTAINER": image if container == "mirage.sif" else container, "WAIT": "1"}
+    process = job.start(**variables, TMPDIR=str(job.root / "scratch/own"))
     deadline = time.monotonic() + 30
     while not (job.root / "pids/python").exists() or not (job.root / "pids/python").read_text():
         assert time.monotonic() < deadline
@@ -171,6 +227,8 @@ def test_a_request_to_stop_reaches_the_process_and_the_job_comes_back_as_without
     [
         ({"MIRAGE_CONTAINER": "no.sif"}, "MIRAGE_CONTAINER=no.sif: no such image; docs/containers.md"),
         ({"MIRAGE_CONTAINER": "/no/image"}, "MIRAGE_CONTAINER=/no/image: no such image"),
+        ({"MIRAGE_CONTAINER": "images/no.sqsh"}, "MIRAGE_CONTAINER=images/no.sqsh: no such image"),
+        ({"MIRAGE_CONTAINER": "lab/mirage", "HF_HOME": "/dev/null/hub"}, "/dev/null/hub: cannot be made; name"),
         ({"MIRAGE_CONTAINER": "lab/mirage", "SRUN_HELP": ""}, "srun has no --container-image, so pyxis is not"),
         ({"MIRAGE_CONTAINER": "image", "MIRAGE_BINDS": "data"}, "data: expected an absolute path (MIRAGE_BINDS"),
         ({"MIRAGE_CONTAINER": "image", "HF_HOME": "/a:b"}, "/a:b: a path with a comma or a colon cannot be bound"),

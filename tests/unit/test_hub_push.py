@@ -378,6 +378,22 @@ def test_rates_of_an_export_that_was_evaluated_belong_to_its_checkpoint(toy, tmp
 # ------------------------------------------------------------------------------------------------------------ upload
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models--lab--model", "lab/model"),
+        ("models--lab--my--model", "lab/my--model"),
+        ("models--gpt2", "gpt2"),
+        ("datasets--lab--model", None),
+    ],
+)
+def test_the_hubs_name_of_a_snapshot_is_that_of_its_cache(tmp_path, folder, name):
+    """Folders of the cache: huggingface_hub's guide "Understand caching". Only the first -- ends the owner's name."""
+    snapshot = tmp_path / folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    assert card.hub_name(str(snapshot)) == name
+
+
 def test_a_dry_run_writes_the_export_and_asks_nobody(merged, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

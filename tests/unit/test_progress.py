@@ -271,6 +271,30 @@ def test_the_warnings_of_a_process_whose_output_was_kept_are_shown_once(capsys, 
     assert capsys.readouterr().out == ""
 
 
+def test_errors_of_a_process_whose_output_was_kept_are_shown_and_not_kept_twice(capsys, tmp_path):
+    file = tmp_path / "stage.log"
+    with progress.kept_in(file):
+        lines = ["ERROR: 3 of 4", "ERRORS: none", "CRITICAL: %s is full", "a line", "WARNING: here", "ERROR: 3 of 4"]
+        before = "\n".join(lines)
+        file.write_text(before)
+        progress.show_warnings(file, 0)
+        assert progress.handler.kept is not None
+    shown = ["ERROR: 3 of 4", "CRITICAL: %s is full", "WARNING: here", "ERROR: 3 of 4"]
+    assert capsys.readouterr().out.splitlines() == shown
+    assert file.read_text() == before
+
+
+def test_warnings_that_nobody_reads_any_more_end_no_work(tmp_path):
+    """As of the log's own lines: a reader of the standard output that has ended costs one line on standard error."""
+    (tmp_path / "stage.log").write_text("WARNING: one\nERROR: two\n")
+    code = "from pathlib import Path; from mirage_dist import progress\n"
+    code += f"progress.show_warnings(Path({str(tmp_path / 'stage.log')!r}), 0)"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0
+    assert ended.stderr == "mirage: the log cannot be written any more (No space left on device); the work goes on\n"
+
+
 def test_a_training_whose_log_is_kept_writes_into_it_and_its_failure_names_it(tmp_path, capfd):
     """A recipe with a wrong key: the fault stays on standard error, where it is seen."""
     file = tmp_path / "logs/sft.log"

@@ -111,7 +111,7 @@ def hub_name(path: str) -> str | None:
         return path
     for part in Path(os.path.realpath(path)).parts:
         if part.startswith("models--") and "snapshots" in Path(os.path.realpath(path)).parts:
-            return part.removeprefix("models--").replace("--", "/")
+            return part.removeprefix("models--").replace("--", "/", 1)  # a model's own name may hold others
     return None
 
 
