@@ -183,8 +183,8 @@ def test_scratch_that_a_node_cannot_make_is_bad_input_that_is_not_started_again(
 
 
 def test_a_run_in_an_image_without_git_names_the_checkouts_commit(job, image, monkeypatch, tmp_path):
-    asked = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    commit = asked.stdout.strip()
+    head = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    commit = head.stdout.strip()
     assert job.run(MIRAGE_CONTAINER=image, MIRAGE_COMMIT="of another job")[0] == 0
     assert [line for line in job.lines("env") if line.startswith("MIRAGE_COMMIT=")] == [f"MIRAGE_COMMIT={commit}"]
     monkeypatch.setenv("MIRAGE_COMMIT", "from the variable")
