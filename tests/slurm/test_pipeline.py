@@ -103,7 +103,7 @@ def test_a_link_that_fails_takes_the_rest_of_the_chain_with_it(slurm, folder, wo
     [
         ("train:--nodes=3", r"train.global_batch=8: must be a multiple of train.micro_batch × world size \(4 × 3\)"),
         ("prepare:out=elsewhere", 'train reads no set that prepare writes to "elsewhere"'),
-        ("eval:sets.unsafe.attacks.what.kind=pgd", "unknown attack; expected one of swap"),
+        ("eval:sets.unsafe.attacks.what.kind=lottery", "unknown attack; expected one of swap"),
         (
             "eval:template.system_prompt=be safe",
             "train has data.system_prompt=null and eval template",

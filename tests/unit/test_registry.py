@@ -83,7 +83,7 @@ def test_an_unknown_objective_or_attack_lists_all_there_are():
     assert all(name in str(error.value) for name in REGISTRY)
     assert "did you mean" not in str(error.value)
     with pytest.raises(ConfigError) as error:
-        attacks.make({"kind": "pgd"}, "recipe.yaml", "sets.unsafe.attacks.x")
+        attacks.make({"kind": "lottery"}, "recipe.yaml", "sets.unsafe.attacks.x")
     assert all(name in str(error.value) for name in attacks.REGISTRY)
 
 

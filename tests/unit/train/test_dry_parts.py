@@ -49,6 +49,7 @@ def feed_of(lengths: dict[str, list[int]], answers: dict[str, list[int]], width:
             for name, own in answers.items()
         },
         pictured={},
+        balance=None,
         steps=4,
         recipe=SimpleNamespace(
             train=SimpleNamespace(rows=width, global_batch=width),
