@@ -9,6 +9,7 @@ names the checkpoint. Any other is left out, with a line in the log.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from mirage_dist import disk
@@ -51,16 +52,12 @@ class _Hash:
     """The hash of a model directory, computed when it is first wanted; None of an adapter, which nobody evaluates."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.known = folder, False
-        self._value: str | None = None
+        self.folder = folder
 
-    @property
+    @cached_property
     def value(self) -> str | None:
-        if not self.known:
-            self.known = True
-            if not (self.folder / directory.ADAPTER_CONFIG).is_file():
-                self._value = directory.model_hash(self.folder)
-        return self._value
+        adapter = (self.folder / directory.ADAPTER_CONFIG).is_file()
+        return None if adapter else directory.model_hash(self.folder)
 
 
 def _of_export(suite: Path, model_hash: str, checkpoint_hash: str) -> bool:

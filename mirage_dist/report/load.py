@@ -244,13 +244,13 @@ class Run:
         info = arm.metrics.get("defence")
         if info is None or info["undefended"] != disk.digest(list(self.verdicts[self.judge])):
             return "answered other questions, or another model's"
-        rules = (
-            {line["rules"] for line in cache.verdicts(run.folder / "verdicts" / f"{run.judge}.jsonl")}
-            for run in (self, arm)
-        )
-        if self.judge != arm.judge or len(set.union(*rules)) > 1:
+        if self.judge != arm.judge or len(self.rules(self.judge) | arm.rules(arm.judge)) > 1:
             return "was judged by other rules than the answers without it"
         return None
+
+    def rules(self, judge: str) -> set[str]:
+        """The rules by which a judge's verdicts on this run were made: its fingerprints."""
+        return {line["rules"] for line in cache.verdicts(self.folder / "verdicts" / f"{judge}.jsonl")}
 
     @property
     def judged(self) -> list[Judged]:

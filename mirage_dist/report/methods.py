@@ -18,7 +18,6 @@ from mirage_dist import config as configs
 from mirage_dist import runs as directories
 from mirage_dist import stats
 from mirage_dist.evals import manifest, results
-from mirage_dist.evals.judges import cache
 from mirage_dist.report.load import Run
 
 NOT_THE_METHOD = ("run", "monitor", "seed")
@@ -77,14 +76,13 @@ def methods(runs: Sequence[Run]) -> dict[str, Method]:
 
 def _measured(run: Run) -> tuple[str, ...]:
     """What rates over seeds must have in common: questions, draws, judge and its rules, and which state of the run."""
-    rules = sorted({line["rules"] for line in cache.verdicts(run.folder / "verdicts" / f"{run.judge}.jsonl")})
     drawn = any(
         results.applied(name, info).draws
         for own in run.metrics["sets"].values()
         for name, info in own["attacks"].items()
     )
     seed = str(run.metrics["seed"]) if drawn else ""
-    return run.metrics["recipe_hash"], run.judge, *rules, seed, _state(run)
+    return run.metrics["recipe_hash"], run.judge, *sorted(run.rules(run.judge)), seed, _state(run)
 
 
 def _state(run: Run) -> str:

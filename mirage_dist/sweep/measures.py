@@ -150,8 +150,7 @@ def _judged(run: Run, place: Place) -> list[Judged]:
 def judged_by(run: Run, place: Place) -> tuple[str, str]:
     """The judge that decides the measure, and the rules by which it did (its fingerprint)."""
     name = run.judge if place.measure != "accuracy" else _benchmark(run)
-    rules = {line["rules"] for line in cache.verdicts(run.folder / "verdicts" / f"{name}.jsonl")}
-    return name, ", ".join(sorted(rules))
+    return name, ", ".join(sorted(run.rules(name)))
 
 
 def _benchmark(run: Run) -> str:

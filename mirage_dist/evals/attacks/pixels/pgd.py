@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import Generated, Key, Rewritten
+from mirage_dist.evals.attacks.base import Key, Rewritten
 from mirage_dist.evals.attacks.pixels import files
+from mirage_dist.evals.attacks.pixels.optimised import Optimised, check_options
 from mirage_dist.schema import ConfigError, EvalModelConfig
 from mirage_dist.schema.numbers import Repeats, Seed, Shades, ShadeStep, Steps
-from mirage_dist.schema.texts import check_template, fill
+from mirage_dist.schema.texts import fill
 
 if TYPE_CHECKING:
-    from mirage_dist.data.encoding.collate import Encoder
     from mirage_dist.evals.attacks.journal import Resources
     from mirage_dist.evals.attacks.pixels.search import Search
     from mirage_dist.evals.attacks.pixels.victim import Victim
 
 
 @dataclass(frozen=True)
-class Pgd(Generated):
+class Pgd(Optimised):
     """The picture changed by at most `epsilon` a value so that the model under test begins its answer with `target`
     (see `evals.attacks.pixels.search`; Madry et al. 2018, arXiv 1706.06083). It needs that model's weights.
 
@@ -43,21 +42,10 @@ class Pgd(Generated):
     surrogate: EvalModelConfig | None = None
     cache: str | None = None
 
-    with_history = True
-    targeted = True
-    pinned = True
     checks_stop = True
-    origin = "gradients"
 
     def __post_init__(self) -> None:
-        if not self.target.strip():
-            raise ConfigError("target is empty; give an affirmative opening, or {answer}")
-        check_template(self.target, ("answer",), "target")
-        if self.step_size > 2 * self.epsilon:
-            raise ConfigError(
-                f"step_size={self.step_size:g}: a step would cross the whole range of ± epsilon={self.epsilon}; "
-                f"expected at most {2 * self.epsilon}"
-            )
+        check_options(self.target, self.epsilon, self.step_size)
         total = self.steps * self.restarts
         if self.stages != sorted(set(self.stages)) or (self.stages and self.stages[-1] >= total):
             raise ConfigError(
@@ -72,16 +60,6 @@ class Pgd(Generated):
     @property
     def spent(self) -> tuple[int, ...]:  # type: ignore[override]
         return *self.stages, self.steps * self.restarts
-
-    def check(self, samples: Sequence[Sample], name: str, answering: Encoder | None, attacked: Encoder | None) -> None:
-        from mirage_dist.evals.attacks.pixels import victim  # brings torch
-
-        files.check_pictured(samples, name, answering)
-        if attacked is not None:
-            victim.preprocessing(attacked, name)
-
-    def changed(self, sample: Sample, rewrite: str, home: Path) -> Sample:
-        return files.attacked(sample, rewrite, home)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         names = ("target", "epsilon", "steps", "step_size", "restarts", "stages", "seed")

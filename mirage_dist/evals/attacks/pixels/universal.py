@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_dist import disk
 from mirage_dist.data import pictures, sources
 from mirage_dist.data.sample import Sample
-from mirage_dist.evals.attacks.base import Generated, Key, Rewritten
+from mirage_dist.evals.attacks.base import Key, Rewritten
 from mirage_dist.evals.attacks.pixels import files
+from mirage_dist.evals.attacks.pixels.optimised import Optimised, check_options
 from mirage_dist.schema import ConfigError, EvalModelConfig
 from mirage_dist.schema.data import SourceConfig
 from mirage_dist.schema.numbers import Count, Seed, Shades, ShadeStep, Side, Steps
-from mirage_dist.schema.texts import check_template, fill
+from mirage_dist.schema.texts import fill
 
 if TYPE_CHECKING:
     from mirage_dist.data.encoding.collate import Encoder
@@ -25,7 +25,7 @@ OWN = "the perturbation was optimised on its picture"  # why a sample has no rew
 
 
 @dataclass(frozen=True)
-class Universal(Generated):
+class Universal(Optimised):
     """One perturbation of at most `epsilon` a value, added to every picture, so that the model under test begins its
     answers with `target` (Moosavi-Dezfooli et al. 2017, arXiv 1610.08401, with the steps of `pgd`). One shot.
 
@@ -45,27 +45,11 @@ class Universal(Generated):
     surrogate: EvalModelConfig | None = None
     cache: str | None = None
 
-    with_history = True
-    targeted = True
-    pinned = True
-    origin = "gradients"
-
     def __post_init__(self) -> None:
-        if not self.target.strip():
-            raise ConfigError("target is empty; give an affirmative opening, or {answer}")
-        check_template(self.target, ("answer",), "target")
-        if self.step_size > 2 * self.epsilon:
-            raise ConfigError(
-                f"step_size={self.step_size:g}: a step would cross the whole range of ± epsilon={self.epsilon}; "
-                f"expected at most {2 * self.epsilon}"
-            )
+        check_options(self.target, self.epsilon, self.step_size)
 
     def check(self, samples: Sequence[Sample], name: str, answering: Encoder | None, attacked: Encoder | None) -> None:
-        from mirage_dist.evals.attacks.pixels import victim  # brings torch
-
-        files.check_pictured(samples, name, answering)
-        if attacked is not None:
-            victim.preprocessing(attacked, name)
+        super().check(samples, name, answering, attacked)
         pool = self.pool(samples)
         if not pool:
             raise ConfigError(f"{name}: sources: none of their samples has a picture to optimise the perturbation on")
@@ -87,9 +71,6 @@ class Universal(Generated):
             return disk.sha256_text(f"{self.seed} {key(sample)}")
 
         return sorted(self.pool(samples), key=drawn)[: self.train]
-
-    def changed(self, sample: Sample, rewrite: str, home: Path) -> Sample:
-        return files.attacked(sample, rewrite, home)
 
     def identity(self, samples: Sequence[Sample], key: Key, under_test: Mapping[str, Any]) -> dict[str, Any]:
         names = ("target", "epsilon", "steps", "step_size", "side", "seed")
