@@ -24,7 +24,6 @@ from mirage_dist.signals import SIGNALS
 STOP_SECONDS = 10.0  # for the last records of a run that was told to stop: a scheduler kills what takes long
 END_SECONDS = 60.0
 PAUSES = (0.0, 30.0, 120.0, 600.0)  # seconds before the process is started again, after its 1st, 2nd, … death
-KEPT = ("log", "summary")  # messages that a process started again gets again; steps are in metrics.jsonl
 
 
 class Sender:
@@ -44,6 +43,8 @@ class Sender:
         self.name, self.title, self.metrics = name, TITLES[sink], metrics
         self.opening = {"sink": sink, "options": dict(options), "metrics": metrics, "private": private}
         self.process: subprocess.Popen[bytes] | None = None
+        # A process started again gets these again, since a sink that died may have lost what it took: a run's owner rather
+        # gets an alert twice than not at all, and of each title the last one. Steps are in metrics.jsonl.
         self.kept: list[Mapping[str, Any]] = []
         self.deaths, self.again = 0, 0.0
         self.warned = False
@@ -53,8 +54,9 @@ class Sender:
     def send(self, kind: str, **content: Any) -> None:
         """Pass a message on (see `sender.hand`) as far as the process takes it now; the rest goes with later calls."""
         message = {"kind": kind, **content}
-        if kind in KEPT:
-            self.kept.append(message)
+        if kind == "alert":
+            self.kept = [other for other in self.kept if other.get("title") != message["title"]]
+        self.kept.append(message)
         self._put(message)
 
     def tick(self) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,18 +44,21 @@ class Metrics:
             self.file.write(state.sealed("metrics", record))
         self.file.flush()
 
-    def sent(self, name: str = "") -> list:
-        """Steps in the offline files, or the values of this name, as W&B's own program reads them."""
-        steps = []
+    def records(self, kind: str) -> list:
+        """The offline files' records of this kind, as W&B's own program reads them."""
+        records = []
         for file in wandb_files.offline_files(self.folder / "wandb", IDENTITY):
             command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(file), str(file.parent)]
-            for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
-                history = json.loads(line).get("history")
-                if history and name:
-                    steps += [value for key, value in history["item"].items() if key == name]
-                elif history:
-                    steps.append(int(history["step"]["num"]))
-        return steps
+            lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+            records += [record[kind] for record in map(json.loads, lines) if kind in record]
+        return records
+
+    def sent(self, name: str = "") -> list:
+        """Steps in the offline files, or the values of this name."""
+        history = self.records("history")
+        if name:
+            return [record["item"][name] for record in history if name in record["item"]]
+        return [int(record["step"]["num"]) for record in history]
 
 
 @pytest.fixture
@@ -137,6 +141,28 @@ def test_a_service_that_dies_is_started_again_and_gets_what_it_lacks(metrics, ca
     metrics.add(9, 10)
     close(metrics.sender())
     assert metrics.sent() == [9, 10]
+
+
+@pytest.mark.parametrize("service_dies", ["before the alerts", "after the alerts"])
+def test_alerts_of_a_service_that_dies_come_again_and_of_each_title_the_last(metrics, service_dies):
+    """As at a preemption: W&B's service takes the alert "Stopped" and ends, by the same signal, before it has stored it."""
+    sender = metrics.sender()
+    metrics.add(1)
+    until(lambda: metrics.sent() == [1], sender)
+    assert sender.process is not None
+    (service,) = Path(f"/proc/{sender.process.pid}/task/{sender.process.pid}/children").read_text().split()
+    os.kill(int(service), signal.SIGKILL if service_dies == "before the alerts" else signal.SIGSTOP)
+    for title, text in (("Step skipped", "step 1"), ("Step skipped", "step 2"), ("Stopped", "SIGTERM came")):
+        sender.send("alert", title=title, text=text)
+    metrics.add(2)
+    sender.ending("stopped")
+    time.sleep(1.0)
+    with suppress(ProcessLookupError):
+        os.kill(int(service), signal.SIGKILL)
+    sender.close(60.0)
+    alerts = [(alert["title"], alert["text"]) for alert in metrics.records("alert")]
+    assert alerts == [("Step skipped", "step 2"), ("Stopped", "SIGTERM came")]
+    assert metrics.sent() == [1, 2]
 
 
 def until(condition, sender: Sender) -> None:
