@@ -43,7 +43,7 @@ class Sender:
         self.name, self.title, self.metrics = name, TITLES[sink], metrics
         self.opening = {"sink": sink, "options": dict(options), "metrics": metrics, "private": private}
         self.process: subprocess.Popen[bytes] | None = None
-        # A process started again gets these again, since a sink that died may have lost what it took: a run's owner rather
+        # A process started again gets these again, since one that died may have lost what it took: a run's owner rather
         # gets an alert twice than not at all, and of each title the last one. Steps are in metrics.jsonl.
         self.kept: list[Mapping[str, Any]] = []
         self.deaths, self.again = 0, 0.0

@@ -145,7 +145,7 @@ def test_a_service_that_dies_is_started_again_and_gets_what_it_lacks(metrics, ca
 
 @pytest.mark.parametrize("service_dies", ["before the alerts", "after the alerts"])
 def test_alerts_of_a_service_that_dies_come_again_and_of_each_title_the_last(metrics, service_dies):
-    """As at a preemption: W&B's service takes the alert "Stopped" and ends, by the same signal, before it has stored it."""
+    """As at a preemption: W&B's service takes the alert "Stopped" and ends, by the same signal, before it stores it."""
     sender = metrics.sender()
     metrics.add(1)
     until(lambda: metrics.sent() == [1], sender)
