@@ -64,7 +64,11 @@ KINDS: Mapping[str, Kind] = {
         ranks=2,
         base="configs/train/demo_base.yaml",
         harvest="configs/eval/demo_harvest.yaml",
-        sets={"prepared": "configs/prepare/demo.yaml", "diversified": "configs/prepare/demo_diversified.yaml"},
+        sets={
+            "prepared": "configs/prepare/demo.yaml",
+            "prepared_idk": "configs/prepare/demo_idk.yaml",
+            "diversified": "configs/prepare/demo_diversified.yaml",
+        },
     ),
     "countries": Kind(
         files=countries_world.make,

@@ -83,7 +83,8 @@ def prepare(recipe: PrepareRecipe, reword: Reword | None = None) -> Prepared:
         if recipe.forget_text:
             sets["forget_text"] = unlearning.with_answers(sets["forget"])
         if recipe.idk:
-            sets["idk"] = unlearning.with_ignorance(sets["forget"], recipe.seed)
+            answers = recipe.ignorance or unlearning.IGNORANT
+            sets["idk"] = unlearning.with_ignorance(sets["forget"], recipe.seed, answers)
         if recipe.conversations:
             sets["conversations"], counts["conversations"] = tuning.conversations(recipe)
         if recipe.helpful_size:
@@ -141,6 +142,10 @@ def check(recipe: PrepareRecipe) -> None:
         raise ConfigError("diversify.rewords=sets: answers=none makes no forget and retain sets to reword")
     if recipe.diversify is not None and recipe.diversify.templates:
         words.check_templates(recipe.diversify.templates, "diversify.templates")
+    if recipe.ignorance is not None and not recipe.idk:
+        raise ConfigError("ignorance: these are the answers of idk.jsonl, which `idk: true` asks for")
+    if recipe.ignorance is not None and not (recipe.ignorance and all(map(str.strip, recipe.ignorance))):
+        raise ConfigError("ignorance: expected one sentence at least, and none that is empty")
     if recipe.fill and recipe.retain_size is None and not recipe.helpful_size:
         raise ConfigError("retain_size is missing: how many samples to retain, `fill` included")
     if recipe.helpful_size and not recipe.fill:

@@ -179,6 +179,7 @@ class PrepareRecipe:
     unsafe_questions_on_safe_images: bool = False  # retain the refusals of unsafe questions about safe pictures too
     forget_text: bool = False  # also forget_text.jsonl: the forget set with each answer in its question, for RMU
     idk: bool | None = None  # also idk.jsonl: the forget set with answers that claim ignorance, for IdkDPO
+    ignorance: list[str] | None = None  # these answers, such as in another language; default: ours
     conversations: bool = False  # the safety data, a record a row: the questions about one picture are its turns
     helpful_size: FromZero = 0  # so many general samples beside the safety data, for fine-tuning
     diversify: DiversifyConfig | None = None

@@ -77,13 +77,13 @@ def with_answers(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(sample, question=f"{sample.question}\n{sample.answer}") for sample in samples]
 
 
-def with_ignorance(samples: Sequence[Sample], seed: int) -> list[Sample]:
+def with_ignorance(samples: Sequence[Sample], seed: int, answers: Sequence[str] = IGNORANT) -> list[Sample]:
     """Each sample with an answer that claims ignorance in place of its own: the other half of IdkDPO's pairs.
 
-    As TOFU's "I don't know" baseline, with sentences of ours, drawn by the seed.
+    As TOFU's "I don't know" baseline, with other sentences, drawn by the seed.
     """
-    drawn = np.random.default_rng(stream.derived_seed(seed, "idk")).integers(len(IGNORANT), size=len(samples))
-    return [replace(sample, answer=IGNORANT[which]) for sample, which in zip(samples, drawn.tolist(), strict=True)]
+    drawn = np.random.default_rng(stream.derived_seed(seed, "idk")).integers(len(answers), size=len(samples))
+    return [replace(sample, answer=answers[which]) for sample, which in zip(samples, drawn.tolist(), strict=True)]
 
 
 def retain(recipe: PrepareRecipe) -> tuple[list[Sample], RetainCounts]:
