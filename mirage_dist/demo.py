@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
 if TYPE_CHECKING:
     from mirage_dist.report import Provenance, Summary
+    from mirage_dist.sweep.recipe import SweepRecipe
 
 LOGS = "logs"  # the folder of the stages' logs in a demo's
 Stages = Mapping[str, tuple[str, tuple[str, ...]]]  # model -> its recipe, and the overrides of its stage
@@ -27,8 +28,9 @@ class Story:
     """A demo: the models that it trains from the base model of a world, and the suites that it asks them.
 
     kind: of the world, whose base model `inputs.make` trains. stages: in the order of training. more: with --full,
-    after these. suite, every_attack: the latter with --full; both have their files' names. ranks: processes of a
-    training. raw: the suite that the world's initial model is asked before anything is trained, if it knows anything.
+    after these. suite, every_attack: the latter with --full; both have their files' names. further: suites with --full
+    that have reports of their own. sweep: of every unlearning method, with --full. ranks: processes of a training.
+    raw: the suite that the world's initial model is asked before anything is trained, if it knows anything.
     source: for a model that can be chosen, the key on the command line, and that of the world. layers: of the decoder
     that the recipes are for, where that model may have others (see `fitted`).
     """
@@ -39,6 +41,8 @@ class Story:
     suite: str
     every_attack: str
     ranks: int
+    further: tuple[str, ...] = ()
+    sweep: str | None = None
     raw: str | None = None
     source: tuple[str, str] | None = None
     layers: int | None = None
@@ -61,6 +65,8 @@ EMBEDDED = Story(
     suite="configs/eval/demo.yaml",
     every_attack="configs/eval/demo_attacks.yaml",
     ranks=2,
+    further=("configs/eval/demo_pixels.yaml", "configs/eval/demo_sampling.yaml"),
+    sweep="configs/sweep/demo_methods.yaml",
 )
 REAL = Story(
     kind="countries",
@@ -98,13 +104,16 @@ def fitted(name: str, layers: int) -> list[str]:
 
 @dataclass
 class _Driver:
-    """A demo under way. runs: model -> run directory. recipes: those of the trainings so far."""
+    """A demo under way. runs: model -> run directory. recipes: those of the trainings so far. sweep: with --full, the
+    sweep of every method.
+    """
 
     story: Story
     out: Path
     overrides: Sequence[str]
     full: bool
     base: TrainRecipe
+    sweep: SweepRecipe | None = None
     runs: dict[str, Path] = field(default_factory=dict)
     recipes: list[TrainRecipe] = field(default_factory=list)
     step: int = 0
@@ -125,11 +134,16 @@ class _Driver:
         """The overrides of every evaluation."""
         return [*shared(self.overrides), *self.here]
 
+    @property
+    def stages(self) -> int:
+        swept = 0 if self.sweep is None else len(self.sweep.methods)
+        return len(self.story.models(self.full)) + 2 + swept + self.full * len(self.story.further)
+
     def log(self, text: str) -> None:
         """Begin a stage: its number, the time since the start, and what it is."""
         self.step += 1
         seconds = f"{time.monotonic() - self.start:.0f} s"
-        log.info(f"[{self.step}/{len(self.story.models(self.full)) + 2}] {seconds:>6}  {text}")
+        log.info(f"[{self.step}/{self.stages}] {seconds:>6}  {text}")
 
     def kept(self, name: str) -> AbstractContextManager[None]:
         """Keep the log of a stage in a file; on the screen are the stages, and each warning and note once."""
@@ -150,6 +164,25 @@ class _Driver:
                 inputs.make(recipe)
                 if not (self.runs[name] / "export").is_dir():
                     launching.train(self.story.ranks, self.story.models(self.full)[name][0], overrides)
+
+    def train_every_method(self, sweep: SweepRecipe) -> None:
+        """Train and evaluate the sweep's points; of each method that the demo does not have, the best one joins it."""
+        from mirage_dist.evals.pool import gpus
+        from mirage_dist.sweep import pool, results
+        from mirage_dist.sweep.points import plan
+
+        jobs = 1 if gpus() else 2
+        for name, method in sweep.methods.items():
+            planned = plan(replace(sweep, methods={name: method}))
+            self.log(f"{name}: {len(planned.points)} settings, for the forget–retain frontier")
+            with self.kept(f"sweep-{name}"):
+                pool.run(planned, jobs)
+        with self.kept("sweep"):
+            pool.run(plan(sweep), jobs)  # all are done: this is the sweep's record
+        best = results.shown(Path(sweep.out), results.compute(Path(sweep.out)))
+        self.runs |= {name: run for name, run in best.items() if name not in self.runs}
+        if none := [name for name in sweep.methods if name not in self.runs]:
+            log.info(f"{', '.join(none)}: no setting reaches the level of the frontier; these have no column")
 
     def stage(self, name: str) -> tuple[TrainRecipe, list[str]]:
         """The recipe of a stage, with its run directory named by the recipe's hash, and the overrides that make it."""
@@ -178,6 +211,22 @@ class _Driver:
                     _test_erasure(self.story.suite, own)
                 else:
                     evaluate(self.story.suite, own)
+
+    def evaluate_further(self) -> None:
+        """The suites that have reports of their own."""
+        from mirage_dist.report import report
+
+        for suite in self.story.further:
+            name = Path(suite).stem
+            self.log(f"{name}: {self.further(suite) / 'index.html'}")
+            for model, folder in self.runs.items():
+                with self.kept(f"{name}-{model}"):
+                    evaluate(suite, [*self.shared, configs.override("run.dir", str(folder)), f"run.name={model}"])
+            report(self.runs, self.further(suite), {"seed": self.base.seed}, suite=name)
+
+    def further(self, suite: str) -> Path:
+        """The directory of a further suite's report."""
+        return self.out / f"report-{Path(suite).stem}"
 
     def language_model(self, raw: str) -> Provenance:
         """What the initial model answers before anything is trained, and every model's perplexity on plain English.
@@ -209,15 +258,22 @@ class _Driver:
             with self.kept("language-model"):
                 provenance |= self.language_model(self.story.raw)
         provenance["wall_seconds"] = round(time.monotonic() - self.start, 1)
-        suite = self.story.every_attack if self.full else self.story.suite
-        return report(self.runs, self.out / "report", provenance, suite=Path(suite).stem)
+        suite = Path(self.story.every_attack if self.full else self.story.suite).stem
+        if self.sweep is None:
+            return report(self.runs, self.out / "report", provenance, suite=suite)
+        from mirage_dist.report.curves import frontier
+        from mirage_dist.sweep import results
+
+        own = results.compute(Path(self.sweep.out))
+        lead, files = frontier.section(own), frontier.dumped(own)
+        return report(self.runs, self.out / "report", provenance, suite=suite, lead=lead, files=files)
 
 
 def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story = EMBEDDED) -> Summary:
     """Make every stage that does not exist yet, evaluate all models, and write the report; returns its summary.
 
-    full: train the story's further models, evaluate every attack and every test of erasure (DeepSpeed then runs in this
-    process: see `exit_well`).
+    full: train the story's further models and its sweep, evaluate every attack and every test of erasure (DeepSpeed then
+    runs in this process: see `exit_well`), and write a report for each further suite, `out`/report-SUITE.
     The folder of a stage is named by the hash of its resolved recipe, which names the stages before it. A changed
     setting therefore makes the stages anew that depend on it, and no others. `out`/logs has the log of each stage.
     Raises RunError while another process makes a demo in `out`, and ConfigError where what a stage needs cannot be had.
@@ -231,8 +287,13 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story =
         if not free:
             raise RunError(f"{out}: another `mirage demo` writes there; wait for its end, or choose another --out")
         driver = _Driver(story, out, overrides, full, base)
+        driver.sweep = _sweep(story.sweep, driver) if full and story.sweep is not None else None
         driver.train()
+        if driver.sweep is not None:
+            driver.train_every_method(driver.sweep)
         driver.evaluate()
+        if full:
+            driver.evaluate_further()
         return driver.report()
 
 
@@ -240,7 +301,7 @@ def ending(out: Path, summary: Summary, full: bool, real: bool, overrides: Seque
     """What follows the table: where the page and the logs are, and three commands that may come next."""
     kind = ["--real"] if real else []
     more = shlex.join(["mirage", "demo", *kind, "--out", str(out), *([] if full else ["--full"]), *overrides])
-    then = "every stage is there: changed settings make anew what depends on them" if full else "every attack, erasure"
+    then = "every stage is there: changed settings make anew what depends on them" if full else "every method, attack, erasure"
     return [
         "",
         f"{summary['wall_seconds']} s; the page: {out / 'report' / 'index.html'}; each stage's log: {out / LOGS}/",
@@ -259,6 +320,20 @@ def evaluate(file: str, overrides: Sequence[str]) -> EvalRecipe:
     inputs.make(recipe)
     runner.evaluate(recipe)
     return recipe
+
+
+def _sweep(file: str, driver: _Driver) -> SweepRecipe:
+    """The sweep's recipe with the world, the seed and the overrides of a demo."""
+    from mirage_dist.sweep.recipe import SweepRecipe
+
+    seed = driver.base.seed
+    own = [o for o in driver.overrides if not o.startswith("seed=")]
+    words = {
+        "out": str(driver.out / "methods"),
+        "seeds": [seed],
+        "every": [*own, *driver.here, configs.override("world.seed", seed)],
+    }
+    return configs.load(file, [configs.override(key, value) for key, value in words.items()], SweepRecipe)
 
 
 def _test_erasure(suite: str, overrides: Sequence[str]) -> None:

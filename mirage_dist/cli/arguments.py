@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     demo = _verb(verbs, "demo", run.demo, "the whole story on the embedded world, or on a real language model")
     demo.add_argument("--real", action="store_true", help="on SmolLM2-135M-Instruct, or on model.path=DIR")
     demo.add_argument("--out", type=_path, help="default: runs/demo, with --real runs/real")
-    demo.add_argument("--full", action="store_true", help="also run every attack and every test of erasure")
+    demo.add_argument("--full", action="store_true", help="also every unlearning method, attack and test of erasure")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="such as seed=7 or world.spurious=0.5")
 
     prepare = _verb(verbs, "prepare", run.prepare, "forget and retain sets from raw data")

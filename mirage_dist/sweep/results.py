@@ -207,7 +207,7 @@ def write(
     own = compute(sweep)
     title, note, html = formats.section(own)
     if runs is None:
-        runs = _shown(sweep, own)
+        runs = shown(sweep, own)
         note += (
             " Below: of each method the first seed of the setting that all questions choose at the level; what chose "
             "it flatters it."
@@ -216,15 +216,16 @@ def write(
     return own, formats.text(own)
 
 
-def _shown(sweep: Path, own: Frontier) -> dict[str, Path]:
-    shown = {}
+def shown(sweep: Path, own: Frontier) -> dict[str, Path]:
+    """The base model's run, and of each method that of the first seed of the setting that all questions choose."""
+    runs = {}
     if own["base"] is not None:
-        shown[formats.BASE] = sweep / "points" / formats.BASE
+        runs[formats.BASE] = sweep / "points" / formats.BASE
     picked = {(row["method"], row["of_all"]) for row in own["at_level"]}
     for one in own["settings"]:
         if (one["method"], one["setting"]) in picked:
-            shown[one["method"]] = sweep / "points" / one["runs"][0]
-    return shown or {own["settings"][0]["method"]: sweep / "points" / own["settings"][0]["runs"][0]}
+            runs[one["method"]] = sweep / "points" / one["runs"][0]
+    return runs or {own["settings"][0]["method"]: sweep / "points" / own["settings"][0]["runs"][0]}
 
 
 def require_whole(own: Frontier) -> None:

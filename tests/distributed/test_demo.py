@@ -4,9 +4,11 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 
 import forkserver
 import pytest
+import yaml
 from conftest import launch, metrics
 
 from mirage_dist import cli, demo
@@ -89,6 +91,57 @@ def test_a_second_call_starts_no_training(finished, small, capfd):
     assert not re.search("step|trains:|are answered|stream", shown)  # the stages' own lines are in their logs
     notes = [line for line in shown.splitlines() if not line.startswith("[")]
     assert len(notes) == len(set(notes))
+
+
+def edited(name, folder, **changes):
+    """A copy of a recipe with some sections replaced."""
+    content = yaml.safe_load((demo.configs.REPOSITORY / name).read_text())
+    file = folder / name.rpartition("/")[2]
+    file.write_text(yaml.safe_dump({**content, **changes}))
+    return str(file)
+
+
+def test_in_full_the_page_has_the_frontier_of_every_method_and_further_suites_pages_of_their_own(
+    finished, small, tmp_path, monkeypatch, capfd
+):
+    """A story of two methods with one setting each, on the models that the short demo left."""
+    out, short = finished
+    monkeypatch.setattr(sys, "executable", forkserver.python())
+    completion = yaml.safe_load((demo.configs.REPOSITORY / "configs/eval/demo.yaml").read_text())["erasure"]
+    completion = {"forget": completion["forget"], "content": r"\w+$", "completion": {"words": [1], "questions": 4}}
+    unsafe = {"drawn": {"kind": "sampling", "draws": 2}}
+    sampling = yaml.safe_load((demo.configs.REPOSITORY / "configs/eval/demo_sampling.yaml").read_text())["sets"]
+    methods = {name: {"recipe": f"configs/train/demo_{name}.yaml"} for name in ("npo", "idk_dpo")}
+    suite = edited("configs/eval/demo.yaml", tmp_path, erasure=completion)
+    story = replace(
+        demo.EMBEDDED,
+        stages={"npo": demo.EMBEDDED.stages["npo"]},
+        suite=suite,
+        every_attack=suite,
+        further=(
+            edited(
+                "configs/eval/demo_sampling.yaml",
+                tmp_path,
+                sets={"unsafe": {**sampling["unsafe"], "attacks": unsafe}},
+            ),
+        ),
+        sweep=edited("configs/sweep/demo_methods.yaml", tmp_path, methods=methods, frontier={"level": 0.0}),
+    )
+    summary = demo.demo(out, small, full=True, story=story)
+    assert summary["models"].keys() == {"base", "npo", "idk_dpo"}
+    assert summary["models"]["npo"] == short["models"]["npo"]
+    page = (out / "report/index.html").read_text()
+    assert "frontier of the sweep demo_methods" in page
+    frontier = json.loads((out / "report/frontier.json").read_text())
+    assert {one["method"]: one["seeds"] for one in frontier["settings"]} == {"npo": [12], "idk_dpo": [12]}
+    shared = json.loads((out / "report/summary.json").read_text())["models"]["npo"]["asr"]["what_k3"]["rate"]
+    # The sweep's own NPO is that of the demo, trained by one process in place of two.
+    assert [one["forget"]["rate"] for one in frontier["settings"] if one["method"] == "npo"] == [shared]
+    sampled = json.loads((out / "report-demo_sampling/summary.json").read_text())
+    assert sampled["models"].keys() == summary["models"].keys()
+    assert sampled["models"]["idk_dpo"]["asr"].keys() >= {"clean", "drawn_k1", "drawn_k2"}
+    assert re.findall(r"^\[(\d+)/6\]", capfd.readouterr().out, re.MULTILINE) == [str(n) for n in range(1, 7)]
+    assert json.loads((out / "methods/points/base/evals/demo/metrics.json").read_text())["world"]["seed"] == 12
 
 
 def test_a_recipe_of_the_world_alone_makes_the_world_the_base_and_the_sets(tmp_path, small):

@@ -41,7 +41,7 @@ BESIDE = {
     "ranks": {"progress"},
     "launching": {"progress", "ranks"},
     "inputs": {"embedded", "countries"},
-    "demo": {"inputs", "countries"},
+    "demo": {"inputs", "countries", "sweep"},
     "paper": {"inputs", "embedded"},
     "doctor": {"inputs"},
     "cli": {"inputs", "demo", "paper", "sweep", "doctor", "project", "hub"},

@@ -192,6 +192,16 @@ def test_the_answers_of_ignorance_are_partners_of_the_forget_set_and_follow_the_
     assert answers != [s.answer for s in unlearning.with_ignorance(forget * 20, 1)]
 
 
+def test_answers_of_ignorance_may_be_in_another_language(folder):
+    own = ["Das weiß ich nicht.", "Je ne sais pas."]
+    prepare(recipe(folder, idk=True, ignorance=own))
+    assert {s.answer for s in read(folder, "idk")} == set(own)
+    with pytest.raises(ConfigError, match="ignorance"):  # sets of another recipe
+        prepare(recipe(folder, idk=True))
+    with pytest.raises(ConfigError, match="ignorance: expected one sentence at least"):
+        prepare(recipe(folder, idk=True, ignorance=["", "no"], out=str(folder / "other")))
+
+
 def tuning(folder, **changes):
     """A recipe of sets for fine-tuning alone."""
     plain = recipe(folder, answers="none", harvest=None, fill=[], retain_size=None, conversations=True)
@@ -262,6 +272,7 @@ def test_helpful_samples_are_drawn_apart_from_those_that_fill_retain(folder):
         ({"helpful_size": 5}, "helpful_size=5: `fill` is missing"),
         ({"forget_text": True}, "forget_text: answers=none makes no forget set"),
         ({"idk": True}, "idk: answers=none makes no forget set"),
+        ({"ignorance": ["not sure"]}, "ignorance: these are the answers of idk.jsonl"),
         ({"retain_size": 5}, "answers=none makes no retain set"),
     ],
 )
