@@ -272,8 +272,8 @@ class _Driver:
 def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story = EMBEDDED) -> Summary:
     """Make every stage that does not exist yet, evaluate all models, and write the report; returns its summary.
 
-    full: train the story's further models and its sweep, evaluate every attack and every test of erasure (DeepSpeed then
-    runs in this process: see `exit_well`), and write a report for each further suite, `out`/report-SUITE.
+    full: train the story's further models and its sweep, evaluate every attack and every test of erasure (DeepSpeed
+    then runs in this process: see `exit_well`), and write a report for each further suite, `out`/report-SUITE.
     The folder of a stage is named by the hash of its resolved recipe, which names the stages before it. A changed
     setting therefore makes the stages anew that depend on it, and no others. `out`/logs has the log of each stage.
     Raises RunError while another process makes a demo in `out`, and ConfigError where what a stage needs cannot be had.
@@ -301,7 +301,11 @@ def ending(out: Path, summary: Summary, full: bool, real: bool, overrides: Seque
     """What follows the table: where the page and the logs are, and three commands that may come next."""
     kind = ["--real"] if real else []
     more = shlex.join(["mirage", "demo", *kind, "--out", str(out), *([] if full else ["--full"]), *overrides])
-    then = "every stage is there: changed settings make anew what depends on them" if full else "every method, attack, erasure"
+    then = (
+        "every stage is there: changed settings make anew what depends on them"
+        if full
+        else "every method, attack, erasure"
+    )
     return [
         "",
         f"{summary['wall_seconds']} s; the page: {out / 'report' / 'index.html'}; each stage's log: {out / LOGS}/",

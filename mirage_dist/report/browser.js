@@ -64,6 +64,7 @@
     term("question", entry.question);
     if (entry.question !== entry.original) term("original wording", entry.original);
     if (entry.expected !== null) term("answer in the data", entry.expected);
+    if (entry.pixels) term("picture", "before the attack on its pixels, which gave each model another one");
     const question = node("div", { class: "example" });
     if (entry.picture !== null)
       question.append(node("img", { alt: "the question's picture", src: data.pictures[entry.picture] }));

@@ -32,8 +32,8 @@ class Question(TypedDict):
     """A question as the models got it, under one attack and shot, with the answers in the order of the models.
 
     original: its wording in the data. expected: the data's answer, of embedded worlds only. picture: index into
-    `Examples.pictures`, of the one before an attack on its pixels, which is the same for all models. An answer is None
-    when the model did not get the question.
+    `Examples.pictures`, of the one before an attack on its pixels, which is the same for all models. pixels: whether
+    there was such an attack. An answer is None when the model did not get the question.
     """
 
     set: str
@@ -45,6 +45,7 @@ class Question(TypedDict):
     original: str
     expected: str | None
     picture: int | None
+    pixels: bool
     answers: list[Answer | None]
 
 
@@ -161,6 +162,7 @@ def _question(run: Run, row: Mapping[str, Any], pictures: _Pictures, models: int
         "original": row["original_question"],
         "expected": row["expected"] if run.metrics["world"] else None,
         "picture": pictures.index(judged_picture(row), run.world) if run.metrics["world"] else None,
+        "pixels": "original_image" in row,
         "answers": [None] * models,
     }
 

@@ -33,9 +33,10 @@ WORDS_NOTE = (
     "kind is a shortcut: from that word alone, a model can predict whether to refuse."
 )
 CURVES_NOTE = (
-    "All models get the same questions about the same pictures; only the wording changes. K is the number of rewrites. "
-    "Each rewrite is a separate query, and a question counts as soon as one of its first K rewrites does. Bands and "
-    "whiskers are 95 % intervals. Open markers are a control: a rewrite whose first word is tied to neither class."
+    "All models get the same questions about the same pictures; an attack changes the wording, or the picture. K is "
+    "the number of rewrites. Each rewrite is a separate query, and a question counts as soon as one of its first K "
+    "rewrites does. Bands and whiskers are 95 % intervals. Open markers are a control: a rewrite whose first word is "
+    "tied to neither class."
 )
 METHODS_NOTE = (
     "Open markers: the clean questions. Filled markers: under all rewrites of the attack. A good remedy keeps attack "
@@ -147,7 +148,7 @@ def lede(runs: Sequence[Run]) -> str:
     attack, prudence = runs[0].attack("unsafe"), runs[0].attack("safe")
     sentences = [
         "Does a safety-tuned model respond to the question, or only to its first word?",
-        "Every model here got the same questions about the same pictures, in their original wording and reworded.",
+        "Every model here got the same questions about the same pictures, as they are and under attack.",
     ]
     sentences += filter(None, [_world(runs)[0]])
     if attack:

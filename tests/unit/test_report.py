@@ -286,7 +286,7 @@ def test_questions_without_a_measurable_first_word_are_no_evidence_of_evenness(r
 def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_path, capsys):
     """Not any file that a row names, nor a text file or a link inside the world's folder; one warning for all these.
 
-    Of an attack on pixels it is the picture before it.
+    Of an attack on pixels it is the picture before it, and the page says so.
     """
     run = write_run(tmp_path / "run", {"unsafe": ["refused"], "safe": ["correct"]})
     (tmp_path / "world").mkdir()
@@ -297,11 +297,12 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
     names = ["own.png", "../private.png", "notes.png", "link.png", "missing.png"]
     rows = run / "evals/demo/rows/worker-1.jsonl"
     lines = rows.read_text().splitlines()
-    own = json.loads(lines[0])
+    own, changed = json.loads(lines[0]), set()
     for number, line in enumerate(lines[:-1]):
         row = {**state.parse("row", line.encode(), rows), "image": f"{tmp_path}/world/{names[number % len(names)]}"}
         if number % 2:
             row |= {"image": f"{tmp_path}/run/evals/demo/pictures/{number}.png", "original_image": row["image"]}
+            changed.add((row["id"], row["attack"], row["shot"]))
         lines[number] = state.sealed("row", row)
     rows.write_text("".join(lines))
     (loaded,) = read({"run": run})
@@ -311,6 +312,7 @@ def test_only_pictures_of_the_world_that_was_asked_about_get_into_the_page(tmp_p
         assert (embedded.size, embedded.convert("RGB").getpixel((0, 0))) == ((3, 2), (255, 0, 0))
     shown = {q["id"] + q["attack"] + str(q["shot"]) for q in data["questions"] if q["picture"] == 0}
     assert 0 < len(shown) < len(data["questions"])
+    assert {(q["id"], q["attack"], q["shot"]) for q in data["questions"] if q["pixels"]} == changed
     assert own["id"] + own["attack"] + str(own["shot"]) in shown
     (warning,) = (line for line in capsys.readouterr().out.splitlines() if "left out of the page" in line)
     assert re.search(
