@@ -56,14 +56,14 @@ def test_whatever_is_thought_the_answer_after_it_is_the_same(thought, name, answ
 
 
 def read(content, finish="stop", **message):
-    return replies.answer(completion(content, finish, **message)[2])
+    return replies.completion(completion(content, finish, **message)[2]).answer
 
 
 def test_half_a_surrogate_pair_in_an_answer_becomes_a_question_mark():
     body = b'{"choices": [{"message": {"content": "cut \\ud83d"}, "finish_reason": "length"}]}'
-    assert replies.answer(body) == "cut ?"
+    assert replies.completion(body).answer == "cut ?"
     body = b'{"choices": [{"message": {"content": null, "refusal": "No \\udc00"}}]}'
-    assert replies.answer(body) == Declined("No ?")
+    assert replies.completion(body).answer == Declined("No ?")
 
 
 @pytest.mark.parametrize(
