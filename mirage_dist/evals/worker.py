@@ -112,8 +112,9 @@ def _answer(
             break
         given = [(keys[i], outcome) for i, outcome in batch if not isinstance(outcome, Failed)]
         failed |= {keys[i]: outcome for i, outcome in batch if isinstance(outcome, Failed)}
-        writer.append(rows.row(key, missing[key], answer) for key, answer in given)
-        claims.done += len(given)
+        if given:
+            writer.append(rows.row(key, missing[key], answer) for key, answer in given)
+            claims.done += len(given)
         if signals.received():
             break
     return failed

@@ -131,14 +131,14 @@ class Endpoint:
 
     def ask_all(self, requests: Sequence[Request]) -> Generator[tuple[int, str | Failed], None, None]:
         """(index, answer without reasoning) of each request, as they arrive; of some, why there is no answer."""
-        with closing(self.replies(requests)) as outcomes:
-            for i, reply in outcomes:
-                yield i, reply if isinstance(reply, Failed) else reply.answer
+        with closing(self.replies(requests)) as arriving:
+            for batch in arriving:
+                yield from ((i, reply if isinstance(reply, Failed) else reply.answer) for i, reply in batch)
 
     def replies(
         self, requests: Sequence[Request], health: Health | None = None, stopped: Callable[[], bool] = lambda: False
-    ) -> Generator[tuple[int, Reply | Failed], None, None]:
-        """(index, reply) of each request, as they arrive; of some, why there is no answer.
+    ) -> Generator[list[tuple[int, Reply | Failed]], None, None]:
+        """(index, reply) of each request, those together that arrive together; of some, why there is no answer.
 
         Never raises for what a server does. The first requests are spread over all of them, so that what they have in
         common is not what one part of the suite has in common, such as questions that a filter blocks.
@@ -156,8 +156,8 @@ class Endpoint:
                     waiting = {pool.submit(self._outcome, health, requests[i]): i for i in order[start : start + step]}
                     while waiting:
                         done, _ = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
-                        for future in done:
-                            yield waiting.pop(future), future.result()
+                        if done:
+                            yield [(waiting.pop(future), future.result()) for future in done]
                         if stopped():
                             health.stopped.set()
             finally:  # also when the caller closes this generator

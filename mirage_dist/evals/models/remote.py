@@ -76,14 +76,23 @@ class Remote(Respondent):
         self.health = Health()
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[Sequence[tuple[int, Outcome]]]:
-        """Yields each answer as it arrives. Raises RunError for a reply that names another model."""
+        """Yields answers as they arrive. Raises RunError for a reply that names another model, after those that do not."""
         requests = [
             Request(self.system, s.question, s.image, history=s.history, shown=s.shown, draw=s.draw) for s in samples
         ]
         stopped = signals.received
-        with closing(self.endpoint.replies(requests, self.health, lambda: stopped() is not None)) as outcomes:
-            for i, outcome in outcomes:
-                yield [(i, self._outcome(outcome))]
+        with closing(self.endpoint.replies(requests, self.health, lambda: stopped() is not None)) as arriving:
+            for batch in arriving:
+                given, other = list[tuple[int, Outcome]](), None
+                for i, outcome in batch:
+                    try:
+                        given.append((i, self._outcome(outcome)))
+                    except RunError as error:
+                        other = error
+                if given:
+                    yield given
+                if other is not None:
+                    raise other
 
     def _outcome(self, outcome: Reply | Failed) -> Outcome:
         reply = outcome.reply if isinstance(outcome, Failed) else outcome
