@@ -81,11 +81,12 @@ def defended(own: Settings, template: TemplateConfig, defence: Mapping[str, Any]
 def _written(template: TemplateConfig, endpoint: bool = False) -> dict[str, Any]:
     """A template as keys have it: without what earlier versions did not have, where it is not used.
 
-    endpoint: whether an endpoint answers, which has a chat template, a limit and a way with pictures of its own.
+    endpoint: whether an endpoint answers, to which nothing of it goes but the system prompt.
     """
     written = asdict(template)
     if endpoint:
-        written = {name: written[name] for name in ("system_prompt", "defence", "template_options")}
+        others = ("image_aspect", "max_length")
+        written = {name: own for name, own in written.items() if name not in others}
     if not written["template_options"]:
         del written["template_options"]
     if written["defence"] is None:

@@ -113,7 +113,7 @@ def _begun(recipe: EvalRecipe) -> _Begun:
     answering = rewriter.encoder
     work = worklist.plan(recipe, rewriter, *(() if answering is None else (answering.refusals,)))
     worklist.log_coverage(recipe.suite, work)
-    _check_pictures(work, model)
+    _check_questions(work, model)
     rounds = rows.rounds(work.questions)
     first = every[0].keyed(rounds[0])
     matched = None
@@ -345,10 +345,17 @@ def _encoder(recipe: EvalRecipe, model: Subject) -> Encoder:
     return encoder(processors.load(model.processing), recipe.template, families.load(model.processing))
 
 
-def _check_pictures(work: WorkList, model: Subject | RemoteSubject) -> None:
-    """Raise ConfigError when a text-only model would be asked about pictures."""
+def _check_questions(work: WorkList, model: Subject | RemoteSubject) -> None:
+    """Raise ConfigError when a text-only model would get pictures, or an endpoint the beginning of its answer."""
+    if isinstance(model, RemoteSubject):
+        if begun := next((question for question in work.questions if question.sample.begun), None):
+            raise ConfigError(
+                f"sets.{begun.set}.attacks.{begun.attack}: begins the model's answer, which no request to an endpoint "
+                "(model.url) can say; leave it out, or evaluate the weights (model.path)"
+            )
+        return
     pictured = [question for question in work.questions if question.sample.image is not None]
-    if isinstance(model, RemoteSubject) or not pictured or not model.text_only:
+    if not pictured or not model.text_only:
         return
     first = pictured[0]
     if all(question.attack != CLEAN.attack for question in pictured):

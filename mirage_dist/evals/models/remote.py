@@ -43,6 +43,12 @@ class RemoteSubject:
         return disk.digest(self.identity)
 
     def load(self, template: TemplateConfig, generation: GenerationConfig, suite: Path) -> Remote:
+        """Raises ConfigError for a template, as a defence leaves it, that no endpoint can be given."""
+        if template.template_options or template.image_aspect != "auto":
+            raise ConfigError(
+                "template: a defence sets template_options or image_aspect, and an endpoint (model.url) applies its own "
+                "chat template and prepares pictures itself; leave that defence out"
+            )
         return Remote(_client(self.model, generation), template.system_prompt, ServedModel(suite))
 
     def check_unchanged(self) -> None:
@@ -76,7 +82,7 @@ class Remote(Respondent):
         self.health = Health()
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[Sequence[tuple[int, Outcome]]]:
-        """Yields answers as they arrive. Raises RunError for a reply that names another model, after those that do not."""
+        """Yields answers as they arrive. Raises RunError for a reply that names another model, after all that do not."""
         requests = [
             Request(self.system, s.question, s.image, history=s.history, shown=s.shown, draw=s.draw) for s in samples
         ]

@@ -596,8 +596,8 @@ def test_the_status_reads_the_sums_of_the_rows_whatever_their_texts_hold(served,
     for own in served:
         whole.add(own)
         row = {"question": '"served": {"prompt_tokens": 7}', "served": own, "response": 'a "served": {} b'}
-        (found,) = status.SERVED.findall(json.dumps(row, ensure_ascii=False).encode())
-        raw.add(json.loads(found))
+        (raw_served,) = status.SERVED.findall(json.dumps(row, ensure_ascii=False).encode())
+        raw.add(json.loads(raw_served))
     assert raw == whole
     sums = whole.sums(PriceConfig(input=input, output=output))
     exact = sum(own.get("prompt_tokens", 0) * input + own.get("completion_tokens", 0) * output for own in served)
