@@ -46,8 +46,8 @@ class RemoteSubject:
         """Raises ConfigError for a template, as a defence leaves it, that no endpoint can be given."""
         if template.template_options or template.image_aspect != "auto":
             raise ConfigError(
-                "template: a defence sets template_options or image_aspect, and an endpoint (model.url) applies its own "
-                "chat template and prepares pictures itself; leave that defence out"
+                "template: a defence sets template_options or image_aspect, and an endpoint (model.url) applies its "
+                "own chat template and prepares pictures itself; leave that defence out"
             )
         return Remote(_client(self.model, generation), template.system_prompt, ServedModel(suite))
 
@@ -67,7 +67,8 @@ def _client(model: EvalModelConfig, generation: GenerationConfig) -> Endpoint:
     try:
         return Endpoint(model, generation.max_new_tokens, json_mode=False)
     except ConfigError as error:
-        raise ConfigError(f"model.{error}") from error
+        name = str(error).partition(":")[0]  # a field of ours, or a variable of the environment
+        raise ConfigError(f"model.{error}" if hasattr(model, name) else str(error)) from error
 
 
 class Remote(Respondent):
@@ -82,7 +83,7 @@ class Remote(Respondent):
         self.health = Health()
 
     def __call__(self, samples: Sequence[Sample]) -> Iterator[Sequence[tuple[int, Outcome]]]:
-        """Yields answers as they arrive. Raises RunError for a reply that names another model, after all that do not."""
+        """Yields answers as they arrive. Raises RunError for a reply that names another model, after the others."""
         requests = [
             Request(self.system, s.question, s.image, history=s.history, shown=s.shown, draw=s.draw) for s in samples
         ]

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nursery
@@ -29,6 +30,8 @@ from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import harvest
 from mirage_dist.evals import manifest, results, rows, runner, status, worker, worklist
+from mirage_dist.evals.attacks.base import Attack, Generated
+from mirage_dist.evals.defences import Defence
 from mirage_dist.evals.models import remote
 from mirage_dist.evals.models.base import Answer
 from mirage_dist.evals.models.replies import Failed
@@ -503,6 +506,50 @@ def test_an_attack_that_an_endpoint_cannot_bear_is_named_before_anything_is_sent
     shown = capfd.readouterr().err
     assert status == (0 if words is None else 2)
     assert words is None or words in shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun(Attack):
+    """An attack from outside the package that begins answers, and whose class does not say so."""
+
+    def __call__(self, sample):
+        return [replace(sample, begun="Sure")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Generated):
+    """One that loads the model, and whose class does not say so."""
+
+    def identity(self, samples, key, under_test):
+        return {"kind": "greedy", **under_test}
+
+    def generate(self, missing, resources):
+        resources.generator()
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optioned(Defence):
+    """A defence from outside the package that changes the chat template's options."""
+
+    def template(self, template):
+        return replace(template, template_options={"enable_thinking": True})
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"attacks": {"a": {"kind": "test_remote_subject:Begun"}}}, "sets.unsafe.attacks.a: begins the model's answer"),
+        ({"attacks": {"a": {"kind": "test_remote_subject:Greedy"}}}, f"model.url names an endpoint ({NAME}), and an"),
+        ({"defences": {"d": {"kind": "test_remote_subject:Optioned"}}}, "a defence sets template_options"),
+    ],
+    ids=["begun", "weights", "options"],
+)
+def test_what_no_request_can_hold_is_named_whoever_wrote_it(serve, data, out, capfd, more, words):
+    server = serve(lambda *_: reply("fine"))
+    assert cli.main(["eval", recipe(data, out, server, **more)]) == 2
+    assert words in capfd.readouterr().err
+    assert len(server.seen) == (SIZE if "defences" in more else 0)  # nothing that the defence would have sent
 
 
 @pytest.mark.parametrize(
