@@ -29,6 +29,7 @@ from mirage_dist import cli, report, signals
 from mirage_dist import config as configs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.data import harvest
+from mirage_dist.embedded import model as embedded_model
 from mirage_dist.evals import manifest, results, rows, runner, status, worker, worklist
 from mirage_dist.evals.attacks.base import Attack, Generated
 from mirage_dist.evals.defences import Defence
@@ -506,6 +507,19 @@ def test_an_attack_that_an_endpoint_cannot_bear_is_named_before_anything_is_sent
     shown = capfd.readouterr().err
     assert status == (0 if words is None else 2)
     assert words is None or words in shown
+
+
+def test_pictures_that_were_optimised_on_another_models_weights_are_asked(serve, data, out):
+    embedded_model.make(data / "surrogate", seed=1)
+    surrogate = {"path": str(data / "surrogate"), "dtype": "fp32"}
+    server = serve(lambda *_: reply("fine"))
+    pgd = {"kind": "pgd", "steps": 2, "epsilon": 16, "target": "yes", "surrogate": surrogate}
+    assert cli.main(["eval", recipe(data, out, server, attacks={"pgd": pgd})]) == 0
+    shown = [row for (_, attack, _), row in answers(out).items() if attack == "pgd"]
+    assert {row["id"] for row in shown} == {f"q{i}" for i in range(1, SIZE, 2)}
+    plain = (data / "p.png").read_bytes()
+    assert sum(altered(request["body"], plain) for request in server.seen) == len(shown)
+    assert all(Path(row["image"]).parent == out / "evals/s/pictures" for row in shown)
 
 
 @dataclass(frozen=True, kw_only=True)
