@@ -30,10 +30,9 @@ class EvalModelConfig(EndpointConfig):
 
     def __post_init__(self) -> None:
         if sum(own is not None for own in (self.path, self.run, self.url)) != 1:
-            url = "" if self.url is None else ", and a url"  # whose value no message repeats
-            raise ConfigError(
-                f"path={self.path!r}, run={self.run!r}{url}; expected one of path, run and url (others null)"
-            )
+            # No message repeats the value of a url.
+            others = ", or the url of an endpoint" if self.url is None else " in place of the url"
+            raise ConfigError(f"path={self.path!r}, run={self.run!r}; expected one of them (the other null){others}")
         if self.step is not None and self.run is None:
             raise ConfigError(f"step={self.step!r}; belongs to `run`, without it leave it out")
         if self.url is not None:

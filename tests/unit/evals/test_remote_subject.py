@@ -569,8 +569,8 @@ def test_what_no_request_can_hold_is_named_whoever_wrote_it(serve, data, out, ca
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.path=m"], "expected one of path, run and url (others null)"),
-        (["model.url=null"], "expected one of path, run and url"),
+        (["model.path=m"], "expected one of them (the other null) in place of the url"),
+        (["model.url=null"], "expected one of them (the other null), or the url of an endpoint"),
         (["model.url=null", "model.path=m"], "model: belongs to an endpoint (url)"),
         (["model.price={input: 1}"], "output"),
         (["model.price={input: -1, output: 1}"], "expected a number of at least 0"),
