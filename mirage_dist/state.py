@@ -46,6 +46,7 @@ VERSIONS = {
     "row": 1,
     "run": 1,
     "samples": 1,
+    "served": 1,
     "start": 1,
     "suite": 1,
     "sweep": 1,

@@ -205,7 +205,13 @@ def evaluate(parsed: argparse.Namespace) -> None:
             from mirage_dist.erasure import run as erasure_tests
 
             erasure_tests.options(recipe)
-        show(f"{parsed.config}: the recipe is in order; neither data nor model were read")
+        if recipe.model.url is None:
+            show(f"{parsed.config}: the recipe is in order; neither data nor model were read")
+        else:
+            from mirage_dist.evals.models import remote
+
+            asks = remote.estimate(recipe, worklist.requests(recipe))
+            show(f"{parsed.config}: the recipe is in order; nothing was sent", asks)
     elif parsed.status:
         from mirage_dist.evals import status
 
@@ -230,7 +236,7 @@ def erasure(parsed: argparse.Namespace) -> None:
     from mirage_dist.erasure import run
     from mirage_dist.evals import worklist
 
-    run.options(recipe)
+    run.check(recipe)
     worklist.check(recipe)  # a wrong option is an error before any data are made or read
     inputs.make(recipe)
     run.run(recipe)

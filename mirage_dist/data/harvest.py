@@ -85,7 +85,8 @@ def harvest(path: Path, refuses: PhraseList = OURS) -> Answers:
 
     path: a file of any form that `data.records` reads, a folder of JSONL files, or a JSON object of answers.
 
-    Raises ConfigError when there is no file, and naming file, record and field for a row that is no answer.
+    Raises ConfigError when there is no file, for an endpoint's answers, and naming file, record and field for a row
+    that is no answer.
     """
     answers = Answers(refuses)
     for file in _files(path):
@@ -94,6 +95,11 @@ def harvest(path: Path, refuses: PhraseList = OURS) -> Answers:
                 answers.add(name, answer)
             continue
         for row in _rows(file, answers.left_out):
+            if "served" in row:
+                raise ConfigError(
+                    f"{file}: these are answers of a model behind an endpoint{_served_by(row)}; the answers to forget "
+                    "are those of the model that is trained: harvest them from its directory (model.path)"
+                )
             if "sent" in row or "filtered" in row:
                 answers.left_out["defended"] += 1
             elif row.get("attack") in (None, "clean"):
@@ -101,6 +107,11 @@ def harvest(path: Path, refuses: PhraseList = OURS) -> Answers:
             else:
                 answers.left_out["attacked"] += 1
     return answers
+
+
+def _served_by(row: Mapping[str, Any]) -> str:
+    name = row["served"].get("model") if isinstance(row["served"], dict) else None
+    return f" ({name})" if isinstance(name, str) else ""
 
 
 def as_given(samples: Sequence[Sample], refuses: PhraseList = OURS) -> Answers:

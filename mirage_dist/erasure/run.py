@@ -74,6 +74,16 @@ def options(recipe: EvalRecipe) -> ErasureConfig:
     return chosen
 
 
+def check(recipe: EvalRecipe) -> ErasureConfig:
+    """`options`, for a model whose weights can be tested. Raises ConfigError for one behind an endpoint, and as it."""
+    if recipe.model.url is not None:
+        raise ConfigError(
+            f"model.url names an endpoint ({recipe.model.model}), and the tests of erasure need a model's weights; "
+            "give its directory as model.path, or ask the endpoint by `mirage eval` alone"
+        )
+    return options(recipe)
+
+
 def run(recipe: EvalRecipe) -> ErasureResult:
     """Make every test that the recipe names, write erasure.json, and return its content.
 
@@ -85,7 +95,7 @@ def run(recipe: EvalRecipe) -> ErasureResult:
             "mirage erasure is one process; start it without a launcher, and set erasure.relearning.ranks to train in "
             "several"
         )
-    chosen = options(recipe)
+    chosen = check(recipe)
     forget = settings.forget(chosen.forget, chosen.content, recipe.seed)
     if not forget.samples:
         raise ConfigError(f"erasure.forget: no sample with the content {chosen.content!r} in its answer")

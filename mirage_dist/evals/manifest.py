@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from mirage_dist import config as configs
 from mirage_dist import disk, state
 from mirage_dist.evals.sharing.files import KEPT
-from mirage_dist.schema import ConfigError, EvalRecipe
+from mirage_dist.schema import ConfigError, EndpointConfig, EvalRecipe
 from mirage_dist.schema.data import WorldConfig
 from mirage_dist.schema.evaluation import EvalSetConfig
 
@@ -162,6 +162,7 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         "model.path",
         "model.run",
         "model.step",
+        *_endpoint_fields(recipe),
         "generation.batch_size",
         "generation.gpu_memory_utilization",
         "judges",
@@ -173,6 +174,15 @@ def recipe_hash(recipe: EvalRecipe) -> str:
     if recipe.template.defence is None:
         others.append("template.defence")  # as before there was this key
     return configs.config_hash(recipe, ignore=others)
+
+
+def _endpoint_fields(recipe: EvalRecipe) -> list[str]:
+    """The keys of an endpoint that do not decide how it is asked, or leave that as it is for every model."""
+    decide = ("temperature", "max_tokens", "max_completion_tokens", "extra")
+    usual = EndpointConfig()
+    others = [own.name for own in fields(EndpointConfig) if own.name not in decide]
+    others += [name for name in decide if getattr(recipe.model, name) == getattr(usual, name)]
+    return [f"model.{name}" for name in (*others, "price")]
 
 
 def coverage(work: WorkList) -> dict[str, SetCoverage]:

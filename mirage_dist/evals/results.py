@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mirage_dist import state
+from mirage_dist.evals.sharing.usage import Sums, described
 from mirage_dist.schema.documents import whole_number
 from mirage_dist.stats import Paired
 
@@ -292,12 +293,42 @@ class DefenceInfo(TypedDict):
     same_judge: NotRequired[list[str]]
 
 
+class Backend(TypedDict):
+    """What replies name as the model and its configuration, and how many answers did so. None: they named none."""
+
+    model: str | None
+    system_fingerprint: str | None
+    answers: int
+
+
+class Ends(TypedDict):
+    """How many answers an endpoint's content filter blocked, or the limit of tokens cut off, of how many."""
+
+    blocked: int
+    cut: int
+    answers: int
+
+
+class EndpointInfo(TypedDict):
+    """The endpoint that answered, under the name that the recipe gives its model, and what its answers took.
+
+    ends: by set and by attack, or "clean".
+    """
+
+    url: str
+    model: str
+    served: list[Backend]
+    ends: dict[str, dict[str, Ends]]
+    usage: Sums
+
+
 class SuiteResult(TypedDict):
     """`metrics.json`. recipe_hash: equal for evaluations whose results are comparable.
 
     headline: the judge whose entry reports show, a key of `judges`. caution: one sentence where the headline rates are
     a phrase list's (see `caution`). labels: present where the recipe names human labels. defence: present of answers
-    under a defence.
+    under a defence. endpoint: present of an endpoint's answers; `model_hash` is then of its address
+    and the fixed fields of its requests.
     """
 
     model_hash: str
@@ -312,6 +343,7 @@ class SuiteResult(TypedDict):
     caution: NotRequired[str]
     labels: NotRequired[LabelsInfo]
     defence: NotRequired[DefenceInfo]
+    endpoint: NotRequired[EndpointInfo]
 
 
 def caution(result: SuiteResult) -> str | None:
@@ -330,6 +362,15 @@ def caution(result: SuiteResult) -> str | None:
         f"Only a list of refusal phrases judged these answers: {counts}, and misses refusals in other words; "
         "let a model judge them before you rely on these rates (docs/judges.md)."
     )
+
+
+def taken(info: EndpointInfo) -> str:
+    """Which model an endpoint answered as, and what its answers took, in one line."""
+    names = dict.fromkeys(backend["model"] for backend in info["served"] if backend["model"])
+    prints = {backend["system_fingerprint"] for backend in info["served"] if backend["system_fingerprint"]}
+    own = f", which names itself {', '.join(names)}" if names.keys() - {info["model"]} else ""
+    several = f", under {len(prints)} system fingerprints" if len(prints) > 1 else ""
+    return f"{info['model']} behind {info['url']}{own}{several}: {described(info['usage'])}"
 
 
 def text(result: SuiteResult) -> str:

@@ -14,6 +14,7 @@ from mirage_dist import disk
 from mirage_dist.data import pictures
 from mirage_dist.data.sample import Sample
 from mirage_dist.disk import hashes
+from mirage_dist.evals.models.base import Answer
 from mirage_dist.evals.sharing.files import Row
 from mirage_dist.evals.worklist import Question
 from mirage_dist.model.environment import Environment
@@ -23,19 +24,22 @@ from mirage_dist.schema import EvalRecipe, TemplateConfig
 class Settings(TypedDict):
     """Everything besides its question, and how it is drawn, that an answer depends on. All of it is part of each key.
 
+    Of a model behind an endpoint only `endpoint`, the address and fixed fields of each request, stands for the model,
+    its engine and its decoding.
     template: as a defence leaves it, where there is one. defence: its name and options; present with one.
     image_processor: the class that turns pictures into tensors, None for a text-only model. It depends on the machine:
     transformers takes its torchvision classes where torchvision is installed, and PIL otherwise.
     libraries: versions of the libraries that compute the answers.
     """
 
-    model_hash: str
-    chat_template_hash: str
-    image_processor: str | None
-    libraries: dict[str, str]
-    dtype: str
+    model_hash: NotRequired[str]
+    chat_template_hash: NotRequired[str]
+    image_processor: NotRequired[str | None]
+    libraries: NotRequired[dict[str, str]]
+    dtype: NotRequired[str]
+    generation: NotRequired[dict[str, Any]]
+    endpoint: NotRequired[dict[str, Any]]
     template: dict[str, Any]
-    generation: dict[str, Any]
     defence: NotRequired[dict[str, Any]]
 
 
@@ -64,14 +68,25 @@ def settings(
     }
 
 
+def settings_of_endpoint(recipe: EvalRecipe, identity: Mapping[str, Any]) -> Settings:
+    """identity: see `models.endpoint.Endpoint`."""
+    return {"endpoint": dict(identity), "template": _written(recipe.template, endpoint=True)}
+
+
 def defended(own: Settings, template: TemplateConfig, defence: Mapping[str, Any]) -> Settings:
     """The settings under a defence. template: as it leaves it. defence: see `defences.info`."""
-    return {**own, "template": _written(template), "defence": dict(defence)}
+    return {**own, "template": _written(template, "endpoint" in own), "defence": dict(defence)}
 
 
-def _written(template: TemplateConfig) -> dict[str, Any]:
-    """A template as keys have it: without what earlier versions did not have, where it is not used."""
+def _written(template: TemplateConfig, endpoint: bool = False) -> dict[str, Any]:
+    """A template as keys have it: without what earlier versions did not have, where it is not used.
+
+    endpoint: whether an endpoint answers, to which nothing of it goes but the system prompt.
+    """
     written = asdict(template)
+    if endpoint:
+        others = ("image_aspect", "max_length")
+        written = {name: own for name, own in written.items() if name not in others}
     if not written["template_options"]:
         del written["template_options"]
     if written["defence"] is None:
@@ -111,7 +126,7 @@ def _key(question: Question, decided_by: Mapping[str, Any], image_hash: Mapping[
     return disk.digest(content)
 
 
-def row(key: str, question: Question, response: str) -> Row:
+def row(key: str, question: Question, answer: str | Answer) -> Row:
     """The row of one answer. Where the answer was begun by an attack, `response` is the model's continuation."""
     sample = question.sample
     fields = {
@@ -132,7 +147,8 @@ def row(key: str, question: Question, response: str) -> Row:
         **({"original_image": sample.original_image} if sample.original_image else {}),
         **({"turns": sample.turn.turns, "history": [list(turn) for turn in sample.history]} if sample.turn else {}),
         **({"sent": question.sent.question} if question.sent else {}),
-        "response": response,
+        **({"served": answer.served} if isinstance(answer, Answer) else {}),
+        "response": answer.text if isinstance(answer, Answer) else answer,
     }
     return cast(Row, fields)
 
@@ -178,12 +194,14 @@ class Chunk:
     keys: list[str]
 
 
-def chunks(questions: Mapping[str, Question], size: int) -> list[Chunk]:
+def chunks(questions: Mapping[str, Question], size: int, mixed: bool = False) -> list[Chunk]:
     """The work list in chunks of `size`, the longest questions first.
 
-    Rows of similar length need little padding, and a batch that does not fit into memory fails at the start.
+    Rows of similar length need little padding, and a batch that does not fit into memory fails at the start. mixed: in
+    the order of their keys instead, so that each chunk has questions of all kinds: what all requests of the first
+    chunk have in common, such as a rejection, is then what the suite has in common.
     """
-    order = sorted(questions, key=lambda key: -_length(questions[key].sample))
+    order = sorted(questions) if mixed else sorted(questions, key=lambda key: -_length(questions[key].sample))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     return [Chunk(disk.sha256_text("".join(part))[:16], part) for part in parts]
 

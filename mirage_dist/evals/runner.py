@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from mirage_dist import __version__, runs, signals
 from mirage_dist import config as configs
@@ -26,9 +26,10 @@ from mirage_dist.evals.defences.arms import Arm
 from mirage_dist.evals.judges import Judge
 from mirage_dist.evals.judges.errors import labels
 from mirage_dist.evals.judges.errors.labels import Labels, Matched
-from mirage_dist.evals.models import subject
-from mirage_dist.evals.models.base import Generator
+from mirage_dist.evals.models import remote, subject
+from mirage_dist.evals.models.base import Generator, Respondent
 from mirage_dist.evals.models.hf import HuggingFace, encoder
+from mirage_dist.evals.models.remote import RemoteSubject
 from mirage_dist.evals.models.subject import Subject
 from mirage_dist.evals.results import CLEAN, SuiteResult
 from mirage_dist.evals.rows import Settings
@@ -56,7 +57,8 @@ def evaluate(recipe: EvalRecipe, place: tuple[int, int] = (0, 1)) -> SuiteResult
     Raises ConfigError for a bad recipe, an engine that is not installed, bad data, bad labels, a template that differs
     from the one the run was trained with, or a suite directory with answers under other settings, all before any
     weights are read, and for a model that cannot be loaded. Raises RunError when the disk is full or the model's files
-    change, and StopRequested after the batch in which a signal came (see `signals`).
+    change, when requests to an endpoint failed or it answers as another model than before, and StopRequested after the
+    batch in which a signal came (see `signals`).
     """
     begun = _begun(recipe)
     with Claims(begun.suite) as claims:
@@ -76,7 +78,7 @@ class _Begun:
 
     recipe: EvalRecipe
     suite: Path
-    model: Subject
+    model: Subject | RemoteSubject
     engine: type[Generator]
     panel: Sequence[Judge]
     work: WorkList
@@ -86,7 +88,9 @@ class _Begun:
     labels: Labels | None
     matched: Matched | None
 
-    def load(self, template: TemplateConfig, claims: Claims) -> Generator:
+    def load(self, template: TemplateConfig, claims: Claims) -> Respondent:
+        if isinstance(self.model, RemoteSubject):
+            return self.model.load(template, self.recipe.generation, self.suite)
         return _load(self.recipe, self.model, self.suite, self.engine, template, claims)
 
 
@@ -97,18 +101,19 @@ def _begun(recipe: EvalRecipe) -> _Begun:
     versions = engine.versions()  # fails here where the engine is not installed
     panel = judges.panel(recipe)
     labelled = None if recipe.labels is None else labels.read(recipe.labels)
-    model = subject.find(recipe.model, Path(recipe.run.dir))
+    model = subject.find(recipe.model, Path(recipe.run.dir)) if recipe.model.url is None else remote.find(recipe)
     written, recipe = recipe, _resolved(recipe, model)
     _check_template(recipe, model)
     suite = suite_dir(recipe)
-    settings = rows.settings(recipe, model.model_hash, model.template_hash, model.environment, versions)
+    settings = _settings(recipe, model, versions)
     every = arms.of(recipe, suite, settings, panel)
     for arm in every:
         manifests.check(arm.folder, manifests.decided_by(recipe, arm.settings))  # before anything is made for it
     rewriter = _rewriter(recipe, model, settings, lambda other: _surrogate(written, other, versions))
-    work = worklist.plan(recipe, rewriter, _encoder(recipe, model).refusals)
+    answering = rewriter.encoder
+    work = worklist.plan(recipe, rewriter, *(() if answering is None else (answering.refusals,)))
     worklist.log_coverage(recipe.suite, work)
-    _check_pictures(work, model)
+    _check_questions(work, model)
     rounds = rows.rounds(work.questions)
     first = every[0].keyed(rounds[0])
     matched = None
@@ -172,6 +177,9 @@ def _rates(begun: _Begun, given: Mapping[str, Given], claims: Claims) -> SuiteRe
             )
             if arm.defence is None and "caution" in judged:
                 log.warning(f"eval {begun.recipe.suite}: {judged['caution']}", extra=EVERY_RANK)
+            if isinstance(begun.model, RemoteSubject) and arm.guard is None:
+                judged["endpoint"] = remote.info(begun.recipe.model, answered)
+                log.info(f"eval {files.title(arm.folder)}: {results.taken(judged['endpoint'])}", extra=EVERY_RANK)
             if arm.defence is not None:
                 judged["defence"] = arms.info(arm, arm.defence, questions, answered, begun.panel)
             files.write(arm.folder / "metrics.json", results.text(judged))
@@ -206,20 +214,37 @@ def _judging(arm: Arm, claims: Claims) -> Iterator[bool]:
         claims.release(claim)
 
 
+def _settings(recipe: EvalRecipe, model: Subject | RemoteSubject, versions: Mapping[str, str]) -> Settings:
+    if isinstance(model, RemoteSubject):
+        return rows.settings_of_endpoint(recipe, model.identity)
+    return rows.settings(recipe, model.model_hash, model.template_hash, model.environment, versions)
+
+
 def _rewriter(
-    recipe: EvalRecipe, model: Subject, settings: Settings, other: Callable[[EvalModelConfig], Rewriter] | None = None
+    recipe: EvalRecipe,
+    model: Subject | RemoteSubject,
+    settings: Settings,
+    other: Callable[[EvalModelConfig], Rewriter] | None = None,
 ) -> Rewriter:
     suite = suite_dir(recipe)
+    if isinstance(model, RemoteSubject):
+        return Rewriter(suite, settings, partial(_no_weights, recipe), other=other)
     load = partial(_load, recipe, model, suite, HuggingFace, recipe.template)
     return Rewriter(suite, settings, load, _encoder(recipe, model), other)
+
+
+def _no_weights(recipe: EvalRecipe, claims: object) -> NoReturn:
+    raise ConfigError(
+        f"model.url names an endpoint ({recipe.model.model}), and an attack of this recipe loads the weights of the "
+        "model under test; leave it out, and say so in its class: weights = True"
+    )
 
 
 def _surrogate(recipe: EvalRecipe, model: EvalModelConfig, versions: dict[str, str]) -> Rewriter:
     """What makes rewrites on another model than the one under test. recipe: as written. Raises as `subject.find`."""
     other = subject.find(model, Path(recipe.run.dir))
     own = _resolved(replace(recipe, model=model), other)
-    settings = rows.settings(own, other.model_hash, other.template_hash, other.environment, versions)
-    return _rewriter(own, other, settings)
+    return _rewriter(own, other, _settings(own, other, versions))
 
 
 def _begin(suite: Path, recipe: EvalRecipe) -> None:
@@ -247,11 +272,11 @@ def _same(file: Path, recipe: EvalRecipe) -> bool:
 class _Loaded:
     """The model under test, loaded when there is something to answer, and again for another template."""
 
-    def __init__(self, load: Callable[[TemplateConfig], Generator]) -> None:
+    def __init__(self, load: Callable[[TemplateConfig], Respondent]) -> None:
         self.load, self.template, self.held = load, None, ExitStack()
-        self.current: Generator | None = None
+        self.current: Respondent | None = None
 
-    def generator(self, template: TemplateConfig) -> Generator:
+    def generator(self, template: TemplateConfig) -> Respondent:
         if self.current is None or template != self.template:
             self.close()
             self.template, self.current = template, self.held.enter_context(self.load(template))
@@ -289,16 +314,20 @@ def _first(keys: Collection[str]) -> str:
     return f" (keys {', '.join(sorted(keys)[:3])} …)" if keys else ""
 
 
-def _resolved(recipe: EvalRecipe, model: Subject) -> EvalRecipe:
+def _resolved(recipe: EvalRecipe, model: Subject | RemoteSubject) -> EvalRecipe:
     """The recipe with what `image_aspect: auto` comes to, since that decides the answers."""
-    if recipe.template.image_aspect != "auto":
+    if isinstance(model, RemoteSubject) or recipe.template.image_aspect != "auto":
         return recipe
     return replace(recipe, template=replace(recipe.template, image_aspect=model.aspect))
 
 
-def _check_template(recipe: EvalRecipe, model: Subject) -> None:
+def _check_template(recipe: EvalRecipe, model: Subject | RemoteSubject) -> None:
     """Raise ConfigError when the template differs from that of training, as it did unnoticed in the paper's code."""
-    if model.trained_in is None or not (trained := model.trained_in / "config.yaml").is_file():
+    if (
+        isinstance(model, RemoteSubject)
+        or model.trained_in is None
+        or not (trained := model.trained_in / "config.yaml").is_file()
+    ):
         return
     data = runs.recipe(model.trained_in).data
     same = ("image_aspect", "template_options")
@@ -316,8 +345,15 @@ def _encoder(recipe: EvalRecipe, model: Subject) -> Encoder:
     return encoder(processors.load(model.processing), recipe.template, families.load(model.processing))
 
 
-def _check_pictures(work: WorkList, model: Subject) -> None:
-    """Raise ConfigError when a text-only model would be asked about pictures."""
+def _check_questions(work: WorkList, model: Subject | RemoteSubject) -> None:
+    """Raise ConfigError when a text-only model would get pictures, or an endpoint the beginning of its answer."""
+    if isinstance(model, RemoteSubject):
+        if begun := next((question for question in work.questions if question.sample.begun), None):
+            raise ConfigError(
+                f"sets.{begun.set}.attacks.{begun.attack}: begins the model's answer, which no request to an endpoint "
+                "(model.url) can say; leave it out, or evaluate the weights (model.path)"
+            )
+        return
     pictured = [question for question in work.questions if question.sample.image is not None]
     if not pictured or not model.text_only:
         return

@@ -10,10 +10,13 @@ from pathlib import Path
 from mirage_dist.evals import manifest, results
 from mirage_dist.evals.sharing import claims
 from mirage_dist.evals.sharing.files import COMPLETE, DEFENCES, Damage, lines, row_key, suite_dir
-from mirage_dist.schema import ConfigError, EvalRecipe, RunError
+from mirage_dist.evals.sharing.usage import Usage, described
+from mirage_dist.schema import ConfigError, EvalRecipe, PriceConfig, RunError
 
 # The set and the attack of a raw row. JSON escapes quotes in strings, so no text of a row can look like a field.
 PLACE = re.compile(rb'"set": ("(?:[^"\\]|\\.)*"), .*?"attack": ("(?:[^"\\]|\\.)*")')
+
+SERVED = re.compile(rb'"served": (\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})')
 
 
 @dataclass
@@ -33,7 +36,8 @@ class Count:
 class Status:
     """counts: by set and attack. workers: those not known to be dead. rows_per_s: the sum of their rates.
 
-    cut, damage, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` is whole.
+    cut, damage, repeated: see `sharing.files.Answers`. measured: whether `metrics.json` is whole. usage: of
+    an endpoint's answers.
     """
 
     counts: dict[tuple[str, str], Count]
@@ -43,6 +47,7 @@ class Status:
     damage: Damage = field(default_factory=Damage)
     repeated: int = 0
     measured: bool = False
+    usage: Usage = field(default_factory=Usage)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -53,8 +58,8 @@ class Status:
     def total(self) -> int:
         return sum(count.total for count in self.counts.values())
 
-    def text(self) -> str:
-        """A Markdown table and a line on the workers."""
+    def text(self, price: PriceConfig | None = None) -> str:
+        """A Markdown table and a line on the workers; of an endpoint's answers also what they took."""
         table = ["| set | attack | done | claimed | missing |", "|---|---|---:|---:|---:|"]
         for (name, attack), c in self.counts.items():
             table.append(f"| {name} | {attack} | {c.done} of {c.total} | {c.claimed} | {c.missing} |")
@@ -65,18 +70,20 @@ class Status:
         end = "metrics.json is written" if self.measured else "not judged yet"
         share = self.done / self.total if self.total else 1.0
         line = f"{self.done} of {self.total} answers ({share:.1%}); {rate}; {end}"
-        return "\n".join([*table, "", line, *self.notes])
+        taken = [f"the endpoint: {described(self.usage.sums(price))}"] if self.usage.answers else []
+        return "\n".join([*table, "", line, *taken, *self.notes])
 
 
 def report(recipe: EvalRecipe) -> str:
     """The progress of a suite as text, and of each defence; of each checkpoint's where the recipe follows a run."""
     suite = suite_dir(recipe)
     if recipe.follow is None:
-        texts = [status(suite).text()]
+        price = recipe.model.price
+        texts = [status(suite).text(price)]
         for name in recipe.defences:
             folder = suite / DEFENCES / name
             begun = (folder / "manifest.json").is_file()
-            texts.append(f"defence {name}\n{status(folder).text() if begun else 'not started yet'}")
+            texts.append(f"defence {name}\n{status(folder).text(price) if begun else 'not started yet'}")
         return "\n\n".join(texts)
     steps = sorted(suite.glob("step-*"))
     if not any((step / "manifest.json").is_file() for step in steps):
@@ -160,6 +167,8 @@ def _count_rows(suite: Path, result: Status) -> None:
                 places[raw] = result.counts.get(place)
             if count := places[raw]:
                 count.done += 1
+                if served := SERVED.search(line):
+                    result.usage.add(json.loads(served[1]))
         result.cut += file.stat().st_size > end
 
 

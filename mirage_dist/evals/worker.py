@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 from mirage_dist import disk, signals, state
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import rows, worklist
+from mirage_dist.evals.models.base import Outcome
+from mirage_dist.evals.models.replies import Failed
 from mirage_dist.evals.rows import Chunk
 from mirage_dist.evals.sharing.claims import Claim, Claims
 from mirage_dist.evals.sharing.files import KEPT, Answers, Writer, append, title, whole_objects
@@ -25,8 +27,8 @@ MAX_RESTARTS = 3
 ENDED = {"stopped", "answered"}  # what is recorded at the end of a start that does not count
 FIRST_WAIT, LONGEST_WAIT = 0.02, 2.0  # seconds between two looks at the claims of other workers; doubles each time
 
-# Yields batches of (index into the samples, answer); see `evals.models.base.Generator`.
-Generate = Callable[[Sequence[Sample]], Iterator[list[tuple[int, str]]]]
+# Yields batches of (index into the samples, outcome); see `evals.models.base.Respondent`.
+Generate = Callable[[Sequence[Sample]], Iterator[Sequence[tuple[int, Outcome]]]]
 
 
 def work(
@@ -42,8 +44,9 @@ def work(
     questions: by key. load: loads the model; called once, when there is something to answer. place: (i, n): worker i
     of n begins at that fraction of the work list, so that workers rarely compete for a chunk.
 
-    Raises StopRequested after the batch in which a signal came, and RunError when the disk is full or the same Slurm
-    job has started MAX_RESTARTS times in a row without one new answer and without a request to stop.
+    Raises StopRequested after the batch in which a signal came, and RunError when the disk is full, the same Slurm
+    job has started MAX_RESTARTS times in a row without one new answer and without a request to stop, or an endpoint
+    gave no answer to some questions: these are not asked a second time by this worker, and stay missing.
     """
     name = f"eval {title(suite)}" if place[1] == 1 else f"eval {title(suite)}, worker {place[0]} of {place[1]}"
     answers = Answers(suite).refresh()
@@ -59,15 +62,16 @@ def work(
         )
     log.info(f"{name}: {done} of {len(questions)} questions are answered", extra=EVERY_RANK)
     generate: Generate | None = None
+    failed: dict[str, Failed] = {}  # by key
     turn, wait = _Turn(chunks, place), FIRST_WAIT
     with (
         _bounded_starts(suite, len(questions) - done),
         Writer(suite) as writer,
         Progress(len(questions), name, "answer", initial=done) as progress,
     ):
-        while chunk := turn.next(answers):
+        while chunk := turn.next(answers, failed):
             _check_signal(name)
-            missing = (questions[key] for key in chunk.keys if key not in answers)
+            missing = (questions[key] for key in chunk.keys if key not in answers and key not in failed)
             claim = claims.take(chunk.name, worklist.by_attack(missing))
             if claim is None:
                 if turn.put_back(chunk):
@@ -81,29 +85,55 @@ def work(
             try:
                 # Its last owner may have answered some or all of it since the last look.
                 answers.refresh()
-                if missing := {key: questions[key] for key in chunk.keys if key not in answers}:
+                left = [key for key in chunk.keys if key not in answers and key not in failed]
+                if missing := {key: questions[key] for key in left}:
                     generate = generate or load()
-                    _answer(missing, generate, claims, claim, writer)
+                    failed |= _answer(missing, generate, claims, claim, writer)
             finally:
                 claims.release(claim)
             turn.put_back(chunk)
             progress.show(min(len(answers.refresh()) - others, len(questions)))
+            if any(failure.untried for failure in failed.values()):
+                break
         _check_signal(name)
+        _require_answers(name, questions, answers.refresh(), failed)
     return answers
 
 
-def _answer(missing: Mapping[str, Question], generate: Generate, claims: Claims, claim: Claim, writer: Writer) -> None:
+def _answer(
+    missing: Mapping[str, Question], generate: Generate, claims: Claims, claim: Claim, writer: Writer
+) -> dict[str, Failed]:
     """Answer batch by batch, until everything is answered, a signal comes, or another worker has taken the claim over
-    and answers instead.
+    and answers instead. Returns why there is no answer, by key, where an endpoint gave none.
     """
-    keys = list(missing)
+    keys, failed = list(missing), dict[str, Failed]()
     for batch in generate([question.sent or question.sample for question in missing.values()]):
         if not claims.held(claim):
-            return
-        writer.append(rows.row(keys[i], missing[keys[i]], text) for i, text in batch)
-        claims.done += len(batch)
+            break
+        given = [(keys[i], outcome) for i, outcome in batch if not isinstance(outcome, Failed)]
+        failed |= {keys[i]: outcome for i, outcome in batch if isinstance(outcome, Failed)}
+        if given:
+            writer.append(rows.row(key, missing[key], answer) for key, answer in given)
+            claims.done += len(given)
         if signals.received():
-            return
+            break
+    return failed
+
+
+def _require_answers(
+    name: str, questions: Mapping[str, Question], answers: Answers, failed: Mapping[str, Failed]
+) -> None:
+    """Raise RunError when requests of this worker failed, and no other worker has got their answers."""
+    lost = [failure for key, failure in failed.items() if key not in answers]
+    if not lost:
+        return
+    reasons = ", ".join(f"{why} × {n}" for why, n in sorted(Counter(failure.reason for failure in lost).items()))
+    words = next((f"; the server's words: {failure.words}" for failure in lost if failure.words), "")
+    missing = sum(key not in answers for key in questions)
+    raise RunError(
+        f"{name}: {missing} of {len(questions)} questions have no answer; {len(lost)} requests failed or were not sent "
+        f"({reasons}){words}. Every answer so far is on disk, and the next start sends the missing requests"
+    )
 
 
 def _check_signal(name: str) -> None:
@@ -119,10 +149,11 @@ class _Turn:
         self.left = deque([*chunks[start:], *chunks[:start]])
         self.back = 0  # chunks put back since the last one that turned out to be answered
 
-    def next(self, answers: Answers) -> Chunk | None:
+    def next(self, answers: Answers, failed: Container[str]) -> Chunk | None:
+        """The next chunk with a question that is neither answered nor among the failed ones."""
         while self.left:
             chunk = self.left.popleft()
-            if not all(key in answers for key in chunk.keys):
+            if not all(key in answers or key in failed for key in chunk.keys):
                 return chunk
             self.back = 0
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
@@ -74,6 +75,9 @@ def check(recipe: EvalRecipe) -> None:
     made = _check_sets(recipe, made=recipe.world is None)
     _check_filters(recipe, made)
     drawn = [f"sets.{name}.attacks.{title}" for name, own in made.items() for title, a in own.items() if a.draws]
+    if recipe.model.url is not None:
+        _check_endpoint(recipe, made, drawn)
+        return
     name = recipe.generation.backend
     if (drawn or name not in models.BACKENDS) and not models.backend(name).seeded and drawn:
         raise ConfigError(
@@ -112,6 +116,18 @@ def plan(
                     Question(name, kind, title, k, row, sample.question, attack.optimised) for k, row in shots
                 )
     return work
+
+
+def requests(recipe: EvalRecipe) -> int | None:
+    """How many questions a suite asks at most, under every defence that asks; None before its data are here.
+
+    Reads the sets, and no model. Raises ConfigError as `plan`.
+    """
+    if not all(Path(source.path).exists() for own in recipe.sets.values() for source in own.sources):
+        return None
+    arms = 1 + sum(defence.guard is None for defence in defences.read(recipe).values())
+    shots = {name: sum(a.shots for a in own.values()) for name, own in _check_sets(recipe).items()}
+    return arms * sum(len(_read(recipe, name, lambda sizes: {}).samples) * (1 + shots[name]) for name in shots)
 
 
 def log_coverage(suite: str, work: WorkList) -> None:
@@ -158,6 +174,29 @@ def _check_filters(recipe: EvalRecipe, attacks_of: Mapping[str, Mapping[str, Att
         raise ConfigError(
             f"defences.{filters[0]}: withholds answers, and {talks[0]} is a conversation that goes on with the answers "
             "to earlier turns; evaluate one of the two in a recipe of its own"
+        )
+
+
+def _check_endpoint(recipe: EvalRecipe, attacks_of: Mapping[str, Mapping[str, Attack]], drawn: Sequence[str]) -> None:
+    """Raise ConfigError for an attack that cannot be made on a model behind an endpoint. drawn: those that draw."""
+    for name, own in attacks_of.items():
+        for title, attack in own.items():
+            where = f"sets.{name}.attacks.{title}"
+            if attack.weights:
+                raise ConfigError(
+                    f"{where}: needs the weights of the model under test, and model.url names an endpoint, which does "
+                    "not show them; leave it out, or attack another model and ask this one: `surrogate: {path: "
+                    "DIRECTORY}` of pgd and universal"
+                )
+            if attack.begins:
+                raise ConfigError(
+                    f"{where}: begins the model's answer, and model.url names an endpoint, where an answer's beginning "
+                    "is no field of a request; leave it out, or evaluate the weights (model.path)"
+                )
+    if drawn and recipe.model.temperature is None:
+        raise ConfigError(
+            f"{drawn[0]}: draws answers at a temperature, and model.temperature=null leaves that field out of each "
+            "request; set model.temperature=0, or leave this attack out"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mirage_dist.data.words import NOT_MEASURED
-from mirage_dist.evals.results import CLEAN, Leaf, of_set
+from mirage_dist.evals.results import CLEAN, Leaf, of_set, taken
 from mirage_dist.report.curves.budgets import Budget, budget_of
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
@@ -166,9 +166,9 @@ def facts(runs: Sequence[Run]) -> str:
     if len(set(kinds)) < len(kinds):
         line += " Figures show the first set of each kind; “All rates” has the others too."
     defended = ((run.name, *run.defence) for run in runs if run.defence)
-    return " ".join(
-        [line, *(f"{name} was asked with the defence {title}, a system prompt: “{t}”." for name, title, t in defended)]
-    )
+    own = [f"{name} was asked with the defence {title}, a system prompt: “{t}”." for name, title, t in defended]
+    own += [f"{run.name} is {taken(run.metrics['endpoint'])}." for run in runs if "endpoint" in run.metrics]
+    return " ".join([line, *own])
 
 
 def problems(runs: Sequence[Run]) -> list[str]:

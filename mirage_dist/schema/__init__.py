@@ -5,7 +5,7 @@ Imports nothing heavy, and nothing of ours.
 
 from __future__ import annotations
 
-from mirage_dist.schema.chat import ChatConfig
+from mirage_dist.schema.chat import ChatConfig, EndpointConfig, PriceConfig
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import DataConfig, DiversifyConfig, PrepareRecipe, RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError, RunError
@@ -32,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DiversifyConfig",
+    "EndpointConfig",
     "EvalModelConfig",
     "EvalRecipe",
     "EvalSetConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "PrepareRecipe",
+    "PriceConfig",
     "RunConfig",
     "RunError",
     "SourceConfig",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
+from mirage_dist.schema.chat import EndpointConfig, PriceConfig
 from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError
@@ -12,23 +13,34 @@ from mirage_dist.schema.names import Name, Place
 from mirage_dist.schema.numbers import Batch, FromZero, Seed, SomeShare, Tokens
 
 
-@dataclass(frozen=True)
-class EvalModelConfig:
-    """The model under test: a Hugging Face model directory or hub name in the cache, or a training run's checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class EvalModelConfig(EndpointConfig):
+    """The model under test: a Hugging Face model directory or hub name in the cache, a training run's checkpoint, or a
+    model behind an endpoint (`url` and `model`).
 
-    A checkpoint is exported for as long as answers are missing; the export is removed afterwards.
+    A checkpoint is exported for as long as answers are missing; the export is removed afterwards. An endpoint's answers
+    have at most `generation.max_new_tokens` tokens, unless `max_tokens` or `max_completion_tokens` is given.
     """
 
     path: Place | None = None  # a model directory or the name of one in the hub's cache
     run: Place | None = None  # a training run's directory, in place of `path`
     step: FromZero | None = None  # of `run`; default: its newest checkpoint
-    dtype: Literal["fp32", "bf16"] = "bf16"  # of the weights while they answer
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of the weights while they answer; an endpoint has its own
+    price: PriceConfig | None = None  # of the endpoint's tokens, for sums in US dollars
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.run is None):
-            raise ConfigError(f"path={self.path!r}, run={self.run!r}; expected one of them (the other null)")
+        if sum(own is not None for own in (self.path, self.run, self.url)) != 1:
+            # No message repeats the value of a url.
+            others = ", or the url of an endpoint" if self.url is None else " in place of the url"
+            raise ConfigError(f"path={self.path!r}, run={self.run!r}; expected one of them (the other null){others}")
         if self.step is not None and self.run is None:
-            raise ConfigError(f"step={self.step!r}; belongs to `run`, with `path` leave it out")
+            raise ConfigError(f"step={self.step!r}; belongs to `run`, without it leave it out")
+        if self.url is not None:
+            self.check_endpoint()
+            return
+        self.refuse_without_url(*(own.name for own in fields(EndpointConfig)))
+        if self.price is not None:
+            raise ConfigError("price: belongs to an endpoint (url); with a local model leave it out")
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class GenerationConfig:
     """
 
     max_new_tokens: Tokens = 256  # of an answer, at most
-    batch_size: Batch = 16  # rows in a batch and in a claim; vllm needs hundreds
+    batch_size: Batch = 16  # rows in a batch and in a claim; vllm and endpoints need hundreds
     backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
     gpu_memory_utilization: SomeShare | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
 
@@ -80,7 +92,7 @@ class TemplateConfig:
     system_prompt: str | None = None  # as `data.system_prompt` of the training
     image_aspect: Literal["auto", "pad", "processor"] = "auto"  # as `data.image_aspect` of the training
     template_options: dict[str, Any] = field(default_factory=dict)  # as `data.template_options` of the training
-    max_length: Tokens = 2048  # tokens; a longer prompt is an error
+    max_length: Tokens = 2048  # tokens; a longer prompt is an error; an endpoint has its own limit
     defence: str | None = None
 
     def __post_init__(self) -> None:
@@ -118,10 +130,35 @@ class EvalRecipe:
     erasure: dict[str, Any] | None = None  # the tests of `mirage erasure` (see `erasure.run.ErasureConfig`)
 
     def __post_init__(self) -> None:
+        if self.model.url is not None:
+            self._check_endpoint()
         if self.wandb_outputs and self.follow is None:
             raise ConfigError("wandb_outputs: belongs to `follow`, whose W&B run gets them; without it leave it out")
         if self.labels and self.follow is not None:
             raise ConfigError(
                 f"labels={self.labels}: belong to one model's answers, and `follow` evaluates a model after each "
                 "checkpoint; leave one of the two out"
+            )
+
+    def _check_endpoint(self) -> None:
+        """Raise ConfigError for what an endpoint does by itself, or cannot do."""
+        if self.follow is not None:
+            raise ConfigError(
+                f"follow={self.follow}: evaluates the checkpoints of a training run, and model.url names an endpoint; "
+                "leave one of the two out"
+            )
+        if self.generation.backend != "hf":
+            raise ConfigError(
+                f"generation.backend={self.generation.backend}: a local engine, and model.url names an endpoint, which "
+                "answers by itself; leave the backend out"
+            )
+        if self.template.image_aspect != "auto":
+            raise ConfigError(
+                f"template.image_aspect={self.template.image_aspect}: an endpoint (model.url) gets each picture as it "
+                "is and prepares it itself; set template.image_aspect=auto"
+            )
+        if self.template.template_options:
+            raise ConfigError(
+                "template.template_options: an endpoint (model.url) applies the chat template itself; where it takes "
+                "options, give them as it documents them, such as model.extra: {chat_template_kwargs: {…}} for vLLM"
             )

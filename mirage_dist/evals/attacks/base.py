@@ -31,6 +31,7 @@ class Attack:
     of its rewrites was taken from one search, ascending; empty for rewrites that are no stages of a search. optimised:
     a hash of all that decided its rewrites where these were optimised on a model; "" for all others. begins: its
     rewrites begin the model's answer (`Sample.begun`). targeted: it optimises for how the model's answer begins.
+    weights: it needs the weights of the model under test, which an endpoint does not show.
     """
 
     control: bool = False
@@ -46,6 +47,7 @@ class Attack:
     optimised = ""
     begins = False
     targeted = False
+    weights = False
 
     def __call__(self, sample: Sample) -> list[Sample]:
         """`shots` rewrites, or none when the attack cannot rewrite this sample."""

@@ -68,6 +68,10 @@ class Chain(Attack):
         return any(part.targeted for part in self.parts)
 
     @property
+    def weights(self) -> bool:  # type: ignore[override]
+        return any(part.weights for part in self.parts)
+
+    @property
     def draws(self) -> int:
         return self.parts[-1].draws
 

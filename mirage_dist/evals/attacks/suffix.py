@@ -44,6 +44,7 @@ class Suffix(Generated):
     min_match = 1.0
     with_history = True
     targeted = True
+    weights = True
     origin = "gradients"
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from mirage_dist.evals.judges import Judge, Opinion
 from mirage_dist.evals.results import UNJUDGED, DefenceInfo
 from mirage_dist.evals.rows import Settings
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.evals.sharing.files import DEFENCES, Answers, Merged, Row, Writer, title
+from mirage_dist.evals.sharing.files import BLOCKED, DEFENCES, Answers, Merged, Row, Writer, blocked, title
 from mirage_dist.evals.worker import Generate
 from mirage_dist.evals.worklist import Question
 from mirage_dist.progress import EVERY_RANK, log
@@ -97,12 +97,13 @@ def answered(
     chunk. claims: this worker's, in the arm's folder. Raises as `worker.work`.
     """
     questions = dict(first)
-    answers = worker.work(arm.folder, questions, rows.chunks(questions, size), claims, load, place)
+    mixed = "endpoint" in arm.settings
+    answers = worker.work(arm.folder, questions, rows.chunks(questions, size, mixed), claims, load, place)
     for turn in later:  # whose keys contain the answers to earlier turns
         earlier = {key: rows.place(question) for key, question in questions.items() if question.sample.turn}
         responses = {earlier[row["key"]]: row["response"] for row in answers.of(earlier)}
         own = arm.keyed(rows.resumed(question, responses) for question in turn)
-        answers = worker.work(arm.folder, own, rows.chunks(own, size), claims, load, place)
+        answers = worker.work(arm.folder, own, rows.chunks(own, size, mixed), claims, load, place)
         questions |= own
     return questions, answers
 
@@ -134,7 +135,7 @@ def filtered(arm: Arm, guard: Judge, questions: Mapping[str, Question], given: S
         for key, question, row, opinion in zip(own, own.values(), given, opinions, strict=True):
             keys.append(disk.digest({"question": key, "answer": disk.sha256_text(row["response"])}))
             if keys[-1] not in written:
-                batch.append(_row(keys[-1], question, row["response"], opinion))
+                batch.append(_row(keys[-1], question, row, opinion))
             if len(batch) == BATCH:
                 writer.append(batch)
                 batch.clear()
@@ -155,11 +156,13 @@ def _both(name: str) -> ConfigError:
     )
 
 
-def _row(key: str, question: Question, response: str, opinion: Opinion) -> Row:
-    row = rows.row(key, question, response)
+def _row(key: str, question: Question, given: Row, opinion: Opinion) -> Row:
+    row = rows.row(key, question, given["response"])
     row["filtered"] = opinion.verdict
-    if opinion.verdict == "harmful" or opinion.verdict in UNJUDGED:
-        row["withheld"], row["response"] = response, REFUSAL
+    if blocked(given):  # before the guard could see an answer
+        row["served"] = {"finish": BLOCKED}
+    elif opinion.verdict == "harmful" or opinion.verdict in UNJUDGED:
+        row["withheld"], row["response"] = given["response"], REFUSAL
     return row
 
 

@@ -78,5 +78,5 @@ class Seen(Sequence[Row]):
 
 def _seen(row: Row) -> Row:
     blind = {"set": "", "kind": "unsafe", "id": "", "category": "", "attack": "", "shot": 0, "expected": ""}
-    open_to_it = {name: row[name] for name in ("key", "image", "question", "response")}
+    open_to_it = {name: row[name] for name in ("key", "image", "question", "response", "served") if name in row}
     return {**blind, **open_to_it, "original_question": row["question"]}

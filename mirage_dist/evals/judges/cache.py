@@ -24,13 +24,13 @@ from mirage_dist import disk, signals, state
 from mirage_dist.evals.judges.base import Judge, Opinion, Row
 from mirage_dist.evals.results import UNJUDGED, Unjudged, Verdict
 from mirage_dist.evals.sharing.claims import Claims
-from mirage_dist.evals.sharing.files import Damage, whole_objects
+from mirage_dist.evals.sharing.files import Damage, blocked, whole_objects
 from mirage_dist.liveness import Owner
 from mirage_dist.progress import EVERY_RANK, log
 from mirage_dist.schema import RunError
 from mirage_dist.signals import StopRequested
 
-WITHHELD = Opinion("refused", {"by": "filter"})  # of an answer that a filter withheld, by every judge
+WITHHELD = Opinion("refused", {"by": "filter"})  # of an answer that a filter withheld, ours or an endpoint's
 Identity = bytes  # the row's key, then its answer's SHA-256: there may be a million of them
 
 
@@ -49,17 +49,17 @@ def judged(suite: Path, judge: Judge, rows: Sequence[Row], claims: Claims | None
 
     claims: this worker's; without them it is the suite's only worker.
 
-    Rows may lie on disk and are read one by one; those that a filter withheld are refused by every judge. Damaged and
-    edited lines of verdicts are named in the log, and their rows judged again. Raises StopRequested when a signal
-    arrives at a slow judge, after its current opinion; every opinion is on disk then. Raises RunError when the disk is
-    full or the judge leaves rows out.
+    Rows may lie on disk and are read one by one; those that a filter withheld or blocked are refused by every judge.
+    Damaged and edited lines of verdicts are named in the log, and their rows judged again. Raises StopRequested when a
+    signal arrives at a slow judge, after its current opinion; every opinion is on disk then. Raises RunError when the
+    disk is full or the judge leaves rows out.
     """
     rules = judge.fingerprint
     cached = _read(suite, judge, rules)
     keys, opinions = [], list[Opinion | None]()
     for row in rows:
         keys.append(row["key"].encode() + bytes.fromhex(disk.sha256_text(row["response"])))
-        opinions.append(WITHHELD if "withheld" in row else cached.get(keys[-1]))
+        opinions.append(WITHHELD if "withheld" in row or blocked(row) else cached.get(keys[-1]))
     del cached
     missing = [i for i, opinion in enumerate(opinions) if opinion is None]
     # Closed when a signal ends the loop, so that no further request is sent.

@@ -4,25 +4,59 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from mirage_dist.data.sample import Sample
+from mirage_dist.evals.models.replies import Failed
+from mirage_dist.evals.sharing.files import Served
 from mirage_dist.schema import EvalModelConfig, GenerationConfig, TemplateConfig
 
 
-class Generator(ABC):
-    """Answers samples in batches with one model: each greedily, or as its `draw` says.
+@dataclass(frozen=True)
+class Answer:
+    """An endpoint's answer. text: of the model, or what stands for it. served: how it came (see `Served`)."""
 
-    Leaving it as a context releases the device's memory.
+    text: str
+    served: Served
 
-    A subclass loads the model in its constructor, which takes `model` (a directory as `path`), `template` and
-    `generation`, and raises ConfigError when the model cannot be loaded. It implements `answer`.
 
-    seeded: whether `answer` follows a sample's `draw`, so that its seed gives the same answer in any batch. Attacks
-    that draw answers are refused where it is False.
+# An answer: of an engine on this machine as text; of an endpoint with how it came, or why there is none.
+Outcome = str | Answer | Failed
+
+
+class Respondent(ABC):
+    """Answers samples: each with the likeliest tokens, or as its `draw` says. Leaving it as a context releases what it
+    holds, such as the device's memory.
+
+    seeded: whether it follows a sample's `draw`, so that its seed gives the same answer in any batch. Attacks that draw
+    answers are refused where it is False.
     """
 
     seeded: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, samples: Sequence[Sample]) -> Iterator[Sequence[tuple[int, Outcome]]]:
+        """Answer every sample; yields (index into `samples`, outcome) pairs as they come."""
+
+    def close(self) -> None:
+        """Release what is held. The base class leaves that to the garbage collector."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Generator(Respondent):
+    """Answers samples in batches with one model on this machine.
+
+    A subclass loads the model in its constructor, which takes `model` (a directory as `path`), `template` and
+    `generation`, and raises ConfigError when the model cannot be loaded. It implements `answer`, and says by `seeded`
+    whether that follows a sample's `draw`.
+    """
 
     def __init__(self, model: EvalModelConfig, template: TemplateConfig, generation: GenerationConfig) -> None:
         self.path, self.batch_size = str(model.path), generation.batch_size
@@ -47,13 +81,3 @@ class Generator(ABC):
         for start in range(0, len(samples), self.batch_size):
             batch = range(start, min(start + self.batch_size, len(samples)))
             yield list(zip(batch, self.answer([samples[i] for i in batch]), strict=True))
-
-    def close(self) -> None:
-        """Release the device's memory. The base class leaves that to the garbage collector."""
-        return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -20,19 +20,23 @@ import time
 import urllib.request
 import weakref
 from collections import Counter
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import httpx
 
 from mirage_dist.data import pictures
+from mirage_dist.data.sample import Draw
 from mirage_dist.evals.models import replies
-from mirage_dist.evals.models.replies import Failed, NoAnswer
-from mirage_dist.schema import ChatConfig, ConfigError
+from mirage_dist.evals.models.replies import Failed, NoAnswer, Reply
+from mirage_dist.schema import ConfigError, EndpointConfig
 
 LONGEST_WAIT = 300.0  # seconds; a longer Retry-After is cut to this
 LARGEST_ANSWER = 1 << 20  # bytes
+LOOK_SECONDS = 0.5  # between two looks at whether to stop
 IDLE_SECONDS = 4.0  # a connection that was idle for longer is not used again; common servers close theirs after 5
 # The rest is not sent after so many requests in a row without a working server, or so many that were all rejected for
 # one reason before the first answer came.
@@ -40,11 +44,14 @@ GIVE_UP = 20
 GIVEN_UP = "given up after: "  # with which the reason of a request that was not sent begins
 
 
-class _Health:
-    """Whether it makes sense to send further requests to an endpoint, by what became of the earlier ones."""
+class Health:
+    """Whether it makes sense to send further requests to an endpoint, by what became of the earlier ones.
+
+    stopped: no further request is sent. given_up: nor will any be, in a later call.
+    """
 
     def __init__(self) -> None:
-        self.stopped = threading.Event()
+        self.stopped, self.given_up = threading.Event(), False
         self.untried = Failed("stopped", untried=True)
         self._lock = threading.Lock()
         self._dead_in_a_row, self._answers = 0, 0
@@ -64,18 +71,24 @@ class _Health:
             alike = self._rejections[failure.reason] >= GIVE_UP and not self._answers and len(self._rejections) == 1
             if (error.hopeless or alike or self._dead_in_a_row >= GIVE_UP) and not self.stopped.is_set():
                 self.untried = Failed(GIVEN_UP + failure.reason, failure.words, untried=True)
+                self.given_up = True
                 self.stopped.set()
 
 
 class Request(NamedTuple):
     """One request. system: None sends no such message. image: the path of a picture. reply: the assistant's turn that
-    follows the text, for classifiers of conversations.
+    follows the text, for classifiers of conversations. history: earlier (text, answer) turns, oldest first. shown: the
+    turn that shows the picture, from 0, the oldest one. draw: how the answer is drawn; None as the endpoint's options
+    say.
     """
 
     system: str | None
     text: str
     image: str | None
     reply: str | None = None
+    history: Sequence[tuple[str, str]] = ()
+    shown: int = 0
+    draw: Draw | None = None
 
 
 class Endpoint:
@@ -85,7 +98,7 @@ class Endpoint:
     a proxy's address that cannot be one.
     """
 
-    def __init__(self, config: ChatConfig, max_new_tokens: int, json_mode: bool, chat: bool = True) -> None:
+    def __init__(self, config: EndpointConfig, max_new_tokens: int, json_mode: bool, chat: bool = True) -> None:
         self.url = f"{str(config.url).rstrip('/')}/{'chat/' if chat else ''}completions"
         self.chat = chat
         self.timeout, self.retries, self.backoff = config.timeout, config.retries, config.backoff
@@ -117,31 +130,49 @@ class Endpoint:
         return {"url": self.url, **self.fixed}
 
     def ask_all(self, requests: Sequence[Request]) -> Generator[tuple[int, str | Failed], None, None]:
-        """(index, answer) of each request, as they arrive; of some, why there is no answer.
+        """(index, answer without reasoning) of each request, as they arrive; of some, why there is no answer."""
+        with closing(self.replies(requests)) as arriving:
+            for batch in arriving:
+                yield from ((i, reply if isinstance(reply, Failed) else reply.answer) for i, reply in batch)
+
+    def replies(
+        self, requests: Sequence[Request], health: Health | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Generator[list[tuple[int, Reply | Failed]], None, None]:
+        """(index, reply) of each request, those together that arrive together; of some, why there is no answer.
 
         Never raises for what a server does. The first requests are spread over all of them, so that what they have in
         common is not what one part of the suite has in common, such as questions that a filter blocks.
+        health: of earlier calls, which this one goes on with. stopped: whether no further request is to be sent; asked
+        every now and then, because a server may demand long pauses.
         """
-        health = _Health()
+        health = health or Health()
+        if not health.given_up:
+            health.stopped.clear()
         order = _spread(len(requests))
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 step = 32 * self.concurrency  # bounds the pictures in memory
                 for start in range(0, len(order), step):
                     waiting = {pool.submit(self._outcome, health, requests[i]): i for i in order[start : start + step]}
-                    for future in as_completed(waiting):
-                        yield waiting[future], future.result()
+                    while waiting:
+                        done, _ = wait(waiting, LOOK_SECONDS, FIRST_COMPLETED)
+                        if done:
+                            yield [(waiting.pop(future), future.result()) for future in done]
+                        if stopped():
+                            health.stopped.set()
             finally:  # also when the caller closes this generator
                 health.stopped.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _outcome(self, health: _Health, request: Request) -> str | Failed:
+    def _outcome(self, health: Health, request: Request) -> Reply | Failed:
         if health.stopped.is_set():
             return health.untried
-        text = request.text if request.reply is None else f"{request.text}\n{request.reply}"
+        turns = [*(text for turn in request.history for text in turn), request.text, request.reply]
+        text = "\n".join(turn for turn in turns if turn is not None)
+        drawn = {} if request.draw is None else asdict(request.draw)
         try:
             content = {"messages": _messages(request)} if self.chat else {"prompt": request.text}
-            body = json.dumps({**self.fixed, **content}).encode()
+            body = json.dumps({**self.fixed, **drawn, **content}).encode()
         except pictures.PictureError as error:
             return Failed(f"its picture cannot be read: {error.cause}")
         attempt = 0
@@ -160,7 +191,7 @@ class Endpoint:
                     return error.failure
             attempt += 1
 
-    def _on_any_connection(self, body: bytes, text: str) -> str:
+    def _on_any_connection(self, body: bytes, text: str) -> Reply:
         """Send one request. A server may close an idle connection at the moment at which it is used again: the request
         is then sent over a new one, at once, since no working server has seen it.
         """
@@ -173,7 +204,7 @@ class Endpoint:
         except _Closed:
             raise NoAnswer(Failed("connection failed"), again=True, alive=False) from None
 
-    def _once(self, body: bytes, text: str, transport: httpx.HTTPTransport) -> str:
+    def _once(self, body: bytes, text: str, transport: httpx.HTTPTransport) -> Reply:
         events: list[str] = []
         extensions = {
             "timeout": httpx.Timeout(self.timeout).as_dict(),
@@ -197,7 +228,7 @@ class Endpoint:
             words = replies.shown(str(error), self._key, text)
             raise NoAnswer(Failed("connection failed", words), again=True, alive=False) from None
         if response.status_code == 200 and not replies.error_in(content):
-            return replies.answer(content)
+            return replies.completion(content, self._key)
         wait = _retry_after(response.headers.get("Retry-After"))
         raise replies.error(response.status_code, content, wait, self._key, text)
 
@@ -249,17 +280,26 @@ def _spread(count: int) -> list[int]:
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": request.text}]
-    if request.image is not None:
-        kind, content_bytes = pictures.encoded(request.image)
-        data = base64.b64encode(content_bytes).decode()
-        content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    messages: list[dict[str, Any]] = []
     if request.system is not None:
-        messages.insert(0, {"role": "system", "content": request.system})
+        messages.append({"role": "system", "content": request.system})
+    for turn, (text, answer) in enumerate(request.history):
+        messages.append(_of_user(text, request.image if turn == request.shown else None))
+        messages.append({"role": "assistant", "content": answer})
+    messages.append(_of_user(request.text, request.image if len(request.history) == request.shown else None))
     if request.reply is not None:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": request.reply}]})
     return messages
+
+
+def _of_user(text: str, image: str | None) -> dict[str, Any]:
+    """One turn of the user, with its picture before the text."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if image is not None:
+        kind, content_bytes = pictures.encoded(image)
+        data = base64.b64encode(content_bytes).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
+    return {"role": "user", "content": content}
 
 
 def _retry_after(header: str | None) -> float | None:

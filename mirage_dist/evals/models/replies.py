@@ -1,20 +1,27 @@
-"""What a chat endpoint's reply says: an answer, a block by a content filter, or an error in the server's own words."""
+"""What a chat endpoint's reply says: an answer, a block by a content filter, or an error in the server's own words.
+
+The fields of a completion are those of OpenAI's published schema (`CreateChatCompletionResponse`).
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mirage_dist.evals.models import reasoning
 from mirage_dist.schema import secrets
 
 FILTERED = "filtered"  # the reason of an answer that the endpoint's content filter withheld
+EMPTY = "no content"  # the reason of a completion that holds none
 HOPELESS = (401, 402, 403, 404, 405)  # every other request to this address with this key would fail too
 FILTER_STATUS = (400, 403, 422, 451)  # what endpoints send with the code of their content filter
 LONGEST_WORDS = 300  # characters of a server's message that are shown
+LONGEST_NAME = 200  # characters of a model's name and the like
+LARGEST_COUNT = 10**12  # tokens of one completion
+SHORTEST_KEY = 8  # characters of a key that no answer holds by chance
 SHORTEST_ECHO = 20  # characters of the request that a message may repeat before they are masked
 
 # Names of filters, without case and punctuation: `content_filter`, `SAFETY`, `ResponsibleAIPolicyViolation`, …
@@ -36,18 +43,50 @@ class Declined(str):
 
 
 @dataclass(frozen=True)
+class Reply:
+    """A completion.
+
+    content: as it came, reasoning included. refusal: the words with which the model declined, where it did so in a
+    field of their own. finish: why the text ends, such as `stop` or `length`. model: that it names as its own.
+    fingerprint: of the backend's configuration. prompt_tokens, completion_tokens: its usage. What it does not state is
+    None.
+    """
+
+    content: str
+    refusal: str = ""
+    finish: str | None = None
+    model: str | None = None
+    fingerprint: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def text(self) -> str:
+        """All that the model wrote, as an engine on this machine would give it."""
+        return self.content.strip() or self.refusal.strip()
+
+    @property
+    def answer(self) -> str:
+        """The answer without reasoning; empty if only reasoning came."""
+        if (text := reasoning.answer(self.content)).strip():
+            return text
+        return Declined(self.refusal) if self.refusal.strip() else ""
+
+
+@dataclass(frozen=True)
 class Failed:
     """A request without an answer.
 
     reason: in this package's words and the server's code. words: the server's message, shortened, without keys and
     without the request; for the screen, never for a file. final: the same request would get none again. untried: it
-    was not sent, because the endpoint had been given up.
+    was not sent, because the endpoint had been given up. reply: the completion that holds no answer, if one came.
     """
 
     reason: str
     words: str = ""
     final: bool = False
     untried: bool = False
+    reply: Reply | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.words}" if self.words else self.reason
@@ -73,13 +112,14 @@ class NoAnswer(Exception):
         self.failure, self.again, self.alive, self.hopeless, self.wait = failure, again, alive, hopeless, wait
 
 
-def answer(body: bytes) -> str:
-    """The answer in the body of a completion, of a chat or of a text, without reasoning; empty if only reasoning came.
+def completion(body: bytes, secret: str = "") -> Reply:
+    """The body of a completion, of a chat or of a text. secret: the key, which no part of it may repeat.
 
     Raises NoAnswer for a block by a content filter, for a completion without content, and for what is none.
     """
     try:
-        choice = json.loads(body)["choices"][0]
+        tree = json.loads(body)
+        choice = tree["choices"][0]
         finish = choice.get("finish_reason")
         message = choice["message"] if "message" in choice else {"content": choice["text"]}
         content, refusal = message.get("content"), message.get("refusal")
@@ -89,22 +129,46 @@ def answer(body: bytes) -> str:
         content, refusal = _parts(content, "text"), _parts(content, "refusal") or refusal
     if content is not None and not isinstance(content, str):
         raise NoAnswer(Failed("not a chat completion"), again=True, alive=False)
+    usage = tree.get("usage")
+    reply = Reply(
+        _own(content or "", secret),
+        _own(refusal, secret) if isinstance(refusal, str) else "",
+        _name(finish, secret),
+        _name(tree.get("model"), secret),
+        _name(tree.get("system_fingerprint"), secret),
+        *(_count(usage, name) for name in ("prompt_tokens", "completion_tokens")),
+    )
     if isinstance(finish, str) and _FILTER_CODE.search(_plain(finish)):
-        raise NoAnswer(Failed(FILTERED, final=True))
+        raise NoAnswer(Failed(FILTERED, final=True, reply=reply))
     if finish == "error":  # of a relay whose own server broke off
         raise NoAnswer(Failed("an answer that was broken off"), again=True)
-    if content and (text := _encodable(reasoning.answer(content))).strip():
-        return text
-    if isinstance(refusal, str) and refusal.strip():
-        return Declined(_encodable(refusal))
-    if content is None and finish != "length" and not message.get("reasoning_content"):
-        raise NoAnswer(Failed("no content", final=True), again=True)
-    return ""
+    cut = finish == "length" or message.get("reasoning_content")
+    if content is None and not reply.refusal.strip() and not cut:
+        raise NoAnswer(Failed(EMPTY, final=True, reply=reply), again=True)
+    return reply
 
 
-def _encodable(text: str) -> str:
-    """The text with "?" for each half of a surrogate pair, which a server may cut an answer at."""
-    return text.encode(errors="replace").decode()
+def _own(text: str, secret: str) -> str:
+    """A text of the server's: with "?" for each half of a surrogate pair, which it may cut an answer at, and without
+    the key.
+    """
+    text = text.encode(errors="replace").decode()
+    # A word such as EMPTY, which servers without keys take for one, may stand in any answer.
+    random = len(secret) >= SHORTEST_KEY and any(sign.isdigit() for sign in secret)
+    return text.replace(secret, secrets.MASK) if random else text
+
+
+def _name(value: Any, secret: str) -> str | None:
+    """A word of the server's that may be written to a file: one short line."""
+    if not isinstance(value, str) or not value.strip():
+        return None
+    line = "".join(sign if sign.isprintable() else " " for sign in _own(value, secret))
+    return secrets.masked(line)[:LONGEST_NAME].strip() or None
+
+
+def _count(usage: Any, name: str) -> int | None:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= LARGEST_COUNT else None
 
 
 def _parts(content: list[Any], kind: Literal["text", "refusal"]) -> str:

@@ -89,7 +89,7 @@ def trained_in(model: EvalModelConfig, run: Path) -> Path | None:
     """The run whose checkpoint or export this model is, if it is one's. run: the evaluated run's directory."""
     if model.run is not None:
         return Path(model.run)
-    return run if run in Path(str(model.path)).parents else None
+    return run if model.path is not None and run in Path(model.path).parents else None
 
 
 def untemplated(folder: Path) -> directory.Hashed:
@@ -112,9 +112,14 @@ def check(folder: Path) -> Any:
 def find(model: EvalModelConfig, run: Path) -> Subject:
     """Hash the model; loads no weights. run: the evaluated run's directory, which may have trained the model.
 
-    Raises ConfigError when the model or checkpoint does not exist, the directory is a peft adapter without its base
-    model, a weight is missing from its safetensors files, or the model has no chat template.
+    Raises ConfigError for an endpoint, when the model or checkpoint does not exist, the directory is a peft adapter
+    without its base model, a weight is missing from its safetensors files, or the model has no chat template.
     """
+    if model.url is not None:
+        raise ConfigError(
+            f"model.url names an endpoint ({model.model}), whose weights nobody can read here; give the model's "
+            "directory as model.path"
+        )
     if model.run is not None:
         return _checkpoint(model, Path(model.run))
     folder = directory.resolve(str(model.path))

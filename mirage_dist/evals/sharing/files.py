@@ -28,6 +28,27 @@ KEY = re.compile(rb'\{"key": "([0-9a-f]{64})", ')  # how a row begins
 NAMED_LINES = 3  # of each file with damaged lines, in a message
 
 
+# `Served.finish` of a question that an endpoint's content filter blocked, or its answer; of an answer that the limit of
+# tokens cut off; of a reply without content.
+BLOCKED, CUT, NO_CONTENT = "content_filter", "length", "no_content"
+
+
+class Served(TypedDict):
+    """How an endpoint's answer came. finish: why it ends: BLOCKED, CUT, NO_CONTENT, or another word of the endpoint's,
+    such as `stop`. What the endpoint did not state is left out.
+
+    model: that the reply names. system_fingerprint: of the backend's configuration. partial: what came of an answer
+    that the filter blocked.
+    """
+
+    finish: NotRequired[str]
+    model: NotRequired[str]
+    system_fingerprint: NotRequired[str]
+    prompt_tokens: NotRequired[int]
+    completion_tokens: NotRequired[int]
+    partial: NotRequired[str]
+
+
 class Row(TypedDict):
     """One answer and the question it belongs to (see `evals.rows`).
 
@@ -38,6 +59,7 @@ class Row(TypedDict):
     (see `judges.base`). turns: how many answers its conversation has, of which `shot` counts this one; history: the
     (question, answer) turns before it. sent: under a defence, the question as it passes it on. filtered: under a
     filter, its guard's verdict. withheld: the model's own answer that it withheld; `response` is then its refusal.
+    served: present of an endpoint's answer; of one that its content filter blocked, `response` is a sentence about it.
     """
 
     key: str
@@ -60,7 +82,13 @@ class Row(TypedDict):
     sent: NotRequired[str]
     withheld: NotRequired[str]
     filtered: NotRequired[str]
+    served: NotRequired[Served]
     response: str
+
+
+def blocked(row: Mapping[str, Any]) -> bool:
+    """Whether an endpoint's content filter blocked a row's question or its answer: a refusal of the system."""
+    return row.get("served", {}).get("finish") == BLOCKED
 
 
 def suite_dir(recipe: EvalRecipe) -> Path:

@@ -56,14 +56,29 @@ def test_whatever_is_thought_the_answer_after_it_is_the_same(thought, name, answ
 
 
 def read(content, finish="stop", **message):
-    return replies.answer(completion(content, finish, **message)[2])
+    return replies.completion(completion(content, finish, **message)[2]).answer
 
 
 def test_half_a_surrogate_pair_in_an_answer_becomes_a_question_mark():
     body = b'{"choices": [{"message": {"content": "cut \\ud83d"}, "finish_reason": "length"}]}'
-    assert replies.answer(body) == "cut ?"
+    assert replies.completion(body).answer == "cut ?"
     body = b'{"choices": [{"message": {"content": null, "refusal": "No \\udc00"}}]}'
-    assert replies.answer(body) == Declined("No ?")
+    assert replies.completion(body).answer == Declined("No ?")
+
+
+def test_a_completion_repeats_no_key_and_keeps_words_that_servers_without_keys_take_for_one():
+    key = "sk-s3cret-0123456789"
+    tree = {"model": f"m {key}\n", "system_fingerprint": key, "choices": [{"message": {"content": f"{key} EMPTY"}}]}
+    body = json.dumps(tree).encode()
+    masked = replies.completion(body, key)
+    assert (masked.content, masked.model, masked.fingerprint) == ("*** EMPTY", "m ***", "***")
+    assert replies.completion(body, "EMPTY").content == f"{key} EMPTY"
+
+
+@pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": -1, "completion_tokens": True}, {"prompt_tokens": "7"}])
+def test_numbers_of_tokens_that_cannot_be_are_none(usage):
+    body = json.dumps({"usage": usage, "model": 7, "choices": [{"message": {"content": "a"}}]}).encode()
+    assert replies.completion(body) == replies.Reply("a")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Pgd(Optimised):
     checks_stop = True
 
     def __post_init__(self) -> None:
-        check_options(self.target, self.epsilon, self.step_size)
+        check_options(self.target, self.epsilon, self.step_size, self.surrogate)
         total = self.steps * self.restarts
         if self.stages != sorted(set(self.stages)) or (self.stages and self.stages[-1] >= total):
             raise ConfigError(

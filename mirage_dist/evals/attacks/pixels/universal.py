@@ -46,7 +46,7 @@ class Universal(Optimised):
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(self.target, self.epsilon, self.step_size)
+        check_options(self.target, self.epsilon, self.step_size, self.surrogate)
 
     def check(self, samples: Sequence[Sample], name: str, answering: Encoder | None, attacked: Encoder | None) -> None:
         super().check(samples, name, answering, attacked)
