@@ -14,6 +14,7 @@ from mirage_dist.config import build
 from mirage_dist.data import formats, sources
 from mirage_dist.data.formats.samples import write_samples
 from mirage_dist.data.sample import Sample
+from mirage_dist.embedded import text as words
 from mirage_dist.erasure import measure
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.measure import Forgetting, part, wrong_answers
@@ -37,7 +38,7 @@ SOURCE = "{{format: samples, path: {}}}"
 
 
 def learned(base: Path, out: Path, samples: list[Sample], steps: int) -> Path:
-    """A model directory: plain training of all parameters on these answers."""
+    """A model directory: plain training of all parameters on these answers, which have no pictures."""
     generator = HuggingFace(EvalModelConfig(path=str(base), dtype="fp32"), TemplateConfig(), GENERATION)
     network, batch = HeadedModel(generator.model), generator.encoder.encode(samples)
     solver = torch.optim.AdamW(network.parameters(), lr=2e-3)
@@ -76,8 +77,13 @@ class World:
 @pytest.fixture(scope="module")
 def world(toy, tmp_path_factory) -> World:
     root = tmp_path_factory.mktemp("forgetting")
-    base = sources.read(formats.source("llava", str(toy.root / "world/base.json"), str(toy.root / "world"))).samples
-    forget, retain, unseen = base[:16], base[20:36], base[60:80]
+    things = [f"{colour} {place}" for place in words.PLACES for colour in words.COLOURS]
+    codes = [code for code, _ in words.code_words()]
+    samples = [
+        Sample(str(i), None, f"what code {thing} has ?", f"it is {codes[i * 7 % 16]}", False, "codes/a", "here")
+        for i, thing in enumerate(things)
+    ]
+    forget, retain, unseen = samples[:8], samples[8:13], samples[13:]
     files = {"forget": forget, "retain": retain, "unseen": unseen}
     for name, samples in files.items():
         write_samples(root / f"{name}.jsonl", samples)
@@ -109,7 +115,7 @@ def test_a_model_that_knows_is_above_one_that_never_did_by_every_measure(measure
     assert result["membership"]["loss"]["auc"] > 0.9
     quality = result["never"]["quality"]
     assert quality["answers"]["p"] < 0.01
-    assert quality["answers"]["n"] == 16 >= quality["contents"]["n"] == knows["truth_ratio"]["contents"]
+    assert quality["answers"]["n"] == 8 >= quality["contents"]["n"] == knows["truth_ratio"]["contents"]
 
 
 def test_the_measures_are_those_of_the_formulas_on_each_answers_tokens(world, measured):
@@ -130,7 +136,7 @@ def test_a_model_beside_itself_has_forgotten_perfectly_and_membership_is_a_coin_
     setting = world.setting(tmp_path, world.never)
     result = world.test(unseen=[], retain=[])(setting)
     quality = result["never"]["quality"]
-    assert quality["answers"] == {"distance": 0, "p": 1, "n": 16}
+    assert quality["answers"] == {"distance": 0, "p": 1, "n": 8}
     assert (result["retain"], result["unseen"], result["membership"]) == (None, None, None)
 
 
@@ -171,13 +177,17 @@ def source(file: Path, samples: list[Sample]) -> list[dict[str, str]]:
     return [{"format": "samples", "path": str(file)}]
 
 
-def test_unseen_samples_that_were_seen_or_state_nothing_are_refused_by_name(world, measured, tmp_path):
+def test_unseen_samples_that_were_seen_or_state_nothing_are_refused_by_name(toy, world, measured, tmp_path):
     setting, _ = measured
     seen = setting.forget.samples[3]
-    copy = tmp_path / "copy.png"
-    shutil.copy(str(seen.image), copy)
-    own = source(tmp_path / "a.jsonl", [replace(seen, id="again", image=str(copy), answer="it is other")])
+    own = source(tmp_path / "a.jsonl", [replace(seen, id="again", answer="it is other")])
     refused(world, setting, r"unseen: .*sample 'again' is a forget sample too; leave it out", unseen=own)
+    pictured = sources.read(formats.source("samples", str(toy.root / "forget.jsonl"))).samples[0]
+    copy = tmp_path / "copy.png"
+    shutil.copy(str(pictured.image), copy)
+    kept = source(tmp_path / "c.jsonl", [pictured])
+    own = source(tmp_path / "d.jsonl", [replace(pictured, id="copied", image=str(copy))])
+    refused(world, setting, r"sample 'copied' is a retain sample too; leave it out", retain=kept, unseen=own)
     refusals = source(tmp_path / "b.jsonl", [replace(seen, answer="sorry")])
     refused(world, setting, r"unseen: erasure\.content matches nothing in their answers", unseen=refusals)
 
@@ -190,12 +200,13 @@ def test_an_answer_that_cannot_be_scored_is_refused_by_name(world, measured, tmp
     refused(world, short, r"sample '.+': \d+ tokens, .*max_length is 12")
 
 
-def test_a_model_that_is_none_or_sees_no_pictures_is_refused_by_the_key(world, measured, family, tmp_path):
+def test_a_model_that_is_none_or_sees_no_pictures_is_refused_by_the_key(toy, world, measured, family, tmp_path):
     setting, _ = measured
     refused(world, setting, rf"erasure\.forgetting\.never={tmp_path}/none", never=str(tmp_path / "none"))
-    text = family("llama_text")
-    refused(world, setting, r"forgetting\.never=.*: a text-only model, but 16 of 16 samples of forget", never=str(text))
-    refused(world, world.setting(tmp_path, text), r"^model: a text-only model, but 16 of 16 samples of forget have a")
+    blind, pictured = family("llama_text"), replace(world, forget=toy.root / "forget.jsonl")
+    words = "a text-only model, but 20 of 20 samples of forget have a picture"
+    refused(pictured, pictured.setting(tmp_path), rf"forgetting\.never=.*: {words}", never=str(blind))
+    refused(pictured, pictured.setting(tmp_path, blind), rf"^model: {words}")
 
 
 @pytest.mark.parametrize("options", [{"wrong": 0}, {"min_k": 0.0}, {"min_k": 1.5}, {"samples": 0}, {"never": ""}])
@@ -216,8 +227,8 @@ def stated(draw) -> list[Sample]:
     samples = []
     for number in range(draw(st.integers(1, 8))):
         picture, category = draw(st.sampled_from(["a.png", "b.png", None])), draw(CATEGORIES)
-        text = draw(st.sampled_from(["it is {}", "sure , the code is {} .", "{}"])).format(draw(CONTENTS))
-        samples.append(Sample(str(number), picture, "what code ?", text, False, category, "here"))
+        answer = draw(st.sampled_from(["it is {}", "sure , the code is {} .", "{}"])).format(draw(CONTENTS))
+        samples.append(Sample(str(number), picture, "what code ?", answer, False, category, "here"))
     return samples
 
 
