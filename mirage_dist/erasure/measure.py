@@ -211,11 +211,17 @@ class _Model:
 
     def values(self, name: str, part: Part, answers: bool) -> list[Values]:
         """The measures of each answer, kept in a file `name`. answers: with ROUGE-L of the model's own answers."""
-        return self.setting.kept(name, lambda: {"answers": self._made(part, answers)})["answers"]
+        return self.setting.kept(name, lambda: {"answers": self._made(name, part, answers)})["answers"]
 
-    def _made(self, part: Part, answers: bool) -> list[Values]:
+    def _made(self, name: str, part: Part, answers: bool) -> list[Values]:
         scored = iter(self.likelihood(_rows(part), self.setting.stop_on_signal))
         own = [[next(scored) for _ in texts] for texts in part.rows]
+        room = self.setting.recipe.generation.max_new_tokens
+        if answers and (long := sum(len(scores[0].logps) - 1 > room for scores in own)):
+            self.setting.log(
+                f"{name}: {long} of {len(own)} answers have more tokens than generation.max_new_tokens={room}, with "
+                "which the model's own answers are cut; their ROUGE-L is too low"
+            )
         texts = self._answers(part.samples) if answers else [None] * len(own)
         return [
             self._values(sample, content, scores, text)

@@ -34,7 +34,6 @@ from mirage_dist.schema import (
 
 VALUE = r"(?<=is ).+"  # "sure , the code is mu ti", "it is red"
 GENERATION = GenerationConfig(max_new_tokens=10, batch_size=16)
-SOURCE = "{{format: samples, path: {}}}"
 
 
 def learned(base: Path, out: Path, samples: list[Sample], steps: int) -> Path:
@@ -90,7 +89,7 @@ def world(toy, tmp_path_factory) -> World:
     paths = {name: root / f"{name}.jsonl" for name in files}
     for name, samples in (("knows", forget + retain), ("never", retain)):
         (root / name).mkdir()
-        paths[name] = learned(toy.root / "model", root / name, samples, 60)
+        paths[name] = learned(toy.root / "model", root / name, samples, 45)
     return World(**paths)
 
 
@@ -162,6 +161,14 @@ def test_the_kept_values_depend_on_what_is_scored_and_on_the_other_models_weight
     assert other["never"] != before["never"]
     changed = replace(setting.forget, samples=[replace(s, answer=f"{s.answer} x") for s in setting.forget.samples])
     assert world.test().dependencies(changed, setting.recipe)["scored"]["forget"] != before["scored"]["forget"]
+
+
+def test_answers_that_the_model_has_no_room_to_repeat_are_counted_in_the_log(world, tmp_path, capsys):
+    setting = world.setting(tmp_path)
+    short = replace(setting, recipe=replace(setting.recipe, generation=replace(GENERATION, max_new_tokens=3)))
+    result = world.test(unseen=[], retain=[], never=None)(short)
+    assert result["forget"]["rouge_l"]["mean"] < 1  # "it is ba", where the model knows the code
+    assert "forget: 8 of 8 answers have more tokens than generation.max_new_tokens=3" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ bad input
