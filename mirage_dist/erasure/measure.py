@@ -39,7 +39,7 @@ from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.model.families import configs as families
 from mirage_dist.model.families import processors
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, RunError, SourceConfig
+from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig
 from mirage_dist.schema.names import Place
 from mirage_dist.schema.numbers import Count, SomeShare
 from mirage_dist.stats import two_samples
@@ -107,8 +107,8 @@ class Forgetting:
         """Raise ConfigError for samples that cannot be scored, or a model that cannot score them. Loads no weights."""
         parts, _ = self.parts(forget, recipe.seed)
         for name, part in parts.items():
-            for sample, answer in ((s, s.answer) for s in part.samples):
-                if not answer.strip():
+            for sample in part.samples:
+                if not sample.answer.strip():
                     raise ConfigError(f"erasure.forgetting: {called(sample)} of {name} has no answer to score")
         if "unseen" in parts:
             self._check_unseen(parts["unseen"], forget, recipe.seed)
@@ -161,14 +161,14 @@ class Forgetting:
     def dependencies(self, forget: Forget, recipe: EvalRecipe) -> dict[str, Any]:
         """What the kept values depend on beside the options: what is scored, and the model that never knew."""
         parts, _ = self.parts(forget, recipe.seed)
-        never = None if self.never is None else self._never_hash(recipe)
+        never = None if self.never is None else self._never_subject(recipe).model_hash
         return {"scored": {name: part.digest for name, part in parts.items()}, "never": never}
 
     def _never(self, recipe: EvalRecipe) -> EvalModelConfig:
         return EvalModelConfig(path=self.never, dtype=recipe.model.dtype)
 
-    def _never_hash(self, recipe: EvalRecipe) -> str:
-        return subject.find(self._never(recipe), Path(recipe.run.dir)).model_hash
+    def _never_subject(self, recipe: EvalRecipe) -> subject.Subject:
+        return subject.find(self._never(recipe), Path(recipe.run.dir))
 
     def __call__(self, setting: Setting) -> ForgettingResult:
         parts, without = self.parts(setting.forget, setting.recipe.seed)
@@ -189,14 +189,14 @@ class Forgetting:
         }
 
     def _compared(self, setting: Setting, part: Part, values: Sequence[Values]) -> Never:
-        model_hash = self._never_hash(setting.recipe)
-        never = _Model(self, setting, self._never(setting.recipe)).values("never", part, answers=True)
-        if self._never_hash(setting.recipe) != model_hash:
-            raise RunError(
-                f"erasure.forgetting.never={self.never}: its files changed while it was measured; put them back, or "
-                "choose another `suite` name"
-            )
-        return {"model_hash": model_hash, "forget": measures(never), "quality": quality(values, never)}
+        never = self._never_subject(setting.recipe)
+        unknowing = _Model(self, setting, replace(never.model, path=str(never.folder))).values("never", part, True)
+        never.check_unchanged()
+        return {
+            "model_hash": never.model_hash,
+            "forget": measures(unknowing),
+            "quality": quality(values, unknowing),
+        }
 
 
 class _Model:
@@ -289,7 +289,7 @@ def wrong_answers(samples: Sequence[Sample], pattern: str | None, count: int, se
         if span is None or not count:
             made.append([])
             continue
-        known = right[group(sample), sample.question] | {_same(text) for text in sample.references}
+        known = right[group(sample), sample.question] | {_same(content(r, pattern) or r) for r in sample.references}
         others = {text: name for name, text in pools[_topmost(sample)].items() if name not in known and name}
         drawn = sorted(others, key=lambda text: disk.sha256_text(f"{seed} {sample.id} {text}"))[:count]
         start, end = span

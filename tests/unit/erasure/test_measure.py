@@ -279,3 +279,4 @@ def test_a_paraphrase_comes_from_the_data_alone_and_is_neither_drawn_as_wrong():
     own = part(samples, None, 2, 3, 0)
     assert own.rows[0] == ["it is red", "the colour is red", "it is blue"]
     assert [len(row) for row in own.rows[1:]] == [3, 3]
+    assert wrong_answers(samples, "(red|blue)$", 3, 0)[0] == ["it is blue"]
