@@ -23,10 +23,12 @@ TITLE = "Measures of forgetting"
 NOTE = (
     "How likely the answers still are, whatever the model says: mean and 95 % interval, which takes the contents of "
     "the answers as independent; in percent, except the truth ratio and p. In a model that forgot, forgotten answers "
-    "are as likely as in one that never knew, and retained ones stay as they were."
+    "are as likely as in one that never knew, and retained ones stay as they were. Membership is of the forgotten "
+    "answers against unseen ones."
 )
 MISSING = "–"
-SETS = {"forget": "forgotten answers", "retain": "retained answers", "unseen": "answers never trained on"}
+SETS = {"forget": "forgotten answers", "retain": "retained answers", "unseen": "unseen answers"}
+NEVER = "model that never knew"  # on the forgotten answers
 # Key of `Measures` -> title. The truth ratio is no share.
 MEASURES = {
     "probability": "Probability of a token",
@@ -35,7 +37,7 @@ MEASURES = {
     "closeness": "Truth ratio's closeness to 1",
     "truth_ratio": "Truth ratio, wrong to right",
 }
-SCORES = {"loss": "by loss", "min_k": "by its least likely tokens"}
+SCORES = {"loss": "by loss", "min_k": "by unlikely tokens"}
 QUALITIES = {"answers": "over answers", "contents": "over contents"}
 
 
@@ -76,7 +78,7 @@ def _rows() -> Iterator[tuple[str, str, Callable[[ForgettingResult], str]]]:
             yield title, label, lambda own, k=key, n=name, s=show: s(_measure(own.get(n), k))
         yield (
             title,
-            f"{SETS['forget']}, by a model that never knew",
+            NEVER,
             lambda own, k=key, s=show: s(_measure(own["never"]["forget"] if own["never"] else None, k)),
         )
     for key, label in SCORES.items():
