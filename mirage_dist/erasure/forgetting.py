@@ -1,7 +1,7 @@
 """Measures of forgetting that need an answer's token log-probabilities alone, or its text: pure functions.
 
-Each says of one answer, or of two sets of answers, how much of what was to be forgotten a model still has. `stats.mean`
-gives an interval over answers, `auc` has its own. The definitions are those of TOFU (Maini et al., 2024,
+Each says of one answer how much of what was to be forgotten a model still has; `erasure.measure` computes them over the
+forget set, with intervals. The definitions are those of TOFU (Maini et al., 2024,
 arXiv:2401.06121) and open-unlearning (src/evals/metrics at d3d7cf9); where one departs from its code it says so.
 
 Shapes: a sequence has one number for each token of the answer, its end token included.
@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-
-from mirage_dist import stats
 
 WORD = re.compile(r"\w+")
 
@@ -60,20 +58,21 @@ def extraction_strength(greedy: Sequence[bool]) -> float:
     return known / len(greedy)
 
 
-def truth_ratio(true: Sequence[float], false: Sequence[Sequence[float]]) -> float:
-    """P(false)/P(true) of `probability`: the geometric mean over wrong answers, against the right one's paraphrase.
+def log_truth_ratio(true: Sequence[float], false: Sequence[Sequence[float]]) -> float:
+    """log of P(false)/P(true) of `probability`: the geometric mean over wrong answers, against the right one's.
 
-    Near 1 where right and wrong answers are equally likely. (TOFU; the paper has the arithmetic mean over wrong
-    answers, its code and open-unlearning's the geometric one, which this is.) Raises ValueError without a wrong answer.
+    Near 0 where right and wrong answers are equally likely, below 0 where the right one is likelier. (TOFU's truth
+    ratio, of the right answer's paraphrase; the paper has the arithmetic mean over wrong answers, its code and
+    open-unlearning's the geometric one, which this is.) Raises ValueError without a wrong answer.
     """
     if not false:
         raise ValueError("a truth ratio needs a wrong answer")
-    return math.exp(loss(true) - math.fsum(map(loss, false)) / len(false))
+    return loss(true) - math.fsum(map(loss, false)) / len(false)
 
 
-def closeness(ratio: float) -> float:
-    """min(R, 1/R): a truth ratio as a measure of forgetting, 1 where right and wrong answers are equally likely."""
-    return min(ratio, 1 / ratio) if ratio > 0 else 0.0
+def closeness(log_ratio: float) -> float:
+    """min(R, 1/R): a truth ratio R as a measure of forgetting, 1 where right and wrong answers are equally likely."""
+    return math.exp(-abs(log_ratio))
 
 
 def rouge_l(answer: str, forgotten: str) -> float:
@@ -91,32 +90,3 @@ def rouge_l(answer: str, forgotten: str) -> float:
         for place, other in enumerate(theirs, 1):
             diagonal, row[place] = row[place], diagonal + 1 if word == other else max(row[place], row[place - 1])
     return row[-1] / len(theirs)
-
-
-def auc(members: Sequence[float], others: Sequence[float]) -> tuple[float, stats.Interval]:
-    """P(a member's score is below another's), ties half, with its 95 % interval: the AUC of an attack on membership.
-
-    members, others: `loss` or `min_k` of answers that were to be forgotten, and of answers that were never trained on.
-    .5: the attack cannot tell them apart; 1: the forgotten ones are more likely throughout; below .5 they are less
-    likely than the unseen, which shows that they were unlearnt. The interval is of Hanley and McNeil (Radiology 1982),
-    clipped to [0, 1]. Raises ValueError where one of them is empty or a score is NaN.
-    """
-    if not members or not others or any(map(math.isnan, (*members, *others))):
-        raise ValueError("an attack on membership needs scores of members and of others, none of them NaN")
-    m, n = len(members), len(others)
-    below, ties = 0, 0
-    ordered = sorted([(score, 0) for score in members] + [(score, 1) for score in others])
-    seen, at = 0, 0
-    while at < len(ordered):
-        end = at
-        while end < len(ordered) and ordered[end][0] == ordered[at][0]:
-            end += 1
-        inside = sum(1 - kind for _, kind in ordered[at:end])
-        below += seen * (end - at - inside)
-        ties += inside * (end - at - inside)
-        seen, at = seen + inside, end
-    area = (below + ties / 2) / (m * n)
-    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
-    variance = area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)
-    half = stats.Z95 * math.sqrt(max(variance, 0.0) / (m * n))
-    return area, (max(0.0, area - half), min(1.0, area + half))

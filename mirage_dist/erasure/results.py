@@ -141,6 +141,92 @@ class AttributionResult(TypedDict):
     sets: dict[str, AttributionSet]
 
 
+# ------------------------------------------------------------------------------------------- measures of forgetting
+
+
+class Measured(TypedDict):
+    """The mean over n answers, and its 95 % interval.
+
+    contents: number of distinct contents; the interval takes these, not answers, as independent. None where there is
+    one content only, and the value has no bounds.
+    """
+
+    mean: float
+    ci95: list[float] | None
+    n: int
+    contents: int
+
+
+class Measures(TypedDict):
+    """Measures of one set of answers (see `erasure.forgetting`). None: of no answer, or not measured of this set.
+
+    truth_ratio: its geometric mean. closeness: of each answer's truth ratio to 1. without_wrong: number of answers that
+    have no truth ratio, because no other content could be drawn as wrong. paraphrased: number of answers whose truth
+    ratio has a paraphrase of the right answer.
+    """
+
+    probability: Measured
+    extraction_strength: Measured
+    rouge_l: Measured | None
+    truth_ratio: Measured | None
+    closeness: Measured | None
+    without_wrong: int
+    paraphrased: int
+
+
+class Membership(TypedDict):
+    """P(a forget answer's score is below an unseen one's): .5 where an attack on membership cannot tell them apart.
+
+    members, others: numbers of answers. The interval takes contents as independent.
+    """
+
+    auc: float
+    ci95: list[float]
+    members: int
+    others: int
+
+
+class Difference(TypedDict):
+    """A two-sample Kolmogorov-Smirnov test: largest distance of the distributions, p, number of values of each."""
+
+    distance: float
+    p: float
+    n: int
+
+
+class ForgetQuality(TypedDict):
+    """The truth ratios of the model and of one that never knew, compared.
+
+    answers: over answers, as TOFU does; p is too small where several answers state one content. contents: over the
+    mean log truth ratio of each content.
+    """
+
+    answers: Difference
+    contents: Difference
+
+
+class Never(TypedDict):
+    """The same forget answers under a model that never knew. quality: None where no answer has a truth ratio."""
+
+    model_hash: str
+    forget: Measures
+    quality: ForgetQuality | None
+
+
+class ForgettingResult(TypedDict):
+    """forget, retain, unseen: by set; None: not named in the recipe. membership: score ("loss", "min_k") -> attack.
+
+    unseen_without_content: number of unseen samples left out because `content` matches nothing in their answer.
+    """
+
+    forget: Measures
+    retain: Measures | None
+    unseen: Measures | None
+    membership: dict[str, Membership] | None
+    unseen_without_content: int
+    never: Never | None
+
+
 # ----------------------------------------------------------------------------------------------------- erasure.json
 
 
@@ -170,4 +256,5 @@ class ErasureResult(TypedDict):
     quantisation: NotRequired[QuantisationResult]
     probe: NotRequired[ProbeResult]
     completion: NotRequired[CompletionResult]
+    forgetting: NotRequired[ForgettingResult]
     attribution: NotRequired[AttributionResult]

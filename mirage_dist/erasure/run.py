@@ -20,6 +20,7 @@ from mirage_dist import disk, signals, state
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.attribute import Attribution
 from mirage_dist.erasure.complete import Completion
+from mirage_dist.erasure.measure import Forgetting
 from mirage_dist.erasure.probe import Probe
 from mirage_dist.erasure.quantise import Quantisation
 from mirage_dist.erasure.relearn import Relearning
@@ -34,7 +35,7 @@ from mirage_dist.evals.sharing.files import suite_dir
 from mirage_dist.ranks import place
 from mirage_dist.schema import ConfigError, EvalRecipe, RunError, SourceConfig, TrainRecipe
 
-Test = Relearning | Quantisation | Probe | Completion | Attribution
+Test = Relearning | Quantisation | Probe | Completion | Forgetting | Attribution
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ErasureConfig:
     quantisation: Quantisation | None = None
     probe: Probe | None = None
     completion: Completion | None = None
+    forgetting: Forgetting | None = None
     attribution: Attribution | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +103,8 @@ def run(recipe: EvalRecipe) -> ErasureResult:
         raise ConfigError(f"erasure.forget: no sample with the content {chosen.content!r} in its answer")
     if chosen.relearning is not None:
         chosen.relearning.check(forget, recipe.seed)
+    if chosen.forgetting is not None:
+        chosen.forgetting.check(forget, recipe)
     before = runner.evaluate(recipe)
     if before is None:
         raise RunError(f"{suite_dir(recipe)}: another worker is judging the suite; start again when it has finished")
@@ -163,6 +167,7 @@ def _dependencies(recipe: EvalRecipe, model_hash: str, forget: Forget, test: Tes
         "forget": forget.digest,
         "test": configs.to_dict(test),
         "training": None if trained is None else configs.to_dict(trained),
+        **(test.dependencies(forget, recipe) if isinstance(test, Forgetting) else {}),
         **{name: tree[name] for name in ("sets", "seed", "template", "generation", "judges")},
         "dtype": recipe.model.dtype,
     }

@@ -19,6 +19,7 @@ from mirage_dist.report.figures.drawing import SIZE, Draw
 from mirage_dist.report.figures.style import DARK, LIGHT, SLOTS
 from mirage_dist.report.load import HELD_OUT, Run
 from mirage_dist.report.summary import Summary
+from mirage_dist.report.writing import forgetting
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
@@ -202,7 +203,8 @@ def _erasure(runs: Sequence[Run], prefix: str) -> str:
         parts.append(_figure(f"{prefix}probed", draw, text.probed(transfer), (SIZE[0], 3.6)))
     if any("completion" in result for result in tested.values()):
         parts.append(_figure(f"{prefix}completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
-    return _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
+    figures = _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
+    return figures + _section(forgetting.TITLE, forgetting.NOTE, forgetting.html(runs))
 
 
 def _tested(runs: Sequence[Run]) -> dict[str, ErasureResult]:

@@ -98,10 +98,7 @@ def scored(clusters: Sequence[tuple[float, int]]) -> Interval:
     if all(k == int(k) for k, _ in clusters):
         return clustered([(int(k), n) for k, n in clusters])
     rate, groups = sum(k for k, _ in clusters) / sum(n for _, n in clusters), len(clusters)
-    spread = _spread(clusters, rate) if groups > 1 else 0.0
-    if spread == 0:
-        return _score(rate, groups)  # the variance cannot be estimated
-    return _score(rate, rate * (1 - rate) / spread * (Z95 / student(groups - 1)) ** 2)
+    return rate_of_variance(rate, _spread(clusters, rate) if groups > 1 else 0.0, groups)
 
 
 def _spread(clusters: Sequence[tuple[float, int]], rate: float) -> float:
@@ -119,6 +116,33 @@ def student(freedom: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def mean_of_clusters(clusters: Sequence[tuple[float, int]]) -> tuple[float, Interval | None]:
+    """Mean Σs / Σn of n values each of independent clusters, of which s is the sum, and its interval.
+
+    Student's t with one degree of freedom fewer than clusters, around the linearised variance over clusters; clusters
+    of one value each give `mean`. None for the interval of a single cluster. Raises ValueError when there is no value.
+    """
+    clusters = [(s, n) for s, n in clusters if n]
+    if not clusters:
+        raise ValueError("no mean without values")
+    middle, groups = math.fsum(s for s, _ in clusters) / sum(n for _, n in clusters), len(clusters)
+    if groups == 1:
+        return middle, None
+    half = student(groups - 1) * math.sqrt(_spread(clusters, middle))
+    return middle, (middle - half, middle + half)
+
+
+def rate_of_variance(rate: float, variance: float, clusters: int) -> Interval:
+    """Wilson's interval of a rate that was estimated with this variance from so many independent clusters.
+
+    It is that of as many binary trials as have this variance, with Student's quantile for few clusters (see
+    `effective`); where the variance is 0 it cannot be estimated, and each cluster counts as one trial.
+    """
+    if variance <= 0 or clusters < 2:
+        return _score(rate, clusters)
+    return _score(rate, rate * (1 - rate) / variance * (Z95 / student(clusters - 1)) ** 2)
 
 
 def mean(values: Sequence[float]) -> tuple[float, float, float]:

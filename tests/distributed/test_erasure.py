@@ -64,7 +64,7 @@ def overrides(small, run: Path, *more: str) -> list[str]:
         *("generation.max_new_tokens=4", "generation.batch_size=16"),
         *(f"erasure.relearning.{x}" for x in ("samples=[3]", f"steps={STEPS}", "every=1", f"questions={QUESTIONS}")),
         *("erasure.quantisation.bits=[4]", f"erasure.completion.questions={QUESTIONS}"),
-        *("erasure.completion.words=[2]", "erasure.probe.least=2", *more),
+        *("erasure.completion.words=[2]", "erasure.probe.least=2", "erasure.forgetting.samples=16", *more),
     ]
 
 
@@ -115,6 +115,12 @@ def test_every_test_has_its_figures_and_every_rate_its_counts(whole):
         "0": QUESTIONS,
         "2": QUESTIONS,
     }
+    forgetting = results["forgetting"]
+    for part in ("forget", "retain"):
+        assert forgetting[part]["probability"]["n"] == forgetting[part]["rouge_l"]["n"] == 16
+    assert forgetting["forget"]["truth_ratio"]["n"] == 16  # each code has others that are wrong
+    assert forgetting["forget"]["truth_ratio"]["contents"] <= 8
+    assert forgetting["unseen"] is forgetting["membership"] is forgetting["never"] is None
 
 
 def test_model_outputs_and_forgotten_contents_are_private(whole):

@@ -87,7 +87,7 @@ def verbs(toy: Toy, run: Path) -> dict[str, Verb]:
     suite = [*world, f"model.path={toy.root}/model", "generation.max_new_tokens=4", "generation.batch_size=16"]
     diversified = "configs/prepare/demo_diversified.yaml"
     forget = f"[{{format: samples, path: {toy.root}/forget.jsonl}}]"
-    tests = [f"erasure.{name}=null" for name in ("relearning", "quantisation", "probe", "attribution")]
+    tests = [f"erasure.{name}=null" for name in ("relearning", "quantisation", "probe", "forgetting", "attribution")]
     tests += [f"erasure.forget={forget}", "erasure.content=null", "erasure.completion.words=[1]"]
     tests += ["erasure.completion.questions=4"]
 

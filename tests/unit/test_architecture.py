@@ -40,6 +40,7 @@ BESIDE = {
     "progress": {"schema"},
     "ranks": {"progress"},
     "launching": {"progress", "ranks"},
+    "report": {"erasure"},
     "inputs": {"embedded", "countries"},
     "demo": {"inputs", "countries", "sweep"},
     "paper": {"inputs", "embedded"},

@@ -16,8 +16,17 @@ from hypothesis import strategies as st
 from made_runs import write_run
 
 from mirage_dist import config as configs
-from mirage_dist import report
+from mirage_dist import report, state
 from mirage_dist.cli import main
+from mirage_dist.erasure.results import (
+    Difference,
+    ForgetQuality,
+    ForgettingResult,
+    Measured,
+    Measures,
+    Membership,
+    Never,
+)
 from mirage_dist.evals import metrics
 from mirage_dist.evals.results import DefenceInfo
 from mirage_dist.report.compare import Defended, Effect
@@ -27,7 +36,7 @@ from mirage_dist.report.load import read
 from mirage_dist.report.methods import Method, Spread
 from mirage_dist.report.methods import methods as of_seeds
 from mirage_dist.report.summary import SCHEMA_VERSION, Summary
-from mirage_dist.report.writing import latex, terminal
+from mirage_dist.report.writing import forgetting, latex, terminal
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.stats import Paired
 
@@ -306,11 +315,69 @@ def test_every_summary_is_what_its_schema_describes(many, tmp_path):
             check({**many[1], **wrong}, SCHEMA)
 
 
+# ----------------------------------------------------------------------------------------- measures of forgetting
+
+
+def mean(value: float) -> Measured:
+    return {"mean": value, "ci95": [value / 2, value], "n": 40, "contents": 8}
+
+
+def measured_as(probability: float, never: bool = True) -> ForgettingResult:
+    own: Measures = {
+        "probability": mean(probability), "extraction_strength": mean(0.214), "rouge_l": None, "without_wrong": 0,
+        "truth_ratio": {**mean(1.2345), "ci95": None}, "closeness": mean(0.811), "paraphrased": 0,
+    }  # fmt: skip
+    area: Membership = {"auc": 0.777, "ci95": [0.6, 0.9], "members": 40, "others": 30}
+    p: Difference = {"distance": 0.5, "p": 0.0625, "n": 40}
+    return {
+        "forget": own, "retain": None, "unseen": None, "membership": {"loss": area, "min_k": area} if never else None,
+        "unseen_without_content": 0,
+        "never": {"model_hash": "0", "forget": {**own, "probability": mean(0.018)},
+                  "quality": {"answers": p, "contents": {**p, "p": 0.03, "n": 8}}} if never else None,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory) -> tuple[dict[str, Path], Summary, Path]:
+    """Two runs whose forgetting was measured, one of them beside a model that never knew, and one that was not."""
+    folder = tmp_path_factory.mktemp("forgetful")
+    runs = {name: write_run(folder / name, {"unsafe": ["harmful"], "safe": ["correct"]}) for name in "abc"}
+    for name, result in (("a", measured_as(0.136)), ("c", measured_as(0.998, never=False))):
+        content = state.sealed("erasure", {"suite": "demo", "forgetting": result})
+        (runs[name] / "evals/demo/erasure.json").write_text(content)
+    return runs, report.report(runs, folder / "out"), folder / "out"
+
+
+def test_measures_of_forgetting_are_in_the_summary_and_in_every_form_for_readers(forgetful):
+    _, summary, out = forgetful
+    assert summary["forgetting"] == {"a": measured_as(0.136), "c": measured_as(0.998, never=False)}
+    check(json.loads((out / "summary.json").read_text()), SCHEMA)
+    page, text = ((out / name).read_text() for name in ("index.html", "report.md"))
+    printed = report.table(summary)
+    assert max(map(len, printed.splitlines())) <= terminal.WIDTH
+    for form in (page, text, printed):
+        for cell in ("13.6 (6.8–13.6)", "99.8 (49.9–99.8)", "1.8 (0.9–1.8)", "77.7 (60.0–90.0)", "1.23"):
+            assert cell in form
+        assert form.count("0.062 (n = 40)") == form.count("0.030 (n = 8)") == 1
+        assert "ROUGE-L of the model" not in form  # nobody measured it
+        assert forgetting.TITLE in form
+
+
+def test_a_report_of_runs_whose_forgetting_was_not_measured_does_not_mention_it(forgetful, tmp_path):
+    runs, *_ = forgetful
+    summary = report.report({"b": runs["b"]}, tmp_path / "out")
+    assert "forgetting" not in summary
+    for form in (*((tmp_path / "out" / n).read_text() for n in ("index.html", "report.md")), report.table(summary)):
+        assert forgetting.TITLE not in form
+
+
 @pytest.mark.parametrize(
     ("schema", "typed"),
     [(SCHEMA, Summary), *((SCHEMA["$defs"][name], own) for name, own in (
         ("method", Method), ("spread", Spread), ("budget", Budget), ("point", Point), ("paired", Paired),
-        ("effect", Effect), ("defence", DefenceInfo), ("defended", Defended)))],
+        ("effect", Effect), ("defence", DefenceInfo), ("defended", Defended), ("measured", Measured),
+        ("measures", Measures), ("membership", Membership), ("difference", Difference),
+        ("forget_quality", ForgetQuality), ("never", Never), ("forgetting", ForgettingResult)))],
 )  # fmt: skip
 def test_the_schema_and_the_types_name_the_same_members(schema, typed):
     assert set(schema["properties"]) == set(typing.get_type_hints(typed))

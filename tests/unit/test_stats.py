@@ -155,6 +155,21 @@ def test_the_means_interval_is_students():
     assert stats.mean([1, 2, 3, 4, 5]) == pytest.approx((3, 3 - half, 3 + half), rel=0.01)
 
 
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=9), st.integers(1, 5))
+def test_a_mean_of_clusters_is_that_of_their_means_where_each_says_one_thing_however_often(values, times):
+    """Clusters of one value are independent values; repeating each in its cluster adds nothing."""
+    middle, low, high = stats.mean(values)
+    mean, bounds = stats.mean_of_clusters([(times * value, times) for value in values])
+    assert mean == pytest.approx(middle, abs=1e-9)
+    assert bounds == pytest.approx((low, high), abs=1e-6)
+
+
+def test_a_mean_of_one_cluster_has_no_interval_and_one_of_none_is_an_error():
+    assert stats.mean_of_clusters([(6.0, 3), (0.0, 0)]) == (2.0, None)
+    with pytest.raises(ValueError, match="no mean"):
+        stats.mean_of_clusters([(0.0, 0)])
+
+
 cell = st.integers(0, 12)
 
 

@@ -281,16 +281,16 @@ class Problem:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def last_answers(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Of each row, the flat positions that predict its target, and the target's tokens without its end token: (T,).
+def last_answers(batch: Batch, ended: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Of each row, the flat positions that predict its target, and the target's tokens: (T,).
 
-    Of several answers (of earlier turns) the last one is the target.
+    Of several answers (of earlier turns) the last one is the target. ended: with its end token.
     """
     made, labels_S = [], batch.labels_BS.flatten()
     for row in range(len(batch.labels_BS)):
         index_N = batch.index_N[batch.segment_N == row]
         answer = (index_N.diff(prepend=index_N[:1] - 1) != 1).nonzero()[-1:].flatten()
-        index_T = index_N[int(answer) if len(answer) else 0 : -1]
+        index_T = index_N[int(answer) if len(answer) else 0 : None if ended else -1]
         made.append((index_T, labels_S[index_T + 1]))
     return made
 

@@ -13,6 +13,7 @@ from mirage_dist.report.compare import Comparison
 from mirage_dist.report.load import Run, rates, row_label
 from mirage_dist.report.methods import Method, Spread
 from mirage_dist.report.summary import Summary
+from mirage_dist.report.writing import forgetting
 
 FORMULA = "=+-@\t\r"  # a spreadsheet reads a cell that begins so as a formula (OWASP, CSV injection)
 
@@ -45,6 +46,10 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
         head = ["first → second", "measure", "difference, points", "95 %", "n", "p, corrected"]
         parts += ["## Pairs of models", _table([head, ["-"] * len(head), *map(_pair, summary["comparisons"])])]
         parts += [text.PAIRS_NOTE]
+    if measured := summary.get("forgetting"):
+        own = [["", *measured], ["-"] * (1 + len(measured))]
+        own += [[title, *cells] for title, cells in forgetting.rows(measured)]
+        parts += [f"## {forgetting.TITLE}", _table(own), forgetting.NOTE]
     parts += ["## How to read these numbers", "\n".join(f"- {point}" for point in text.caveats(runs))]
     return "\n\n".join(parts) + "\n"
 

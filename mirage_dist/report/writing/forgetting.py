@@ -1,0 +1,115 @@
+"""Measures of forgetting as a table: a row for each measure and set of answers, a column for each model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from mirage_dist.report import tables, text
+from mirage_dist.report.load import Run
+
+if TYPE_CHECKING:
+    from mirage_dist.erasure.results import (
+        Difference,
+        ForgetQuality,
+        ForgettingResult,
+        Measured,
+        Measures,
+        Membership,
+    )
+
+TITLE = "Measures of forgetting"
+NOTE = (
+    "How likely the answers still are, whatever the model says: mean and 95 % interval, which takes the contents of "
+    "the answers as independent; in percent, except the truth ratio and p. In a model that forgot, forgotten answers "
+    "are as likely as in one that never knew, and retained ones stay as they were. Membership is of the forgotten "
+    "answers against unseen ones."
+)
+MISSING = "–"
+SETS = {"forget": "forgotten answers", "retain": "retained answers", "unseen": "unseen answers"}
+NEVER = "model that never knew"  # on the forgotten answers
+# Key of `Measures` -> title. The truth ratio is no share.
+MEASURES = {
+    "probability": "Probability of a token",
+    "extraction_strength": "Extraction strength",
+    "rouge_l": "ROUGE-L of the model's answer",
+    "closeness": "Truth ratio's closeness to 1",
+    "truth_ratio": "Truth ratio, wrong to right",
+}
+SCORES = {"loss": "by loss", "min_k": "by unlikely tokens"}
+QUALITIES = {"answers": "over answers", "contents": "over contents"}
+
+
+def results(runs: Sequence[Run]) -> dict[str, ForgettingResult]:
+    """Name of the run -> its result, of those that were measured."""
+    tested = {run.name: run.erasure for run in runs}
+    return {name: own["forgetting"] for name, own in tested.items() if own is not None and "forgetting" in own}
+
+
+def rows(measured: Mapping[str, ForgettingResult]) -> list[tuple[str, list[str]]]:
+    """Title of the row, and each model's cell. A row that no model has is left out."""
+    return [(f"{title}: {label}" if title else label, cells) for title, label, cells in groups(measured)]
+
+
+def groups(measured: Mapping[str, ForgettingResult]) -> list[tuple[str, str, list[str]]]:
+    """Title of the measure, label of the row and each model's cell. A row that no model has is left out."""
+    every = ((title, label, [cell(own) for own in measured.values()]) for title, label, cell in _rows())
+    return [row for row in every if set(row[2]) - {MISSING}]
+
+
+def html(runs: Sequence[Run]) -> str:
+    """The table for the page; empty where no run was measured."""
+    measured = results(runs)
+    own = [run for run in runs if run.name in measured]
+    body = [
+        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for title, cells in rows(measured)
+    ]
+    head = "".join(f'<th scope="col">{tables.name(runs, run)}</th>' for run in own)
+    return tables.framed("rates main", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
+
+
+def _rows() -> Iterator[tuple[str, str, Callable[[ForgettingResult], str]]]:
+    """Title, label, and the cell of one model's result."""
+    for key, title in MEASURES.items():
+        show = _number if key == "truth_ratio" else _percent
+        for name, label in SETS.items():
+            yield title, label, lambda own, k=key, n=name, s=show: s(_measure(own.get(n), k))
+        yield (
+            title,
+            NEVER,
+            lambda own, k=key, s=show: s(_measure(own["never"]["forget"] if own["never"] else None, k)),
+        )
+    for key, label in SCORES.items():
+        yield "Membership, AUC", label, lambda own, k=key: _auc(own["membership"], k)
+    for key, label in QUALITIES.items():
+        yield "Forget quality, p", label, lambda own, k=key: _quality(own["never"] and own["never"]["quality"], k)
+
+
+def _measure(measures: Measures | None, key: str) -> Measured | None:
+    return None if measures is None else measures.get(key)
+
+
+def _percent(measured: Measured | None) -> str:
+    return MISSING if measured is None else _ranged(measured["mean"], measured["ci95"], "{:.1f}", 100)
+
+
+def _number(measured: Measured | None) -> str:
+    return MISSING if measured is None else _ranged(measured["mean"], measured["ci95"], "{:.3g}", 1)
+
+
+def _ranged(value: float, bounds: Sequence[float] | None, form: str, times: float) -> str:
+    shown = [form.format(times * x) for x in (value, *(bounds or ()))]
+    return shown[0] if bounds is None else f"{shown[0]} ({shown[1]}–{shown[2]})"
+
+
+def _auc(membership: Mapping[str, Membership] | None, key: str) -> str:
+    return MISSING if membership is None else _ranged(membership[key]["auc"], membership[key]["ci95"], "{:.1f}", 100)
+
+
+def _quality(quality: ForgetQuality | None, key: str) -> str:
+    if quality is None:
+        return MISSING
+    own: Difference = quality["answers"] if key == "answers" else quality["contents"]
+    return f"{text.p_value(own['p'])} (n = {own['n']})"
