@@ -5,14 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-real test test-gpu bench-gpu docs docs-look lint types clean
+.PHONY: setup demo demo-real test test-gpu bench-gpu docs docs-look lint types test-versions clean
 
+# LOCKED=1: with the versions of requirements.lock, which were tested together.
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),-c requirements.lock) --editable '.[dev]'
 	touch $@
 
 demo: setup
@@ -46,6 +47,11 @@ $(VENV)/.docs: $(VENV)/.installed
 # Every page of it in Chromium, at desktop and phone width.
 docs-look: docs
 	$(BIN)/python tools/docs/look.py build/site
+
+# Before a release: the unit tests with the lowest and with the highest versions that pyproject.toml allows, in environments
+# of their own (3 GB each, one after the other). Writes the table of docs/versions.md and requirements.lock.
+test-versions: setup
+	$(BIN)/python -m tools.versions $(VERSIONS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -19,8 +19,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import omegaconf
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedInterpolationType
+from packaging.version import Version
 
 from mirage_dist.config.home import HOME as HOME
 from mirage_dist.config.home import REPOSITORY as REPOSITORY
@@ -43,9 +45,13 @@ T = TypeVar("T")
 # key from the environment.
 for name in ("env", "create", "decode", "deprecated", "dict.keys", "dict.values", "select"):
     OmegaConf.clear_resolver(f"oc.{name}")
+# 2.4 gave this function its name, under which 2.3 has an older one; by the name of 2.3, it warns.
+register = (
+    OmegaConf.register_resolver if Version(omegaconf.__version__) >= Version("2.4") else OmegaConf.register_new_resolver
+)
 # ${fixed2:0.5} is 0.50, as folders named after a number spell it.
-OmegaConf.register_resolver("fixed2", lambda number: f"{number:.2f}", replace=True)
-OmegaConf.register_resolver("add", lambda *numbers: sum(numbers), replace=True)
+register("fixed2", lambda number: f"{number:.2f}", replace=True)
+register("add", lambda *numbers: sum(numbers), replace=True)
 INCLUDE = "include"  # the key of a recipe that names files to merge it over
 IN_MEMORY = Path("the recipe")  # what errors call one that is no file
 

@@ -9,6 +9,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -167,15 +169,22 @@ REFUSED = {
         lambda: LlavaConfig(vision_config=CLIP, text_config=CONVOLUTION),
         r"llava has layers that pass on more than attention does \(conv\)",
     ),
-    "pictures seen in both directions": (
-        lambda: Gemma3Config(vision_config=CLIP, text_config={**TEXT, "head_dim": 8}, image_token_id=PICTURE),
-        "gemma3 does not keep packed sequences apart",
-    ),
     "pictures read by layers of their own": (
         lambda: MllamaConfig(text_config=CROSS, image_token_index=PICTURE),
         r"mllama reads pictures in other ways than as tokens \(layer 1",
     ),
 }
+
+
+def gemma3():
+    return Gemma3Config(vision_config=CLIP, text_config={**TEXT, "head_dim": 8}, image_token_id=PICTURE)
+
+
+# It sees pictures in both directions. Until 5.22 of transformers its masks keep packed sequences apart all the same.
+if Version(transformers.__version__) >= Version("5.23"):
+    REFUSED["pictures seen in both directions"] = (gemma3, "gemma3 does not keep packed sequences apart")
+else:
+    PICTURED["gemma3"] = gemma3
 
 
 def fault(config, flash=False):
