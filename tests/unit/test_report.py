@@ -16,7 +16,7 @@ from mirage_dist import report, state
 from mirage_dist.evals import metrics, results
 from mirage_dist.report import examples
 from mirage_dist.report import text as captions
-from mirage_dist.report.figures import style
+from mirage_dist.report.figures import drawing, style
 from mirage_dist.report.load import read, row_label
 from mirage_dist.schema import ConfigError, TrainRecipe
 
@@ -240,6 +240,10 @@ def test_a_model_keeps_its_colour_whoever_it_is_compared_with():
     assert style.slots(["npo", "x", "sft"])["npo"] == style.slots(["base", "npo"])["npo"]
     many = style.slots([f"m{i}" for i in range(8)])
     assert sorted(many.values()) == list(range(8))
+    names = ["base", "npo", "rmu", *(f"m{i}" for i in range(15))]
+    looks = drawing.looks_of(names, style.LIGHT)
+    assert len(set(looks.values())) == len(names)  # more than there are colours
+    assert looks["npo"] == drawing.looks_of(["npo"], style.LIGHT)["npo"]
 
 
 def test_a_suite_of_benchmarks_alone_is_reported_by_its_accuracies(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -90,8 +91,12 @@ def looks(runs: Sequence[Run], palette: Palette) -> dict[str, tuple[str, str]]:
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, tuple[str, str]]:
-    """`looks` by the models' names."""
-    return {name: (palette.slots[slot], MARKERS[slot]) for name, slot in slots(names).items()}
+    """`looks` by the models' names. Models that share a colour, since there are more of them, differ in their markers."""
+    made, uses = {}, Counter[int]()
+    for name, slot in slots(names).items():
+        made[name] = palette.slots[slot], MARKERS[(slot + uses[slot]) % len(MARKERS)]
+        uses[slot] += 1
+    return made
 
 
 def interval(leaf: Leaf) -> tuple[float, float]:
