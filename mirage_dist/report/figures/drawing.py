@@ -91,7 +91,7 @@ def looks(runs: Sequence[Run], palette: Palette) -> dict[str, tuple[str, str]]:
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, tuple[str, str]]:
-    """`looks` by the models' names. Models that share a colour, since there are more of them, differ in their markers."""
+    """`looks` by the models' names. Of more models than colours, those that share one differ in their markers."""
     made, uses = {}, Counter[int]()
     for name, slot in slots(names).items():
         made[name] = palette.slots[slot], MARKERS[(slot + uses[slot]) % len(MARKERS)]
