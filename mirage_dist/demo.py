@@ -332,12 +332,10 @@ def _sweep(file: str, driver: _Driver) -> SweepRecipe:
 
     seed = driver.base.seed
     own = [o for o in driver.overrides if not o.startswith("seed=")]
-    words = {
-        "out": str(driver.out / "methods"),
-        "seeds": [seed],
-        "every": [*own, *driver.here, configs.override("world.seed", seed)],
-    }
-    return configs.load(file, [configs.override(key, value) for key, value in words.items()], SweepRecipe)
+    every = [*own, *driver.here, configs.override("world.seed", seed)]
+    words = [configs.override("seeds", [seed]), configs.override("every", every)]
+    digest = configs.config_hash(configs.load(file, words, SweepRecipe), ("out",))
+    return configs.load(file, [*words, configs.override("out", f"{driver.out}/methods-{digest[:8]}")], SweepRecipe)
 
 
 def _test_erasure(suite: str, overrides: Sequence[str]) -> None:
@@ -370,5 +368,5 @@ def _base(story: Story, out: Path, overrides: Sequence[str]) -> TrainRecipe:
     """The base model's recipe, with the world's folder named by the recipe's hash."""
     file = inputs.KINDS[story.kind].base
     unplaced = configs.load(file, overrides, TrainRecipe)
-    digest = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir", "world.spurious"))
+    digest = configs.config_hash(unplaced, ("run", "monitor", "model.path", "data", "world.dir"))
     return configs.load(file, [*overrides, configs.override("world.dir", f"{out}/world-{digest[:8]}")], TrainRecipe)

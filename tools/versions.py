@@ -124,8 +124,8 @@ def versions(python: Path) -> dict[str, str]:
     listed = subprocess.run(
         [str(python), "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
     ).stdout
-    found = {canonicalize_name(row["name"]): row["version"] for row in json.loads(listed)}
-    return {name: version for name, version in sorted(found.items()) if name not in ("pip", "mirage-dist")}
+    installed = {canonicalize_name(row["name"]): row["version"] for row in json.loads(listed)}
+    return {name: version for name, version in sorted(installed.items()) if name not in ("pip", "mirage-dist")}
 
 
 def imported(python: Path) -> dict[str, str]:

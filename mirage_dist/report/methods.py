@@ -90,6 +90,8 @@ def _state(run: Run) -> str:
     if not (run.folder / "manifest.json").is_file():
         return ""
     model = manifest.read(run.folder).get("model", {})
+    if model.get("url"):  # nothing shows that two such runs are seeds of one recipe
+        return f"{model['url']} {model['model']} {run.name}"
     if model.get("run"):
         return f"step {model['step']}" if model.get("step") is not None else "the newest checkpoint"
     path = os.path.realpath(str(model.get("path")))

@@ -108,7 +108,7 @@ class Generated(Attack):
         """Raise ConfigError for samples, or a model, that this attack does not suit. Loads no weights.
 
         answering: the encoder of the model under test; None where no model answers. attacked: that of `surrogate`, or
-        of the model under test without one. name: of the set and the attack, for messages.
+        of the model under test without one; None behind an endpoint. name: of the set and the attack, for messages.
         """
         return
 

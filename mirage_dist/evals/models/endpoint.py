@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import httpx
@@ -66,7 +66,7 @@ class Health:
         failure = error.failure
         with self._lock:
             self._dead_in_a_row = 0 if error.alive else self._dead_in_a_row + 1
-            if error.alive and failure.reason != replies.FILTERED:
+            if error.alive and (failure.guessed or failure.reason != replies.FILTERED):
                 self._rejections[failure.reason] += 1
             alike = self._rejections[failure.reason] >= GIVE_UP and not self._answers and len(self._rejections) == 1
             if (error.hopeless or alike or self._dead_in_a_row >= GIVE_UP) and not self.stopped.is_set():
@@ -188,7 +188,7 @@ class Endpoint:
                 # Random, so that requests that were refused together are not repeated together.
                 own = self.backoff * 2 ** min(attempt, 20) * random.uniform(0.75, 1.25)
                 if health.stopped.wait(min(LONGEST_WAIT, max(own, error.wait or 0.0))):
-                    return error.failure
+                    return replace(error.failure, final=False)  # the attempts that are left may have got an answer
             attempt += 1
 
     def _on_any_connection(self, body: bytes, text: str) -> Reply:

@@ -77,6 +77,7 @@ class Remote(Respondent):
     """
 
     seeded = True
+    ends_on_signal = True
 
     def __init__(self, endpoint: Endpoint, system: str | None, served: ServedModel) -> None:
         self.endpoint, self.system, self.served = endpoint, system, served
@@ -103,17 +104,17 @@ class Remote(Respondent):
 
     def _outcome(self, outcome: Reply | Failed) -> Outcome:
         reply = outcome.reply if isinstance(outcome, Failed) else outcome
+        # The same request would come to the same again, so these are recorded once; all other failures are no answer.
+        if isinstance(outcome, Failed) and outcome.final and outcome.reason == replies.FILTERED and not outcome.guessed:
+            served = _served(reply, BLOCKED)  # it may name the filter in place of the model
+            return Answer(BLOCK, {**served, "partial": reply.text} if reply is not None and reply.text else served)
         if reply is not None:
             self.served.check(reply.model)
-        if not isinstance(outcome, Failed):
-            return Answer(outcome.text, _served(outcome, outcome.finish))
-        # The same request would come to the same again, so these are recorded once; all other failures are no answer.
-        if outcome.final and outcome.reason == replies.FILTERED:
-            served = _served(reply, BLOCKED)
-            return Answer(BLOCK, {**served, "partial": reply.text} if reply is not None and reply.text else served)
-        if outcome.final and outcome.reason == replies.EMPTY:
-            return Answer("", _served(reply, NO_CONTENT))
-        return outcome
+        if isinstance(outcome, Failed):
+            empty = outcome.final and outcome.reason == replies.EMPTY
+            return Answer("", {**_served(reply, NO_CONTENT), "empty": True}) if empty else outcome
+        served = _served(outcome, outcome.finish)
+        return Answer(outcome.text, served if outcome.text else {**served, "empty": True})
 
 
 def _served(reply: Reply | None, finish: str | None) -> Served:

@@ -29,6 +29,13 @@ _FILTER_CODE = re.compile(
     "contentfilter|contentpolicy|policyviolation|responsibleai|moderation|guardrail|datainspection|prohibited|"
     "blocklist|safety|recitation|spii"
 )
+# The same as the code of an error that blocks this one request. Others only mention a filter, such as an unknown setting.
+_BLOCK_CODE = re.compile(
+    "(?:prompt|input|output|response|request|image|text)?"
+    "(?:contentfilter(?:ed)?|contentpolicy|policyviolation|responsibleaipolicy|moderation|guardrails?|datainspection|"
+    "prohibitedcontent|blocklist|safety|recitation|spii)"
+    "(?:policy)?(?:violation|violated|blocked|triggered|intervened|failed|flagged|error)?"
+)
 _FILTER_WORDS = re.compile(
     r"content (?:management )?polic|content[ _]filter|flagged|usage polic|content exists risk|inappropriate content|"
     r"\bmoderation\b|\bguardrail",
@@ -79,13 +86,16 @@ class Failed:
 
     reason: in this package's words and the server's code. words: the server's message, shortened, without keys and
     without the request; for the screen, never for a file. final: the same request would get none again. untried: it
-    was not sent, because the endpoint had been given up. reply: the completion that holds no answer, if one came.
+    was not sent, because the endpoint had been given up. guessed: that a filter blocked it is known from the server's
+    words alone, which may be about the key, the account or a wrong field. reply: the completion that holds no answer,
+    if one came.
     """
 
     reason: str
     words: str = ""
     final: bool = False
     untried: bool = False
+    guessed: bool = False
     reply: Reply | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -138,7 +148,8 @@ def completion(body: bytes, secret: str = "") -> Reply:
         _name(tree.get("system_fingerprint"), secret),
         *(_count(usage, name) for name in ("prompt_tokens", "completion_tokens")),
     )
-    if isinstance(finish, str) and _FILTER_CODE.search(_plain(finish)):
+    declined = finish == "refusal" and not reply.text
+    if declined or (isinstance(finish, str) and _FILTER_CODE.search(_plain(finish))):
         raise NoAnswer(Failed(FILTERED, final=True, reply=reply))
     if finish == "error":  # of a relay whose own server broke off
         raise NoAnswer(Failed("an answer that was broken off"), again=True)
@@ -190,19 +201,21 @@ def error(status: int, body: bytes, wait: float | None, secret: str, request: st
     secret: the key, which no word shown may repeat. request: the text that was sent, which may be a model's output.
     """
     tree = _tree(body)
-    codes, message = _codes(tree), _message(tree, body)
-    if status == 200:  # the error within it has the status
-        status = next((code for code in codes if isinstance(code, int) and 400 <= code < 600), 500)
+    codes, words = _codes(tree), shown(_message(tree, body), secret, request)
     names = [code for code in codes if isinstance(code, str) and _CODE.fullmatch(code)]
-    if status in FILTER_STATUS and (
-        any(_FILTER_CODE.search(_plain(name)) for name in names) or _FILTER_WORDS.search(message)
-    ):
-        return NoAnswer(Failed(FILTERED, shown(message, secret, request), final=True))
+    blocked = any(_BLOCK_CODE.fullmatch(_plain(name)) for name in names)
+    if status == 200:  # the error within it has the status
+        default = FILTER_STATUS[0] if blocked else 500
+        status = next((code for code in codes if isinstance(code, int) and 400 <= code < 600), default)
+    # Of the words, those that repeat no part of the request, which may be about filters.
+    mentioned = _FILTER_WORDS.search(words) or any(_FILTER_CODE.search(_plain(name)) for name in names)
+    if status in FILTER_STATUS and (blocked or mentioned):
+        return NoAnswer(Failed(FILTERED, words, final=True, guessed=not blocked))
     name = next((f" {name}" for name in names if shown(name, secret, request) == name), "")
-    failure = Failed(f"HTTP {status}{name}", shown(message, secret, request))
+    failure = Failed(f"HTTP {status}{name}", words)
     if 300 <= status < 400:
-        words = "a redirect, which is not followed because it would send the key elsewhere; set url to where it leads"
-        return NoAnswer(Failed(failure.reason, words))
+        redirect = "a redirect, which is not followed because it would send the key elsewhere; set url to where it leads"
+        return NoAnswer(Failed(failure.reason, redirect))
     if status in (408, 429) or status >= 500:
         return NoAnswer(failure, again=True, alive=False, wait=wait)
     return NoAnswer(failure, hopeless=status in HOPELESS)
@@ -237,7 +250,9 @@ def _message(tree: Any, body: bytes) -> str:
             if isinstance(own.get(name), str):
                 return own[name]
             if name == "detail" and isinstance(own.get(name), list):
-                return json.dumps(own[name], ensure_ascii=False)
+                # Of each fault the place and the words, not the input, which is the request.
+                faults = [fault for fault in own[name] if isinstance(fault, dict)]
+                return "; ".join(f"{json.dumps(fault.get('loc'))}: {fault.get('msg')}" for fault in faults)
     return re.sub(r"<[^>]{0,200}>", " ", body[:4096].decode(errors="replace"))
 
 

@@ -37,7 +37,7 @@ class Served(TypedDict):
     """How an endpoint's answer came. finish: why it ends: BLOCKED, CUT, NO_CONTENT, or another word of the endpoint's,
     such as `stop`. What the endpoint did not state is left out.
 
-    model: that the reply names. system_fingerprint: of the backend's configuration. partial: what came of an answer
+    empty: present where the answer has no text. model: that the reply names. system_fingerprint: of the backend's configuration. partial: what came of an answer
     that the filter blocked.
     """
 
@@ -47,6 +47,7 @@ class Served(TypedDict):
     prompt_tokens: NotRequired[int]
     completion_tokens: NotRequired[int]
     partial: NotRequired[str]
+    empty: NotRequired[bool]
 
 
 class Row(TypedDict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TypedDict, cast
 
-from mirage_dist.evals.sharing.files import BLOCKED, CUT, NO_CONTENT, Served
+from mirage_dist.evals.sharing.files import BLOCKED, CUT, Served
 from mirage_dist.schema import PriceConfig
 
 MILLION = 1_000_000
@@ -48,7 +48,7 @@ class Usage:
         finish = served.get("finish")
         self.blocked += finish == BLOCKED
         self.cut += finish == CUT
-        self.empty += finish == NO_CONTENT
+        self.empty += served.get("empty", False)
 
     def sums(self, price: PriceConfig | None) -> Sums:
         usd = None if price is None else cost(price, self.prompt_tokens, self.completion_tokens)
@@ -72,6 +72,6 @@ def described(sums: Sums) -> str:
         "unmetered": "answers whose reply states no tokens",
         "blocked": "blocked by the endpoint's content filter, which count as refusals",
         "cut": "cut off by the limit of tokens",
-        "empty": "without content",
+        "empty": "without any text",
     }
     return "; ".join([*parts, *(f"{sums[name]:,} {text}" for name, text in words.items() if sums[name])])
