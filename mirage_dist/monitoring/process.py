@@ -126,6 +126,8 @@ class Sender:
             os.set_blocking(pipe.fileno(), False)
         for message in (self.opening, *self.kept):
             self._put(message)
+        # An alert comes twice at most: it may be what the process before died of.
+        self.kept = [message for message in self.kept if message["kind"] != "alert"]
 
     def _mourn(self) -> None:
         """Count a death once, and say why."""

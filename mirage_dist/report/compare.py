@@ -26,6 +26,24 @@ class Comparison(stats.Paired):
     p_holm: float
 
 
+def recipes_differ(runs: Sequence[Run]) -> list[str]:
+    """What the hashes of the evaluation recipes say against a comparison, in sentences.
+
+    Models on this machine and endpoints have different hashes of one recipe, in which the former's way with pictures
+    stands.
+    """
+    remote = [run.name for run in runs if "endpoint" in run.metrics]
+    hashes = {(run.metrics["recipe_hash"], run.name in remote) for run in runs}
+    if len(hashes) > len({is_remote for _, is_remote in hashes}):
+        return ["The evaluation recipes differ between these runs: their rates may not be comparable."]
+    if len(hashes) > 1:
+        return [
+            f"{', '.join(remote)}: an endpoint applies its own chat template and prepares pictures itself, and its "
+            "recipe is not compared with those of the other runs here."
+        ]
+    return []
+
+
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """McNemar's test and the difference of the rates (see `stats.paired`) for every two runs.
 

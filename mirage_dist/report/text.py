@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.data.words import NOT_MEASURED
 from mirage_dist.evals.results import CLEAN, Leaf, of_set, taken
+from mirage_dist.report.compare import recipes_differ
 from mirage_dist.report.curves.budgets import Budget, budget_of
 from mirage_dist.report.examples import Examples
 from mirage_dist.report.load import Run, row_label
@@ -179,9 +180,7 @@ def problems(runs: Sequence[Run]) -> list[str]:
 
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What the report lacks, then reasons why a comparison of these runs may be invalid, or is incomplete."""
-    lines = problems(runs)
-    if len({run.metrics["recipe_hash"] for run in runs}) > 1:
-        lines.append("The evaluation recipes differ between these runs: their rates may not be comparable.")
+    lines = [*problems(runs), *recipes_differ(runs)]
     if len({run.judge for run in runs}) > 1:
         judges = ", ".join(f"{run.name} by {run.judge}" for run in runs)
         lines.append(f"The headline judges differ between these runs ({judges}): their rates are not comparable.")

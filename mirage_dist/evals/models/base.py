@@ -30,10 +30,12 @@ class Respondent(ABC):
     holds, such as the device's memory.
 
     seeded: whether it follows a sample's `draw`, so that its seed gives the same answer in any batch. Attacks that draw
-    answers are refused where it is False.
+    answers are refused where it is False. ends_on_signal: whether it looks for a stop itself, and then yields what is
+    on its way and no more; others are stopped after a batch.
     """
 
     seeded: ClassVar[bool] = False
+    ends_on_signal: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, samples: Sequence[Sample]) -> Iterator[Sequence[tuple[int, Outcome]]]:

@@ -29,7 +29,7 @@ _FILTER_CODE = re.compile(
     "contentfilter|contentpolicy|policyviolation|responsibleai|moderation|guardrail|datainspection|prohibited|"
     "blocklist|safety|recitation|spii"
 )
-# The same as the code of an error that blocks this one request. Others only mention a filter, such as an unknown setting.
+# The same as the code of an error that blocks one request. Others only mention a filter, such as an unknown setting.
 _BLOCK_CODE = re.compile(
     "(?:prompt|input|output|response|request|image|text)?"
     "(?:contentfilter(?:ed)?|contentpolicy|policyviolation|responsibleaipolicy|moderation|guardrails?|datainspection|"
@@ -203,7 +203,7 @@ def error(status: int, body: bytes, wait: float | None, secret: str, request: st
     tree = _tree(body)
     codes, words = _codes(tree), shown(_message(tree, body), secret, request)
     names = [code for code in codes if isinstance(code, str) and _CODE.fullmatch(code)]
-    blocked = any(_BLOCK_CODE.fullmatch(_plain(name)) for name in names)
+    blocked = any(_BLOCK_CODE.fullmatch(_plain(name)) for name in names) or _blocked(tree, names, words)
     if status == 200:  # the error within it has the status
         default = FILTER_STATUS[0] if blocked else 500
         status = next((code for code in codes if isinstance(code, int) and 400 <= code < 600), default)
@@ -214,11 +214,21 @@ def error(status: int, body: bytes, wait: float | None, secret: str, request: st
     name = next((f" {name}" for name in names if shown(name, secret, request) == name), "")
     failure = Failed(f"HTTP {status}{name}", words)
     if 300 <= status < 400:
-        redirect = "a redirect, which is not followed because it would send the key elsewhere; set url to where it leads"
-        return NoAnswer(Failed(failure.reason, redirect))
+        why = "a redirect, which is not followed because it would send the key elsewhere; set url to where it leads"
+        return NoAnswer(Failed(failure.reason, why))
     if status in (408, 429) or status >= 500:
         return NoAnswer(failure, again=True, alive=False, wait=wait)
     return NoAnswer(failure, hopeless=status in HOPELESS)
+
+
+def _blocked(tree: Any, names: list[str], words: str) -> bool:
+    """Whether an error without a filter's code is a block all the same: of OpenAI's reasoning models, of OpenRouter,
+    which gives reasons, and of DeepSeek.
+    """
+    if words.lower() == "content exists risk":
+        return True
+    reasons = any(isinstance(own.get("reasons"), list) for own in _errors(tree))
+    return bool(_FILTER_WORDS.search(words)) and ("invalid_prompt" in names or reasons)
 
 
 def _tree(body: bytes) -> Any:

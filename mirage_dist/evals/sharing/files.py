@@ -37,8 +37,8 @@ class Served(TypedDict):
     """How an endpoint's answer came. finish: why it ends: BLOCKED, CUT, NO_CONTENT, or another word of the endpoint's,
     such as `stop`. What the endpoint did not state is left out.
 
-    empty: present where the answer has no text. model: that the reply names. system_fingerprint: of the backend's configuration. partial: what came of an answer
-    that the filter blocked.
+    empty: present where the answer has no text. model: that the reply names. system_fingerprint: of the backend's
+    configuration. partial: what came of an answer that the filter blocked.
     """
 
     finish: NotRequired[str]

@@ -336,6 +336,50 @@ def test_a_stop_while_the_endpoint_demands_a_pause_ends_soon(serve, data, out, m
     assert time.monotonic() - started < 15
 
 
+def test_a_stop_keeps_the_answers_that_are_on_their_way(serve, data, out, monkeypatch):
+    monkeypatch.setattr(signals, "_received", [])
+    gate = threading.Event()
+
+    def slow(*_):
+        gate.wait(30)
+        return reply("fine")
+
+    server = serve(slow)
+
+    def stop():
+        while len(server.seen) < 3:
+            time.sleep(0.01)
+        signals.handler(signal.SIGTERM, None)
+        time.sleep(1.0)  # by then the worker has seen it
+        gate.set()
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(signals.StopRequested):
+        runner.evaluate(loaded(recipe(data, out, server, model={"concurrency": 3, "timeout": 30})))
+    assert {row["question"] for row in answers(out).values()} == set(sent(server))
+    assert len(server.seen) == 3
+
+
+def test_a_reply_without_content_is_no_answer_while_it_could_still_be_sent_again(serve, data, out, monkeypatch):
+    monkeypatch.setattr(signals, "_received", [])
+    server = serve(lambda _, times: reply("fine") if times else reply(None))
+    file = recipe(data, out, server, model={"concurrency": SIZE, "backoff": 20, "retries": 3})
+    threading.Timer(1.5, signals.handler, (signal.SIGTERM, None)).start()
+    with pytest.raises(signals.StopRequested):
+        runner.evaluate(loaded(file))
+    assert answers(out) == {}
+    monkeypatch.setattr(signals, "_received", [])
+    assert cli.main(["eval", file]) == 0
+    assert {row["response"] for row in answers(out).values()} == {"fine"}
+
+
+def test_words_that_sound_like_a_filter_make_no_answer_and_the_rest_is_not_sent(serve, data, out, capfd):
+    server = serve(lambda *_: error(403, "Your organization has been flagged and may not use this model"))
+    assert cli.main(["eval", recipe(data, out, server)]) == 1
+    assert answers(out) == {}
+    assert "Your organization has been flagged" in capfd.readouterr().err
+
+
 def test_a_worker_leaves_what_failed_and_is_content_when_another_got_it(tmp_path):
     every = dict(list(nursery.questions().items())[:40])
     chunks = rows.chunks(every, 8)
@@ -422,7 +466,7 @@ def test_what_the_endpoints_filter_blocks_is_a_refusal_of_the_system_once_and_co
     measured = results.read(out / "evals/s")["endpoint"]
     assert measured["ends"] == {"unsafe": {"clean": {"blocked": 3, "cut": 2, "answers": SIZE}}}
     usage = measured["usage"]
-    assert [usage[name] for name in ("blocked", "cut", "empty", "unmetered")] == [3, 2, 1, 1]
+    assert [usage[name] for name in ("blocked", "cut", "empty", "unmetered")] == [3, 2, 2, 1]
     assert "endpoint" not in results.read(out / "evals/s/defences/filter")
     shown = capfd.readouterr().out
     assert "3 blocked by the endpoint's content filter, which count as refusals; 2 cut off by the limit" in shown

@@ -142,12 +142,50 @@ AZURE = {
         (400, {"error": {"code": "invalid_prompt", "message": "flagged as potentially violating our usage policy"}}),
         (403, {"error": {"code": 403, "message": "Input was flagged", "metadata": {"reasons": ["violence"]}}}),
         (400, [{"error": {"code": 400, "status": "SAFETY", "message": "blocked"}}]),
-        (200, {"error": {"code": 403, "message": "Your input was flagged by moderation"}}),
+        (400, {"error": {"code": "invalid_request_error", "message": "Content Exists Risk"}}),
+        (200, {"error": {"code": "content_filter", "message": "no"}}),
     ],
 )
-def test_a_filter_is_recognised_by_its_code_or_its_words(status, body):
+def test_a_filter_is_recognised_by_its_code(status, body):
+    """Codes of Azure, Alibaba, OpenAI's reasoning models, OpenRouter, Google and DeepSeek."""
     error = refused(status, body)
     assert (error.failure.reason, error.failure.final, error.again, error.hopeless) == ("filtered", True, False, False)
+    assert not error.failure.guessed
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, {"error": {"code": 403, "message": "Your input was flagged by moderation"}}),
+        (403, {"error": {"message": "Your organization has been flagged and may not use this model"}}),
+        (403, {"error": {"message": "Your API key is blocked by our usage policy limits: monthly budget exceeded"}}),
+        (400, {"error": {"message": "The guardrail identifier does not exist"}}),
+        (403, {"error": {"message": "Moderation service unavailable"}}),
+        (400, {"error": {"code": "unsupported_safety_parameter", "message": "m"}}),
+    ],
+)
+def test_a_filter_that_only_the_words_speak_of_is_a_guess(status, body):
+    """It is a verdict of nothing for a judge, and no answer of a model under test."""
+    failure = refused(status, body).failure
+    assert (failure.reason, failure.final, failure.guessed) == ("filtered", True, True)
+
+
+def test_a_request_that_an_error_repeats_is_not_searched_for_filters():
+    question = "what does a moderation guardrail of the content policy do"
+    own = refused(400, {"error": {"message": f"cannot parse: {question}"}}, request=question)
+    assert own.failure.reason == "HTTP 400"
+    own = refused(422, {"detail": [{"loc": ["body", "seed"], "msg": "Field required", "input": {"system": question}}]})
+    assert str(own.failure) == 'HTTP 422: ["body", "seed"]: Field required'
+
+
+@pytest.mark.parametrize(("content", "filtered"), [(None, True), ("", True), ("no, thanks", False)])
+def test_a_refusal_as_the_end_of_no_text_is_a_block(content, filtered):
+    if filtered:
+        with pytest.raises(NoAnswer) as stopped:
+            read(content, "refusal")
+        assert stopped.value.failure == Failed("filtered", final=True)
+    else:
+        assert read(content, "refusal") == content
 
 
 @pytest.mark.parametrize(
@@ -169,7 +207,7 @@ def test_a_filter_is_recognised_by_its_code_or_its_words(status, body):
             1,
         ),
         (403, {"error": "forbidden"}, "HTTP 403: forbidden", 0, 1),
-        (422, {"detail": [{"loc": ["body"], "msg": "extra"}]}, 'HTTP 422: [{"loc": ["body"], "msg": "extra"}]', 0, 0),
+        (422, {"detail": [{"loc": ["body"], "msg": "extra"}]}, 'HTTP 422: ["body"]: extra', 0, 0),
         (500, b"<html><h1>Oops</h1>\x1b[31m</html>", "HTTP 500: Oops [31m", 1, 0),
         (429, {"error": {"code": "insufficient_quota", "message": "m"}}, "HTTP 429 insufficient_quota: m", 1, 0),
         (200, {"error": {"code": 502, "message": "upstream"}}, "HTTP 502: upstream", 1, 0),
