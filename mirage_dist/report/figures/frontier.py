@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import MaxNLocator
 
 from mirage_dist.report.figures.drawing import Draw, looks_of, percent_axis
 from mirage_dist.report.figures.style import Palette
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from mirage_dist.report.curves.frontier import Estimate, Frontier, Setting
 
 SIZE = (4.9, 4.4)  # inches; at this width 10 pt text stays readable on a phone
+LEAST = 10.0  # percent of an axis that are shown
 Point = tuple[float, float]
 
 
@@ -45,6 +49,9 @@ def frontier(own: Frontier, titles: tuple[str, str]) -> Draw:
             x, y = 100 * both[1]["rate"], 100 * both[0]["rate"]
             _whiskers(ax, colour, (x, y), both)
             ax.plot(x, y, marker, color=colour, markersize=7, zorder=4, linestyle="none", label="base")
+        shown = [*own["settings"], *([own["base"]] if own["base"] else [])]
+        _zoom(ax.yaxis, [bound for one in shown for bound in one["forget"]["ci95"]])
+        _zoom(ax.xaxis, [own["level"], *(bound for one in shown for bound in one["retain"]["ci95"])])
         ax.set_ylabel(f"forget: {titles[0]}", color=palette.muted)
         ax.set_xlabel(f"retain: {titles[1]}", color=palette.muted)
         legend = ax.legend(
@@ -54,6 +61,18 @@ def frontier(own: Frontier, titles: tuple[str, str]) -> Draw:
             text.set_color(palette.ink)
 
     return draw
+
+
+def _zoom(axis: Axis, shares: Sequence[float]) -> None:
+    """Show the part of an axis in percent in which there is something, at least a tenth of it."""
+    low, high = (100 * bound for bound in (min(shares), max(shares)))
+    if high - low < LEAST:
+        low, high = max(0.0, high - LEAST), max(high, LEAST)
+    margin = 0.04 * (high - low)
+    ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if -0.1 <= tick - low + margin]
+    ticks = [tick for tick in ticks if tick <= min(100.1, high + margin)]
+    axis.set_ticks(ticks, [*(f"{tick:g}" for tick in ticks[:-1]), f"{ticks[-1]:g} %"])
+    (axis.axes.set_ylim if axis is axis.axes.yaxis else axis.axes.set_xlim)(low - margin, high + margin)
 
 
 def _place(one: Setting) -> Point:
