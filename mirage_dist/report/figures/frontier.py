@@ -69,7 +69,7 @@ def _zoom(axis: Axis, shares: Sequence[float]) -> None:
     if high - low < LEAST:
         low, high = max(0.0, high - LEAST), max(high, LEAST)
     margin = 0.04 * (high - low)
-    ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if -0.1 <= tick - low + margin]
+    ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if tick - low + margin >= -0.1]
     ticks = [tick for tick in ticks if tick <= min(100.1, high + margin)]
     axis.set_ticks(ticks, [*(f"{tick:g}" for tick in ticks[:-1]), f"{ticks[-1]:g} %"])
     (axis.axes.set_ylim if axis is axis.axes.yaxis else axis.axes.set_xlim)(low - margin, high + margin)
