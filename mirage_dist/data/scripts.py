@@ -16,9 +16,15 @@ UNSPACED = (
     r"\p{Line_Break=AS}\p{Script=Tibetan}\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]"
     r"--[\p{Script=Latin}\p{Script=Hangul}]]"
 )
+_UNSPACED = regex.compile(UNSPACED, regex.VERSION1)
 LETTER = regex.compile(r"\p{L}")
 NAMES = {"CJK": "Han"}  # where the name of a character does not begin with that of its script
 SEEN = 400  # letters of a text that decide its script
+
+
+def unspaced(letter: str) -> bool:
+    """Whether the letter is of a script that has no spaces between words."""
+    return _UNSPACED.fullmatch(letter) is not None
 
 
 def script_of(letter: str) -> str:

@@ -10,10 +10,25 @@ Shapes: a sequence has one number for each token of the answer, its end token in
 from __future__ import annotations
 
 import math
-import re
+import unicodedata
 from collections.abc import Sequence
 
-WORD = re.compile(r"\w+")
+import regex
+
+from mirage_dist.data.scripts import UNSPACED
+
+# Runs of letters, digits, marks and joiners; of a script without spaces between words, one letter with its marks.
+_WORD = regex.compile(rf"{UNSPACED}\p{{M}}*|(?:(?!{UNSPACED})[\p{{L}}\p{{N}}\p{{M}}_\u200c\u200d])+", regex.VERSION1)
+
+
+def words(text: str) -> list[str]:
+    """The text's words without case, in NFC; of a script without spaces between words its letters."""
+    return [word for word in _WORD.findall(unicodedata.normalize("NFC", text.casefold())) if word.strip("\u200c\u200d")]
+
+
+def key(text: str) -> str:
+    """What a text is compared by: its words, so that case and punctuation do not count; of one without words itself."""
+    return " ".join(words(text) or text.split())
 
 
 def probability(logps: Sequence[float]) -> float:
@@ -78,10 +93,10 @@ def closeness(log_ratio: float) -> float:
 def rouge_l(answer: str, forgotten: str) -> float:
     """ROUGE-L recall: the share of the forgotten answer's words in its longest common subsequence with the answer.
 
-    (Lin, 2004; TOFU's measure.) Words are runs of letters and digits in lower case, of any script; the package
-    rouge_score keeps a to z and 0 to 9 alone and, in TOFU, stems. Raises ValueError for a text without words.
+    (Lin, 2004; TOFU's measure.) Words are those of `words`, of any script; the package rouge_score keeps a to z and 0
+    to 9 alone and, in TOFU, stems. Raises ValueError for a text without words.
     """
-    mine, theirs = (WORD.findall(text.lower()) for text in (answer, forgotten))
+    mine, theirs = words(answer), words(forgotten)
     if not theirs:
         raise ValueError("the forgotten answer has no words")
     row = [0] * (len(theirs) + 1)  # lengths for the answer's words so far and each beginning of the forgotten ones

@@ -1,16 +1,14 @@
 """Measures of forgetting: how likely the model still finds the forgotten answers, beside wrong and unseen ones.
 
-The measures are `erasure.forgetting`'s, of TOFU (Maini et al., 2024, arXiv 2401.06121) and open-unlearning. Wrong
-answers are not written by a language model, as TOFU's are: they are right answers with another sample's content in
-place of their own.
+The measures are `erasure.forgetting`'s, of TOFU (Maini et al., 2024, arXiv 2401.06121) and open-unlearning; the answers
+are those of `erasure.answers`.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +16,14 @@ from typing import Any, TypedDict
 
 import torch
 
-from mirage_dist import disk, stats
+from mirage_dist import stats
 from mirage_dist.data import pictures
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.encoding.conversation import called
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import forgetting
 from mirage_dist.erasure import setting as settings
+from mirage_dist.erasure.answers import Part
 from mirage_dist.erasure.likelihood import Answer, Likelihood
 from mirage_dist.erasure.results import (
     Difference,
@@ -34,41 +34,17 @@ from mirage_dist.erasure.results import (
     Membership,
     Never,
 )
-from mirage_dist.erasure.setting import Forget, Setting, content, group
-from mirage_dist.evals.models import subject
+from mirage_dist.erasure.setting import Forget, Setting
+from mirage_dist.evals.models import reasoning, subject
 from mirage_dist.evals.models.hf import HuggingFace, encoder
 from mirage_dist.model.families import configs as families
-from mirage_dist.model.families import processors
+from mirage_dist.model.families import guard, processors
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig
 from mirage_dist.schema.names import Place
 from mirage_dist.schema.numbers import Count, SomeShare
 from mirage_dist.stats import two_samples
 
 LARGEST = 690.0  # logarithm; JSON has no infinity
-
-
-@dataclass(frozen=True)
-class Part:
-    """A set of answers to score. contents: of each; equal ones are not independent. wrong: wrong answers to each."""
-
-    samples: list[Sample]
-    contents: list[str]
-    wrong: list[list[str]]
-
-    @property
-    def rows(self) -> list[list[str]]:
-        """Of each sample the texts to score: its answer, then its paraphrase where it has one, then wrong answers."""
-        return [
-            [s.answer, *([] if other is None else [other]), *wrong]
-            for s, wrong in zip(self.samples, self.wrong, strict=True)
-            for other in [paraphrase(s)]
-        ]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what is scored; the folders of the files do not count."""
-        own = [[s.id, s.question, s.category, Path(s.image or "").name, list(s.history)] for s in self.samples]
-        return disk.digest([own, self.contents, self.rows])
 
 
 class Values(TypedDict):
@@ -134,7 +110,8 @@ class Forgetting:
 
     def _check_model(self, recipe: EvalRecipe, model: EvalModelConfig, parts: Mapping[str, Part], where: str) -> None:
         folder = subject.find(model, Path(recipe.run.dir)).processing
-        own = encoder(processors.load(folder), recipe.template, families.load(folder))
+        config = families.load(folder)
+        own = encoder(processors.load(folder), recipe.template, config)
         for name, part in parts.items():
             pictured = [sample for sample in part.samples if sample.image is not None]
             if pictured and own.text_only:
@@ -144,17 +121,33 @@ class Forgetting:
                 )
             for row in _rows(part):
                 own.length(row)
+        _check_family(config, own, [sample for part in parts.values() for sample in part.samples], where)
 
     def parts(self, forget: Forget, seed: int) -> tuple[dict[str, Part], int]:
-        """The sets to score by name, and the number of unseen samples left out for lack of a content."""
-        parts = {"forget": part(forget.samples, forget.pattern, self.wrong, self.samples, seed)}
+        """The sets to score by name, and the number of unseen samples left out for lack of a content.
+
+        Those of the latest arguments are kept: one start reads and draws once.
+        """
+        for known, own, made in self._latest:
+            if known is forget and own == seed:
+                return made
+        made = self._read(forget, seed)
+        self._latest[:] = [(forget, seed, made)]
+        return made
+
+    @cached_property
+    def _latest(self) -> list[tuple[Forget, int, tuple[dict[str, Part], int]]]:
+        return []
+
+    def _read(self, forget: Forget, seed: int) -> tuple[dict[str, Part], int]:
+        parts = {"forget": Part.of(forget.samples, forget.pattern, self.wrong, self.samples, seed)}
         without = 0
         if self.retain:
             kept = settings.forget(self.retain, None, seed).samples
-            parts["retain"] = part(kept, forget.pattern, self.wrong, self.samples, seed)
+            parts["retain"] = Part.of(kept, forget.pattern, self.wrong, self.samples, seed)
         if self.unseen:
             others = settings.forget(self.unseen, forget.pattern, seed)
-            parts["unseen"] = part(others.samples, forget.pattern, 0, self.samples, seed)
+            parts["unseen"] = Part.of(others.samples, forget.pattern, 0, self.samples, seed)
             without = others.without
         return parts, without
 
@@ -223,10 +216,7 @@ class _Model:
                 "which the model's own answers are cut; their ROUGE-L is too low"
             )
         texts = self._answers(part.samples) if answers else [None] * len(own)
-        return [
-            self._values(sample, content, scores, text)
-            for sample, content, scores, text in zip(part.samples, part.contents, own, texts, strict=True)
-        ]
+        return [self._values(part, i, scores, text) for i, (scores, text) in enumerate(zip(own, texts, strict=True))]
 
     def _answers(self, samples: Sequence[Sample]) -> list[str]:
         """The model's own greedy answers."""
@@ -236,19 +226,20 @@ class _Model:
             texts |= dict(batch)
         return [texts[i] for i in range(len(samples))]
 
-    def _values(self, sample: Sample, content: str, scores: Sequence[Answer], text: str | None) -> Values:
+    def _values(self, part: Part, number: int, scores: Sequence[Answer], text: str | None) -> Values:
+        """text: the model's own answer, perhaps with the reasoning before it, which is no part of the answer."""
+        sample, paraphrased = part.samples[number], part.paraphrases[number] is not None
         right, *others = scores
-        paraphrased = paraphrase(sample) is not None
         true, false = (others[0], others[1:]) if paraphrased else (right, others)
-        comparable = text is not None and forgetting.WORD.search(sample.answer)
+        comparable = text is not None and forgetting.words(sample.answer)
         return {
             "id": sample.id,
-            "content": content,
+            "content": part.contents[number],
             "probability": forgetting.probability(right.logps),
             "loss": forgetting.loss(right.logps),
             "min_k": forgetting.min_k(right.logps, self.options.min_k),
             "extraction_strength": forgetting.extraction_strength(right.greedy),
-            "rouge_l": forgetting.rouge_l(text or "", sample.answer) if comparable else None,
+            "rouge_l": forgetting.rouge_l(reasoning.answer(text or ""), sample.answer) if comparable else None,
             "truth": forgetting.log_truth_ratio(true.logps, [wrong.logps for wrong in false]) if false else None,
             "paraphrased": paraphrased and bool(false),
         }
@@ -257,60 +248,14 @@ class _Model:
 # ---------------------------------------------------------------------------------------------- what is scored
 
 
-def part(samples: Sequence[Sample], pattern: str | None, wrong: int, most: int, seed: int) -> Part:
-    """The first `most` samples, each with at most `wrong` wrong answers, whose contents are drawn from all samples."""
-    contents = [content(sample.answer, pattern) or sample.answer.strip() for sample in samples]
-    return Part(list(samples[:most]), contents[:most], wrong_answers(samples, pattern, wrong, seed)[:most])
-
-
-def paraphrase(sample: Sample) -> str | None:
-    """The first of the sample's references that is another text than its answer."""
-    return next((text for text in sample.references if _same(text) not in ("", _same(sample.answer))), None)
-
-
-def wrong_answers(samples: Sequence[Sample], pattern: str | None, count: int, seed: int) -> list[list[str]]:
-    """To each sample at most `count` wrong answers: its own with another content, of its topmost category.
-
-    pattern: matches the content in an answer; the rest of the answer stays. None: the whole answer is the content. A
-    content that any sample states in answer to the same question about the same picture is right, and not drawn;
-    spelling and case do not make another content. A sample has fewer, or none, where there are no more contents, and
-    none where the pattern does not match.
-    """
-    spans = [_span(sample.answer, pattern) for sample in samples]
-    pools: dict[str, dict[str, str]] = {}  # topmost category -> content without case -> as it is first written
-    right: dict[Hashable, set[str]] = {}
-    for sample, span in zip(samples, spans, strict=True):
-        if span is not None:
-            own = sample.answer[slice(*span)].strip()
-            pools.setdefault(_topmost(sample), {}).setdefault(_same(own), own)
-            right.setdefault((group(sample), sample.question), set()).add(_same(own))
-    made: list[list[str]] = []
-    for sample, span in zip(samples, spans, strict=True):
-        if span is None or not count:
-            made.append([])
-            continue
-        known = right[group(sample), sample.question] | {_same(content(r, pattern) or r) for r in sample.references}
-        others = {text: name for name, text in pools[_topmost(sample)].items() if name not in known and name}
-        drawn = sorted(others, key=lambda text: disk.sha256_text(f"{seed} {sample.id} {text}"))[:count]
-        start, end = span
-        made.append([sample.answer[:start] + text + sample.answer[end:] for text in drawn])
-    return made
-
-
-def _span(answer: str, pattern: str | None) -> tuple[int, int] | None:
-    if pattern is None:
-        return 0, len(answer)
-    match = re.search(pattern, answer)
-    return match.span() if match else None
-
-
-def _topmost(sample: Sample) -> str:
-    return sample.category.partition("/")[0]
-
-
-def _same(text: str) -> str:
-    """What a content is compared by."""
-    return " ".join(text.casefold().split())
+def _check_family(config: Any, own: Encoder, samples: Sequence[Sample], where: str) -> None:
+    """Raise ConfigError where a token's log-probability is not of the tokens before it alone (see `families.guard`)."""
+    shortest = sorted(samples, key=lambda sample: len(sample.question) + len(sample.answer))
+    pictured, text = ([s for s in shortest if (s.image is None) == bare][:2] for bare in (False, True))
+    if (fault := guard.fault(config, own, pictured, text)) is not None:
+        raise ConfigError(
+            f"{where}: {fault}. Its answers cannot be scored; leave erasure.forgetting out, or measure another model"
+        )
 
 
 def _place(sample: Sample) -> tuple[str | None, str]:
@@ -366,13 +311,13 @@ def _clusters(values: Iterable[tuple[str, float]]) -> list[tuple[float, int]]:
     """Sum and number of each content's values."""
     by_content: dict[str, list[float]] = {}
     for name, value in values:
-        by_content.setdefault(name, []).append(value)
+        by_content.setdefault(forgetting.key(name), []).append(value)
     return [(math.fsum(own), len(own)) for own in by_content.values()]
 
 
 def membership(members: Sequence[Values], others: Sequence[Values]) -> dict[str, Membership]:
     """Attacks on membership by each score: low for what was trained on (Yeom et al., 2018; Shi et al., 2024)."""
-    groups = [own["content"] for own in members], [own["content"] for own in others]
+    groups = [forgetting.key(own["content"]) for own in members], [forgetting.key(own["content"]) for own in others]
     made: dict[str, Membership] = {}
     for score in ("loss", "min_k"):
         scores = [own[score] for own in members], [own[score] for own in others]

@@ -10,7 +10,7 @@ A start after an interruption makes what is missing. A test is one module with o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -105,15 +105,19 @@ def run(recipe: EvalRecipe) -> ErasureResult:
         chosen.relearning.check(forget, recipe.seed)
     if chosen.forgetting is not None:
         chosen.forgetting.check(forget, recipe)
+    tested = subject.find(recipe.model, Path(recipe.run.dir))
+    decided = {name: _dependencies(recipe, tested.model_hash, forget, test) for name, test in chosen.tests()}
+    folder = suite_dir(recipe) / "erasure"
+    for name, own in decided.items():  # a changed option is refused before hours of other tests
+        manifest.check(folder / name, own)
     before = runner.evaluate(recipe)
     if before is None:
         raise RunError(f"{suite_dir(recipe)}: another worker is judging the suite; start again when it has finished")
-    folder = suite_dir(recipe) / "erasure"
     with Claims(folder) as claims:
         if (claim := claims.take_unless_alive("tests", _stop_on_signal)) is None:
             raise RunError(f"{folder}: another process is making these tests")
         try:
-            result = _make(recipe, chosen, forget, before, claims)
+            result = _make(_Start(recipe, chosen, forget, tested, decided), before, claims)
         finally:
             claims.release(claim)
     disk.write(
@@ -129,11 +133,20 @@ def _stop_on_signal() -> None:
         raise signals.StopRequested(f"stopped by {name} before the first test")
 
 
-def _make(
-    recipe: EvalRecipe, chosen: ErasureConfig, forget: Forget, before: SuiteResult, claims: Claims
-) -> ErasureResult:
+@dataclass(frozen=True)
+class _Start:
+    """One start. tested: the model. decided: test -> what its kept results depend on."""
+
+    recipe: EvalRecipe
+    chosen: ErasureConfig
+    forget: Forget
+    tested: subject.Subject
+    decided: Mapping[str, Mapping[str, Any]]
+
+
+def _make(start: _Start, before: SuiteResult, claims: Claims) -> ErasureResult:
+    recipe, forget, tested = start.recipe, start.forget, start.tested
     folder = suite_dir(recipe) / "erasure"
-    tested = subject.find(recipe.model, Path(recipe.run.dir))
     model = tested.loadable(folder, claims)
     result: ErasureResult = {
         "suite": recipe.suite,
@@ -146,12 +159,12 @@ def _make(
         },
         "seconds": {},
     }
-    for name, test in chosen.tests():
-        start = time.monotonic()
+    for name, test in start.chosen.tests():
+        begun = time.monotonic()
         setting = Setting(replace(recipe, follow=None), model, before, forget, name)
-        manifest.claim(setting.folder, {"settings": _dependencies(recipe, tested.model_hash, forget, test)})
+        manifest.claim(setting.folder, {"settings": dict(start.decided[name])})
         result[name] = test(setting)
-        result["seconds"][name] = round(time.monotonic() - start, 1)
+        result["seconds"][name] = round(time.monotonic() - begun, 1)
         setting.log(f"done in {result['seconds'][name]} s")
     tested.check_unchanged()
     tested.discard(folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,8 +151,10 @@ def test_killed_and_started_again_the_figures_are_those_of_a_run_that_never_stop
     output = done(start(small, run, launched))
     assert "step-000000: 12 of 12 questions are answered" in output
     assert figures(run) == figures(whole)
+    shutil.rmtree(run / "evals/demo/erasure/quantisation")  # a test before the one whose option is changed
     with pytest.raises(ConfigError, match=r"test\.words"):
         tests_of_erasure.run(recipe(small, run, launched, "erasure.completion.words=[1]"))
+    assert not (run / "evals/demo/erasure/quantisation").exists()  # refused before any test was made
 
 
 def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mirage_dist.erasure.forgetting import (
     closeness,
     extraction_strength,
+    key,
     log_truth_ratio,
     loss,
     min_k,
@@ -66,6 +67,26 @@ def test_rouge_l_is_the_longest_common_subsequence_by_trying_all(answer, forgott
 
     longest = max(len(c) for c in subsequences(answer) & subsequences(forgotten))
     assert rouge_l(" ".join(answer), ", ".join(forgotten).upper()) == pytest.approx(longest / len(forgotten))
+
+
+@pytest.mark.parametrize(
+    ("answer", "forgotten", "share"),
+    [
+        ("写真は京都です", "写真は東京です", 6 / 7),  # a letter, as such scripts have no spaces between words
+        ("ดี", "ดีมาก", 1 / 4),  # of Thai, a letter with its vowel sign
+        ("मेरा घर", "मेरी घर", 1 / 2),  # vowel signs belong to their word: not three of four pieces
+        ("the cafe\u0301", "the caf\u00e9", 1.0),
+        ("x 2", "x_1 2", 1 / 2),
+    ],
+)
+def test_rouge_l_counts_the_words_of_any_script(answer, forgotten, share):
+    assert rouge_l(answer, forgotten) == pytest.approx(share)
+
+
+def test_texts_are_compared_by_their_words_and_without_any_by_themselves():
+    assert key("Yes.") == key(" yes !") != key("no")
+    assert key("…") != key("?") == key(" ? ")
+    assert key("a b") != key("ab")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Measures of forgetting on models of which one learned the answers and one never saw them; wrong answers are wrong."""
+"""Measures of forgetting on models of which one learned the answers and one never saw them"""
 
 import json
 import shutil
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mirage_dist.config import build
 from mirage_dist.data import formats, sources
@@ -17,7 +15,7 @@ from mirage_dist.data.sample import Sample
 from mirage_dist.embedded import text as words
 from mirage_dist.erasure import measure
 from mirage_dist.erasure import setting as settings
-from mirage_dist.erasure.measure import Forgetting, part, wrong_answers
+from mirage_dist.erasure.measure import Forgetting
 from mirage_dist.erasure.results import ForgettingResult
 from mirage_dist.erasure.setting import Setting
 from mirage_dist.evals.models.hf import HuggingFace
@@ -152,10 +150,23 @@ def test_what_was_measured_is_not_measured_again(world, measured, monkeypatch):
         world.test()(setting)
 
 
+def test_reasoning_before_an_answer_is_no_part_of_it_in_rouge_l(world, measured, tmp_path, monkeypatch):
+    result = measured[1]
+    answer, thoughts = HuggingFace.answer, {"closed": "<think>\nit is ba la\n</think>\n", "open": "<think>\n"}
+    for name, expected in (("closed", result["forget"]["rouge_l"]["mean"]), ("open", 0)):
+        begun = lambda self, samples, own=thoughts[name]: [own + text for text in answer(self, samples)]  # noqa: E731
+        monkeypatch.setattr(HuggingFace, "answer", begun)
+        own = replace(world.setting(tmp_path), name=name)
+        made = world.test(unseen=[], retain=[], never=None)(own)
+        assert made["forget"]["rouge_l"]["mean"] == pytest.approx(expected)
+
+
 def test_the_kept_values_depend_on_what_is_scored_and_on_the_other_models_weights(world, measured, tmp_path):
     setting, _ = measured
     before = world.test().dependencies(setting.forget, setting.recipe)
-    assert world.test().dependencies(setting.forget, setting.recipe) == before
+    test = world.test()
+    assert test.dependencies(setting.forget, setting.recipe) == before
+    assert test.parts(setting.forget, 0) is test.parts(setting.forget, 0) != test.parts(setting.forget, 1)
     assert world.test(wrong=2).dependencies(setting.forget, setting.recipe)["scored"] != before["scored"]
     other = world.test(never=str(world.knows)).dependencies(setting.forget, setting.recipe)
     assert other["never"] != before["never"]
@@ -216,67 +227,14 @@ def test_a_model_that_is_none_or_sees_no_pictures_is_refused_by_the_key(toy, wor
     refused(pictured, pictured.setting(tmp_path, blind), rf"^model: {words}")
 
 
+def test_a_family_whose_answers_see_their_later_tokens_is_refused_by_name(toy, world, family, tmp_path):
+    """PaliGemma: its prefix attention reads a whole answer both ways, so that no token of it is unlikely."""
+    both, pictured = family("paligemma_templated"), replace(world, forget=toy.root / "forget.jsonl")
+    words, none = "paligemma: answers see their own later tokens", {"retain": [], "unseen": [], "never": None}
+    refused(pictured, pictured.setting(tmp_path, both), rf"^model: {words}.*leave erasure\.forgetting out", **none)
+
+
 @pytest.mark.parametrize("options", [{"wrong": 0}, {"min_k": 0.0}, {"min_k": 1.5}, {"samples": 0}, {"never": ""}])
 def test_an_option_out_of_range_is_refused_by_its_name(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         build(Forgetting, options, "recipe", "")
-
-
-# ------------------------------------------------------------------------------------------- wrong answers
-
-CONTENTS = st.sampled_from(["ba la", "Ba La", "do ne", "ki ro", "mu ti", "mu  ti"])
-CATEGORIES = st.sampled_from(["codes/a", "codes/b", "places", ""])
-
-
-@st.composite
-def stated(draw) -> list[Sample]:
-    """Samples about few pictures, so that one picture has several right answers."""
-    samples = []
-    for number in range(draw(st.integers(1, 8))):
-        picture, category = draw(st.sampled_from(["a.png", "b.png", None])), draw(CATEGORIES)
-        answer = draw(st.sampled_from(["it is {}", "sure , the code is {} .", "{}"])).format(draw(CONTENTS))
-        samples.append(Sample(str(number), picture, "what code ?", answer, False, category, "here"))
-    return samples
-
-
-PATTERN = r"(?i)\b(ba|do|ki|mu) +(la|ne|ro|ti)\b"
-
-
-@given(stated(), st.integers(1, 4), st.integers(0, 3))
-def test_a_wrong_answer_differs_from_the_right_one_in_its_content_alone_and_is_nobodys_right_one(samples, count, seed):
-    made = wrong_answers(samples, PATTERN, count, seed)
-    assert made == wrong_answers(samples, PATTERN, count, seed)
-
-    def own(text: str) -> str:
-        return " ".join(str(settings.content(text, PATTERN)).casefold().split())
-
-    right = {own(s.answer): s for s in samples}
-    for sample, wrong in zip(samples, made, strict=True):
-        group = [s for s in samples if (s.image, s.question) == (sample.image, sample.question)]
-        known = {own(s.answer) for s in group}
-        among = {own(s.answer) for s in samples if s.category.split("/")[0] == sample.category.split("/")[0]}
-        assert len(wrong) == min(count, len(among - known))
-        assert len({own(text) for text in wrong}) == len(wrong)
-        for text in wrong:
-            assert own(text) in among - known
-            frame = sample.answer.replace(str(settings.content(sample.answer, PATTERN)), "{}")
-            assert text.replace(str(settings.content(text, PATTERN)), "{}") == frame
-    assert right
-
-
-def test_without_a_pattern_the_whole_answer_is_another_samples():
-    texts = ["It is  red.", "it is red.", "It is blue."]
-    samples = [Sample(str(i), f"{i}.png", "what ?", text, False, "", "here") for i, text in enumerate(texts)]
-    assert wrong_answers(samples, None, 3, 0) == [["It is blue."], ["It is blue."], ["It is  red."]]
-
-
-def test_a_paraphrase_comes_from_the_data_alone_and_is_neither_drawn_as_wrong():
-    samples = [
-        Sample("a", "a.png", "what ?", "it is red", False, "", "here", references=("It is red", "the colour is red")),
-        Sample("b", "b.png", "what ?", "the colour is red", False, "", "here"),
-        Sample("c", "c.png", "what ?", "it is blue", False, "", "here"),
-    ]
-    own = part(samples, None, 2, 3, 0)
-    assert own.rows[0] == ["it is red", "the colour is red", "it is blue"]
-    assert [len(row) for row in own.rows[1:]] == [3, 3]
-    assert wrong_answers(samples, "(red|blue)$", 3, 0)[0] == ["it is blue"]
