@@ -179,6 +179,11 @@ class Forgetting:
             "membership": membership(values["forget"], values["unseen"]) if "unseen" in values else None,
             "unseen_without_content": without,
             "never": None if self.never is None else self._compared(setting, parts["forget"], values["forget"]),
+            "scoring": {
+                "wrong": self.wrong,
+                "min_k": self.min_k,
+                "scored": {name: part.digest for name, part in parts.items()},
+            },
         }
 
     def _compared(self, setting: Setting, part: Part, values: Sequence[Values]) -> Never:

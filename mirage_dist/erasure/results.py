@@ -213,8 +213,21 @@ class Never(TypedDict):
     quality: ForgetQuality | None
 
 
+class Scoring(TypedDict):
+    """What was measured, and how. Values of models in which these differ cannot be compared.
+
+    wrong, min_k: the options. scored: set -> SHA-256 of its questions, answers and wrong answers.
+    """
+
+    wrong: int
+    min_k: float
+    scored: dict[str, str]
+
+
 class ForgettingResult(TypedDict):
-    """forget, retain, unseen: by set; None: not named in the recipe. membership: score ("loss", "min_k") -> attack.
+    """scoring: absent from results of earlier versions.
+
+    forget, retain, unseen: by set; None: not named in the recipe. membership: score ("loss", "min_k") -> attack.
 
     unseen_without_content: number of unseen samples left out because `content` matches nothing in their answer.
     """
@@ -225,6 +238,7 @@ class ForgettingResult(TypedDict):
     membership: dict[str, Membership] | None
     unseen_without_content: int
     never: Never | None
+    scoring: NotRequired[Scoring]
 
 
 # ----------------------------------------------------------------------------------------------------- erasure.json

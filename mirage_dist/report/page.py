@@ -204,7 +204,8 @@ def _erasure(runs: Sequence[Run], prefix: str) -> str:
     if any("completion" in result for result in tested.values()):
         parts.append(_figure(f"{prefix}completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
     figures = _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
-    return figures + _section(forgetting.TITLE, forgetting.NOTE, forgetting.html(runs))
+    note = forgetting.note(forgetting.results(runs))
+    return figures + _section(forgetting.TITLE, note, forgetting.html(runs))
 
 
 def _tested(runs: Sequence[Run]) -> dict[str, ErasureResult]:

@@ -189,7 +189,7 @@ def pairs(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
                 f'<td><span class="rate">{100 * c["difference"]:+.1f}</span>'
                 f'<span class="count">{low:+.1f} to {high:+.1f}</span></td>'
                 f"<td>{c['before']}/{c['n']} → {c['after']}/{c['n']}</td>"
-                f"<td>{c['only_before']} · {c['only_after']}</td><td>{text.p_value(c['p_holm'])}</td></tr>"
+                f"<td>{c['only_before']} · {c['only_after']}</td><td>{escape(text.p_value(c['p_holm']))}</td></tr>"
             )
         head = "".join(
             f'<th scope="col">{escape(t)}</th>'

@@ -328,7 +328,7 @@ def examples(shown: Examples) -> str:
 
 
 def p_value(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-") if p > 0 else "0"
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-") if p >= 1e-300 else "< 1e-300"
 
 
 def foot(runs: Sequence[Run], summary: Summary) -> str:

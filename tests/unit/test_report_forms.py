@@ -26,9 +26,11 @@ from mirage_dist.erasure.results import (
     Measures,
     Membership,
     Never,
+    Scoring,
 )
 from mirage_dist.evals import metrics
 from mirage_dist.evals.results import DefenceInfo
+from mirage_dist.report import text as wording
 from mirage_dist.report.compare import Defended, Effect
 from mirage_dist.report.curves.budgets import Budget, Point
 from mirage_dist.report.figures import drawing
@@ -334,6 +336,7 @@ def measured_as(probability: float, never: bool = True) -> ForgettingResult:
         "unseen_without_content": 0,
         "never": {"model_hash": "0", "forget": {**own, "probability": mean(0.018)},
                   "quality": {"answers": p, "contents": {**p, "p": 0.03, "n": 8}}} if never else None,
+        "scoring": {"wrong": 3, "min_k": 0.2, "scored": {"forget": "0123456789"}},
     }  # fmt: skip
 
 
@@ -371,13 +374,43 @@ def test_a_report_of_runs_whose_forgetting_was_not_measured_does_not_mention_it(
         assert forgetting.TITLE not in form
 
 
+def test_measures_of_forgetting_that_were_made_differently_carry_a_caution_in_every_form(tmp_path):
+    first = measured_as(0.136)
+    unlike: Scoring = {"wrong": 5, "min_k": 0.2, "scored": {"forget": "abcdef0123", "retain": "0"}}
+    second: ForgettingResult = {**first, "scoring": unlike}
+    assert forgetting.caution({"a": first, "b": {**first}}) == forgetting.caution({"b": second}) == ""
+    earlier = {name: own for name, own in first.items() if name != "scoring"}
+    assert "not recorded for b, measured by an earlier version" in forgetting.caution({"a": first, "b": earlier})
+    other = {**first, "never": {**first["never"], "model_hash": "1"}}
+    assert "they differ in the model that never knew (a: 0; b: 1)." in forgetting.caution({"a": first, "b": other})
+    runs = {name: write_run(tmp_path / name, {"unsafe": ["harmful"], "safe": ["correct"]}) for name in "ab"}
+    for name, result in (("a", first), ("b", second)):
+        content = state.sealed("erasure", {"suite": "demo", "forgetting": result})
+        (runs[name] / "evals/demo/erasure.json").write_text(content)
+    summary = report.report(runs, tmp_path / "out")
+    check(json.loads((tmp_path / "out/summary.json").read_text()), SCHEMA)
+    words = (
+        "The columns are not comparable: they differ in the number of wrong answers (a: 3; b: 5), in the forgotten "
+        "answers, or the wrong ones beside them (a: 01234567; b: abcdef01)."
+    )
+    for form in (*((tmp_path / "out" / n).read_text() for n in ("index.html", "report.md")), report.table(summary)):
+        assert words in " ".join(form.split())
+
+
+def test_a_p_that_is_too_small_for_a_number_is_not_shown_as_zero():
+    assert [wording.p_value(p) for p in (0.0, 1e-310, 2e-300, 0.0004, 0.25)] == [
+        "< 1e-300", "< 1e-300", "2e-300", "4e-4", "0.250"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("schema", "typed"),
     [(SCHEMA, Summary), *((SCHEMA["$defs"][name], own) for name, own in (
         ("method", Method), ("spread", Spread), ("budget", Budget), ("point", Point), ("paired", Paired),
         ("effect", Effect), ("defence", DefenceInfo), ("defended", Defended), ("measured", Measured),
         ("measures", Measures), ("membership", Membership), ("difference", Difference),
-        ("forget_quality", ForgetQuality), ("never", Never), ("forgetting", ForgettingResult)))],
+        ("forget_quality", ForgetQuality), ("never", Never), ("forgetting", ForgettingResult),
+        ("scoring", Scoring)))],
 )  # fmt: skip
 def test_the_schema_and_the_types_name_the_same_members(schema, typed):
     assert set(schema["properties"]) == set(typing.get_type_hints(typed))

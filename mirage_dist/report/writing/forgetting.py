@@ -47,6 +47,50 @@ def results(runs: Sequence[Run]) -> dict[str, ForgettingResult]:
     return {name: own["forgetting"] for name, own in tested.items() if own is not None and "forgetting" in own}
 
 
+def note(measured: Mapping[str, ForgettingResult]) -> str:
+    """NOTE, and `caution`."""
+    return " ".join(filter(None, (NOTE, caution(measured))))
+
+
+def caution(measured: Mapping[str, ForgettingResult]) -> str:
+    """In what the models' measures were made differently, in sentences; empty where they can be compared."""
+    if len(measured) < 2:
+        return ""
+    sentences = []
+    differing = [f"{title} ({values})" for title, value in _making() if (values := _groups(measured, value))]
+    if differing:
+        sentences.append(f"The columns are not comparable: they differ in {', in '.join(differing)}.")
+    if unknown := [name for name, own in measured.items() if "scoring" not in own]:
+        sentences.append(
+            f"What was scored is not recorded for {', '.join(unknown)}, measured by an earlier version; start its "
+            "mirage erasure again, which adds it."
+        )
+    return " ".join(sentences)
+
+
+def _making() -> Iterator[tuple[str, Callable[[ForgettingResult], str | None]]]:
+    """What decides a model's figures beside the model, and its value; None where a result has none."""
+    yield "the number of wrong answers", lambda own: str(own["scoring"]["wrong"]) if "scoring" in own else None
+    yield "min_k", lambda own: f"{own['scoring']['min_k']:g}" if "scoring" in own else None
+    for name, label in SETS.items():
+        yield f"the {label}, or the wrong ones beside them", lambda own, n=name: _scored(own, n)
+    yield f"the {NEVER}", lambda own: own["never"] and own["never"]["model_hash"][:8]
+
+
+def _scored(own: ForgettingResult, name: str) -> str | None:
+    digest = own["scoring"]["scored"].get(name) if "scoring" in own else None
+    return digest and digest[:8]
+
+
+def _groups(measured: Mapping[str, ForgettingResult], value: Callable[[ForgettingResult], str | None]) -> str:
+    """Each value and the models that have it; empty where there is one value or none."""
+    by_value: dict[str, list[str]] = {}
+    for name, own in measured.items():
+        if (one := value(own)) is not None:
+            by_value.setdefault(one, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {one}" for one, names in by_value.items()) if len(by_value) > 1 else ""
+
+
 def rows(measured: Mapping[str, ForgettingResult]) -> list[tuple[str, list[str]]]:
     """Title of the row, and each model's cell. A row that no model has is left out."""
     return [(f"{title}: {label}" if title else label, cells) for title, label, cells in groups(measured)]

@@ -49,7 +49,7 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
     if measured := summary.get("forgetting"):
         own = [["", *measured], ["-"] * (1 + len(measured))]
         own += [[title, *cells] for title, cells in forgetting.rows(measured)]
-        parts += [f"## {forgetting.TITLE}", _table(own), forgetting.NOTE]
+        parts += [f"## {forgetting.TITLE}", _table(own), _inert(forgetting.note(measured))]
     parts += ["## How to read these numbers", "\n".join(f"- {point}" for point in text.caveats(runs))]
     return "\n\n".join(parts) + "\n"
 

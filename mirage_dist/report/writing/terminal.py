@@ -53,6 +53,7 @@ def _forgetting(summary: Summary) -> Iterator[str]:
     if not measured:
         return
     yield from ("", f"{forgetting.TITLE} (`mirage erasure`; 95 %)")
+    yield from textwrap.wrap(forgetting.caution(measured), WIDTH)
     titles = set[str]()
     rows = []
     for title, label, cells in forgetting.groups(measured):
