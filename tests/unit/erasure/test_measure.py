@@ -182,6 +182,16 @@ def test_answers_that_the_model_has_no_room_to_repeat_are_counted_in_the_log(wor
     assert "forget: 8 of 8 answers have more tokens than generation.max_new_tokens=3" in capsys.readouterr().out
 
 
+def test_contents_that_differ_in_case_or_punctuation_are_one_for_an_interval():
+    values = [("Yes.", 1.0), ("yes", 0.5), ("no", 0.2)]
+    same = [("yes", 1.0), ("yes", 0.5), ("no", 0.2)]
+    assert measure.scored(values) == measure.scored(same)
+    assert measure.geometric(values)["contents"] == 2
+    scores = [{"content": name, "loss": value, "min_k": value} for name, value in values]
+    again = [{**own, "content": name} for own, (name, _) in zip(scores, same, strict=True)]
+    assert measure.membership(scores, scores[::-1]) == measure.membership(again, again[::-1])
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
