@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_dist import config as configs
-from mirage_dist import disk, inputs, launching, state
+from mirage_dist import disk, inputs, launching, signals, state
 from mirage_dist.progress import kept_in, log
 from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
@@ -175,9 +175,9 @@ class _Driver:
         for name, method in sweep.methods.items():
             planned = plan(replace(sweep, methods={name: method}))
             self.log(f"{name}: {len(planned.points)} settings, for the forget–retain frontier")
-            with self.kept(f"sweep-{name}"):
+            with self.kept(f"sweep-{name}"), signals.at_stop_points():
                 pool.run(planned, jobs)
-        with self.kept("sweep"):
+        with self.kept("sweep"), signals.at_stop_points():
             pool.run(plan(sweep), jobs)  # all are done: this is the sweep's record
         best = results.shown(Path(sweep.out), results.compute(Path(sweep.out)))
         self.runs |= {name: run for name, run in best.items() if name not in self.runs}
