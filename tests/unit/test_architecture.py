@@ -239,3 +239,9 @@ def test_report_needs_no_torch():
     code = "import sys, mirage_dist.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone, and leaves the second one out with an error."""
+    names = Counter(file.name for file in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
