@@ -17,6 +17,7 @@ from mirage_dist.schema import EvalRecipe, RunError, TrainRecipe
 
 if TYPE_CHECKING:
     from mirage_dist.report import Provenance, Summary
+    from mirage_dist.report.curves.frontier import Frontier
     from mirage_dist.sweep.recipe import SweepRecipe
 
 LOGS = "logs"  # the folder of the stages' logs in a demo's
@@ -105,7 +106,7 @@ def fitted(name: str, layers: int) -> list[str]:
 @dataclass
 class _Driver:
     """A demo under way. runs: model -> run directory. recipes: those of the trainings so far. sweep: with --full, the
-    sweep of every method.
+    sweep of every method; frontier: its result.
     """
 
     story: Story
@@ -114,6 +115,7 @@ class _Driver:
     full: bool
     base: TrainRecipe
     sweep: SweepRecipe | None = None
+    frontier: Frontier | None = None
     runs: dict[str, Path] = field(default_factory=dict)
     recipes: list[TrainRecipe] = field(default_factory=list)
     step: int = 0
@@ -133,6 +135,10 @@ class _Driver:
     def shared(self) -> list[str]:
         """The overrides of every evaluation."""
         return [*shared(self.overrides), *self.here]
+
+    def of_model(self, name: str, run: Path) -> list[str]:
+        """The overrides of an evaluation of one model."""
+        return [*self.shared, configs.override("run.dir", str(run)), f"run.name={name}"]
 
     @property
     def stages(self) -> int:
@@ -179,7 +185,8 @@ class _Driver:
                 pool.run(planned, jobs)
         with self.kept("sweep"), signals.at_stop_points():
             pool.run(plan(sweep), jobs)  # all are done: this is the sweep's record
-        best = results.shown(Path(sweep.out), results.compute(Path(sweep.out)))
+        self.frontier = results.compute(Path(sweep.out))
+        best = results.shown(Path(sweep.out), self.frontier)
         self.runs |= {name: run for name, run in best.items() if name not in self.runs}
         if none := [name for name in sweep.methods if name not in self.runs]:
             log.info(f"{', '.join(none)}: no setting reaches the level of the frontier; these have no column")
@@ -204,7 +211,7 @@ class _Driver:
     def evaluate(self) -> None:
         self.log(f"evaluation of every model, clean and attacked{', and tests of erasure' if self.full else ''}")
         for name, folder in self.runs.items():
-            own = [*self.shared, configs.override("run.dir", str(folder)), f"run.name={name}"]
+            own = self.of_model(name, folder)
             with self.kept(f"eval-{name}"):
                 if self.full:
                     evaluate(self.story.every_attack, own)
@@ -221,7 +228,7 @@ class _Driver:
             self.log(f"{name}: {self.further(suite) / 'index.html'}")
             for model, folder in self.runs.items():
                 with self.kept(f"{name}-{model}"):
-                    evaluate(suite, [*self.shared, configs.override("run.dir", str(folder)), f"run.name={model}"])
+                    evaluate(suite, self.of_model(model, folder))
             report(self.runs, self.further(suite), {"seed": self.base.seed}, suite=name)
 
     def further(self, suite: str) -> Path:
@@ -259,13 +266,11 @@ class _Driver:
                 provenance |= self.language_model(self.story.raw)
         provenance["wall_seconds"] = round(time.monotonic() - self.start, 1)
         suite = Path(self.story.every_attack if self.full else self.story.suite).stem
-        if self.sweep is None:
+        if self.frontier is None:
             return report(self.runs, self.out / "report", provenance, suite=suite)
         from mirage_dist.report.curves import frontier
-        from mirage_dist.sweep import results
 
-        own = results.compute(Path(self.sweep.out))
-        lead, files = frontier.section(own), frontier.dumped(own)
+        lead, files = frontier.section(self.frontier), frontier.dumped(self.frontier)
         return report(self.runs, self.out / "report", provenance, suite=suite, lead=lead, files=files)
 
 
