@@ -31,20 +31,23 @@ def mark(part: str) -> None:
 
 def main() -> None:
     sys.addaudithook(lambda event, given: OPENS.append(str(given[0])) if event == "open" else None)
-    import torch
+    from mirage_dist.imports import loading
 
-    from mirage_dist import ranks, signals
-    from mirage_dist.train import loop, run
-    from mirage_dist.train.planning import check
+    with loading():  # as the command does
+        import torch
 
-    torch.set_num_threads(1)
-    if GIVEN["mode"] == "train":
-        signals.install()
-    mark("libraries")
-    if GIVEN["mode"] == "replay":
+        from mirage_dist import ranks, signals
+        from mirage_dist.train import loop, run
+        from mirage_dist.train.planning import check
+
+        torch.set_num_threads(1)
+        if GIVEN["mode"] == "train":
+            signals.install()
+        mark("libraries")
+        checked = None if GIVEN["mode"] == "replay" else check.check_recipe(recipe(), int(os.environ["WORLD_SIZE"]))
+    if checked is None:
         replay(recipe())
         return
-    checked = check.check_recipe(recipe(), int(os.environ["WORLD_SIZE"]))
     if GIVEN["mode"] == "write":
         write(checked)
     else:

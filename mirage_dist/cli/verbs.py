@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mirage_dist import config as configs
 from mirage_dist import launching, signals
+from mirage_dist.imports import loading
 from mirage_dist.progress import put, show
 from mirage_dist.ranks import check_rendezvous, exit_well, place
 from mirage_dist.schema import ConfigError, EvalRecipe, PrepareRecipe, RunError, TrainRecipe
@@ -130,7 +131,7 @@ def train(parsed: argparse.Namespace) -> None:
         configs.load(parsed.config, parsed.overrides, TrainRecipe)  # a typo is an error before any process starts
         launching.replace(parsed.ranks, parsed.config, parsed.overrides)
     signals.install()
-    with signals.start_up():
+    with signals.start_up(), loading():
         recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
         if not (parsed.check or parsed.check_recipe):
             check_rendezvous()
