@@ -241,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=_whole(0, COUNT), help="default: the newest checkpoint")
     export.add_argument("--base", metavar="OWNER/NAME", help="the base model's name on the hub, for card and adapter")
     export.add_argument("--push", metavar="OWNER/NAME", help="upload to a model repository of the hub, private")
+    export.add_argument("--artifact", metavar="NAME", help="record OUT as an artifact of the training run's W&B run")
     export.add_argument("--public", action="store_true", help="with --push: for everybody to see")
     export.add_argument("--dry-run", action="store_true", help="with --push: write OUT, and say what would be uploaded")
 

@@ -325,13 +325,18 @@ def export(parsed: argparse.Namespace) -> None:
     for flag, given in (("--public", parsed.public), ("--dry-run", parsed.dry_run)):
         if given and parsed.push is None:
             raise ConfigError(f"{flag}: belongs to an upload; give --push OWNER/NAME")
-    from mirage_dist.hub import measured, push, remote
+    if parsed.push is not None and parsed.artifact is not None:
+        raise ConfigError("--push and --artifact: give one, and the same command with the other afterwards")
+    from mirage_dist.hub import artifact, measured, push, remote
     from mirage_dist.model import export
 
     base = None if parsed.base is None else remote.check_name(parsed.base, "--base")
     if parsed.push is not None:
         target = push.Target(parsed.push, parsed.public, parsed.dry_run)
         show(*push.push(parsed.run_dir, parsed.out, parsed.step, parsed.form, target, base))
+        return
+    if parsed.artifact is not None:
+        show(*artifact.add(parsed.run_dir, parsed.out, parsed.step, parsed.form, parsed.artifact, base))
         return
     own = partial(measured.evaluations, parsed.run_dir)
     export.export(parsed.run_dir, parsed.out, parsed.step, form=parsed.form, base=base, evaluations=own)

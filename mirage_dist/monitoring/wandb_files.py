@@ -57,6 +57,12 @@ def offline_files(folder: Path, identity: str) -> list[Path]:
     return sorted(folder.glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
 
 
+def artifacts(folder: Path, identity: str) -> set[tuple[str, str]]:
+    """Name and digest of each artifact that the files of this W&B run record."""
+    every = (record for file in offline_files(folder, identity) for record in records(file))
+    return {(r.artifact.name, r.artifact.digest) for r in every if r.WhichOneof("record_type") == "artifact"}
+
+
 def mark_sent(folder: Path, identity: str) -> None:
     """Make `wandb sync` pass the offline files over: W&B gets their steps another way."""
     for file in offline_files(folder, identity):

@@ -7,7 +7,7 @@ start adds a folder, and `wandb sync` sends the folders of one run one after the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,15 @@ class WandbRun:
         try:
             self.run = self._init("shared" if self.evaluation else "online")
         except Exception as error:
+            self.online = False
+            # W&B's service still holds the run's id and would refuse a second start with it.
+            wandb.teardown()
+            os.environ.pop("WANDB_SERVICE", None)
             self.say(
                 warning=f"W&B cannot be reached ({reason(error)}); this part of the run is recorded under {self.folder}"
                 f", to be sent later with `wandb sync`",
                 goes_on=True,
             )
-            self.online = False
-            # W&B's service still holds the run's id and would refuse a second start with it.
-            wandb.teardown()
-            os.environ.pop("WANDB_SERVICE", None)
             return
         self.say(info=f"W&B: {self.run.url}")
         if not self.evaluation:
@@ -146,6 +146,21 @@ class WandbRun:
 
     def alert(self, title: str, text: str) -> None:
         self.run.alert(title, text)
+
+    def artifact(
+        self, folder: Path, files: Iterable[str], name: str, about: Mapping[str, Any], alias: str
+    ) -> tuple[str, str | None]:
+        """Add these files of a folder as a version of the model artifact `name`; W&B makes none of equal content.
+
+        Returns its digest and, online, its name and version once W&B has all files. No file is copied.
+        """
+        import wandb
+
+        made = wandb.Artifact(name, type="model", metadata=dict(about))
+        for path in files:
+            made.add_file(os.path.abspath(folder / path), name=path, policy="immutable", skip_cache=True)
+        logged = self.run.log_artifact(made, aliases=[alias])
+        return made.digest, logged.wait().qualified_name if self.online else None
 
     def close(self, end: End) -> None:
         import wandb

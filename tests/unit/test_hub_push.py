@@ -13,24 +13,21 @@ import re
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard, constants
 from made_runs import write_run
+from trained_runs import made_run
 
-from mirage_dist import config as configs
 from mirage_dist import disk, runs, state
 from mirage_dist.cli import main
 from mirage_dist.evals import results
 from mirage_dist.hub import measured
-from mirage_dist.model import directory, load
+from mirage_dist.model import directory
 from mirage_dist.model.exports import card
-from mirage_dist.model.shards import PARAM, Fragment, write
-from mirage_dist.schema import TrainRecipe
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8rS1tU4vW7xY0zA3b"
 LORA = "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder]}"
@@ -182,39 +179,6 @@ def hub(monkeypatch):
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
         yield server
         server.shutdown()
-
-
-def made_run(toy, folder: Path, *own: str) -> Path:
-    """A run with one checkpoint, as `train` leaves it, of values that nobody trained."""
-    words = [*toy.overrides("npo", folder), "train.dtype=fp32", *own]
-    recipe = configs.load("configs/train/demo_npo.yaml", words, TrainRecipe)
-    checkpoint = folder / "checkpoints/step-000003"
-    checkpoint.mkdir(parents=True)
-    configs.write_yaml(recipe, folder / "config.yaml")
-    base = load.base_hash(recipe.model.path)
-    manifest = {
-        "config_hash": configs.config_hash(recipe),
-        "may_change": [],
-        "data": {name: {"samples": 20, "sha256": name[0] * 64} for name in ("forget", "retain")},
-        "base_hash": base,
-        "git_commit": "c0ffee",
-        "versions": {"torch": torch.__version__},
-    }
-    (folder / "manifest.json").write_text(state.sealed("run", manifest))
-    streams = {name: {"first_words": {}, "commits": {}} for name in ("forget", "retain")}
-    (folder / "data.json").write_text(state.sealed("data", {"streams": streams}))
-    policy = load.policy(recipe.model, "fp32", {})
-    generator = torch.Generator().manual_seed(1)
-    held = [
-        Fragment(PARAM, name, tuple(p.shape), 0, torch.randn(p.numel(), generator=generator) / 7)
-        for name, p in policy.hf.named_parameters()
-        if p.requires_grad
-    ]
-    file = checkpoint / "rank-00000-of-00001.safetensors"
-    files = {file.name: asdict(write(file, held))}
-    content = {"step": 3, "files": files, "base_hash": base, "depth": None}
-    (checkpoint / "manifest.json").write_text(state.sealed("checkpoint", content))
-    return folder
 
 
 def evaluated(run: Path, suite: str, model_hash: str, judge: str = "world") -> None:
