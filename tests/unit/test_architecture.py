@@ -25,7 +25,7 @@ MODULES = {
 FLOORS = [
     ["schema", "progress", "stats"],
     ["state"],
-    ["signals", "liveness", "calls"],
+    ["signals", "liveness", "calls", "imports"],
     ["disk"],
     ["config"],
     ["registry", "ranks", "launching", "runs", "worlds"],
