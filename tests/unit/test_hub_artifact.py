@@ -82,9 +82,9 @@ def test_without_wandb_the_status_is_1_and_the_export_stays_for_the_next_try(toy
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     assert main(["export", str(run), str(tmp_path / "out"), "--artifact", "npo"]) == 1
-    said = capsys.readouterr().err
-    assert "--artifact npo: W&B did not take" in said
-    assert "give the same command again" in said
+    printed = capsys.readouterr().err
+    assert "--artifact npo: W&B did not take" in printed
+    assert "give the same command again" in printed
     assert (tmp_path / "out/model.safetensors").is_file()
     assert recorded(run) == []
 
