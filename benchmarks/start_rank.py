@@ -180,7 +180,7 @@ def write(checked: Any) -> None:
     summary: Any = {"streams": {"train": {"samples": COUNT, **left_out["train"], "first_words": {}, "commits": {}}}}
     samples.write(folder, {"train": kept}, inspected, left_out, [], summary)
     lengths = measured(encoder_of(own, processor), kept[:TEXTS])
-    whole = np.ascontiguousarray(np.resize(lengths.T, (2, TEXTS))[:, np.arange(COUNT) % TEXTS])
+    whole = np.ascontiguousarray(np.resize(lengths.T[:2], (2, TEXTS))[:, np.arange(COUNT) % TEXTS])
     samples.finish(samples.opened(folder, whole=False), {"train": whole}, own.data.max_length)
     (FOLDER / f"run-{COUNT}" / "owner.lock").touch()  # a run's directory
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from mirage_dist.data import pictures, stream
 from mirage_dist.data.encoding.collate import IGNORE, Batch, Encoder
-from mirage_dist.data.encoding.lengths import measured
+from mirage_dist.data.encoding.lengths import measured, unwritable
 from mirage_dist.data.sample import Sample, stream_digest
 from mirage_dist.data.sources import Source
 from mirage_dist.model import load
@@ -160,6 +160,7 @@ class Feed:
             self._pictures = {p: digest for name in needs.streams for p, digest in streams[name].pictures.items()}
         self.lengths: dict[str, stream.Indices] = {}
         self.measured: Mapping[str, NDArray[np.int32]] = {}
+        self.unwritable: list[str] = []  # warnings of `check_lengths`
         self.pictured: dict[str, stream.Flags] = {}
         if recipe.data.group_by_modality:
             self.pictured = {name: self.shown(name) for name in self.samples}
@@ -201,11 +202,17 @@ class Feed:
     def check_lengths(self, group: Group) -> int:
         """The number of samples that will be cut. Each rank measures its share; every rank then knows all lengths.
 
-        Nothing is measured where a table has the lengths. Every rank raises ConfigError when any has a sample that does
-        not fit, or that the chat template rewrites.
+        Nothing is measured where a table has the lengths. `unwritable` then says of which streams the tokenizer cannot
+        write every answer. Every rank raises ConfigError when any has a sample that does not fit, or that the chat
+        template rewrites.
         """
         if not self.measured:
-            self._take_lengths(self._all_measured(group))
+            whole = self._all_measured(group)
+            self._take_lengths({name: rows[:2] for name, rows in whole.items()})
+            tokens = self.encoder.tokens
+            self.unwritable = [
+                w for name, own in self.samples.items() for w in unwritable(tokens, name, own, whole[name][2])
+            ]
         return sum(int((rows > self.encoder.max_length).sum()) for rows, _ in self.measured.values())
 
     def _all_measured(self, group: Group) -> dict[str, NDArray[np.int32]]:
@@ -218,7 +225,7 @@ class Feed:
         for _, fault in parts:
             if fault is not None:
                 raise ConfigError(fault)
-        whole = {name: np.empty((2, len(samples)), np.int32) for name, samples in self.samples.items()}
+        whole = {name: np.empty((3, len(samples)), np.int32) for name, samples in self.samples.items()}
         for name, every in whole.items():
             for rank, (lengths, _) in enumerate(parts):
                 every[:, rank :: group.size] = lengths[name].T

@@ -257,15 +257,17 @@ class Encoder:
         They are those of `encode`, picture tokens included, which follow from the size in the picture's header.
         Raises ConfigError for a picture that cannot be encoded.
         """
-        return next(self.sizes_of([sample], [self.conversation.pieces(sample, answered=True)]))
+        return next(self.sizes_of([sample], [self.conversation.pieces(sample, answered=True)]))[0]
 
-    def sizes_of(self, samples: Sequence[Sample], pieces: Sequence[list[str]]) -> Iterator[list[int]]:
-        """`sizes` of each sample, of whose conversations these are the pieces. Raises as `sizes`, at its turn."""
+    def sizes_of(self, samples: Sequence[Sample], pieces: Sequence[list[str]]) -> Iterator[tuple[list[int], int]]:
+        """`sizes` of each sample, of whose conversations these are the pieces, and the number of tokens in its answers
+        that stand for text without a token (see `Tokens.unknown`). Raises as `sizes`, at its turn.
+        """
         for sample, own in zip(samples, pieces, strict=True):
             turns = self._encoded(sample, own)
             lengths = [len(ids) for ids in turns.ids]
             lengths[2 * sample.shown] += self._growth(sample, turns)
-            yield lengths
+            yield lengths, sum(map(self.tokens.unknown, turns.ids[1::2]))
 
     def _growth(self, sample: Sample, turns: Turns) -> int:
         """The number of tokens that the sample's picture adds."""

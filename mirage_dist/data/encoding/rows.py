@@ -58,6 +58,15 @@ class Tokens:
         start = self.tokenizer.bos_token
         return not (start and text.startswith(start))
 
+    def unknown(self, ids: Sequence[int]) -> int:
+        """How many of these ids stand for text that the tokenizer has no token for; 0 where it has tokens for any.
+
+        An unknown token that is also the start or end token is no sign of one: such tokenizers encode bytes.
+        """
+        own = self.tokenizer.unk_token_id
+        ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return 0 if own is None or own in ends else list(ids).count(own)
+
     def first(self, text: str) -> list[int]:
         """Token ids of a conversation's first prompt, its picture's mark not expanded. Raises SpelledControl."""
         return self._ids(text, self.adds_start(text))

@@ -119,7 +119,7 @@ def check_samples(checked: Checked) -> str:
     held_out = validation.of(feed, streams, alone)
     cut += held_out.cut if held_out is not None else 0
     rundir.check_data(Path(checked.recipe.run.dir), rundir.describe_streams(streams))
-    warn(checked, audit_warnings(checked, streams))
+    warn(checked, [*audit_warnings(checked, streams), *feed.unwritable])
     kinds = check_family(feed)
     counts = ", ".join(f"{name} {len(source.samples)}" for name, source in streams.items())
     return f"samples: {counts}; {cut} answers to be cut; {feed.steps} steps; computed on a small model: {kinds}"

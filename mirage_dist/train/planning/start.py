@@ -99,7 +99,7 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
         def seal() -> None:
             if (path := identity.changed(files, identity.inputs(checked.recipe))) is not None:
                 raise ConfigError(f"{path}: changed while the data were checked; start again when it is whole")
-            samples.finish(draft, feed.measured, recipe.data.max_length, warnings)
+            samples.finish(draft, feed.measured, recipe.data.max_length, [*warnings, *feed.unwritable])
 
         with disk.refusals(folder, "nothing of the run was written"):
             together(group, seal)

@@ -123,3 +123,18 @@ def test_responses_are_the_labels_of_the_rows(toy, samples):
         batch = encoder.encode(fitting)
         assert len(fitting) > 5
         assert measured(encoder, fitting)[:, 1].tolist() == (batch.labels_BS != -100).sum(1).tolist()
+
+
+# ---------------------------------------------------------------------------------------------- text without a token
+
+
+def test_unknown_tokens_are_counted_where_they_are_labels_and_not_of_a_tokenizer_of_bytes(toy, family, samples):
+    words = ["it is cave", "it is Höhle", "Höhle Höhle", "日本"]
+    own = [replace(s, id=str(i), question="Frage ?", answer=words[i % 4]) for i, s in enumerate(samples)]
+    processor = AutoProcessor.from_pretrained(toy.root / "model")
+    encoder, unknown = Encoder(processor), processor.tokenizer.unk_token_id
+    labels = encoder.encode(own).labels_BS
+    assert (labels == unknown).any()
+    assert measured(encoder, own)[:, 2].tolist() == (labels == unknown).sum(1).tolist()
+    text = [replace(s, image=None, history=(), shown=0) for s in own]
+    assert measured(Encoder(processors.load(family("llama_text"))), text)[:, 2].tolist() == [0] * len(text)

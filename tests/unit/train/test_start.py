@@ -118,6 +118,27 @@ def test_batches_are_those_of_the_data_themselves_at_the_first_start_and_at_late
         assert second.feed.lengths[name].tolist() == [feed.encoder.length(sample) for sample in kept]
 
 
+def test_each_start_warns_of_answers_that_the_tokenizer_cannot_write(toy, begin, data, caplog):
+    """An answer in another language: the toy's tokenizer of whole words would make it <unk>, and train that."""
+    with begin() as first:
+        assert not [text for text in first.table.checks["warnings"] if "<unk>" in text]
+    lines = [json.loads(line) for line in (data / "retain.jsonl").read_text().splitlines()]
+    lines[3]["answer"], lines[5]["answer"] = "sure , das weiß ich", "Das weiß ich nicht"
+    (data / "retain.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for new in (True, False):
+        with begin("run.dir=" + str(data / "other")) as later:
+            assert later.new is new
+            (warning,) = [text for text in later.table.checks["warnings"] if "<unk>" in text]
+    expected = (
+        f"data.streams.retain: the tokenizer has no token for a part of 2 of {len(lines)} answers and writes <unk>"
+    )
+    assert warning.startswith(expected)
+    assert f"sample {lines[5]['id']!r}" in warning  # the most of it
+    overrides = [o.replace(str(toy.root), str(data)) for o in toy.overrides("npo", data / "third")]
+    assert main(["train", "--check", "configs/train/demo_npo.yaml", *overrides]) == 0
+    assert warning in caplog.text
+
+
 def test_damaged_openers_are_counted_again(begin, caplog):
     with begin("data.balance=openers") as first:
         expected, file = windows(first.feed), first.feed.recipe.run.dir
