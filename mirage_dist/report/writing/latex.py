@@ -1,12 +1,15 @@
 r"""The main table as LaTeX: a `table` with `booktabs` rules, to be put into a paper with \input.
 
-Needs \usepackage{booktabs}. Every text of the report is escaped: names and labels are never interpreted.
+Needs \usepackage{booktabs}. Every text of the report is escaped: names and labels are never interpreted. It is as wide
+as the text: columns that do not fit beside each other stand below each other, and in tables of their own where one page
+has no room for all.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,6 +20,8 @@ from mirage_dist.report.methods import Method, folded
 from mirage_dist.report.summary import Summary
 
 FILE = "table.tex"
+# Rates side by side, and lines below each other: LaTeX's article has 345 pt for rates and names, and 550 pt of height.
+BESIDE, BELOW, HEAD = 5, 44, 4  # of these lines, those of a table's head
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -68,24 +73,67 @@ def table(runs: Sequence[Run], summary: Summary) -> str:
     The first line has the rate in percent, the second its 95 % interval over questions; of a method they have the mean
     over seeds, and the lowest and the highest.
     """
-    columns = list(_columns(runs))
     own = {run.name: run for run in runs}
-    lines = [
-        "% made by mirage report; needs \\usepackage{booktabs}",
-        "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{escape(_caption(summary))}}}",
-        f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
-        "\\toprule",
-        *_head(columns),
-        "\\midrule",
-    ]
-    for name in folded(list(summary["models"]), summary["methods"]):
-        method = summary["methods"].get(name)
-        cells = [_leaf(own[name], column) if method is None else _of(method, column) for column in columns]
-        seeds = f", {len(method['seeds'])} seeds" if method else ""
-        lines += [_row([escape(name + seeds), *(rate for rate, _ in cells)]), _row(["", *(span for _, span in cells)])]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"]) + "\n"
+    parts, pages = _beside(list(_columns(runs))), _below(folded(list(summary["models"]), summary["methods"]))
+    blocks = [(columns, names) for columns in parts for names in pages]
+    together = max(1, BELOW // (HEAD + sum(map(_height, pages[0])))) if len(pages) == 1 else 1
+    tables = [blocks[start : start + together] for start in range(0, len(blocks), together)]
+    lines = ["% made by mirage report; needs \\usepackage{booktabs}"]
+    for number, shown in enumerate(tables, 1):
+        count = f" Table {number} of {len(tables)}." if len(tables) > 1 else ""
+        lines += ["\\begin{table}", "\\centering", "\\small", "\\setlength{\\tabcolsep}{2pt}"]
+        lines += [f"\\caption{{{escape(_caption(summary) + count)}}}"]
+        for place, (columns, names) in enumerate(shown):
+            widths = f"p{{0.2\\linewidth}}@{{\\extracolsep{{\\fill}}}}{'r' * len(columns)}"
+            lines += ["", "\\medskip"] if place else []
+            lines += [f"\\begin{{tabular*}}{{\\linewidth}}{{{widths}}}", "\\toprule", *_head(columns), "\\midrule"]
+            for name in names:
+                lines += _lines(name, columns, own, summary["methods"].get(name))
+            lines += ["\\bottomrule", "\\end{tabular*}"]
+        lines.append("\\end{table}")
+    return "\n".join(lines) + "\n"
+
+
+def _height(name: str) -> int:
+    """Lines that a model needs, whose name has 0.2 of the width."""
+    return max(2, 1 + math.ceil(len(name) / 12))
+
+
+def _below(names: Sequence[str]) -> list[list[str]]:
+    """Names in order, as many together as have room on a page."""
+    pages: list[list[str]] = [[]]
+    for name in names:
+        if pages[-1] and HEAD + sum(map(_height, [*pages[-1], name])) > BELOW:
+            pages.append([])
+        pages[-1].append(name)
+    return pages
+
+
+def _lines(name: str, columns: Sequence[_Column], runs: Mapping[str, Run], method: Method | None) -> Iterator[str]:
+    """A model's or method's two lines."""
+    cells = [_leaf(runs[name], column) if method is None else _of(method, column) for column in columns]
+    seeds = f", {len(method['seeds'])} seeds" if method else ""
+    yield _row([f"\\raggedright {_breakable(name + seeds)}", *(rate for rate, _ in cells)])
+    yield _row(["", *(span for _, span in cells)])
+
+
+def _beside(columns: Sequence[_Column]) -> list[list[_Column]]:
+    """Columns in order, at most BESIDE together, each title's together where they fit."""
+    parts: list[list[_Column]] = []
+    for _, group in groupby(columns, key=lambda column: column.title):
+        own = list(group)
+        if not parts or len(parts[-1]) + len(own) > BESIDE:
+            parts.append([])
+        for column in own:
+            if len(parts[-1]) == BESIDE:
+                parts.append([])
+            parts[-1].append(column)
+    return parts
+
+
+def _breakable(name: str) -> str:
+    """A name that LaTeX may break behind its hyphens, dots and underscores."""
+    return re.sub(r"(\\_|-\{\}-|[-.])(?=\w)", r"\1\\allowbreak{}", escape(name))
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -100,7 +148,7 @@ def _head(columns: Sequence[_Column]) -> Iterator[str]:
     for _, width in groups:
         yield f"\\cmidrule(lr){{{first}-{first + width - 1}}}"
         first += width
-    yield _row(["Model", *(escape(column.label) for column in columns)])
+    yield _row(["Model", *(f"\\footnotesize {escape(column.label)}" for column in columns)])
 
 
 def _columns(runs: Sequence[Run]) -> Iterator[_Column]:
@@ -133,4 +181,4 @@ def _of(method: Method, column: _Column) -> tuple[str, str]:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"{{\\footnotesize ({100 * low:.1f}--{100 * high:.1f})}}"
+    return f"{{\\scriptsize ({100 * low:.1f}--{100 * high:.1f})}}"
