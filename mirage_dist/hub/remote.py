@@ -179,8 +179,8 @@ def check_name(name: str, option: str = "--push") -> str:
 
     try:
         validate_repo_id(name)
-        if name.count("/") != 1:
-            raise HFValidationError("expected OWNER/NAME, such as lab/llava-npo")
+        if name.count("/") != 1 or not name.isascii():  # older clients pass other letters on to the hub
+            raise HFValidationError("expected OWNER/NAME in letters from a to z, such as lab/llava-npo")
     except HFValidationError as error:
         raise ConfigError(f"{option} {name!r}: no name of a repository: {_reason(error)}") from error
     return name
