@@ -87,7 +87,7 @@ class UniversalPerturbation(Perturbation, ErasureTest):
         parts = Parts(fit, questions, pictured)
         if not parts.contents(HELD_OUT):
             raise ConfigError(
-                f"erasure.universal: the contents of all {len(questions)} questions are in the fit too, so that nothing "
+                f"erasure.universal: the fit has the contents of all {len(questions)} questions, so that nothing "
                 "is held out; lower erasure.universal.content_share, or raise erasure.universal.questions"
             )
         return parts

@@ -295,10 +295,7 @@ def test_samples_without_pictures_or_with_one_content_are_refused_by_name(plante
     ("options", "message"),
     [
         ({"train": 9}, r"universal\.train=9: only 8 forget samples are available for the fit, after 24 questions"),
-        (
-            {"content_share": 1.0, "train": 16},
-            "the fit has all 8 contents of the 24 questions, so that nothing",
-        ),
+        ({"content_share": 1.0, "train": 32, "questions": 8}, "the fit has the contents of all 8 questions, so that"),
         ({"content_share": 1.5}, "content_share"),
     ],
 )
