@@ -143,8 +143,9 @@ class UniversalResult(TypedDict):
     """epsilon, steps: the options. fit: see `FitSummary`.
 
     held_out: of questions about contents that are in no sample of the fit. fitted: of questions about the others.
-    without_picture: number of forget samples left out for lack of a picture. unperturbed: number of questions that are
-    not asked with the perturbation, because the model's preprocessing of their pictures cannot be reproduced.
+    without_picture: number of forget samples left out for lack of a picture. unperturbed: number of those left out
+    because the model's preprocessing of their pictures cannot be reproduced; where this shows only when a question is
+    asked, it is missing from `perturbed` alone.
     """
 
     epsilon: int

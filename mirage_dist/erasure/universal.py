@@ -26,6 +26,7 @@ from mirage_dist.evals.attacks.pixels.universal import Perturbation, Universal
 from mirage_dist.evals.attacks.rewrites import sample_key
 from mirage_dist.evals.results import CLEAN, Condition, Leaf, SuiteResult
 from mirage_dist.evals.sharing.files import suite_dir
+from mirage_dist.model.families.pixels import Inexact, Preprocessing
 from mirage_dist.schema import ConfigError, EvalRecipe, EvalSetConfig
 from mirage_dist.schema.numbers import Count, SomeShare
 
@@ -40,7 +41,7 @@ class UniversalPerturbation(Perturbation, ErasureTest):
     The options are those of the attack `universal`; the target is the forgotten answer. label: what counts as a
     content: the forgotten content (answer) or the sample's category. content_share: fraction of the contents from which
     the samples of the fit are drawn. questions: number of forget samples that are evaluated; their pictures are in no
-    sample of the fit.
+    sample of the fit. seed: of the draw of the samples of the fit, and of the random noise.
     """
 
     target: str = "{answer}"
@@ -49,22 +50,28 @@ class UniversalPerturbation(Perturbation, ErasureTest):
     questions: Count = 128
 
     def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
-        parts = self.split(forget, recipe.seed)
         _, encoder = settings.prompting(recipe, recipe.model)
         try:
-            victim.preprocessing(encoder, "erasure.universal")
+            preprocessing = victim.preprocessing(encoder, "erasure.universal")
         except ConfigError as error:
             raise ConfigError(f"{error}; or leave erasure.universal out") from error
+        parts = self.split(forget, recipe.seed, preprocessing)
         return Prepared(partial(self._kept, parts), {"pictures": parts.digest})
 
-    def split(self, forget: Forget, seed: int) -> Parts:
+    def split(self, forget: Forget, seed: int, preprocessing: Preprocessing) -> Parts:
         """The samples of the fit and the questions. Raises ConfigError when there are too few of either."""
-        labelled = zip(forget.samples, forget.labels(self.label), strict=True)
-        pictured = {sample: forgetting.key(own) for sample, own in labelled if sample.image is not None}
-        if not pictured:
+        labelled = list(zip(forget.samples, forget.labels(self.label), strict=True))
+        with_picture = [(sample, own) for sample, own in labelled if sample.image is not None]
+        pictured = {s: forgetting.key(own) for s, own in with_picture if _reproduced(s, preprocessing)}
+        if not with_picture:
             raise ConfigError(
                 f"erasure.universal: changes pixels, and none of the {len(forget.samples)} forget samples has a "
                 "picture; leave it out, or name samples with pictures in erasure.forget"
+            )
+        if not pictured:
+            raise ConfigError(
+                f"erasure.universal: {preprocessing.kind} is reproduced for the size of none of the "
+                f"{len(with_picture)} pictures of forget samples; leave it out"
             )
         if len(contents := set(pictured.values())) < 2:
             raise ConfigError(
@@ -84,7 +91,7 @@ class UniversalPerturbation(Perturbation, ErasureTest):
                 "or erasure.universal.questions, or raise erasure.universal.content_share"
             )
         fit = Universal(**self.options).chosen(pool, sample_key)
-        parts = Parts(fit, questions, pictured)
+        parts = Parts(fit, questions, pictured, len(with_picture) - len(pictured))
         if not parts.contents(HELD_OUT):
             raise ConfigError(
                 f"erasure.universal: the fit has the contents of all {len(questions)} questions, so that nothing "
@@ -123,17 +130,21 @@ class UniversalPerturbation(Perturbation, ErasureTest):
             "held_out": _rates(result, parts, HELD_OUT),
             "fitted": _rates(result, parts, FITTED),
             "without_picture": sum(sample.image is None for sample in setting.forget.samples),
-            "unperturbed": sum(not journal.rewrites[sample_key(sample)] for sample in questions),
+            "unperturbed": parts.left_out + sum(not journal.rewrites[sample_key(sample)] for sample in questions),
         }
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The samples of the fit, and the questions. known: what the content of each sample is compared by."""
+    """The samples of the fit, and the questions.
+
+    known: what the content of each sample is compared by. left_out: number of samples with pictures on neither side.
+    """
 
     fit: list[Sample]
     questions: list[Sample]
     known: Mapping[Sample, str]
+    left_out: int
 
     @property
     def learned(self) -> set[str]:
@@ -156,6 +167,15 @@ class Parts:
             name: f"{part}/{number}" for part in (HELD_OUT, FITTED) for number, name in enumerate(self.contents(part))
         }
         return [numbered[self.known[sample]] for sample in self.questions]
+
+
+def _reproduced(sample: Sample, preprocessing: Preprocessing) -> bool:
+    """Whether a picture has a size that the model's preprocessing is reproduced for."""
+    try:
+        preprocessing.axes(pictures.size_of(str(sample.image)))
+    except Inexact:
+        return False
+    return True
 
 
 def _rates(result: SuiteResult, parts: Parts, part: str) -> PerturbedRates:

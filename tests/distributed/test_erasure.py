@@ -198,7 +198,6 @@ def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_pa
         ("erasure.content=zzz", "no sample with the content"),
         ("erasure.quantisation.bits=[1]", "from 2 to 8"),
         ("erasure.relearning.recipe=configs/train/demo_npo.yaml", "expected one"),
-        ("erasure.universal.train=500", "universal.train=500: only"),
         ("erasure.universal.step_size=100", "a step would cross the whole range"),
     ],
 )

@@ -23,11 +23,12 @@ from mirage_dist.erasure import run as tests_of_erasure
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.results import ErasureResult
 from mirage_dist.erasure.universal import FITTED, HELD_OUT, UniversalPerturbation
-from mirage_dist.evals.attacks.pixels import shared
+from mirage_dist.evals.attacks.pixels import shared, victim
 from mirage_dist.evals.attacks.pixels.universal import Perturbation, Universal
 from mirage_dist.evals.judges.base import Judge
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import directory
+from mirage_dist.model.families.pixels import Preprocessing
 from mirage_dist.model.policy import HeadedModel, Request
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, GenerationConfig, TemplateConfig
 
@@ -303,23 +304,42 @@ def test_a_fit_that_leaves_nothing_to_ask_about_is_refused(planted, tmp_path, mo
     refused(planted, tmp_path, message, monkeypatch, **options)
 
 
-def test_contents_that_differ_in_case_or_punctuation_are_one_and_a_picture_under_two_names_is_on_one_side(
-    planted, tmp_path
-):
-    test = configs.build(UniversalPerturbation, {**OPTIONS, "train": 3}, "recipe", "")
-    forget = settings.forget([formats.source(**named(planted.forget))], "(?<=is ).+", 0)
-    parts = test.split(forget, 0)
-    shouted = replace(forget, contents=[f"{own.upper()} !" if i % 2 else own for i, own in enumerate(forget.contents)])
-    loud = test.split(shouted, 0)
-    assert len(set(shouted.contents)) > len(set(forget.contents))
-    assert [len(loud.contents(HELD_OUT)), len(loud.contents(FITTED))] == [
-        len(parts.contents(HELD_OUT)),
-        len(parts.contents(FITTED)),
-    ]
-    copy = tmp_path / "copy.png"
+@pytest.fixture(scope="module")
+def preprocessing(planted) -> Preprocessing:
+    recipe = planted.recipe(planted.run)
+    return victim.preprocessing(settings.prompting(recipe, recipe.model)[1], "test")
+
+
+def test_contents_that_differ_in_case_or_punctuation_are_one(planted, preprocessing):
+    test, forget = configs.build(UniversalPerturbation, {**OPTIONS, "train": 3}, "recipe", ""), forgotten(planted)
+    loud = replace(forget, contents=[f"{own.upper()} !" if i % 2 else own for i, own in enumerate(forget.contents)])
+    assert len(set(loud.contents)) > len(set(forget.contents)) == CONTENTS
+    parts, same = (test.split(own, 0, preprocessing) for own in (forget, loud))
+    assert len(set(parts.known.values())) == len(set(same.known.values())) == CONTENTS
+    assert not same.learned & set(same.contents(HELD_OUT))
+
+
+def test_a_picture_under_two_names_is_on_one_side(planted, preprocessing, tmp_path):
+    test, forget = configs.build(UniversalPerturbation, {**OPTIONS, "train": 1}, "recipe", ""), forgotten(planted)
+    parts = test.split(forget, 0, preprocessing)
     learned = next(s for s in parts.questions if parts.known[s] in parts.learned)
-    shutil.copy(str(learned.image), copy)
-    again = replace(learned, id="again", image=str(copy))
-    more = replace(forget, samples=[*forget.samples, again], contents=[*forget.contents, parts.known[learned]])
-    assert test.split(more, 0).fit == parts.fit
-    assert again not in configs.build(UniversalPerturbation, OPTIONS, "recipe", "").split(more, 0).fit
+    shutil.copy(str(learned.image), tmp_path / "copy.png")
+    copies = [replace(learned, id=f"again-{number}", image=str(tmp_path / "copy.png")) for number in range(50)]
+    more = replace(
+        forget, samples=[*forget.samples, *copies], contents=[*forget.contents, *[parts.known[learned]] * 50]
+    )
+    assert test.split(more, 0, preprocessing).fit == parts.fit  # not one of the fifty
+
+
+def test_a_picture_that_cannot_carry_the_perturbation_is_on_neither_side_and_counted(planted, preprocessing, tmp_path):
+    test, forget = configs.build(UniversalPerturbation, {**OPTIONS, "train": 3}, "recipe", ""), forgotten(planted)
+    Image.new("RGB", (300, 20)).save(tmp_path / "long.png")
+    long = replace(forget.samples[0], id="long", image=str(tmp_path / "long.png"))
+    parts = test.split(replace(forget, samples=[long, *forget.samples[1:]]), 0, preprocessing)
+    assert (parts.left_out, long in parts.fit, long in parts.questions) == (1, False, False)
+    with pytest.raises(ConfigError, match="reproduced for the size of none of the 40 pictures of forget samples"):
+        test.split(replace(forget, samples=[replace(long, id=f"{i}") for i in range(40)]), 0, preprocessing)
+
+
+def forgotten(planted: Planted) -> settings.Forget:
+    return settings.forget([formats.source(**named(planted.forget))], "(?<=is ).+", 0)
