@@ -16,13 +16,14 @@ TITLE = "One perturbation for all pictures"
 NOTE = (
     "Attack success on forget questions, in percent, with counts and a 95 % interval that takes their contents as "
     "independent: as the questions are, with random noise of the perturbation's size, and with the perturbation, which "
-    "was fitted on other forget samples. What returns of contents that are not in the fit had been hidden, not erased; "
-    "contents of the fit may come from the perturbation itself."
+    "was fitted on other forget samples. What returns of contents that are not in the fit had been hidden, not erased, "
+    "as far as it exceeds random noise and a model that never knew; contents of the fit may come from the perturbation "
+    "itself."
 )
 FIGURE = (
     TITLE,
     "Attack success, in percent, on contents that the perturbation was not fitted on: without it, with random noise of "
-    "its size, and with it. Whatever returns here had been hidden, not erased.",
+    "its size, and with it. What returns here, beyond noise and beyond a model that never knew, had been hidden.",
 )
 MISSING = "–"
 PARTS: dict[Literal["held_out", "fitted"], str] = {
