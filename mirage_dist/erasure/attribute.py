@@ -16,15 +16,15 @@ from mirage_dist import stats
 from mirage_dist.data import sources, words
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure.results import AttributionResult, AttributionSet, MeanFall
-from mirage_dist.erasure.setting import Setting, group, order
+from mirage_dist.erasure.setting import ErasureTest, Forget, Prepared, Setting, group, order
 from mirage_dist.evals.models.hf import HuggingFace
-from mirage_dist.schema import ConfigError
+from mirage_dist.schema import ConfigError, EvalRecipe
 from mirage_dist.schema.limits import COUNT
 from mirage_dist.schema.numbers import Count, whole
 
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(ErasureTest):
     """The decrease of P(the answer begins with `opening`) when one word of the question is replaced.
 
     opening: how a refusal begins, such as "I'm sorry". unsafe, safe: replacement words for the headline set of each
@@ -43,8 +43,8 @@ class Attribution:
             given = f"opening={self.opening!r}, unsafe={self.unsafe}, safe={self.safe}"
             raise ConfigError(f"{given}; expected an opening that is not empty, and lists of single words")
 
-    def __call__(self, setting: Setting) -> AttributionResult:
-        return setting.kept("result", lambda: self._measure(setting))
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        return Prepared(lambda setting: setting.kept("result", lambda: self._measure(setting)))
 
     def _measure(self, setting: Setting) -> AttributionResult:
         generator = HuggingFace(setting.model, setting.recipe.template, setting.recipe.generation)

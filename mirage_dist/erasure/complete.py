@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mirage_dist.erasure.results import CompletionResult
-from mirage_dist.erasure.setting import SET, Setting, attack_rate
+from mirage_dist.erasure.setting import SET, ErasureTest, Forget, Prepared, Setting, attack_rate
 from mirage_dist.evals.results import Condition
-from mirage_dist.schema import ConfigError, EvalSetConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, EvalSetConfig
 from mirage_dist.schema.numbers import Count
 
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(ErasureTest):
     """ASR on forget questions whose answer is begun (see `evals.attacks.prefill`). The judge sees the continuation.
 
     words: numbers of given words. Nothing of the forgotten content is ever given: where it begins earlier, the prefix
@@ -26,7 +26,10 @@ class Completion:
         if not self.words:
             raise ConfigError(f"words={self.words}; expected numbers of words above 0")
 
-    def __call__(self, setting: Setting) -> CompletionResult:
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        return Prepared(self._measure)
+
+    def _measure(self, setting: Setting) -> CompletionResult:
         source = setting.questions("questions", setting.forget.samples[: self.questions])
         options = {"kind": "prefill", "content": setting.forget.pattern}
         attacks = {f"given_{words}": {**options, "words": words} for words in self.words}

@@ -1,7 +1,7 @@
 """Measures of forgetting: how likely the model still finds the forgotten answers, beside wrong and unseen ones.
 
 The measures are `erasure.forgetting`'s, of TOFU (Maini et al., 2024, arXiv 2401.06121) and open-unlearning; the answers
-are those of `erasure.answers`.
+are those of `erasure.scoring.answers`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,8 +23,6 @@ from mirage_dist.data.encoding.conversation import called
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import forgetting
 from mirage_dist.erasure import setting as settings
-from mirage_dist.erasure.answers import Part
-from mirage_dist.erasure.likelihood import Answer, Likelihood
 from mirage_dist.erasure.results import (
     Difference,
     ForgetQuality,
@@ -34,11 +32,12 @@ from mirage_dist.erasure.results import (
     Membership,
     Never,
 )
-from mirage_dist.erasure.setting import Forget, Setting
+from mirage_dist.erasure.scoring.answers import Part
+from mirage_dist.erasure.scoring.likelihood import Answer, Likelihood
+from mirage_dist.erasure.setting import ErasureTest, Forget, Prepared, Setting
 from mirage_dist.evals.models import reasoning, subject
-from mirage_dist.evals.models.hf import HuggingFace, encoder
-from mirage_dist.model.families import configs as families
-from mirage_dist.model.families import guard, processors
+from mirage_dist.evals.models.hf import HuggingFace
+from mirage_dist.model.families import guard
 from mirage_dist.schema import ConfigError, EvalModelConfig, EvalRecipe, SourceConfig
 from mirage_dist.schema.names import Place
 from mirage_dist.schema.numbers import Count, SomeShare
@@ -62,7 +61,7 @@ class Values(TypedDict):
 
 
 @dataclass(frozen=True)
-class Forgetting:
+class Forgetting(ErasureTest):
     """Probability of the forgotten answers, ROUGE-L to them, extraction strength, truth ratio, attack on membership.
 
     retain: samples to keep, of which the same is measured. unseen: samples like the forget samples that no training
@@ -79,9 +78,15 @@ class Forgetting:
     min_k: SomeShare = 0.2
     samples: Count = 400
 
-    def check(self, forget: Forget, recipe: EvalRecipe) -> None:
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        parts, without = self._read(forget, recipe.seed)
+        self._check(parts, forget, recipe)
+        never = None if self.never is None else self._never_subject(recipe).model_hash
+        scored = {name: part.digest for name, part in parts.items()}
+        return Prepared(partial(self._measure, parts, without), {"scored": scored, "never": never})
+
+    def _check(self, parts: Mapping[str, Part], forget: Forget, recipe: EvalRecipe) -> None:
         """Raise ConfigError for samples that cannot be scored, or a model that cannot score them. Loads no weights."""
-        parts, _ = self.parts(forget, recipe.seed)
         for name, part in parts.items():
             for sample in part.samples:
                 if not sample.answer.strip():
@@ -109,9 +114,7 @@ class Forgetting:
                 raise ConfigError(f"erasure.forgetting.unseen: {called(sample)} is a {name} sample too; leave it out")
 
     def _check_model(self, recipe: EvalRecipe, model: EvalModelConfig, parts: Mapping[str, Part], where: str) -> None:
-        folder = subject.find(model, Path(recipe.run.dir)).processing
-        config = families.load(folder)
-        own = encoder(processors.load(folder), recipe.template, config)
+        config, own = settings.prompting(recipe, model)
         for name, part in parts.items():
             pictured = [sample for sample in part.samples if sample.image is not None]
             if pictured and own.text_only:
@@ -123,23 +126,8 @@ class Forgetting:
                 own.length(row)
         _check_family(config, own, [sample for part in parts.values() for sample in part.samples], where)
 
-    def parts(self, forget: Forget, seed: int) -> tuple[dict[str, Part], int]:
-        """The sets to score by name, and the number of unseen samples left out for lack of a content.
-
-        Those of the latest arguments are kept: one start reads and draws once.
-        """
-        for known, own, made in self._latest:
-            if known is forget and own == seed:
-                return made
-        made = self._read(forget, seed)
-        self._latest[:] = [(forget, seed, made)]
-        return made
-
-    @cached_property
-    def _latest(self) -> list[tuple[Forget, int, tuple[dict[str, Part], int]]]:
-        return []
-
     def _read(self, forget: Forget, seed: int) -> tuple[dict[str, Part], int]:
+        """The sets to score by name, and the number of unseen samples left out for lack of a content."""
         parts = {"forget": Part.of(forget.samples, forget.pattern, self.wrong, self.samples, seed)}
         without = 0
         if self.retain:
@@ -151,20 +139,13 @@ class Forgetting:
             without = others.without
         return parts, without
 
-    def dependencies(self, forget: Forget, recipe: EvalRecipe) -> dict[str, Any]:
-        """What the kept values depend on beside the options: what is scored, and the model that never knew."""
-        parts, _ = self.parts(forget, recipe.seed)
-        never = None if self.never is None else self._never_subject(recipe).model_hash
-        return {"scored": {name: part.digest for name, part in parts.items()}, "never": never}
-
     def _never(self, recipe: EvalRecipe) -> EvalModelConfig:
         return EvalModelConfig(path=self.never, dtype=recipe.model.dtype)
 
     def _never_subject(self, recipe: EvalRecipe) -> subject.Subject:
         return subject.find(self._never(recipe), Path(recipe.run.dir))
 
-    def __call__(self, setting: Setting) -> ForgettingResult:
-        parts, without = self.parts(setting.forget, setting.recipe.seed)
+    def _measure(self, parts: Mapping[str, Part], without: int, setting: Setting) -> ForgettingResult:
         tested = _Model(self, setting, setting.model)
         values = {name: tested.values(name, part, answers=name != "unseen") for name, part in parts.items()}
         del tested  # its memory is for the other model

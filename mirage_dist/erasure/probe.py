@@ -22,14 +22,14 @@ from mirage_dist.data import sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.results import PlaceAccuracy, Probed, ProbeResult
-from mirage_dist.erasure.setting import Setting, content, group
+from mirage_dist.erasure.setting import ErasureTest, Forget, Prepared, Setting, content, group
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.metrics import grouped_leaf
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.results import Leaf
 from mirage_dist.model import activations
 from mirage_dist.model.families import roles
-from mirage_dist.schema import ConfigError, SourceConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, SourceConfig
 from mirage_dist.schema.numbers import Count, Positive, real
 
 SHUFFLE_SEED = 1
@@ -54,7 +54,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(ErasureTest):
     """Multinomial logistic regression on the last prompt token and on the mean of the image tokens, layer by layer.
 
     label: what is predicted: the forgotten content (answer) or the sample's own category or `safe`. beside: samples
@@ -71,8 +71,8 @@ class Probe:
     l2: Positive = 0.01
     transfer: Transfer | None = None
 
-    def __call__(self, setting: Setting) -> ProbeResult:
-        return setting.kept("result", lambda: self._measure(setting))
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        return Prepared(lambda setting: setting.kept("result", lambda: self._measure(setting)))
 
     def _measure(self, setting: Setting) -> ProbeResult:
         read = Reader(setting)

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from mirage_dist import disk
 from mirage_dist.erasure.results import QuantisationResult, Quantised, Rounding
-from mirage_dist.erasure.setting import Setting, headline
+from mirage_dist.erasure.setting import ErasureTest, Forget, Prepared, Setting, headline
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.model import directory
 from mirage_dist.model.families import roles
-from mirage_dist.schema import ConfigError, EvalSetConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, EvalSetConfig
 from mirage_dist.schema.numbers import Count, whole
 
 WIDEST_GROUPED = 4  # bits; with more, all weights of an output channel share one scale
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantisation(ErasureTest):
     """Round to nearest, symmetric, scaled by the largest magnitude in a group: the suite's rates before and after.
 
     bits: 8 has one scale for each output channel, 4 and fewer one for each `group` input weights of a channel. Only the
@@ -44,7 +44,10 @@ class Quantisation:
         if not self.bits:
             raise ConfigError(f"bits={self.bits}; expected numbers of bits from 2 to 8")
 
-    def __call__(self, setting: Setting) -> QuantisationResult:
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        return Prepared(self._measure)
+
+    def _measure(self, setting: Setting) -> QuantisationResult:
         after = {str(bits): setting.kept(f"int{bits}", lambda b=bits: self._after(setting, b)) for bits in self.bits}
         return {"before": headline(setting.before)["entry"], "after": after}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,19 @@ from mirage_dist import disk, launching
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
 from mirage_dist.erasure.results import RelearningResult, RelearningRun, StepRates
-from mirage_dist.erasure.setting import SET, Forget, Setting, attack_rate, group
+from mirage_dist.erasure.setting import SET, ErasureTest, Forget, Prepared, Setting, attack_rate
 from mirage_dist.evals.results import SuiteResult
 from mirage_dist.model.shards import committed, step_of
 from mirage_dist.ranks import place
-from mirage_dist.schema import ConfigError, EvalModelConfig, EvalSetConfig, RunConfig, SourceConfig, TrainRecipe
+from mirage_dist.schema import (
+    ConfigError,
+    EvalModelConfig,
+    EvalRecipe,
+    EvalSetConfig,
+    RunConfig,
+    SourceConfig,
+    TrainRecipe,
+)
 from mirage_dist.schema.numbers import Count, Ranks, SomeShare, Steps
 from mirage_dist.train import run
 from mirage_dist.train.planning import check
@@ -32,7 +41,7 @@ RELEARNED, OTHER = "relearned", "other"  # categories of the questions
 
 
 @dataclass(frozen=True)
-class Relearning:
+class Relearning(ErasureTest):
     """SFT on n forget samples by an ordinary training run, and ASR on other forget samples that no run ever sees.
 
     recipe: a training recipe; run, model, streams, steps and checkpoint options are set here. overrides: of that
@@ -58,6 +67,10 @@ class Relearning:
         if self.steps % self.every:
             raise ConfigError(f"steps={self.steps}; expected a multiple of every={self.every}")
 
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        trained = self.check(forget, recipe.seed)
+        return Prepared(partial(self._measure, trained), {"training": configs.to_dict(trained)})
+
     def check(self, forget: Forget, seed: int) -> TrainRecipe:
         """The training recipe. Raises ConfigError when the recipe is invalid or there are too few forget samples."""
         recipe = configs.load(self.recipe, self.overrides, TrainRecipe)
@@ -75,17 +88,9 @@ class Relearning:
 
     def split(self, forget: Forget, seed: int) -> tuple[list[Sample], list[Sample]]:
         """(samples to relearn, questions), each in the order of their pictures' hashes. They share no picture."""
-        contents = forget.labels(self.label)
-        names = settings.order(contents, seed)
-        relearnable = set(names[: max(1, round(self.content_share * len(names)))])
-        questions = forget.samples[: self.questions]
-        pictures = {group(sample) for sample in questions}
-        pairs = zip(forget.samples, contents, strict=True)
-        pool = [sample for sample, own in pairs if own in relearnable and group(sample) not in pictures]
-        return pool, questions
+        return settings.split(forget.samples, forget.labels(self.label), self.content_share, self.questions, seed)
 
-    def __call__(self, setting: Setting) -> RelearningResult:
-        recipe = self.check(setting.forget, setting.recipe.seed)
+    def _measure(self, recipe: TrainRecipe, setting: Setting) -> RelearningResult:
         pool, questions = self.split(setting.forget, setting.recipe.seed)
         runs = {}
         for n in self.samples:

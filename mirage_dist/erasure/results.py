@@ -102,7 +102,7 @@ class ProbeResult(Probed):
     transfer: Probed | None
 
 
-# ------------------------------------------------------------------------------------------ completion, attribution
+# ------------------------------------------------------------------------ completion, one perturbation, attribution
 
 
 class CompletionResult(TypedDict):
@@ -113,6 +113,48 @@ class CompletionResult(TypedDict):
 
     words: dict[str, Leaf | None]
     nothing_to_give: int
+
+
+class FitSummary(TypedDict):
+    """The samples that one perturbation was fitted on: their number, and that of their contents.
+
+    clean, loss: mean negative log-probability of a token of their targets, without the perturbation and with it.
+    """
+
+    samples: int
+    contents: int
+    clean: float
+    loss: float
+
+
+class PerturbedRates(TypedDict):
+    """ASR on the same questions: as they are, with random noise of size epsilon, and with the perturbation.
+
+    contents: number of distinct contents of these questions; the intervals take them as independent, not questions.
+    """
+
+    contents: int
+    clean: Leaf | None
+    noise: Leaf | None
+    perturbed: Leaf | None
+
+
+class UniversalResult(TypedDict):
+    """epsilon, steps: the options. fit: see `FitSummary`.
+
+    held_out: of questions about contents that are in no sample of the fit. fitted: of questions about the others.
+    without_picture: number of forget samples left out for lack of a picture. unperturbed: number of those left out
+    because the model's preprocessing of their pictures cannot be reproduced; where this shows only when a question is
+    asked, it is missing from `perturbed` alone.
+    """
+
+    epsilon: int
+    steps: int
+    fit: FitSummary
+    held_out: PerturbedRates
+    fitted: PerturbedRates
+    without_picture: int
+    unperturbed: int
 
 
 class MeanFall(TypedDict):
@@ -270,5 +312,6 @@ class ErasureResult(TypedDict):
     quantisation: NotRequired[QuantisationResult]
     probe: NotRequired[ProbeResult]
     completion: NotRequired[CompletionResult]
+    universal: NotRequired[UniversalResult]
     forgetting: NotRequired[ForgettingResult]
     attribution: NotRequired[AttributionResult]

@@ -3,8 +3,8 @@
     evals/SUITE/erasure.json            all results (see `erasure.results`)
     evals/SUITE/erasure/TEST/           files of one test: ordinary suites and training runs, and its result
 
-A start after an interruption makes what is missing. A test is one module with one dataclass, one field of
-`ErasureConfig` and one type in `erasure.results`.
+A start after an interruption makes what is missing. A test is one module with one dataclass, an `ErasureTest`, one
+field of `ErasureConfig` and one type in `erasure.results`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from mirage_dist.erasure.probe import Probe
 from mirage_dist.erasure.quantise import Quantisation
 from mirage_dist.erasure.relearn import Relearning
 from mirage_dist.erasure.results import ErasureResult
-from mirage_dist.erasure.setting import Forget, Setting
+from mirage_dist.erasure.setting import ErasureTest, Forget, Prepared, Setting
+from mirage_dist.erasure.universal import UniversalPerturbation
 from mirage_dist.evals import manifest, runner
 from mirage_dist.evals.attacks.prefill import check_pattern
 from mirage_dist.evals.models import subject
@@ -33,9 +34,7 @@ from mirage_dist.evals.results import SuiteResult
 from mirage_dist.evals.sharing.claims import Claims
 from mirage_dist.evals.sharing.files import suite_dir
 from mirage_dist.ranks import place
-from mirage_dist.schema import ConfigError, EvalRecipe, RunError, SourceConfig, TrainRecipe
-
-Test = Relearning | Quantisation | Probe | Completion | Forgetting | Attribution
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,17 @@ class ErasureConfig:
     quantisation: Quantisation | None = None
     probe: Probe | None = None
     completion: Completion | None = None
+    universal: UniversalPerturbation | None = None
     forgetting: Forgetting | None = None
     attribution: Attribution | None = None
 
     def __post_init__(self) -> None:
         check_pattern("content", self.content)
 
-    def tests(self) -> Iterator[tuple[str, Test]]:
+    def tests(self) -> Iterator[tuple[str, ErasureTest]]:
         """Name and options of the tests to make, in the order of the fields."""
         for field in fields(self):
-            if field.name not in ("forget", "content") and (test := getattr(self, field.name)) is not None:
+            if isinstance(test := getattr(self, field.name), ErasureTest):
                 yield field.name, test
 
 
@@ -101,12 +101,11 @@ def run(recipe: EvalRecipe) -> ErasureResult:
     forget = settings.forget(chosen.forget, chosen.content, recipe.seed)
     if not forget.samples:
         raise ConfigError(f"erasure.forget: no sample with the content {chosen.content!r} in its answer")
-    if chosen.relearning is not None:
-        chosen.relearning.check(forget, recipe.seed)
-    if chosen.forgetting is not None:
-        chosen.forgetting.check(forget, recipe)
+    prepared = {name: test.prepared(forget, recipe) for name, test in chosen.tests()}
     tested = subject.find(recipe.model, Path(recipe.run.dir))
-    decided = {name: _dependencies(recipe, tested.model_hash, forget, test) for name, test in chosen.tests()}
+    decided = {
+        name: _dependencies(recipe, tested.model_hash, forget, test, prepared[name]) for name, test in chosen.tests()
+    }
     folder = suite_dir(recipe) / "erasure"
     for name, own in decided.items():  # a changed option is refused before hours of other tests
         manifest.check(folder / name, own)
@@ -117,7 +116,7 @@ def run(recipe: EvalRecipe) -> ErasureResult:
         if (claim := claims.take_unless_alive("tests", _stop_on_signal)) is None:
             raise RunError(f"{folder}: another process is making these tests")
         try:
-            result = _make(_Start(recipe, chosen, forget, tested, decided), before, claims)
+            result = _make(_Start(recipe, forget, tested, prepared, decided), before, claims)
         finally:
             claims.release(claim)
     disk.write(
@@ -135,12 +134,12 @@ def _stop_on_signal() -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """One start. tested: the model. decided: test -> what its kept results depend on."""
+    """One start. tested: the model. prepared: its tests. decided: test -> what its kept results depend on."""
 
     recipe: EvalRecipe
-    chosen: ErasureConfig
     forget: Forget
     tested: subject.Subject
+    prepared: Mapping[str, Prepared]
     decided: Mapping[str, Mapping[str, Any]]
 
 
@@ -159,11 +158,11 @@ def _make(start: _Start, before: SuiteResult, claims: Claims) -> ErasureResult:
         },
         "seconds": {},
     }
-    for name, test in start.chosen.tests():
+    for name, prepared in start.prepared.items():
         begun = time.monotonic()
         setting = Setting(replace(recipe, follow=None), model, before, forget, name)
         manifest.claim(setting.folder, {"settings": dict(start.decided[name])})
-        result[name] = test(setting)
+        result[name] = prepared.measure(setting)
         result["seconds"][name] = round(time.monotonic() - begun, 1)
         setting.log(f"done in {result['seconds'][name]} s")
     tested.check_unchanged()
@@ -171,16 +170,16 @@ def _make(start: _Start, before: SuiteResult, claims: Claims) -> ErasureResult:
     return result
 
 
-def _dependencies(recipe: EvalRecipe, model_hash: str, forget: Forget, test: Test) -> dict[str, Any]:
+def _dependencies(
+    recipe: EvalRecipe, model_hash: str, forget: Forget, test: ErasureTest, prepared: Prepared
+) -> dict[str, Any]:
     """What a test's kept results depend on; a start with other values refuses the folder."""
     tree = configs.to_dict(recipe)
-    trained = configs.load(test.recipe, test.overrides, TrainRecipe) if isinstance(test, Relearning) else None
     return {
         "model_hash": model_hash,
         "forget": forget.digest,
         "test": configs.to_dict(test),
-        "training": None if trained is None else configs.to_dict(trained),
-        **(test.dependencies(forget, recipe) if isinstance(test, Forgetting) else {}),
+        **prepared.dependencies,
         **{name: tree[name] for name in ("sets", "seed", "template", "generation", "judges")},
         "dtype": recipe.model.dtype,
     }

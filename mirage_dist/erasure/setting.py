@@ -1,20 +1,26 @@
-"""What every test of erasure gets: the model, the samples that it should have forgotten, a folder for its results."""
+"""What every test of erasure is, and what it gets: the model, the samples to forget, a folder for its results."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from mirage_dist import disk, signals, state
 from mirage_dist.data import formats, sources
+from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.formats.samples import lines_of
 from mirage_dist.data.sample import Sample
 from mirage_dist.evals import runner
+from mirage_dist.evals.models import subject
+from mirage_dist.evals.models.hf import encoder
 from mirage_dist.evals.results import CLEAN, Condition, JudgeResult, Leaf, SuiteResult
 from mirage_dist.evals.sharing.files import suite_dir
+from mirage_dist.model.families import configs as families
+from mirage_dist.model.families import processors
 from mirage_dist.progress import log
 from mirage_dist.schema import EvalModelConfig, EvalRecipe, EvalSetConfig, RunError, SourceConfig
 
@@ -62,6 +68,22 @@ def content(answer: str, pattern: str | None) -> str | None:
     return match[0] if match else None
 
 
+def split(
+    samples: Sequence[Sample], contents: Sequence[str], share: float, questions: int, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """(samples from which a test may learn, questions), each in the order given. They share no `group`.
+
+    contents: of each sample. share: fraction of the distinct contents that the test may learn, at least one of them.
+    questions: the first so many samples, of any content.
+    """
+    names = order(contents, seed)
+    known = set(names[: max(1, round(share * len(names)))])
+    held = samples[:questions]
+    groups = {group(sample) for sample in held}
+    pairs = zip(samples, contents, strict=True)
+    return [sample for sample, own in pairs if own in known and group(sample) not in groups], list(held)
+
+
 def group(sample: Sample) -> str:
     """The unit that must not be on both sides of a split: the picture, or without one the question."""
     return Path(sample.image).name if sample.image else sample.question
@@ -72,8 +94,41 @@ def order(items: Sequence[str], seed: int) -> list[str]:
     return sorted(set(items), key=lambda item: _hash(item, seed))
 
 
+def prompting(recipe: EvalRecipe, model: EvalModelConfig) -> tuple[Any, Encoder]:
+    """The configuration of a model and the encoder of its prompts, for checks before its weights load.
+
+    Raises ConfigError as `evals.models.subject.find` does.
+    """
+    folder = subject.find(model, Path(recipe.run.dir)).processing
+    config = families.load(folder)
+    return config, encoder(processors.load(folder), recipe.template, config)
+
+
 def _hash(item: str, seed: int) -> str:
     return disk.sha256_text(f"{seed}:{item}")
+
+
+class ErasureTest(ABC):
+    """A test of erasure, as a recipe describes it: the fields of its dataclass are its options."""
+
+    @abstractmethod
+    def prepared(self, forget: Forget, recipe: EvalRecipe) -> Prepared:
+        """The test of these samples, ready to be made. Loads no weights.
+
+        Raises ConfigError for options, samples or a model with which it cannot be made.
+        """
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A test that one start makes.
+
+    measure: makes it, or what is missing of it, and returns its part of `erasure.json`. dependencies: what its kept
+    results depend on beside its options, the forget samples and the model; a start with other ones refuses its folder.
+    """
+
+    measure: Callable[[Setting], Any]
+    dependencies: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mirage_dist.report.load import named, read
 from mirage_dist.report.methods import methods
 from mirage_dist.report.summary import SCHEMA_VERSION, Provenance, Summary
 from mirage_dist.report.summary import read as read_summary
-from mirage_dist.report.writing import forgetting, latex, plain
+from mirage_dist.report.writing import forgetting, latex, perturbed, plain
 from mirage_dist.report.writing.terminal import table
 from mirage_dist.schema import ConfigError, RunError
 
@@ -88,6 +88,8 @@ def report(
         "figures": [],
         **(provenance or {}),
     }
+    if fitted := perturbed.results(loaded):
+        summary["universal"] = fitted
     if measured := forgetting.results(loaded):
         summary["forgetting"] = measured
     benign = all(run.metrics["world"] for run in loaded)

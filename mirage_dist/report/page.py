@@ -19,7 +19,7 @@ from mirage_dist.report.figures.drawing import SIZE, Draw
 from mirage_dist.report.figures.style import DARK, LIGHT, SLOTS
 from mirage_dist.report.load import HELD_OUT, Run
 from mirage_dist.report.summary import Summary
-from mirage_dist.report.writing import forgetting
+from mirage_dist.report.writing import forgetting, perturbed
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult
@@ -203,7 +203,10 @@ def _erasure(runs: Sequence[Run], prefix: str) -> str:
         parts.append(_figure(f"{prefix}probed", draw, text.probed(transfer), (SIZE[0], 3.6)))
     if any("completion" in result for result in tested.values()):
         parts.append(_figure(f"{prefix}completed", erasure.completed(tested), text.COMPLETED, (SIZE[0], 3.6)))
+    if any("universal" in result for result in tested.values()):
+        parts.append(_figure(f"{prefix}perturbed", erasure.perturbed(tested), perturbed.FIGURE, (SIZE[0], 3.6)))
     figures = _figures("Erased, or hidden?", text.ERASURE_NOTE, parts)
+    figures += _section(perturbed.TITLE, perturbed.NOTE, perturbed.html(runs))
     note = forgetting.note(forgetting.results(runs))
     return figures + _section(forgetting.TITLE, note, forgetting.html(runs))
 

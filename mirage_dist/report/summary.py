@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from mirage_dist.erasure.results import ForgettingResult
+from mirage_dist.erasure.results import ForgettingResult, UniversalResult
 from mirage_dist.evals.results import Entry
 from mirage_dist.report.compare import Comparison, Defended
 from mirage_dist.report.curves.budgets import Budget
@@ -44,7 +44,8 @@ class Summary(TypedDict):
     judges: model -> its headline judge. seed, world, wall_seconds, config_hash, raw, perplexity: see `Provenance`; by
     default seed and world are the first run's. problems: what the report lacks, in sentences; empty for a whole one.
     cautions: what a reader must know before its rates, in sentences. figures: files of figures beside it.
-    forgetting: model -> its measures of forgetting, where `mirage erasure` made them.
+    universal, forgetting: model -> one perturbation as a test of erasure, and measures of forgetting, where
+    `mirage erasure` made them.
     """
 
     models: dict[str, Entry]
@@ -64,6 +65,7 @@ class Summary(TypedDict):
     figures: list[str]
     raw: NotRequired[Entry]
     perplexity: NotRequired[dict[str, float]]
+    universal: NotRequired[dict[str, UniversalResult]]
     forgetting: NotRequired[dict[str, ForgettingResult]]
 
 

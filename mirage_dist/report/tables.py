@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 
 from mirage_dist.evals.results import Condition, Leaf, PairAgreement, of_set
@@ -207,6 +207,16 @@ def framed(kind: str, head: str, body: str) -> str:
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def by_model(runs: Sequence[Run], names: Collection[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A row for each title with the cells of the runs of these names, a column each; empty without rows."""
+    head = "".join(f'<th scope="col">{name(runs, run)}</th>' for run in runs if run.name in names)
+    body = [
+        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for title, cells in rows
+    ]
+    return framed("rates main", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
 
 
 def name(runs: Sequence[Run], run: Run) -> str:

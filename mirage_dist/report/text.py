@@ -72,8 +72,8 @@ ATTACKS_NOTE = (
 )
 ERASURE_NOTE = (
     "A low attack success rate describes behaviour. These tests check whether the suppressed knowledge is gone: does "
-    "it return after a little training, after rounding the weights or when the answer is begun, and can a probe read "
-    "it from the layers?"
+    "it return after a little training, after rounding the weights, when the answer is begun or the picture is "
+    "perturbed, and can a probe read it from the layers?"
 )
 QUANTISED = (
     "Weights rounded to 8 and 4 bits",

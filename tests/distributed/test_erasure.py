@@ -65,7 +65,9 @@ def overrides(small, run: Path, *more: str) -> list[str]:
         *("generation.max_new_tokens=4", "generation.batch_size=16"),
         *(f"erasure.relearning.{x}" for x in ("samples=[3]", f"steps={STEPS}", "every=1", f"questions={QUESTIONS}")),
         *("erasure.quantisation.bits=[4]", f"erasure.completion.questions={QUESTIONS}"),
-        *("erasure.completion.words=[2]", "erasure.probe.least=2", "erasure.forgetting.samples=16", *more),
+        *("erasure.completion.words=[2]", "erasure.probe.least=2", "erasure.forgetting.samples=16"),
+        *(f"erasure.universal.{x}" for x in ("train=4", "steps=2", f"questions={QUESTIONS}")),
+        *more,
     ]
 
 
@@ -112,6 +114,10 @@ def test_every_test_has_its_figures_and_every_rate_its_counts(whole):
     assert results["quantisation"]["after"]["4"]["entry"]["asr"]["what_k3"]["n"] == 4
     assert len(results["probe"]["places"]["last"]) == len(results["probe"]["places"]["image"]) == 5
     assert set(results["probe"]["transfer"]["classes"]) <= {"ba", "do", "ki", "mu"}
+    parts = [results["universal"][part] for part in ("held_out", "fitted")]
+    for condition in ("clean", "noise", "perturbed"):
+        assert sum(part[condition]["n"] for part in parts if part[condition]) == QUESTIONS
+    assert results["universal"]["fit"]["samples"] == 4
     assert {words: leaf["n"] for words, leaf in results["completion"]["words"].items()} == {
         "0": QUESTIONS,
         "2": QUESTIONS,
@@ -192,6 +198,7 @@ def test_a_step_of_relearning_is_plain_training_of_that_many_steps(small, tmp_pa
         ("erasure.content=zzz", "no sample with the content"),
         ("erasure.quantisation.bits=[1]", "from 2 to 8"),
         ("erasure.relearning.recipe=configs/train/demo_npo.yaml", "expected one"),
+        ("erasure.universal.step_size=100", "a step would cross the whole range"),
     ],
 )
 def test_errors_are_raised_before_any_weights_load(small, tmp_path, override, words):

@@ -75,6 +75,9 @@ def run_here(words: list[str], bytes_a_file: int | None = None) -> Done:
     return Done(status, output.getvalue(), errors.getvalue())
 
 
+TESTS = ("relearning", "quantisation", "probe", "universal", "forgetting", "attribution")  # of erasure, all but one
+
+
 def done(process: subprocess.Popen) -> Done:
     output, errors = process.communicate(timeout=300)
     return Done(process.returncode, output, errors)
@@ -87,7 +90,7 @@ def verbs(toy: Toy, run: Path) -> dict[str, Verb]:
     suite = [*world, f"model.path={toy.root}/model", "generation.max_new_tokens=4", "generation.batch_size=16"]
     diversified = "configs/prepare/demo_diversified.yaml"
     forget = f"[{{format: samples, path: {toy.root}/forget.jsonl}}]"
-    tests = [f"erasure.{name}=null" for name in ("relearning", "quantisation", "probe", "forgetting", "attribution")]
+    tests = [f"erasure.{name}=null" for name in TESTS]
     tests += [f"erasure.forget={forget}", "erasure.content=null", "erasure.completion.words=[1]"]
     tests += ["erasure.completion.questions=4"]
 

@@ -33,6 +33,7 @@ def result(k: int) -> dict:
         "quantisation": {"before": entry(k), "after": {"8": {"entry": entry(k)}, "4": {"entry": entry(k)}}},
         "probe": {**probe, "transfer": probe},
         "completion": {"words": {"0": leaf(k), "2": leaf(k), "5": None}},
+        "universal": {"held_out": {"contents": 4, "clean": leaf(0), "noise": None, "perturbed": leaf(k)}},
     }
 
 
@@ -44,6 +45,7 @@ DRAWN = {
     "probed": erasure.probed(TESTED, "last"),
     "transferred": erasure.probed(TESTED, "last", transfer=True),
     "completed": erasure.completed(TESTED),
+    "perturbed": erasure.perturbed(TESTED),
 }
 
 
@@ -57,6 +59,17 @@ def test_each_model_that_was_tested_is_named_and_no_other(name):
     assert "bare" not in texts
     assert "var(--slot3)" in svg  # npo's colour, as everywhere
     assert svg == drawing.svg(DRAWN[name], "x", "a figure")
+
+
+def test_a_perturbations_figure_has_the_rates_of_contents_that_are_not_in_its_fit_and_both_controls():
+    held_out = {"contents": 4, "clean": leaf(0), "noise": leaf(1), "perturbed": leaf(15)}
+    tested = {"mine": {"universal": {"held_out": held_out, "fitted": {"perturbed": leaf(13)}}}}
+    svg = drawing.svg(erasure.perturbed(tested), "x", "a figure")
+    texts = ["".join(own.itertext()).strip() for own in ElementTree.fromstring(svg).iter() if "text" in own.tag]
+    for text in ("as asked", "random noise", "perturbation", "5"):
+        assert text in texts
+    assert texts.count("75") == 2  # on the axis, and above the bar
+    assert "65" not in texts
 
 
 def test_a_figure_of_nothing_is_empty_and_no_error():

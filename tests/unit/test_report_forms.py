@@ -21,16 +21,19 @@ from mirage_dist import report, state
 from mirage_dist.cli import main
 from mirage_dist.erasure.results import (
     Difference,
+    FitSummary,
     ForgetQuality,
     ForgettingResult,
     Measured,
     Measures,
     Membership,
     Never,
+    PerturbedRates,
     Scoring,
+    UniversalResult,
 )
 from mirage_dist.evals import metrics
-from mirage_dist.evals.results import DefenceInfo
+from mirage_dist.evals.results import DefenceInfo, Leaf
 from mirage_dist.report import text as wording
 from mirage_dist.report.compare import Defended, Effect
 from mirage_dist.report.curves.budgets import Budget, Point
@@ -39,7 +42,7 @@ from mirage_dist.report.load import read
 from mirage_dist.report.methods import Method, Spread
 from mirage_dist.report.methods import methods as of_seeds
 from mirage_dist.report.summary import SCHEMA_VERSION, Summary
-from mirage_dist.report.writing import forgetting, latex, terminal
+from mirage_dist.report.writing import forgetting, latex, perturbed, terminal
 from mirage_dist.schema import ConfigError, TrainRecipe
 from mirage_dist.stats import Paired
 
@@ -425,6 +428,34 @@ def test_measures_of_forgetting_that_were_made_differently_carry_a_caution_in_ev
         assert words in " ".join(form.split())
 
 
+def test_one_perturbation_as_a_test_of_erasure_is_in_the_summary_and_in_every_form_for_readers(tmp_path):
+    def rates(k: int, contents: int) -> PerturbedRates:
+        own: Leaf = {"rate": k / 24, "k": k, "n": 24, "ci95": [k / 48, 1.0]}
+        none: Leaf = {"rate": 0.0, "k": 0, "n": 24, "ci95": [0.0, 0.4898]}
+        return {"contents": contents, "clean": none, "noise": None, "perturbed": own}
+
+    result: UniversalResult = {
+        "epsilon": 16, "steps": 40, "fit": {"samples": 32, "contents": 4, "clean": 7.957, "loss": 0.0118},
+        "held_out": rates(9, 4), "fitted": rates(21, 3), "without_picture": 0, "unperturbed": 5,
+    }  # fmt: skip
+    runs = {name: write_run(tmp_path / name, {"unsafe": ["harmful"], "safe": ["correct"]}) for name in "ab"}
+    bare = report.report(runs, tmp_path / "out")
+    forms = [*((tmp_path / "out" / name).read_text() for name in ("index.html", "report.md")), report.table(bare)]
+    assert "universal" not in bare
+    assert not any(perturbed.TITLE in form for form in forms)
+    (runs["a"] / "evals/demo/erasure.json").write_text(state.sealed("erasure", {"suite": "demo", "universal": result}))
+    summary = report.report(runs, tmp_path / "out")
+    assert summary["universal"] == {"a": result}
+    check(json.loads((tmp_path / "out/summary.json").read_text()), SCHEMA)
+    for form in (*((tmp_path / "out" / n).read_text() for n in ("index.html", "report.md")), report.table(summary)):
+        for cell in ("37.5 (9/24; 18.8–100.0)", "87.5 (21/24; 43.8–100.0)", "0.0 (0/24; 0.0–49.0)", "7.96 → 0.0118"):
+            assert cell in form
+        assert "± 16 of 255, 40 steps" in form
+        assert "not perturbed" in form
+        assert "without a picture" not in form  # every sample has one
+        assert perturbed.TITLE in form
+
+
 def test_a_p_that_is_too_small_for_a_number_is_not_shown_as_zero():
     assert [wording.p_value(p) for p in (0.0, 1e-310, 2e-300, 0.0004, 0.25)] == [
         "< 1e-300", "< 1e-300", "2e-300", "4e-4", "0.250"
@@ -438,7 +469,8 @@ def test_a_p_that_is_too_small_for_a_number_is_not_shown_as_zero():
         ("effect", Effect), ("defence", DefenceInfo), ("defended", Defended), ("measured", Measured),
         ("measures", Measures), ("membership", Membership), ("difference", Difference),
         ("forget_quality", ForgetQuality), ("never", Never), ("forgetting", ForgettingResult),
-        ("scoring", Scoring)))],
+        ("scoring", Scoring), ("universal", UniversalResult), ("perturbed_rates", PerturbedRates),
+        ("fit", FitSummary)))],
 )  # fmt: skip
 def test_the_schema_and_the_types_name_the_same_members(schema, typed):
     assert set(schema["properties"]) == set(typing.get_type_hints(typed))

@@ -48,12 +48,16 @@ class SearchLine(SearchState):
 
 
 class Journal:
-    """The lines of one file: each sample's rewrites by its key, the last state of each search by its name."""
+    """The lines of one file: each sample's rewrites by its key, the last state of each search by its name.
+
+    results: how the search for a sample's rewrites went, by its key, of those that had one.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file, self.end, self.count = file, 0, 0  # bytes and number of the whole lines read so far
         self.rewrites: dict[str, list[str]] = {}
         self.searches: dict[str, SearchState] = {}
+        self.results: dict[str, dict[str, Any]] = {}
 
     def refresh(self) -> Journal:
         """Read appended lines. Of several lines with one key the first counts, so that all readers agree."""
@@ -68,8 +72,10 @@ class Journal:
                 continue
             if "search" in line:
                 self.searches[line["search"]] = cast(SearchState, line)
-            else:
-                self.rewrites.setdefault(line["key"], line["rewrites"])
+            elif line["key"] not in self.rewrites:
+                self.rewrites[line["key"]] = line["rewrites"]
+                if "result" in line:
+                    self.results[line["key"]] = line["result"]
         if damage:
             log.info(f"cut, damaged or edited, so generated again: {damage}", extra=EVERY_RANK)
         return self

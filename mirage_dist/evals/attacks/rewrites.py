@@ -47,7 +47,7 @@ class Rewriter:
     ) -> None:
         self.suite, self.under_test, self.load = suite, under_test, load
         self.encoder, self.other = encoder, other
-        self.key = cache(_key)
+        self.key = cache(sample_key)
 
     def __call__(self, attack: Attack, samples: Sequence[Sample], name: str) -> Attack:
         """The attack, ready to be called on these samples.
@@ -154,7 +154,8 @@ def _write(result: Rewritten, samples: Sequence[Sample], resources: Resources, s
     resources.append(line, stops)
 
 
-def _key(sample: Sample) -> str:
+def sample_key(sample: Sample) -> str:
+    """A hash of everything in a sample that decides its rewrites, its picture's bytes included."""
     picture = None if sample.image is None else pictures.sha256(sample.image)
     shown = [sample.shown] if sample.shown else []
     return disk.digest([sample.id, sample.question, sample.answer, sample.history, picture, *shown])

@@ -16,6 +16,7 @@ from mirage_dist.evals.results import Condition, Entry, Leaf
 from mirage_dist.report.figures.drawing import RC, Draw, interval, looks_of, name_lines, percent_axis
 from mirage_dist.report.figures.style import LIGHT, Palette
 from mirage_dist.report.load import erasure_results, rates
+from mirage_dist.report.writing.perturbed import CONDITIONS
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import ErasureResult, Probed, RelearningRun
@@ -129,16 +130,29 @@ def quantised(tested: Tested) -> Draw:
 def completed(tested: Tested) -> Draw:
     """ASR by the number of given words of the forgotten answer: one bar with its interval for each model."""
     shown = {name: result["completion"]["words"] for name, result in tested.items() if "completion" in result}
+    given = sorted({words for by_words in shown.values() for words in by_words}, key=int)
+    titles = {n: "no words" if n == "0" else f"{n} word{'s' * (n != '1')}" for n in given}
+    return _bars(list(tested), shown, titles)
+
+
+def perturbed(tested: Tested) -> Draw:
+    """ASR on contents that the perturbation was not fitted on: without it, with noise, with it; a bar a model."""
+    held_out = {name: result["universal"]["held_out"] for name, result in tested.items() if "universal" in result}
+    shown = {name: {key: rates[key] for key in CONDITIONS} for name, rates in held_out.items()}
+    return _bars(list(tested), shown, {str(key): title for key, title in CONDITIONS.items()})
+
+
+def _bars(models: Sequence[str], shown: Mapping[str, Mapping[str, Leaf | None]], titles: Mapping[str, str]) -> Draw:
+    """A group of bars for each title: one bar with its interval for each model. models: all, for their colours."""
 
     def draw(ax: Axes, palette: Palette) -> None:
         percent_axis(ax.yaxis, palette)
-        own = looks_of(list(tested), palette)
-        given = sorted({words for by_words in shown.values() for words in by_words}, key=int)
+        own = looks_of(models, palette)
         width = 0.82 / max(1, len(shown))
-        for place, (name, by_words) in enumerate(shown.items()):
+        for place, (name, by_title) in enumerate(shown.items()):
             colour = own[name][0]
-            for group, words in enumerate(given):
-                leaf = by_words.get(words)
+            for group, key in enumerate(titles):
+                leaf = by_title.get(key)
                 if leaf is None:
                     continue
                 x, rate = group + (place - (len(shown) - 1) / 2) * width, 100 * leaf["rate"]
@@ -148,8 +162,7 @@ def completed(tested: Tested) -> Draw:
                 ax.text(x, above, f"{rate:.0f}", ha="center", color=palette.muted, size=8)
             first = -0.41 + (place + 0.5) * width
             ax.text(first, -4, name, rotation=90, ha="center", va="top", color=colour, size=8.5, fontweight="bold")
-        titles = ["no words" if words == "0" else f"{words} word{'s' * (words != '1')}" for words in given]
-        ax.set_xticks(range(len(given)), titles, color=palette.ink)
+        ax.set_xticks(range(len(titles)), list(titles.values()), color=palette.ink)
         ax.tick_params(axis="x", pad=8 + 5.5 * max(map(len, shown), default=0))  # below the names
         ax.set_ylim(-3, 112)
 
@@ -160,7 +173,7 @@ def overview(tested: Tested, file: Path) -> None:
     """Write one PNG of all tests of erasure.
 
     First rows: ASR during relearning by number of samples, on contents that are not in the samples and on contents
-    that are. Last row: rounded weights, probe, prefix completion.
+    that are. Then rounded weights, probe, prefix completion, and one perturbation where it was tested.
     """
     columns = sizes(tested)
     rows: list[tuple[str, Part]] = [("Not relearned", "other"), ("Relearned", "relearned")]
@@ -172,6 +185,8 @@ def overview(tested: Tested, file: Path) -> None:
         (probe, probed(tested, "last", transfer)),
         ("Prefix completion", completed(tested)),
     ]
+    if any("universal" in result for result in tested.values()):
+        panels.append(("One perturbation, contents not in its fit", perturbed(tested)))
     across = max(3, len(columns))
     down = -(-len(panels) // across)
     with rc_context(RC):

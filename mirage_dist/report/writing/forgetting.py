@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 from mirage_dist.report import tables, text
@@ -105,13 +104,7 @@ def groups(measured: Mapping[str, ForgettingResult]) -> list[tuple[str, str, lis
 def html(runs: Sequence[Run]) -> str:
     """The table for the page; empty where no run was measured."""
     measured = results(runs)
-    own = [run for run in runs if run.name in measured]
-    body = [
-        f'<tr><th scope="row">{escape(title)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for title, cells in rows(measured)
-    ]
-    head = "".join(f'<th scope="col">{tables.name(runs, run)}</th>' for run in own)
-    return tables.framed("rates main", f'<th scope="col"></th>{head}', "".join(body)) if body else ""
+    return tables.by_model(runs, measured, rows(measured))
 
 
 def _rows() -> Iterator[tuple[str, str, Callable[[ForgettingResult], str]]]:

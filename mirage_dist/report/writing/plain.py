@@ -13,7 +13,7 @@ from mirage_dist.report.compare import Comparison
 from mirage_dist.report.load import Run, rates, row_label
 from mirage_dist.report.methods import Method, Spread
 from mirage_dist.report.summary import Summary
-from mirage_dist.report.writing import forgetting
+from mirage_dist.report.writing import forgetting, perturbed
 
 FORMULA = "=+-@\t\r"  # a spreadsheet reads a cell that begins so as a formula (OWASP, CSV injection)
 
@@ -46,12 +46,18 @@ def markdown(runs: Sequence[Run], summary: Summary) -> str:
         head = ["first → second", "measure", "difference, points", "95 %", "n", "p, corrected"]
         parts += ["## Pairs of models", _table([head, ["-"] * len(head), *map(_pair, summary["comparisons"])])]
         parts += [text.PAIRS_NOTE]
+    if fitted := summary.get("universal"):
+        parts += [f"## {perturbed.TITLE}", _by_model(list(fitted), perturbed.rows(fitted)), perturbed.NOTE]
     if measured := summary.get("forgetting"):
-        own = [["", *measured], ["-"] * (1 + len(measured))]
-        own += [[title, *cells] for title, cells in forgetting.rows(measured)]
-        parts += [f"## {forgetting.TITLE}", _table(own), _inert(forgetting.note(measured))]
+        parts += [f"## {forgetting.TITLE}", _by_model(list(measured), forgetting.rows(measured))]
+        parts += [_inert(forgetting.note(measured))]
     parts += ["## How to read these numbers", "\n".join(f"- {point}" for point in text.caveats(runs))]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_model(models: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table with a column for each model. rows: title and cells."""
+    return _table([["", *models], ["-"] * (1 + len(models)), *([title, *cells] for title, cells in rows)])
 
 
 def _by_method(methods: Mapping[str, Method]) -> list[list[str]]:

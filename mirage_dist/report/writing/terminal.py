@@ -12,7 +12,7 @@ from mirage_dist.report.compare import Defended
 from mirage_dist.report.load import HELD_OUT, rates, row_label
 from mirage_dist.report.methods import Spread, folded
 from mirage_dist.report.summary import Summary
-from mirage_dist.report.writing import forgetting
+from mirage_dist.report.writing import forgetting, perturbed
 
 WIDTH, GAP = 100, "  "
 LONGEST = {"title": 24, "label": 22, "model": 20}  # columns of text; what is longer continues on a line below
@@ -33,8 +33,8 @@ def table(summary: Summary) -> str:
     """A row for each measure and condition, a column for each model: `percent k/n`; and of seeds of one method one
     column, `mean (lowest–highest)`. No line of it has more than WIDTH columns, however many models there are.
 
-    The report's problems come first, and what its rates must not be taken for; defences beside none, and measures of
-    forgetting, come last.
+    The report's problems come first, and what its rates must not be taken for; defences beside none, and tests of
+    erasure, come last.
     """
     columns = folded(list(summary["models"]), summary["methods"])
     rows = list(_rows(summary, columns))
@@ -44,22 +44,26 @@ def table(summary: Summary) -> str:
         lines += [""] if start else []
         lines += _block(rows, heads, start, end)
     lines += [SEEDS] if summary["methods"] else []
-    return "\n".join([*lines, *_defences(summary["defences"]), *_forgetting(summary)])
+    return "\n".join([*lines, *_defences(summary["defences"]), *_erasure(summary)])
 
 
-def _forgetting(summary: Summary) -> Iterator[str]:
-    """A row for each measure of forgetting and set of answers, a column for each model that was measured."""
-    measured = summary.get("forgetting")
-    if not measured:
-        return
-    yield from ("", f"{forgetting.TITLE} (`mirage erasure`; 95 %)")
-    yield from textwrap.wrap(forgetting.caution(measured), WIDTH)
-    titles = set[str]()
-    rows = []
-    for title, label, cells in forgetting.groups(measured):
+def _erasure(summary: Summary) -> Iterator[str]:
+    """Tests of erasure whose results are tables, of the models for which they were made."""
+    if fitted := summary.get("universal"):
+        yield from ("", f"{perturbed.TITLE} (`mirage erasure`; ASR, 95 %)")
+        yield from _grouped(perturbed.groups(fitted), list(fitted))
+    if measured := summary.get("forgetting"):
+        yield from ("", f"{forgetting.TITLE} (`mirage erasure`; 95 %)")
+        yield from textwrap.wrap(forgetting.caution(measured), WIDTH)
+        yield from _grouped(forgetting.groups(measured), list(measured))
+
+
+def _grouped(groups: Sequence[tuple[str, str, list[str]]], heads: Sequence[str]) -> Iterator[str]:
+    """Rows of a title, a label and a cell for each model; a title stands at its first row."""
+    titles, rows = set[str](), []
+    for title, label, cells in groups:
         rows.append(_Row("" if title in titles else title, label, cells))
         titles.add(title)
-    heads = list(measured)
     for start, end in _blocks(rows, heads):
         yield from [""] if start else []
         yield from _block(rows, heads, start, end)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Sample
-from mirage_dist.erasure import likelihood
-from mirage_dist.erasure.likelihood import Likelihood
+from mirage_dist.erasure.scoring import likelihood
+from mirage_dist.erasure.scoring.likelihood import Likelihood
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.schema import EvalModelConfig, GenerationConfig, RunError, TemplateConfig
 

@@ -91,11 +91,14 @@ def world(toy, tmp_path_factory) -> World:
     return World(**paths)
 
 
+def made(test: Forgetting, setting: Setting) -> ForgettingResult:
+    return test.prepared(setting.forget, setting.recipe).measure(setting)
+
+
 @pytest.fixture(scope="module")
 def measured(world, tmp_path_factory) -> tuple[Setting, ForgettingResult]:
     setting = world.setting(tmp_path_factory.mktemp("measured"))
-    world.test().check(setting.forget, setting.recipe)
-    return setting, world.test()(setting)
+    return setting, made(world.test(), setting)
 
 
 def test_a_model_that_knows_is_above_one_that_never_did_by_every_measure(measured):
@@ -131,7 +134,7 @@ def test_the_measures_are_those_of_the_formulas_on_each_answers_tokens(world, me
 
 def test_a_model_beside_itself_has_forgotten_perfectly_and_membership_is_a_coin_toss(world, tmp_path):
     setting = world.setting(tmp_path, world.never)
-    result = world.test(unseen=[], retain=[])(setting)
+    result = made(world.test(unseen=[], retain=[]), setting)
     quality = result["never"]["quality"]
     assert quality["answers"] == {"distance": 0, "p": 1, "n": 8}
     assert (result["retain"], result["unseen"], result["membership"]) == (None, None, None)
@@ -144,10 +147,10 @@ def test_what_was_measured_is_not_measured_again(world, measured, monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(measure, "HuggingFace", fail)
-    assert world.test()(setting) == result
+    assert made(world.test(), setting) == result
     (setting.folder / "retain.json").unlink()
     with pytest.raises(AssertionError, match="a model was loaded"):
-        world.test()(setting)
+        made(world.test(), setting)
 
 
 def test_reasoning_before_an_answer_is_no_part_of_it_in_rouge_l(world, measured, tmp_path, monkeypatch):
@@ -157,27 +160,28 @@ def test_reasoning_before_an_answer_is_no_part_of_it_in_rouge_l(world, measured,
         begun = lambda self, samples, own=thoughts[name]: [own + text for text in answer(self, samples)]  # noqa: E731
         monkeypatch.setattr(HuggingFace, "answer", begun)
         own = replace(world.setting(tmp_path), name=name)
-        made = world.test(unseen=[], retain=[], never=None)(own)
-        assert made["forget"]["rouge_l"]["mean"] == pytest.approx(expected)
+        result = made(world.test(unseen=[], retain=[], never=None), own)
+        assert result["forget"]["rouge_l"]["mean"] == pytest.approx(expected)
 
 
 def test_the_kept_values_depend_on_what_is_scored_and_on_the_other_models_weights(world, measured, tmp_path):
     setting, _ = measured
-    before = world.test().dependencies(setting.forget, setting.recipe)
-    test = world.test()
-    assert test.dependencies(setting.forget, setting.recipe) == before
-    assert test.parts(setting.forget, 0) is test.parts(setting.forget, 0) != test.parts(setting.forget, 1)
-    assert world.test(wrong=2).dependencies(setting.forget, setting.recipe)["scored"] != before["scored"]
-    other = world.test(never=str(world.knows)).dependencies(setting.forget, setting.recipe)
-    assert other["never"] != before["never"]
+
+    def dependencies(forget=setting.forget, seed=0, **options):
+        return world.test(**options).prepared(forget, replace(setting.recipe, seed=seed)).dependencies
+
+    before = dependencies()
+    assert dependencies() == before != dependencies(seed=1)
+    assert dependencies(wrong=2)["scored"] != before["scored"]
+    assert dependencies(never=str(world.knows))["never"] != before["never"]
     changed = replace(setting.forget, samples=[replace(s, answer=f"{s.answer} x") for s in setting.forget.samples])
-    assert world.test().dependencies(changed, setting.recipe)["scored"]["forget"] != before["scored"]["forget"]
+    assert dependencies(changed)["scored"]["forget"] != before["scored"]["forget"]
 
 
 def test_answers_that_the_model_has_no_room_to_repeat_are_counted_in_the_log(world, tmp_path, capsys):
     setting = world.setting(tmp_path)
     short = replace(setting, recipe=replace(setting.recipe, generation=replace(GENERATION, max_new_tokens=3)))
-    result = world.test(unseen=[], retain=[], never=None)(short)
+    result = made(world.test(unseen=[], retain=[], never=None), short)
     assert result["forget"]["rouge_l"]["mean"] < 1  # "it is ba", where the model knows the code
     assert "forget: 8 of 8 answers have more tokens than generation.max_new_tokens=3" in capsys.readouterr().out
 
@@ -197,7 +201,7 @@ def test_contents_that_differ_in_case_or_punctuation_are_one_for_an_interval():
 
 def refused(world: World, setting: Setting, words: str, **options) -> None:
     with pytest.raises(ConfigError, match=words):
-        world.test(**options).check(setting.forget, setting.recipe)
+        world.test(**options).prepared(setting.forget, setting.recipe)
 
 
 def source(file: Path, samples: list[Sample]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mirage_dist import disk
 from mirage_dist.data.sample import Sample
 from mirage_dist.erasure import setting as settings
-from mirage_dist.erasure.answers import Part
+from mirage_dist.erasure.scoring.answers import Part
 
 
 def sample(name: str, answer: str) -> Sample:

@@ -1,0 +1,1 @@
+"""How likely a model finds answers: which are scored, and each token's log-probability."""
