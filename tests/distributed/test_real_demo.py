@@ -137,7 +137,7 @@ def test_in_full_the_frontier_comes_first_and_its_methods_fit_the_decoder(finish
         for name, attack in {"unsafe": "what", "safe": "share"}.items()
     }
     completion = {"words": [1], "questions": 2}
-    erasure = {"forget": whole["erasure"]["forget"], "content": r"\S+", "completion": completion}
+    erasure = {"forget": whole["erasure"]["forget"], "content": r"\S+$", "completion": completion}
     suite = edited("configs/eval/real.yaml", tmp_path / "few.yaml", suite="few", sets=sets, erasure=erasure)
     sweep = edited(
         str(demo.REAL.sweep),
