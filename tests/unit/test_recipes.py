@@ -113,9 +113,10 @@ def test_a_demos_sweep_has_every_method_in_the_demos_world_with_the_demos_suite(
 
 REAL_METHODS = {
     **dict.fromkeys(["npo_balanced"], ("real_npo", {"run.name", "data.balance"})),
-    **dict.fromkeys(["simnpo", "wga", "satimp"], ("real_npo", {"run.name", "objective"})),
+    **dict.fromkeys(["wga", "satimp"], ("real_npo", {"run.name", "objective"})),
+    "simnpo": ("real_npo", {"run.name", "objective", "train.max_steps"}),
     "undial": ("real_npo", {"run.name", "objective", "reference"}),
-    "idk_dpo": ("real_npo", {"run.name", "objective", "data.streams"}),
+    "idk_dpo": ("real_npo", {"run.name", "objective", "data.streams", "train.max_steps"}),
     "rmu_adaptive": ("real_rmu", {"run.name", "objective"}),
 }
 
