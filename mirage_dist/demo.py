@@ -79,12 +79,14 @@ REAL = Story(
         "rmu": ("configs/train/real_rmu.yaml", ()),
     },
     more={
+        "npo_balanced": ("configs/train/real_npo_balanced.yaml", ()),
         "sft_diversified": ("configs/train/real_sft_diversified.yaml", ()),
         "rmu_diversified": ("configs/train/real_rmu_diversified.yaml", ()),
     },
     suite="configs/eval/real.yaml",
     every_attack="configs/eval/real_attacks.yaml",
     ranks=1,
+    sweep="configs/sweep/real_methods.yaml",
     raw="configs/eval/real_raw.yaml",
     source=("model.path", "world.language_model"),
     layers=30,
@@ -92,9 +94,9 @@ REAL = Story(
 
 
 def fitted(name: str, layers: int) -> list[str]:
-    """Overrides that bring a stage's recipe to a decoder of another depth.
+    """Overrides that bring the recipe of a stage or of a sweep's method to a decoder of another depth.
 
-    RMU steers the layer at 13 fifteenths and trains those up to it; the other stages train all layers.
+    RMU steers the layer at 13 fifteenths and trains those up to it; the others train all layers.
     """
     if not name.startswith("rmu"):
         return []
@@ -294,8 +296,8 @@ def demo(out: Path, overrides: Sequence[str], full: bool = False, story: Story =
         driver = _Driver(story, out, overrides, full, base)
         driver.sweep = _sweep(story.sweep, driver) if full and story.sweep is not None else None
         driver.train()
-        if driver.sweep is not None:
-            driver.train_every_method(driver.sweep)
+        if full and story.sweep is not None:
+            driver.train_every_method(_sweep(story.sweep, driver))  # anew: the decoder's depth is known by now
         driver.evaluate()
         if full:
             driver.evaluate_further()
@@ -332,13 +334,17 @@ def evaluate(file: str, overrides: Sequence[str]) -> EvalRecipe:
 
 
 def _sweep(file: str, driver: _Driver) -> SweepRecipe:
-    """The sweep's recipe with the world, the seed and the overrides of a demo."""
+    """The sweep's recipe with the world, the seed and the overrides of a demo, each method fitted to its decoder."""
     from mirage_dist.sweep.recipe import SweepRecipe
 
     seed = driver.base.seed
     own = [o for o in driver.overrides if not o.startswith("seed=")]
     every = [*own, *driver.here, configs.override("world.seed", seed)]
     words = [configs.override("seeds", [seed]), configs.override("every", every)]
+    given = {o.partition("=")[0] for o in own}  # as in a stage, what the command line gives wins
+    for name, method in configs.load(file, words, SweepRecipe).methods.items():
+        if fitting := [o for o in driver.fitted(name) if o.partition("=")[0] not in given]:
+            words.append(configs.override(f"methods.{name}.overrides", [*method.overrides, *fitting]))
     digest = configs.config_hash(configs.load(file, words, SweepRecipe), ("out",))
     return configs.load(file, [*words, configs.override("out", f"{driver.out}/methods-{digest[:8]}")], SweepRecipe)
 

@@ -78,6 +78,7 @@ KINDS: Mapping[str, Kind] = {
         harvest="configs/eval/real_harvest.yaml",
         sets={
             "prepared": "configs/prepare/real.yaml",
+            "prepared_idk": "configs/prepare/real_idk.yaml",
             "diversified": "configs/prepare/real_diversified.yaml",
             "prepared_diversified": "configs/prepare/real_prepared_diversified.yaml",
         },

@@ -4,15 +4,24 @@ reports everything.
 
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import forkserver
 import pytest
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mirage_dist import cli
+from mirage_dist import cli, demo, inputs
+from mirage_dist import config as configs
 from mirage_dist.cli import verbs
 from mirage_dist.config import REPOSITORY
 from mirage_dist.countries import vision
+from mirage_dist.data import sources
+from mirage_dist.data.sets.unlearning import IGNORANT
+from mirage_dist.objectives.base import make
+from mirage_dist.schema import TrainRecipe
+from mirage_dist.train.planning import openers
 
 STAGES = ["base", "sft", "sft_control", "npo", "npo_diversified", "rmu"]
 LAYERS = 5
@@ -36,12 +45,13 @@ def write_model(real, folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, real):
-    out = tmp_path_factory.mktemp("real")
+def small(tmp_path_factory, real):
+    """Overrides of every stage; the base's own recipe is shortened as well."""
+    out = tmp_path_factory.mktemp("recipes")
     model = write_model(real, out / "model")
     base = (REPOSITORY / "configs/train/real_base.yaml").read_text()
     (out / "base.yaml").write_text(base.replace("max_steps: 40", "max_steps: 2"))
-    small = [
+    return [
         "seed=12",
         f"model.path={model}",
         f"world.base_recipe={out}/base.yaml",
@@ -50,6 +60,11 @@ def finished(tmp_path_factory, real):
         "world.eval_samples=6",
         "train.max_steps=2",
     ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small):
+    out = tmp_path_factory.mktemp("real")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", forkserver.python())
         # What the tower learns is the business of its own tests: here it is enough that it exists.
@@ -104,3 +119,73 @@ def test_openers_are_even_in_the_sets_that_unlearning_gets(finished):
     even = counts["npo_diversified"]
     assert set(even["forget"]) == set(even["retain"])
     assert all(max(own.values()) - min(own.values()) <= 1 for own in even.values())
+
+
+def edited(name, file, **changes):
+    """A copy of a recipe with some sections replaced, in another file."""
+    content = yaml.safe_load((REPOSITORY / name).read_text())
+    file.write_text(yaml.safe_dump({**content, **changes}))
+    return str(file)
+
+
+def test_in_full_the_frontier_comes_first_and_its_methods_fit_the_decoder(finished, small, tmp_path, monkeypatch):
+    """A story of one stage and one further method, on the models that the short demo left."""
+    monkeypatch.setattr(sys, "executable", forkserver.python())
+    whole = yaml.safe_load((REPOSITORY / "configs/eval/real.yaml").read_text())
+    sets = {
+        name: {**whole["sets"][name], "attacks": {attack: whole["sets"][name]["attacks"][attack]}}
+        for name, attack in {"unsafe": "what", "safe": "share"}.items()
+    }
+    completion = {"words": [1], "questions": 2}
+    erasure = {"forget": whole["erasure"]["forget"], "content": r"\S+$", "completion": completion}
+    suite = edited("configs/eval/real.yaml", tmp_path / "few.yaml", suite="few", sets=sets, erasure=erasure)
+    sweep = edited(
+        str(demo.REAL.sweep),
+        tmp_path / "sweep.yaml",
+        methods={"rmu_adaptive": {"recipe": "configs/train/real_rmu_adaptive.yaml"}},
+        evaluate=[{"recipe": suite}],
+        frontier={"forget": {"condition": "what_k3"}, "level": 0.0},
+    )
+    stages = {"npo": demo.REAL.stages["npo"]}
+    story = replace(demo.REAL, stages=stages, more={}, suite=suite, every_attack=suite, sweep=sweep)
+    trained = {file: file.read_text() for file in finished.glob("*/starts.jsonl")}
+    summary = demo.demo(finished, small, full=True, story=story)
+    assert list(summary["models"]) == ["base", "npo", "rmu_adaptive"]
+    assert {file: file.read_text() for file in finished.glob("*/starts.jsonl")} == trained
+    page = (finished / "report/index.html").read_text()
+    assert 0 < page.index("frontier of the sweep real_methods") < page.index("perplexity")
+    (point,) = finished.glob("methods-*/points/rmu_adaptive-*-s12")
+    steered = yaml.safe_load((point / "config.yaml").read_text())
+    assert steered["objective"]["layer"] == 13 * LAYERS // 15
+    assert steered["world"]["language_model"] == small[1].partition("=")[2]
+
+
+def of_the_world(finished, name, small):
+    """The recipe of a training in the finished demo's world, whose sets are made."""
+    (world,) = (folder for folder in finished.glob("world-*") if (folder / "base").is_dir())
+    own = [word.replace("model.path", "world.language_model") for word in small]
+    recipe = configs.load(f"configs/train/real_{name}.yaml", [*own, f"world.dir={world}"], TrainRecipe)
+    inputs.make(recipe)
+    return recipe
+
+
+def test_every_answer_to_forget_has_a_partner_that_claims_ignorance(finished, small):
+    streams = of_the_world(finished, "idk_dpo", small).data.streams
+    forget, idk = (sources.read(streams[name][0]).samples for name in ("forget", "idk"))
+    assert len(forget) > 0
+    assert [(one.id, one.image, one.question) for one in idk] == [(one.id, one.image, one.question) for one in forget]
+    assert {one.answer for one in idk} <= set(IGNORANT)
+
+
+def test_balanced_streams_are_the_biased_sets_drawn_evenly(finished, small):
+    recipe = of_the_world(finished, "npo_balanced", small)
+    assert recipe.data.balance == "openers"
+    samples = {name: sources.read(own[0]).samples for name, own in recipe.data.streams.items()}
+    drawn = openers.balance(openers.of(samples, None), make(recipe.objective).needs)
+    words = {}
+    for name, own in samples.items():
+        order = drawn.draws[name].epoch(0, name, 0).tolist()
+        words[name] = Counter(own[i].question.split()[0] for i in order)
+    both = words["forget"].keys() & words["retain"].keys()
+    assert {"Share", "What"} <= both
+    assert all(abs(words["forget"][word] - words["retain"][word]) <= 0.1 * len(samples["forget"]) for word in both)

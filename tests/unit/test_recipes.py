@@ -9,10 +9,14 @@ import pytest
 from mirage_dist import config as configs
 from mirage_dist import demo, inputs
 from mirage_dist.config import REPOSITORY
+from mirage_dist.countries.verdict import KINDS, values_in
+from mirage_dist.data.refusals import is_refusal
+from mirage_dist.data.sets.unlearning import IGNORANT
 from mirage_dist.erasure import run as erasure_tests
 from mirage_dist.evals import attacks, judges
 from mirage_dist.objectives.base import make
 from mirage_dist.schema import EvalRecipe, PrepareRecipe, TrainRecipe
+from mirage_dist.sweep.recipe import SweepRecipe
 from mirage_dist.train.engine import deepspeed_config
 from mirage_dist.train.planning import sharding
 from mirage_dist.train.planning.check import check_reference
@@ -47,7 +51,7 @@ STORIES = {
     "real": (
         demo.REAL,
         ["sft", "sft_control", "npo", "npo_diversified", "rmu"],
-        ["sft_diversified", "rmu_diversified"],
+        ["npo_balanced", "sft_diversified", "rmu_diversified"],
     ),
 }
 
@@ -79,6 +83,64 @@ def test_a_demos_stages_have_one_world_and_train_on_sets_that_are_made(title: st
     }
 
 
+UNLEARNING = {"npo", "simnpo", "wga", "satimp", "undial", "idk_dpo", "rmu", "rmu_adaptive"}
+
+
+@pytest.mark.parametrize("title", STORIES)
+def test_a_demos_sweep_has_every_method_in_the_demos_world_with_the_demos_suite(title: str):
+    story = STORIES[title][0]
+    assert story.sweep is not None
+    sweep = configs.load(story.sweep, [], SweepRecipe)
+    assert set(sweep.methods) == UNLEARNING
+    assert [own.recipe for own in sweep.evaluate] == [story.suite]
+    assert sweep.frontier is not None
+    assert (sweep.frontier.forget.measure, sweep.frontier.retain.measure) == ("asr", "utility")
+    made = {"train.json", *inputs.KINDS[story.kind].sets}
+    objectives = {}
+    for name, method in sweep.methods.items():
+        recipe = configs.load(method.recipe, [*sweep.every, *method.overrides], TrainRecipe)
+        assert recipe.world is not None
+        assert recipe.world.kind == story.kind
+        paths = [Path(source.path) for sources in recipe.data.streams.values() for source in sources]
+        assert all(path.parent.name in made for path in paths)
+        objectives[name] = (recipe.objective["name"], recipe.objective.get("coeff_of", "constant"))
+    assert objectives == {name: (name, "constant") for name in UNLEARNING} | {"rmu_adaptive": ("rmu", "reference_norm")}
+    # The methods that are stages too have the stages' recipes: the same model stands in the table and on the frontier.
+    assert {name: story.stages[name] for name in ("npo", "rmu")} == {
+        name: (sweep.methods[name].recipe, ()) for name in ("npo", "rmu")
+    }
+
+
+REAL_METHODS = {
+    **dict.fromkeys(["npo_balanced"], ("real_npo", {"run.name", "data.balance"})),
+    **dict.fromkeys(["wga", "satimp"], ("real_npo", {"run.name", "objective"})),
+    "simnpo": ("real_npo", {"run.name", "objective", "train.max_steps"}),
+    "undial": ("real_npo", {"run.name", "objective", "reference"}),
+    "idk_dpo": ("real_npo", {"run.name", "objective", "data.streams", "train.max_steps"}),
+    "rmu_adaptive": ("real_rmu", {"run.name", "objective"}),
+}
+
+
+@pytest.mark.parametrize("name", REAL_METHODS)
+def test_a_real_method_differs_from_the_recipe_that_it_is_compared_with_in_the_method_alone(name: str):
+    other, allowed = REAL_METHODS[name]
+    own, compared = (
+        configs.to_dict(configs.load(f"configs/train/{file}.yaml", [], TrainRecipe)) for file in (f"real_{name}", other)
+    )
+    changed = {re.split(r"[:\[]", line)[0] for line in configs.differences(own, compared)} - {"run.dir"}
+    assert {key for key in changed if not any(f"{key}.".startswith(f"{part}.") for part in allowed)} == set()
+    assert all(any(f"{key}.".startswith(f"{part}.") for key in changed) for part in allowed)
+
+
+def test_ignorance_in_the_real_world_is_neither_a_refusal_nor_a_fact():
+    """So that the judge calls such an answer irrelevant, whatever was asked."""
+    recipe = configs.load(inputs.KINDS["countries"].sets["prepared_idk"], [], PrepareRecipe)
+    assert recipe.idk
+    answers = recipe.ignorance or IGNORANT
+    assert [answer for answer in answers if is_refusal(answer)] == []
+    assert [answer for answer in answers if any(values_in(answer, kind) for kind in KINDS)] == []
+
+
 def test_a_stage_for_a_decoder_of_another_depth_trains_layers_that_it_has():
     file, _ = demo.REAL.models(full=True)["rmu_diversified"]
     shipped, same, other = (
@@ -92,6 +154,11 @@ def test_a_stage_for_a_decoder_of_another_depth_trains_layers_that_it_has():
     ]
     assert other.objective["layer"] == 1
     assert demo.fitted("npo_diversified", 2) == []
+    methods = configs.load(str(demo.REAL.sweep), [], SweepRecipe).methods
+    loaded = {name: configs.load(own.recipe, [], TrainRecipe) for name, own in methods.items()}
+    assert {name for name in methods if demo.fitted(name, 2)} == {
+        n for n, r in loaded.items() if "layer" in r.objective
+    }
 
 
 @pytest.mark.parametrize(("kind", "file"), FILES, ids=[f"{kind}/{file.name}" for kind, file in FILES])
