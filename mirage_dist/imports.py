@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """A block that imports PyTorch, transformers and DeepSpeed: its objects are modules, which stay.
+    """A block that imports PyTorch, transformers and DeepSpeed, and little else: its objects are modules, which stay.
 
     Python's collector would look at all of them again each time that their number has grown by a quarter, a sixth of a
     start's processor time. It is off within the block, and as it was behind it.

@@ -131,14 +131,15 @@ def train(parsed: argparse.Namespace) -> None:
         configs.load(parsed.config, parsed.overrides, TrainRecipe)  # a typo is an error before any process starts
         launching.replace(parsed.ranks, parsed.config, parsed.overrides)
     signals.install()
-    with signals.start_up(), loading():
+    with signals.start_up():
         recipe = configs.load(parsed.config, parsed.overrides, TrainRecipe)
         if not (parsed.check or parsed.check_recipe):
             check_rendezvous()
-        from mirage_dist import inputs
-        from mirage_dist.train.planning import check
+        with loading():
+            from mirage_dist import inputs
+            from mirage_dist.train.planning import check
 
-        checked = check.check_recipe(recipe, parsed.ranks or place()[2])
+            checked = check.check_recipe(recipe, parsed.ranks or place()[2])
         if parsed.check_recipe:
             count = f"{checked.ranks} process{'es' if checked.ranks > 1 else ''}"
             show(
@@ -152,8 +153,9 @@ def train(parsed: argparse.Namespace) -> None:
             else:
                 show(f"{parsed.config}: recipe and DeepSpeed JSON are in order; the world is made at the start")
             return
-        from mirage_dist.train import run
-        from mirage_dist.train.dry_run import run as dry
+        with loading():
+            from mirage_dist.train import run
+            from mirage_dist.train.dry_run import run as dry
 
         inputs.make(recipe)
     (dry.dry_run if recipe.train.dry_run else run.train)(checked)

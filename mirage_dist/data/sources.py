@@ -147,6 +147,13 @@ def read_all(
     return combined(read(config, check_images, refusals, answered) for config in configs)
 
 
+def distinct(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples of several files as those of one: no exact repeats, and ids of their own (see `Source.renamed`)."""
+    first = {replace(sample, source=""): sample for sample in reversed(samples)}
+    once = [sample for sample in samples if first[replace(sample, source="")] is sample]
+    return [sample for _, sample in _without_duplicates(list(enumerate(once)), Source([]))]
+
+
 def combined(parts: Iterable[Source]) -> Source:
     """Several sources as one, in order, their counts added."""
     total = Source([])

@@ -108,8 +108,8 @@ class Relearning(ErasureTest):
     ) -> RelearningRun:
         """Train on `samples` and evaluate the questions at every checkpoint."""
         contents = dict(zip(setting.forget.samples, setting.forget.labels(self.label), strict=True))
-        relearned = {contents[sample] for sample in samples}
-        parts = [replace(s, category=RELEARNED if contents[s] in relearned else OTHER) for s in questions]
+        relearned, holds = {contents[sample] for sample in samples}, setting.forget.carried(samples, self.label)
+        parts = [replace(s, category=RELEARNED if holds(s) else OTHER) for s in questions]
         sets = {SET: EvalSetConfig("unsafe", [setting.questions(f"{name}/questions", parts)])}
         source, folder = setting.questions(f"{name}/samples", samples), setting.folder / name / "run"
         setting.log(f"{len(samples)} samples, {self.steps} steps")

@@ -14,6 +14,7 @@ from mirage_dist.data import formats, sources
 from mirage_dist.data.encoding.collate import Encoder
 from mirage_dist.data.formats.samples import lines_of
 from mirage_dist.data.sample import Sample
+from mirage_dist.erasure import forgetting
 from mirage_dist.evals import runner
 from mirage_dist.evals.models import subject
 from mirage_dist.evals.models.hf import encoder
@@ -41,6 +42,22 @@ class Forget:
     pattern: str | None
     without: int
 
+    def carried(self, taught: Sequence[Sample], label: Literal["answer", "category"]) -> Callable[[Sample], bool]:
+        """Whether what a model is taught by some of the samples may hold the content of a sample.
+
+        It does where one of them has the same label, or where its answer, of which `contents` is a part only, states
+        the content; case and punctuation do not count. Another wording of a whole answer is another content.
+        """
+        own = dict(zip(self.samples, zip(self.labels(label), self.contents, strict=True), strict=True))
+        labels = {forgetting.key(own[sample][0]) for sample in taught}
+        answers = {f" {forgetting.key(sample.answer)} " for sample in taught}
+
+        def holds(sample: Sample) -> bool:
+            name, content = map(forgetting.key, own[sample])
+            return name in labels or any(f" {content} " in answer for answer in answers)
+
+        return holds
+
     def labels(self, label: Literal["answer", "category", "safe"]) -> list[str]:
         """For each sample its content (answer), or its own field."""
         return self.contents if label == "answer" else [str(getattr(sample, label)) for sample in self.samples]
@@ -53,8 +70,14 @@ class Forget:
 
 
 def forget(configs: Sequence[SourceConfig], pattern: str | None, seed: int) -> Forget:
-    """Read the forget samples; those of one picture are adjacent. Raises ConfigError for bad data."""
-    samples = sorted(sources.read_all(configs).samples, key=lambda s: (_hash(group(s), seed), s.id))
+    """Read the forget samples, each once, with ids of their own; those of one picture are adjacent.
+
+    Raises ConfigError for bad data.
+    """
+    read = sources.read_all(configs).samples
+    if twice := len(read) - len(unique := sources.distinct(read)):
+        log.info(f"erasure.forget: {twice} samples are in several of its files, and count once")
+    samples = sorted(unique, key=lambda s: (_hash(group(s), seed), s.id))
     contents = [content(sample.answer, pattern) for sample in samples]
     kept = [(s, c) for s, c in zip(samples, contents, strict=True) if c is not None]
     return Forget([s for s, _ in kept], [c for _, c in kept], pattern, len(samples) - len(kept))

@@ -27,7 +27,7 @@ from mirage_dist.evals.attacks.rewrites import sample_key
 from mirage_dist.evals.results import CLEAN, Condition, Leaf, SuiteResult
 from mirage_dist.evals.sharing.files import suite_dir
 from mirage_dist.model.families.pixels import Inexact, Preprocessing
-from mirage_dist.schema import ConfigError, EvalRecipe, EvalSetConfig
+from mirage_dist.schema import ConfigError, EvalRecipe, EvalSetConfig, RunError
 from mirage_dist.schema.numbers import Count, SomeShare
 
 PERTURBED, NOISE = "perturbed", "noise"  # attacks
@@ -91,7 +91,9 @@ class UniversalPerturbation(Perturbation, ErasureTest):
                 "or erasure.universal.questions, or raise erasure.universal.content_share"
             )
         fit = Universal(**self.options).chosen(pool, sample_key)
-        parts = Parts(fit, questions, pictured, len(with_picture) - len(pictured))
+        holds = forget.carried(fit, self.label)
+        known = {sample: (FITTED if holds(sample) else HELD_OUT, pictured[sample]) for sample in [*fit, *questions]}
+        parts = Parts(fit, questions, known, len(with_picture) - len(pictured))
         if not parts.contents(HELD_OUT):
             raise ConfigError(
                 f"erasure.universal: the fit has the contents of all {len(questions)} questions, so that nothing "
@@ -117,13 +119,17 @@ class UniversalPerturbation(Perturbation, ErasureTest):
         folder = suite_dir(replace(setting.recipe, suite=f"{setting.suite}/asked"))
         (file,) = (folder / "rewrites").glob(f"{SET}-{PERTURBED}-*.jsonl")
         journal = Journal(file).refresh()
+        if not journal.results:
+            raise RunError(
+                f"{file}: no question has a picture that can carry the perturbation; the file says why for each"
+            )
         search = next(iter(journal.results.values()))
         return {
             "epsilon": self.epsilon,
             "steps": self.steps,
             "fit": {
                 "samples": len(parts.fit),
-                "contents": len(parts.learned),
+                "contents": len({parts.known[sample] for sample in parts.fit}),
                 "clean": search["clean"],
                 "loss": search["loss"],
             },
@@ -138,18 +144,14 @@ class UniversalPerturbation(Perturbation, ErasureTest):
 class Parts:
     """The samples of the fit, and the questions.
 
-    known: what the content of each sample is compared by. left_out: number of samples with pictures on neither side.
+    known: of each its part, and what its content is compared by. left_out: number of samples with pictures on neither
+    side.
     """
 
     fit: list[Sample]
     questions: list[Sample]
-    known: Mapping[Sample, str]
+    known: Mapping[Sample, tuple[str, str]]
     left_out: int
-
-    @property
-    def learned(self) -> set[str]:
-        """The contents of the fit."""
-        return {self.known[sample] for sample in self.fit}
 
     @property
     def digest(self) -> str:
@@ -158,13 +160,14 @@ class Parts:
 
     def contents(self, part: str) -> list[str]:
         """The distinct contents of the questions of a part."""
-        learned, own = self.learned, dict.fromkeys(self.known[sample] for sample in self.questions)
-        return [name for name in own if (name in learned) == (part == FITTED)]
+        return list(dict.fromkeys(own for of, own in map(self.known.__getitem__, self.questions) if of == part))
 
     def categories(self) -> list[str]:
         """Of each question its part, and its content as a number: a content may be any text."""
         numbered = {
-            name: f"{part}/{number}" for part in (HELD_OUT, FITTED) for number, name in enumerate(self.contents(part))
+            (part, name): f"{part}/{number}"
+            for part in (HELD_OUT, FITTED)
+            for number, name in enumerate(self.contents(part))
         }
         return [numbered[self.known[sample]] for sample in self.questions]
 

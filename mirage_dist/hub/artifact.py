@@ -36,8 +36,8 @@ def add(run: Path, out: Path, step: int | None, form: Form, name: str, base: str
     monitor, manifest = runs.recipe(run).monitor, runs.manifest(run)
     if monitor.wandb == "off" or manifest is None:
         raise ConfigError(
-            f"{option}: {run} did not log to W&B (monitor.wandb: off), and an artifact belongs to a run there; share "
-            "the export with --push OWNER/NAME, or train with monitor.wandb=online or offline"
+            f"{option}: {run / 'config.yaml'}, as the first start wrote it, has monitor.wandb: off, and an artifact "
+            "belongs to a run of W&B; share the export with --push OWNER/NAME"
         )
     base = folder.base_name(run, form, base, option)
     head = folder.written(run, out, step, form, base)

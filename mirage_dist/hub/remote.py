@@ -195,7 +195,9 @@ def contents(folder: Path) -> list[str]:
     for file in sorted(folder.rglob("*")):
         inner = file.relative_to(folder)
         if file.is_symlink() or inner.name.startswith("."):
-            raise ConfigError(f"{file}: is no file of an export (a link or a hidden file); remove it, then push again")
+            raise ConfigError(
+                f"{file}: is no file of an export (a link or a hidden file); remove it, then give the command again"
+            )
         if file.is_file():
             paths.append(inner.as_posix())
     return paths

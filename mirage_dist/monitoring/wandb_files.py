@@ -38,9 +38,7 @@ def held(folder: Path, identity: str) -> Held:
         result.step = state.read("held", _note(folder, identity))["step"]
     for file in offline_files(folder, identity):
         for record in records(file):
-            if record.WhichOneof("record_type") != "history":
-                continue
-            values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            values = _values(record)
             if OF_TRAINING in values:
                 result.step = max(result.step, record.history.step.num)
             if "eval/step" in values:
@@ -64,9 +62,13 @@ def artifacts(folder: Path, identity: str) -> set[tuple[str, str]]:
 
 
 def mark_sent(folder: Path, identity: str) -> None:
-    """Make `wandb sync` pass the offline files over: W&B gets their steps another way."""
+    """Make `wandb sync` pass over the offline files of training: W&B gets their steps another way.
+
+    Those of evaluations and exports hold no step, and what they hold comes from nowhere else.
+    """
     for file in offline_files(folder, identity):
-        file.with_name(f"{file.name}.synced").touch()
+        if any(OF_TRAINING in _values(record) for record in records(file)):
+            file.with_name(f"{file.name}.synced").touch()
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -92,6 +94,13 @@ def records(file: Path) -> Iterator[Any]:
                 return
             yield record
             parts = b""
+
+
+def _values(record: Any) -> dict[str, str]:
+    """Name -> JSON text of the values that a record logs; none of a record of another kind."""
+    if record.WhichOneof("record_type") != "history":
+        return {}
+    return {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
 
 
 def _note(folder: Path, identity: str) -> Path:

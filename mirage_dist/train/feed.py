@@ -246,7 +246,7 @@ class Feed:
         workers = self.recipe.data.workers if len(chunks) > 2 else 0
         with closing(made(measure, chunks[1:], workers)) as rest:
             parts += [np.asarray(part) for part in rest]
-        return np.concatenate(parts) if parts else np.empty((0, 2), np.int32)
+        return np.concatenate(parts) if parts else np.empty((0, 3), np.int32)
 
     def _take_lengths(self, whole: Mapping[str, NDArray[np.int32]]) -> None:
         """whole: see `measured`."""

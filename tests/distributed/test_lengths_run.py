@@ -47,9 +47,14 @@ def test_by_default_the_run_ends_before_the_model_loads_and_names_the_sample(run
     assert not (folder / "metrics.jsonl").exists()
 
 
-def test_with_truncate_answers_are_cut_logged_and_counted_by_step(run):
-    done, folder = run("truncate", "data.on_long=truncate")
+def test_with_truncate_answers_are_cut_logged_and_counted_by_step(run, toy, tmp_path):
+    """With one held-out sample too, which leaves the second rank without a share to measure."""
+    one = (toy.root / "retain.jsonl").read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(f"{one}\n")
+    held_out = f"data.streams.validation=[{{format: samples, path: {tmp_path}/one.jsonl}}]"
+    done, folder = run("truncate", "data.on_long=truncate", held_out)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert metrics(folder)[-1]["validation"]["loss"] > 0
     assert "2 answers are longer than data.max_length=64 and will be cut" in done.stdout
     seen = [stream.batch(21, "forget", len(run.samples), step, BATCH).tolist() for step in range(STEPS)]
     expected = [sum(index in LONG for index in indices) for indices in seen]

@@ -7,13 +7,14 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from trained_runs import made_run
 
-from mirage_dist import disk
+from mirage_dist import disk, runs
 from mirage_dist.cli import main
-from mirage_dist.monitoring import wandb_files
+from mirage_dist.monitoring import wandb_files, wandb_run
 
 OFFLINE = "monitor.wandb=offline"
 
@@ -57,7 +58,7 @@ def test_the_runs_own_wandb_run_records_every_file_by_place_and_checksum(logged,
     ("own", "words", "message"),
     [
         ([OFFLINE], ["--artifact", "gadget npo"], "--artifact gadget npo: expected 1 to 128 letters"),
-        ([], ["--artifact", "npo"], "did not log to W&B (monitor.wandb: off)"),
+        ([], ["--artifact", "npo"], "as the first start wrote it, has monitor.wandb: off"),
         ([OFFLINE], ["--artifact", "npo", "--push", "lab/npo"], "--push and --artifact: give one"),
         (
             [OFFLINE, "model.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [decoder]}"],
@@ -98,3 +99,23 @@ def test_a_disk_without_room_for_the_record_is_a_failure(logged, tmp_path):
     assert done.returncode == 1
     assert "--artifact other: W&B did not take" in done.stderr
     assert "other" not in {artifact.name for artifact in recorded(logged)}
+
+
+def test_training_that_goes_online_leaves_what_exports_and_evaluations_recorded_to_be_sent(toy, tmp_path):
+    """Its own offline steps reach W&B from metrics.jsonl; an artifact, or an evaluation's rates, from nowhere else."""
+    run = made_run(toy, tmp_path / "run", OFFLINE)
+    monitor = runs.recipe(run).monitor
+    for evaluation in (False, True):
+        own = wandb_run.options(monitor, str(run), "4dtw7a0c", evaluation)
+        sink = wandb_run.WandbRun({**own, "say": lambda **_: None})
+        sink.open()
+        if evaluation:
+            sink.summary({"eval/demo/asr": 0.5})
+        else:
+            sink.write(1, {wandb_files.OF_TRAINING: 7.0})
+        sink.close("finished")
+        time.sleep(1.1)  # W&B names a folder by the second
+    assert main(["export", str(run), str(tmp_path / "out"), "--artifact", "npo"]) == 0
+    wandb_files.mark_sent(run / "wandb", "4dtw7a0c")
+    files = wandb_files.offline_files(run / "wandb", "4dtw7a0c")
+    assert [file.with_name(f"{file.name}.synced").exists() for file in files] == [True, False, False]

@@ -253,6 +253,22 @@ def test_many_models_have_a_table_for_each_part_of_the_columns(many):
     assert f"Table 2 of {long.count(chr(92) + 'begin{table}')}." in long
 
 
+def test_the_seeds_behind_a_name_and_a_long_caption_count_as_lines_of_the_page(many):
+    """Names of twelve letters have two lines each, and with ", 3 seeds" three; a caption of 800 letters has ten."""
+    one = read(dict(list(many[0].items())[:1]))
+    methods = {f"llava-npo-{i:02}": {"runs": [f"r{i}"], "seeds": [0, 1, 2], "rates": {}} for i in range(18)}
+
+    def tables(methods, cautions):
+        names = [f"r{i}" if methods else f"llava-npo-{i:02}" for i in range(18)]
+        summary = {"models": dict.fromkeys(names, one[0].entry), "methods": methods, "suite": "demo",
+                   "defences": [], "problems": [], "cautions": cautions}  # fmt: skip
+        runs = [replace(one[0], name=name) for name in names]
+        return latex.table(runs, typing.cast(Summary, summary)).count(r"\begin{table}")
+
+    assert tables({}, []) < tables(methods, [])
+    assert tables({}, []) < tables({}, ["x" * 800])
+
+
 # -------------------------------------------------------------------------------------------------------------- PDF
 
 

@@ -39,7 +39,7 @@ def unwritable(tokens: Tokens, stream: str, samples: Sequence[Sample], unknown: 
     if count := int((unknown > 0).sum()):
         yield (
             f"data.streams.{stream}: the tokenizer has no token for a part of {count} of {len(unknown)} answers and "
-            f"writes {tokens.tokenizer.unk_token} in its place, which the model would learn to answer; most of it in "
+            f"writes {tokens.tokenizer.unk_token} in its place, so that the model is trained on that; most of it in "
             f"{called(samples[int(np.argmax(unknown))])}. Write these answers in characters that it has, or train a "
             "model whose tokenizer has them"
         )

@@ -22,6 +22,7 @@ from mirage_dist.report.summary import Summary
 FILE = "table.tex"
 # Rates side by side, and lines below each other: LaTeX's article has 345 pt for rates and names, and 550 pt of height.
 BESIDE, BELOW, HEAD = 5, 44, 4  # of these lines, those of a table's head
+ACROSS = 80  # letters of a line of the caption
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -74,21 +75,26 @@ def table(runs: Sequence[Run], summary: Summary) -> str:
     over seeds, and the lowest and the highest.
     """
     own = {run.name: run for run in runs}
-    parts, pages = _beside(list(_columns(runs))), _below(folded(list(summary["models"]), summary["methods"]))
+    shown = {
+        name: name if (method := summary["methods"].get(name)) is None else f"{name}, {len(method['seeds'])} seeds"
+        for name in folded(list(summary["models"]), summary["methods"])
+    }
+    room = BELOW - math.ceil(len(_caption(summary)) / ACROSS)
+    parts, pages = _beside(list(_columns(runs))), _below(shown, room)
     blocks = [(columns, names) for columns in parts for names in pages]
-    together = max(1, BELOW // (HEAD + sum(map(_height, pages[0])))) if len(pages) == 1 else 1
+    together = max(1, room // (HEAD + sum(_height(shown[name]) for name in pages[0]))) if len(pages) == 1 else 1
     tables = [blocks[start : start + together] for start in range(0, len(blocks), together)]
     lines = ["% made by mirage report; needs \\usepackage{booktabs}"]
-    for number, shown in enumerate(tables, 1):
+    for number, own_blocks in enumerate(tables, 1):
         count = f" Table {number} of {len(tables)}." if len(tables) > 1 else ""
         lines += ["\\begin{table}", "\\centering", "\\small", "\\setlength{\\tabcolsep}{2pt}"]
         lines += [f"\\caption{{{escape(_caption(summary) + count)}}}"]
-        for place, (columns, names) in enumerate(shown):
+        for place, (columns, names) in enumerate(own_blocks):
             widths = f"p{{0.2\\linewidth}}@{{\\extracolsep{{\\fill}}}}{'r' * len(columns)}"
             lines += ["", "\\medskip"] if place else []
             lines += [f"\\begin{{tabular*}}{{\\linewidth}}{{{widths}}}", "\\toprule", *_head(columns), "\\midrule"]
             for name in names:
-                lines += _lines(name, columns, own, summary["methods"].get(name))
+                lines += _lines(shown[name], columns, own.get(name), summary["methods"].get(name))
             lines += ["\\bottomrule", "\\end{tabular*}"]
         lines.append("\\end{table}")
     return "\n".join(lines) + "\n"
@@ -99,21 +105,20 @@ def _height(name: str) -> int:
     return max(2, 1 + math.ceil(len(name) / 12))
 
 
-def _below(names: Sequence[str]) -> list[list[str]]:
-    """Names in order, as many together as have room on a page."""
+def _below(shown: Mapping[str, str], room: int) -> list[list[str]]:
+    """Names in order, as many together as have room on a page. shown: name -> the text that is set."""
     pages: list[list[str]] = [[]]
-    for name in names:
-        if pages[-1] and HEAD + sum(map(_height, [*pages[-1], name])) > BELOW:
+    for name in shown:
+        if pages[-1] and HEAD + sum(_height(shown[own]) for own in [*pages[-1], name]) > room:
             pages.append([])
         pages[-1].append(name)
     return pages
 
 
-def _lines(name: str, columns: Sequence[_Column], runs: Mapping[str, Run], method: Method | None) -> Iterator[str]:
-    """A model's or method's two lines."""
-    cells = [_leaf(runs[name], column) if method is None else _of(method, column) for column in columns]
-    seeds = f", {len(method['seeds'])} seeds" if method else ""
-    yield _row([f"\\raggedright {_breakable(name + seeds)}", *(rate for rate, _ in cells)])
+def _lines(shown: str, columns: Sequence[_Column], run: Run | None, method: Method | None) -> Iterator[str]:
+    """The two lines of a model or, with several seeds, of a method."""
+    cells = [_of(method, column) if method is not None else _leaf(run, column) for column in columns]
+    yield _row([f"\\raggedright {_breakable(shown)}", *(rate for rate, _ in cells)])
     yield _row(["", *(span for _, span in cells)])
 
 
@@ -170,8 +175,8 @@ def _caption(summary: Summary) -> str:
     return " ".join([words, *summary["cautions"], *summary["problems"]])
 
 
-def _leaf(run: Run, column: _Column) -> tuple[str, str]:
-    leaf = run.rates(column.measure).get(column.condition)
+def _leaf(run: Run | None, column: _Column) -> tuple[str, str]:
+    leaf = None if run is None else run.rates(column.measure).get(column.condition)
     return ("--", "") if leaf is None else (f"{100 * leaf['rate']:.1f}", _interval(*leaf["ci95"]))
 
 

@@ -316,17 +316,50 @@ def test_contents_that_differ_in_case_or_punctuation_are_one(planted, preprocess
     assert len(set(loud.contents)) > len(set(forget.contents)) == CONTENTS
     parts, same = (test.split(own, 0, preprocessing) for own in (forget, loud))
     assert len(set(parts.known.values())) == len(set(same.known.values())) == CONTENTS
-    assert not same.learned & set(same.contents(HELD_OUT))
+    assert not {same.known[s][1] for s in same.fit} & set(same.contents(HELD_OUT))
+
+
+@pytest.mark.parametrize("label", ["answer", "category"])
+def test_a_content_that_the_answers_of_the_fit_state_beside_their_own_is_no_held_out_one(planted, preprocessing, label):
+    """The pattern matches one content an answer; the target is the whole answer."""
+    forget = forgotten(planted)
+    numbers = {own: number for number, own in enumerate(dict.fromkeys(forget.contents))}
+    samples = [replace(s, category=str(numbers[own])) for s, own in zip(forget.samples, forget.contents, strict=True)]
+    test = configs.build(UniversalPerturbation, {**OPTIONS, "train": 3, "label": label}, "recipe", "")
+    plain = test.split(replace(forget, samples=samples), 0, preprocessing)
+    (held, *_) = plain.contents(HELD_OUT)
+    stated = next(own for own, number in numbers.items() if held in (settings.forgetting.key(own), str(number)))
+    others = (own != stated for own in forget.contents)  # any of them may be drawn for the fit
+    both = [
+        replace(s, answer=f"{s.answer} , not {stated.upper()} .") if o else s
+        for s, o in zip(samples, others, strict=True)
+    ]
+    parts = test.split(replace(forget, samples=both), 0, preprocessing)
+    assert held not in {parts.known[s][1] for s in parts.fit}
+    assert held not in parts.contents(HELD_OUT)
+    assert held in parts.contents(FITTED)
+    assert parts.contents(HELD_OUT)  # the rest is held out as before
+
+
+def test_files_that_share_samples_or_ids_give_each_sample_once_with_an_id_of_its_own(planted, tmp_path):
+    forget = forgotten(planted)
+    again = [replace(s, question=f"{s.question} please") for s in forget.samples[:3]]
+    write_samples(tmp_path / "more.jsonl", [*forget.samples, *again])
+    files = [formats.source(**named(file)) for file in (planted.forget, tmp_path / "more.jsonl")]
+    both = settings.forget(files, "(?<=is ).+", 0)
+    assert len(both.samples) == len(forget.samples) + 3
+    assert len({sample.id for sample in both.samples}) == len(both.samples)
+    assert forget.digest == settings.forget([files[0], files[0]], "(?<=is ).+", 0).digest
 
 
 def test_a_picture_under_two_names_is_on_one_side(planted, preprocessing, tmp_path):
     test, forget = configs.build(UniversalPerturbation, {**OPTIONS, "train": 1}, "recipe", ""), forgotten(planted)
     parts = test.split(forget, 0, preprocessing)
-    learned = next(s for s in parts.questions if parts.known[s] in parts.learned)
+    learned = next(s for s in parts.questions if parts.known[s][0] == FITTED)
     shutil.copy(str(learned.image), tmp_path / "copy.png")
     copies = [replace(learned, id=f"again-{number}", image=str(tmp_path / "copy.png")) for number in range(50)]
     more = replace(
-        forget, samples=[*forget.samples, *copies], contents=[*forget.contents, *[parts.known[learned]] * 50]
+        forget, samples=[*forget.samples, *copies], contents=[*forget.contents, *[parts.known[learned][1]] * 50]
     )
     assert test.split(more, 0, preprocessing).fit == parts.fit  # not one of the fifty
 
