@@ -188,7 +188,8 @@ def test_the_step_with_a_planted_sample_stands_out_and_the_sample_is_named_on_th
         assert all(len(spike["samples"]["train"]) == 4 for spike in spikes.values())
         step = min(spikes)
         assert re.search(rf"WARNING: sft: step {step}: .*stands out of the steps before it", outputs[name])
-        assert "planted" not in outputs[name]
+        lines = [line for line in outputs[name].splitlines() if "the tokenizer has no token for" not in line]
+        assert not [line for line in lines if "planted" in line]
 
 
 def oracle(folder, held) -> float:
@@ -257,7 +258,9 @@ def test_one_rank_and_two_that_share_the_audit_warn_of_the_same(watched):
         "data.streams.train has hardly a refusal that is recognised: the list of phrases finds 0 in 10"
         in texts["one"][0]
     )
-    assert len(texts["one"]) == 2  # and the held-out samples that are trained on
+    assert "1 of 10 answers and writes <unk>" in texts["one"][-2]  # the planted one, in words of no tokenizer
+    assert "data.streams.validation: the tokenizer" in texts["one"][-1]
+    assert len(texts["one"]) == 4  # and the held-out samples that are trained on
 
 
 def test_retention_keeps_the_checkpoint_with_the_least_held_out_loss(watched):

@@ -59,7 +59,8 @@ for job in jobs:
     checked = check.check_recipe(recipe, group.size)
     streams = check.check_inputs(checked)
     built = engine.build(recipe, checked.deepspeed, group)
-    assert "torch._inductor.select_algorithm" not in sys.modules, "a start loads the compiler, which takes 2 s"
+    if "bitsandbytes" not in sys.modules:  # which loads the compiler itself
+        assert "torch._inductor.select_algorithm" not in sys.modules, "a start loads the compiler, which takes 2 s"
     source = feed.Feed(recipe, checked.needs, streams, load.processor(recipe.model))
     held = lease.Lease(folder, Owner("test"))
     run = context.Run(recipe, group, checked.objective, source, built, checked.deepspeed, {}, held)

@@ -66,7 +66,10 @@ def installed(archives, tmp_path_factory):
     environment = tmp_path_factory.mktemp("installed") / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-index", "--no-compile", "--disable-pip-version-check", str(archives[2])], check=True)
+    # With the checkout on its path, pip would take that for the package.
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = ["--no-index", "--no-compile", "--disable-pip-version-check"]
+    subprocess.run([*pip, *options, str(archives[2])], check=True, env=without)
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "zz_libraries.pth").write_text("".join(f"{folder}\n" for folder in site.getsitepackages()))
     return environment
