@@ -258,9 +258,9 @@ def test_one_rank_and_two_that_share_the_audit_warn_of_the_same(watched):
         "data.streams.train has hardly a refusal that is recognised: the list of phrases finds 0 in 10"
         in texts["one"][0]
     )
-    assert "1 of 10 answers and writes <unk>" in texts["one"][-2]  # the planted one, in words of no tokenizer
-    assert "data.streams.validation: the tokenizer" in texts["one"][-1]
-    assert len(texts["one"]) == 4  # and the held-out samples that are trained on
+    # And of the planted sample, whose words no tokenizer has, in both streams, and of held-out samples that are trained on.
+    assert sum("writes <unk> in its place" in text for text in texts["one"]) == 2
+    assert len(texts["one"]) == 4
 
 
 def test_retention_keeps_the_checkpoint_with_the_least_held_out_loss(watched):
