@@ -258,7 +258,7 @@ def test_one_rank_and_two_that_share_the_audit_warn_of_the_same(watched):
         "data.streams.train has hardly a refusal that is recognised: the list of phrases finds 0 in 10"
         in texts["one"][0]
     )
-    # And of the planted sample, whose words no tokenizer has, in both streams, and of held-out samples that are trained on.
+    # Of the planted sample, whose words no tokenizer has, in both streams, and of held-out samples that are trained on.
     assert sum("writes <unk> in its place" in text for text in texts["one"]) == 2
     assert len(texts["one"]) == 4
 
