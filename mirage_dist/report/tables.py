@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html import escape
+from typing import TypeVar
 
 from mirage_dist.evals.results import Condition, Leaf, PairAgreement, of_set
 from mirage_dist.report import load, text
@@ -12,6 +13,9 @@ from mirage_dist.report.figures.style import SLOTS, slots
 from mirage_dist.report.load import HELD_OUT, Run
 from mirage_dist.report.methods import Spread
 from mirage_dist.report.summary import Summary
+
+MISSING = "–"  # the cell of a model without such a result
+T = TypeVar("T")
 
 # The columns of the main table: title, measure, kind of the attacked set (None: clean only). Right answers stand beside
 # refusals of the same questions: a model that forgot the answer refuses nothing.
@@ -207,6 +211,22 @@ def framed(kind: str, head: str, body: str) -> str:
         f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def groups(
+    rows: Iterable[tuple[str, str, Callable[[T], str]]], measured: Mapping[str, T]
+) -> list[tuple[str, str, list[str]]]:
+    """Title of the group, label of the row and each model's cell. A row that no model has is left out.
+
+    rows: title, label, and the cell of one model's result.
+    """
+    every = ((title, label, [cell(own) for own in measured.values()]) for title, label, cell in rows)
+    return [row for row in every if set(row[2]) - {MISSING}]
+
+
+def titled(grouped: Iterable[tuple[str, str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Title of the row, and each model's cell, of `groups`."""
+    return [(f"{title}: {label}" if title else label, cells) for title, label, cells in grouped]
 
 
 def by_model(runs: Sequence[Run], names: Collection[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mirage_dist.report import tables, text
 from mirage_dist.report.load import Run
+from mirage_dist.report.tables import MISSING
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import (
@@ -25,7 +26,6 @@ NOTE = (
     "are as likely as in one that never knew, and retained ones stay as they were. Membership is of the forgotten "
     "answers against unseen ones."
 )
-MISSING = "–"
 SETS = {"forget": "forgotten answers", "retain": "retained answers", "unseen": "unseen answers"}
 NEVER = "model that never knew"  # on the forgotten answers
 # Key of `Measures` -> title. The truth ratio is no share.
@@ -92,13 +92,12 @@ def _groups(measured: Mapping[str, ForgettingResult], value: Callable[[Forgettin
 
 def rows(measured: Mapping[str, ForgettingResult]) -> list[tuple[str, list[str]]]:
     """Title of the row, and each model's cell. A row that no model has is left out."""
-    return [(f"{title}: {label}" if title else label, cells) for title, label, cells in groups(measured)]
+    return tables.titled(groups(measured))
 
 
 def groups(measured: Mapping[str, ForgettingResult]) -> list[tuple[str, str, list[str]]]:
     """Title of the measure, label of the row and each model's cell. A row that no model has is left out."""
-    every = ((title, label, [cell(own) for own in measured.values()]) for title, label, cell in _rows())
-    return [row for row in every if set(row[2]) - {MISSING}]
+    return tables.groups(_rows(), measured)
 
 
 def html(runs: Sequence[Run]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mirage_dist.report import tables
 from mirage_dist.report.load import Run
+from mirage_dist.report.tables import MISSING
 
 if TYPE_CHECKING:
     from mirage_dist.erasure.results import UniversalResult
@@ -25,7 +26,6 @@ FIGURE = (
     "Attack success, in percent, on contents that the perturbation was not fitted on: without it, with random noise of "
     "its size, and with it. What returns here, beyond noise and beyond a model that never knew, had been hidden.",
 )
-MISSING = "–"
 PARTS: dict[Literal["held_out", "fitted"], str] = {
     "held_out": "Contents not in the fit",
     "fitted": "Contents of the fit",
@@ -45,13 +45,12 @@ def results(runs: Sequence[Run]) -> dict[str, UniversalResult]:
 
 def rows(measured: Mapping[str, UniversalResult]) -> list[tuple[str, list[str]]]:
     """Title of the row, and each model's cell."""
-    return [(f"{title}: {label}", cells) for title, label, cells in groups(measured)]
+    return tables.titled(groups(measured))
 
 
 def groups(measured: Mapping[str, UniversalResult]) -> list[tuple[str, str, list[str]]]:
     """Title of the group, label of the row and each model's cell. A row of samples left out is there if any were."""
-    every = ((title, label, [cell(own) for own in measured.values()]) for title, label, cell in _rows())
-    return [row for row in every if set(row[2]) - {MISSING}]
+    return tables.groups(_rows(), measured)
 
 
 def html(runs: Sequence[Run]) -> str:
