@@ -49,11 +49,12 @@ class Missing(Exception):
 
 @dataclass
 class Setting:
-    """size: of SIZES. place: the folder of models, data and runs."""
+    """size: of SIZES. place: the folder of models, data and runs. deepspeed: the JSON of parts that time a step."""
 
     size: Size
     device: str
     place: Path
+    deepspeed: str | None = None
 
     @property
     def tiny(self) -> bool:
@@ -93,7 +94,7 @@ def measured(setting: Setting, size: Size, case: str, lora: bool) -> dict[str, A
     for left in place.glob("job-*"):  # what an earlier part's ranks wrote
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     ours = next(version for version in cases(size, lora)[case] if version.plain is None)
-    bench = Bench(size, setting.device, lora, BATCH[size.name], REPEATS[size.name], place)
+    bench = Bench(size, setting.device, lora, BATCH[size.name], REPEATS[size.name], place, setting.deepspeed)
     [own] = bench.measure(case, [ours], 1, profile=False)
     entry: dict[str, Any] = {**asdict(own), "size": size.name, "lora": lora, "parameters": setting.parameters(size)}
     if own.missing is None:
@@ -327,6 +328,7 @@ def main() -> None:
     parser.add_argument("--place", type=Path, default=Path("runs/bench_7b"), help="models, data and runs; it is kept")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu, with --tiny the place")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at a tiny size")
+    parser.add_argument("--deepspeed", help="a DeepSpeed JSON for the parts that time a step; default: bench_step.py's")
     parsed = parser.parse_args()
     if parsed.list or parsed.part is None:
         print("\n".join(PARTS))
@@ -337,7 +339,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise SystemExit("bench_7b.py needs a GPU; --tiny runs every part on a CPU")
     place = parsed.place.absolute()
-    setting = Setting(SIZES["tiny" if parsed.tiny else "7b"], "cpu" if parsed.tiny else "cuda", place)
+    setting = Setting(SIZES["tiny" if parsed.tiny else "7b"], "cpu" if parsed.tiny else "cuda", place, parsed.deepspeed)
     out = parsed.out or (place if parsed.tiny else RESULTS / "gpu")
     file = out / f"{parsed.part}.json"
     if file.is_file():

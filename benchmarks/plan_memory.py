@@ -189,10 +189,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="default: 1 2, on a GPU 1")
     parser.add_argument("--batch", type=int, default=4, help="rows of each stream in a micro-batch")
     parser.add_argument("--only", help="only cases whose words contain this")
+    parser.add_argument("--out", metavar="NAME", help="results/NAME.json; default: plan_memory_DEVICE (--only: none)")
     parser.add_argument("--parts", action="store_true", help="print the predicted parts of every case")
     parsed = parser.parse_args()
     cpu = parsed.device == "cpu"
     parsed.ranks = parsed.ranks or ([1, 2] if cpu else [1])
+    name = parsed.out or (f"plan_memory_{parsed.device}" if parsed.only is None else None)
     sizes = parsed.sizes or (["20m", "58m", "167m"] if cpu else ["7b_quarter"])
     result = common.record(parsed.device, ("torch", "transformers", "deepspeed", "peft"), sys.argv[1:], threads=1)
     result |= {"batch": parsed.batch, "bucket_elements": BUCKET, "sizes": {s: asdict(MODELS[s]) for s in sizes}}
@@ -204,8 +206,8 @@ def main() -> None:
         for number, case in enumerate(chosen):
             rows.append(compare(case, parsed, Path(folder), number, jobs, beside))
             result["measured"] = rows
-            if parsed.only is None:
-                common.write(f"plan_memory_{parsed.device}", result)
+            if name:
+                common.write(name, result)
         for job in jobs.values():
             job.close()
     print("\n" + table(rows))
@@ -217,8 +219,8 @@ def main() -> None:
         )
     ]
     result["targets"] = common.say_targets(judged)
-    if parsed.only is None:
-        common.write(f"plan_memory_{parsed.device}", result)
+    if name:
+        common.write(name, result)
 
 
 def compare(

@@ -189,7 +189,9 @@ def plain(recipe: Any, group: Any, algorithm: str) -> Step:
     models = [policy]
     if algorithm != "sft":
         frozen = load.policy(recipe.model, recipe.train.dtype, config, frozen=True).hf
-        own = {k: config[k] for k in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print", "zero_optimization")}
+        own = {k: config[k] for k in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+        if config["zero_optimization"]["stage"] == 3:  # without an optimizer the other stages have nothing to shard
+            own["zero_optimization"] = config["zero_optimization"]
         reference, *_ = deepspeed.initialize(model=frozen, config=own, dist_init_required=False)
         reference.eval()
         models.append(reference)
