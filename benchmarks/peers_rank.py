@@ -93,7 +93,9 @@ class Turns:
         if self.cuda:
             import torch
 
-            return {"peak_mib": torch.cuda.max_memory_allocated() / MIB}
+            from mirage_dist.train.measures import usage
+
+            return {"peak_mib": usage.highest(torch.device("cuda"))[0] / MIB}
         return {"peak_mib": resident("VmHWM") / MIB, "before_mib": self.before / MIB}
 
 

@@ -3,9 +3,9 @@
 python benchmarks/plan_memory.py [--device cpu|cuda] [--sizes 20m 58m 167m] [--ranks 1 2] [--batch 4]
 
 On a CPU: the largest resident memory of a process in its steps (VmHWM) above what it had before the model was there
-and above what the same run takes beside its prediction with a tiny model; malloc gives freed blocks back at once. On a
-GPU: the peak of allocated memory. The first two steps are not measured:
-they make the optimizer's state and ZeRO-3's trace. Predicted is the peak of `setting.parts` at the rows that the steps
+and above what the same run takes beside its prediction with a tiny model; malloc gives freed blocks back at once. The
+first two steps are not measured: they make the optimizer's state and ZeRO-3's trace. On a GPU: the peak of allocated
+memory since the process began. Predicted is the peak of `setting.parts` at the rows that the steps
 have. Prints one line a run and writes results/plan_memory_DEVICE.json.
 """
 
@@ -89,9 +89,8 @@ def predicted(recipe: Any, ranks: int, device: str) -> dict[str, Any]:
 
 def measured(task: Mapping[str, Any]) -> int:
     """This rank's peak in bytes; every rank calls this, in a process of its own."""
-    import torch
-
     from mirage_dist import ranks
+    from mirage_dist.train.measures import usage
     from mirage_dist.train.planning import check
     from mirage_dist.train.run import reference_of
 
@@ -101,8 +100,6 @@ def measured(task: Mapping[str, Any]) -> int:
     checked = check.check_recipe(recipe, group.size)
     data = check.check_batches(checked, check.check_inputs(checked), group)  # processor and data are no training
     before = resident("VmRSS")
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
     run = our_run(recipe, group)
     if not gpu:  # or frozen weights keep the whole file mapped, whose pages count although all others were copied
         for parameter in run.engine.module.parameters():
@@ -111,14 +108,12 @@ def measured(task: Mapping[str, Any]) -> int:
     step = our_step(run, reference_of(run))
     for number in range(UNTIMED):
         step(number)
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
+    if not gpu:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
     for number in range(UNTIMED, UNTIMED + STEPS):
         step(number)
     del data
-    return torch.cuda.max_memory_allocated() if gpu else resident("VmHWM") - before
+    return usage.highest(group.device)[0] if gpu else resident("VmHWM") - before
 
 
 def in_fork(text: str) -> dict[str, Any]:

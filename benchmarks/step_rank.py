@@ -224,6 +224,7 @@ def rank(task: Mapping[str, Any]) -> None:
     import torch
 
     from mirage_dist import ranks
+    from mirage_dist.train.measures import usage
 
     group = ranks.start()
     version = Version(**task["version"])
@@ -241,7 +242,7 @@ def rank(task: Mapping[str, Any]) -> None:
 
     def memory() -> dict[str, Any]:
         keep_blocks(32 * MIB)
-        peak = resident("VmHWM") - state["before"] if cpu(group) else torch.cuda.max_memory_allocated()
+        peak = resident("VmHWM") - state["before"] if cpu(group) else usage.highest(group.device)[0]
         return {"peak_mib": peak / MIB}
 
     def load() -> dict[str, Any]:

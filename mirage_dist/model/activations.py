@@ -65,7 +65,11 @@ def check_layer(backbone: Any, layer: int) -> None:
 
 def is_plain(backbone: Any) -> bool:
     """Whether the decoder's layers may be called one by one (see PLAIN_DECODERS)."""
-    config = decoder(backbone).config
+    return plain(decoder(backbone).config)
+
+
+def plain(config: Any) -> bool:
+    """Whether a text decoder of this configuration is (see `is_plain`)."""
     return config.model_type in PLAIN_DECODERS and len(set(getattr(config, "layer_types", None) or ["one"])) == 1
 
 

@@ -153,7 +153,8 @@ def check_names(
 
 
 def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -> DataConfig:
-    """`data` with `packing` true or false: `auto` is true for models that keep packed sequences apart, and logs which.
+    """`data` with `packing` true or false: `auto` is true for models that keep packed sequences apart, on a GPU where
+    their attention does not compare all of a row's tokens, and logs which.
 
     Loads no weights. Raises ConfigError when `packing` is true for a model that does not, or `cache_vision` for one
     that recorded features cannot serve.
@@ -166,12 +167,15 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
         raise ConfigError(f"data.cache_vision: {reason}; take data.cache_vision out")
     if data.packing is False:
         return data
-    flash = (attention(model, dtype) or "").startswith("flash")
+    implementation = attention(model, dtype)
+    flash = (implementation or "").startswith("flash")
     if encoder.by_row:
         fault = f"{config.model_type} has the pictures of each row apart from its tokens"
     else:
         fault = packing.fault(config, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":
+        if fault is None and not flash and torch.cuda.is_available():
+            fault = packing.costly(config, implementation, DTYPES[dtype])
         reason = f"{config.model_type} keeps packed sequences apart" if fault is None else fault
         log.info(f"data.packing=auto: {'packed' if fault is None else 'padded'}, since {reason}")
     elif fault is not None:

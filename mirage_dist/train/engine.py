@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 from mirage_dist.config import find
 from mirage_dist.data import records
 from mirage_dist.model import load
-from mirage_dist.model.families import packing
+from mirage_dist.model.families import attention, packing
 from mirage_dist.ranks import COLLECTIVE_GRACE, Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.names import shown
@@ -162,7 +162,8 @@ def _wait_as_long(hang_seconds: float) -> None:
 
 
 def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:
-    """The model as a run computes it: packed sequences each by itself, where that is possible."""
+    """The model as a run computes it: with repeatable gradients; packed sequences each by itself, where possible."""
+    attention.make_repeatable()
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen)
     if recipe.data.packing is True:
         packing.attend_apart(policy.backbone)

@@ -37,6 +37,7 @@ RUNS = {
     "npo under ZeRO-2": ("npo", ON_GPU, ("train.micro_batch=8", "deepspeed=configs/deepspeed/zero2.json")),
     "npo offloaded": ("npo", ON_GPU, ("train.micro_batch=8", "deepspeed=configs/deepspeed/zero3_offload.json")),
     "npo in bf16": ("npo", ON_GPU, ("train.micro_batch=8", "train.dtype=bf16")),
+    "npo packed in bf16": ("npo", ON_GPU, ("train.micro_batch=8", "train.dtype=bf16", "data.packing=true")),
     "rmu in bf16": ("rmu", ON_GPU, ("train.micro_batch=8", "train.dtype=bf16")),
     "sft in bf16, checkpointed": (
         "sft",
@@ -79,13 +80,19 @@ def test_losses_do_not_depend_on_how_a_step_is_made(finished, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "exact"), [("npo in bf16", "npo"), ("rmu in bf16", "rmu"), ("sft in bf16, checkpointed", "sft")]
+    ("name", "exact"),
+    [
+        ("npo in bf16", "npo"),
+        ("npo packed in bf16", "npo"),
+        ("rmu in bf16", "rmu"),
+        ("sft in bf16, checkpointed", "sft"),
+    ],
 )
 def test_bf16_stays_near_fp32(finished, name, exact):
     torch.testing.assert_close(losses(finished[name])[:, 0], losses(finished[exact])[:, 0], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize(("name", "killed"), [("npo", True), ("npo in bf16", True), ("rmu in bf16", False)])
+@pytest.mark.parametrize(("name", "killed"), [("npo", True), ("npo packed in bf16", True), ("rmu in bf16", False)])
 def test_a_run_that_was_killed_or_stopped_resumes_bitwise(finished, toy, tmp_path, name, killed):
     recipe, _, own = RUNS[name]
     folder = tmp_path / "run"

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mirage_dist.data.encoding.collate import TOKEN_TYPES, Row
 from mirage_dist.data.encoding.packing import BORDERS, borders, pack
 from mirage_dist.model import activations, vision
-from mirage_dist.model.families import roles, small
+from mirage_dist.model.families import attention, roles, small
 
 # Kinds of layers in which a token meets others by attention alone, which transformers masks.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -48,11 +48,16 @@ def entering(backbone: Any, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any
     if hasattr(backbone, "get_rope_index") and given["position_ids"].ndim == 2:
         given["position_ids"] = _positions(backbone, given, inputs["cu_seq_lens_q"].diff().tolist())
     edges = {name: inputs[name] for name in BORDERS}
+    text, borders_R = roles.decoder(backbone), edges["cu_seq_lens_q"]
+    if text.config._attn_implementation == APART and by_flash(text.config, borders_R.device, text.dtype):
+        # A mask of four dimensions is passed on as it is. transformers would make one of T × T elements, and have the
+        # host wait for the GPU; this one has no element, so that attention that needs a mask fails.
+        edges["attention_mask"] = borders_R.new_empty(1, 1, 0, 0, dtype=torch.bool)
 
     def add(_module: nn.Module, positional: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return positional, {**arguments, **edges}
 
-    handle = roles.decoder(backbone).register_forward_pre_hook(add, with_kwargs=True)
+    handle = text.register_forward_pre_hook(add, with_kwargs=True)
     try:
         yield given
     finally:
@@ -60,23 +65,29 @@ def entering(backbone: Any, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any
 
 
 def attend_apart(backbone: Any) -> bool:
-    """On a CPU, let the decoder's sdpa compute each packed sequence by itself; whether this decoder does.
+    """Let the decoder's sdpa compute each packed sequence by itself; whether this decoder does.
 
     Under transformers' block-diagonal mask sdpa computes all T × T products, also those that the mask removes: of 16
-    sequences of one length, 15 of 16. Everything else is computed as before: on a GPU, where the borders would have to
-    come to the host, without borders, in windows, and in decoders whose layers are not plain.
+    sequences of one length, 15 of 16. Everything else is computed as before: in float32 on a GPU, where the borders
+    would have to come to the host, without borders, in windows, and in decoders whose layers are not plain.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    whole = attention.repeatable(sdpa_attention_forward)
+
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Any]:
         packed = given.get("cu_seq_lens_q") is not None and given.get("sliding_window") is None
         if packed and query.device.type == "cpu":
             return _within_borders(query, key, value, given), None
-        return sdpa_attention_forward(module, query, key, value, mask, **given)
+        if packed and by_flash(module.config, query.device, query.dtype):
+            options = {"dropout": given.get("dropout", 0.0), "scale": given.get("scaling")}
+            borders_R = given["cu_seq_lens_q"]
+            return attention.flash(query, key, value, borders_R, given["max_length_q"], **options), None
+        return whole(module, query, key, value, mask, **given)
 
     text = roles.decoder(backbone)
     if text.config._attn_implementation != "sdpa" or not activations.is_plain(backbone):
@@ -85,6 +96,30 @@ def attend_apart(backbone: Any) -> bool:
     AttentionMaskInterface.register(APART, sdpa_mask)
     text.config._attn_implementation = APART
     return True
+
+
+def by_flash(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed sequences of such a decoder are computed one by one by PyTorch's flash-attention, without a mask.
+
+    config: of the text decoder, whose attention is that of `attend_apart`.
+    """
+    return (
+        device.type == "cuda"
+        and activations.plain(config)
+        and getattr(config, "sliding_window", None) is None
+        and attention.flashes(config, dtype)
+    )
+
+
+def costly(config: Any, implementation: str | None, dtype: torch.dtype) -> str | None:
+    """Why packed rows of this model cost more on this GPU than padded ones; None where they do not.
+
+    implementation: of its attention, as the recipe names it; None for transformers' choice.
+    """
+    text = config.get_text_config()
+    if implementation in (None, "sdpa") and by_flash(text, torch.device("cuda"), dtype):
+        return None
+    return f"{config.model_type} would compare every token of a packed row with every other on this GPU"
 
 
 def _within_borders(query: Tensor, key: Tensor, value: Tensor, given: Mapping[str, Any]) -> Tensor:

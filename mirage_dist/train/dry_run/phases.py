@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mirage_dist.schema import RunError, TrainRecipe
+from mirage_dist.train.measures import usage
 
 GIB = 1 << 30
 # In the messages of PyTorch's allocators, of CUDA and of NCCL.
@@ -36,7 +37,7 @@ class Phases:
         self.end()
         self.name = name
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            usage.restart(self.device)
         else:
             _reset_peak()
         self._began, self._open = time.monotonic(), True
@@ -53,8 +54,9 @@ class Phases:
 
     def _peak(self) -> int:
         if self.device.type == "cuda":
-            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
-            return torch.cuda.max_memory_allocated(self.device)
+            allocated, reserved = usage.highest(self.device)
+            self.reserved = max(self.reserved, reserved)
+            return allocated
         return resident_peak()
 
     @property
