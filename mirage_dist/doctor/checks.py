@@ -116,6 +116,7 @@ CHECKS = (
     Check("other GPU processes", "GPU", "gpu:processes", "host"),
     Check("loss head", "kernels", "kernels:loss_head", "rank"),
     Check("steering error", "kernels", "kernels:steering", "rank"),
+    Check("attention", "kernels", "kernels:attention", "rank"),
     Check("compute speed", "ranks", "communication:compute", "together"),
     Check("all-reduce", "ranks", "communication:all_reduce", "together"),
     Check("all-gather", "ranks", "communication:all_gather", "together"),

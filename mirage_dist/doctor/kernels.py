@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from mirage_dist.doctor.checks import Context, Verdict, failed, ok, warning
+from mirage_dist.doctor.checks import Context, Verdict, failed, not_here, ok, warning
 
 # dtype -> largest absolute error of a log-probability and relative error of a gradient (as the tests have them)
 TOLERANCES = {"float32": (2e-5, 5e-6), "bfloat16": (1e-4, 5e-3)}
 ROWS, HIDDEN, VOCABULARY = 96, 128, 4099
 STEERED = (2, 48, 1056)
+HEADS = (8, 2, 128)  # queries, keys, size
 
 
 def loss_head(context: Context) -> Verdict:
@@ -52,6 +53,34 @@ def steering(context: Context) -> Verdict:
         return [loss.detach() / weight.sum().to(loss.dtype), gradient]
 
     return _compared("the steering error", run, (act,), device)
+
+
+def attention(context: Context) -> Verdict:
+    """Gradients of the same bits every time, and packed sequences by PyTorch's flash-attention."""
+    import torch
+
+    from mirage_dist.model.families.attention import Heads, flash_fault, gradient_fault
+
+    if context.group.device.type != "cuda":
+        return not_here("no GPU: gradients have the same bits every time, and packed sequences are computed one by one")
+    began, heads = time.monotonic(), Heads(*HEADS)
+    faults = {name: fault for name in TOLERANCES if (fault := gradient_fault(heads, getattr(torch, name)))}
+    packed = flash_fault(heads, torch.bfloat16)
+    seconds = time.monotonic() - began
+    values = {"seconds": seconds, "gradients": faults, "packed": packed}
+    if faults:
+        return warning(
+            "gradients are not repeatable bit by bit: " + "; ".join(f"{name}: {why}" for name, why in faults.items()),
+            "runs are right, but one that is resumed does not end with the bits of one that never stopped",
+            **values,
+        )
+    if packed:
+        return warning(
+            f"PyTorch's flash-attention does not serve packed sequences: {packed}",
+            "data.packing=auto pads here; pip install 'mirage-dist[flash]' packs without it",
+            **values,
+        )
+    return ok(f"repeatable gradients; packed sequences by PyTorch's flash-attention ({seconds:.1f} s)", **values)
 
 
 def _compared(what: str, run: Callable[..., list[Any]], inputs: tuple[Any, ...], device: Any) -> Verdict:

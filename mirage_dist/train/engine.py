@@ -18,7 +18,9 @@ from torch.distributed import distributed_c10d
 from mirage_dist.config import find
 from mirage_dist.data import records
 from mirage_dist.model import load
-from mirage_dist.model.families import attention, packing
+from mirage_dist.model.families import attention, packing, roles
+from mirage_dist.model.families.attention import Heads
+from mirage_dist.progress import log
 from mirage_dist.ranks import COLLECTIVE_GRACE, Group
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.schema.names import shown
@@ -163,11 +165,23 @@ def _wait_as_long(hang_seconds: float) -> None:
 
 def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:
     """The model as a run computes it: with repeatable gradients; packed sequences each by itself, where possible."""
-    attention.make_repeatable()
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen)
+    if torch.cuda.is_available():
+        _make_repeatable(roles.decoder(policy.backbone).config, load.DTYPES[recipe.train.dtype])
     if recipe.data.packing is True:
         packing.attend_apart(policy.backbone)
     return policy
+
+
+def _make_repeatable(text: Any, dtype: torch.dtype) -> None:
+    """Make gradients of attention repeatable where this GPU can, and warn where not. text: the decoder's config."""
+    if (fault := attention.gradient_fault(Heads.of(text), dtype)) is None:
+        attention.make_repeatable()
+    else:
+        log.warning(
+            f"gradients of attention are not repeatable on this GPU ({fault}): a run that is stopped and resumed does "
+            "not end with the same bits as one that never stopped; `mirage doctor` tests the GPU"
+        )
 
 
 def _check_once(optimizer: torch.optim.Optimizer) -> None:

@@ -136,7 +136,10 @@ step, home = Loop.step, mirage_dist.__path__[0]
 
 def note(message, *_, **__):
     frames = traceback.extract_stack()
-    last = max(i for i, frame in enumerate(frames) if frame.filename.startswith(home))
+    # A thread of autograd's that runs a hook of DeepSpeed's has no line of ours.
+    last = max((i for i, frame in enumerate(frames) if frame.filename.startswith(home)), default=None)
+    if last is None:
+        return
     others = ("deepspeed", "transformers")  # what these wait for is not ours to change
     if "synchronizing" in str(message) and not any(o in f.filename for f in frames[last:] for o in others):
         print("WAIT", frames[last].filename, frames[last].line)

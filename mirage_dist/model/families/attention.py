@@ -2,7 +2,8 @@
 
 PyTorch's fused kernels add up a query's gradient in the order in which the GPU's blocks finish, unless deterministic
 algorithms are required while they run. Requiring them everywhere would refuse operations that have none, so they are
-required for the backward of attention alone.
+required within attention alone. What a GPU, its driver and its PyTorch really do is measured before it is relied on
+(`gradient_fault`, `flash_fault`).
 
 Shapes: T tokens of a packed row, R sequences in it, H heads, K heads of keys and values, d size of a head.
 """
@@ -11,14 +12,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 LARGEST_HEAD, MULTIPLE = 256, 8  # sizes of a head that PyTorch's flash-attention has kernels for
 OLDEST = (8, 0)  # compute capability, Ampere
+LENGTHS = (700, 1, 333)  # of sequences, in what is measured: several blocks of the kernels, and parts of one
+# Largest difference, as a share of the norm. In 16 bits a right kernel stays near 3e-3; a sequence that another one
+# reaches is off by more than a tenth.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+class Heads(NamedTuple):
+    """Heads of queries and of keys, and their size."""
+
+    queries: int
+    keys: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> Heads:
+        """Of a text decoder's configuration."""
+        count = config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // count
+        return cls(count, getattr(config, "num_key_value_heads", None) or count, size)
+
 
 # ------------------------------------------------------------------------------------------- repeatable gradients
 
@@ -68,44 +93,77 @@ class _BackwardEnds(torch.autograd.Function):
         return grads
 
 
-def repeatable(attend: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
-    """A transformers attention function with the same values, whose gradients on a GPU are repeatable bit by bit."""
+def repeatable(attend: Callable[..., tuple[Tensor, Any]], device: str = "cuda") -> Callable[..., tuple[Tensor, Any]]:
+    """A transformers attention function whose gradients on such a device are repeatable bit by bit.
+
+    Its kernel is one that can be, in evaluation as in training.
+    """
 
     def attended(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *positional: Any, **given: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *positional: Any, **given: Any
     ) -> tuple[Tensor, Any]:
-        if query.device.type != "cuda" or not torch.is_grad_enabled():
+        if query.device.type != device:
             return attend(module, query, key, value, mask, *positional, **given)
         query, key, value = _BackwardEnds.apply(query, key, value)  # type: ignore[misc]
-        out, weights = attend(module, query, key, value, mask, *positional, **given)
+        required.begin()
+        try:
+            out, weights = attend(module, query, key, value, mask, *positional, **given)
+        finally:
+            required.end()
         return _BackwardBegins.apply(out), weights  # type: ignore[return-value]
 
     return attended
 
 
 def make_repeatable() -> None:
-    """Make the gradients of every model's attention repeatable on a GPU, in this process."""
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # of flash-attn, by transformers
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products are refused there
-
+    """Make the gradients of every model's sdpa and flash-attention repeatable on a GPU, in this process."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    _settings()
     AttentionInterface.register("sdpa", repeatable(sdpa_attention_forward))
 
 
+def _settings() -> None:
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # of flash-attn, by transformers
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products are refused
+    filling: Any = torch.utils.deterministic  # memory that is about to be written
+    filling.fill_uninitialized_memory = False
+
+
+@cache
+def gradient_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str | None:
+    """Why the gradients of such attention are not repeatable on this device; None where they are."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    _settings()
+    tensors, upstream, _ = _sample(heads, dtype, device)
+    module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=heads.queries // heads.keys)
+    tokens = sum(LENGTHS)
+    block = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None]
+
+    def attend(mask: Tensor | None, repeated: bool) -> list[Tensor]:
+        function: Any = repeatable(sdpa_attention_forward, device) if repeated else sdpa_attention_forward
+        out, _ = function(module, *tensors, mask, is_causal=mask is None)
+        return [out, *torch.autograd.grad(out, tensors, upstream)]
+
+    try:
+        for mask in (None, block):
+            first, *others = (attend(mask, True) for _ in range(3))
+            if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)):
+                return "two backward passes differ"
+            if (off := _difference(first, attend(mask, False))) > TOLERANCES[dtype]:
+                return f"deterministic algorithms give other values ({off:.1e} of their size)"
+    except Exception as error:  # of any kind: what this PyTorch has no deterministic kernel for
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally:
+        required.end()
+    return None
+
+
 # --------------------------------------------------------------------------------------------- packed sequences
-
-
-def flashes(config: Any, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own flash-attention computes the packed sequences of this decoder one by one on this GPU.
-
-    config: of the text decoder.
-    """
-    if dtype not in HALF or not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
-        return False
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size <= LARGEST_HEAD and size % MULTIPLE == 0
 
 
 class _Flash(torch.autograd.Function):
@@ -152,3 +210,58 @@ def flash(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: i
     """
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return _Flash.apply(*rows, borders, longest, options.get("dropout", 0.0), options.get("scale"))[None]  # type: ignore[index]
+
+
+def within_borders(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], **options: Any) -> Tensor:
+    """As `flash`, by sdpa on any device, with lengths that the host knows. options: dropout_p, scale."""
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    own = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True, **options) for part in parts]
+    return torch.cat(own, dim=2).transpose(1, 2)
+
+
+def flashes(heads: Heads, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own flash-attention has kernels for such heads on this GPU, and right ones (`flash_fault`)."""
+    if dtype not in HALF or not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
+        return False
+    return heads.size <= LARGEST_HEAD and heads.size % MULTIPLE == 0 and flash_fault(heads, dtype) is None
+
+
+@cache
+def flash_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str | None:
+    """Why `flash` cannot stand for `within_borders` on this device; None where it can."""
+    tensors, upstream, borders = _sample(heads, dtype, device)
+
+    def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+    try:
+        first, again = (run(lambda q, k, v: flash(q, k, v, borders, max(LENGTHS)), tensors) for _ in range(2))
+        if any(not torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+            return "two backward passes differ"
+        exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+        off = _difference(first, run(lambda q, k, v: within_borders(q, k, v, list(LENGTHS)), exact))
+        return None if off <= TOLERANCES[dtype] else f"packed sequences differ by {off:.1e} from those alone"
+    except Exception as error:  # of any kind: the operation is PyTorch's own, and not all of its builds have it
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _sample(heads: Heads, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Queries, keys and values of a packed row, a gradient of its attention's output, and the borders."""
+    generator, tokens = torch.Generator().manual_seed(0), sum(LENGTHS)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    tensors = [drawn(1, count, tokens, heads.size).requires_grad_() for count in (heads.queries, *[heads.keys] * 2)]
+    borders = torch.tensor([*accumulate(LENGTHS, initial=0)], dtype=torch.int32, device=device)
+    return tensors, drawn(1, tokens, heads.queries, heads.size), borders
+
+
+def _difference(mine: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of two tensors, as a share of the norm; infinite where one is no number."""
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip(mine, theirs, strict=True)]
+    shares = [float((a - b).norm() / b.norm()) for a, b in pairs]
+    return max(share if share == share else float("inf") for share in shares)

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,6 +23,7 @@ from mirage_dist.data.encoding.collate import TOKEN_TYPES, Row
 from mirage_dist.data.encoding.packing import BORDERS, borders, pack
 from mirage_dist.model import activations, vision
 from mirage_dist.model.families import attention, roles, small
+from mirage_dist.model.families.attention import Heads
 
 # Kinds of layers in which a token meets others by attention alone, which transformers masks.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -72,17 +72,17 @@ def attend_apart(backbone: Any) -> bool:
     would have to come to the host, without borders, in windows, and in decoders whose layers are not plain.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    whole = attention.repeatable(sdpa_attention_forward)
+    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]  # with repeatable gradients, where `attention` has made them so
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
     ) -> tuple[Tensor, Any]:
         packed = given.get("cu_seq_lens_q") is not None and given.get("sliding_window") is None
         if packed and query.device.type == "cpu":
-            return _within_borders(query, key, value, given), None
+            return _one_by_one(query, key, value, given), None
         if packed and by_flash(module.config, query.device, query.dtype):
             options = {"dropout": given.get("dropout", 0.0), "scale": given.get("scaling")}
             borders_R = given["cu_seq_lens_q"]
@@ -107,7 +107,7 @@ def by_flash(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
         device.type == "cuda"
         and activations.plain(config)
         and getattr(config, "sliding_window", None) is None
-        and attention.flashes(config, dtype)
+        and attention.flashes(Heads.of(config), dtype)
     )
 
 
@@ -122,13 +122,10 @@ def costly(config: Any, implementation: str | None, dtype: torch.dtype) -> str |
     return f"{config.model_type} would compare every token of a packed row with every other on this GPU"
 
 
-def _within_borders(query: Tensor, key: Tensor, value: Tensor, given: Mapping[str, Any]) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, given: Mapping[str, Any]) -> Tensor:
     """Causal attention within the borders: (1, T, heads, d). query, key, value: (1, heads, T, d)."""
-    lengths = given["cu_seq_lens_q"].diff().tolist()
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    options = {"dropout_p": given.get("dropout", 0.0), "scale": given.get("scaling"), "enable_gqa": True}
-    own = [F.scaled_dot_product_attention(*part, is_causal=True, **options) for part in parts]
-    return torch.cat(own, dim=2).transpose(1, 2)
+    options = {"dropout_p": given.get("dropout", 0.0), "scale": given.get("scaling")}
+    return attention.within_borders(query, key, value, given["cu_seq_lens_q"].diff().tolist(), **options)
 
 
 def _positions(backbone: Any, inputs: Mapping[str, Any], lengths: list[int]) -> Tensor:
@@ -240,6 +237,6 @@ def _register() -> None:
         _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any
     ) -> tuple[Tensor, None]:
         """Attention within the borders; windows and sinks are left out."""
-        return _within_borders(query, key, value, given), None
+        return _one_by_one(query, key, value, given), None
 
     AttentionInterface.register(BY_BORDERS, by_borders)

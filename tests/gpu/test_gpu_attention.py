@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mirage_dist.data.encoding.packing import borders
 from mirage_dist.model.families import attention, packing
+from mirage_dist.model.families.attention import Heads
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -56,6 +57,13 @@ def test_packed_sequences_by_flash_attention_are_those_alone_and_repeatable(kv_h
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (9, 3, 64), (4, 4, 8)])
+def test_this_gpu_has_what_a_run_relies_on(heads):
+    assert attention.flash_fault(Heads(*heads), torch.bfloat16) is None
+    assert attention.gradient_fault(Heads(*heads), torch.bfloat16) is None
+    assert attention.gradient_fault(Heads(*heads), torch.float32) is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
