@@ -215,6 +215,8 @@ class Size:
 SIZES = {
     "tiny": Size("tiny", 8, 64, 176, 4, 2, 32, 2, side=56, tokens=64, response=8),
     "58m": Size("58m", 8, 512, 1376, 8, 6, 128, 2, side=196, tokens=256, response=23),
+    # As many layers as LLaVA-1.5-7B and almost no work in them: what is left of a step is what its host does.
+    "7b_narrow": Size("7b_narrow", 32, 64, 176, 4, 24, 32, 2, side=56, tokens=64, response=8),
     # A quarter of LLaVA-1.5-7B's decoder layers: all of its parameters train within 80 GB.
     "7b_quarter": Size("7b_quarter", 8, 4096, 11008, 32, 24, 1024, 16, side=336, tokens=676, response=60, dtype="bf16"),
     "7b": Size("7b", 32, 4096, 11008, 32, 24, 1024, 16, side=336, tokens=676, response=60, dtype="bf16"),

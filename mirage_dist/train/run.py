@@ -100,6 +100,11 @@ def _train(checked: Checked, group: Group) -> None:
         lease, manifest, base = stack.enter_context(_leased(checked, data, group))
         with signals.start_up():
             log.info(f"{name}: {objective} on {group.size} × {group.device.type}, {feed.steps} steps")
+            if group.size == 1 and group.device.type == "cuda" and sharding.idle(deepspeed["zero_optimization"]):
+                log.info(
+                    f"{name}: one process has nothing to shard: deepspeed=configs/deepspeed/zero2.json trains the same "
+                    "with half the work of the host"
+                )
             for title, one in data.table.checks["streams"].items():
                 counts, dropped = one["record"]["samples"], one["left_out"]["dropped"]
                 log.info(f"{name}: stream {title}: {counts} samples, left out {dropped}")

@@ -219,11 +219,16 @@ def within_borders(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
     return torch.cat(own, dim=2).transpose(1, 2)
 
 
+def suits(heads: Heads, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's flash-attention has kernels for such heads."""
+    return dtype in HALF and heads.size <= LARGEST_HEAD and heads.size % MULTIPLE == 0
+
+
 def flashes(heads: Heads, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own flash-attention has kernels for such heads on this GPU, and right ones (`flash_fault`)."""
-    if dtype not in HALF or not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
+    """Whether they are there on this GPU, and right (`flash_fault`)."""
+    if not suits(heads, dtype) or not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
         return False
-    return heads.size <= LARGEST_HEAD and heads.size % MULTIPLE == 0 and flash_fault(heads, dtype) is None
+    return flash_fault(heads, dtype) is None
 
 
 @cache

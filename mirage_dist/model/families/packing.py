@@ -98,17 +98,24 @@ def attend_apart(backbone: Any) -> bool:
     return True
 
 
+def suits_flash(config: Any, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's flash-attention has kernels for packed sequences of such a decoder with sdpa.
+
+    config: of the text decoder.
+    """
+    return (
+        activations.plain(config)
+        and getattr(config, "sliding_window", None) is None
+        and attention.suits(Heads.of(config), dtype)
+    )
+
+
 def by_flash(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packed sequences of such a decoder are computed one by one by PyTorch's flash-attention, without a mask.
 
     config: of the text decoder, whose attention is that of `attend_apart`.
     """
-    return (
-        device.type == "cuda"
-        and activations.plain(config)
-        and getattr(config, "sliding_window", None) is None
-        and attention.flashes(Heads.of(config), dtype)
-    )
+    return device.type == "cuda" and suits_flash(config, dtype) and attention.flashes(Heads.of(config), dtype)
 
 
 def costly(config: Any, implementation: str | None, dtype: torch.dtype) -> str | None:

@@ -261,8 +261,8 @@ def _cautions(plan: Plan, data: Described | None) -> None:
         )
     if at.packed and not plan.case.sizes.flash:
         plan.cautions.append(
-            "packed rows without flash-attention: every token of a micro-batch is compared with every other; where the "
-            "GPUs have flash-attention, a step is shorter"
+            "packed rows without flash-attention, for which this model or train.dtype has no kernel: every token of a "
+            "micro-batch is compared with every other. Where a GPU is there, data.packing=auto pads"
         )
     if recipe.data.group_by_length and not at.packed:
         plan.cautions.append("data.group_by_length: rows stand beside rows of their length; padding is less than here")

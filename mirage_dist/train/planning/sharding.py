@@ -19,6 +19,13 @@ from mirage_dist.schema.names import shown
 KEY = "zero_hpz_partition_size"
 
 
+def idle(zero: Mapping[str, Any]) -> bool:
+    """Whether this is stage 3 without offload, which has nothing to do for one process."""
+    return zero.get("stage") == 3 and all(
+        zero.get(part, {}).get("device", "none") == "none" for part in ("offload_param", "offload_optimizer")
+    )
+
+
 def secondary(zero: Mapping[str, Any], ranks: int, node: int | None, file: Path) -> int:
     """The number of ranks that share a secondary partition; 1 for none.
 

@@ -90,3 +90,11 @@ def test_nodes_are_runs_of_local_ranks(local_ranks, size):
 def test_ranks_that_are_not_in_the_order_of_nodes_are_refused(local_ranks, words):
     with pytest.raises(ConfigError, match=words):
         sharding.ranks_of_a_node(local_ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"), [("zero3", True), ("zero3_offload", False), ("zero2", False), ("zero3_hpz", True)]
+)
+def test_stage_3_without_offload_has_nothing_to_do_for_one_process(name, idle):
+    zero = json.loads(configs.find(f"configs/deepspeed/{name}.json").read_text())["zero_optimization"]
+    assert sharding.idle(zero) is idle

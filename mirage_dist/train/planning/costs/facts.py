@@ -10,6 +10,7 @@ import numpy as np
 
 from mirage_dist.model import load, vision
 from mirage_dist.model.adapters import quantization
+from mirage_dist.model.families import packing
 from mirage_dist.model.families.roles import Parts, decoder
 from mirage_dist.model.policy import HeadedModel
 from mirage_dist.objectives.base import Needs, Objective
@@ -122,7 +123,7 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         depth=len(text.layers),
         text=text.config,
         eager=text.config._attn_implementation == "eager",
-        flash=text.config._attn_implementation.startswith("flash"),
+        flash=_flash(text.config, load.DTYPES[recipe.train.dtype]),
         vocabulary=head.out_features,
         width=head.in_features,
         head_trains=bool(head.weight.requires_grad),
@@ -135,6 +136,12 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         work=flops.work(policy, needs, recipe.model.gradient_checkpointing),
         policy=policy,
     )
+
+
+def _flash(text: Any, dtype: Any) -> bool:
+    """Whether packed sequences are computed one by one on a GPU: by flash-attn, or PyTorch's own for sdpa."""
+    implementation = text._attn_implementation
+    return implementation.startswith("flash") or (implementation == "sdpa" and packing.suits_flash(text, dtype))
 
 
 def _adapted(recipe: TrainRecipe, layers: Any) -> tuple[int, int, bool] | None:
