@@ -224,8 +224,9 @@ def evaluate(parsed: argparse.Namespace) -> None:
 
         pool.run(parsed.config, parsed.overrides, parsed.workers)
     else:
-        from mirage_dist import inputs
-        from mirage_dist.evals import follow, tracking
+        with loading():
+            from mirage_dist import inputs
+            from mirage_dist.evals import follow, tracking
 
         inputs.make(recipe, parsed.worker[0] == 0)
         evaluate = tracking.evaluate if recipe.follow is None else follow.follow
@@ -235,9 +236,10 @@ def evaluate(parsed: argparse.Namespace) -> None:
 def erasure(parsed: argparse.Namespace) -> None:
     signals.install()
     recipe = configs.load(parsed.config, parsed.overrides, EvalRecipe)
-    from mirage_dist import inputs
-    from mirage_dist.erasure import run
-    from mirage_dist.evals import worklist
+    with loading():
+        from mirage_dist import inputs
+        from mirage_dist.erasure import run
+        from mirage_dist.evals import worklist
 
     run.check(recipe)
     worklist.check(recipe)  # a wrong option is an error before any data are made or read
