@@ -209,6 +209,26 @@ def test_models_that_keep_sequences_apart_are_known_by_measurement(name, flash):
     assert fault({**TEXTS, **PICTURED}[name](), flash) is None
 
 
+@pytest.mark.parametrize("name", [*TEXTS, *PICTURED])
+def test_attention_that_keeps_to_the_borders_is_given_no_mask(monkeypatch, name):
+    """As on a GPU; the attention itself is the CPU's."""
+    from transformers import masking_utils
+
+    def refused(*_, **given):
+        raise AssertionError("a mask is made")
+
+    config = {**TEXTS, **PICTURED}[name]()
+    attends = []
+    attend = packing._one_by_one
+    monkeypatch.setattr(packing, "_one_by_one", lambda *given: attends.append(name) or attend(*given))
+    monkeypatch.setattr(masking_utils, "sdpa_mask", refused)  # of `attend_apart`; sdpa's own is registered already
+    plain = packing.activations.plain(config.get_text_config())
+    assert (fault(config) is None) == (not plain)
+    monkeypatch.setattr(packing, "by_flash", lambda *_: True)
+    assert fault(config) is None
+    assert bool(attends) == plain
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_models_are_refused_with_the_reason(name):
     config, words = REFUSED[name]

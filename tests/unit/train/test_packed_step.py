@@ -117,10 +117,21 @@ def test_a_packed_step_without_pictures_is_the_padded_one(toy, files, models, na
     assert packed[2] > 0  # the placeholder
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_attention_of_each_sequence_by_itself_gives_the_padded_step(toy, files, models, monkeypatch, checkpointed):
-    """And no product of two sequences' tokens is computed."""
-    padded = gradients(toy, files, models, OBJECTIVES["npo"], packing=False)
+@pytest.mark.parametrize(
+    ("name", "checkpointed", "masked"),
+    [
+        ("npo", False, True),
+        ("npo", True, True),
+        ("npo", True, False),
+        ("npo with KL", False, False),
+        ("rmu by sequences", False, False),
+    ],
+)
+def test_attention_of_each_sequence_by_itself_gives_the_padded_step(
+    toy, files, models, monkeypatch, name, checkpointed, masked
+):
+    """And no product of two sequences' tokens is computed. masked: False as on a GPU, where no mask is made."""
+    padded = gradients(toy, files, models, OBJECTIVES[name], packing=False)
     attention, widths = torch.nn.functional.scaled_dot_product_attention, []
 
     def observed(query, *values, **options):
@@ -135,7 +146,9 @@ def test_attention_of_each_sequence_by_itself_gives_the_padded_step(toy, files, 
             policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
             policy.train()
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", observed)
-        packed = gradients(toy, files, models, OBJECTIVES["npo"], packing=True)
+        if not masked:
+            monkeypatch.setattr(packing, "by_flash", lambda *_: True)
+        packed = gradients(toy, files, models, OBJECTIVES[name], packing=True)
     finally:
         policy.hf.gradient_checkpointing_disable()
         policy.eval()
