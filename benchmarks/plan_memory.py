@@ -5,7 +5,7 @@ python benchmarks/plan_memory.py [--device cpu|cuda] [--sizes 20m 58m 167m] [--r
 On a CPU: the largest resident memory of a process in its steps (VmHWM) above what it had before the model was there
 and above what the same run takes beside its prediction with a tiny model; malloc gives freed blocks back at once. The
 first two steps are not measured: they make the optimizer's state and ZeRO-3's trace. On a GPU: the peak of allocated
-memory since the process began. Predicted is the peak of `setting.parts` at the rows that the steps
+memory. Predicted is the peak of `setting.parts` at the rows that the steps
 have. Prints one line a run and writes results/plan_memory_DEVICE.json.
 """
 
@@ -108,7 +108,9 @@ def measured(task: Mapping[str, Any]) -> int:
     step = our_step(run, reference_of(run))
     for number in range(UNTIMED):
         step(number)
-    if not gpu:
+    if gpu:
+        usage.restart(group.device)
+    else:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
     for number in range(UNTIMED, UNTIMED + STEPS):
         step(number)

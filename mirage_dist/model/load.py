@@ -152,12 +152,12 @@ def check_names(
     return built
 
 
-def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -> DataConfig:
+def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any, planned: bool = False) -> DataConfig:
     """`data` with `packing` true or false: `auto` is true for models that keep packed sequences apart, on a GPU where
     their attention does not compare all of a row's tokens, and logs which.
 
-    Loads no weights. Raises ConfigError when `packing` is true for a model that does not, or `cache_vision` for one
-    that recorded features cannot serve.
+    planned: for a GPU that is not here. Loads no weights. Raises ConfigError when `packing` is true for a model that
+    does not keep them apart, or `cache_vision` for one that recorded features cannot serve.
     """
     if data.packing is False and not data.cache_vision:
         return data
@@ -168,14 +168,14 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any) -
     if data.packing is False:
         return data
     implementation = attention(model, dtype)
-    flash = (implementation or "").startswith("flash")
     if encoder.by_row:
         fault = f"{config.model_type} has the pictures of each row apart from its tokens"
     else:
+        flash = (implementation or "").startswith("flash")
         fault = packing.fault(config, encoder.placeholder, encoder.placeholder_picture, flash)
     if data.packing == "auto":
-        if fault is None and not flash and torch.cuda.is_available():
-            fault = packing.costly(config, implementation, DTYPES[dtype])
+        if fault is None and (planned or torch.cuda.is_available()):
+            fault = packing.costly(config, implementation, DTYPES[dtype], planned)
         reason = f"{config.model_type} keeps packed sequences apart" if fault is None else fault
         log.info(f"data.packing=auto: {'packed' if fault is None else 'padded'}, since {reason}")
     elif fault is not None:

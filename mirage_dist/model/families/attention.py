@@ -11,7 +11,8 @@ Shapes: T tokens of a packed row, R sequences in it, H heads, K heads of keys an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate
 from types import SimpleNamespace
@@ -39,32 +40,53 @@ class Heads(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> Heads:
-        """Of a text decoder's configuration."""
-        count = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // count
-        return cls(count, getattr(config, "num_key_value_heads", None) or count, size)
+        """Of a text decoder's configuration; USUAL where it has no heads, or others in some layers."""
+        try:
+            count = config.num_attention_heads
+            size = getattr(config, "head_dim", None) or config.hidden_size // count
+            return cls(count, getattr(config, "num_key_value_heads", None) or count, size)
+        except Exception:  # of any kind: transformers raises its own for what differs between layers
+            return USUAL
+
+
+USUAL = Heads(8, 2, 128)
 
 
 # ------------------------------------------------------------------------------------------- repeatable gradients
 
 
-class _Required:
-    """Deterministic algorithms, required between `begin` and `end`."""
+STRICT = 2  # of torch.set_deterministic_debug_mode
 
-    before: int | None = None
 
-    def begin(self) -> None:
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms are required within the block, and behind it what was required before."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(STRICT)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+class _Backward:
+    """Deterministic algorithms, required between the nodes that stand around attention in the graph."""
+
+    def __init__(self) -> None:
+        self.before: int | None = None
+
+    def begins(self) -> None:
         if self.before is None:
             self.before = torch.get_deterministic_debug_mode()
-        torch.set_deterministic_debug_mode("error")
+        torch.set_deterministic_debug_mode(STRICT)
 
-    def end(self) -> None:
+    def ends(self) -> None:
         if self.before is not None:
             torch.set_deterministic_debug_mode(self.before)
             self.before = None
 
 
-required = _Required()
+backward = _Backward()
 
 
 class _BackwardBegins(torch.autograd.Function):
@@ -76,7 +98,7 @@ class _BackwardBegins(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        required.begin()
+        backward.begins()
         return grad
 
 
@@ -89,7 +111,7 @@ class _BackwardEnds(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        required.end()
+        backward.ends()
         return grads
 
 
@@ -100,16 +122,13 @@ def repeatable(attend: Callable[..., tuple[Tensor, Any]], device: str = "cuda") 
     """
 
     def attended(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *positional: Any, **given: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *more: Any, **given: Any
     ) -> tuple[Tensor, Any]:
         if query.device.type != device:
-            return attend(module, query, key, value, mask, *positional, **given)
+            return attend(module, query, key, value, attention_mask, *more, **given)
         query, key, value = _BackwardEnds.apply(query, key, value)  # type: ignore[misc]
-        required.begin()
-        try:
-            out, weights = attend(module, query, key, value, mask, *positional, **given)
-        finally:
-            required.end()
+        with deterministic():
+            out, weights = attend(module, query, key, value, attention_mask, *more, **given)
         return _BackwardBegins.apply(out), weights  # type: ignore[return-value]
 
     return attended
@@ -126,7 +145,6 @@ def make_repeatable() -> None:
 
 def _settings() -> None:
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # of flash-attn, by transformers
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it matrix products are refused
     filling: Any = torch.utils.deterministic  # memory that is about to be written
     filling.fill_uninitialized_memory = False
 
@@ -134,9 +152,14 @@ def _settings() -> None:
 @cache
 def gradient_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str | None:
     """Why the gradients of such attention are not repeatable on this device; None where they are."""
+    _settings()
+    with _measuring():
+        return _gradient_fault(heads, dtype, device)
+
+
+def _gradient_fault(heads: Heads, dtype: torch.dtype, device: str) -> str | None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    _settings()
     tensors, upstream, _ = _sample(heads, dtype, device)
     module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=heads.queries // heads.keys)
     tokens = sum(LENGTHS)
@@ -155,11 +178,9 @@ def gradient_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> st
             if (off := _difference(first, attend(mask, False))) > TOLERANCES[dtype]:
                 return f"deterministic algorithms give other values ({off:.1e} of their size)"
     except Exception as error:  # of any kind: what this PyTorch has no deterministic kernel for
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return _refused(error)
     finally:
-        required.end()
+        backward.ends()
     return None
 
 
@@ -192,13 +213,10 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse, borders, state, unused = ctx.saved_tensors
         sizes = (borders, borders, ctx.longest, ctx.longest, ctx.dropout, True)
-        required.begin()
-        try:
+        with deterministic():
             grads = torch.ops.aten._flash_attention_backward(
                 grad.contiguous(), query, key, value, out, lse, *sizes, state, unused, scale=ctx.scale
             )
-        finally:
-            required.end()
         return *grads, None, None, None, None
 
 
@@ -234,6 +252,11 @@ def flashes(heads: Heads, dtype: torch.dtype) -> bool:
 @cache
 def flash_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str | None:
     """Why `flash` cannot stand for `within_borders` on this device; None where it can."""
+    with _measuring():
+        return _flash_fault(heads, dtype, device)
+
+
+def _flash_fault(heads: Heads, dtype: torch.dtype, device: str) -> str | None:
     tensors, upstream, borders = _sample(heads, dtype, device)
 
     def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -248,9 +271,21 @@ def flash_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str |
         off = _difference(first, run(lambda q, k, v: within_borders(q, k, v, list(LENGTHS)), exact))
         return None if off <= TOLERANCES[dtype] else f"packed sequences differ by {off:.1e} from those alone"
     except Exception as error:  # of any kind: the operation is PyTorch's own, and not all of its builds have it
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return _refused(error)
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """The verdict is that of training, wherever it is needed first."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _refused(error: Exception) -> str:
+    """What an operation raised, in one line. Raises it where the GPU cannot go on or has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        raise error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _sample(heads: Heads, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor, Tensor]:

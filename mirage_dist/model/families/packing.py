@@ -78,7 +78,7 @@ def attend_apart(backbone: Any) -> bool:
     whole = ALL_ATTENTION_FUNCTIONS["sdpa"]  # with repeatable gradients, where `attention` has made them so
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
     ) -> tuple[Tensor, Any]:
         packed = given.get("cu_seq_lens_q") is not None and given.get("sliding_window") is None
         if packed and query.device.type == "cpu":
@@ -87,7 +87,7 @@ def attend_apart(backbone: Any) -> bool:
             options = {"dropout": given.get("dropout", 0.0), "scale": given.get("scaling")}
             borders_R = given["cu_seq_lens_q"]
             return attention.flash(query, key, value, borders_R, given["max_length_q"], **options), None
-        return whole(module, query, key, value, mask, **given)
+        return whole(module, query, key, value, attention_mask, **given)
 
     text = roles.decoder(backbone)
     if text.config._attn_implementation != "sdpa" or not activations.is_plain(backbone):
@@ -118,15 +118,19 @@ def by_flash(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and suits_flash(config, dtype) and attention.flashes(Heads.of(config), dtype)
 
 
-def costly(config: Any, implementation: str | None, dtype: torch.dtype) -> str | None:
-    """Why packed rows of this model cost more on this GPU than padded ones; None where they do not.
+def costly(config: Any, implementation: str | None, dtype: torch.dtype, planned: bool = False) -> str | None:
+    """Why packed rows of this model cost more on a GPU than padded ones; None where they do not.
 
-    implementation: of its attention, as the recipe names it; None for transformers' choice.
+    implementation: of its attention; None for transformers' choice. planned: on a GPU that is not here, whose
+    flash-attention is taken to be right.
     """
-    text = config.get_text_config()
-    if implementation in (None, "sdpa") and by_flash(text, torch.device("cuda"), dtype):
+    if (implementation or "").startswith("flash"):
         return None
-    return f"{config.model_type} would compare every token of a packed row with every other on this GPU"
+    text = config.get_text_config()
+    suits = suits_flash(text, dtype) if planned else by_flash(text, torch.device("cuda"), dtype)
+    if suits and implementation in (None, "sdpa", APART):
+        return None
+    return f"{config.model_type} would compare every token of a packed row with every other on a GPU"
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, given: Mapping[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mirage_dist import objectives
+from mirage_dist import objectives, runs
 from mirage_dist.data import audit, sources
 from mirage_dist.data.sample import Sample
 from mirage_dist.data.sources import Source
@@ -90,9 +90,24 @@ def check_model(checked: Checked, with_weights: bool) -> None:
     log.info(f"{Path(recipe.run.dir).name}: {trainable.summary(policy.hf)}")
 
 
-def resolved(recipe: TrainRecipe, processor: Any) -> TrainRecipe:
+def resolved(recipe: TrainRecipe, processor: Any, planned: bool = False) -> TrainRecipe:
     """The recipe with every `auto` that depends on the model replaced by what it means here (see `load.resolved`)."""
-    return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor))
+    return replace(recipe, data=load.resolved(recipe.model, recipe.data, recipe.train.dtype, processor, planned))
+
+
+def agreed(recipe: TrainRecipe, processor: Any, group: Group) -> TrainRecipe:
+    """`resolved`, the same on every rank: packed where all of them pack, and in a run that has begun, as it began.
+
+    GPUs of two kinds, or another one at a later start, would else make other batches. Every rank calls this.
+    """
+    begun = runs.manifest(Path(recipe.run.dir))
+    if recipe.data.packing == "auto" and begun is not None:
+        recipe = replace(recipe, data=replace(recipe.data, packing=begun["packed"]))
+    own = resolved(recipe, processor)
+    packed = all(everyones(group, own.data.packing))
+    if own.data.packing and not packed:
+        log.info("data.packing=auto: padded after all, since it is so on another rank")
+    return replace(own, data=replace(own.data, packing=packed))
 
 
 def divided(recipe: TrainRecipe, needs: Needs, ranks: int, largest_that_fits: int = UNMEASURED) -> TrainRecipe:
@@ -137,7 +152,7 @@ def check_batches(
     feed, of the resolved recipe, and how many answers will be cut. Raises ConfigError on every rank.
     """
     processor = load.processor(checked.recipe.model)
-    recipe = resolved(checked.recipe, processor)
+    recipe = agreed(checked.recipe, processor, group)
     refusals = encoder_of(recipe, processor).refusals
     sources.check_pictures(streams, group.rank, group.size, lambda own: everyones(group, own), refusals)
     feed = Feed(recipe, checked.needs, streams, processor)

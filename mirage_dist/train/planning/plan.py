@@ -164,7 +164,7 @@ def plan(
     if data is None:
         streams = _streams(checked)
         processor = load.processor(recipe.model)
-        recipe = check.resolved(recipe, processor)
+        recipe = check.resolved(recipe, processor, planned=True)
         feed = Feed(recipe, objective.needs, streams, processor)
         feed.check_lengths(Group(0, 0, 1, torch.device("cpu")))
         check.check_balance(feed)
@@ -233,7 +233,7 @@ def _without_processor(recipe: TrainRecipe) -> TrainRecipe:
     if recipe.data.packing != "auto":
         return recipe
     try:
-        return check.resolved(recipe, load.processor(recipe.model))
+        return check.resolved(recipe, load.processor(recipe.model), planned=True)
     except ConfigError as error:
         log.warning(f"data.packing=auto: planned as padded, since there is no processor to measure with ({error})")
         return replace(recipe, data=replace(recipe.data, packing=False))
@@ -262,7 +262,7 @@ def _cautions(plan: Plan, data: Described | None) -> None:
     if at.packed and not plan.case.sizes.flash:
         plan.cautions.append(
             "packed rows without flash-attention, for which this model or train.dtype has no kernel: every token of a "
-            "micro-batch is compared with every other. Where a GPU is there, data.packing=auto pads"
+            "micro-batch is compared with every other; data.packing=auto pads"
         )
     if recipe.data.group_by_length and not at.packed:
         plan.cautions.append("data.group_by_length: rows stand beside rows of their length; padding is less than here")

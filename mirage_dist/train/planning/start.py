@@ -32,10 +32,10 @@ from mirage_dist.train.measures import validation
 from mirage_dist.train.planning import openers
 from mirage_dist.train.planning.check import (
     Checked,
+    agreed,
     check_balance,
     divide,
     imitated_warnings,
-    resolved,
 )
 from mirage_dist.train.planning.fitting import rows_that_fit
 from mirage_dist.train.planning.streams import check_no_picture, check_pairs, describe, read_streams
@@ -77,7 +77,7 @@ def prepared(checked: Checked, group: Group) -> Iterator[Prepared]:
     needs, files = checked.needs, dict[str, File | None]()
     together(group, lambda: files.update(identity.inputs(checked.recipe)))  # before the processor is read too
     processor = load.processor(checked.recipe.model)
-    recipe = resolved(checked.recipe, processor)
+    recipe = agreed(checked.recipe, processor, group)
 
     def look() -> tuple[str, Path | None]:
         key = identity.key(recipe, needs, processor, files)

@@ -1,6 +1,7 @@
 """What is measured of a GPU's attention before a run relies on it; here with stand-ins that are right or wrong."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ HEADS = Heads(4, 2, 16)
 
 @pytest.fixture(autouse=True)
 def _measured_anew(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "")
     yield
     attention.flash_fault.cache_clear()
@@ -121,3 +121,58 @@ def test_deterministic_algorithms_are_required_in_attention_and_its_backward_alo
         for where in ("before", "inside", "after")
     }
     assert torch.equal(leaf.grad, torch.full((3,), 4.0))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_attention_is_recomputed_within_the_region_of_its_backward(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(torch.get_deterministic_debug_mode())
+            return grad
+
+    attend = attention.repeatable(lambda module, q, k, v, mask: (Look.apply(Look.apply(q) * k + v), None), "cpu")
+    leaf = torch.ones(3, requires_grad=True)
+    checkpoint(lambda x: attend(None, x, x, x, None)[0], leaf, use_reentrant=reentrant).sum().backward()
+    assert seen == [2, 2]
+
+
+def test_a_verdict_is_the_same_where_gradients_are_off(monkeypatch):
+    monkeypatch.setattr(attention, "flash", right)
+    with torch.no_grad():
+        assert attention.flash_fault(HEADS, torch.float32, "cpu") is None
+    with torch.inference_mode():
+        assert attention.gradient_fault(HEADS, torch.float32, "cpu") is None
+
+
+@pytest.mark.parametrize("attends", ["by place", "by name"])
+def test_attention_is_called_as_families_call_it(attends):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module = SimpleNamespace(is_causal=False, training=False)
+    tensors = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    for function in (sdpa_attention_forward, attention.repeatable(sdpa_attention_forward, "cpu")):
+        if attends == "by place":
+            out, _ = function(module, *tensors, mask, dropout=0.0, scaling=1.0)
+        else:
+            out, _ = function(module, *tensors, attention_mask=mask, dropout=0.0, scaling=1.0)
+        exact = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask, scale=1.0)
+        torch.testing.assert_close(out, exact.transpose(1, 2))
+
+
+def test_heads_of_decoders_without_any_are_the_usual_ones():
+    from transformers import AutoConfig, MambaConfig
+
+    assert Heads.of(MambaConfig()) == attention.USUAL
+    assert Heads.of(AutoConfig.for_model("qwen3")) == Heads(32, 32, 128)
+    assert Heads.of(AutoConfig.for_model("llama", num_key_value_heads=8)) == Heads(32, 8, 128)
+    assert Heads.of(AutoConfig.for_model("gemma4").get_text_config()).size > 0

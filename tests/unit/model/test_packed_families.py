@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from mirage_dist.data.encoding.packing import borders, pack
-from mirage_dist.model.families import packing, roles
+from mirage_dist.model import activations
+from mirage_dist.model.families import attention, packing, roles
 from mirage_dist.model.policy import HeadedModel, Request
 
 PICTURE = 9
@@ -219,10 +220,10 @@ def test_attention_that_keeps_to_the_borders_is_given_no_mask(monkeypatch, name)
 
     config = {**TEXTS, **PICTURED}[name]()
     attends = []
-    attend = packing._one_by_one
-    monkeypatch.setattr(packing, "_one_by_one", lambda *given: attends.append(name) or attend(*given))
+    attend = attention.within_borders
+    monkeypatch.setattr(attention, "within_borders", lambda *a, **k: attends.append(name) or attend(*a, **k))
     monkeypatch.setattr(masking_utils, "sdpa_mask", refused)  # of `attend_apart`; sdpa's own is registered already
-    plain = packing.activations.plain(config.get_text_config())
+    plain = activations.plain(config.get_text_config())
     assert (fault(config) is None) == (not plain)
     monkeypatch.setattr(packing, "by_flash", lambda *_: True)
     assert fault(config) is None

@@ -18,6 +18,7 @@ from mirage_dist.ranks import Group
 from mirage_dist.schema import TrainRecipe
 from mirage_dist.train.caches.reference import add
 from mirage_dist.train.feed import Feed
+from mirage_dist.train.planning import check
 from mirage_dist.train.planning.streams import read_streams
 
 ONE = Group(0, 0, 1, torch.device("cpu"))
@@ -174,3 +175,32 @@ def test_all_positions_of_a_packed_batch_are_the_unpadded_ones(toy, files, model
         steps = [gradients(toy, files, models, options, True, source=source) for options in (every, unpadded)]
         assert_same_step(*steps)
     assert gradients(toy, files, models, every, False)[0] != steps[0][0]
+
+
+@pytest.mark.parametrize(
+    ("given", "begun", "others", "packed"),
+    [
+        ("auto", None, True, True),
+        ("auto", None, False, False),
+        ("auto", False, True, False),
+        ("auto", True, True, True),
+        ("true", False, True, True),  # the recipe's hash has refused it before
+    ],
+)
+def test_all_ranks_and_all_starts_of_a_run_make_the_same_batches(toy, files, monkeypatch, given, begun, others, packed):
+    """begun: what the run's manifest has; others: what another rank's GPU can do."""
+    _, recipe, _ = feed_of(toy, files, OBJECTIVES["npo"], given)
+    monkeypatch.setattr(check.runs, "manifest", lambda root: None if begun is None else {"packed": begun})
+    monkeypatch.setattr(check, "everyones", lambda group, own: [own, others])
+    assert check.agreed(recipe, load.processor(recipe.model), ONE).data.packing is packed
+
+
+def test_auto_pads_where_a_gpu_would_compare_all_tokens_of_a_row(toy, files):
+    """And packs where PyTorch's flash-attention has kernels: half precision."""
+    _, recipe, _ = feed_of(toy, files, OBJECTIVES["npo"], "auto")
+    planned = {
+        dtype: load.resolved(recipe.model, recipe.data, dtype, load.processor(recipe.model), planned=True).packing
+        for dtype in ("fp32", "bf16")
+    }
+    assert planned == {"fp32": False, "bf16": True}
+    assert load.resolved(recipe.model, recipe.data, "fp32", load.processor(recipe.model)).packing  # on this CPU
