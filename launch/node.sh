@@ -171,9 +171,18 @@ if [[ ${1:-} == eval ]]; then
   tasks=${SLURM_NTASKS:-1}
   place=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks + SLURM_PROCID))
   set -- "$@" --worker "$place/$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))"
-  # One GPU each, where the node's are not dealt out by Slurm.
+  # Each its share of the node's GPUs, where Slurm has not dealt them out: with one task a GPU, that is one GPU; with
+  # fewer tasks a group of them, for generation.tensor_parallel. A launcher starts one worker a GPU.
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
-  if ((${#gpus[@]} > 1)); then export CUDA_VISIBLE_DEVICES=${gpus[local_rank % ${#gpus[@]}]}; fi
+  if ((${#gpus[@]} > 1)) && [[ ! ${SLURM_GPUS_PER_TASK:-} ]] && ((${#gpus[@]} >= ${SLURM_GPUS_ON_NODE:-0})); then
+    neighbours=$(((tasks + ${SLURM_NNODES:-1} - 1) / ${SLURM_NNODES:-1}))
+    [[ ${MIRAGE_LAUNCHER:-} != worker ]] || neighbours=${#gpus[@]}
+    each=$((${#gpus[@]} > neighbours ? ${#gpus[@]} / neighbours : 1))
+    share=("${gpus[@]:local_rank * each % ${#gpus[@]}:each}")
+    # No command substitution, for the trap of a launcher's worker (see above).
+    printf -v CUDA_VISIBLE_DEVICES ',%s' "${share[@]}"
+    export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:1}
+  fi
 fi
 # Slurm signals this script as well as the process, whose answer counts.
 trap : USR1 TERM

@@ -230,8 +230,8 @@ def evaluate(
 ) -> EvalResult:
     """`mirage eval RECIPE … --workers N`: ask a model every question of a suite, judge, and compute the rates.
 
-    workers: processes, of which each takes one of the machine's GPUs in turn; answers that are on disk are not asked
-    for again. log: as of `train`.
+    workers: processes, of which each takes one of the machine's GPUs in turn, or `generation.tensor_parallel` of them;
+    answers that are on disk are not asked for again. log: as of `train`.
     Raises ConfigError for a wrong recipe, and for one that follows a run; RunError when a worker fails; StopRequested
     when they were stopped. Every answer so far is kept, and the same call does what is missing.
     """
@@ -243,7 +243,7 @@ def evaluate(
     from mirage_dist.evals.sharing.files import suite_dir
 
     with _on_disk(recipe, overrides, own) as (file, words):
-        pool.run(file, words, workers, log or (lambda line: None))
+        pool.run(file, words, workers, own.generation.tensor_parallel, log or (lambda line: None))
     suite = suite_dir(own)
     try:
         result = results.read(suite)

@@ -10,6 +10,7 @@ every later rename of that owner fails, however late it comes.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -31,6 +32,7 @@ from mirage_dist.schema.names import shown
 BEAT_SECONDS = 5.0  # between two beats
 PARENTS = "MIRAGE_PARENTS"  # the processes with which one that they started ends: BOOT/NAMESPACE/PID, by spaces
 PARENTS_SECONDS = 0.5  # between two looks at them
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,18 @@ def _watch_parents(parents: Mapping[int, str | None]) -> None:
     while all(start is not None and process_start(pid) == start for pid, start in parents.items()):
         time.sleep(PARENTS_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process as soon as the thread that started it has ended, whatever it is at then.
+
+    parent: the process number of that thread's process, which may have ended already. For a process that has nothing
+    to stop in order, such as one of an engine on a GPU, which may be in a kernel or a collective for minutes.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def restart_count() -> int:

@@ -6,6 +6,8 @@
 #   sbatch --array=0-31%8 slurm/eval_attacks.sh run.dir=runs/npo
 # Change first: run.dir (the run to evaluate), --array (workers % how many at once), the data in
 # configs/eval/vlguard.yaml. Where jobs get whole nodes, --array=0-3 --gres=gpu:8 --ntasks-per-node=8 is 32 workers.
+# The tasks of a node share out its GPUs: --gres=gpu:8 --ntasks-per-node=2 is two workers of four GPUs each, for
+#   generation.backend=vllm generation.tensor_parallel=4
 #SBATCH --job-name=eval_attacks
 #SBATCH --array=0-7%4
 #SBATCH --nodes=1

@@ -222,7 +222,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     elif parsed.workers:
         from mirage_dist.evals import pool
 
-        pool.run(parsed.config, parsed.overrides, parsed.workers)
+        pool.run(parsed.config, parsed.overrides, parsed.workers, recipe.generation.tensor_parallel)
     else:
         with loading():
             from mirage_dist import inputs

@@ -165,6 +165,7 @@ def recipe_hash(recipe: EvalRecipe) -> str:
         *_endpoint_fields(recipe),
         "generation.batch_size",
         "generation.gpu_memory_utilization",
+        "generation.tensor_parallel",
         "judges",
         "labels",
         "defences",

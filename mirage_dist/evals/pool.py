@@ -19,16 +19,19 @@ from mirage_dist.signals import StopRequested
 POLL_SECONDS = 0.1
 
 
-def run(config: str, overrides: Sequence[str], workers: int, log: Callable[[str], None] | None = None) -> None:
+def run(
+    config: str, overrides: Sequence[str], workers: int, each: int = 1, log: Callable[[str], None] | None = None
+) -> None:
     """Start N workers and wait until all have ended. Passes a signal on; when a worker fails, the others go on.
 
-    log: takes each line that a worker prints; None: they print where this process does.
-    Raises StopRequested after a signal to this process or to a worker. Raises ConfigError when a worker reports bad
-    input, which ends all of them, and RunError when a worker failed otherwise; both name the first worker that failed,
-    or with `log` its fault.
+    each: GPUs of a worker. log: takes each line that a worker prints; None: they print where this process does.
+    Raises StopRequested after a signal to this process or to a worker. Raises ConfigError when the GPUs are too few, or
+    a worker reports bad input, which ends all of them, and RunError when a worker failed otherwise; both name the first
+    worker that failed, or with `log` its fault.
     """
     command = [sys.executable, "-m", "mirage_dist.cli", "eval", config, *overrides]
-    relays = [Relay([*command, "--worker", f"{i}/{workers}"], environment(i, workers), log) for i in range(workers)]
+    places = [environment(i, workers, each) for i in range(workers)]
+    relays = [Relay([*command, "--worker", f"{i}/{workers}"], place, log) for i, place in enumerate(places)]
     started = [relay.process for relay in relays]
     try:
         first = _wait(relays)
@@ -82,17 +85,46 @@ def _ending(status: int) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def environment(worker: int, workers: int) -> dict[str, str]:
-    """A worker's environment variables, with one of the machine's GPUs and a share of its cores."""
+def environment(worker: int, workers: int, each: int = 1) -> dict[str, str]:
+    """A worker's environment variables, with its share of the machine's GPUs and cores.
+
+    each: GPUs of a worker. Raises ConfigError as `check_gpus`.
+    """
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The code of this process, also from inside another checkout, which `python -m` would prefer.
     variables = {**os.environ, **liveness.child_environment()}
     variables.update(PYTHONSAFEPATH="1", PYTHONPATH=os.pathsep.join(paths))
     variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
-    own = gpus()
-    if own:
-        variables["CUDA_VISIBLE_DEVICES"] = own[worker % len(own)]
+    if own := gpus():
+        check_gpus(each, len(own), workers)
+        first = worker * each % len(own)
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(own[first : first + each])
     return variables
+
+
+def check_gpus(each: int, visible: int, workers: int = 1) -> None:
+    """Raise ConfigError when `visible` GPUs cannot be shared out among workers of `each` GPUs: too few, or some left.
+
+    Workers of one GPU may share it; an engine on several takes their memory for itself.
+    """
+    if each == 1:
+        return
+    key = f"generation.tensor_parallel={each}"
+    if visible < each:
+        raise ConfigError(
+            f"{key}: a worker needs {each} GPUs of one machine, and this process sees {visible}; lower it, or give "
+            f"each worker that many: on Slurm, --gres=gpu:{each} --ntasks-per-node=1, or a multiple of both"
+        )
+    if visible % each:
+        raise ConfigError(
+            f"{key}: this process sees {visible} GPUs, of which {visible % each} would be left over; choose a divisor, "
+            f"or show it {visible // each * each} of them by CUDA_VISIBLE_DEVICES"
+        )
+    if workers * each > visible:
+        raise ConfigError(
+            f"{key}: {workers} workers need {workers * each} GPUs, and this machine shows {visible}; at most "
+            f"--workers {visible // each}"
+        )
 
 
 def gpus() -> list[str]:

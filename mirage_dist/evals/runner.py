@@ -99,6 +99,7 @@ def _begun(recipe: EvalRecipe) -> _Begun:
     worklist.check(recipe)
     engine = models.backend(recipe.generation.backend)
     versions = engine.versions()  # fails here where the engine is not installed
+    engine.check(recipe.generation)
     panel = judges.panel(recipe)
     labelled = None if recipe.labels is None else labels.read(recipe.labels)
     model = subject.find(recipe.model, Path(recipe.run.dir)) if recipe.model.url is None else remote.find(recipe)

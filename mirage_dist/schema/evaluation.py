@@ -10,7 +10,7 @@ from mirage_dist.schema.choice import Choice
 from mirage_dist.schema.data import RunConfig, SourceConfig, WorldConfig
 from mirage_dist.schema.errors import ConfigError
 from mirage_dist.schema.names import Name, Place
-from mirage_dist.schema.numbers import Batch, FromZero, Seed, SomeShare, Tokens
+from mirage_dist.schema.numbers import Batch, FromZero, Parallel, Seed, SomeShare, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,16 @@ class GenerationConfig:
     batch_size: Batch = 16  # rows in a batch and in a claim; vllm and endpoints need hundreds
     backend: str = "hf"  # hf, vllm, or module:Class (see `evals.models`)
     gpu_memory_utilization: SomeShare | None = None  # vllm only: fraction of the GPU's memory that it takes; default .9
+    tensor_parallel: Parallel = 1  # vllm only: GPUs of a worker, on one machine; each holds a part of every layer
 
     def __post_init__(self) -> None:
         if self.backend == "hf" and self.gpu_memory_utilization is not None:
             raise ConfigError("gpu_memory_utilization: belongs to backend vllm, with hf leave it out")
+        if self.backend != "vllm" and self.tensor_parallel > 1:
+            raise ConfigError(
+                f"tensor_parallel={self.tensor_parallel}: belongs to backend vllm, and backend={self.backend} runs a "
+                "model on one GPU; set generation.backend=vllm, or leave it out"
+            )
 
     @property
     def gpu_share(self) -> float:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from mirage_dist import config as configs
 from mirage_dist import disk, launching, signals
 from mirage_dist.evals import pool as workers
 from mirage_dist.liveness import Owner
 from mirage_dist.progress import ON_STDERR, log
-from mirage_dist.schema import ConfigError, RunError
+from mirage_dist.schema import ConfigError, EvalRecipe, RunError
 from mirage_dist.signals import STOPPED, StopRequested
 from mirage_dist.sweep import directory
 from mirage_dist.sweep.points import Plan, Point, evaluation
@@ -145,17 +146,26 @@ def _start(own: _Pool, place: int, active: _Active) -> None:
     active.step = step = active.steps.popleft()
     described = f" ({active.point.description})" if active.point.description else ""
     log.info(f"{active.point.name}{described}: {step.title}")
-    words, variables = command(step, own.plan.sweep.ranks, (place, own.jobs), own.gpus)
+    words, variables = command(step, own.plan.sweep.ranks, (place, own.jobs), own.gpus, _gpus_each(step))
     active.log.write(f"--- {step.title}\n".encode())
     active.log.flush()
     active.process = subprocess.Popen(words, env=variables, stdout=active.log, stderr=subprocess.STDOUT)
 
 
-def command(step: Step, ranks: int, place: tuple[int, int], gpus: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def _gpus_each(step: Step) -> int:
+    """GPUs of a worker of an evaluation."""
+    if step.verb != "eval":
+        return 1
+    return configs.load(step.words[0], step.words[1:], EvalRecipe).generation.tensor_parallel
+
+
+def command(
+    step: Step, ranks: int, place: tuple[int, int], gpus: Sequence[str], each: int = 1
+) -> tuple[list[str], dict[str, str]]:
     """The command line of a step, and the variables that it starts with.
 
     place: (i, n): of the i-th of n points at once. gpus: the machine's, of which each place has `ranks`; none where
-    they are too few for one training.
+    they are too few for one training. each: of these, how many a worker of an evaluation has.
     """
     number, jobs = place
     own = gpus[number * ranks : (number + 1) * ranks]
@@ -166,7 +176,7 @@ def command(step: Step, ranks: int, place: tuple[int, int], gpus: Sequence[str])
     else:
         variables = workers.environment(number, jobs)
         words = [sys.executable, "-m", "mirage_dist.cli", "eval", *step.words]
-        words += ["--workers", str(ranks)] if len(own) > 1 else []
+        words += ["--workers", str(max(1, ranks // each))] if len(own) > 1 else []
     return words, variables | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
 
 

@@ -114,6 +114,24 @@ def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):
     assert len({(start["env"]["SLURM_JOB_ID"], start["env"]["CUDA_VISIBLE_DEVICES"]) for start in starts}) == 6
 
 
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        (("--ntasks-per-node=2", "--gres=gpu:8"), ["0,1,2,3", "4,5,6,7"]),
+        (("--ntasks-per-node=3", "--gres=gpu:8"), ["0,1", "2,3", "4,5"]),
+        (("--ntasks-per-node=1", "--gres=gpu:4"), ["0,1,2,3"]),
+        (("--ntasks-per-node=3", "--gres=gpu:2"), ["0", "0", "1"]),
+        (("--gres=none", "--ntasks-per-node=2", "--gpus-per-task=4"), ["0,1,2,3", "4,5,6,7"]),
+    ],
+)
+def test_evaluation_workers_share_out_the_gpus_of_a_node(slurm, options, shares):
+    """Where there are fewer tasks than GPUs, each has several, of its own: for generation.tensor_parallel."""
+    alone = ("--array=0", "--nodes=1", "--cpus-per-task=1")
+    job = slurm.submit("eval_attacks", "run.dir=runs/x", options=(*alone, *options))
+    slurm.ended(job)
+    assert sorted(start["env"]["CUDA_VISIBLE_DEVICES"] for start in slurm.starts(job)) == shares
+
+
 def test_an_element_of_a_sweep_trains_and_evaluates_its_point(slurm, tmp_path):
     """The words arrive as they were; what is trained is not trained again, and its own tasks share an evaluation."""
     words = ["configs/train/npo.yaml", "run.name='a  $b'", "seconds=0"]

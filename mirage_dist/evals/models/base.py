@@ -71,6 +71,14 @@ class Generator(Respondent):
         """
         return {}
 
+    @classmethod
+    def check(cls, generation: GenerationConfig) -> None:
+        """Raise ConfigError when this process cannot run the engine as the recipe asks, such as on its GPUs.
+
+        Comes before anything is written or loaded.
+        """
+        return
+
     @abstractmethod
     def answer(self, samples: Sequence[Sample]) -> list[str]:
         """The answers to one batch, without special tokens and surrounding spaces."""

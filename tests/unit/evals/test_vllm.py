@@ -5,9 +5,15 @@ vLLM is an optional extra for GPUs. Its CPU build runs the tests that need it: i
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import parallel_engine
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -15,10 +21,12 @@ from toy import Toy
 from widened import widen
 
 from mirage_dist import config as configs
+from mirage_dist import liveness
+from mirage_dist.config import REPOSITORY
 from mirage_dist.data import formats, sources
 from mirage_dist.data.sample import Draw, Sample
 from mirage_dist.embedded import model as embedded_model
-from mirage_dist.evals import rows, runner
+from mirage_dist.evals import manifest, rows, runner
 from mirage_dist.evals.models.hf import HuggingFace
 from mirage_dist.evals.models.vllm import VLLM
 from mirage_dist.evals.sharing.files import Answers
@@ -87,12 +95,14 @@ def test_a_prompt_is_the_one_of_generation_with_its_picture_not_yet_expanded(toy
         encoder.prompt(sample)
 
 
-def test_the_engine_is_in_the_key_and_its_share_of_the_gpu_is_not(toy, tmp_path):
+def test_the_engine_is_in_the_key_and_its_gpus_are_not(toy, tmp_path):
     def settings(**generation: object) -> dict:
         return rows.settings(recipe(toy, tmp_path, **generation), "model", "template", Environment(None, {}), {})
 
     assert settings() != settings(backend="vllm")
-    assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5)
+    assert settings(backend="vllm") == settings(backend="vllm", gpu_memory_utilization=0.5, tensor_parallel=4)
+    one, four = (recipe(toy, tmp_path, backend="vllm", tensor_parallel=n) for n in (1, 4))
+    assert manifest.recipe_hash(one) == manifest.recipe_hash(four)
     assert recipe(toy, tmp_path, backend="vllm").generation.gpu_share == 0.9
     with pytest.raises(ConfigError, match=r"generation\.gpu_memory_utilization: belongs to backend vllm"):
         settings(gpu_memory_utilization=0.5)
@@ -160,3 +170,23 @@ def test_too_little_memory_and_a_model_that_vllm_does_not_support_are_different_
     unnamed = EvalModelConfig(path=f"{tmp_path}/unnamed", dtype="fp32")
     with pytest.raises(ConfigError, match=r"unnamed: vLLM cannot load it: .*vision_tower"):
         VLLM(unnamed, options.template, replace(options.generation, gpu_memory_utilization=0.3))
+
+
+@needs_vllm
+def test_a_model_on_two_devices_answers_as_on_one_and_leaves_no_process(toy, wide):
+    """Slurm signals every process of a step: the batch is finished all the same. SIGKILL ends all of them."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, parallel_engine.__file__, str(wide), f"{toy.root}/forget.jsonl"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        result = json.loads(next((line for line in worker.stdout if line.startswith("{")), "null"))
+        time.sleep(0.5)
+        worker.send_signal(signal.SIGKILL)
+    assert result["same"] == [True] * 3
+    assert result["different"] > 1
+    assert result["signal"] in ("SIGUSR1", "SIGTERM")
+    assert len(result["processes"]) == 2
+    deadline = time.monotonic() + 10
+    while any(liveness.process_start(pid) for pid in result["processes"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
