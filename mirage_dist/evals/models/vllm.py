@@ -107,7 +107,7 @@ class VLLM(Generator):
         room = template.max_length + generation.max_new_tokens
         most = getattr(config.get_text_config(), "max_position_embeddings", None) or room
         self.gpus = generation.tensor_parallel
-        self.engine: Any = _engine(vllm, model, generation, min(room, most), self.encoder.text_only)
+        self.engine: Any = start(vllm, model, generation, min(room, most), self.encoder.text_only)
         self.compared: set[bool] = set()
 
     def close(self) -> None:
@@ -159,7 +159,11 @@ def _prompt(ids: list[int], picture: Any) -> dict[str, Any]:
     return {"prompt_token_ids": ids, **({} if picture is None else {"multi_modal_data": {"image": picture}})}
 
 
-def _engine(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max_length: int, text_only: bool) -> Any:
+def start(vllm: Any, model: EvalModelConfig, generation: GenerationConfig, max_length: int, text_only: bool) -> Any:
+    """An engine of vLLM: in this process, or on several GPUs with a process for each.
+
+    vllm: the package. Raises ConfigError and RunError as `VLLM`, and StopRequested when a signal ended the start.
+    """
     parallel = generation.tensor_parallel
     several = {
         "tensor_parallel_size": parallel,

@@ -98,7 +98,7 @@ def started(generation: GenerationConfig, error: Exception | None = None) -> dic
         if error is not None:
             raise error
 
-    engines._engine(SimpleNamespace(LLM=recorder), MODEL, generation, 64, True)
+    engines.start(SimpleNamespace(LLM=recorder), MODEL, generation, 64, True)
     return seen
 
 

@@ -162,10 +162,12 @@ def test_a_suite_by_vllm_counts_as_one_by_transformers_and_is_not_mixed_with_it(
 
 
 @needs_vllm
-def test_too_little_memory_and_a_model_that_vllm_does_not_support_are_different_errors(toy, wide, tmp_path):
+def test_too_little_memory_heads_that_do_not_divide_and_a_strange_model_are_different_errors(toy, wide, tmp_path):
     options = recipe(toy, tmp_path, backend="vllm", gpu_memory_utilization=0.001)
     with pytest.raises(RunError, match=r"too little memory for 8 rows .* generation\.gpu_memory_utilization"):
         VLLM(options.model, options.template, options.generation)
+    with pytest.raises(ConfigError, match=r"generation\.tensor_parallel=3: .* attention heads .*/wide has 4;"):
+        VLLM(options.model, options.template, replace(options.generation, tensor_parallel=3))
     embedded_model.make(tmp_path / "unnamed", seed=3)
     unnamed = EvalModelConfig(path=f"{tmp_path}/unnamed", dtype="fp32")
     with pytest.raises(ConfigError, match=r"unnamed: vLLM cannot load it: .*vision_tower"):
