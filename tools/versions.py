@@ -39,7 +39,6 @@ EXTRAS = ("tensorboard", "real", "qlora")
 TOOLS = ("dev", "docs")
 UNTESTED = {
     "flash": "no: flash-attn is compiled by CUDA's compiler when it is installed",
-    "vllm": "no: vllm brings a CUDA build of torch",
 }
 MARKS = ("<!-- tools/versions.py writes from here -->", "<!-- to here -->")
 LOCK_HEAD = """\

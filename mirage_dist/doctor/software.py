@@ -18,10 +18,11 @@ PROJECT = "mirage-dist"
 # What each extra is for, where a user would miss it.
 PURPOSES = {
     "flash": "flash-attention; without it attention is PyTorch's own (sdpa)",
-    "vllm": "generation.backend=vllm of an evaluation",
     "tensorboard": "monitor.tensorboard=true",
     "real": "mirage demo --real",
 }
+# What pip does not install together with this package, and what it is for (docs/evaluation.md, "Engines").
+BESIDE = {"vllm>=0.32,<0.33": "generation.backend=vllm of an evaluation"}
 
 
 def declared() -> tuple[str, list[str]] | None:
@@ -99,17 +100,19 @@ def installed(name: str) -> str | None:
 
 
 def optional(_: Context) -> Verdict:
-    """Those of the extras: what is missing, and what for."""
+    """Those of the extras and vLLM: what is missing, and what for."""
     if (given := declared()) is None:
         return not_here("the extras are unknown here", "install this project: make setup")
     here, missing, untested, values = [], [], [], {}
+    purposes = {Requirement(text): purpose for text, purpose in BESIDE.items()}
     for requirement in map(Requirement, given[1]):
-        if requirement.marker is None or not any(_wanted(requirement, extra) for extra in PURPOSES):
-            continue
-        extra = next(extra for extra in PURPOSES if _wanted(requirement, extra))
+        extra = next((extra for extra in PURPOSES if _wanted(requirement, extra)), None)
+        if requirement.marker is not None and extra is not None:
+            purposes[requirement] = PURPOSES[extra]
+    for requirement, purpose in purposes.items():
         values[requirement.name] = version = installed(requirement.name)
         if version is None:
-            missing.append(f"{requirement.name} ({PURPOSES[extra]})")
+            missing.append(f"{requirement.name} ({purpose})")
         elif not requirement.specifier.contains(version, prereleases=True):
             untested.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
         else:

@@ -63,7 +63,8 @@ class GenerationConfig:
     """Decoding is greedy but for attacks that draw answers (`sampling`). An answer ends with the end token or after
     `max_new_tokens`.
 
-    vllm is an optional extra and needs a GPU; its answers may differ from hf's where two tokens are about as likely.
+    vllm is installed separately (docs/evaluation.md) and needs a GPU; its answers may differ from hf's where two tokens
+    are about as likely.
     """
 
     max_new_tokens: Tokens = 256  # of an answer, at most

@@ -19,6 +19,7 @@ import pytest
 
 from mirage_dist import __version__
 from mirage_dist.config import REPOSITORY
+from mirage_dist.doctor import software
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567+changes"
@@ -189,7 +190,7 @@ def distribution(requirement: str) -> str:
 def test_every_package_that_is_imported_is_declared():
     """Libraries bring others with them, and may stop to: what this package imports itself, it asks for itself."""
     extras = [name for group in PROJECT["optional-dependencies"].values() for name in group]
-    declared = {distribution(name) for name in (*PROJECT["dependencies"], *extras)}
+    declared = {distribution(name) for name in (*PROJECT["dependencies"], *extras, *software.BESIDE)}
     known = packages_distributions() | {
         "bitsandbytes": ["bitsandbytes"],
         "vllm": ["vllm"],

@@ -1,4 +1,4 @@
-"""`generation.backend: vllm`: vLLM in place of transformers, for GPUs (pip install 'mirage-dist[vllm]').
+"""`generation.backend: vllm`: vLLM in place of transformers, for GPUs (docs/evaluation.md says how to install it).
 
 vLLM gets the same input as transformers in `evals.models.hf`: the token ids of the same chat template, the picture
 padded in the same way, the same end tokens; and it decodes greedily, or draws by the same seeds. It runs the model's
@@ -51,7 +51,8 @@ def _library() -> Any:
         return import_module("vllm")
     except ImportError as error:
         raise ConfigError(
-            f"generation.backend=vllm: vLLM cannot be imported ({error}); pip install 'mirage-dist[vllm]', or use hf"
+            f"generation.backend=vllm: vLLM cannot be imported ({error}); install it as docs/evaluation.md says "
+            "(Engines), or use hf"
         ) from error
 
 
