@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,8 @@ class Story:
     that have reports of their own. sweep: of every unlearning method, with --full. ranks: processes of a training.
     raw: the suite that the world's initial model is asked before anything is trained, if it knows anything.
     source: for a model that can be chosen, the key on the command line, and that of the world. layers: of the decoder
-    that the recipes are for, where that model may have others (see `fitted`).
+    that the recipes are for, where that model may have others (see `fitted`). slow: whether evaluating one model takes
+    minutes without --full, too.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Story:
     raw: str | None = None
     source: tuple[str, str] | None = None
     layers: int | None = None
+    slow: bool = False
 
     def models(self, full: bool) -> Stages:
         return {**self.stages, **self.more} if full else self.stages
@@ -90,6 +92,7 @@ REAL = Story(
     raw="configs/eval/real_raw.yaml",
     source=("model.path", "world.language_model"),
     layers=30,
+    slow=True,
 )
 
 
@@ -150,8 +153,20 @@ class _Driver:
     def log(self, text: str) -> None:
         """Begin a stage: its number, the time since the start, and what it is."""
         self.step += 1
+        log.info(f"[{self.step}/{self.stages}] {self.clock()}  {text}")
+
+    def clock(self) -> str:
+        """The time since the start."""
         seconds = f"{time.monotonic() - self.start:.0f} s"
-        log.info(f"[{self.step}/{self.stages}] {seconds:>6}  {text}")
+        return f"{seconds:>6}"
+
+    def each(self) -> Iterator[tuple[str, Path]]:
+        """Every model's name and run, with a line for each where a stage takes minutes for one of them."""
+        indent = " " * len(f"[{self.step}/{self.stages}]")
+        for number, (name, folder) in enumerate(self.runs.items(), 1):
+            if self.full or self.story.slow:
+                log.info(f"{indent} {self.clock()}  - {name} ({number} of {len(self.runs)})")
+            yield name, folder
 
     def kept(self, name: str) -> AbstractContextManager[None]:
         """Keep the log of a stage in a file; on the screen are the stages, and each warning and note once."""
@@ -212,7 +227,7 @@ class _Driver:
 
     def evaluate(self) -> None:
         self.log(f"evaluation of every model, clean and attacked{', and tests of erasure' if self.full else ''}")
-        for name, folder in self.runs.items():
+        for name, folder in self.each():
             own = self.of_model(name, folder)
             with self.kept(f"eval-{name}"):
                 if self.full:
@@ -228,7 +243,7 @@ class _Driver:
         for suite in self.story.further:
             name = Path(suite).stem
             self.log(f"{name}: {self.further(suite) / 'index.html'}")
-            for model, folder in self.runs.items():
+            for model, folder in self.each():
                 with self.kept(f"{name}-{model}"):
                     evaluate(suite, self.of_model(model, folder))
             report(self.runs, self.further(suite), {"seed": self.base.seed}, suite=name)
