@@ -171,13 +171,19 @@ if [[ ${1:-} == eval ]]; then
   tasks=${SLURM_NTASKS:-1}
   place=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) * tasks + SLURM_PROCID))
   set -- "$@" --worker "$place/$((${SLURM_ARRAY_TASK_COUNT:-1} * tasks))"
-  # Each its share of the node's GPUs, where Slurm has not dealt them out: with one task a GPU, that is one GPU; with
-  # fewer tasks a group of them, for generation.tensor_parallel. A launcher starts one worker a GPU.
+  # Each its share of the node's GPUs: with one task a GPU, that is one GPU; with fewer tasks a group of them, for
+  # generation.tensor_parallel. A task that sees no more than its share was dealt it by Slurm, and keeps it. A launcher
+  # starts one worker a GPU.
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
-  if ((${#gpus[@]} > 1)) && [[ ! ${SLURM_GPUS_PER_TASK:-} ]] && ((${#gpus[@]} >= ${SLURM_GPUS_ON_NODE:-0})); then
-    neighbours=$(((tasks + ${SLURM_NNODES:-1} - 1) / ${SLURM_NNODES:-1}))
-    [[ ${MIRAGE_LAUNCHER:-} != worker ]] || neighbours=${#gpus[@]}
-    each=$((${#gpus[@]} > neighbours ? ${#gpus[@]} / neighbours : 1))
+  neighbours=1 node=${SLURM_GPUS_ON_NODE:-0} # the most tasks on a node of this step: "2(x3),1" is 2
+  layout=${SLURM_STEP_TASKS_PER_NODE:-$(((tasks + ${SLURM_NNODES:-1} - 1) / ${SLURM_NNODES:-1}))}
+  for word in ${layout//,/ }; do
+    if ((${word%%(*} > neighbours)); then neighbours=${word%%(*}; fi
+  done
+  if [[ ${MIRAGE_LAUNCHER:-} == worker ]]; then neighbours=${#gpus[@]} node=0; fi
+  if ((node < ${#gpus[@]})); then node=${#gpus[@]}; fi
+  each=$((node > neighbours && neighbours ? node / neighbours : 1))
+  if ((${#gpus[@]} > each)); then
     share=("${gpus[@]:local_rank * each % ${#gpus[@]}:each}")
     # No command substitution, for the trap of a launcher's worker (see above).
     printf -v CUDA_VISIBLE_DEVICES ',%s' "${share[@]}"

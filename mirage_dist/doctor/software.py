@@ -121,7 +121,9 @@ def optional(_: Context) -> Verdict:
     if untested:
         return warning(text, "pip install the tested version where you use it", **values)
     return (
-        not_here(text, f"pip install '{PROJECT}[NAME]' brings those that you want", **values) if missing else ok(text)
+        not_here(text, f"pip install '{PROJECT}[NAME]' brings those that you want; vLLM: docs/evaluation.md", **values)
+        if missing
+        else ok(text)
     )
 
 

@@ -108,14 +108,15 @@ def _groups_of_hpz(deepspeed_config: Mapping[str, Any]) -> Iterator[None]:
         groups._create_zero_param_parallel_group = make
 
 
-def attention(model: ModelConfig, dtype: str) -> str | None:
+def attention(model: ModelConfig, dtype: str, planned: bool = False) -> str | None:
     """The attention implementation to ask transformers for; None leaves the choice to it (sdpa where a family has it).
 
-    `auto` is flash-attention for bf16 on a GPU where it is installed, else None.
+    `auto` is flash-attention for bf16 on a GPU where it is installed, else None. planned: for a GPU that is not here.
     """
     if model.attention != "auto":
         return model.attention
-    flash = dtype == "bf16" and torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    gpu = planned or torch.cuda.is_available()
+    flash = dtype == "bf16" and gpu and importlib.util.find_spec("flash_attn") is not None
     return "flash_attention_2" if flash else None
 
 
@@ -167,7 +168,7 @@ def resolved(model: ModelConfig, data: DataConfig, dtype: str, processor: Any, p
         raise ConfigError(f"data.cache_vision: {reason}; take data.cache_vision out")
     if data.packing is False:
         return data
-    implementation = attention(model, dtype)
+    implementation = attention(model, dtype, planned)
     if encoder.by_row:
         fault = f"{config.model_type} has the pictures of each row apart from its tokens"
     else:

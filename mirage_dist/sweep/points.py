@@ -55,6 +55,7 @@ class Plan:
     """What a sweep runs. points: in the order of their start. base: the point of the base model, if it is evaluated.
 
     suites: the name of each evaluation's suite, in the order of the recipe. places: of the frontier's two measures.
+    gpus: the most that a worker of an evaluation needs.
     """
 
     sweep: SweepRecipe
@@ -62,6 +63,7 @@ class Plan:
     base: Point | None
     suites: list[str]
     places: tuple[Place, Place] | None
+    gpus: int = 1
 
     @property
     def everything(self) -> list[Point]:
@@ -96,7 +98,8 @@ def plan(sweep: SweepRecipe) -> Plan:
         raise ConfigError(f"evaluate: two recipes have the suite {twice[0]!r}; give one of them another `suite`")
     own = sweep.frontier
     places = None if own is None else measures.places(own, dict(zip(suites, of_first, strict=True)))
-    return Plan(sweep, points, base, suites, places)
+    gpus = max((recipe.generation.tensor_parallel for recipe in evaluated.values()), default=1)
+    return Plan(sweep, points, base, suites, places, gpus)
 
 
 def _settings(
@@ -227,6 +230,11 @@ def _evaluations(sweep: SweepRecipe, points: Sequence[Point], base: Point | None
                     raise ConfigError(
                         f"model.{given}: not the model of each point; expected model.path: ${{run.dir}}/export in the "
                         "recipe"
+                    )
+                if sweep.ranks % recipe.generation.tensor_parallel:
+                    raise ConfigError(
+                        f"generation.tensor_parallel={recipe.generation.tensor_parallel}: an evaluation has the GPUs "
+                        f"of its point's training, ranks={sweep.ranks}; expected a divisor of that"
                     )
                 first = recipes.setdefault(f"evaluate[{number}]", recipe)
                 if manifest.recipe_hash(recipe) != manifest.recipe_hash(first):

@@ -174,7 +174,7 @@ def command(
         variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (ranks * jobs))))
         words = launching.command(ranks, step.words[0], step.words[1:])
     else:
-        variables = workers.environment(number, jobs)
+        variables = workers.environment(number, jobs, each)
         words = [sys.executable, "-m", "mirage_dist.cli", "eval", *step.words]
         words += ["--workers", str(max(1, ranks // each))] if len(own) > 1 else []
     return words, variables | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})

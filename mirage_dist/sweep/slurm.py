@@ -11,12 +11,21 @@ import shlex
 from pathlib import Path
 
 from mirage_dist import disk
+from mirage_dist.schema import ConfigError
 from mirage_dist.sweep import directory, pool
 from mirage_dist.sweep.points import Plan
 
 
 def commands(plan: Plan) -> tuple[Path, int] | None:
-    """Write the file; returns it and the number of its lines, None when nothing is missing. Raises as `claim`."""
+    """Write the file; returns it and the number of its lines, None when nothing is missing.
+
+    Raises ConfigError where a worker of an evaluation needs several GPUs, and as `claim`.
+    """
+    if plan.gpus > 1:
+        raise ConfigError(
+            f"generation.tensor_parallel={plan.gpus}: the tasks of a sweep's job have one GPU each, as its trainings "
+            "need; leave `evaluate` out and evaluate by slurm/eval_attacks.sh, or run the sweep on one machine"
+        )
     out = directory.claim(plan)
     lines = []
     for point in plan.everything:

@@ -170,7 +170,7 @@ def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, f
         _make_repeatable(roles.decoder(policy.backbone).config, load.DTYPES[recipe.train.dtype])
     if recipe.data.packing is True:
         packing.attend_apart(policy.backbone)
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not frozen:
             text, dtype = roles.decoder(policy.backbone).config, load.DTYPES[recipe.train.dtype]
             if (why := packing.costly(policy.base.config, text._attn_implementation, dtype)) is not None:
                 log.warning(f"data.packing: {why}; data.packing=auto pads such rows in a new run")

@@ -199,6 +199,10 @@ MISTAKES = {
         {"evaluate": [evaluated("model.path=models/x")]},
         ["evaluate[0], point npo-", "model.path=models/x: not the model of each point"],
     ),
+    "workers of more GPUs than a training has": (
+        {"evaluate": [evaluated("generation.backend=vllm", "generation.tensor_parallel=4")]},
+        ["evaluate[0], point npo-", "generation.tensor_parallel=4", "ranks=1; expected a divisor"],
+    ),
     "a suite twice": ({"evaluate": [evaluated(), evaluated()]}, ["evaluate: two recipes have the suite 'demo'"]),
     "a training without export": (
         {"every": ["world.seed=0", "train.export=off"]},
@@ -374,3 +378,10 @@ def test_the_array_has_the_missing_points_and_their_words(tmp_path):
     assert slurm.commands(planned) == made
     assert "--array=0-16%8 --job-name=demo" in slurm.text(planned)
     assert name in run
+
+
+def test_an_array_has_no_task_of_several_gpus(tmp_path):
+    suite = evaluated("generation.backend=vllm", "generation.tensor_parallel=2", "judges=[world]")
+    planned = points.plan(sweep(tmp_path, ranks=2, evaluate=[suite]))
+    with pytest.raises(ConfigError, match=r"generation\.tensor_parallel=2: the tasks of a sweep's job have one GPU"):
+        slurm.text(planned)

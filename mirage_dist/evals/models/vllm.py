@@ -123,7 +123,7 @@ class VLLM(Generator):
         prompts = [_prompt(*self.encoder.prompt(sample)) for sample in samples]
         try:
             outputs = self.engine.generate(prompts, [self._sampling(s.draw) for s in samples], use_tqdm=False)
-        except RuntimeError as error:
+        except Exception as error:  # a lost process is reported by an assertion, a timeout or a RuntimeError
             if out_of_memory(error):
                 raise _no_room(len(samples)) from error
             if self.gpus == 1:

@@ -21,7 +21,7 @@ from mirage_dist.model.adapters import quantization
 from mirage_dist.model.families import guard
 from mirage_dist.objectives.base import Needs, Objective
 from mirage_dist.progress import log
-from mirage_dist.ranks import Group, everyones
+from mirage_dist.ranks import Group, everyones, together
 from mirage_dist.schema import ConfigError, TrainConfig, TrainRecipe
 from mirage_dist.train import engine, monitor, rundir
 from mirage_dist.train.feed import Feed, encoder_of
@@ -100,7 +100,7 @@ def agreed(recipe: TrainRecipe, processor: Any, group: Group) -> TrainRecipe:
 
     GPUs of two kinds, or another one at a later start, would else make other batches. Every rank calls this.
     """
-    begun = runs.manifest(Path(recipe.run.dir))
+    begun = together(group, lambda: runs.manifest(Path(recipe.run.dir)))
     if recipe.data.packing == "auto" and begun is not None:
         recipe = replace(recipe, data=replace(recipe.data, packing=begun["packed"]))
     own = resolved(recipe, processor)

@@ -3,9 +3,11 @@
 A recorder stands in for vLLM's constructor; test_vllm.py runs the real one where it is installed.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -124,7 +126,7 @@ def test_one_gpu_takes_no_processes_and_several_take_one_each():
         (ValueError("no such architecture"), ConfigError, "models/large: vLLM cannot load it: no such architecture"),
     ],
 )
-def test_what_vllm_raises_is_said_in_words_of_the_recipe(error, kind, message):
+def test_an_error_of_vllm_names_the_key_of_the_recipe(error, kind, message):
     with pytest.raises(kind, match=message):
         started(four(), error)
 
@@ -150,8 +152,9 @@ def hold(ready, orphan):
     while orphan and os.getppid() == parent:
         time.sleep(0.01)
     import mirage_dist.evals.models.vllm_worker
-    ready.send([signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGUSR1, signal.SIGTERM)])
-    time.sleep(60)
+    if not orphan:
+        ready.send([signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGUSR1, signal.SIGTERM)])
+    time.sleep(120)
 
 if __name__ == "__main__":
     orphan = sys.argv[1] == "True"
@@ -186,4 +189,7 @@ def test_importing_it_elsewhere_changes_nothing():
     assert multiprocessing.parent_process() is None
     from mirage_dist.evals.models import vllm_worker
 
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    importlib.reload(vllm_worker)
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     assert not [name for name in vars(vllm_worker.Dependent) if not name.startswith("__")]  # vLLM would mix it in

