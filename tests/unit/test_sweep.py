@@ -381,7 +381,7 @@ def test_the_array_has_the_missing_points_and_their_words(tmp_path):
 
 
 def test_an_array_has_no_task_of_several_gpus(tmp_path):
-    suite = evaluated("generation.backend=vllm", "generation.tensor_parallel=2", "judges=[world]")
-    planned = points.plan(sweep(tmp_path, ranks=2, evaluate=[suite]))
+    suite = evaluated("generation.backend=vllm", "generation.tensor_parallel=2")
+    planned = points.plan(sweep(tmp_path, "ranks=2", configs.override("evaluate", [suite])))
     with pytest.raises(ConfigError, match=r"generation\.tensor_parallel=2: the tasks of a sweep's job have one GPU"):
         slurm.text(planned)
