@@ -178,7 +178,8 @@ if [[ ${1:-} == eval ]]; then
   neighbours=1 node=${SLURM_GPUS_ON_NODE:-0} # the most tasks on a node of this step: "2(x3),1" is 2
   layout=${SLURM_STEP_TASKS_PER_NODE:-$(((tasks + ${SLURM_NNODES:-1} - 1) / ${SLURM_NNODES:-1}))}
   for word in ${layout//,/ }; do
-    if ((${word%%(*} > neighbours)); then neighbours=${word%%(*}; fi
+    word=${word%%(*}
+    if ((word > neighbours)); then neighbours=$word; fi
   done
   if [[ ${MIRAGE_LAUNCHER:-} == worker ]]; then neighbours=${#gpus[@]} node=0; fi
   if ((node < ${#gpus[@]})); then node=${#gpus[@]}; fi

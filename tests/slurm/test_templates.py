@@ -122,8 +122,6 @@ def test_an_array_of_evaluation_workers_shares_out_the_questions(slurm):
         (("--ntasks-per-node=1", "--gres=gpu:4"), ["0,1,2,3"]),
         (("--ntasks-per-node=3", "--gres=gpu:2"), ["0", "0", "1"]),
         (("--gres=none", "--ntasks-per-node=2", "--gpus-per-task=4"), ["0,1,2,3", "4,5,6,7"]),
-        # Here every task sees the GPUs of both.
-        (("--gres=none", "--ntasks-per-node=2", "--gpus-per-task=1", "--gpu-bind=none"), ["0", "1"]),
     ],
 )
 def test_evaluation_workers_share_out_the_gpus_of_a_node(slurm, options, shares):

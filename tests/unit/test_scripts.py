@@ -94,3 +94,40 @@ def test_local_processes_run_the_checkout_of_the_script(run):
     status, output = run(REPOSITORY / "launch/local.sh", "1", "train", "no.yaml")
     assert status == 2, output
     assert f"no.yaml: no such file (looked here and in {REPOSITORY})" in output
+
+
+EIGHT = "0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.parametrize(
+    ("visible", "variables", "shares"),
+    [
+        # One task a GPU, whether Slurm hides the others' GPUs or not.
+        (EIGHT, {"NTASKS": 8, "STEP_TASKS_PER_NODE": 8, "GPUS_ON_NODE": 8}, list("01234567")),
+        (EIGHT, {"NTASKS": 8, "STEP_TASKS_PER_NODE": 8, "GPUS_ON_NODE": 8, "GPUS_PER_TASK": 1}, list("01234567")),
+        ("3", {"NTASKS": 8, "STEP_TASKS_PER_NODE": 8, "GPUS_ON_NODE": 8}, ["3"]),
+        # --gpu-bind=closest: four tasks see these four.
+        ("4,5,6,7", {"NTASKS": 8, "STEP_TASKS_PER_NODE": 8, "GPUS_ON_NODE": 8}, list("4567")),
+        # Fewer tasks than GPUs, each with several; those that Slurm has dealt stay.
+        (EIGHT, {"NTASKS": 2, "STEP_TASKS_PER_NODE": 2, "GPUS_ON_NODE": 8}, ["0,1,2,3", "4,5,6,7"]),
+        ("4,5,6,7", {"NTASKS": 2, "STEP_TASKS_PER_NODE": 2, "GPUS_ON_NODE": 8}, ["4,5,6,7"]),
+        # A step of one node in a job of two, and nodes with different numbers of tasks.
+        (EIGHT, {"NTASKS": 2, "NNODES": 2, "STEP_TASKS_PER_NODE": 2, "GPUS_ON_NODE": 8}, ["0,1,2,3", "4,5,6,7"]),
+        (EIGHT, {"NTASKS": 6, "NNODES": 2, "STEP_TASKS_PER_NODE": "5,1", "GPUS_ON_NODE": 8}, list("01234")),
+        (EIGHT, {"NTASKS": 6, "NNODES": 3, "STEP_TASKS_PER_NODE": "2(x3)", "GPUS_ON_NODE": 8}, ["0,1,2,3", "4,5,6,7"]),
+        # More tasks than GPUs, names of parts of a GPU, none at all.
+        ("0,1", {"NTASKS": 3, "STEP_TASKS_PER_NODE": 3, "GPUS_ON_NODE": 2}, list("010")),
+        ("MIG-a,MIG-b", {"NTASKS": 2, "STEP_TASKS_PER_NODE": 2}, ["MIG-a", "MIG-b"]),
+        ("", {"NTASKS": 2, "STEP_TASKS_PER_NODE": 2}, ["", ""]),
+    ],
+)
+def test_evaluation_workers_of_a_node_have_gpus_of_their_own(run, tmp_path, visible, variables, shares):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "GPUs <$CUDA_VISIBLE_DEVICES>"\n')
+    python.chmod(0o700)
+    given = {f"SLURM_{name}": str(value) for name, value in variables.items()}
+    given |= {"CUDA_VISIBLE_DEVICES": visible, "MIRAGE_PYTHON": str(python)}
+    for local_rank, share in enumerate(shares):
+        place = {"SLURM_LOCALID": str(local_rank), "SLURM_PROCID": str(local_rank)}
+        status, output = run(REPOSITORY / "launch/node.sh", "eval", "x.yaml", **given, **place)
+        assert (status, output.splitlines()[-1]) == (0, f"GPUs <{share}>"), output
