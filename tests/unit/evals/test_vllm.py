@@ -113,9 +113,7 @@ def test_the_engine_is_in_the_key_and_its_gpus_are_not(toy, tmp_path):
 
 @pytest.mark.skipif(THERE, reason="vLLM is installed")
 def test_without_vllm_an_error_comes_before_anything_is_written(toy, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"cannot be imported .*docs/evaluation\.md says \(Engines\), or use hf"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot be imported .*docs/evaluation\.md says \(Engines\), or use hf"):
         runner.evaluate(recipe(toy, tmp_path / "run", backend="vllm"))
     assert not (tmp_path / "run").exists()
 
