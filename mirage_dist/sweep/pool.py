@@ -174,9 +174,10 @@ def command(
         variables.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (ranks * jobs))))
         words = launching.command(ranks, step.words[0], step.words[1:])
     else:
-        variables = workers.environment(number, jobs, each)
+        # Workers divide `own`, where there is one; a GPU of the machine that is left over is none of theirs.
+        variables = workers.environment(number, jobs, 1 if own else each)
         words = [sys.executable, "-m", "mirage_dist.cli", "eval", *step.words]
-        words += ["--workers", str(max(1, ranks // each))] if len(own) > 1 else []
+        words += ["--workers", str(ranks // each)] if len(own) > 1 else []
     return words, variables | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
 
 

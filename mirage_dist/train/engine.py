@@ -166,14 +166,14 @@ def _wait_as_long(hang_seconds: float) -> None:
 def _loaded(recipe: TrainRecipe, config: Mapping[str, Any], depth: int | None, frozen: bool = False) -> Any:
     """The model as a run computes it: with repeatable gradients; packed sequences each by itself, where possible."""
     policy = load.policy(recipe.model, recipe.train.dtype, config, depth, frozen)
-    if torch.cuda.is_available():
-        _make_repeatable(roles.decoder(policy.backbone).config, load.DTYPES[recipe.train.dtype])
+    gpu, text, dtype = torch.cuda.is_available(), roles.decoder(policy.backbone).config, load.DTYPES[recipe.train.dtype]
+    if gpu:
+        _make_repeatable(text, dtype)
     if recipe.data.packing is True:
         packing.attend_apart(policy.backbone)
-        if torch.cuda.is_available() and not frozen:
-            text, dtype = roles.decoder(policy.backbone).config, load.DTYPES[recipe.train.dtype]
-            if (why := packing.costly(policy.base.config, text._attn_implementation, dtype)) is not None:
-                log.warning(f"data.packing: {why}; data.packing=auto pads such rows in a new run")
+        why = packing.costly(policy.base.config, text._attn_implementation, dtype) if gpu and not frozen else None
+        if why is not None:
+            log.warning(f"data.packing: {why}; data.packing=auto pads such rows in a new run")
     return policy
 
 

@@ -287,6 +287,9 @@ def test_points_at_once_have_gpus_of_their_own_and_there_must_be_enough(tmp_path
         assert words[-5:] == ["eval", "e.yaml", "b=2", "--workers", "1"]
         assert variables["CUDA_VISIBLE_DEVICES"] == own
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    # A point's share is what its workers divide, not the machine's GPUs, of which one may be left over.
+    _, variables = pool.command(suite, 2, (0, 1), ["0", "1", "2"], 2)
+    assert variables["CUDA_VISIBLE_DEVICES"] == "0,1"
     planned = small(tmp_path, {"train.lr": [1e-3]}, ranks=2)
     with pytest.raises(ConfigError, match=r"2 points of 2 ranks need 4 GPUs, and this machine has 3; at most --jobs 1"):
         pool.run(planned, 2)

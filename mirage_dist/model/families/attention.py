@@ -149,17 +149,20 @@ def _settings() -> None:
     filling.fill_uninitialized_memory = False
 
 
+@contextmanager
+def measuring() -> Iterator[None]:
+    """A verdict is that of training, wherever it is needed first."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 @cache
+@measuring()
 def gradient_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str | None:
     """Why the gradients of such attention are not repeatable on this device; None where they are."""
-    _settings()
-    with _measuring():
-        return _gradient_fault(heads, dtype, device)
-
-
-def _gradient_fault(heads: Heads, dtype: torch.dtype, device: str) -> str | None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    _settings()
     tensors, upstream, _ = _sample(heads, dtype, device)
     module = SimpleNamespace(is_causal=True, training=True, num_key_value_groups=heads.queries // heads.keys)
     tokens = sum(LENGTHS)
@@ -243,20 +246,14 @@ def suits(heads: Heads, dtype: torch.dtype) -> bool:
 
 
 def flashes(heads: Heads, dtype: torch.dtype) -> bool:
-    """Whether they are there on this GPU, and right (`flash_fault`)."""
-    if not suits(heads, dtype) or not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
-        return False
-    return flash_fault(heads, dtype) is None
+    """Whether the kernels that suit such heads are there on this GPU, and right (`flash_fault`)."""
+    return torch.cuda.get_device_capability() >= OLDEST and flash_fault(heads, dtype) is None
 
 
 @cache
+@measuring()
 def flash_fault(heads: Heads, dtype: torch.dtype, device: str = "cuda") -> str | None:
     """Why `flash` cannot stand for `within_borders` on this device; None where it can."""
-    with _measuring():
-        return _flash_fault(heads, dtype, device)
-
-
-def _flash_fault(heads: Heads, dtype: torch.dtype, device: str) -> str | None:
     tensors, upstream, borders = _sample(heads, dtype, device)
 
     def run(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -272,13 +269,6 @@ def _flash_fault(heads: Heads, dtype: torch.dtype, device: str) -> str | None:
         return None if off <= TOLERANCES[dtype] else f"packed sequences differ by {off:.1e} from those alone"
     except Exception as error:  # of any kind: the operation is PyTorch's own, and not all of its builds have it
         return _refused(error)
-
-
-@contextmanager
-def _measuring() -> Iterator[None]:
-    """The verdict is that of training, wherever it is needed first."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 def _refused(error: Exception) -> str:

@@ -83,7 +83,7 @@ def attend_apart(backbone: Any) -> bool:
         packed = given.get("cu_seq_lens_q") is not None and given.get("sliding_window") is None
         if packed and query.device.type == "cpu":
             return _one_by_one(query, key, value, given), None
-        if packed and by_flash(module.config, query.device, query.dtype):
+        if packed and attention_mask is not None and not attention_mask.numel():  # as `entering` has decided
             options = {"dropout": given.get("dropout", 0.0), "scale": given.get("scaling")}
             borders_R = given["cu_seq_lens_q"]
             return attention.flash(query, key, value, borders_R, given["max_length_q"], **options), None

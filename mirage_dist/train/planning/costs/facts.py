@@ -93,7 +93,7 @@ class Facts:
 
 def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
     """Build the model without memory and measure it. Raises ConfigError as `load.policy` does."""
-    needs, item = objective.needs, load.DTYPES[recipe.train.dtype].itemsize
+    needs, dtype = objective.needs, load.DTYPES[recipe.train.dtype]
     policy = load.weightless(recipe.model, needs.depth, recipe.train.dtype)
     parts, text, head = Parts(policy.base), decoder(policy.backbone), policy.base.get_output_embeddings()
     named = dict(policy.base.named_parameters())
@@ -119,11 +119,11 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         trained=Trained.of(policy, recipe),
         differentiable=sum(p.numel() for name, p in named.items() if role_of[name] in passed and id(p) not in idle),
         largest=max(sum(p.numel() for p in module.parameters()) for module in (*text.layers, head)),
-        item=item,
+        item=dtype.itemsize,
         depth=len(text.layers),
         text=text.config,
         eager=text.config._attn_implementation == "eager",
-        flash=_flash(text.config, load.DTYPES[recipe.train.dtype]),
+        flash=packing.costly(policy.base.config, text.config._attn_implementation, dtype, planned=True) is None,
         vocabulary=head.out_features,
         width=head.in_features,
         head_trains=bool(head.weight.requires_grad),
@@ -136,12 +136,6 @@ def facts(recipe: TrainRecipe, objective: Objective) -> Facts:
         work=flops.work(policy, needs, recipe.model.gradient_checkpointing),
         policy=policy,
     )
-
-
-def _flash(text: Any, dtype: Any) -> bool:
-    """Whether packed sequences are computed one by one on a GPU: by flash-attn, or PyTorch's own for sdpa."""
-    implementation = text._attn_implementation
-    return implementation.startswith("flash") or (implementation == "sdpa" and packing.suits_flash(text, dtype))
 
 
 def _adapted(recipe: TrainRecipe, layers: Any) -> tuple[int, int, bool] | None:
